@@ -1,0 +1,69 @@
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined, so before any import of ours.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Every test starts from the same random state, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill `torch.empty` with NaN, so that a number nobody wrote cannot pass for a result."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def empty(*args, **kwargs) -> torch.Tensor:
+        x = allocate(*args, **kwargs)
+        if x.is_floating_point() and not x.is_meta:
+            with torch.no_grad():
+                x.fill_(float("nan"))
+        return x
+
+    return empty
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden files, one folder per method: DISCOVLA_GOLDEN, or tests/golden."""
+    folder = Path(os.environ.get("DISCOVLA_GOLDEN", TESTS / "golden")).resolve()
+    if not folder.is_dir():
+        pytest.fail(f"{folder}: no such folder of golden files (DISCOVLA_GOLDEN)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The folder of real videos and annotations: DISCOVLA_REALDATA, or ../shared/realdata."""
+    folder = Path(os.environ.get("DISCOVLA_REALDATA", TESTS.parents[1] / "shared/realdata")).resolve()
+    if not (folder / "MANIFEST.json").is_file():
+        pytest.skip(f"no MANIFEST.json in {folder} (DISCOVLA_REALDATA names the folder of real files)")
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs more GPUs than there are."""
+    present = torch.cuda.device_count()
+    for item in items:
+        for marker, needed in (("gpu", 1), ("multigpu", 2)):
+            if marker in item.keywords and present < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), {present} present"))
