@@ -1,0 +1,87 @@
+"""CLIP's byte-pair encoding of captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import regex
+import torch
+from torch import Tensor
+
+from discovla.torchvision_cpu import install
+
+if TYPE_CHECKING:
+    from open_clip import SimpleTokenizer
+
+_REMEMBERED = 1 << 17  # captions: frame captions repeat within a clip, and every caption in every epoch
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Captions to token ids, as the released CLIP does it.
+
+    Text is repaired, unescaped, its spaces collapsed and lower-cased; the special tokens written out in a
+    caption become the special ids.  ids = start, tokens cut to context_length - 2, end, then zeros.
+
+    Args:
+        context_length: tokens of a row, start and end included, at least 2.
+    """
+
+    context_length: int
+
+    def __post_init__(self) -> None:
+        if self.context_length < 2:
+            raise ValueError(f"context_length: expected at least 2, start and end; got {self.context_length}")
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids of captions, cut to the context.
+
+        Args:
+            texts: n captions.
+
+        Returns: ids n l (int64, padded with 0) and mask n l (bool, true on real tokens, the end included).
+        """
+        ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        mask = torch.zeros(len(texts), self.context_length, dtype=torch.bool)
+        start, end = special_ids()
+        for row, text in enumerate(texts):
+            tokens = [start, *_tokens(text)[: self.context_length - 2], end]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = True
+        return ids, mask
+
+    def length(self, text: str) -> int:
+        """Tokens of a caption before it is cut, start and end included."""
+        return len(_tokens(text)) + 2
+
+
+def special_ids() -> tuple[int, int]:
+    """Ids of the start and the end of a text."""
+    bpe = _bpe()
+    return bpe.sot_token_id, bpe.eot_token_id
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _tokens(text: str) -> tuple[int, ...]:
+    """Ids of a text without start and end."""
+    return tuple(_bpe().encode(text))
+
+
+@lru_cache(maxsize=1)
+def _bpe() -> SimpleTokenizer:
+    """open_clip's tokenizer, with the special tokens spelled as in the released CLIP."""
+    install()
+    from open_clip import SimpleTokenizer  # imports torchvision, so only after install()
+
+    bpe = SimpleTokenizer()
+    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    pattern = bpe.pat.pattern
+    for theirs, released in renamed.items():
+        bpe.encoder[released] = bpe.encoder.pop(theirs)
+        bpe.cache[released] = released
+        pattern = pattern.replace(theirs, regex.escape(released))
+    bpe.pat = regex.compile(pattern, regex.IGNORECASE)
+    return bpe

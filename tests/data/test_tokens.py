@@ -1,0 +1,52 @@
+"""Captions to token ids."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from discovla.data.tokens import Tokenizer, special_ids
+
+
+def test_ids_and_masks_are_those_of_the_golden_file(golden):
+    expected = json.loads((golden / "discovla/tokenisation.json").read_text())
+    assert special_ids() == (expected["sot"], expected["eot"])
+    assert expected["cases"]
+    for case in expected["cases"]:
+        ids, mask = Tokenizer(case["max_words"]).encode([case["text"]])
+        assert ids[0].tolist() == case["ids"], case["text"]
+        assert mask[0].int().tolist() == case["mask"], case["text"]
+
+
+def test_special_tokens_written_in_a_caption_become_the_special_ids():
+    start, end = special_ids()
+    ids, _ = Tokenizer(8).encode(["a <|startoftext|> <|ENDOFTEXT|>"])
+    assert ids[0].tolist()[2:5] == [start, end, end]
+
+
+def test_a_cut_caption_still_ends_with_the_end():
+    ids, mask = Tokenizer(6).encode(["one two three four five six seven eight"])
+    assert ids[0, -1] == special_ids()[1]
+    assert mask.all()
+
+
+def test_length_counts_the_tokens_before_the_cut():
+    assert Tokenizer(4).length("a man is driving a car") == 8
+
+
+def test_rows_keep_the_order_of_the_texts():
+    tokenizer = Tokenizer(16)
+    ids, _ = tokenizer.encode(["a red circle", "a blue square"])
+    assert ids[1].equal(tokenizer.encode(["a blue square"])[0][0])
+    assert not ids[0].equal(ids[1])
+
+
+def test_no_texts_give_no_rows():
+    ids, mask = Tokenizer(7).encode([])
+    assert ids.shape == mask.shape == (0, 7)
+
+
+def test_a_context_without_room_for_start_and_end_is_refused():
+    with pytest.raises(ValueError, match="context_length: expected at least 2"):
+        Tokenizer(1)
