@@ -1,0 +1,49 @@
+# `make train` and `make test` need git, make, g++ and python3 >= 3.11 with venv and headers. The rest they set up.
+#
+#   TORCH   what pip installs where the environment holds no torch:
+#           make train TORCH='torch==2.11.0 --index-url https://download.pytorch.org/whl/cu130'
+#   VENV    the environment: made if absent. One that holds a working torch keeps it: make test VENV=/path/to/env
+#   PYTHON  the interpreter that makes it
+#   CONFIG, ARGS   what to train and its overrides: make train CONFIG=configs/x.toml ARGS='optim.lr=1e-4'
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+CONFIG ?= configs/quickstart.toml
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+# Two runs on one machine may not share a port.
+PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+
+.PHONY: train test install
+
+train: install data/drawn_world/manifest.jsonl
+	deepspeed -q --num_accelerators 1 --master_port $(PORT) train.py $(CONFIG) $(ARGS)
+
+test: install
+	python -m pytest -q -m "not slow" $(ARGS)
+
+install: $(VENV)/installed
+
+data/drawn_world/manifest.jsonl: | install
+	discovla draw $(@D)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("python >= 3.11 is needed, PYTHON is " + sys.version if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes in first and is pinned as found: torchvision asks for one exact torch, and pip would fetch that build over ours.
+define PINS
+from importlib.metadata import distributions
+names = {"torch", "torchvision", "triton"}
+print(*sorted({f"{d.name}=={d.version}" for d in distributions() if d.name in names}), sep="\n")
+endef
+export PINS
+
+$(VENV)/installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@python -c 'import torch' 2>/dev/null || python -m pip install $(TORCH)
+	@python -c "$$PINS" > $(VENV)/torch.txt
+	python -m pip install -q -c constraints.txt -c $(VENV)/torch.txt -e '.[dev]'
+	@touch $@
