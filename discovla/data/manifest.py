@@ -1,0 +1,258 @@
+"""The one form in which every dataset reaches training: a JSONL manifest, one clip a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_REQUIRED = ("id", "video", "captions", "split")
+_OPTIONAL = ("start", "end", "frame_captions", "caption_order")
+_OFFENDERS = 5  # named in one message; a wrong folder makes every clip one
+
+FrameCaptions = tuple[tuple[str, ...] | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A clip and what is said of it.
+
+    video: absolute path.  start, end: seconds, None for the ends of the file.  frame_captions: for each caption
+    one still caption per sampled frame, or None.  caption_order: for each caption its place in the dataset's own
+    list of samples, where that list is not grouped by clip.
+    """
+
+    id: str
+    video: Path
+    captions: tuple[str, ...]
+    split: str
+    start: float | None = None
+    end: float | None = None
+    frame_captions: FrameCaptions | None = None
+    caption_order: tuple[int, ...] | None = None
+
+
+def read_manifest(path: str | Path, *, split: str | None = None) -> list[Clip]:
+    """The clips of a manifest, in its order.
+
+    Args:
+        path: a JSONL file; video paths in it are taken relative to its folder.
+        split: only the clips of this split; None for all.
+
+    Raises:
+        ValueError: a line that is no clip, named by file and line; an id given twice; a split without clips.
+    """
+    path = Path(path)
+    clips = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        clip = _clip(_object(line, where), where, path.parent.resolve())
+        if clip.id in seen:
+            raise ValueError(f"{where}: the id {clip.id!r} is already that of line {seen[clip.id]}")
+        seen[clip.id] = number
+        clips.append(clip)
+    if not clips:
+        raise ValueError(f"{path}: expected one clip a line, found none")
+    chosen = [clip for clip in clips if split in (None, clip.split)]
+    if not chosen:
+        found = ", ".join(f"{name} {n}" for name, n in Counter(clip.split for clip in clips).items())
+        raise ValueError(f"{path}: no clip of the split {split!r}; found {found}")
+    return chosen
+
+
+def write_manifest(path: str | Path, clips: Sequence[Clip]) -> None:
+    """Write clips to a manifest, whole or not at all; videos below its folder are written relative to it.
+
+    Raises:
+        ValueError: two clips share an id.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    twice = [name for name, n in Counter(clip.id for clip in clips).items() if n > 1]
+    if twice:
+        raise ValueError(f"{path}: ids must differ, found more than once: {', '.join(twice[:_OFFENDERS])}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent.resolve()
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for clip in clips:
+                file.write(json.dumps(_fields(clip, folder), ensure_ascii=False) + "\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_clips(clips: Sequence[Clip], *, frames: int | None = None) -> None:
+    """Refuse, before training, clips that cannot be used.
+
+    A video must be a file that is not empty, a caption must say something, ids must differ, and where there are
+    frame captions they must number as many as the frames.
+
+    Args:
+        frames: frames sampled per clip, where frame captions are used; None leaves them unchecked.
+
+    Raises:
+        ValueError: the first offenders, each with its id, what was expected and what was found.
+    """
+    if not clips:
+        raise ValueError("expected at least one clip, found none")
+    ids = Counter(clip.id for clip in clips)
+    faults = [f"the id {name!r} is given to {n} clips" for name, n in ids.items() if n > 1]
+    for clip in clips:
+        faults += [f"clip {clip.id!r}: {fault}" for fault in _faults(clip, frames)]
+    if faults:
+        more = f"; and {len(faults) - _OFFENDERS} more" if len(faults) > _OFFENDERS else ""
+        number = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
+        raise ValueError(f"{number} in {len(clips)} clips: {'; '.join(faults[:_OFFENDERS])}{more}")
+
+
+def _faults(clip: Clip, frames: int | None) -> list[str]:
+    """What stands against one clip."""
+    faults = []
+    try:
+        if not clip.video.is_file():
+            faults.append(f"expected a video file, found {_kind(clip.video)}: {clip.video}")
+        elif clip.video.stat().st_size == 0:
+            faults.append(f"expected a video file, found an empty one: {clip.video}")
+    except OSError as error:
+        faults.append(f"expected a video file: {error}")
+    if not clip.captions:
+        faults.append("expected at least one caption, found none")
+    faults += [f"caption {i} is empty" for i, caption in enumerate(clip.captions) if not caption.strip()]
+    if frames is not None and clip.frame_captions is not None:
+        faults += _frame_caption_faults(clip.frame_captions, frames)
+    return faults
+
+
+def _frame_caption_faults(lists: FrameCaptions, frames: int) -> list[str]:
+    """Frame captions that are not one for each frame, or say nothing."""
+    faults = []
+    for i, texts in enumerate(lists):
+        if texts is None:
+            continue
+        if len(texts) != frames:
+            faults.append(f"frame captions of caption {i}: expected {frames}, found {len(texts)}")
+        elif not all(text.strip() for text in texts):
+            faults.append(f"frame captions of caption {i}: one is empty")
+    return faults
+
+
+def _kind(path: Path) -> str:
+    """What a path that is no file is."""
+    return "a folder" if path.is_dir() else "something else" if path.exists() else "nothing"
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file."""
+    try:
+        # Not splitlines(): a caption may hold U+2028 and its like, which end no line of a manifest.
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found byte {error.start} is not") from error
+    except OSError as error:
+        raise ValueError(f"{path}: expected a manifest, {error.strerror}") from error
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    """One line as a JSON object with the keys of a clip and no others."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    missing = [key for key in _REQUIRED if key not in row]
+    unknown = [key for key in row if key not in _REQUIRED + _OPTIONAL]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}; found {', '.join(row) or 'no key'}")
+    if unknown:
+        expected = ", ".join(_REQUIRED + _OPTIONAL)
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}; expected only {expected}")
+    return row
+
+
+def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
+    """A checked clip from one manifest line."""
+    for key in ("id", "video", "split"):
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise ValueError(f"{where}: {key}: expected a text that is not empty, found {row[key]!r}")
+    captions = _texts(row["captions"], f"{where}: captions")
+    return Clip(
+        id=row["id"],
+        video=Path(os.path.normpath(folder / row["video"])),
+        captions=captions,
+        split=row["split"],
+        start=_seconds(row.get("start"), f"{where}: start"),
+        end=_seconds(row.get("end"), f"{where}: end"),
+        frame_captions=_frame_captions(row.get("frame_captions"), len(captions), f"{where}: frame_captions"),
+        caption_order=_order(row.get("caption_order"), len(captions), f"{where}: caption_order"),
+    )
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    """A list of texts that all say something."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where}: expected a list of texts, found {_short(value)}")
+    for i, text in enumerate(value):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}[{i}]: expected a text that is not empty, found {_short(text)}")
+    return tuple(value)
+
+
+def _seconds(value: Any, where: str) -> float | None:
+    """A time, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{where}: expected seconds not below 0, found {_short(value)}")
+    return float(value)
+
+
+def _frame_captions(value: Any, captions: int, where: str) -> FrameCaptions | None:
+    """For each caption its list of frame captions, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != captions:
+        found = f"{len(value)} lists" if isinstance(value, list) else _short(value)
+        raise ValueError(f"{where}: expected a list or null for each of {captions} captions, found {found}")
+    return tuple(None if texts is None else _texts(texts, f"{where}[{i}]") for i, texts in enumerate(value))
+
+
+def _order(value: Any, captions: int, where: str) -> tuple[int, ...] | None:
+    """For each caption its place among all samples, or None."""
+    if value is None:
+        return None
+    whole = isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    if not whole or len(value) != captions:
+        raise ValueError(f"{where}: expected {captions} whole numbers, found {_short(value)}")
+    return tuple(value)
+
+
+def _short(value: Any) -> str:
+    """A value as it would be written, cut to what fits a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _fields(clip: Clip, folder: Path) -> dict[str, Any]:
+    """The JSON object of a clip, without what it leaves out."""
+    video = clip.video if clip.video.is_absolute() else Path.cwd() / clip.video
+    video = Path(os.path.normpath(video))
+    written = video.relative_to(folder) if video.is_relative_to(folder) else video
+    row: dict[str, Any] = {
+        "id": clip.id,
+        "video": written.as_posix(),
+        "captions": list(clip.captions),
+        "split": clip.split,
+    }
+    row |= {key: value for key in _OPTIONAL if (value := getattr(clip, key)) is not None}
+    return row
