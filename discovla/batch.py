@@ -1,0 +1,92 @@
+"""Records that travel between floors: what a loader yields, what towers make of it, what a loss returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadClip:
+    """A clip that could not be read, and why."""
+
+    id: str
+    video: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's share of a training batch.
+
+    text_ids: b l, int64, padded with 0.  text_mask: b l, bool, true on real tokens.
+    frames: b f y x c, uint8 RGB (float b f c y x passes through as already normalised).  frame_mask: b f,
+        bool.
+    frame_text_ids, frame_text_mask: b f l, the still captions of the sampled frames, or None.
+    video_index: b, int64, which clip of the manifest; equal for captions of one clip.
+    valid: b, bool.  False marks a clip that could not be decoded: its row is a placeholder that keeps every
+    rank's shape the same and that no loss sees.  bad: those clips.
+    """
+
+    text_ids: Tensor
+    text_mask: Tensor
+    frames: Tensor
+    frame_mask: Tensor
+    video_index: Tensor
+    valid: Tensor
+    frame_text_ids: Tensor | None = None
+    frame_text_mask: Tensor | None = None
+    bad: tuple[BadClip, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return self.text_ids.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+        """The same batch with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """What one tower makes of n inputs.  Nothing in it is normalised.
+
+    pooled: n d.  tokens: n k d, the parts (frames, words, views, frame captions) a similarity may compare.
+    mask: n k, bool, true on real tokens; None where every token is real.
+    """
+
+    pooled: Tensor
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.pooled.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> Embedding:
+        return Embedding(
+            pooled=self.pooled[rows],
+            tokens=None if self.tokens is None else self.tokens[rows],
+            mask=None if self.mask is None else self.mask[rows],
+        )
+
+    def to(self, device: torch.device | str) -> Embedding:
+        """The same embedding on `device`."""
+        return Embedding(
+            pooled=self.pooled.to(device),
+            tokens=None if self.tokens is None else self.tokens.to(device),
+            mask=None if self.mask is None else self.mask.to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The scalar to minimise and the terms it is made of, unweighted, for the log."""
+
+    total: Tensor
+    terms: dict[str, Tensor]

@@ -1,0 +1,22 @@
+"""One paper per file; METHODS is the list of them."""
+
+from __future__ import annotations
+
+from discovla.methods.base import Method, MethodConfig
+from discovla.methods.clip import CLIP
+from discovla.methods.discovla import DiscoVLA
+from discovla.towers.weights import ModelConfig, initialise, load_pretrained, load_weights
+
+METHODS: dict[str, type[Method]] = {"clip": CLIP, "discovla": DiscoVLA}
+
+
+def build(model: ModelConfig, method: MethodConfig) -> Method:
+    """A method on its pretrained (or random) towers, with gradients on for what it trains."""
+    pretrained = load_pretrained(model)
+    built = METHODS[method.name](pretrained.architecture, method)
+    if pretrained.weights is None:
+        initialise(built, pretrained.architecture, model.seed)
+    else:
+        load_weights(built, pretrained.architecture, pretrained.weights)
+    built.freeze()
+    return built

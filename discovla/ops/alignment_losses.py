@@ -1,0 +1,88 @@
+"""Video-level and frame-level contrastive losses, and the distillation between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from discovla.ops.dispatch import Impl, choose
+from discovla.ops.frame_similarity import frame_similarity
+from discovla.ops.info_nce import EXCLUDED, contrastive_loss, cosine_similarity
+
+KLNorm = Literal["official", "fixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentInputs:
+    """The four embeddings the losses compare, un-normalised, row i of each from sample i.
+
+    text, video: n d.  text_tokens: n i d, frame captions.  video_tokens: n j d, frames.
+    text_mask, video_mask: n i and n j, bool, or None where every part counts.
+    """
+
+    text: Tensor
+    video: Tensor
+    text_tokens: Tensor
+    video_tokens: Tensor
+    text_mask: Tensor | None = None
+    video_mask: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentLosses:
+    """Unweighted scalars: video-level, frame-level, distillation."""
+
+    video: Tensor
+    frame: Tensor
+    distill: Tensor
+
+
+def alignment_losses(
+    inputs: AlignmentInputs,
+    logit_scale: Tensor,
+    *,
+    kl_norm: KLNorm = "official",
+    detach_teacher: bool = False,
+    ignore: Tensor | None = None,
+    impl: Impl = "auto",
+) -> AlignmentLosses:
+    """InfoNCE on the video-level matrix S and the frame-level matrix G, and KL(G ‖ S) in both directions.
+
+    S = cosine of (text, video);  G = `frame_similarity` of the tokens;
+    P = softmax_rows(s G), Q = softmax_rows(s S);  K = w sum_ij P (log P - log Q);
+    w = 100 / n² (official: the weight per row falls as 1/n) or 100 / (128 n) (fixed: equal at n = 128, free
+    of n).
+
+    Args:
+        inputs: the embeddings and masks.
+        logit_scale: scalar, s.
+        kl_norm: which w.
+        detach_teacher: stop the gradient of the distillation into G.  The released code does not.
+        ignore: n n, bool, pairs left out of every softmax; never on the diagonal.
+
+    Source: DiscoVLA (arXiv 2506.08887), alignment distillation; weight and undetached teacher as in its code.
+    """
+    choose("alignment_losses", impl, inputs.text.device.type)
+    video = logit_scale * cosine_similarity(inputs.text, inputs.video)  # t v
+    frame = logit_scale * frame_similarity(
+        inputs.text_tokens,
+        inputs.video_tokens,
+        logit_scale,
+        text_mask=inputs.text_mask,
+        video_mask=inputs.video_mask,
+    )
+    if ignore is not None:
+        video, frame = video.masked_fill(ignore, EXCLUDED), frame.masked_fill(ignore, EXCLUDED)
+    teacher = frame.detach() if detach_teacher else frame
+    n = len(video)
+    weight = 100 / n**2 if kl_norm == "official" else 100 / (128 * n)
+    distill = weight * (_kl(video, teacher) + _kl(video.T, teacher.T)) / 2
+    return AlignmentLosses(video=contrastive_loss(video), frame=contrastive_loss(frame), distill=distill)
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """sum_ij P (log P - log Q), P of the teacher's rows, Q of the student's."""
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum()

@@ -1,0 +1,47 @@
+"""Symmetric contrastive cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from discovla.ops.dispatch import Impl, choose
+
+# logit of a pair left out of a softmax: its probability is exactly 0, yet 0 * log(0) stays finite
+EXCLUDED = -1e9
+
+
+def info_nce(
+    text: Tensor, video: Tensor, logit_scale: Tensor, *, ignore: Tensor | None = None, impl: Impl = "auto"
+) -> Tensor:
+    """Mean of both directions' cross-entropy of the matching pairs.
+
+    S = s t̂ v̂ᵀ;  loss = -1/(2n) sum_i [log softmax_row(S)_ii + log softmax_col(S)_ii].
+
+    Args:
+        text, video: n d, un-normalised; row i of one belongs to row i of the other.
+        logit_scale: scalar, s (not its logarithm).
+        ignore: n n, bool, pairs left out of every softmax (same-video captions); never on the diagonal.
+
+    Returns:
+        Scalar, float32 at least.
+
+    Source: CLIP (arXiv 2103.00020), figure 3.
+    """
+    choose("info_nce", impl, text.device.type)
+    logits = logit_scale * cosine_similarity(text, video)  # t v
+    return contrastive_loss(logits if ignore is None else logits.masked_fill(ignore, EXCLUDED))
+
+
+def cosine_similarity(text: Tensor, video: Tensor) -> Tensor:
+    """t̂ v̂ᵀ of two sets of un-normalised rows: t d, v d -> t v, float32 at least."""
+    work = torch.promote_types(text.dtype, torch.float32)
+    text, video = text.to(work), video.to(work)
+    return (text / text.norm(dim=-1, keepdim=True)) @ (video / video.norm(dim=-1, keepdim=True)).T
+
+
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """The symmetric cross-entropy of `info_nce` on given logits, n n, diagonal right."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -1,0 +1,52 @@
+"""Decoded frames to normalised pixels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from discovla.ops.dispatch import Impl, choose
+
+# OpenAI CLIP's pixel statistics, RGB in [0, 1]
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def preprocess_frames(
+    frames: Tensor,
+    *,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+    dtype: torch.dtype = torch.float32,
+    impl: Impl = "auto",
+) -> Tensor:
+    """(frames / 255 - mean) / std, channels first.
+
+    Args:
+        frames: b f y x c, uint8 RGB.  A float tensor is taken as already normalised, b f c y x, and only
+            cast.
+        mean, std: of each channel, in [0, 1].
+        dtype: of the result; the arithmetic is done in float32 at least.
+
+    Returns:
+        b f c y x.
+
+    Raises:
+        ValueError: `frames` is neither uint8 nor floating.
+    """
+    if frames.is_floating_point():
+        return frames.to(dtype)
+    if frames.dtype != torch.uint8:
+        raise ValueError(f"frames: expected uint8 (or normalised floats), got {frames.dtype}")
+    choose("preprocess_frames", impl, frames.device.type)
+    return preprocess_frames_reference(frames, mean, std, dtype)
+
+
+def preprocess_frames_reference(
+    frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
+) -> Tensor:
+    """The formula of `preprocess_frames`."""
+    work = torch.promote_types(dtype, torch.float32)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=work, device=frames.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=work, device=frames.device)
+    return torch.addcmul(shift, frames.to(work), scale).to(dtype).permute(0, 1, 4, 2, 3)  # b f c y x

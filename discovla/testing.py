@@ -1,0 +1,59 @@
+"""Small things for tests and benchmarks: tiny towers, batches of noise, error measures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from discovla.batch import Batch
+from discovla.nn.transformer import Activation
+from discovla.towers.architecture import Architecture, TowerShape
+
+
+def tiny_architecture(activation: Activation = "quick_gelu") -> Architecture:
+    """A CLIP of two layers a tower, 16-pixel images, 12 text positions and 50 token ids."""
+    return Architecture(
+        embed_dim=16,
+        image_size=16,
+        patch_size=8,
+        context_length=12,
+        vocab_size=50,
+        activation=activation,
+        vision=TowerShape(width=32, layers=2, heads=2, mlp_width=64),
+        text=TowerShape(width=24, layers=2, heads=2, mlp_width=48),
+    )
+
+
+def noise_batch(architecture: Architecture, *, size: int = 4, frames: int = 3, seed: int = 0) -> Batch:
+    """A batch of noise frames and random captions of random lengths, the last id being end-of-text."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = (size, frames, architecture.image_size, architecture.image_size, 3)
+    text_ids, text_mask = random_captions(architecture, size, generator)
+    frame_ids, frame_mask = random_captions(architecture, size * frames, generator)
+    return Batch(
+        text_ids=text_ids,
+        text_mask=text_mask,
+        frames=torch.randint(0, 256, pixels, generator=generator, dtype=torch.uint8),
+        frame_mask=torch.ones(size, frames, dtype=torch.bool),
+        frame_text_ids=frame_ids.unflatten(0, (size, frames)),
+        frame_text_mask=frame_mask.unflatten(0, (size, frames)),
+        video_index=torch.arange(size),
+        valid=torch.ones(size, dtype=torch.bool),
+    )
+
+
+def random_captions(architecture: Architecture, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """ids n l and mask n l of random captions: start, words, end, padding."""
+    length, vocab = architecture.context_length, architecture.vocab_size
+    words = torch.randint(0, length - 1, (n,), generator=generator)
+    ids = torch.randint(1, vocab - 2, (n, length), generator=generator)
+    place = torch.arange(length)
+    ids[:, 0] = vocab - 2
+    ids[torch.arange(n), words + 1] = vocab - 1
+    mask = place <= (words + 1)[:, None]
+    return ids * mask, mask
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """max |got - want| / max |want|."""
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-300)).item()

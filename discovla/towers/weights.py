@@ -1,0 +1,308 @@
+"""CLIP weights: from a tag, a file, the drawn world's asset or a seed, into our towers and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from discovla import torchvision_cpu
+from discovla.towers.architecture import Architecture, architecture_from_config, architecture_from_state_dict
+from discovla.towers.text import TextTower
+from discovla.towers.vision import VisionTower
+
+log = logging.getLogger(__name__)
+
+DRAWN_CLIP = Path(__file__).parent.parent / "assets" / "drawn_clip.safetensors"
+# entries of OpenAI's archives that are not weights
+NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
+
+
+class ModelConfig(BaseModel):
+    """Which CLIP to start from.
+
+    architecture: open_clip's name ("ViT-B-32-quickgelu"), or a JSON file of the same form; optional for the
+        drawn CLIP and for a file of weights whose heads are 64 wide.
+    pretrained: an open_clip tag ("openai"), a file of OpenAI- or open_clip-named weights (.pt, .safetensors),
+        "drawn" for the small CLIP that ships with discovla, or "random".
+    activation: "auto" takes it from the tag, the archive or the architecture; naming it guards against a
+        mismatch.
+    seed: of the random start.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str | None = None
+    pretrained: str = "openai"
+    activation: Literal["auto", "quick_gelu", "gelu"] = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """An architecture and its weights under OpenAI's names; None for a random start."""
+
+    architecture: Architecture
+    weights: dict[str, Tensor] | None
+
+
+def load_pretrained(config: ModelConfig) -> Pretrained:
+    """Find the weights a config names, and the architecture they fit.
+
+    Raises:
+        ValueError: unknown name, tag or activation, or a file that is not what it should be.
+        FileNotFoundError: a path that does not exist.
+    """
+    named = _named_architecture(config.architecture)
+    if config.pretrained == "random":
+        if named is None:
+            raise ValueError("model.architecture: expected a name for a random start, found none")
+        return Pretrained(architecture=_check_activation(config, named, None), weights=None)
+    if config.pretrained == "drawn":
+        return read_drawn_clip(DRAWN_CLIP)
+    path = Path(config.pretrained)
+    if path.suffix in {".pt", ".pth", ".bin", ".safetensors"}:
+        weights, must_be = read_weights(path)
+        if named is None:
+            named = _guess_architecture(path, weights, config, must_be)
+        return Pretrained(architecture=_check_activation(config, named, must_be), weights=weights)
+    path, must_be = _download(config.architecture, config.pretrained)
+    assert named is not None, "a tag without an architecture is refused by _download"
+    return Pretrained(architecture=_check_activation(config, named, must_be), weights=read_weights(path)[0])
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read OpenAI- or open_clip-named weights from a file.
+
+    Takes OpenAI's JIT archives, torch checkpoints (bare, or open_clip's training checkpoints with
+    "state_dict") and safetensors; the prefixes "module." and, on the text tower, "text." are dropped.
+
+    Returns:
+        Float32 weights by OpenAI's names, and the activation the file proves (only a JIT archive of OpenAI
+        does).
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file of CLIP weights, found none")
+    activation = None
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    elif _is_jit(path):
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+        activation = "quick_gelu"
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if "text.positional_embedding" in state:
+        state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
+    weights = {
+        name: t.float() for name, t in state.items() if name not in NOT_WEIGHTS and name != "attn_mask"
+    }
+    return weights, activation
+
+
+def read_drawn_clip(path: Path) -> Pretrained:
+    """The small CLIP of the drawn world; only its words' token rows are stored, the others are zero."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: the drawn world's CLIP is missing; make it: configs/pretrain_drawn.toml"
+        )
+    with safe_open(path, framework="pt") as file:
+        architecture = Architecture.from_dict(json.loads(file.metadata()["architecture"]))
+    weights = {name: tensor.float() for name, tensor in load_file(path).items() if name != "token_ids"}
+    rows = weights["token_embedding.weight"]
+    table = torch.zeros(architecture.vocab_size, rows.shape[1])
+    table[load_file(path)["token_ids"].long()] = rows
+    weights["token_embedding.weight"] = table
+    return Pretrained(architecture=architecture, weights=weights)
+
+
+def write_drawn_clip(
+    path: Path, architecture: Architecture, weights: Mapping[str, Tensor], token_ids: list[int]
+) -> None:
+    """The inverse of `read_drawn_clip`: OpenAI-named weights in float16, token rows of `token_ids` only."""
+    small = {name: tensor.half().contiguous() for name, tensor in weights.items()}
+    ids = torch.tensor(sorted(token_ids), dtype=torch.int32)
+    small["token_embedding.weight"] = small["token_embedding.weight"][ids.long()].contiguous()
+    save_file(
+        {**small, "token_ids": ids}, path, metadata={"architecture": json.dumps(architecture.to_dict())}
+    )
+
+
+def load_weights(model: nn.Module, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
+    """Copy OpenAI-named weights into a model that holds `vision`, `text` and `logit_scale`, strictly.
+
+    Parameters a method adds (adapters, heads) are left alone.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape; the first few are named.
+    """
+    names = {openai_name(name): name for name in clip_names(architecture)}
+    own = model.state_dict(keep_vars=True)
+    wrong = [f"missing {n}" for n in names if n not in weights]
+    wrong += [f"unexpected {n}" for n in weights if n not in names]
+    wrong += [
+        f"{n}: expected {tuple(own[ours].shape)}, found {tuple(weights[n].shape)}"
+        for n, ours in names.items()
+        if n in weights and weights[n].shape != own[ours].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"weights do not fit the architecture: {'; '.join(wrong[:5])}{more}")
+    with torch.no_grad():
+        for theirs, ours in names.items():
+            own[ours].copy_(weights[theirs])
+
+
+def openai_weights(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
+    """The inverse of `load_weights`: the plain CLIP inside a model, under OpenAI's names."""
+    own = model.state_dict()
+    return {openai_name(name): own[name].detach().clone() for name in clip_names(architecture)}
+
+
+def clip_names(architecture: Architecture) -> list[str]:
+    """Our names of the parameters of a plain CLIP."""
+    with torch.device("meta"):
+        towers = {"vision": VisionTower(architecture), "text": TextTower(architecture)}
+    return [f"{side}.{name}" for side, tower in towers.items() for name in tower.state_dict()] + [
+        "logit_scale"
+    ]
+
+
+def openai_name(name: str) -> str:
+    """OpenAI's (and open_clip's) name of one of our parameters of a plain CLIP."""
+    for ours, theirs in (
+        ("vision.patch_embedding", "visual.conv1.weight"),
+        ("vision.", "visual."),
+        ("text.", ""),
+        ("position_embedding", "positional_embedding"),
+        ("blocks.", "transformer.resblocks."),
+        ("attention.qkv.", "attn.in_proj_"),
+        ("attention.out.", "attn.out_proj."),
+        ("mlp.up.", "mlp.c_fc."),
+        ("mlp.down.", "mlp.c_proj."),
+    ):
+        name = name.replace(ours, theirs)
+    return (
+        name.replace("visual.projection", "visual.proj")
+        if name.startswith("visual.")
+        else _text_projection(name)
+    )
+
+
+def initialise(model: nn.Module, architecture: Architecture, seed: int) -> None:
+    """Fill a CLIP's parameters from a seed, with the standard deviations of OpenAI's release."""
+    generator = torch.Generator().manual_seed(seed)
+    own = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name in clip_names(architecture):
+            tower = architecture.text if name.startswith("text.") else architecture.vision
+            std = _initial_std(name, tower.width, tower.layers)
+            if std is not None:
+                own[name].normal_(0, std, generator=generator)
+            elif name == "logit_scale":
+                own[name].fill_(math.log(1 / 0.07))
+            else:
+                own[name].fill_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
+
+
+def _initial_std(name: str, width: int, layers: int) -> float | None:
+    """Standard deviation of a parameter's start; None for those that start at a constant."""
+    if name.endswith("bias") or ".ln_" in name or name == "logit_scale":
+        return None
+    if name == "text.token_embedding.weight":
+        return 0.02
+    if name == "text.position_embedding":
+        return 0.01
+    if "attention.out" in name or "mlp.down" in name:
+        return width**-0.5 * (2 * layers) ** -0.5
+    return (2 * width) ** -0.5 if "mlp.up" in name else width**-0.5
+
+
+def _text_projection(name: str) -> str:
+    return "text_projection" if name == "projection" else name
+
+
+def _named_architecture(name: str | None) -> Architecture | None:
+    if name is None:
+        return None
+    if name.endswith(".json"):
+        return architecture_from_config(name, json.loads(Path(name).read_text()))
+    torchvision_cpu.install()
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ValueError(
+            f"model.architecture: expected a name open_clip knows (such as ViT-B-32), found {name!r}"
+        )
+    return architecture_from_config(name, config)
+
+
+def _download(name: str | None, tag: str) -> tuple[Path, str]:
+    """The cached or freshly fetched file of an open_clip tag, and its activation."""
+    if name is None:
+        raise ValueError(
+            f"model.architecture: expected a name to go with model.pretrained={tag!r}, found none"
+        )
+    torchvision_cpu.install()
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
+    config = get_pretrained_cfg(name, tag)
+    if not config:
+        known = ", ".join(list_pretrained_tags_by_model(name)) or "none"
+        raise ValueError(
+            f"model.pretrained: expected a file (.pt, .safetensors), 'drawn', 'random' or a tag of {name}"
+            f" ({known}), found {tag!r}"
+        )
+    return Path(download_pretrained(config)), "quick_gelu" if config.get("quick_gelu") else "gelu"
+
+
+def _guess_architecture(
+    path: Path, weights: Mapping[str, Tensor], config: ModelConfig, must_be: str | None
+) -> Architecture:
+    activation = must_be or config.activation
+    if activation == "auto":
+        raise ValueError(
+            f"{path}: bare weights do not tell the activation; set model.activation or model.architecture"
+        )
+    found = architecture_from_state_dict(weights, "quick_gelu" if activation == "quick_gelu" else "gelu")
+    log.warning(
+        "%s: no architecture named; taking %d vision and %d text heads of width 64",
+        path,
+        found.vision.heads,
+        found.text.heads,
+    )
+    return found
+
+
+def _check_activation(config: ModelConfig, found: Architecture, must_be: str | None) -> Architecture:
+    """`found` with the activation the weights need; a named one that contradicts them is an error."""
+    known = must_be or found.activation
+    if config.activation not in ("auto", known):
+        raise ValueError(
+            f"model.activation: expected {known!r} for these weights, found {config.activation!r}"
+        )
+    if known != found.activation:
+        log.warning(
+            "%s: the weights need %s, not %s; taking it", config.architecture, known, found.activation
+        )
+    return replace(found, activation="quick_gelu" if known == "quick_gelu" else "gelu")
+
+
+def _is_jit(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())

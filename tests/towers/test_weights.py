@@ -1,0 +1,232 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from discovla import torchvision_cpu
+from discovla.methods import build
+from discovla.methods.clip import CLIP, CLIPConfig
+from discovla.testing import random_captions, relative_error, tiny_architecture
+from discovla.towers.architecture import Architecture, architecture_from_config
+from discovla.towers.weights import (
+    ModelConfig,
+    initialise,
+    load_pretrained,
+    openai_weights,
+    read_drawn_clip,
+    read_weights,
+    write_drawn_clip,
+)
+
+torchvision_cpu.install()
+import open_clip  # noqa: E402  (needs the shim first)
+
+ODD_HEADS = {
+    "embed_dim": 24,
+    "vision_cfg": {
+        "image_size": 30,
+        "patch_size": 10,
+        "width": 60,
+        "layers": 2,
+        "head_width": 20,
+        "mlp_ratio": 4.3637,
+    },
+    "text_cfg": {"context_length": 13, "vocab_size": 70, "width": 40, "heads": 5, "layers": 3},
+}
+ODD_QUICK = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 24, "patch_size": 8, "width": 64, "layers": 3},
+    "text_cfg": {"context_length": 9, "vocab_size": 51, "width": 48, "heads": 3, "layers": 2},
+}
+VIT_B_32 = open_clip.get_model_config("ViT-B-32-quickgelu")
+
+
+def reference(config: dict) -> open_clip.CLIP:
+    torch.manual_seed(0)
+    arguments = {name: value for name, value in config.items() if name != "custom_text"}
+    model = open_clip.CLIP(**arguments).eval()
+    with torch.no_grad():  # biases and layer norms start at constants that would hide a swap
+        for name, p in model.named_parameters():
+            if name != "logit_scale":
+                p.add_(torch.randn_like(p) * 0.02)
+    return model
+
+
+def ours(config: dict, model: open_clip.CLIP, folder: Path) -> CLIP:
+    (folder / "model.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    built = build(
+        ModelConfig(architecture=str(folder / "model.json"), pretrained=str(folder / "weights.safetensors")),
+        CLIPConfig(tune="frozen"),
+    )
+    assert isinstance(built, CLIP)
+    return built
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(VIT_B_32, id="ViT-B-32-quickgelu"),
+        pytest.param(ODD_HEADS, id="heads-of-20-gelu"),
+        pytest.param(ODD_QUICK, id="quickgelu-24px"),
+    ],
+)
+@torch.no_grad()
+def test_towers_equal_open_clips(config, tmp_path):
+    model = reference(config)
+    method = ours(config, model, tmp_path)
+    size, generator = config["vision_cfg"]["image_size"], torch.Generator().manual_seed(1)
+    images = torch.randn(2, 3, size, size, generator=generator)
+    assert relative_error(method.vision(images[:, None])[:, 0], model.encode_image(images)) <= 1e-5
+    # every length of caption, padded to the context
+    length, vocab = config["text_cfg"]["context_length"], config["text_cfg"]["vocab_size"]
+    lengths = range(2, length + 1) if length < 20 else (2, 3, 11, length)
+    for real in lengths:
+        ids = torch.randint(1, vocab - 2, (2, length), generator=generator)
+        ids[:, real - 1] = vocab - 1
+        ids[:, real:] = 0
+        mask = (torch.arange(length) < real).expand(2, -1)
+        assert relative_error(method.text(ids, mask), model.encode_text(ids)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "vision_heads", "vision_mlp"),
+    [
+        ("ViT-B-32", 12, 3072),
+        ("ViT-B-16", 12, 3072),
+        ("ViT-L-14", 16, 4096),
+        ("ViT-L-14-336", 16, 4096),
+        ("ViT-H-14", 16, 5120),
+        ("ViT-g-14", 16, 6144),
+    ],
+)
+def test_sizes_of_the_standard_models_are_open_clips(name, vision_heads, vision_mlp):
+    config = open_clip.get_model_config(name)
+    architecture = architecture_from_config(name, config)
+    with torch.device("meta"):
+        model = open_clip.CLIP(**{k: v for k, v in config.items() if k != "custom_text"})
+        state = model.state_dict()
+        method = CLIP(architecture, CLIPConfig())
+    assert architecture.vision.heads == vision_heads == model.visual.transformer.resblocks[0].attn.num_heads
+    assert architecture.vision.mlp_width == vision_mlp
+    shapes = {name: tuple(t.shape) for name, t in openai_weights(method, architecture).items()}
+    assert shapes == {name: tuple(t.shape) for name, t in state.items()}
+
+
+def test_another_kind_of_model_is_refused_by_the_key_that_makes_it_so():
+    config = open_clip.get_model_config("ViT-B-16-SigLIP")
+    with pytest.raises(ValueError, match=r"ViT-B-16-SigLIP: expected a plain CLIP ViT, found .*vision_cfg\."):
+        architecture_from_config("ViT-B-16-SigLIP", config)
+
+
+def test_wrong_weights_are_named(tmp_path):
+    model = reference(ODD_QUICK)
+    state = model.state_dict()
+    state["extra"] = torch.zeros(1)
+    state["visual.proj"] = torch.zeros(3, 3)
+    del state["ln_final.bias"]
+    model.state_dict = lambda: state
+    with pytest.raises(ValueError) as error:
+        ours(ODD_QUICK, model, tmp_path)
+    message = str(error.value)
+    assert "missing ln_final.bias" in message
+    assert "unexpected extra" in message
+    assert "visual.proj: expected (64, 16), found (3, 3)" in message
+
+
+def test_an_openai_archive_brings_its_activation(tmp_path, caplog):
+    model = reference({**ODD_QUICK})
+    images, ids = torch.randn(1, 3, 24, 24), torch.ones(1, 9, dtype=torch.long)
+    torch.jit.trace(model, (images, ids), check_trace=False).save(tmp_path / "openai.pt")
+    weights, activation = read_weights(tmp_path / "openai.pt")
+    assert activation == "quick_gelu"
+    assert torch.equal(weights["visual.proj"], model.visual.proj)
+    (tmp_path / "gelu.json").write_text(json.dumps({**ODD_QUICK, "quick_gelu": False}))
+    named = {"architecture": str(tmp_path / "gelu.json"), "pretrained": str(tmp_path / "openai.pt")}
+    with caplog.at_level(logging.WARNING):
+        assert load_pretrained(ModelConfig(**named)).architecture.activation == "quick_gelu"
+    assert "quick_gelu" in caplog.text
+    with pytest.raises(ValueError, match=r"model\.activation: expected 'quick_gelu'"):
+        load_pretrained(ModelConfig(**named, activation="gelu"))
+
+
+def test_a_tag_brings_its_file_and_activation(tmp_path, monkeypatch):
+    weights = tmp_path / "downloaded.pt"
+    torch.save(reference(VIT_B_32).state_dict(), weights)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda config: str(weights))
+    found = load_pretrained(ModelConfig(architecture="ViT-B-32", pretrained="openai"))
+    assert found.architecture.activation == "quick_gelu"
+    with pytest.raises(ValueError, match=r"model.pretrained: .*'drawn'.*found 'no_such_tag'"):
+        load_pretrained(ModelConfig(architecture="ViT-B-32", pretrained="no_such_tag"))
+
+
+def test_a_training_checkpoint_of_open_clip_with_prefixes_loads(tmp_path):
+    model = reference(ODD_QUICK)
+    text = ("positional_embedding", "text_projection", "token_embedding", "transformer", "ln_final")
+    state = {("text." + n if n.startswith(text) else n): t for n, t in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": {f"module.{n}": t for n, t in state.items()}}, tmp_path / "c.pt")
+    weights, activation = read_weights(tmp_path / "c.pt")
+    assert activation is None
+    assert set(weights) == set(model.state_dict())
+
+
+def test_bare_weights_take_heads_of_64_and_say_so(tmp_path, caplog):
+    model = reference({**ODD_QUICK, "text_cfg": {**ODD_QUICK["text_cfg"], "width": 64, "heads": 1}})
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    bare = {"pretrained": str(tmp_path / "w.safetensors")}
+    with pytest.raises(ValueError, match="bare weights do not tell the activation"):
+        load_pretrained(ModelConfig(**bare))
+    with caplog.at_level(logging.WARNING):
+        found = load_pretrained(ModelConfig(**bare, activation="quick_gelu")).architecture
+    assert (found.vision.heads, found.text.heads, found.image_size) == (1, 1, 24)
+    assert "heads of width 64" in caplog.text
+
+
+def test_a_random_start_depends_on_its_seed_alone(tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(ODD_QUICK))
+
+    def weights(seed: int) -> dict:
+        torch.manual_seed(len(str(seed)) + 7)
+        method = build(
+            ModelConfig(architecture=str(tmp_path / "model.json"), pretrained="random", seed=seed),
+            CLIPConfig(tune="frozen"),
+        )
+        return openai_weights(method, method.architecture)
+
+    first, again, other = weights(1), weights(1), weights(10)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not torch.equal(first["visual.proj"], other["visual.proj"])
+    assert all(t.isfinite().all() for t in first.values())
+
+
+def test_the_drawn_clips_file_round_trips_its_token_rows(tmp_path):
+    architecture = tiny_architecture()
+    method = CLIP(architecture, CLIPConfig())
+    initialise(method, architecture, seed=0)
+    weights = {n: t.half().float() for n, t in openai_weights(method, architecture).items()}
+    write_drawn_clip(tmp_path / "d.safetensors", architecture, weights, [3, 49, 7])
+    read = read_drawn_clip(tmp_path / "d.safetensors")
+    assert isinstance(read.architecture, Architecture)
+    assert read.architecture == architecture
+    assert read.weights is not None
+    table = read.weights.pop("token_embedding.weight")
+    assert torch.equal(table[[3, 7, 49]], weights["token_embedding.weight"][[3, 7, 49]])
+    assert not table[[0, 1, 48]].any()
+    assert all(torch.equal(read.weights[n], weights[n]) for n in read.weights)
+
+
+def test_padding_has_no_effect_on_a_caption():
+    architecture = tiny_architecture()
+    method = CLIP(architecture, CLIPConfig())
+    with torch.no_grad():
+        for p in method.parameters():
+            p.normal_(std=0.1)
+        ids, mask = random_captions(architecture, 6, torch.Generator().manual_seed(0))
+        for i, m in zip(ids, mask, strict=True):
+            real = int(m.sum())
+            alone = method.text(i[None, :real], m[None, :real])
+            assert relative_error(method.text(i[None], m[None]), alone) <= 1e-6
