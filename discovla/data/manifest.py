@@ -22,9 +22,9 @@ FrameCaptions = tuple[tuple[str, ...] | None, ...]
 class Clip:
     """A clip and what is said of it.
 
-    video: absolute path.  start, end: seconds, None for the ends of the file.  frame_captions: for each caption
-    one still caption per sampled frame, or None.  caption_order: for each caption its place in the dataset's own
-    list of samples, where that list is not grouped by clip.
+    video: absolute path.  start, end: seconds, None for the ends of the file.  frame_captions: for each
+    caption one still caption per sampled frame, or None.  caption_order: for each caption its place in the
+    dataset's own list of samples, where that list is not grouped by clip.
     """
 
     id: str
@@ -94,8 +94,8 @@ def write_manifest(path: str | Path, clips: Sequence[Clip]) -> None:
 def check_clips(clips: Sequence[Clip], *, frames: int | None = None) -> None:
     """Refuse, before training, clips that cannot be used.
 
-    A video must be a file that is not empty, a caption must say something, ids must differ, and where there are
-    frame captions they must number as many as the frames.
+    A video must be a file that is not empty, a caption must say something, ids must differ, and where there
+    are frame captions they must number as many as the frames.
 
     Args:
         frames: frames sampled per clip, where frame captions are used; None leaves them unchecked.
