@@ -92,14 +92,15 @@ def checked(similarity: Array, groups: Sequence[int] | Array | None) -> tuple[Ar
     return similarity, checked_groups(groups, *similarity.shape)
 
 
-def require_finite(scores: Array, *, text: int = 0, video: int = 0) -> None:
-    """Refuse NaN and infinity; `text`, `video` say where in the whole matrix `scores` begins."""
+def require_finite(scores: Array, *, texts: Array | None = None, first_video: int = 0) -> None:
+    """Refuse NaN and infinity; `texts` and `first_video` say which part of the whole matrix `scores` is."""
     bad = np.argwhere(~np.isfinite(scores))
     if len(bad):
         row, column = bad[0]
+        text = row if texts is None else texts[row]
         raise ValueError(
             f"similarity: expected finite scores, found {len(bad)} that are not, "
-            f"the first {scores[row, column]} at text {text + row}, video {video + column}"
+            f"the first {scores[row, column]} at text {text}, video {first_video + column}"
         )
 
 

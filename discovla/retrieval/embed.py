@@ -1,0 +1,85 @@
+"""Embeddings of whole sets: made batch by batch on the device, kept on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from discovla.batch import Embedding
+from discovla.methods.base import Method
+
+Inputs = Iterable[tuple[Tensor, Tensor]]
+
+
+def embed_texts(method: Method, batches: Inputs, device: torch.device | str) -> Embedding:
+    """Embeddings of all captions, in their order, on the CPU.
+
+    Args:
+        method: lies on `device`; works in evaluation mode and returns to the mode it was in.
+        batches: ids (n l, int64) and mask (n l, bool).
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    return _embed(method, method.encode_text, batches, device)
+
+
+def embed_videos(method: Method, batches: Inputs, device: torch.device | str) -> Embedding:
+    """Embeddings of all videos, as `embed_texts`, from frames (n f y x c, uint8) and mask (n f, bool)."""
+    return _embed(method, method.encode_video, batches, device)
+
+
+def concatenate(parts: Sequence[Embedding]) -> Embedding:
+    """One embedding of all rows of `parts`, which must agree on having tokens and masks.
+
+    Raises:
+        ValueError: there is no part.
+    """
+    if not parts:
+        raise ValueError("embeddings: expected at least one batch, found none")
+    return Embedding(
+        pooled=torch.cat([part.pooled for part in parts]),
+        tokens=_cat([part.tokens for part in parts]),
+        mask=_cat([part.mask for part in parts]),
+    )
+
+
+def in_order(shares: Sequence[tuple[Tensor, Embedding]], count: int) -> Embedding:
+    """The embeddings of `count` inputs, put together from the shares of several processes.
+
+    Args:
+        shares: per process the place of each of its rows (n, int64) and their embedding. A row that two
+            processes embedded is taken once.
+
+    Raises:
+        ValueError: a row is missing.
+    """
+    places = torch.cat([place for place, _ in shares])
+    found = torch.full((count,), -1)
+    found[places] = torch.arange(len(places))
+    if (missing := (found < 0).nonzero()).numel():
+        raise ValueError(
+            f"embeddings: expected {count} rows, found {count - len(missing)}; row {missing[0, 0]} is missing"
+        )
+    return concatenate([embedding for _, embedding in shares])[found]
+
+
+def _embed(
+    method: Method, encode: Callable[[Tensor, Tensor], Embedding], batches: Inputs, device: torch.device | str
+) -> Embedding:
+    mode = method.training
+    method.eval()
+    try:
+        with torch.no_grad():
+            return concatenate([encode(x.to(device), mask.to(device)).to("cpu") for x, mask in batches])
+    finally:
+        method.train(mode)
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    given = [tensor for tensor in tensors if tensor is not None]
+    if given and len(given) < len(tensors):
+        raise ValueError(f"embeddings: expected tokens and masks in all {len(tensors)} batches or in none")
+    return torch.cat(given) if given else None

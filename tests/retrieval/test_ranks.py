@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+
+from discovla.batch import Embedding
+from discovla.methods.clip import CLIP, CLIPConfig
+from discovla.retrieval.metrics import text_to_video_ranks, video_to_text_ranks
+from discovla.retrieval.ranks import Tiles, similarity_matrix, similarity_tile, streamed_ranks
+from discovla.testing import tiny_architecture
+
+
+def tile_of(matrix):
+    return lambda texts, videos: matrix[texts, videos]
+
+
+def assert_same_ranks(matrix, groups, block):
+    streamed = streamed_ranks(tile_of(matrix), len(matrix), len(matrix.T), groups, block=block)
+    whole = text_to_video_ranks(matrix, groups), video_to_text_ranks(matrix, groups)
+    for ours, expected in zip(streamed, whole, strict=True):
+        np.testing.assert_array_equal(ours.ties_against, expected.ties_against)
+        np.testing.assert_array_equal(ours.optimistic, expected.optimistic)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 100])
+@pytest.mark.parametrize("size", [1, 7, 20])
+def test_streamed_ranks_equal_those_of_the_whole_matrix(size, block):
+    matrix = np.random.default_rng(size).integers(0, 5, (size, size)).astype(np.float32)  # many ties
+    assert_same_ranks(matrix, None, block)
+
+
+@pytest.mark.parametrize("block", [1, 3, 8, 100])
+def test_streamed_ranks_equal_those_of_the_whole_matrix_with_scattered_groups(block):
+    generator = np.random.default_rng(0)
+    groups = generator.permutation(np.repeat(np.arange(9), [1, 4, 2, 12, 1, 3, 1, 5, 2]))
+    matrix = generator.normal(size=(len(groups), 9)).round(1)
+    assert_same_ranks(matrix, groups, block)
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_every_text_and_every_video_has_its_turn_once(block):
+    groups = np.array([2, 0, 1, 2, 2, 0])
+    tiles = Tiles(groups=groups, videos=3, block=block)
+    rows = list(tiles.rows())
+    assert sorted(np.concatenate([texts for texts, _ in rows])) == list(range(6))
+    assert np.concatenate([np.arange(3)[own] for _, own in rows]).tolist() == [0, 1, 2]
+    for texts, own in rows:
+        assert set(groups[texts]) == set(range(3)[own])
+        assert len(texts) <= block or own.stop - own.start == 1
+
+
+def test_a_score_that_is_not_finite_is_named_by_its_place_in_the_whole_matrix():
+    matrix = np.zeros((6, 6), np.float32)
+    matrix[5, 4] = np.nan
+    with pytest.raises(ValueError, match="found 1 that are not, the first nan at text 5, video 4"):
+        streamed_ranks(tile_of(matrix), 6, 6, block=4)
+
+
+def test_similarity_matrix_puts_tiles_where_they_belong():
+    matrix = np.random.default_rng(0).normal(size=(11, 5))
+    np.testing.assert_array_equal(similarity_matrix(tile_of(matrix), 11, 5, block=3), matrix)
+
+
+def test_tiles_hold_the_similarity_of_the_method():
+    method = CLIP(tiny_architecture(), CLIPConfig())
+    text, video = Embedding(pooled=torch.randn(5, 16)), Embedding(pooled=torch.randn(4, 16))
+    tile = similarity_tile(method, text, video, "cpu")
+    expected = method.similarity(text, video).detach().numpy()
+    np.testing.assert_allclose(similarity_matrix(tile, 5, 4, block=2), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_method_ranks_alike_streamed_and_whole():
+    method = CLIP(tiny_architecture(), CLIPConfig())
+    text, video = Embedding(pooled=torch.randn(40, 16)), Embedding(pooled=torch.randn(20, 16))
+    groups = torch.arange(40) % 20
+    tile = similarity_tile(method, text, video, "cpu")
+    streamed, _ = streamed_ranks(tile, 40, 20, groups.numpy(), block=8)
+    whole = text_to_video_ranks(similarity_matrix(tile, 40, 20), groups.numpy())
+    np.testing.assert_array_equal(streamed.ties_against, whole.ties_against)
