@@ -1,0 +1,377 @@
+"""Video files to the frames the model sees, and what is wrong with files that have none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image
+
+from discovla.data.sampling import frame_indices
+
+Damaged = Literal["refuse", "use"]
+
+_QUARTER_TURNS = {
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
+
+
+class DecodeError(Exception):
+    """A video that gives no frames, or not the frames asked for."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = Path(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Which frames of a file to take: see `frame_indices`."""
+
+    frames: int
+    sample_rate: float = 1.0
+    start: float | None = None
+    end: float | None = None
+
+    def indices(self, count: int, rate: float) -> list[int]:
+        """The frames of a clip with `count` frames that decode at `rate` a second."""
+        span = {"start": self.start, "end": self.end}
+        return frame_indices(count, rate, self.frames, sample_rate=self.sample_rate, **span)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """Sampled frames of one clip.
+
+    images: by frame index, uint8 RGB y x 3.  indices: f of them, ascending, with repeats where the clip is
+    short.
+    seconds: their times.  count: frames that decode.  rate: average frames per second.  problem: what ended
+    the decoding early, or None.
+    """
+
+    images: dict[int, np.ndarray]
+    indices: tuple[int, ...]
+    seconds: tuple[float, ...]
+    count: int
+    rate: float
+    problem: str | None
+
+    @property
+    def frames(self) -> np.ndarray:
+        """The frames, f y x 3, uint8."""
+        return np.stack([self.images[index] for index in self.indices])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What can be had from a file.
+
+    kind: `ok` decodes to its end, `damaged` breaks off after `count` frames, `refused` gives none.  reason:
+    why, empty where it is ok.  size: width and height as displayed.  header_count: frames the header
+    promises, 0 where it says nothing.
+    """
+
+    kind: Literal["ok", "damaged", "refused"]
+    reason: str
+    count: int = 0
+    rate: float | None = None
+    size: tuple[int, int] | None = None
+    header_count: int = 0
+
+
+def decode(
+    path: str | Path,
+    frames: int,
+    *,
+    sample_rate: float = 1.0,
+    start: float | None = None,
+    end: float | None = None,
+    damaged: Damaged = "refuse",
+) -> Decoded:
+    """The sampled frames of a video as it is displayed.
+
+    The frames that decode are counted, whatever the header says; rotation is applied, pixels that are not
+    square are left as they are, as in the released code.
+
+    Args:
+        path: a video file; of several video streams the best is taken.
+        frames, sample_rate, start, end: see `frame_indices`.
+        damaged: whether a file that breaks off is refused or used up to there.
+
+    Raises:
+        DecodeError: the file gives no frames, or is damaged and that is refused.
+    """
+    sampling = Sampling(frames=frames, sample_rate=sample_rate, start=start, end=end)
+    return decode_each(path, sampling, np.asarray, damaged=damaged)
+
+
+def decode_each(
+    path: str | Path,
+    sampling: Sampling,
+    each: Callable[[Image.Image], np.ndarray],
+    *,
+    damaged: Damaged = "refuse",
+) -> Decoded:
+    """As `decode`, with `each` applied once to every chosen frame, so that no more than one is held whole.
+
+    Args:
+        each: from an RGB image as displayed to uint8 y x 3, the same shape for all.
+
+    Raises:
+        DecodeError: as `decode`.
+    """
+    path = Path(path)
+    scan = _scan(path, sampling, each, None)
+    if scan.count == 0:
+        raise DecodeError(path, scan.nothing())
+    if scan.problem is not None and damaged == "refuse":
+        raise DecodeError(path, scan.broken())
+    try:
+        indices = sampling.indices(scan.count, scan.rate)
+    except ValueError as error:
+        raise DecodeError(path, str(error)) from error
+    if not scan.images.keys() >= set(indices):
+        scan = _scan(path, sampling, each, scan.count)
+    if not scan.images.keys() >= set(indices):
+        raise DecodeError(
+            path, f"decoded twice, it gave other numbers of frames, the second time {scan.count}"
+        )
+    return Decoded(
+        images=scan.images,
+        indices=tuple(indices),
+        seconds=tuple(scan.seconds[index] for index in indices),
+        count=scan.count,
+        rate=scan.rate,
+        problem=None if scan.problem is None else scan.broken(),
+    )
+
+
+def inspect(path: str | Path) -> Verdict:
+    """Decode a file to its end, keeping nothing, and say what it gives."""
+    try:
+        scan = _scan(Path(path), None, np.asarray, 0)
+    except DecodeError as error:
+        return Verdict(kind="refused", reason=error.reason)
+    if scan.count == 0:
+        return Verdict(kind="refused", reason=scan.nothing(), rate=scan.rate, header_count=scan.header_count)
+    return Verdict(
+        kind="ok" if scan.problem is None else "damaged",
+        reason="" if scan.problem is None else scan.broken(),
+        count=scan.count,
+        rate=scan.rate,
+        size=scan.size,
+        header_count=scan.header_count,
+    )
+
+
+def write_frames(
+    video: str | Path,
+    out: str | Path,
+    frames: int,
+    *,
+    sample_rate: float = 1.0,
+    damaged: Damaged = "refuse",
+) -> list[Path]:
+    """Write the sampled frames of a video as PNG, at the size displayed, and `frames.json` with their times.
+
+    Args:
+        out: folder, made where there is none.
+        frames, sample_rate, damaged: as `decode`.
+
+    Returns: the PNG files in order; a repeated frame is written once for each time it is seen.
+
+    Raises:
+        DecodeError: as `decode`.
+        OSError: the folder cannot be written.
+    """
+    decoded = decode(video, frames, sample_rate=sample_rate, damaged=damaged)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for place, (index, seconds) in enumerate(zip(decoded.indices, decoded.seconds, strict=True)):
+        name = f"{place:02d}_frame{index:06d}.png"
+        Image.fromarray(decoded.images[index]).save(out / name)
+        rows.append({"file": name, "index": index, "seconds": round(seconds, 6)})
+    height, width, _ = decoded.images[decoded.indices[0]].shape
+    record = {
+        "video": str(video),
+        "count": decoded.count,
+        "rate": decoded.rate,
+        "width": width,
+        "height": height,
+        "problem": decoded.problem,
+        "frames": rows,
+    }
+    (out / "frames.json").write_text(
+        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    return [out / row["file"] for row in rows]
+
+
+@dataclass(kw_only=True)
+class _Scan:
+    """One decoding of a file to its end, and what was kept of it."""
+
+    rate: float
+    header_count: int
+    count: int = 0
+    size: tuple[int, int] | None = None
+    problem: str | None = None
+    images: dict[int, np.ndarray] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    def nothing(self) -> str:
+        """Why there is no frame."""
+        return f"no frame decodes: {self.problem or 'the video stream is empty'}"
+
+    def broken(self) -> str:
+        """Where the decoding ended."""
+        promised = f" of the {self.header_count} its header promises" if self.header_count else ""
+        return f"damaged: {self.count} frames decode{promised}, then {self.problem}"
+
+
+def _scan(
+    path: Path, sampling: Sampling | None, each: Callable[[Image.Image], np.ndarray], count: int | None
+) -> _Scan:
+    """Decode the whole file, keeping the frames sampled where `count` frames decode; None is a guess."""
+    if sampling is not None and count is None:
+        count = _guess(path)
+    with _opened(path) as (container, stream):
+        scan = _Scan(rate=_rate(path, stream), header_count=stream.frames)
+        wanted = _wanted(sampling, count, scan.rate)
+        try:
+            for frame in container.decode(stream):
+                if scan.size is None:
+                    scan.size = _displayed(frame)
+                if scan.count in wanted:
+                    scan.images[scan.count] = each(_image(frame, scan.size))
+                    scan.seconds[scan.count] = scan.count / scan.rate if frame.time is None else frame.time
+                scan.count += 1
+        except FFmpegError as error:
+            scan.problem = _words(error)
+    return scan
+
+
+def _wanted(sampling: Sampling | None, count: int | None, rate: float) -> set[int]:
+    """Frames to keep if `count` decode; none where that cannot be right, which the true count then shows."""
+    if sampling is None or not count:
+        return set()
+    try:
+        return set(sampling.indices(count, rate))
+    except ValueError:
+        return set()
+
+
+def _guess(path: Path) -> int:
+    """How many frames may decode: what the header promises, or else the packets there are."""
+    with _opened(path) as (container, stream):
+        if stream.frames:
+            return stream.frames
+        try:
+            return sum(1 for packet in container.demux(stream) if packet.size)
+        except FFmpegError:
+            return 0
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A file and its best video stream, to be decoded on one thread."""
+    _check_file(path)
+    try:
+        # A playlist must not fetch from elsewhere, and a title in a broken encoding is no reason to refuse.
+        container = av.open(
+            str(path.absolute()), metadata_errors="replace", options={"protocol_whitelist": "file"}
+        )
+    except (FFmpegError, OSError) as error:
+        raise DecodeError(path, _unopened(path, error)) from error
+    with container:
+        stream = _best(path, container)
+        # Frame threading gives other frames, and other numbers of them, on broken files; workers are the
+        # parallelism. stream.thread_type = "SLICE"
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _check_file(path: Path) -> None:
+    """A regular file with something in it."""
+    try:
+        if not path.exists():
+            raise DecodeError(path, "there is no such file")
+        if not path.is_file():
+            raise DecodeError(path, "expected a file, found a folder or a device")
+        if path.stat().st_size == 0:
+            raise DecodeError(path, "the file is empty (0 bytes)")
+    except OSError as error:
+        raise DecodeError(path, f"cannot be read: {_words(error)}") from error
+
+
+def _unopened(path: Path, error: Exception) -> str:
+    """Why a file does not open."""
+    if isinstance(error, PermissionError):
+        return f"cannot be read: {_words(error)}"
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp":
+        return f"truncated: an MP4 file without its index ({_words(error)})"
+    return f"not a video file ({_words(error)})"
+
+
+def _best(path: Path, container: InputContainer) -> VideoStream:
+    """The best video stream, a picture on a sound file's cover not being one."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream) or stream.disposition & stream.disposition.attached_pic:
+        if container.streams.video and not isinstance(stream, VideoStream):
+            raise DecodeError(path, "no decoder for its video stream")
+        kind = "audio only" if container.streams.audio else "neither video nor audio in it"
+        raise DecodeError(path, f"no video stream: {kind}")
+    return stream
+
+
+def _rate(path: Path, stream: VideoStream) -> float:
+    """Average frames per second."""
+    rate = float(stream.average_rate or 0)
+    if not rate > 0:
+        raise DecodeError(
+            path, f"no average frame rate: expected a number above 0, found {stream.average_rate}"
+        )
+    return rate
+
+
+def _turn(frame: VideoFrame) -> int:
+    """Degrees to turn a frame counterclockwise, a whole number of quarter turns."""
+    return round(frame.rotation / 90) * 90 % 360
+
+
+def _displayed(frame: VideoFrame) -> tuple[int, int]:
+    """Width and height of a frame after it is turned."""
+    return (frame.height, frame.width) if _turn(frame) % 180 else (frame.width, frame.height)
+
+
+def _image(frame: VideoFrame, size: tuple[int, int]) -> Image.Image:
+    """A frame in RGB as displayed, at the size of the first frame where the stream changes size."""
+    image = frame.to_image()
+    turn = _turn(frame)
+    if turn:
+        image = image.transpose(_QUARTER_TURNS[turn])
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _words(error: Exception) -> str:
+    """An error of the system or of FFmpeg without its number and path."""
+    return getattr(error, "strerror", None) or str(error)
