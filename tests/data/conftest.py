@@ -33,7 +33,7 @@ def movie(
     draw: Callable[[int, int, int], np.ndarray] = grey,
     rotation: int = 0,
 ) -> Path:
-    """Write a clip of frames of (height, width), with B-frames; by default its grey tells a frame's number."""
+    """Write a clip of frames of (height, width), with B-frames; by default its grey tells its number."""
     height, width = size
     path.parent.mkdir(parents=True, exist_ok=True)
     odd = height % 2 or width % 2

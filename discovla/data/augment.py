@@ -1,0 +1,95 @@
+"""Changes to the pixels of a training clip, drawn once per clip and the same for all its frames."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from discovla.torchvision_cpu import install
+
+if TYPE_CHECKING:
+    from timm.data.auto_augment import RandAugment
+
+_POLICY = "rand-m7-n4-mstd0.5-inc1"
+_GREY = (128, 128, 128)
+_LIGHT = 0.2  # largest change of brightness and of contrast, as a share
+
+
+def draw_randaugment(seed: str) -> Callable[[Image.Image], Image.Image]:
+    """The released augmentation for one clip: RandAugment, to be applied to each frame at its full size.
+
+    4 of 15 operations with replacement, each applied with probability 1/2, magnitude from N(7, 0.5^2) within
+    0 .. 10, bicubic, filled with grey.  No crop, no flip.
+
+    Args:
+        seed: what the draws depend on, and the only thing; the random state of the process is left as it was.
+
+    Returns: from an RGB image to one of the same size.
+
+    Source: the released DiscoVLA code; the operations are timm's, Apache-2.0.
+    """
+    with _random_state(seed):
+        steps = [step for op in random.choices(_policy().ops, k=_policy().num_layers) for step in _drawn(op)]
+
+    def augment(image: Image.Image) -> Image.Image:
+        for function, arguments, options in steps:
+            image = function(image, *arguments, **options)
+        return image
+
+    return augment
+
+
+def draw_light(seed: str) -> Callable[[np.ndarray], np.ndarray]:
+    """A cheap augmentation for one clip: brightness and contrast changed by up to a fifth.
+
+    x' = ((x - m) c + m) b with m the mean of the clip and b, c from U(0.8, 1.2), as one table of 256 values.
+
+    Args:
+        seed: what the draws depend on, and the only thing.
+
+    Returns: from uint8 frames, f y x 3, to new ones of the same shape.
+    """
+    draws = random.Random(seed)
+    brightness, contrast = (draws.uniform(1 - _LIGHT, 1 + _LIGHT) for _ in range(2))
+
+    def augment(frames: np.ndarray) -> np.ndarray:
+        middle = frames.mean()
+        table = ((np.arange(256) - middle) * contrast + middle) * brightness
+        return np.clip(np.rint(table), 0, 255).astype(np.uint8)[frames]
+
+    return augment
+
+
+def _drawn(op: Any) -> list[tuple[Callable[..., Image.Image], tuple[Any, ...], dict[str, Any]]]:
+    """One operation with its arguments drawn, or nothing where the coin says so."""
+    if random.random() > op.prob:
+        return []
+    magnitude = min(max(random.gauss(op.magnitude, op.magnitude_std), 0.0), 10.0)
+    arguments = () if op.level_fn is None else op.level_fn(magnitude, op.hparams)
+    return [(op.aug_fn, arguments, op.kwargs)]
+
+
+@contextmanager
+def _random_state(seed: str) -> Iterator[None]:
+    """Python's global generator, from which timm draws signs, seeded for a while."""
+    before = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+
+
+@lru_cache(maxsize=1)
+def _policy() -> RandAugment:
+    """timm's operations under the released settings."""
+    install()
+    from timm.data.auto_augment import rand_augment_transform  # imports torchvision, so only after install()
+
+    return rand_augment_transform(_POLICY, {"img_mean": _GREY, "interpolation": Image.Resampling.BICUBIC})

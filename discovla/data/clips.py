@@ -1,0 +1,178 @@
+"""Clips of a manifest as a source of samples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from discovla.batch import BadClip
+from discovla.data.augment import draw_light, draw_randaugment
+from discovla.data.cache import FrameCache
+from discovla.data.decode import Damaged, DecodeError, Sampling, decode_each
+from discovla.data.manifest import Clip
+from discovla.data.pixels import fit
+from discovla.data.samples import Pair, Sample, frame_texts
+from discovla.data.tokens import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Augment = Literal["none", "light", "randaugment"]
+LongCaptions = Literal["error", "truncate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameSettings:
+    """How clips become frames: how many, how large, and what is done about files that break off."""
+
+    frames: int
+    image_size: int
+    sample_rate: float = 1.0
+    damaged: Damaged = "refuse"
+    cache: Path | None = None
+
+
+class FrameReader:
+    """Frames of clips at the size of the model, from the cache where they are there.
+
+    It pickles, so that worker processes can have it.
+    """
+
+    def __init__(self, settings: FrameSettings) -> None:
+        self.settings = settings
+        self._cache = None if settings.cache is None else FrameCache(settings.cache)
+
+    def read(self, clip: Clip) -> np.ndarray:
+        """The frames of a clip, uint8, f y x 3.
+
+        Raises:
+            DecodeError: the clip gives none.
+        """
+        if self._cache is None:
+            return self._decoded(clip, None)
+        chosen = self.settings
+        spec = (chosen.frames, chosen.image_size, chosen.sample_rate, chosen.damaged, clip.start, clip.end)
+        try:
+            key = self._cache.key(clip.video, spec)
+        except OSError as error:
+            raise DecodeError(clip.video, f"cannot be read: {error.strerror}") from error
+        frames = self._cache.get(key)
+        if frames is None:
+            frames = self._decoded(clip, None)
+            self._cache.put(key, frames)
+        return frames
+
+    def read_augmented(self, clip: Clip, augment: Augment, seed: str) -> np.ndarray:
+        """The frames of a clip after an augmentation that depends on `seed` alone.
+
+        RandAugment works on frames of full size, which no cache holds.
+
+        Raises:
+            DecodeError: the clip gives none.
+        """
+        match augment:
+            case "none":
+                return self.read(clip)
+            case "light":
+                return draw_light(seed)(self.read(clip))
+            case "randaugment":
+                return self._decoded(clip, seed)
+
+    def blank(self) -> np.ndarray:
+        """What stands in the row of a clip that gives no frames; the row is marked not valid."""
+        size = self.settings.image_size
+        return np.zeros((self.settings.frames, size, size, 3), np.uint8)
+
+    def _decoded(self, clip: Clip, seed: str | None) -> np.ndarray:
+        """Frames from the file, augmented at full size if there is a seed."""
+        chosen = self.settings
+        sampling = Sampling(
+            frames=chosen.frames, sample_rate=chosen.sample_rate, start=clip.start, end=clip.end
+        )
+        augment = None if seed is None else draw_randaugment(seed)
+
+        def each(image: Image.Image) -> np.ndarray:
+            return fit(image if augment is None else augment(image), chosen.image_size)
+
+        return decode_each(clip.video, sampling, each, damaged=chosen.damaged).frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSource:
+    """Training pairs of clips; a clip that gives no frames becomes a blank that says why."""
+
+    clips: Sequence[Clip]
+    pairs: Sequence[Pair]
+    reader: FrameReader
+    augment: Augment = "none"
+    seed: int = 0
+    frame_captions: bool = False
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """The pair `index`, augmented by (seed, epoch, index)."""
+        pair = self.pairs[index]
+        clip = self.clips[pair.clip]
+        bad = None
+        try:
+            frames = self.reader.read_augmented(clip, self.augment, f"{self.seed}/{epoch}/{index}")
+        except DecodeError as error:
+            frames = self.reader.blank()
+            bad = BadClip(id=clip.id, video=str(clip.video), reason=error.reason)
+        return Sample(
+            text=clip.captions[pair.caption],
+            frames=frames,
+            frame_texts=frame_texts(clip, pair.caption) if self.frame_captions else None,
+            video_index=pair.clip,
+            bad=bad,
+        )
+
+
+def check_captions(
+    clips: Sequence[Clip], context_length: int, *, long: LongCaptions, frame_captions: bool = False
+) -> int:
+    """Count captions longer than the context, before training.
+
+    Args:
+        context_length: tokens of a row, start and end included.
+        long: `error` refuses them, `truncate` logs how many lose their end.
+        frame_captions: whether frame captions count too.
+
+    Returns: the number of captions that are longer.
+
+    Raises:
+        ValueError: there are some, and long = "error"; the first is named.
+    """
+    tokenizer = Tokenizer(context_length)
+    told = [
+        (clip.id, text)
+        for clip in clips
+        for text in dict.fromkeys(_all_texts(clip, frame_captions))
+        if tokenizer.length(text) > context_length
+    ]
+    if not told:
+        return 0
+    name, text = told[0]
+    message = (
+        f"captions: {len(told)} longer than {context_length} tokens, the first of clip {name!r} has "
+        f"{tokenizer.length(text)}: {text[:80]!r}"
+    )
+    if long == "error":
+        raise ValueError(f"{message}; long_captions = 'truncate' cuts them")
+    logger.warning("%s; they are cut", message)
+    return len(told)
+
+
+def _all_texts(clip: Clip, frame_captions: bool) -> list[str]:
+    """The captions of a clip, with its frame captions or without."""
+    texts = list(clip.captions)
+    if frame_captions and clip.frame_captions is not None:
+        texts += [text for still in clip.frame_captions if still is not None for text in still]
+    return texts

@@ -1,0 +1,298 @@
+"""Batches: their order, their shares, their bad clips."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from discovla.batch import Batch
+from discovla.data.decode import DecodeError
+from discovla.data.loader import (
+    DataConfig,
+    LoaderShape,
+    TrainLoader,
+    epoch_order,
+    text_batches,
+    video_batches,
+)
+from discovla.data.manifest import Clip
+from discovla.data.samples import Sample
+from discovla.data.tokens import Tokenizer
+from tests.data.conftest import STEP, movie
+
+COUNT = 7  # clips, of two captions each
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> list[Clip]:
+    """Clips of one grey each, which tells their number."""
+    folder = tmp_path_factory.mktemp("loader")
+
+    def painted(level: int):
+        return lambda i, height, width: np.full((height, width, 3), level, np.uint8)
+
+    return [
+        Clip(
+            id=f"clip{i}",
+            video=movie(folder / f"{i}.mp4", 4, size=(32, 48), draw=painted((i + 1) * 3 * STEP)),
+            captions=(f"caption {i} a", f"caption {i} b"),
+            split="train",
+            frame_captions=((f"still {i} x", f"still {i} y"), (f"still {i} z", f"still {i} w")),
+        )
+        for i in range(COUNT)
+    ]
+
+
+def config(**changes) -> DataConfig:
+    return DataConfig(**({"manifest": Path("m.jsonl"), "frames": 2, "workers": 0} | changes))
+
+
+def shape(**changes) -> LoaderShape:
+    fields = {
+        "batch_size": 4,
+        "rank": 0,
+        "world_size": 1,
+        "seed": 3,
+        "image_size": 16,
+        "context_length": 12,
+        "frame_captions": False,
+    }
+    return LoaderShape(**(fields | changes))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    """Whether two batches hold the same."""
+    names = ("text_ids", "text_mask", "frames", "frame_mask", "video_index", "valid")
+    return a.bad == b.bad and all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def test_a_batch_has_frames_texts_and_indices_of_its_pairs(clips):
+    batch = next(TrainLoader(clips, config(), shape()).epoch(0))
+    assert batch.frames.shape == (4, 2, 16, 16, 3)
+    assert batch.frames.dtype == torch.uint8
+    assert batch.text_ids.shape == batch.text_mask.shape == (4, 12)
+    assert batch.frame_mask.all()
+    assert batch.valid.all()
+    levels = batch.frames.float().mean((1, 2, 3, 4)) / (3 * STEP) - 1
+    assert levels.round().long().tolist() == batch.video_index.tolist()
+    for row, index in enumerate(batch.video_index.tolist()):
+        texts = Tokenizer(12).encode(clips[index].captions)[0]
+        assert (texts == batch.text_ids[row]).all(1).any()
+
+
+def test_an_epoch_walks_through_every_pair_but_the_last_few(clips):
+    loader = TrainLoader(clips, config(), shape(batch_size=2))
+    assert loader.steps_per_epoch == COUNT
+    seen = torch.cat([batch.video_index for batch in loader.epoch(0)])
+    assert seen.bincount().tolist() == [2] * COUNT
+    assert TrainLoader(clips, config(), shape(batch_size=4)).steps_per_epoch == 3
+
+
+def test_frame_captions_come_one_per_frame(clips):
+    batch = next(TrainLoader(clips, config(), shape(frame_captions=True)).epoch(0))
+    assert batch.frame_text_ids.shape == (4, 2, 12)
+    row = 1
+    clip = clips[batch.video_index[row]]
+    wanted = [Tokenizer(12).encode(texts)[0] for texts in clip.frame_captions]
+    caption = [Tokenizer(12).encode([text])[0][0].tolist() for text in clip.captions].index(
+        batch.text_ids[row].tolist()
+    )
+    assert torch.equal(batch.frame_text_ids[row], wanted[caption])
+    assert torch.equal(batch.frame_text_mask, batch.frame_text_ids != 0)
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    orders = [epoch_order(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    torch.manual_seed(9)
+    assert epoch_order(50, 0, 0).tolist() == orders[0]
+    assert sorted(orders[0]) == list(range(50))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_repeated_exactly(clips, workers):
+    loader = TrainLoader(clips, config(workers=workers, augment="light"), shape())
+    first = list(loader.epoch(1))
+    assert all(same(a, b) for a, b in zip(first, loader.epoch(1), strict=True))
+    assert not any(same(a, b) for a, b in zip(first, loader.epoch(2), strict=True))
+
+
+def test_workers_and_none_give_the_same_batches(clips):
+    mine = TrainLoader(clips, config(workers=0, augment="light"), shape()).epoch(1)
+    theirs = TrainLoader(clips, config(workers=2, augment="light"), shape()).epoch(1)
+    assert all(same(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_start_in_mid_epoch_gives_what_skipping_gives(clips, workers):
+    loader = TrainLoader(clips, config(workers=workers, augment="light"), shape())
+    whole = list(loader.epoch(2))
+    rest = list(loader.epoch(2, start=1))
+    assert len(rest) == 2
+    assert all(same(a, b) for a, b in zip(whole[1:], rest, strict=True))
+
+
+def test_an_epoch_left_in_the_middle_does_not_disturb_the_next(clips):
+    loader = TrainLoader(clips, config(workers=2), shape())
+    whole = list(loader.epoch(1))
+    next(loader.epoch(0))
+    assert all(same(a, b) for a, b in zip(whole, loader.epoch(1), strict=True))
+
+
+def test_ranks_side_by_side_are_the_batch_of_one_process(clips):
+    one = list(TrainLoader(clips, config(augment="light"), shape()).epoch(0))
+    halves = [shape(world_size=2, rank=rank) for rank in (0, 1)]
+    ranks = [list(TrainLoader(clips, config(augment="light"), half).epoch(0)) for half in halves]
+    for whole, left, right in zip(one, *ranks, strict=True):
+        assert torch.equal(whole.frames, torch.cat([left.frames, right.frames]))
+        assert torch.equal(whole.text_ids, torch.cat([left.text_ids, right.text_ids]))
+        assert torch.equal(whole.video_index, torch.cat([left.video_index, right.video_index]))
+
+
+def test_reading_leaves_the_random_state_alone(clips):
+    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    list(TrainLoader(clips, config(augment="randaugment"), shape()).epoch(0))
+    list(TrainLoader(clips, config(workers=1), shape()).epoch(0))
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert (np.random.get_state()[1] == states[2]).all()
+
+
+def broken(clips: list[Clip], tmp_path: Path) -> list[Clip]:
+    """The same clips with a text for the third video."""
+    (tmp_path / "bad.mp4").write_text("no video")
+    return [replace(clip, video=tmp_path / "bad.mp4") if i == 2 else clip for i, clip in enumerate(clips)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_clip_becomes_a_row_that_is_not_valid(clips, tmp_path, workers):
+    loader = TrainLoader(broken(clips, tmp_path), config(workers=workers), shape(batch_size=2))
+    batches = list(loader.epoch(0))
+    assert len(batches) == COUNT
+    for batch in batches:
+        assert batch.valid.tolist() == [index != 2 for index in batch.video_index.tolist()]
+        assert len(batch.bad) == (~batch.valid).sum()
+    bad = [clip for batch in batches for clip in batch.bad]
+    assert [(clip.id, clip.video) for clip in bad] == [("clip2", str(tmp_path / "bad.mp4"))] * 2
+    assert bad[0].reason.startswith("not a video file")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_stops_at_a_bad_clip_and_names_it(clips, tmp_path, workers):
+    with pytest.raises(DecodeError) as error:
+        list(video_batches(broken(clips, tmp_path), config(workers=workers), 16, 4))
+    assert f"'clip2' ({tmp_path / 'bad.mp4'}): not a video file" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_reads_every_clip_once_over_the_ranks(clips, world_size):
+    seen = []
+    for rank in range(world_size):
+        for batch in video_batches(clips, config(), 16, 2, rank=rank, world_size=world_size):
+            assert batch.frames.shape[1:] == (2, 16, 16, 3)
+            assert batch.frame_mask.shape == batch.frames.shape[:2]
+            seen += batch.clip_index.tolist()
+    assert seen == list(range(COUNT))
+
+
+def test_evaluation_with_more_ranks_than_clips_gives_some_nothing(clips):
+    sizes = [len(list(video_batches(clips[:1], config(), 16, 2, rank=r, world_size=2))) for r in (0, 1)]
+    assert sorted(sizes) == [0, 1]
+
+
+def test_texts_come_in_order_and_cut():
+    texts = [f"a caption number {i} of many words" for i in range(5)]
+    rows = list(text_batches(texts, 6, 2))
+    assert [len(ids) for ids, _ in rows] == [2, 2, 1]
+    assert torch.equal(torch.cat([ids for ids, _ in rows]), Tokenizer(6).encode(texts)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5, "world_size": 2}, "batch_size: expected a multiple of the 2 processes, got 5"),
+        ({"batch_size": 0}, "batch_size: expected a multiple of the 1 processes, got 0"),
+        ({"batch_size": 64}, "batch_size: expected at most the 14 training pairs, got 64"),
+        ({"rank": 2, "world_size": 2}, r"rank: expected 0 .. world_size - 1, got 2 of 2"),
+        (
+            {"context_length": 4},
+            "captions: 14 longer than 4 tokens, the first of clip 'clip0' has 5: 'caption",
+        ),
+    ],
+    ids=["indivisible", "empty", "too large", "rank", "long captions"],
+)
+def test_what_cannot_be_read_is_refused_before_training(clips, changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainLoader(clips, config(), shape(**changes))
+
+
+def test_a_missing_video_is_refused_before_training(clips, tmp_path):
+    clips = [replace(clips[0], video=tmp_path / "none.mp4"), *clips[1:]]
+    with pytest.raises(ValueError, match="clip 'clip0': expected a video file, found nothing"):
+        TrainLoader(clips, config(), shape())
+
+
+def test_frame_captions_of_another_number_are_refused_before_training(clips):
+    with pytest.raises(ValueError, match="clip 'clip0': frame captions of caption 0: expected 3, found 2"):
+        TrainLoader(clips, config(frames=3), shape(frame_captions=True))
+
+
+def test_long_frame_captions_count_where_they_are_used(clips):
+    long = [replace(clip, frame_captions=(("word " * 40,) * 2,) * 2) for clip in clips]
+    TrainLoader(long, config(), shape())
+    with pytest.raises(ValueError, match="captions: 7 longer than 12 tokens"):
+        TrainLoader(long, config(), shape(frame_captions=True))
+
+
+def test_long_captions_are_cut_by_option_and_told(clips, caplog):
+    with caplog.at_level(logging.WARNING):
+        TrainLoader(clips, config(long_captions="truncate"), shape(context_length=4))
+    assert "captions: 14 longer than 4 tokens" in caplog.text
+    assert "they are cut" in caplog.text
+
+
+def test_pairs_without_frame_captions_are_left_out_by_option(clips):
+    some = [replace(clips[0], frame_captions=(None, clips[0].frame_captions[1])), *clips[1:]]
+    with pytest.raises(ValueError, match="frame captions: 1 of 14 captions have none"):
+        TrainLoader(some, config(), shape(frame_captions=True))
+    dropping = config(missing_frame_captions="drop")
+    loader = TrainLoader(some, dropping, shape(frame_captions=True, batch_size=1))
+    assert loader.steps_per_epoch == 13
+
+
+def test_a_start_outside_the_epoch_is_refused(clips):
+    loader = TrainLoader(clips, config(), shape())
+    with pytest.raises(ValueError, match=r"start: expected 0 .. 3, got 4"):
+        next(loader.epoch(0, start=4))
+    assert list(loader.epoch(0, start=3)) == []
+
+
+class Numbers:
+    """A source of its own: rows that tell their index and epoch."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        frames = np.full((2, 4, 4, 3), 10 * epoch + index, np.uint8)
+        return Sample(text=f"number {index}", frames=frames, video_index=index)
+
+
+def test_any_source_can_be_trained_on():
+    loader = TrainLoader(Numbers(), config(), shape(batch_size=2))
+    for batch in loader.epoch(3):
+        assert batch.frames[:, 0, 0, 0, 0].tolist() == (30 + batch.video_index).tolist()
+        assert batch.frame_text_ids is None
+
+
+def test_a_config_of_an_unknown_key_is_refused():
+    with pytest.raises(ValidationError, match="frame"):
+        config(frame=3)
