@@ -19,8 +19,8 @@ def tiny_architecture(activation: Activation = "quick_gelu") -> Architecture:
         context_length=12,
         vocab_size=50,
         activation=activation,
-        vision=TowerShape(width=32, layers=2, heads=2, mlp_width=64),
-        text=TowerShape(width=24, layers=2, heads=2, mlp_width=48),
+        vision=TowerShape(width=32, layers=2, heads=2, mlp_width=128),
+        text=TowerShape(width=24, layers=2, heads=2, mlp_width=96),
     )
 
 

@@ -13,6 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from discovla import torchvision_cpu
+
+torchvision_cpu.install()  # tests import open_clip as their reference
+
 TESTS = Path(__file__).parent
 
 

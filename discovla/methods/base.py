@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,10 +12,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from discovla.batch import Batch, Embedding, Losses
+from discovla.nn.logit_scale import LogitScale
+from discovla.nn.lora import LoRA
+from discovla.nn.transformer import Attention
 from discovla.ops.preprocess_frames import preprocess_frames
 from discovla.towers.architecture import Architecture
 from discovla.towers.text import TextTower
 from discovla.towers.vision import MakeBlock, VisionTower
+from discovla.towers.weights import openai_name, openai_weights
 
 
 class MethodConfig(BaseModel):
@@ -49,7 +52,7 @@ class Method(nn.Module, ABC):
         self.architecture, self.config = architecture, config
         self.vision = VisionTower(architecture, vision_block)
         self.text = TextTower(architecture, text_block)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = LogitScale()
         self.compute_dtype = torch.float32
 
     @property
@@ -76,7 +79,7 @@ class Method(nn.Module, ABC):
 
     def similarity(self, text: Embedding, video: Embedding) -> Tensor:
         """s t̂ v̂ᵀ of the pooled features, t v."""
-        return self.logit_scale.exp() * unit(text.pooled) @ unit(video.pooled).T
+        return self.logit_scale() * unit(text.pooled) @ unit(video.pooled).T
 
     def pixels(self, frames: Tensor) -> Tensor:
         """Normalised pixels in the compute dtype, b f c y x."""
@@ -117,6 +120,17 @@ class Method(nn.Module, ABC):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+    def plain_weights(self) -> dict[str, Tensor]:
+        """The CLIP inside, under OpenAI's names, with LoRA merged into its projections.
+
+        What a method computes beyond plain CLIP blocks (heads, fusion) is not in it.
+        """
+        weights = openai_weights(self, self.architecture)
+        for name, module in self.named_modules():
+            if isinstance(module, Attention) and isinstance(module.lora, LoRA):
+                weights[openai_name(f"{name}.qkv.weight")] += module.lora.delta().detach()
+        return weights
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be loaded: architecture and method options."""

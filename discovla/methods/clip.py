@@ -37,5 +37,5 @@ class CLIP(Method):
         return Embedding(pooled=masked_mean(unit(features), mask), tokens=features, mask=mask)
 
     def losses(self, text: Embedding, video: Embedding, *, same_video: Tensor | None = None) -> Losses:
-        loss = info_nce(text.pooled, video.pooled, self.logit_scale.exp())
+        loss = info_nce(text.pooled, video.pooled, self.logit_scale())
         return Losses(total=loss, terms={"video": loss.detach()})

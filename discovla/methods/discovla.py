@@ -108,7 +108,7 @@ class DiscoVLA(Method):
 
     def losses(self, text: Embedding, video: Embedding, *, same_video: Tensor | None = None) -> Losses:
         """l_vid + alpha l_frm + beta l_dis."""
-        scale = self.logit_scale.exp()
+        scale = self.logit_scale()
         ignore = None
         if self.config.exclude_same_video and same_video is not None:
             ignore = same_video.clone().fill_diagonal_(False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from discovla import torchvision_cpu
+from discovla.nn.logit_scale import START
 from discovla.towers.architecture import Architecture, architecture_from_config, architecture_from_state_dict
 from discovla.towers.text import TextTower
 from discovla.towers.vision import VisionTower
@@ -25,6 +25,21 @@ from discovla.towers.vision import VisionTower
 log = logging.getLogger(__name__)
 
 DRAWN_CLIP = Path(__file__).parent.parent / "assets" / "drawn_clip.safetensors"
+# our names -> OpenAI's, replaced in this order
+OPENAI_NAMES = (
+    ("logit_scale.log", "logit_scale"),
+    ("vision.patch_embedding", "visual.conv1.weight"),
+    ("vision.projection", "visual.proj"),
+    ("vision.", "visual."),
+    ("text.projection", "text_projection"),
+    ("text.", ""),
+    ("position_embedding", "positional_embedding"),
+    ("blocks.", "transformer.resblocks."),
+    ("attention.qkv.", "attn.in_proj_"),
+    ("attention.out.", "attn.out_proj."),
+    ("mlp.up.", "mlp.c_fc."),
+    ("mlp.down.", "mlp.c_proj."),
+)
 # entries of OpenAI's archives that are not weights
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
 
@@ -175,30 +190,15 @@ def clip_names(architecture: Architecture) -> list[str]:
     """Our names of the parameters of a plain CLIP."""
     with torch.device("meta"):
         towers = {"vision": VisionTower(architecture), "text": TextTower(architecture)}
-    return [f"{side}.{name}" for side, tower in towers.items() for name in tower.state_dict()] + [
-        "logit_scale"
-    ]
+    names = [f"{side}.{name}" for side, tower in towers.items() for name in tower.state_dict()]
+    return [*names, "logit_scale.log"]
 
 
 def openai_name(name: str) -> str:
     """OpenAI's (and open_clip's) name of one of our parameters of a plain CLIP."""
-    for ours, theirs in (
-        ("vision.patch_embedding", "visual.conv1.weight"),
-        ("vision.", "visual."),
-        ("text.", ""),
-        ("position_embedding", "positional_embedding"),
-        ("blocks.", "transformer.resblocks."),
-        ("attention.qkv.", "attn.in_proj_"),
-        ("attention.out.", "attn.out_proj."),
-        ("mlp.up.", "mlp.c_fc."),
-        ("mlp.down.", "mlp.c_proj."),
-    ):
+    for ours, theirs in OPENAI_NAMES:
         name = name.replace(ours, theirs)
-    return (
-        name.replace("visual.projection", "visual.proj")
-        if name.startswith("visual.")
-        else _text_projection(name)
-    )
+    return name
 
 
 def initialise(model: nn.Module, architecture: Architecture, seed: int) -> None:
@@ -211,15 +211,15 @@ def initialise(model: nn.Module, architecture: Architecture, seed: int) -> None:
             std = _initial_std(name, tower.width, tower.layers)
             if std is not None:
                 own[name].normal_(0, std, generator=generator)
-            elif name == "logit_scale":
-                own[name].fill_(math.log(1 / 0.07))
+            elif name == "logit_scale.log":
+                own[name].fill_(START)
             else:
                 own[name].fill_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
 
 
 def _initial_std(name: str, width: int, layers: int) -> float | None:
     """Standard deviation of a parameter's start; None for those that start at a constant."""
-    if name.endswith("bias") or ".ln_" in name or name == "logit_scale":
+    if name.endswith("bias") or ".ln_" in name or name == "logit_scale.log":
         return None
     if name == "text.token_embedding.weight":
         return 0.02
@@ -228,10 +228,6 @@ def _initial_std(name: str, width: int, layers: int) -> float | None:
     if "attention.out" in name or "mlp.down" in name:
         return width**-0.5 * (2 * layers) ** -0.5
     return (2 * width) ** -0.5 if "mlp.up" in name else width**-0.5
-
-
-def _text_projection(name: str) -> str:
-    return "text_projection" if name == "projection" else name
 
 
 def _named_architecture(name: str | None) -> Architecture | None:

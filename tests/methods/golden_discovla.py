@@ -118,5 +118,5 @@ def loss_head(golden: Golden, dtype: torch.dtype) -> DiscoVLA:
     model = DiscoVLA(tiny_architecture(), config).to(dtype)
     name = "logit_scale" if "logit_scale" in golden.tensors else "weights.clip.logit_scale"
     with torch.no_grad():
-        model.logit_scale.copy_(golden.tensors[name])
+        model.logit_scale.log.copy_(golden.tensors[name])
     return model

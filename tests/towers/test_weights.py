@@ -2,11 +2,11 @@ import json
 import logging
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from discovla import torchvision_cpu
 from discovla.methods import build
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.testing import random_captions, relative_error, tiny_architecture
@@ -20,9 +20,6 @@ from discovla.towers.weights import (
     read_weights,
     write_drawn_clip,
 )
-
-torchvision_cpu.install()
-import open_clip  # noqa: E402  (needs the shim first)
 
 ODD_HEADS = {
     "embed_dim": 24,
