@@ -1,0 +1,177 @@
+import copy
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Barrier
+
+import av
+import numpy as np
+import pytest
+
+from discovla import evaluate as module
+from discovla.data.decode import DecodeError
+from discovla.data.loader import DataConfig, text_batches, video_batches
+from discovla.data.manifest import Clip
+from discovla.evaluate import Evaluation, evaluate, evaluate_matrix, results_table
+from discovla.methods.clip import CLIP, CLIPConfig
+from discovla.retrieval.metrics import retrieval_metrics
+from discovla.testing import tiny_architecture
+from discovla.towers.weights import initialise
+
+CAPTIONS = [
+    ("a red dot moves left",),
+    ("a blue box turns", "the box spins", "a box"),
+    ("nothing moves",),
+    ("it is dark", "a dark room"),
+]
+
+
+@pytest.fixture
+def method():
+    """A CLIP for real token ids, with random weights."""
+    architecture = replace(tiny_architecture(), vocab_size=49408)
+    method = CLIP(architecture, CLIPConfig())
+    initialise(method, architecture, seed=0)
+    return method
+
+
+@pytest.fixture
+def clips(tmp_path):
+    generator = np.random.default_rng(0)
+    found = []
+    for i, captions in enumerate(CAPTIONS):
+        path = tmp_path / f"{i}.mp4"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=5)
+            stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+            for frame in generator.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        found.append(Clip(id=f"c{i}", video=path, captions=captions, split="test"))
+    return found
+
+
+@pytest.fixture
+def how(tmp_path):
+    data = DataConfig(manifest=tmp_path / "m.jsonl", frames=2, context_length=12, workers=0)
+    return Evaluation(data=data, batch_size=2, rerank=True, bank=["a green dot", "a grey box", "night"])
+
+
+def similarity(method, clips, data):
+    """The matrix by one batch of each side."""
+    ids, mask = next(text_batches([c for clip in clips for c in clip.captions], data.context_length, 100))
+    batch = next(video_batches(clips, data, method.architecture.image_size, 100))
+    text, video = method.encode_text(ids, mask), method.encode_video(batch.frames, batch.frame_mask)
+    return method.similarity(text, video).detach().numpy()
+
+
+def test_clips_are_ranked_by_the_similarity_of_the_method(method, clips, how):
+    expected = retrieval_metrics(similarity(method, clips, how.data), [0, 1, 1, 1, 2, 3, 3])
+    assert evaluate(method, clips, how)["raw"] == expected
+
+
+def test_reranked_figures_stand_beside_the_raw_ones(method, clips, how):
+    found = evaluate(method, clips, how)
+    assert list(found) == ["raw", "dual softmax", "QB-Norm"]
+    assert list(found["dual softmax"]) == ["t2v", "v2t"]
+    assert list(found["QB-Norm"]) == ["t2v"]
+    assert evaluate(method, clips, replace(how, rerank=False)) == {"raw": found["raw"]}
+
+
+def test_sets_too_large_for_a_matrix_are_ranked_alike_and_say_so(method, clips, how, monkeypatch, caplog):
+    expected = evaluate(method, clips, how)["raw"]
+    monkeypatch.setattr(module, "LARGEST_MATRIX", 1)
+    with caplog.at_level(logging.WARNING):
+        assert evaluate(method, clips, how) == {"raw": expected}
+    assert "7 x 4 scores: ranked in tiles, without re-ranking" in caplog.text
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_find_what_one_finds(method, clips, how, processes):
+    shares, barrier = [None] * processes, Barrier(processes)
+
+    def run(rank):
+        def gather(share):
+            shares[rank] = share
+            barrier.wait(timeout=60)
+            collected = list(shares)
+            barrier.wait(timeout=60)
+            return collected
+
+        setting = replace(how, rank=rank, world_size=processes, gather=gather)
+        return evaluate(copy.deepcopy(method), clips, setting)
+
+    with ThreadPoolExecutor(processes) as pool:
+        found = list(pool.map(run, range(processes)))
+    assert found == [evaluate(method, clips, how)] * processes
+
+
+def test_a_clip_that_does_not_decode_is_an_error_that_names_it(method, clips, how):
+    clips[2].video.write_bytes(b"no video")
+    with pytest.raises(DecodeError, match=r"2\.mp4"):
+        evaluate(method, clips, how)
+
+
+def test_a_caption_longer_than_the_context_is_an_error_unless_it_may_be_cut(method, clips, how):
+    clips[1] = replace(clips[1], captions=("word " * 40,))
+    with pytest.raises(ValueError, match="1 longer than 12 tokens, the first of clip 'c1' has 42"):
+        evaluate(method, clips, how)
+    cut = replace(how, data=how.data.model_copy(update={"long_captions": "truncate"}))
+    assert "raw" in evaluate(method, clips, cut)
+
+
+def test_no_clips_is_an_error(method, how):
+    with pytest.raises(ValueError, match="at least one clip, found none"):
+        evaluate(method, [], how)
+
+
+def test_a_matrix_file_with_groups_gives_its_figures(tmp_path):
+    matrix, groups = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32), [0, 0, 1, 2, 2, 2]
+    np.save(tmp_path / "s.npy", matrix)
+    (tmp_path / "g.json").write_text(json.dumps(groups))
+    assert evaluate_matrix(tmp_path / "s.npy", tmp_path / "g.json") == retrieval_metrics(matrix, groups)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "groups", "message"),
+    [
+        (b"not numpy", "[0]", r"s\.npy: expected a \.npy file"),
+        (b"", "[0]", r"s\.npy: expected a \.npy file"),
+        (np.array([[None]]), "[0]", r"s\.npy: expected a \.npy file with a matrix of numbers"),
+        (np.full((2, 2), np.nan), "[0, 1]", r"s\.npy: similarity: expected finite scores, found 4"),
+        (np.zeros((2, 2)), "[0, 1", r"g\.json: expected a JSON list of integers"),
+        (np.zeros((2, 2)), "[0, 1.5]", r"g\.json: expected a JSON list of integers"),
+        (np.zeros((2, 2)), "[0, 5]", r"s\.npy: groups: expected 0\.\.1, found 5 for text 1"),
+    ],
+)
+def test_bad_matrix_files_are_named(tmp_path, matrix, groups, message):
+    path = tmp_path / "s.npy"
+    if isinstance(matrix, bytes):
+        path.write_bytes(matrix)
+    else:
+        np.save(path, matrix, allow_pickle=True)
+    (tmp_path / "g.json").write_text(groups)
+    with pytest.raises(ValueError, match=message):
+        evaluate_matrix(path, tmp_path / "g.json")
+
+
+def test_the_table_holds_both_directions_of_every_row():
+    eye = retrieval_metrics(np.eye(4))
+    lines = results_table({"before": retrieval_metrics(1 - np.eye(4)), "after": eye}).splitlines()
+    assert lines[0].split() == ["text", "to", "video", "video", "to", "text"]
+    assert lines[1].split() == ["R@1", "R@5", "R@10", "MdR", "MnR"] * 2
+    assert lines[2].split() == ["before", *["0.0", "100.0", "100.0", "4.0", "4.0"] * 2]
+    assert lines[3].split() == ["after", *["100.0", "100.0", "100.0", "1.0", "1.0"] * 2]
+    assert len(lines) == 4
+
+
+def test_the_table_shows_the_optimistic_figures_where_they_differ():
+    lines = results_table({"constant": retrieval_metrics(np.ones((2, 2)))}).splitlines()
+    assert lines[2].split() == ["constant", *["0.0", "100.0", "100.0", "2.0", "2.0"] * 2]
+    assert lines[3].split()[:7] == ["constant,", "ties", "for", "the", "query", "100.0", "100.0"]
+
+
+def test_the_table_shows_dashes_for_a_direction_that_was_not_measured():
+    only = {"t2v": retrieval_metrics(np.eye(2))["t2v"]}
+    assert results_table({"QB-Norm": only}).splitlines()[2].split()[-5:] == ["-"] * 5
