@@ -1,0 +1,123 @@
+"""The `discovla` command: one subcommand a job, each a thin call of the function that does it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from discovla import __version__
+from discovla.data.datasets import csv_clips, hold_out, msrvtt, prepare
+from discovla.data.decode import DecodeError, write_frames
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; what is wrong with the input is one line on stderr and exit status 2."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="discovla: %(levelname)s: %(message)s")
+    try:
+        arguments.run(arguments)
+    except (ValueError, DecodeError, OSError) as error:
+        print(f"discovla: error: {_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _line(error: Exception) -> str:
+    """The message on one line, with the file first where the system names one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="discovla", description="Video-text retrieval.")
+    parser.add_argument("--version", action="version", version=f"discovla {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_frames(commands)
+    _add_prepare(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _add_frames(commands: argparse._SubParsersAction) -> None:
+    text = "write the frames of a video that a model would see, as PNG, with their indices and seconds"
+    parser = commands.add_parser("frames", help=text, description=text)
+    parser.add_argument("video", type=Path, metavar="VIDEO")
+    parser.add_argument("--num-frames", type=int, default=12, metavar="N", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    rate = "frames considered per second of video, default: %(default)s"
+    parser.add_argument("--sample-rate", type=float, default=1.0, metavar="HZ", help=rate)
+    damaged = "what to do with a video that breaks off after some frames, default: %(default)s"
+    parser.add_argument("--damaged", choices=("refuse", "use"), default="refuse", help=damaged)
+    parser.set_defaults(run=_frames)
+
+
+def _frames(arguments: argparse.Namespace) -> None:
+    paths = write_frames(
+        arguments.video,
+        arguments.out,
+        arguments.num_frames,
+        sample_rate=arguments.sample_rate,
+        damaged=arguments.damaged,
+    )
+    print(f"wrote {len(paths)} frames to {arguments.out}")
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+    text = "turn a dataset's annotation files, or a table of your own, into a manifest"
+    parser = commands.add_parser("prepare", help=text, description=text)
+    datasets = parser.add_subparsers(required=True, metavar="DATASET")
+    table = datasets.add_parser("csv", help="a table with the columns video,caption[,start,end,split]")
+    table.add_argument("table", type=Path, metavar="CSV")
+    table.set_defaults(run=lambda a: _prepare(a, csv_clips(a.table)))
+    vtt = datasets.add_parser("msrvtt", help="MSR-VTT")
+    vtt.add_argument("root", type=Path, metavar="ROOT", help="folder of the annotation files")
+    vtt.add_argument("--videos", type=Path, required=True, metavar="DIR", help="folder of <video id>.mp4")
+    protocols = ("1k-A-9k", "1k-A-7k", "full")
+    vtt.add_argument("--protocol", choices=protocols, default="1k-A-9k", help="default: %(default)s")
+    captions = "still captions per sampled frame of the training clips"
+    vtt.add_argument("--frame-captions", type=Path, metavar="JSON", help=captions)
+    vtt.set_defaults(run=_prepare_msrvtt)
+    for dataset in (table, vtt):
+        dataset.add_argument("--out", type=Path, required=True, metavar="MANIFEST")
+        held = "training clips to move to the split `val`, for selection that never sees the test; default: 0"
+        dataset.add_argument("--val", type=int, default=0, metavar="N", help=held)
+
+
+def _prepare_msrvtt(arguments: argparse.Namespace) -> None:
+    clips = msrvtt(
+        arguments.root,
+        protocol=arguments.protocol,
+        videos=arguments.videos,
+        frame_captions=arguments.frame_captions,
+    )
+    _prepare(arguments, clips)
+
+
+def _prepare(arguments: argparse.Namespace, clips: list) -> None:
+    if arguments.val:
+        clips = hold_out(clips, arguments.val)
+    print("\n".join(prepare(clips, arguments.out).lines()))
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    text = "retrieval figures of a trained run on a manifest, or of a similarity matrix from any model"
+    parser = commands.add_parser("evaluate", help=text, description=text)
+    matrix = "similarity matrix, rows texts, columns videos"
+    parser.add_argument("--matrix", type=Path, required=True, metavar="NPY", help=matrix)
+    groups = "JSON list: the video of each text; without it text i describes video i"
+    parser.add_argument("--groups", type=Path, metavar="JSON", help=groups)
+    as_json = "print one JSON object: t2v and v2t, percent and ranks from 1; ties count against the query, "
+    parser.add_argument("--json", action="store_true", help=as_json + "and for it under `optimistic`")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from discovla.evaluate import evaluate_matrix, results_table  # torch takes seconds to import
+
+    metrics = evaluate_matrix(arguments.matrix, arguments.groups)
+    print(json.dumps(metrics) if arguments.json else results_table({str(arguments.matrix): metrics}))
