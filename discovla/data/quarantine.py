@@ -1,0 +1,64 @@
+"""Clips found bad in training: written down with the reason, counted, never trained on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from discovla.batch import BadClip
+
+logger = logging.getLogger(__name__)
+
+
+class Quarantine:
+    """The bad clips of a run, in `quarantine.jsonl`, each once.
+
+    Args:
+        path: of the file; what an interrupted run wrote there counts on.
+        clips: how many clips the training split has.
+        share: largest share of them that may be bad.
+    """
+
+    def __init__(self, path: Path, *, clips: int, share: float) -> None:
+        self.path, self.clips, self.share = path, clips, share
+        self.known = _read(path)
+
+    def add(self, found: Iterable[BadClip], *, write: bool) -> None:
+        """Count clips found bad in a step; `write` on one process only.
+
+        Raises:
+            ValueError: more than the allowed share of the clips is bad.
+        """
+        new = {clip.id: clip for clip in found if clip.id not in self.known}
+        if not new:
+            return
+        self.known |= new
+        if write:
+            with self.path.open("a", encoding="utf-8") as file:
+                for clip in new.values():
+                    file.write(json.dumps(asdict(clip), ensure_ascii=False) + "\n")
+        for clip in new.values():
+            logger.warning("skipping clip %r (%s): %s", clip.id, clip.video, clip.reason)
+        if len(self.known) > self.share * self.clips:
+            first = next(iter(new.values()))
+            raise ValueError(
+                f"data.bad_clip_share: expected at most {self.share:.2%} of {self.clips} clips to be bad, found"
+                f" {len(self.known)}, the last {first.id!r} ({first.video}): {first.reason}; all are in {self.path}"
+            )
+
+
+def _read(path: Path) -> dict[str, BadClip]:
+    """Bad clips by id; a last line cut short by a crash is dropped and will be found again."""
+    known: dict[str, BadClip] = {}
+    if not path.exists():
+        return known
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for line in lines[:-1]:
+        clip = BadClip(**json.loads(line))
+        known[clip.id] = clip
+    if lines[-1]:
+        path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+    return known
