@@ -186,7 +186,7 @@ def video_batches(
 def text_batches(
     texts: Sequence[str], context_length: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and mask, b l int64 and bool, of texts in order, cut to the context; the last may be smaller."""
+    """Token ids and mask, b l int64 and bool, of texts in order, cut to the context; the last may be less."""
     tokenizer = Tokenizer(context_length)
     for first in range(0, len(texts), batch_size):
         yield tokenizer.encode(texts[first : first + batch_size])
@@ -242,7 +242,7 @@ class _VideoSource:
 
 @dataclass(frozen=True)
 class _Items(Dataset[Sample]):
-    """Samples to the fields of a `Batch`: a dict, because torch pins the tensors of no class of ours."""
+    """A source as torch's loader asks for it: the epoch travels with the index, workers hold no state."""
 
     source: Source
 

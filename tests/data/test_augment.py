@@ -1,0 +1,173 @@
+"""Augmentation of a clip: drawn once, the same for every frame."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from discovla.data import augment
+from discovla.data.augment import draw_light, draw_randaugment
+
+
+def noise(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+
+
+def steps(seed: str) -> list[tuple]:
+    """The operations drawn for a clip: function, arguments, options."""
+    with augment._random_state(seed):
+        ops = random.choices(augment._policy().ops, k=augment._policy().num_layers)
+        return [(op.name, *step[1:]) for op in ops for step in augment._drawn(op)]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[list[tuple]]:
+    """The operations of many clips."""
+    return [steps(f"0/0/{i}") for i in range(2000)]
+
+
+def test_one_seed_gives_the_same_picture_for_every_frame():
+    image = Image.fromarray(noise())
+    for i in range(20):
+        change = draw_randaugment(f"0/1/{i}")
+        first = np.asarray(change(image))
+        change(Image.fromarray(noise(1)))
+        assert np.array_equal(np.asarray(change(image)), first)
+        assert np.array_equal(np.asarray(draw_randaugment(f"0/1/{i}")(image)), first)
+
+
+def test_seeds_give_different_pictures():
+    image = Image.fromarray(noise())
+    pictures = {np.asarray(draw_randaugment(f"0/0/{i}")(image)).tobytes() for i in range(20)}
+    assert len(pictures) > 15
+
+
+def test_the_random_state_of_the_process_is_left_alone():
+    random.seed(5)
+    np.random.seed(5)
+    before = random.getstate(), np.random.get_state()[1].copy()
+    draw_randaugment("0/0/0")(Image.fromarray(noise()))
+    draw_light("0/0/0")(noise()[None])
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()
+
+
+def test_the_draws_do_not_depend_on_the_random_state():
+    random.seed(1)
+    first = steps("0/0/3")
+    random.seed(2)
+    assert steps("0/0/3") == first
+
+
+def test_the_random_state_returns_after_an_error():
+    before = random.getstate()
+    with pytest.raises(KeyError), augment._random_state("x"):
+        raise KeyError
+    assert random.getstate() == before
+
+
+def test_the_operations_are_the_fifteen_released():
+    names = {op.name for op in augment._policy().ops}
+    assert names == {
+        "AutoContrast",
+        "Equalize",
+        "Invert",
+        "Rotate",
+        "PosterizeIncreasing",
+        "SolarizeIncreasing",
+        "SolarizeAdd",
+        "ColorIncreasing",
+        "ContrastIncreasing",
+        "BrightnessIncreasing",
+        "SharpnessIncreasing",
+        "ShearX",
+        "ShearY",
+        "TranslateXRel",
+        "TranslateYRel",
+    }
+    assert augment._policy().num_layers == 4
+
+
+def test_each_of_four_draws_is_applied_half_the_time(drawn):
+    counts = Counter(len(ops) for ops in drawn)
+    shares = [counts[n] / len(drawn) for n in range(5)]
+    assert shares == pytest.approx([1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16], abs=0.04)
+
+
+def test_an_operation_may_be_drawn_twice(drawn):
+    assert any(len({name for name, *_ in ops}) < len(ops) for ops in drawn)
+
+
+def test_every_operation_is_drawn_about_as_often(drawn):
+    counts = Counter(name for ops in drawn for name, *_ in ops)
+    assert len(counts) == 15
+    assert max(counts.values()) < 1.5 * min(counts.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "centre"),
+    [
+        ("Rotate", 3.0, 0.0),
+        ("ShearX", 0.03, 0.0),
+        ("ShearY", 0.03, 0.0),
+        ("TranslateXRel", 0.045, 0.0),
+        ("TranslateYRel", 0.045, 0.0),
+        ("ColorIncreasing", 0.09, 1.0),
+        ("ContrastIncreasing", 0.09, 1.0),
+        ("BrightnessIncreasing", 0.09, 1.0),
+        ("SharpnessIncreasing", 0.09, 1.0),
+    ],
+)
+def test_strengths_follow_the_magnitude_with_a_fair_sign(drawn, name, unit, centre):
+    values = np.array([arguments[0] for ops in drawn for n, arguments, _ in ops if n == name]) - centre
+    magnitudes = np.abs(values) / unit
+    assert magnitudes.mean() == pytest.approx(7, abs=0.2)
+    assert magnitudes.std() == pytest.approx(0.5, abs=0.15)
+    assert (values > 0).mean() == pytest.approx(0.5, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("PosterizeIncreasing", lambda m: 4 - int(0.4 * m)),
+        ("SolarizeIncreasing", lambda m: 256 - int(25.6 * m)),
+        ("SolarizeAdd", lambda m: int(11 * m)),
+    ],
+    ids=["Posterize", "Solarize", "SolarizeAdd"],
+)
+def test_whole_number_strengths_are_those_of_the_specification(name, of):
+    op = next(op for op in augment._policy().ops if op.name == name)
+    for magnitude in (0.0, 5.3, 7.0, 8.1, 10.0):
+        assert op.level_fn(magnitude, op.hparams) == (of(magnitude),)
+
+
+def test_what_moves_in_is_grey_and_interpolation_bicubic():
+    for op in augment._policy().ops:
+        assert op.kwargs == {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BICUBIC}
+
+
+def test_the_light_one_changes_all_frames_alike():
+    frames = np.stack([noise(), noise(), noise(1)])
+    changed = draw_light("0/0/1")(frames)
+    assert changed.dtype == np.uint8
+    assert np.array_equal(changed[0], changed[1])
+    assert not np.array_equal(changed, frames)
+
+
+def test_the_light_one_changes_brightness_and_contrast_by_a_fifth_at_most():
+    frames = np.full((1, 4, 4, 3), 100, np.uint8)
+    frames[..., 0] = 90
+    frames[..., 2] = 110
+    means, spreads = [], []
+    for i in range(300):
+        changed = draw_light(f"0/0/{i}")(frames).astype(float)
+        means.append(changed[..., 1].mean())
+        spreads.append(np.ptp(changed))
+    assert 79 <= min(means) < 85
+    assert 115 < max(means) <= 121
+    assert min(spreads) >= 20 * 0.8 * 0.8 - 1
+    assert max(spreads) <= 20 * 1.2 * 1.2 + 1
