@@ -45,8 +45,9 @@ class Quarantine:
         if len(self.known) > self.share * self.clips:
             first = next(iter(new.values()))
             raise ValueError(
-                f"data.bad_clip_share: expected at most {self.share:.2%} of {self.clips} clips to be bad, found"
-                f" {len(self.known)}, the last {first.id!r} ({first.video}): {first.reason}; all are in {self.path}"
+                f"data.bad_clip_share: expected at most {self.share:.2%} of {self.clips} clips to be bad,"
+                f" found {len(self.known)}, the last {first.id!r} ({first.video}): {first.reason};"
+                f" all are in {self.path}"
             )
 
 
