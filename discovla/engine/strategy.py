@@ -1,0 +1,282 @@
+"""A training step behind one door: forward, backward, average over ranks, clip, update; and its state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from discovla.batch import Batch, Losses
+from discovla.engine.distributed import World
+from discovla.engine.optim import (
+    OptimConfig,
+    ParameterGroup,
+    make_optimizer,
+    set_learning_rate,
+    start_state,
+)
+from discovla.engine.zero import EngineConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What a strategy needs to know of the run.
+
+    batch_size: clips of a step over all processes.  groups: parameters that differ in lr or decay.
+    """
+
+    engine: EngineConfig
+    optim: OptimConfig
+    world: World
+    batch_size: int
+    groups: Sequence[ParameterGroup] = ()
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world.size:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {self.world.size} processes, found {self.batch_size}"
+            )
+
+
+class Strategy(ABC):
+    """Trains a module whose forward(batch) returns `Losses`.
+
+    All states are complete on every rank, on the CPU, by the names of `module.named_parameters()`: they know
+    neither the number of processes nor the ZeRO stage. What is loaded must be equal on every rank.
+    """
+
+    module: nn.Module
+    plan: StepPlan
+
+    def __init__(self, module: nn.Module, plan: StepPlan) -> None:
+        self.module = module.to(plan.world.device)
+        self.plan = plan
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    @abstractmethod
+    def __call__(self, batch: Batch) -> Losses:
+        """Forward, as training does it."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss`, averaged over ranks; trained parameters the loss does not touch get zeros."""
+
+    @abstractmethod
+    def step(self, lr: float) -> float:
+        """Clip, update and forget the gradients.
+
+        Args:
+            lr: of this step; groups scale it.
+
+        Returns:
+            The global norm of the averaged gradient before clipping.
+
+        Raises:
+            FloatingPointError: the norm is not finite; nothing was updated.
+        """
+
+    @abstractmethod
+    def trained_state(self) -> dict[str, Tensor]:
+        """Trained parameters, fp32, by name."""
+
+    @abstractmethod
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Put trained parameters back.
+
+        Raises:
+            ValueError: a parameter is missing, unexpected or of another shape.
+        """
+
+    @abstractmethod
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimiser's moments as "exp_avg/NAME" and "exp_avg_sq/NAME", and "step", the steps taken."""
+
+    @abstractmethod
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Put the optimiser's state back.
+
+        Raises:
+            ValueError: a tensor is missing, unexpected or of another shape.
+        """
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The module with complete parameters, to evaluate with or to export; not to be trained inside."""
+        yield self.module
+
+
+class TorchStrategy(Strategy):
+    """Plain torch: one all-reduce of one flat gradient, then the optimiser on every rank alike."""
+
+    def __init__(self, module: nn.Module, plan: StepPlan) -> None:
+        super().__init__(module, plan)
+        self.optimizer = make_optimizer(module, plan.optim, plan.groups)
+        start_state(self.optimizer, self.trained.values())
+        if plan.world.size > 1:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+
+    def __call__(self, batch: Batch) -> Losses:
+        return self.module(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        for param in self.trained.values():
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        if self.plan.world.size > 1:
+            average_gradients(list(self.trained.values()), self.plan.world.size)
+
+    def step(self, lr: float) -> float:
+        params = list(self.trained.values())
+        norm = clip_gradients(params, self.plan.optim.clip_grad_norm)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def trained_state(self) -> dict[str, Tensor]:
+        return {name: copy_to_cpu(param) for name, param in self.trained.items()}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        check_state("trained state", state, {name: p.shape for name, p in self.trained.items()})
+        with torch.no_grad():
+            for name, param in self.trained.items():
+                param.copy_(state[name])
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return collect_state(self.optimizer, self.trained)
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        restore_state(self.optimizer, self.trained, state)
+
+
+def make_strategy(module: nn.Module, plan: StepPlan) -> Strategy:
+    """The configured strategy around `module`; DeepSpeed is imported only where it is asked for.
+
+    Args:
+        module: its forward(batch) returns `Losses`; parameters with requires_grad are trained.
+        plan: of the run.
+
+    Raises:
+        ValueError: nothing to train, or a setting that does not suit the module.
+    """
+    if plan.engine.strategy == "torch":
+        return TorchStrategy(module, plan)
+    from discovla.engine.zero_strategy import DeepSpeedStrategy
+
+    return DeepSpeedStrategy(module, plan)
+
+
+def trained_size(module: nn.Module) -> int:
+    """Elements of the parameters that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep what is not trained in `dtype`: it saves memory, and whoever computes casts anyway.
+
+    To be called after the weights are in place and before a strategy is made. Buffers stay as they are, for
+    they may be tables of positions that a short dtype would spoil.
+
+    Args:
+        module: parameters with requires_grad are left alone, in fp32.
+        dtype: floating point.
+    """
+    for param in module.parameters():
+        if not param.requires_grad and param.is_floating_point():
+            param.data = param.data.to(dtype)
+
+
+def average_gradients(params: Sequence[nn.Parameter], size: int) -> None:
+    """Replace gradients by their mean over ranks, in one all-reduce of one flat tensor."""
+    grads = [param.grad for param in params if param.grad is not None]
+    flat = parameters_to_vector(grads)
+    dist.all_reduce(flat)
+    flat /= size
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+def clip_gradients(params: Sequence[nn.Parameter], limit: float | None) -> float:
+    """Scale gradients by min(1, limit / (norm + 1e-6)) and return the global norm they had.
+
+    Raises:
+        FloatingPointError: the norm is not finite; gradients are dropped.
+    """
+    grads = [param.grad for param in params if param.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad.float()) for grad in grads]))
+    value = norm.item()
+    if not finite(value):
+        for param in params:
+            param.grad = None
+        raise FloatingPointError(not_finite(value))
+    if limit is not None:
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(factor)
+    return value
+
+
+def finite(value: float) -> bool:
+    """Whether a gradient norm is a number; DeepSpeed says -1 where it is not."""
+    return 0.0 <= value < float("inf")
+
+
+def not_finite(value: float) -> str:
+    """What to say of such a norm."""
+    return f"gradient norm: expected a finite number, found {value}; the step was not taken"
+
+
+def copy_to_cpu(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that later steps do not touch."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def collect_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The state of an optimiser that holds whole parameters."""
+    moments = optimizer.state
+    state = {f"{key}/{name}": copy_to_cpu(moments[p][key]) for key in MOMENTS for name, p in trained.items()}
+    state["step"] = moments[next(iter(trained.values()))]["step"].to("cpu", torch.int64)
+    return state
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], state: dict[str, Tensor]
+) -> None:
+    """Put a state back into an optimiser that holds whole parameters."""
+    check_optimizer_state(state, trained)
+    for name, param in trained.items():
+        for key in MOMENTS:
+            optimizer.state[param][key].copy_(state[f"{key}/{name}"])
+        optimizer.state[param]["step"].fill_(state["step"].item())
+
+
+def check_optimizer_state(state: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> None:
+    """Refuse an optimiser state that is not of these parameters."""
+    shapes = {f"{key}/{name}": whole_shape(p) for key in MOMENTS for name, p in trained.items()}
+    check_state("optimizer state", state, {**shapes, "step": torch.Size([])})
+
+
+def check_state(what: str, state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Refuse a state whose names or shapes are not those expected."""
+    if missing := sorted(shapes.keys() - state.keys()):
+        raise ValueError(f"{what}: expected {missing[0]!r}, found none ({len(missing)} missing)")
+    if more := sorted(state.keys() - shapes.keys()):
+        raise ValueError(f"{what}: expected no {more[0]!r}, found it ({len(more)} unexpected)")
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise ValueError(f"{what}: {name}: expected {tuple(shape)}, found {tuple(state[name].shape)}")
+
+
+def whole_shape(param: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also of one that ZeRO 3 has split."""
+    return torch.Size(getattr(param, "ds_shape", param.shape))

@@ -1,0 +1,91 @@
+"""How the engine runs a step, and the DeepSpeed settings that follow from it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from discovla.engine.optim import OptimConfig
+
+LARGE = 100_000_000  # trained parameters; above, splitting the optimiser's 8 bytes for each is worth it
+LARGEST_BUCKET = 50_000_000  # elements that travel, and are buffered, at once
+
+
+class EngineConfig(BaseModel):
+    """What carries out a training step, and in which precision.
+
+    device: "auto" takes a GPU where there is one.
+    strategy: "deepspeed" or plain "torch".
+    zero_stage: what DeepSpeed splits over ranks: 0 nothing, 1 optimiser state, 2 and gradients, 3 and
+        parameters. "auto" is 0 up to 100 million trained parameters or on one process, else 1.
+    precision: "fp32"; "bf16": frozen weights and compute in bf16, trained parameters in fp32.
+    bf16_parameters: DeepSpeed's own bf16 mode, which casts trained parameters too and keeps fp32 masters;
+        only for full fine-tuning, with precision "bf16" and stage >= 1.
+    grad_scale: "exact" makes the gradient of many processes that of one; "official" leaves it 1/W, as
+        released.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    strategy: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    bf16_parameters: bool = False
+    grad_scale: Literal["exact", "official"] = "exact"
+
+    @model_validator(mode="after")
+    def _bf16_parameters_need_zero(self) -> EngineConfig:
+        if self.bf16_parameters and (
+            self.strategy != "deepspeed" or self.precision != "bf16" or self.zero_stage == 0
+        ):
+            raise ValueError(
+                "bf16_parameters: expected strategy deepspeed, precision bf16 and zero_stage >= 1, found "
+                f"{self.strategy}, {self.precision} and {self.zero_stage}"
+            )
+        return self
+
+
+def choose_stage(config: EngineConfig, trained: int, world_size: int) -> int:
+    """The ZeRO stage of a run that trains `trained` parameters on `world_size` processes."""
+    if config.zero_stage != "auto":
+        return config.zero_stage
+    if config.bf16_parameters:
+        return 1
+    return 1 if world_size > 1 and trained > LARGE else 0
+
+
+def zero_json(
+    config: EngineConfig, optim: OptimConfig, *, micro_batch: int, world_size: int, trained: int
+) -> dict[str, Any]:
+    """The settings `deepspeed.initialize` takes.
+
+    Args:
+        config: of the engine.
+        optim: of the optimiser; at stage 0 clipping is the strategy's own, for DeepSpeed's forgets the norm.
+        micro_batch: clips of a step on one process.
+        world_size: processes.
+        trained: trained parameters, to size the buckets: DeepSpeed's default would take 2 GB for adapters.
+    """
+    stage = choose_stage(config, trained, world_size)
+    bucket = max(2, min(LARGEST_BUCKET, trained + trained % 2))  # DeepSpeed wants it even
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "train_batch_size": micro_batch * world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.clip_grad_norm if stage > 0 and optim.clip_grad_norm else 0.0,
+        "zero_allow_untested_optimizer": True,  # elementwise, so a flat partition changes nothing
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "bf16": {"enabled": config.bf16_parameters},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,  # one order of sums: a run can be repeated bit for bit
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }
+    if stage == 3:
+        settings["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
+    return settings
