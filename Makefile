@@ -34,7 +34,8 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("python >= 3.11 is needed, PYTHON is " + sys.version if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-# torch goes in first and is pinned as found: torchvision asks for one exact torch, and pip would fetch that build over ours.
+# torch goes in first, with the torchvision of the same index, and both are pinned as found: torchvision asks for one exact
+# torch, and pip would else fetch that over ours.
 define PINS
 from importlib.metadata import distributions
 names = {"torch", "torchvision", "triton"}
@@ -43,7 +44,7 @@ endef
 export PINS
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
-	@python -c 'import torch' 2>/dev/null || python -m pip install $(TORCH)
+	@python -c 'import torch' 2>/dev/null || python -m pip install $(TORCH) torchvision
 	@python -c "$$PINS" > $(VENV)/torch.txt
 	python -m pip install -q -c constraints.txt -c $(VENV)/torch.txt -e '.[dev]'
 	@touch $@
