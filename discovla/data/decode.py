@@ -250,10 +250,10 @@ def _scan(
     path: Path, sampling: Sampling | None, each: Callable[[Image.Image], np.ndarray], count: int | None
 ) -> _Scan:
     """Decode the whole file, keeping the frames sampled where `count` frames decode; None is a guess."""
-    if sampling is not None and count is None:
-        count = _guess(path)
     with _opened(path) as (container, stream):
         scan = _Scan(rate=_rate(path, stream), header_count=stream.frames)
+        if count is None:
+            count = _guess(path, stream)
         wanted = _wanted(sampling, count, scan.rate)
         try:
             for frame in container.decode(stream):
@@ -278,13 +278,13 @@ def _wanted(sampling: Sampling | None, count: int | None, rate: float) -> set[in
         return set()
 
 
-def _guess(path: Path) -> int:
-    """How many frames may decode: what the header promises, or else the packets there are."""
-    with _opened(path) as (container, stream):
-        if stream.frames:
-            return stream.frames
+def _guess(path: Path, stream: VideoStream) -> int:
+    """How many frames may decode: what the header promises, or else the packets of the file."""
+    if stream.frames:
+        return stream.frames
+    with _opened(path) as (container, again):
         try:
-            return sum(1 for packet in container.demux(stream) if packet.size)
+            return sum(1 for packet in container.demux(again) if packet.size)
         except FFmpegError:
             return 0
 

@@ -67,7 +67,19 @@ def special_ids() -> tuple[int, int]:
 @lru_cache(maxsize=_REMEMBERED)
 def _tokens(text: str) -> tuple[int, ...]:
     """Ids of a text without start and end."""
-    return tuple(_bpe().encode(text))
+    bpe = _bpe()
+    # Printable ASCII needs no repair, which takes most of the time: there may be millions of frame captions.
+    plain = text.isascii() and text.isprintable() and "&" not in text
+    cleaned = " ".join(text.split()).lower() if plain else bpe.clean_fn(text)
+    return tuple(token for word in bpe.pat.findall(cleaned) for token in _word(word))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _word(word: str) -> tuple[int, ...]:
+    """Ids of one word of a cleaned text."""
+    bpe = _bpe()
+    symbols = "".join(bpe.byte_encoder[byte] for byte in word.encode())
+    return tuple(bpe.encoder[part] for part in bpe.bpe(symbols).split(" "))
 
 
 @lru_cache(maxsize=1)

@@ -69,7 +69,7 @@ def test_rotation_in_the_file_is_applied(tmp_path, rotation, row, column):
 def test_the_header_count_is_a_guess_only(tmp_path, monkeypatch):
     path = movie(tmp_path / "clip.mp4", 20)
     for wrong in (0, 7, 33):
-        monkeypatch.setattr("discovla.data.decode._guess", lambda _, wrong=wrong: wrong)
+        monkeypatch.setattr("discovla.data.decode._guess", lambda *_, wrong=wrong: wrong)
         decoded = decode(path, 4, sample_rate=10.0)
         assert (decoded.count, decoded.indices) == (20, (0, 6, 12, 19))
         assert numbers(decoded.frames) == [0, 6, 12, 19]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from discovla.data.tokens import Tokenizer, special_ids
+from discovla.data.tokens import Tokenizer, _bpe, _tokens, special_ids
 
 
 def test_ids_and_masks_are_those_of_the_golden_file(golden):
@@ -50,3 +50,29 @@ def test_no_texts_give_no_rows():
 def test_a_context_without_room_for_start_and_end_is_refused():
     with pytest.raises(ValueError, match="context_length: expected at least 2"):
         Tokenizer(1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A Man  is driving, a car!!",
+        "it's 2008's best: rock'n'roll (live) #1 @home",
+        " leading\tand trailing \n",
+        "snake_case-and-dashes...and/slashes \\ ^ ~ `",
+        "<b>markup</b> & &amp; &lt;3",
+        "caf\u00e9 na\u00efve \u4e2d\u6587 \U0001f600 \u201cquoted\u201d \ufb01ne \u00a0x",
+        "a\x1b[31mred\x1b[0m \x00 b",
+        "<|startoftext|> <|EndOfText|>",
+        "",
+    ],
+    ids=lambda text: ascii(text)[:20],
+)
+def test_short_ways_give_what_the_whole_tokenizer_gives(text):
+    assert list(_tokens(text)) == _bpe().encode(text)
+
+
+def test_every_printable_ascii_character_goes_the_same_way():
+    for first in map(chr, range(32, 127)):
+        for second in map(chr, range(32, 127)):
+            text = f"a{first}{second}b {second}{first}"
+            assert list(_tokens(text)) == _bpe().encode(text), text
