@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import av
 import numpy as np
-from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
 from discovla.data.sampling import frame_indices
+from discovla.data.video import DecodeError, average_rate, is_cut_off, opened, words
 
 Damaged = Literal["refuse", "use"]
 
@@ -26,18 +24,6 @@ _QUARTER_TURNS = {
     180: Image.Transpose.ROTATE_180,
     270: Image.Transpose.ROTATE_270,
 }
-
-
-class DecodeError(Exception):
-    """A video that gives no frames, or not the frames asked for."""
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = Path(path)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,8 +236,8 @@ def _scan(
     path: Path, sampling: Sampling | None, each: Callable[[Image.Image], np.ndarray], count: int | None
 ) -> _Scan:
     """Decode the whole file, keeping the frames sampled where `count` frames decode; None is a guess."""
-    with _opened(path) as (container, stream):
-        scan = _Scan(rate=_rate(path, stream), header_count=stream.frames)
+    with opened(path) as (container, stream):
+        scan = _Scan(rate=average_rate(path, stream), header_count=stream.frames)
         if count is None:
             count = _guess(path, stream)
         wanted = _wanted(sampling, count, scan.rate)
@@ -264,7 +250,7 @@ def _scan(
                     scan.seconds[scan.count] = scan.count / scan.rate if frame.time is None else frame.time
                 scan.count += 1
         except FFmpegError as error:
-            scan.problem = _words(error)
+            scan.problem = words(error) + (" (the file is cut off)" if is_cut_off(path) else "")
     return scan
 
 
@@ -282,75 +268,11 @@ def _guess(path: Path, stream: VideoStream) -> int:
     """How many frames may decode: what the header promises, or else the packets of the file."""
     if stream.frames:
         return stream.frames
-    with _opened(path) as (container, again):
+    with opened(path) as (container, again):
         try:
             return sum(1 for packet in container.demux(again) if packet.size)
         except FFmpegError:
             return 0
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """A file and its best video stream, to be decoded on one thread."""
-    _check_file(path)
-    try:
-        # A playlist must not fetch from elsewhere, and a title in a broken encoding is no reason to refuse.
-        container = av.open(
-            str(path.absolute()), metadata_errors="replace", options={"protocol_whitelist": "file"}
-        )
-    except (FFmpegError, OSError) as error:
-        raise DecodeError(path, _unopened(path, error)) from error
-    with container:
-        stream = _best(path, container)
-        # Frame threading gives other frames, and other numbers of them, on broken files; workers are the
-        # parallelism. stream.thread_type = "SLICE"
-        stream.codec_context.thread_count = 1
-        yield container, stream
-
-
-def _check_file(path: Path) -> None:
-    """A regular file with something in it."""
-    try:
-        if not path.exists():
-            raise DecodeError(path, "there is no such file")
-        if not path.is_file():
-            raise DecodeError(path, "expected a file, found a folder or a device")
-        if path.stat().st_size == 0:
-            raise DecodeError(path, "the file is empty (0 bytes)")
-    except OSError as error:
-        raise DecodeError(path, f"cannot be read: {_words(error)}") from error
-
-
-def _unopened(path: Path, error: Exception) -> str:
-    """Why a file does not open."""
-    if isinstance(error, PermissionError):
-        return f"cannot be read: {_words(error)}"
-    with path.open("rb") as file:
-        head = file.read(12)
-    if head[4:8] == b"ftyp":
-        return f"truncated: an MP4 file without its index ({_words(error)})"
-    return f"not a video file ({_words(error)})"
-
-
-def _best(path: Path, container: InputContainer) -> VideoStream:
-    """The best video stream, a picture on a sound file's cover not being one."""
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream) or stream.disposition & stream.disposition.attached_pic:
-        if container.streams.video and not isinstance(stream, VideoStream):
-            raise DecodeError(path, "no decoder for its video stream")
-        kind = "audio only" if container.streams.audio else "neither video nor audio in it"
-        raise DecodeError(path, f"no video stream: {kind}")
-    return stream
-
-
-def _rate(path: Path, stream: VideoStream) -> float:
-    """Average frames per second."""
-    rate = float(stream.average_rate or 0)
-    if not rate > 0:
-        raise DecodeError(
-            path, f"no average frame rate: expected a number above 0, found {stream.average_rate}"
-        )
-    return rate
 
 
 def _turn(frame: VideoFrame) -> int:
@@ -370,8 +292,3 @@ def _image(frame: VideoFrame, size: tuple[int, int]) -> Image.Image:
     if turn:
         image = image.transpose(_QUARTER_TURNS[turn])
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def _words(error: Exception) -> str:
-    """An error of the system or of FFmpeg without its number and path."""
-    return getattr(error, "strerror", None) or str(error)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from discovla.data.decode import DecodeError, Sampling, decode, decode_each, inspect, write_frames
+from discovla.data.video import average_rate, is_cut_off, opened
 from tests.data.conftest import movie, numbers
 
 
@@ -75,6 +76,11 @@ def test_the_header_count_is_a_guess_only(tmp_path, monkeypatch):
         assert numbers(decoded.frames) == [0, 6, 12, 19]
 
 
+def test_files_are_decoded_on_one_thread(counting):
+    with opened(counting) as (_, stream):
+        assert (stream.thread_type.name, stream.codec_context.thread_count) == ("SLICE", 1)
+
+
 def test_a_container_without_a_count_is_counted(tmp_path):
     path = movie(tmp_path / "clip.ts", 20)
     assert inspect(path).header_count == 0
@@ -97,6 +103,7 @@ def test_a_clip_that_breaks_off_is_refused_and_says_where(cut_off):
     verdict = inspect(cut_off)
     assert verdict.kind == "damaged"
     assert 1 <= verdict.count < 20
+    assert verdict.reason.endswith("(the file is cut off)")
     with pytest.raises(
         DecodeError, match=rf"cut_off.mp4: damaged: {verdict.count} frames decode of the 20 its"
     ):
@@ -108,6 +115,12 @@ def test_a_clip_that_breaks_off_is_used_up_to_there_by_option(cut_off):
     decoded = decode(cut_off, 2, sample_rate=10.0, damaged="use")
     assert decoded.indices == (0, count - 1)
     assert decoded.problem is not None
+
+
+def test_a_whole_file_is_not_cut_off(counting, tmp_path):
+    assert not is_cut_off(counting)
+    (tmp_path / "cut.mp4").write_bytes(counting.read_bytes()[:-1])
+    assert is_cut_off(tmp_path / "cut.mp4")
 
 
 def audio_only(folder: Path) -> Path:
@@ -210,7 +223,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     path = movie(tmp_path / "clip.mp4", 2)
-    monkeypatch.setattr("discovla.data.decode.av.open", denied)
+    monkeypatch.setattr("discovla.data.video.av.open", denied)
     assert inspect(path).reason == "cannot be read: Permission denied"
 
 
@@ -218,10 +231,8 @@ def test_a_stream_without_a_rate_is_refused(counting, monkeypatch):
     class NoRate:
         average_rate = None
 
-    from discovla.data.decode import _rate
-
     with pytest.raises(DecodeError, match="no average frame rate: expected a number above 0, found None"):
-        _rate(counting, NoRate())
+        average_rate(counting, NoRate())
 
 
 def test_a_sample_rate_too_fine_names_the_file(tmp_path):
