@@ -76,9 +76,11 @@ def _best(path: Path, container: InputContainer) -> VideoStream:
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream) or stream.disposition & stream.disposition.attached_pic:
         if container.streams.video and not isinstance(stream, VideoStream):
-            raise DecodeError(path, "no decoder for its video stream")
+            raise DecodeError(path, "no video stream that can be decoded")
         kind = "audio only" if container.streams.audio else "neither video nor audio in it"
         raise DecodeError(path, f"no video stream: {kind}")
+    if stream.codec_context is None:
+        raise DecodeError(path, "no decoder for its video stream")
     return stream
 
 

@@ -296,3 +296,15 @@ def test_any_source_can_be_trained_on():
 def test_a_config_of_an_unknown_key_is_refused():
     with pytest.raises(ValidationError, match="frame"):
         config(frame=3)
+
+
+def test_drawn_stills_can_be_trained_on():
+    from discovla.data.stills import Stills
+
+    data = config(stills={"count": 6, "easy_epochs": 1})
+    loader = TrainLoader(
+        Stills(seed=1, **data.stills.model_dump()), data, shape(batch_size=3, context_length=48)
+    )
+    batches = list(loader.epoch(0))
+    assert [len(batch) for batch in batches] == [3, 3]
+    assert all(same(a, b) for a, b in zip(batches, loader.epoch(0), strict=True))
