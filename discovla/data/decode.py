@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from av.error import FFmpegError
@@ -46,9 +46,8 @@ class Decoded:
     """Sampled frames of one clip.
 
     images: by frame index, uint8 RGB y x 3.  indices: f of them, ascending, with repeats where the clip is
-    short.
-    seconds: their times.  count: frames that decode.  rate: average frames per second.  problem: what ended
-    the decoding early, or None.
+    short.  seconds: their times.  count: frames that decode.  rate: average frames per second.  problem: what
+    ended the decoding early, or None.
     """
 
     images: dict[int, np.ndarray]
@@ -194,20 +193,24 @@ def write_frames(
         name = f"{place:02d}_frame{index:06d}.png"
         Image.fromarray(decoded.images[index]).save(out / name)
         rows.append({"file": name, "index": index, "seconds": round(seconds, 6)})
+    record = _record(video, decoded) | {"frames": rows}
+    (out / "frames.json").write_text(
+        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    return [out / row["file"] for row in rows]
+
+
+def _record(video: str | Path, decoded: Decoded) -> dict[str, Any]:
+    """What `frames.json` says of the whole clip."""
     height, width, _ = decoded.images[decoded.indices[0]].shape
-    record = {
+    return {
         "video": str(video),
         "count": decoded.count,
         "rate": decoded.rate,
         "width": width,
         "height": height,
         "problem": decoded.problem,
-        "frames": rows,
     }
-    (out / "frames.json").write_text(
-        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    return [out / row["file"] for row in rows]
 
 
 @dataclass(kw_only=True)

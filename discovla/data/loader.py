@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class StillsConfig(BaseModel):
-    """Drawn stills to train on: `count` in an epoch, one thing in each for the first `easy_epochs` of them."""
+    """Drawn stills to train on: `count` in an epoch, with one thing each in the first `easy_epochs`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,12 +39,12 @@ class DataConfig(BaseModel):
 
     manifest: JSONL of the clips.  train_split, val_split, test_split: which of its clips are for what; no
     val_split, no selection.  frames, sample_rate: see `frame_indices`.  context_length: tokens of a caption.
-    augment: `randaugment` is the released one, `light` a cheap one.  long_captions: what is done with a caption
-    longer than the context; missing_frame_captions: with one that has no frame captions where the method needs
-    them; damaged: with a clip that breaks off.  bad_clip_share: largest share of clips found bad in training
-    before it stops.  cache: folder for decoded frames; it serves everything but RandAugment, which works on
-    frames of full size.  workers: processes that read, 0 reads in the training process.  stills: train on
-    stills drawn in memory instead of the clips of the train_split.
+    augment: `randaugment` is the released one, `light` a cheap one.  long_captions: what is done with a
+    caption longer than the context; missing_frame_captions: with one that has no frame captions where the
+    method needs them; damaged: with a clip that breaks off.  bad_clip_share: largest share of clips found bad
+    in training before it stops.  cache: folder for decoded frames; it serves everything but RandAugment, which
+    works on frames of full size.  workers: processes that read, 0 reads in the training process.  stills:
+    train on stills drawn in memory instead of the clips of the train_split.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -28,8 +28,7 @@ class Sample:
     """One training pair as it is read.
 
     frames: uint8 RGB, f y x 3.  frame_texts: a still caption per frame, or None.  video_index: which clip of
-    the list.
-    bad: why the frames are placeholders, None where they are real.
+    the list.  bad: why the frames are placeholders, None where they are real.
     """
 
     text: str

@@ -22,7 +22,7 @@ def frame_indices(
     Args:
         count: frames that decode, at least 1.
         rate: average frames per second of the stream, above 0.
-        frames: frames to choose, at least 1.
+        frames: how many to choose, at least 1.
         sample_rate: frames per second wanted, above 0; the stride it gives must not round to 0.
         start, end: span in seconds, not negative.  A reversed span is turned round, an empty one becomes 1 s.
 
@@ -35,12 +35,7 @@ def frame_indices(
     """
     _check(count, rate, frames, sample_rate)
     first, last = _span(count, float(rate), start, end)
-    stride = round(float(rate) / sample_rate)
-    if stride == 0:
-        raise ValueError(
-            f"sample_rate: {sample_rate:g} frames a second of a clip with {float(rate):g} rounds to a stride "
-            f"of 0 frames; expected at most {2 * float(rate):g}"
-        )
+    stride = _stride(float(rate), sample_rate)
     positions = range(first, last + 1, stride)
     if len(positions) == frames:
         return list(positions)
@@ -59,6 +54,17 @@ def _check(count: int, rate: float, frames: int, sample_rate: float) -> None:
         raise ValueError(f"frames: expected at least 1, got {frames}")
     if not 0 < sample_rate < float("inf"):
         raise ValueError(f"sample_rate: expected frames per second above 0, got {sample_rate}")
+
+
+def _stride(rate: float, sample_rate: float) -> int:
+    """Frames from one sampled frame to the next."""
+    stride = round(rate / sample_rate)
+    if stride == 0:
+        raise ValueError(
+            f"sample_rate: {sample_rate:g} frames a second of a clip with {rate:g} rounds to a stride of 0 "
+            f"frames; expected at most {2 * rate:g}"
+        )
+    return stride
 
 
 def _span(count: int, rate: float, start: float | None, end: float | None) -> tuple[int, int]:
