@@ -120,9 +120,7 @@ class TorchStrategy(Strategy):
         super().__init__(module, plan)
         self.optimizer = make_optimizer(module, plan.optim, plan.groups)
         start_state(self.optimizer, self.trained.values())
-        if plan.world.size > 1:
-            for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.detach(), src=0)
+        broadcast_module(module, plan.world)
 
     def __call__(self, batch: Batch) -> Losses:
         return self.module(batch)
@@ -194,6 +192,13 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
     for param in module.parameters():
         if not param.requires_grad and param.is_floating_point():
             param.data = param.data.to(dtype)
+
+
+def broadcast_module(module: nn.Module, world: World) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if world.size > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def average_gradients(params: Sequence[nn.Parameter], size: int) -> None:

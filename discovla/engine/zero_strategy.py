@@ -1,0 +1,267 @@
+"""DeepSpeed behind the strategy's door: ZeRO 0 to 3, whose partitioned state is read and written by name."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from discovla.batch import Batch, Losses
+from discovla.engine.distributed import World, group_of_one
+from discovla.engine.optim import make_optimizer, set_learning_rate, start_state
+from discovla.engine.strategy import (
+    MOMENTS,
+    StepPlan,
+    Strategy,
+    broadcast_module,
+    check_optimizer_state,
+    check_state,
+    clip_gradients,
+    collect_state,
+    copy_to_cpu,
+    finite,
+    not_finite,
+    restore_state,
+    trained_size,
+    whole_shape,
+)
+from discovla.engine.zero import choose_stage, zero_json
+
+logger = logging.getLogger(__name__)
+
+
+class DeepSpeedStrategy(Strategy):
+    """DeepSpeed's engine around the module.
+
+    Stages 1 and 2 give every rank a slice of one flat tensor of all trained parameters, stage 3 a slice of each
+    parameter. `_pieces` finds what this rank holds of a parameter, or of a moment; reading puts the pieces of
+    all ranks together, writing cuts them out of the whole, and nothing else here knows of partitions.
+    """
+
+    def __init__(self, module: nn.Module, plan: StepPlan) -> None:
+        super().__init__(module, plan)
+        trained = trained_size(module)
+        self.stage = choose_stage(plan.engine, trained, plan.world.size)
+        if plan.engine.bf16_parameters:
+            _check_full_fine_tuning(module, trained)
+        self.shell = _Shell(self.module)
+        optimizer = make_optimizer(self.module, plan.optim, plan.groups)
+        deepspeed = load_deepspeed(plan.world)
+        settings = zero_json(
+            plan.engine,
+            plan.optim,
+            micro_batch=plan.batch_size // plan.world.size,
+            world_size=plan.world.size,
+            trained=trained,
+        )
+        broadcast_module(self.module, plan.world)
+        if self.stage == 3:
+            _refuse_records(self.module)
+        with _scalars_survive(deepspeed, self.module, self.stage):
+            self.engine, *_ = deepspeed.initialize(model=self.shell, optimizer=optimizer, config=settings)
+        self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
+        start_state(self.optimizer, self._flat())
+
+    def __call__(self, batch: Batch) -> Losses:
+        total, *terms = self.engine(batch)
+        return Losses(total=total, terms=dict(zip(self.shell.names, terms, strict=True)))
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, lr: float) -> float:
+        set_learning_rate(self.optimizer, lr)
+        if self.stage == 0:
+            norm = clip_gradients(list(self.trained.values()), self.plan.optim.clip_grad_norm)
+            self.engine.step()
+            return norm
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        if not finite(norm):
+            raise FloatingPointError(not_finite(norm))
+        return norm
+
+    def trained_state(self) -> dict[str, Tensor]:
+        if self.stage == 0:
+            return {name: copy_to_cpu(param) for name, param in self.trained.items()}
+        return {name: self._read(param, None) for name, param in self.trained.items()}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        check_state("trained state", state, {name: whole_shape(p) for name, p in self.trained.items()})
+        with self._gathered(list(self.trained.values()), write=True), torch.no_grad():
+            for name, param in self.trained.items():
+                param.copy_(state[name])
+        if self.stage > 0:  # the masters that the optimiser updates are copies
+            for name, param in self.trained.items():
+                self._write(param, None, state[name])
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        if self.stage == 0:
+            return collect_state(self.optimizer, self.trained)
+        state = {f"{key}/{name}": self._read(p, key) for key in MOMENTS for name, p in self.trained.items()}
+        state["step"] = self.optimizer.state[self._flat()[0]]["step"].to("cpu", torch.int64)
+        return state
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        if self.stage == 0:
+            return restore_state(self.optimizer, self.trained, state)
+        check_optimizer_state(state, self.trained)
+        for name, param in self.trained.items():
+            for key in MOMENTS:
+                self._write(param, key, state[f"{key}/{name}"])
+        for flat in self._flat():
+            self.optimizer.state[flat]["step"].fill_(state["step"].item())
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        with self._gathered(list(self.module.parameters()), write=False):
+            yield self.module
+
+    @contextmanager
+    def _gathered(self, params: list[nn.Parameter], *, write: bool) -> Iterator[None]:
+        """Stage 3: put the parameters together for a while; what rank 0 writes into them stays."""
+        if self.stage < 3:
+            yield
+            return
+        zero = importlib.import_module("deepspeed.zero")
+        with zero.GatheredParameters(params, modifier_rank=0 if write else None):
+            yield
+
+    def _flat(self) -> list[Tensor]:
+        """The tensors the optimiser really updates on this rank."""
+        if self.stage == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return [param for group in self.optimizer.param_groups for param in group["params"]]
+
+    def _read(self, param: nn.Parameter, key: str | None) -> Tensor:
+        """The whole of a parameter's master (None) or of a moment, from the pieces on all ranks."""
+        whole = torch.zeros(whole_shape(param), dtype=torch.float32, device=self.plan.world.device)
+        for piece, start in self._pieces(param, key):
+            whole.view(-1)[start : start + piece.numel()].copy_(piece)
+        if self.plan.world.size > 1:  # as integers: 0.0 + -0.0 would lose a sign
+            dist.all_reduce(whole.view(torch.int32))
+        return copy_to_cpu(whole)
+
+    def _write(self, param: nn.Parameter, key: str | None, whole: Tensor) -> None:
+        """Cut this rank's piece of a master (None) or of a moment out of the whole."""
+        for piece, start in self._pieces(param, key):
+            piece.copy_(whole.reshape(-1)[start : start + piece.numel()])
+
+    @torch.no_grad()
+    def _pieces(self, param: nn.Parameter, key: str | None) -> list[tuple[Tensor, int]]:
+        """This rank's part of a parameter in the optimiser, as a view, and where in the parameter it starts."""
+        if self.stage == 3:
+            zero: Any = self.engine.optimizer
+            group, offset, length = zero.grad_position[zero.get_param_id(param)]
+            start = length * self.plan.world.rank
+            held = min(length, max(0, whole_shape(param).numel() - start))  # the rest pads the last rank
+            flat = zero.fp32_partitioned_groups_flat[group]
+        else:
+            mapping: Any = getattr(param, "_hp_mapping", None)
+            if mapping is None:
+                return []
+            offset, held = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+            start = mapping.lp_fragment_address.start
+            flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
+        tensor = flat if key is None else self.optimizer.state[flat][key]
+        return [(tensor.detach().narrow(0, offset, held), start)] if held else []
+
+
+class _Shell(nn.Module):
+    """Returns losses as a tuple, for DeepSpeed hooks only the tensors that it finds in tuples, lists and dicts.
+
+    The module's own hooks are passed by for the same reason: its direct parameters count as the shell's.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.inner = module
+        self.names: tuple[str, ...] = ()
+
+    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
+        losses = self.inner.forward(batch)
+        self.names = tuple(losses.terms)
+        return losses.total, *losses.terms.values()
+
+
+def _refuse_records(module: nn.Module) -> None:
+    """Stage 3 only: an error where DeepSpeed would silently compute gradients from parameters gone by then."""
+
+    def check(submodule: nn.Module, _inputs: Any, output: Any) -> None:
+        parts = output.values() if isinstance(output, dict) else output
+        parts = parts if isinstance(output, dict | tuple | list) else [output]
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise ValueError(
+                f"zero_stage 3: expected {type(submodule).__name__} to return tensors, found "
+                f"{type(output).__name__}; choose a stage below 3"
+            )
+
+    for submodule in module.modules():
+        if submodule is not module and next(submodule.parameters(recurse=False), None) is not None:
+            submodule.register_forward_hook(check)
+
+
+def load_deepspeed(world: World) -> Any:
+    """Import DeepSpeed for this world's device, quietly, and give it a process group.
+
+    Raises:
+        ValueError: DeepSpeed was imported before, for another device.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed"
+    )  # its calls, not ours
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.INFO))  # it reports its own import
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    finally:
+        logging.disable(disabled)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    found = deepspeed.get_accelerator().device_name()
+    if found != world.device.type:
+        raise ValueError(f"DS_ACCELERATOR: expected {world.device.type!r} for this run, found {found!r}")
+    if world.device.type == "cpu":
+        # It would compile a shared-memory all-reduce, a minute's work, that only its inference calls.
+        deepspeed.ops.__compatible_ops__ = {}
+    group_of_one(world)
+    return deepspeed
+
+
+@contextmanager
+def _scalars_survive(deepspeed: Any, module: nn.Module, stage: int) -> Iterator[None]:
+    """Let parameters without dimensions (a logit scale) through DeepSpeed's start.
+
+    0.19.8 sends parameters round as bytes, which fails on them. Below stage 3 that broadcast is left out, ours
+    came before it; at stage 3 they get one dimension until they are split, and lose it again.
+    """
+    engine = deepspeed.DeepSpeedEngine
+    original = engine._broadcast_model
+    engine._broadcast_model = lambda self: None
+    scalars = [p for p in module.parameters() if p.dim() == 0] if stage == 3 else []
+    for param in scalars:
+        param.data = param.data.view(1)
+    try:
+        yield
+    finally:
+        engine._broadcast_model = original
+        for param in scalars:
+            param.ds_shape = torch.Size([])  # what a gathered parameter is viewed as
+
+
+def _check_full_fine_tuning(module: nn.Module, trained: int) -> None:
+    """Refuse DeepSpeed's bf16 mode where adapters are trained: it casts them too."""
+    total = sum(p.numel() for p in module.parameters())
+    if 2 * trained < total:
+        raise ValueError(
+            f"bf16_parameters: expected full fine-tuning, found {trained} of {total} parameters trained; "
+            "precision 'bf16' alone keeps trained parameters in fp32"
+        )
