@@ -1,13 +1,14 @@
 import json
 import logging
+import zlib
 
 import av
 import numpy as np
 import pytest
 
-from discovla.data.drawing import COLOURS
+from discovla.data.drawing import COLOURS, PLACES
 from discovla.data.manifest import check_clips, read_manifest
-from discovla.data.scenes import FRAMES, PARTS, RATE, film, make_scene
+from discovla.data.scenes import EVENTS, FRAMES, PARTS, RATE, film, make_scene
 from discovla.data.synthetic import SAMPLED, WorldSizes, draw_world, encode, first_caption
 from discovla.data.tokens import Tokenizer
 from discovla.data.wording import CONTEXT_LENGTH, WORDS
@@ -71,11 +72,19 @@ def test_a_clip_is_h264_of_the_stated_length_and_rate(world):
         assert sum(1 for _ in container.decode(stream)) == FRAMES
 
 
-def test_no_scene_is_in_two_splits():
-    facts = {split: {make_scene(0, split, i).facts for i in range(300)} for split in PARTS}
-    for a in PARTS:
-        for b in PARTS:
-            assert a == b or not facts[a] & facts[b]
+def test_the_facts_of_a_scene_tell_its_split():
+    part = {
+        split: {zlib.crc32(repr(make_scene(0, split, i).facts).encode()) % 8 for i in range(60)}
+        for split in PARTS
+    }
+    assert sorted(n for parts in part.values() for n in parts) == sorted(
+        n for parts in PARTS.values() for n in parts
+    )
+
+
+def test_no_scene_is_in_two_splits_or_twice_in_one():
+    facts = [make_scene(0, split, i).facts for split in PARTS for i in range(300)]
+    assert len(set(facts)) == len(facts)
 
 
 def test_siblings_share_their_actors_and_nothing_else():
@@ -117,15 +126,16 @@ def test_the_first_caption_made_from_the_facts_is_that_of_the_manifest(world):
     assert [first_caption(0, "test", i)[2] for i in range(len(test))] == [clip.captions[0] for clip in test]
 
 
-def test_an_interrupted_world_is_gone_on_with(tmp_path, world):
-    sizes = WorldSizes(train=3, val=0, test=0, siblings=2)
-    manifest = draw_world(tmp_path, sizes=sizes, workers=1)
-    whole = contents(manifest)
+@pytest.mark.parametrize(
+    "lost", [["manifest.jsonl"], ["videos/train_00001.mp4"], ["manifest.jsonl", "videos/val_00000.mp4"]]
+)
+def test_an_interrupted_world_is_gone_on_with(tmp_path, lost):
+    sizes = WorldSizes(train=2, val=1, test=0, siblings=0)
+    whole = contents(draw_world(tmp_path, sizes=sizes, workers=1))
     kept = tmp_path / "videos/train_00000.mp4"
     before = kept.stat().st_mtime_ns
-    manifest.unlink()
-    for name in ("train_00001", "siblings_00000"):
-        (tmp_path / f"videos/{name}.mp4").unlink()
+    for name in lost:
+        (tmp_path / name).unlink()
     assert contents(draw_world(tmp_path, sizes=sizes, workers=1)) == whole
     assert kept.stat().st_mtime_ns == before
 
@@ -181,3 +191,67 @@ def test_a_decoded_clip_shows_the_front_actor_in_its_colour_where_it_is(index, t
         near = np.hypot(columns - thing.x, rows - thing.y) < thing.radius
         colour = np.abs(frames[i].astype(int) - COLOURS[thing.colour]).max(-1) < 70
         assert (near & colour).sum() > 0.25 * near.sum(), (i, thing)
+
+
+def area(frame, colour, place):
+    """Pixels of a colour within a big thing's reach of a place."""
+    rows, columns = np.mgrid[:64, :64]
+    near = np.hypot(columns - PLACES[place][0], rows - PLACES[place][1]) < 14
+    return (near & (np.abs(frame.astype(int) - COLOURS[colour]).max(-1) < 40)).sum()
+
+
+def front_acts(kind, count=6):
+    """Films of scenes whose front actor does something, with that actor; nothing else shares its colours."""
+    found = []
+    for i in range(2000):
+        scene = make_scene(0, "train", i)
+        front, back = scene.actors[1], scene.actors[0]
+        others = {back.colour, back.colour_to, *(thing.colour for thing in scene.distractors)}
+        if front.kind == kind and not others & {front.colour, front.colour_to} - {None}:
+            found.append((film(scene, 0, "train", i), front))
+        if len(found) == count:
+            return found
+    raise AssertionError(f"only {len(found)} scenes of {kind}")
+
+
+@pytest.mark.parametrize("kind", EVENTS)
+def test_a_film_shows_the_event_it_is_of(kind):
+    for frames, a in front_acts(kind):
+        first, last = frames[0], frames[28]  # the first and the last that are sampled
+        colour, place = a.colour_to or a.colour, a.place_to or a.place
+        before, after = area(first, a.colour, a.place), area(last, colour, place)
+        match kind:
+            case "appears":
+                assert before == 0 < 40 < after
+            case "disappears":
+                assert after == 0 < 40 < before
+            case "grows":
+                assert after > 2 * before > 0
+            case "shrinks":
+                assert before > 2 * after > 0
+            case "moves" | "turns":
+                assert min(before, after) > 40
+                assert area(last, a.colour, a.place) < 0.5 * before
+                assert area(first, colour, place) < 0.5 * after
+            case "stays":
+                assert before > 40
+                assert abs(after - before) < 0.1 * before
+
+
+def test_the_first_event_is_over_before_the_second_begins_where_the_order_is_then():
+    scenes = [make_scene(0, "train", i) for i in range(200)]
+    ordered = [scene for scene in scenes if scene.order == "then"]
+    assert 0.5 < len(ordered) / len(scenes) < 0.7
+    assert all(scene.actors[0].end < scene.actors[1].start for scene in ordered)
+
+
+def test_both_events_overlap_where_the_order_is_while():
+    scenes = [scene for i in range(200) if (scene := make_scene(0, "train", i)).order == "while"]
+    assert all(max(a.start for a in s.actors) < min(a.end for a in s.actors) for s in scenes)
+
+
+def test_the_sampled_frames_show_the_clip_before_its_first_event_and_after_its_last():
+    for i in range(200):
+        actors = make_scene(0, "train", i).actors
+        assert min(a.start for a in actors) > 0
+        assert max(a.end for a in actors) < 28 / FRAMES
