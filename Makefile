@@ -4,13 +4,15 @@
 #           make train TORCH='torch==2.11.0 --index-url https://download.pytorch.org/whl/cu130'
 #   VENV    the environment: made if absent. One that holds a working torch keeps it: make test VENV=/path/to/env
 #   PYTHON  the interpreter that makes it
-#   CONFIG, ARGS   what to train and its overrides: make train CONFIG=configs/x.toml ARGS='optim.lr=1e-4'
+#   CONFIG, ARGS, PROCESSES   what to train, its overrides, on how many GPUs or by how many processes:
+#           make train CONFIG=configs/x.toml ARGS="optim.lr=1e-4" PROCESSES=8
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 CONFIG ?= configs/quickstart.toml
 ARGS ?=
+PROCESSES ?= 1
 
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
@@ -19,16 +21,14 @@ PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("12
 
 .PHONY: train test install
 
-train: install data/drawn_world/manifest.jsonl
-	deepspeed -q --num_accelerators 1 --master_port $(PORT) train.py $(CONFIG) $(ARGS)
+train: install
+	discovla draw data/drawn_world
+	deepspeed -q --num_accelerators $(PROCESSES) --master_port $(PORT) train.py $(CONFIG) $(ARGS)
 
 test: install
 	python -m pytest -q -m "not slow" $(ARGS)
 
 install: $(VENV)/installed
-
-data/drawn_world/manifest.jsonl: | install
-	discovla draw $(@D)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("python >= 3.11 is needed, PYTHON is " + sys.version if sys.version_info < (3, 11) else 0)'

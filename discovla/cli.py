@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from discovla import __version__
 from discovla.data.datasets import csv_clips, hold_out, msrvtt, prepare
 from discovla.data.decode import DecodeError, write_frames
+from discovla.data.synthetic import WorldSizes, draw_world
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_frames(commands)
     _add_prepare(commands)
+    _add_draw(commands)
     _add_evaluate(commands)
     return parser
 
@@ -102,6 +106,27 @@ def _prepare(arguments: argparse.Namespace, clips: list) -> None:
     if arguments.val:
         clips = hold_out(clips, arguments.val)
     print("\n".join(prepare(clips, arguments.out).lines()))
+
+
+def _add_draw(commands: argparse._SubParsersAction) -> None:
+    text = "draw the clips of the drawn world and write their manifest; what is there already is kept"
+    parser = commands.add_parser("draw", help=text, description=text)
+    parser.add_argument("out", type=Path, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--workers", type=int, default=cores, metavar="N", help="default: all cores, %(default)s"
+    )
+    for split, count in asdict(WorldSizes()).items():
+        held = f"clips in the split `{split}`, default: %(default)s"
+        parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=held)
+    parser.set_defaults(run=_draw)
+
+
+def _draw(arguments: argparse.Namespace) -> None:
+    sizes = WorldSizes(**{field.name: getattr(arguments, field.name) for field in fields(WorldSizes)})
+    manifest = draw_world(arguments.out, seed=arguments.seed, sizes=sizes, workers=arguments.workers)
+    print(f"{manifest} is ready")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:

@@ -65,11 +65,21 @@ def test_prepare_turns_a_table_into_a_manifest(video, tmp_path, capsys):
     assert "train: 1 clips, 1 captions" in capsys.readouterr().out
 
 
+def test_draw_writes_a_world_of_the_sizes_asked_for(tmp_path, capsys):
+    sizes = ["--train", "2", "--val", "1", "--test", "1", "--siblings", "0"]
+    assert main(["draw", str(tmp_path / "world"), "--workers", "1", *sizes]) == 0
+    clips = read_manifest(tmp_path / "world/manifest.jsonl")
+    assert [clip.split for clip in clips] == ["train", "train", "val", "test"]
+    assert all(clip.video.is_file() for clip in clips)
+    assert "manifest.jsonl" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["evaluate", "--matrix", "no.npy"], "no.npy: No such file or directory"),
         (["frames", "no.mp4", "--out", "o"], "no.mp4"),
+        (["draw", "w", "--train", "-1"], "train: expected at least 0 clips, got -1"),
         (["prepare", "csv", "no.csv", "--out", "m.jsonl"], "no.csv"),
     ],
 )
@@ -87,5 +97,5 @@ def test_the_command_runs_as_a_process():
     code = "import sys; from discovla.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for command in ("frames", "prepare", "evaluate"):
+    for command in ("frames", "prepare", "draw", "evaluate"):
         assert command in done.stdout
