@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from discovla.batch import Embedding
 from discovla.data.clips import check_captions
 from discovla.data.loader import DataConfig, text_batches, video_batches
-from discovla.data.manifest import Clip
+from discovla.data.manifest import Clip, read_manifest
 from discovla.methods.base import Method
 from discovla.retrieval.embed import embed_texts, embed_videos, in_order
 from discovla.retrieval.metrics import (
@@ -94,6 +94,25 @@ def evaluate(method: Method, clips: Sequence[Clip], how: Evaluation) -> dict[str
         cosines = matrix / method.logit_scale().item()
         results["QB-Norm"] = {"t2v": summary(text_to_video_ranks(qb_norm(cosines, bank), groups))}
     return results
+
+
+def evaluate_manifest(
+    method: Method, manifest: str | Path, split: str, how: Evaluation
+) -> dict[str, Metrics]:
+    """`evaluate` on one split of a manifest, re-ranked too; QB-Norm's bank is its training captions, if any.
+
+    Raises:
+        ValueError: the manifest cannot be read or has no clips in the split; and as `evaluate`.
+        DecodeError: as `evaluate`.
+    """
+    clips = read_manifest(manifest, split=split)
+    bank = []
+    if (
+        split != how.data.train_split
+    ):  # a bank of the queries themselves would be dual softmax by another name
+        train = (clip for clip in read_manifest(manifest) if clip.split == how.data.train_split)
+        bank = [caption for clip in train for caption in clip.captions]
+    return evaluate(method, clips, replace(how, rerank=True, bank=bank))
 
 
 def evaluate_matrix(path: str | Path, groups: str | Path | None = None) -> Metrics:

@@ -12,8 +12,8 @@ import pytest
 from discovla import evaluate as module
 from discovla.data.decode import DecodeError
 from discovla.data.loader import DataConfig, text_batches, video_batches
-from discovla.data.manifest import Clip
-from discovla.evaluate import Evaluation, evaluate, evaluate_matrix, results_table
+from discovla.data.manifest import Clip, write_manifest
+from discovla.evaluate import Evaluation, evaluate, evaluate_manifest, evaluate_matrix, results_table
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.retrieval.metrics import retrieval_metrics
 from discovla.testing import tiny_architecture
@@ -105,6 +105,20 @@ def test_several_processes_find_what_one_finds(method, clips, how, processes):
     with ThreadPoolExecutor(processes) as pool:
         found = list(pool.map(run, range(processes)))
     assert found == [evaluate(method, clips, how)] * processes
+
+
+def test_a_manifest_lends_its_training_captions_to_qb_norm(method, clips, how, tmp_path):
+    train = replace(clips[0], id="t", captions=tuple(how.bank), split="train")
+    write_manifest(tmp_path / "m.jsonl", [*clips, train])
+    plain = replace(how, rerank=False, bank=())
+    assert evaluate_manifest(method, tmp_path / "m.jsonl", "test", plain) == evaluate(method, clips, how)
+    assert "QB-Norm" not in evaluate_manifest(method, tmp_path / "m.jsonl", "train", plain)
+
+
+def test_a_split_without_clips_is_an_error(method, clips, how, tmp_path):
+    write_manifest(tmp_path / "m.jsonl", clips)
+    with pytest.raises(ValueError, match=r"m\.jsonl.*'dev'"):
+        evaluate_manifest(method, tmp_path / "m.jsonl", "dev", how)
 
 
 def test_a_clip_that_does_not_decode_is_an_error_that_names_it(method, clips, how):
