@@ -15,7 +15,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from discovla.data.sampling import frame_indices
-from discovla.data.video import DecodeError, average_rate, is_cut_off, opened, words
+from discovla.data.video import DecodeError, is_cut_off, opened, words
 
 Damaged = Literal["refuse", "use"]
 
@@ -123,26 +123,17 @@ def decode_each(
     """
     path = Path(path)
     scan = _scan(path, sampling, each, None)
-    if scan.count == 0:
-        raise DecodeError(path, scan.nothing())
-    if scan.problem is not None and damaged == "refuse":
-        raise DecodeError(path, scan.broken())
-    try:
-        indices = sampling.indices(scan.count, scan.rate)
-    except ValueError as error:
-        raise DecodeError(path, str(error)) from error
+    indices, rate = _sampled(path, scan, sampling, damaged)
     if not scan.images.keys() >= set(indices):
         scan = _scan(path, sampling, each, scan.count)
     if not scan.images.keys() >= set(indices):
-        raise DecodeError(
-            path, f"decoded twice, it gave other numbers of frames, the second time {scan.count}"
-        )
+        raise DecodeError(path, f"decoded twice, it gave other frames, the second time {scan.count}")
     return Decoded(
         images=scan.images,
         indices=tuple(indices),
-        seconds=tuple(scan.seconds[index] for index in indices),
+        seconds=tuple(_seconds(scan.times[index], index / rate) for index in indices),
         count=scan.count,
-        rate=scan.rate,
+        rate=rate,
         problem=None if scan.problem is None else scan.broken(),
     )
 
@@ -200,6 +191,25 @@ def write_frames(
     return [out / row["file"] for row in rows]
 
 
+def _sampled(path: Path, scan: _Scan, sampling: Sampling, damaged: Damaged) -> tuple[list[int], float]:
+    """Indices of the frames to take and the rate, from the frames that did decode."""
+    if scan.count == 0:
+        raise DecodeError(path, scan.nothing())
+    if scan.problem is not None and damaged == "refuse":
+        raise DecodeError(path, scan.broken())
+    if scan.rate is None:
+        raise DecodeError(path, "no average frame rate: expected one above 0 in the file, found none")
+    try:
+        return sampling.indices(scan.count, scan.rate), scan.rate
+    except ValueError as error:
+        raise DecodeError(path, str(error)) from error
+
+
+def _seconds(time: float | None, otherwise: float) -> float:
+    """The time of a frame, where the file gives it."""
+    return otherwise if time is None else time
+
+
 def _record(video: str | Path, decoded: Decoded) -> dict[str, Any]:
     """What `frames.json` says of the whole clip."""
     height, width, _ = decoded.images[decoded.indices[0]].shape
@@ -217,13 +227,13 @@ def _record(video: str | Path, decoded: Decoded) -> dict[str, Any]:
 class _Scan:
     """One decoding of a file to its end, and what was kept of it."""
 
-    rate: float
+    rate: float | None
     header_count: int
     count: int = 0
     size: tuple[int, int] | None = None
     problem: str | None = None
     images: dict[int, np.ndarray] = field(default_factory=dict)
-    seconds: dict[int, float] = field(default_factory=dict)
+    times: dict[int, float | None] = field(default_factory=dict)
 
     def nothing(self) -> str:
         """Why there is no frame."""
@@ -240,7 +250,7 @@ def _scan(
 ) -> _Scan:
     """Decode the whole file, keeping the frames sampled where `count` frames decode; None is a guess."""
     with opened(path) as (container, stream):
-        scan = _Scan(rate=average_rate(path, stream), header_count=stream.frames)
+        scan = _Scan(rate=float(stream.average_rate or 0) or None, header_count=stream.frames)
         if count is None:
             count = _guess(path, stream)
         wanted = _wanted(sampling, count, scan.rate)
@@ -250,16 +260,16 @@ def _scan(
                     scan.size = _displayed(frame)
                 if scan.count in wanted:
                     scan.images[scan.count] = each(_image(frame, scan.size))
-                    scan.seconds[scan.count] = scan.count / scan.rate if frame.time is None else frame.time
+                    scan.times[scan.count] = frame.time
                 scan.count += 1
         except FFmpegError as error:
             scan.problem = words(error) + (" (the file is cut off)" if is_cut_off(path) else "")
     return scan
 
 
-def _wanted(sampling: Sampling | None, count: int | None, rate: float) -> set[int]:
+def _wanted(sampling: Sampling | None, count: int | None, rate: float | None) -> set[int]:
     """Frames to keep if `count` decode; none where that cannot be right, which the true count then shows."""
-    if sampling is None or not count:
+    if sampling is None or rate is None or not count:
         return set()
     try:
         return set(sampling.indices(count, rate))

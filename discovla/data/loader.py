@@ -31,7 +31,7 @@ class StillsConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     count: int = Field(ge=1)
-    easy_epochs: int = Field(0, ge=0)
+    easy_epochs: int = Field(default=0, ge=0)
 
 
 class DataConfig(BaseModel):
@@ -41,10 +41,10 @@ class DataConfig(BaseModel):
     val_split, no selection.  frames, sample_rate: see `frame_indices`.  context_length: tokens of a caption.
     augment: `randaugment` is the released one, `light` a cheap one.  long_captions: what is done with a
     caption longer than the context; missing_frame_captions: with one that has no frame captions where the
-    method needs them; damaged: with a clip that breaks off.  bad_clip_share: largest share of clips found bad
-    in training before it stops.  cache: folder for decoded frames; it serves everything but RandAugment, which
-    works on frames of full size.  workers: processes that read, 0 reads in the training process.  stills:
-    train on stills drawn in memory instead of the clips of the train_split.
+    method needs them; damaged: with a clip that breaks off.  bad_clip_share: largest share of clips found
+    bad in training before it stops.  cache: folder for decoded frames; it serves everything but
+    RandAugment, which works on frames of full size.  workers: processes that read, 0 reads in the training
+    process.  stills: train on stills drawn in memory instead of the clips of the train_split.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,16 +53,16 @@ class DataConfig(BaseModel):
     train_split: str = "train"
     val_split: str | None = "val"
     test_split: str = "test"
-    frames: int = Field(12, ge=1)
-    sample_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
-    context_length: int = Field(32, ge=2)
+    frames: int = Field(default=12, ge=1)
+    sample_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    context_length: int = Field(default=32, ge=2)
     augment: Augment = "none"
     long_captions: LongCaptions = "error"
     missing_frame_captions: Literal["error", "drop"] = "error"
     damaged: Damaged = "refuse"
-    bad_clip_share: float = Field(0.01, ge=0, le=1)
+    bad_clip_share: float = Field(default=0.01, ge=0, le=1)
     cache: Path | None = None
-    workers: int = Field(2, ge=0)
+    workers: int = Field(default=2, ge=0)
     stills: StillsConfig | None = None
 
 

@@ -72,7 +72,7 @@ def write_manifest(path: str | Path, clips: Sequence[Clip]) -> None:
     """Write clips to a manifest, whole or not at all; videos below its folder are written relative to it.
 
     Raises:
-        ValueError: two clips share an id.
+        ValueError: two clips share an id, or a clip is none that could be read again.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -84,8 +84,11 @@ def write_manifest(path: str | Path, clips: Sequence[Clip]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
-            for clip in clips:
-                file.write(json.dumps(_fields(clip, folder), ensure_ascii=False) + "\n")
+            for number, clip in enumerate(clips, start=1):
+                line = json.dumps(_fields(clip, folder), ensure_ascii=False)
+                where = f"{path}:{number}"
+                _clip(_object(line, where), where, folder)  # what could not be read again is not written
+                file.write(line + "\n")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -84,20 +84,6 @@ def _best(path: Path, container: InputContainer) -> VideoStream:
     return stream
 
 
-def average_rate(path: Path, stream: VideoStream) -> float:
-    """Average frames per second of a stream.
-
-    Raises:
-        DecodeError: the file gives none.
-    """
-    rate = float(stream.average_rate or 0)
-    if not rate > 0:
-        raise DecodeError(
-            path, f"no average frame rate: expected a number above 0, found {stream.average_rate}"
-        )
-    return rate
-
-
 def is_cut_off(path: Path) -> bool:
     """Whether an MP4 file ends before the last of its boxes does."""
     end, size = 0, path.stat().st_size

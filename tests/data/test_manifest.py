@@ -57,8 +57,10 @@ def test_a_video_elsewhere_keeps_its_absolute_path(tmp_path):
 def test_a_failed_write_leaves_the_old_manifest(tmp_path):
     path = manifest(tmp_path, LINE)
     before = path.read_text()
-    with pytest.raises(TypeError):
-        write_manifest(path, [clip(tmp_path, caption_order=object())])
+    with pytest.raises(
+        ValueError, match=r"manifest.jsonl:2: captions\[1\]: expected a text that is not empty"
+    ):
+        write_manifest(path, [clip(tmp_path, id="b"), clip(tmp_path, captions=("a", ""))])
     assert path.read_text() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "manifest.jsonl"]
 
