@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -26,8 +27,9 @@ class Batch:
         bool.
     frame_text_ids, frame_text_mask: b f l, the still captions of the sampled frames, or None.
     video_index: b, int64, which clip of the manifest; equal for captions of one clip.
-    valid: b, bool.  False marks a clip that could not be decoded: its row is a placeholder that keeps every
-    rank's shape the same and that no loss sees.  bad: those clips.
+    valid: b, bool; None where every clip of every rank could be read.  False marks one that could not: its row
+        is a placeholder that keeps every rank's shape the same and that no loss sees.
+    bad: those clips.
     """
 
     text_ids: Tensor
@@ -35,7 +37,7 @@ class Batch:
     frames: Tensor
     frame_mask: Tensor
     video_index: Tensor
-    valid: Tensor
+    valid: Tensor | None
     frame_text_ids: Tensor | None = None
     frame_text_mask: Tensor | None = None
     bad: tuple[BadClip, ...] = field(default=())
@@ -57,31 +59,33 @@ class Batch:
 class Embedding:
     """What one tower makes of n inputs.  Nothing in it is normalised.
 
-    pooled: n d.  tokens: n k d, the parts (frames, words, views, frame captions) a similarity may compare.
+    pooled: n d.
+    tokens: n k d, the parts (words, frames, views) that a token-wise similarity compares; None where none does.
     mask: n k, bool, true on real tokens; None where every token is real.
+    frames: n f d, one feature per frame: of the frame itself or of its caption; for frame-level alignment.
+    frame_mask: n f, bool, true on real frames.
     """
 
     pooled: Tensor
     tokens: Tensor | None = None
     mask: Tensor | None = None
+    frames: Tensor | None = None
+    frame_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.pooled.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Embedding:
-        return Embedding(
-            pooled=self.pooled[rows],
-            tokens=None if self.tokens is None else self.tokens[rows],
-            mask=None if self.mask is None else self.mask[rows],
-        )
+        return self.map(lambda x: x[rows])
 
     def to(self, device: torch.device | str) -> Embedding:
         """The same embedding on `device`."""
-        return Embedding(
-            pooled=self.pooled.to(device),
-            tokens=None if self.tokens is None else self.tokens.to(device),
-            mask=None if self.mask is None else self.mask.to(device),
-        )
+        return self.map(lambda x: x.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Embedding:
+        """The embedding with `change` applied to each tensor it has."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Embedding(**{name: None if x is None else change(x) for name, x in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

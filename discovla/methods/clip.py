@@ -32,9 +32,9 @@ class CLIP(Method):
         return (".*",) if self.config.tune == "full" else ()
 
     def encode_video(self, frames: Tensor, mask: Tensor) -> Embedding:
-        """pooled: mean of the real frames' unit features, b d.  tokens: frame features, b f d."""
+        """pooled: mean of the real frames' unit features, b d.  frames: their features, b f d."""
         features = widen(self.vision(self.pixels(frames)))  # b f d
-        return Embedding(pooled=masked_mean(unit(features), mask), tokens=features, mask=mask)
+        return Embedding(pooled=masked_mean(unit(features), mask), frames=features, frame_mask=mask)
 
     def losses(self, text: Embedding, video: Embedding, *, same_video: Tensor | None = None) -> Losses:
         loss = info_nce(text.pooled, video.pooled, self.logit_scale())

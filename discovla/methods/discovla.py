@@ -11,6 +11,7 @@ Retrieval (CVPR 2025, arXiv 2506.08887).  Defaults are the published behaviour.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -84,15 +85,15 @@ class DiscoVLA(Method):
         return (r".*\.attention\.lora\..*", *([r".*\.attention\.adapter\..*"] if fused else []))
 
     def encode_video(self, frames: Tensor, mask: Tensor) -> Embedding:
-        """pooled: mean of the real frames' unit features, b d.  tokens: frame features, b f d."""
+        """pooled: mean of the real frames' unit features, b d.  frames: their features, b f d."""
         seen = mask if self.config.mask_padded_frames else None
         features = widen(self.vision(self.pixels(frames), seen))  # b f d
-        return Embedding(pooled=masked_mean(unit(features), mask), tokens=features, mask=mask)
+        return Embedding(pooled=masked_mean(unit(features), mask), frames=features, frame_mask=mask)
 
     def encode(self, batch: Batch) -> tuple[Embedding, Embedding]:
         text, video = super().encode(batch)
         if self.needs_frame_captions:
-            text = Embedding(pooled=text.pooled, tokens=self.encode_frame_captions(batch))
+            text = replace(text, frames=self.encode_frame_captions(batch))
         return text, video
 
     def encode_frame_captions(self, batch: Batch) -> Tensor:
@@ -112,16 +113,16 @@ class DiscoVLA(Method):
         ignore = None
         if self.config.exclude_same_video and same_video is not None:
             ignore = same_video.clone().fill_diagonal_(False)
-        if text.tokens is None or video.tokens is None:
+        if text.frames is None or video.frames is None:
             loss = info_nce(text.pooled, video.pooled, scale, ignore=ignore)
             return Losses(total=loss, terms={"video": loss.detach()})
         inputs = AlignmentInputs(
             text=text.pooled,
             video=video.pooled,
-            text_tokens=text.tokens,
-            video_tokens=video.tokens,
-            text_mask=video.mask if self.config.mask_padded_frames else None,
-            video_mask=video.mask if self.config.mask_padded_frames else None,
+            text_frames=text.frames,
+            video_frames=video.frames,
+            text_mask=video.frame_mask if self.config.mask_padded_frames else None,
+            video_mask=video.frame_mask if self.config.mask_padded_frames else None,
         )
         loss = alignment_losses(
             inputs,

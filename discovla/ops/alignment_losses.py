@@ -18,14 +18,14 @@ KLNorm = Literal["official", "fixed"]
 class AlignmentInputs:
     """The four embeddings the losses compare, un-normalised, row i of each from sample i.
 
-    text, video: n d.  text_tokens: n i d, frame captions.  video_tokens: n j d, frames.
+    text, video: n d.  text_frames: n i d, frame captions.  video_frames: n j d, frames.
     text_mask, video_mask: n i and n j, bool, or None where every part counts.
     """
 
     text: Tensor
     video: Tensor
-    text_tokens: Tensor
-    video_tokens: Tensor
+    text_frames: Tensor
+    video_frames: Tensor
     text_mask: Tensor | None = None
     video_mask: Tensor | None = None
 
@@ -50,7 +50,7 @@ def alignment_losses(
 ) -> AlignmentLosses:
     """InfoNCE on the video-level matrix S and the frame-level matrix G, and KL(G ‖ S) in both directions.
 
-    S = cosine of (text, video);  G = `frame_similarity` of the tokens;
+    S = cosine of (text, video);  G = `frame_similarity` of the frames;
     P = softmax_rows(s G), Q = softmax_rows(s S);  K = w sum_ij P (log P - log Q);
     w = 100 / n² (official: the weight per row falls as 1/n) or 100 / (128 n) (fixed: equal at n = 128, free
     of n).
@@ -67,8 +67,8 @@ def alignment_losses(
     choose("alignment_losses", impl, inputs.text.device.type)
     video = logit_scale * cosine_similarity(inputs.text, inputs.video)  # t v
     frame = logit_scale * frame_similarity(
-        inputs.text_tokens,
-        inputs.video_tokens,
+        inputs.text_frames,
+        inputs.video_frames,
         logit_scale,
         text_mask=inputs.text_mask,
         video_mask=inputs.video_mask,

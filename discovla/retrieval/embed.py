@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -73,9 +74,14 @@ def _embed(
     method.eval()
     try:
         with torch.no_grad():
-            return concatenate([encode(x.to(device), mask.to(device)).to("cpu") for x, mask in batches])
+            return concatenate([_kept(encode(x.to(device), mask.to(device))) for x, mask in batches])
     finally:
         method.train(mode)
+
+
+def _kept(part: Embedding) -> Embedding:
+    """What similarities compare, on the CPU: frames serve training alone."""
+    return replace(part, frames=None, frame_mask=None).to("cpu")
 
 
 def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:

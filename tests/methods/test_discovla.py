@@ -38,12 +38,12 @@ def encoded(model_file: Golden, dtype: torch.dtype) -> tuple[DiscoVLA, Embedding
 
 
 def features(text: Embedding, video: Embedding) -> dict[str, Tensor]:
-    assert text.tokens is not None and video.tokens is not None
+    assert text.frames is not None and video.frames is not None
     return {
         "video_L": text.pooled,
-        "frame_L": text.tokens,
+        "frame_L": text.frames,
         "framevideo_V": video.pooled,
-        "frame_V": video.tokens,
+        "frame_V": video.frames,
     }
 
 
@@ -93,7 +93,7 @@ def test_similarities_equal_the_golden_ones(model_file, encoded, dtype):
     model, text, video = encoded
     limit = tolerance(model_file, "feat_layer_sim_eval", dtype)
     check(model_file, "sim.video", cosine_similarity(text.pooled, video.pooled), limit)
-    check(model_file, "sim.frame", frame_similarity(text.tokens, video.tokens, model.logit_scale()), limit)
+    check(model_file, "sim.frame", frame_similarity(text.frames, video.frames, model.logit_scale()), limit)
 
 
 def test_losses_equal_the_golden_ones(model_file, encoded, dtype):
@@ -123,8 +123,8 @@ def test_gradients_of_the_features_equal_the_golden_ones(golden, file, dtype):
         name: data.get(f"feat.{name}", dtype).requires_grad_()
         for name in ("video_L", "frame_L", "framevideo_V", "frame_V")
     }
-    text = Embedding(pooled=inputs["video_L"], tokens=inputs["frame_L"])
-    video = Embedding(pooled=inputs["framevideo_V"], tokens=inputs["frame_V"])
+    text = Embedding(pooled=inputs["video_L"], frames=inputs["frame_L"])
+    video = Embedding(pooled=inputs["framevideo_V"], frames=inputs["frame_V"])
     losses = model.losses(text, video)
     losses.total.backward()
     for name, got in {"total": losses.total, **losses.terms}.items():

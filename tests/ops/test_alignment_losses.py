@@ -71,8 +71,8 @@ def inputs(n: int) -> AlignmentInputs:
     return AlignmentInputs(
         text=noise(n, 6, seed=1).requires_grad_(),
         video=noise(n, 6, seed=2).requires_grad_(),
-        text_tokens=noise(n, 3, 6, seed=3).requires_grad_(),
-        video_tokens=noise(n, 3, 6, seed=4).requires_grad_(),
+        text_frames=noise(n, 3, 6, seed=3).requires_grad_(),
+        video_frames=noise(n, 3, 6, seed=4).requires_grad_(),
     )
 
 
@@ -94,10 +94,10 @@ def test_the_official_distillation_weight_falls_with_the_batch_and_the_fixed_one
 def test_a_detached_teacher_gets_no_gradient_from_the_distillation():
     x = inputs(5)
     alignment_losses(x, SCALE, detach_teacher=True).distill.backward()
-    assert x.video_tokens.grad is None
+    assert x.video_frames.grad is None
     assert x.video.grad is not None and x.video.grad.any()
     alignment_losses(x, SCALE).distill.backward()
-    assert x.video_tokens.grad is not None and x.video_tokens.grad.any()
+    assert x.video_frames.grad is not None and x.video_frames.grad.any()
 
 
 def test_ignored_pairs_are_out_of_every_softmax():
@@ -106,7 +106,7 @@ def test_ignored_pairs_are_out_of_every_softmax():
     ignore = torch.tensor([[False, False, True], [False, False, False], [True, False, False]])
     got = alignment_losses(x, SCALE, ignore=ignore)
     video = SCALE * cosine_similarity(x.text, x.video)
-    frame = SCALE * frame_similarity(x.text_tokens, x.video_tokens, SCALE)
+    frame = SCALE * frame_similarity(x.text_frames, x.video_frames, SCALE)
     rows = [[0, 1], [0, 1, 2], [1, 2]]
 
     def cross_entropy(m):
@@ -125,13 +125,13 @@ def test_ignored_pairs_are_out_of_every_softmax():
 
 
 def test_the_losses_pass_gradcheck():
-    def total(text, video, text_tokens, video_tokens, scale):
+    def total(text, video, text_frames, video_frames, scale):
         losses = alignment_losses(
-            AlignmentInputs(text=text, video=video, text_tokens=text_tokens, video_tokens=video_tokens),
+            AlignmentInputs(text=text, video=video, text_frames=text_frames, video_frames=video_frames),
             scale,
         )
         return losses.video + 0.3 * losses.frame + losses.distill
 
     x = inputs(4)
-    arguments = (x.text, x.video, x.text_tokens, x.video_tokens, SCALE.clone().requires_grad_())
+    arguments = (x.text, x.video, x.text_frames, x.video_frames, SCALE.clone().requires_grad_())
     assert torch.autograd.gradcheck(total, arguments)
