@@ -19,6 +19,7 @@ from discovla.data.manifest import Clip
 from discovla.data.pixels import fit
 from discovla.data.samples import Pair, Sample, frame_texts
 from discovla.data.tokens import Tokenizer
+from discovla.data.video import check_file
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +58,8 @@ class FrameReader:
             return self._decoded(clip, None)
         chosen = self.settings
         spec = (chosen.frames, chosen.image_size, chosen.sample_rate, chosen.damaged, clip.start, clip.end)
-        try:
-            key = self._cache.key(clip.video, spec)
-        except OSError as error:
-            raise DecodeError(clip.video, f"cannot be read: {error.strerror}") from error
+        check_file(clip.video)
+        key = self._cache.key(clip.video, spec)
         frames = self._cache.get(key)
         if frames is None:
             frames = self._decoded(clip, None)

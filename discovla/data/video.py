@@ -31,7 +31,7 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     Raises:
         DecodeError: it is no file, does not open or holds no video.
     """
-    _check_file(path)
+    check_file(path)
     try:
         # A playlist must not fetch from elsewhere, and a title in a broken encoding is no reason to refuse.
         container = av.open(
@@ -47,8 +47,12 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         yield container, stream
 
 
-def _check_file(path: Path) -> None:
-    """A regular file with something in it."""
+def check_file(path: Path) -> None:
+    """Refuse what is not a regular file with something in it.
+
+    Raises:
+        DecodeError: the path is no such file.
+    """
     try:
         if not path.exists():
             raise DecodeError(path, "there is no such file")
