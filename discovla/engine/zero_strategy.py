@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 class DeepSpeedStrategy(Strategy):
     """DeepSpeed's engine around the module.
 
-    Stages 1 and 2 give every rank a slice of one flat tensor of all trained parameters, stage 3 a slice of each
-    parameter. `_pieces` finds what this rank holds of a parameter, or of a moment; reading puts the pieces of
-    all ranks together, writing cuts them out of the whole, and nothing else here knows of partitions.
+    Stages 1 and 2 give every rank a slice of one flat tensor of all trained parameters, stage 3 a slice of
+    each parameter. `_pieces` finds what this rank holds of a parameter, or of a moment; reading puts the
+    pieces of all ranks together, writing cuts them out of the whole.
     """
 
     def __init__(self, module: nn.Module, plan: StepPlan) -> None:
@@ -55,6 +55,7 @@ class DeepSpeedStrategy(Strategy):
         self.shell = _Shell(self.module)
         optimizer = make_optimizer(self.module, plan.optim, plan.groups)
         deepspeed = load_deepspeed(plan.world)
+        self.zero = deepspeed.zero
         settings = zero_json(
             plan.engine,
             plan.optim,
@@ -96,9 +97,14 @@ class DeepSpeedStrategy(Strategy):
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         check_state("trained state", state, {name: whole_shape(p) for name, p in self.trained.items()})
-        with self._gathered(list(self.trained.values()), write=True), torch.no_grad():
+        params: list[Any] = list(self.trained.values())
+        if self.stage == 3:
+            params[0].all_gather(params)
+        with torch.no_grad():
             for name, param in self.trained.items():
                 param.copy_(state[name])
+        if self.stage == 3:
+            params[0].partition(params, has_been_updated=True)
         if self.stage > 0:  # the masters that the optimiser updates are copies
             for name, param in self.trained.items():
                 self._write(param, None, state[name])
@@ -122,18 +128,8 @@ class DeepSpeedStrategy(Strategy):
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
-        with self._gathered(list(self.module.parameters()), write=False):
+        with self.zero.GatheredParameters(list(self.module.parameters()), enabled=self.stage == 3):
             yield self.module
-
-    @contextmanager
-    def _gathered(self, params: list[nn.Parameter], *, write: bool) -> Iterator[None]:
-        """Stage 3: put the parameters together for a while; what rank 0 writes into them stays."""
-        if self.stage < 3:
-            yield
-            return
-        zero = importlib.import_module("deepspeed.zero")
-        with zero.GatheredParameters(params, modifier_rank=0 if write else None):
-            yield
 
     def _flat(self) -> list[Tensor]:
         """The tensors the optimiser really updates on this rank."""
@@ -157,7 +153,7 @@ class DeepSpeedStrategy(Strategy):
 
     @torch.no_grad()
     def _pieces(self, param: nn.Parameter, key: str | None) -> list[tuple[Tensor, int]]:
-        """This rank's part of a parameter in the optimiser, as a view, and where in the parameter it starts."""
+        """This rank's part of a parameter in the optimiser, as views, and where in the parameter they lie."""
         if self.stage == 3:
             zero: Any = self.engine.optimizer
             group, offset, length = zero.grad_position[zero.get_param_id(param)]
@@ -176,7 +172,7 @@ class DeepSpeedStrategy(Strategy):
 
 
 class _Shell(nn.Module):
-    """Returns losses as a tuple, for DeepSpeed hooks only the tensors that it finds in tuples, lists and dicts.
+    """Returns losses as a tuple, for DeepSpeed hooks only tensors that lie in tuples, lists and dicts.
 
     The module's own hooks are passed by for the same reason: its direct parameters count as the shell's.
     """
@@ -193,7 +189,7 @@ class _Shell(nn.Module):
 
 
 def _refuse_records(module: nn.Module) -> None:
-    """Stage 3 only: an error where DeepSpeed would silently compute gradients from parameters gone by then."""
+    """Stage 3: an error where DeepSpeed would silently compute gradients from parameters gone by then."""
 
     def check(submodule: nn.Module, _inputs: Any, output: Any) -> None:
         parts = output.values() if isinstance(output, dict) else output
@@ -240,8 +236,8 @@ def load_deepspeed(world: World) -> Any:
 def _scalars_survive(deepspeed: Any, module: nn.Module, stage: int) -> Iterator[None]:
     """Let parameters without dimensions (a logit scale) through DeepSpeed's start.
 
-    0.19.8 sends parameters round as bytes, which fails on them. Below stage 3 that broadcast is left out, ours
-    came before it; at stage 3 they get one dimension until they are split, and lose it again.
+    0.19.8 sends parameters round as bytes, which fails on them. Below stage 3 that broadcast is left out,
+    ours came before it; at stage 3 they get one dimension until they are split, and lose it again.
     """
     engine = deepspeed.DeepSpeedEngine
     original = engine._broadcast_model

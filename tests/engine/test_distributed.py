@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from discovla.engine.distributed import World, gather, start, stop
+from tests.engine.launch import run_jobs
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    """The collectives' results on one process and on two."""
+    folder = tmp_path_factory.mktemp("distributed")
+    jobs = [
+        {"case": "gather_values"},
+        {"case": "gather_gradient", "grad_scale": "exact"},
+        {"case": "gather_gradient", "grad_scale": "official"},
+    ]
+    keys = ("values", "exact", "official")
+    return {
+        (key, size): result
+        for size in (1, 2)
+        for key, result in zip(keys, run_jobs(jobs, folder, size=size, timeout=60), strict=True)
+    }
+
+
+def test_gather_concatenates_in_rank_order(found):
+    assert found["values", 2]["ints"] == [0, 1]
+    assert found["values", 2]["bools"] == [True, False]
+
+
+def test_gather_takes_tensors_that_are_not_contiguous(found):
+    assert found["values", 2]["strided"] == [[0.0, 2.0], [1.0, 3.0], [1.0, 3.0], [2.0, 4.0]]
+
+
+def test_objects_and_sums_cross_ranks(found):
+    assert found["values", 2]["objects"] == [{"rank": 0}, {"rank": 1}]
+    assert found["values", 2]["sum"] == [3]
+
+
+def test_one_process_gathers_itself(found):
+    assert found["values", 1] == {
+        "ints": [0],
+        "bools": [True],
+        "objects": [{"rank": 0}],
+        "sum": [1],
+        "strided": [[0.0, 2.0], [1.0, 3.0]],
+    }
+
+
+def test_two_processes_compute_the_loss_of_one(found):
+    assert found["exact", 2]["loss"] == pytest.approx(found["exact", 1]["loss"], rel=1e-14)
+
+
+def test_the_exact_gradient_of_two_processes_is_that_of_one(found):
+    assert found["exact", 2]["gradient"] == pytest.approx(found["exact", 1]["gradient"], rel=1e-12)
+
+
+def test_the_official_gradient_of_two_processes_is_half_that_of_one(found):
+    halves = [g / 2 for g in found["official", 1]["gradient"]]
+    assert found["official", 2]["gradient"] == pytest.approx(halves, rel=1e-12)
+
+
+def test_gather_is_the_identity_on_one_process():
+    x = torch.ones(2, requires_grad=True)
+    assert gather(x, World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))) is x
+
+
+def test_a_plain_process_is_the_whole_world(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    world = start("cpu")
+    stop()
+    assert (world.rank, world.size, world.first) == (0, 1, True)
+    assert not torch.distributed.is_initialized()
+
+
+def test_half_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="RANK, WORLD_SIZE and LOCAL_RANK, found no LOCAL_RANK"):
+        start("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("tpu", "expected auto, cpu or cuda"), ("cuda", "found 0 GPUs here")]
+)
+def test_a_device_that_is_not_there_is_refused(monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        start(device)

@@ -1,0 +1,266 @@
+"""Every strategy takes the same steps, on one process or two, straight through or resumed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from discovla.batch import Losses
+from discovla.engine.distributed import World
+from discovla.engine.optim import OptimConfig
+from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
+from discovla.engine.zero import EngineConfig, choose_stage, zero_json
+from tests.engine.launch import run_jobs
+
+HALF = 3
+WAYS = {
+    "torch": {"strategy": "torch"},
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+}
+SOURCES = [(way, size) for way in WAYS for size in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict:
+    """Six steps in every way on one process and on two, saved half-way; then the second half from there."""
+    folder = tmp_path_factory.mktemp("strategy")
+    found: dict = {"folder": folder}
+    for size in (1, 2):
+        jobs, keys = [], []
+        for way, job in WAYS.items():
+            jobs.append(
+                {**job, "save_at": HALF, "save": _half(folder, way, size), "final": _final(folder, way, size)}
+            )
+            keys.append((way, size))
+            jobs.append({**job, "first": HALF, "load": _half(folder, way, size)})
+            keys.append((way, size, "resumed"))
+            jobs.append({**job, "bf16": True})
+            keys.append((way, size, "bf16"))
+        jobs += [{"case": "overflow", **job} for job in WAYS.values()]
+        keys += [(way, size, "overflow") for way in WAYS]
+        if size == 2:  # what one process saved, two read
+            jobs += [{**job, "first": HALF, "load": _half(folder, "zero0", 1)} for job in WAYS.values()]
+            keys += [(way, "from one") for way in WAYS]
+        found |= dict(zip(keys, run_jobs(jobs, folder, size=size), strict=True))
+    jobs = [{**job, "first": HALF, "load": _half(folder, "zero2", 2)} for job in WAYS.values()]
+    keys = [(way, "from two") for way in WAYS]
+    jobs += [{"optim": "adamw", **job, "clip": None} for job in WAYS.values()]
+    keys += [(way, "adamw") for way in WAYS]
+    return found | dict(zip(keys, run_jobs(jobs, folder, size=1), strict=True))
+
+
+def _half(folder: Path, way: str, size: int) -> str:
+    return str(folder / f"{way}-{size}-half.safetensors")
+
+
+def _final(folder: Path, way: str, size: int) -> str:
+    return str(folder / f"{way}-{size}-final.safetensors")
+
+
+def _close(found: list[float], wanted: list[float], tolerance: float) -> None:
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_strategy_gives_the_same_losses(runs, way, size):
+    _close(runs[way, size]["losses"], runs["torch", size]["losses"], 1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_strategy_returns_the_norm_before_clipping(runs, way, size):
+    assert min(runs["torch", 1]["norms"]) > 0.05, "clipping at 0.05 was meant to take place"
+    _close(runs[way, size]["norms"], runs["torch", 1]["norms"], 1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_give_the_losses_of_one(runs, way):
+    _close(runs[way, 2]["losses"], runs["torch", 1]["losses"], 1e-5)
+
+
+@pytest.mark.parametrize(("way", "size"), SOURCES)
+def test_every_strategy_ends_with_the_same_states(runs, way, size):
+    found, wanted = (load_file(_final(runs["folder"], *key)) for key in ((way, size), ("torch", 1)))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(("way", "size"), SOURCES)
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(runs, way, size):
+    assert runs[way, size, "resumed"]["losses"] == runs[way, size]["losses"][HALF:]
+    assert runs[way, size, "resumed"]["norms"] == runs[way, size]["norms"][HALF:]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_state_saved_by_one_process_is_read_by_two(runs, way):
+    _close(runs[way, "from one"]["losses"], runs["torch", 1]["losses"][HALF:], 1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_state_saved_by_two_at_stage_2_is_read_at_every_stage(runs, way):
+    _close(runs[way, "from two"]["losses"], runs["torch", 1]["losses"][HALF:], 1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_torchs_adamw_without_clipping_works_in_every_strategy(runs, way):
+    _close(runs[way, "adamw"]["losses"], runs["torch", "adamw"]["losses"], 1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_that_is_not_finite_changes_nothing(runs, way, size):
+    assert "gradient norm: expected a finite number" in runs[way, size, "overflow"]["message"]
+    assert runs[way, size, "overflow"]["same"]
+
+
+@pytest.mark.parametrize(("way", "size"), SOURCES)
+def test_bf16_keeps_trained_parameters_in_fp32(runs, way, size):
+    assert runs[way, size, "bf16"]["dtypes"] == ["False torch.bfloat16", "True torch.float32"]
+
+
+@pytest.mark.parametrize(("way", "size"), SOURCES)
+def test_bf16_compute_gives_the_same_losses_at_every_stage(runs, way, size):
+    # The towers round to 8 bits, and a last bit of difference between stages can flip such a rounding.
+    _close(runs[way, size, "bf16"]["losses"], runs["torch", 1, "bf16"]["losses"], 2e-3)
+
+
+@pytest.mark.parametrize(("way", "size"), SOURCES)
+def test_the_whole_module_can_be_evaluated(runs, way, size):
+    assert runs[way, size]["evaluated"] == pytest.approx(runs["torch", 1]["evaluated"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("way", "size"), SOURCES)
+def test_the_terms_of_the_loss_keep_their_names(runs, way, size):
+    for total, terms in zip(runs[way, size]["losses"], runs[way, size]["terms"], strict=True):
+        assert (terms["t2v"] + terms["v2t"]) / 2 == pytest.approx(total, rel=1e-6)
+
+
+class _Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, batch: torch.Tensor) -> Losses:
+        total = self.layer(batch).square().mean()
+        return Losses(total=total, terms={})
+
+
+def _line(**plan):
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    settings = {
+        "engine": EngineConfig(strategy="torch"),
+        "optim": OptimConfig(),
+        "world": world,
+        "batch_size": 2,
+    }
+    return make_strategy(_Line(), StepPlan(**{**settings, **plan}))
+
+
+def test_an_indivisible_batch_is_refused():
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 processes, found 8"):
+        _line(world=World(rank=0, size=3, local_rank=0, device=torch.device("cpu")), batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("layer.bias"), "trained state: expected 'layer.bias', found none"),
+        (lambda s: s.update(other=torch.ones(1)), "trained state: expected no 'other', found it"),
+        (lambda s: s.update({"layer.bias": torch.ones(3)}), r"layer.bias: expected \(2,\), found \(3,\)"),
+    ],
+    ids=["missing", "unexpected", "misshaped"],
+)
+def test_a_trained_state_of_another_module_is_refused(change, message):
+    strategy = _line()
+    state = strategy.trained_state()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        strategy.load_trained_state(state)
+
+
+def test_an_optimizer_state_without_its_step_is_refused():
+    strategy = _line()
+    state = strategy.optimizer_state()
+    del state["step"]
+    with pytest.raises(ValueError, match="optimizer state: expected 'step', found none"):
+        strategy.load_optimizer_state(state)
+
+
+def test_saved_states_are_copies():
+    strategy = _line()
+    before = strategy.trained_state()
+    kept = {name: tensor.clone() for name, tensor in before.items()}
+    strategy.backward(strategy(torch.ones(2, 2)).total)
+    strategy.step(0.1)
+    assert all(torch.equal(before[name], kept[name]) for name in kept)
+    assert not torch.equal(strategy.trained_state()["layer.weight"], kept["layer.weight"])
+
+
+def test_cast_frozen_leaves_trained_parameters_and_buffers():
+    module = nn.BatchNorm1d(3)
+    module.bias.requires_grad_(False)
+    cast_frozen(module, torch.bfloat16)
+    dtypes = (module.weight.dtype, module.bias.dtype, module.running_mean.dtype)
+    assert dtypes == (torch.float32, torch.bfloat16, torch.float32)
+
+
+def test_deepspeeds_bf16_mode_is_refused_for_adapters():
+    module = nn.ModuleList([nn.Linear(9, 9).requires_grad_(False), nn.Linear(2, 2)])
+    engine = EngineConfig(precision="bf16", bf16_parameters=True, zero_stage=1)
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="full fine-tuning, found 6 of 96 parameters trained"):
+        make_strategy(module, StepPlan(engine=engine, optim=OptimConfig(), world=world, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"zero_stage": 4},
+        {"bf16_parameters": True},
+        {"bf16_parameters": True, "precision": "bf16", "zero_stage": 0},
+        {"precision": "fp16"},
+    ],
+    ids=str,
+)
+def test_bad_engine_settings_are_refused(bad):
+    with pytest.raises(ValueError):
+        EngineConfig(**bad)
+
+
+@pytest.mark.parametrize(
+    ("config", "trained", "size", "stage"),
+    [
+        ({}, 561_200, 8, 0),
+        ({}, 400_000_000, 1, 0),
+        ({}, 400_000_000, 8, 1),
+        ({"zero_stage": 3}, 10, 1, 3),
+        ({"precision": "bf16", "bf16_parameters": True}, 10, 1, 1),
+    ],
+    ids=["adapters", "one process", "full fine-tuning", "as told", "bf16 parameters"],
+)
+def test_the_stage_follows_the_trained_size(config, trained, size, stage):
+    assert choose_stage(EngineConfig(**config), trained, size) == stage
+
+
+def test_deepspeed_is_told_to_clip_from_stage_1_on():
+    settings = [
+        zero_json(
+            EngineConfig(zero_stage=stage),
+            OptimConfig(clip_grad_norm=0.7),
+            micro_batch=4,
+            world_size=2,
+            trained=10,
+        )
+        for stage in (0, 1, 2, 3)
+    ]
+    assert [s["gradient_clipping"] for s in settings] == [0.0, 0.7, 0.7, 0.7]
+    assert all(s["train_batch_size"] == 8 and not s["bf16"]["enabled"] for s in settings)

@@ -1,0 +1,163 @@
+"""One rank of a training run, started by the tests: `worker.py JOBS.json RESULTS.json`.
+
+Jobs run one after the other in one process group. Rank 0 writes one result for each job.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from discovla.batch import Losses
+from discovla.engine.distributed import World, all_reduce_sum, gather, gather_objects, start, stop
+from discovla.engine.optim import OptimConfig
+from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
+from discovla.engine.zero import EngineConfig
+
+BATCH = 8
+
+
+class Pairs(nn.Module):
+    """A frozen layer, two trained encoders, a trained scale and a layer that no loss touches."""
+
+    def __init__(self, world: World, job: dict) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.world, self.grad_scale = world, job.get("grad_scale", "exact")
+        self.dtype = torch.bfloat16 if job.get("bf16") else torch.float32
+        self.frozen = nn.Linear(3, 5).requires_grad_(False)
+        self.text, self.video = nn.Linear(5, 7), nn.Linear(5, 7)
+        self.unused = nn.Linear(3, 3)
+        self.log_scale = nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, batch: Tensor) -> Losses:
+        t, v = (
+            self.encode(layer, x) for layer, x in zip((self.text, self.video), batch.chunk(2, 1), strict=True)
+        )
+        t, v = (gather(F.normalize(x, dim=1), self.world, grad_scale=self.grad_scale) for x in (t, v))
+        logits = self.log_scale.exp() * t @ v.T
+        target = torch.arange(len(logits))
+        rows, columns = F.cross_entropy(logits, target), F.cross_entropy(logits.T, target)
+        return Losses(total=(rows + columns) / 2, terms={"t2v": rows, "v2t": columns})
+
+    def encode(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """Compute in self.dtype whatever the weights are kept in."""
+        for linear in (self.frozen, layer):
+            x = F.linear(x.to(self.dtype), linear.weight.to(self.dtype), linear.bias.to(self.dtype)).tanh()
+        return x.float()
+
+
+def train(world: World, job: dict) -> dict:
+    """Steps `first` to `last`; loads and saves complete states where the job names files."""
+    module = Pairs(world, job)
+    if job.get("bf16"):
+        cast_frozen(module, torch.bfloat16)
+    engine = EngineConfig(strategy=job.get("strategy", "deepspeed"), zero_stage=job.get("stage", 0))
+    optim = OptimConfig(clip_grad_norm=job.get("clip", 0.05), name=job.get("optim", "adamw_released"))
+    strategy = make_strategy(module, StepPlan(engine=engine, optim=optim, world=world, batch_size=BATCH))
+    if "load" in job:
+        state = load_file(job["load"])
+        strategy.load_trained_state(_part(state, "trained/"))
+        strategy.load_optimizer_state(_part(state, "optimizer/"))
+    losses, terms, norms = [], [], []
+    for step in range(job.get("first", 0), job.get("last", 6)):
+        if step == job.get("save_at"):
+            save(world, strategy, job["save"])
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randn(BATCH, 6, generator=generator).chunk(world.size)[world.rank]
+        found = strategy(batch)
+        strategy.backward(found.total)
+        norms.append(strategy.step(0.01 * (step + 1)))
+        losses.append(all_reduce_sum(found.total, world).item() / world.size)
+        terms.append({name: value.item() for name, value in found.terms.items()})
+    if job.get("final"):
+        save(world, strategy, job["final"])
+    with strategy.whole() as whole:
+        evaluated = whole.encode(whole.text, torch.ones(1, 3)).sum().item()
+    dtypes = sorted({f"{p.requires_grad} {p.dtype}" for p in module.parameters()})
+    return {"losses": losses, "terms": terms, "norms": norms, "evaluated": evaluated, "dtypes": dtypes}
+
+
+def save(world: World, strategy, path: str) -> None:
+    state = {f"trained/{k}": v for k, v in strategy.trained_state().items()}
+    state |= {f"optimizer/{k}": v for k, v in strategy.optimizer_state().items()}
+    if world.first:
+        save_file(state, path)
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+
+
+def overflow(world: World, job: dict) -> dict:
+    """A step whose gradient is not finite: its message, and whether parameters stayed."""
+    engine = EngineConfig(strategy=job.get("strategy", "deepspeed"), zero_stage=job.get("stage", 0))
+    module = Pairs(world, job)
+    strategy = make_strategy(
+        module, StepPlan(engine=engine, optim=OptimConfig(), world=world, batch_size=BATCH)
+    )
+    before = strategy.trained_state()
+    batch = torch.full((BATCH // world.size, 6), float("nan"))
+    strategy.backward(strategy(batch).total)
+    try:
+        strategy.step(0.1)
+    except FloatingPointError as error:
+        message = str(error)
+    after = strategy.trained_state()
+    return {"message": message, "same": all(torch.equal(before[name], after[name]) for name in before)}
+
+
+def gather_values(world: World, job: dict) -> dict:
+    """What the collectives return on every rank."""
+    rank = torch.tensor([world.rank])
+    result = {
+        "ints": gather(rank, world).tolist(),
+        "bools": gather(rank == 0, world).tolist(),
+        "objects": gather_objects({"rank": world.rank}, world),
+        "sum": all_reduce_sum(rank + 1, world).tolist(),
+        "strided": gather(torch.arange(4.0).view(2, 2).T + world.rank, world).tolist(),
+    }
+    everyone = gather_objects(result, world)
+    assert all(one == result for one in everyone)
+    return result
+
+
+def gather_gradient(world: World, job: dict) -> dict:
+    """The averaged gradient of a linear encoder under a loss of the gathered, and the local loss."""
+    torch.manual_seed(0)
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(BATCH, 4, dtype=torch.float64).chunk(world.size)[world.rank]
+    z = gather(F.normalize(x @ weight.T, dim=1), world, grad_scale=job["grad_scale"])
+    loss = (z @ z.T).exp().sum().log()
+    loss.backward()
+    assert weight.grad is not None
+    return {
+        "loss": loss.item(),
+        "gradient": (all_reduce_sum(weight.grad, world) / world.size).flatten().tolist(),
+    }
+
+
+CASES = {
+    "train": train,
+    "overflow": overflow,
+    "gather_values": gather_values,
+    "gather_gradient": gather_gradient,
+}
+
+
+def main() -> None:
+    jobs, results = (Path(word) for word in sys.argv[1:])
+    torch.set_num_threads(1)
+    world = start("cpu")
+    found = [CASES[job.get("case", "train")](world, job) for job in json.loads(jobs.read_text())]
+    if world.first:
+        results.write_text(json.dumps(found))
+    stop()
+
+
+if __name__ == "__main__":
+    main()
