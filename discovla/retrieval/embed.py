@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from dataclasses import replace
 
 import torch
@@ -33,18 +34,20 @@ def embed_videos(method: Method, batches: Inputs, device: torch.device | str) ->
 
 
 def concatenate(parts: Sequence[Embedding]) -> Embedding:
-    """One embedding of all rows of `parts`, which must agree on having tokens and masks.
+    """One embedding of all rows of `parts`, which must agree on the fields they have.
 
     Raises:
-        ValueError: there is no part.
+        ValueError: there is no part, or a field is in some parts only.
     """
     if not parts:
         raise ValueError("embeddings: expected at least one batch, found none")
-    return Embedding(
-        pooled=torch.cat([part.pooled for part in parts]),
-        tokens=_cat([part.tokens for part in parts]),
-        mask=_cat([part.mask for part in parts]),
-    )
+    values = {}
+    for name in (field.name for field in fields(Embedding)):
+        given = [value for part in parts if (value := getattr(part, name)) is not None]
+        if given and len(given) < len(parts):
+            raise ValueError(f"embeddings: expected {name} in all {len(parts)} batches, found {len(given)}")
+        values[name] = torch.cat(given) if given else None
+    return Embedding(**values)
 
 
 def in_order(shares: Sequence[tuple[Tensor, Embedding]], count: int) -> Embedding:
@@ -82,10 +85,3 @@ def _embed(
 def _kept(part: Embedding) -> Embedding:
     """What similarities compare, on the CPU: frames serve training alone."""
     return replace(part, frames=None, frame_mask=None).to("cpu")
-
-
-def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    given = [tensor for tensor in tensors if tensor is not None]
-    if given and len(given) < len(tensors):
-        raise ValueError(f"embeddings: expected tokens and masks in all {len(tensors)} batches or in none")
-    return torch.cat(given) if given else None
