@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
