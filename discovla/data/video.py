@@ -33,10 +33,8 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """
     check_file(path)
     try:
-        # A playlist must not fetch from elsewhere, and a title in a broken encoding is no reason to refuse.
-        container = av.open(
-            str(path.absolute()), metadata_errors="replace", options={"protocol_whitelist": "file"}
-        )
+        # A title in a broken encoding is no reason to refuse a video.
+        container = av.open(str(path.absolute()), metadata_errors="replace")
     except (FFmpegError, OSError) as error:
         raise DecodeError(path, _unopened(path, error)) from error
     with container:
