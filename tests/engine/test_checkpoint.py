@@ -1,0 +1,266 @@
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from discovla.engine import checkpoint
+from discovla.engine.checkpoint import (
+    CheckpointError,
+    best,
+    check_fingerprint,
+    keep,
+    latest,
+    load,
+    save,
+    set_best,
+)
+from tests.engine.launch import ROOT
+
+TENSORS = {
+    "trained": {"a.weight": torch.arange(6.0).view(2, 3), "scale": torch.tensor(1.3)},
+    "optimizer": {"exp_avg/a.weight": torch.full((2, 3), 0.1), "step": torch.tensor(7)},
+}
+
+
+def _save(folder: Path, step: int = 120, **changes) -> Path:
+    return save(folder, **{"step": step, "tensors": TENSORS, "meta": {"epoch": 2, "seed": 42}, **changes})
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path = _save(tmp_path)
+    found = load(path)
+    assert (path.name, found.step, found.meta) == ("step-00000120", 120, {"epoch": 2, "seed": 42})
+    assert found.tensors.keys() == TENSORS.keys()
+    for part, named in TENSORS.items():
+        assert found.tensors[part].keys() == named.keys()
+        assert all(torch.equal(found.tensors[part][name], named[name]) for name in named)
+
+
+def test_an_empty_part_is_kept(tmp_path):
+    assert load(_save(tmp_path, tensors={"trained": {}})).tensors == {"trained": {}}
+
+
+def test_nothing_is_the_latest_of_nothing(tmp_path):
+    assert latest(tmp_path / "absent") is None
+
+
+def test_the_latest_is_the_highest_step(tmp_path):
+    for step in (9, 100, 20):
+        _save(tmp_path, step)
+    found = latest(tmp_path)
+    assert found is not None and found.step == 100
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _edit_meta(path: Path) -> None:
+    path.write_text(path.read_text().replace('"epoch": 2', '"epoch": 3'))
+
+
+BREAKS = {
+    "flipped byte": ("trained.safetensors", _flip, "trained.safetensors: expected sha256"),
+    "cut off": (
+        "optimizer.safetensors",
+        lambda p: os.truncate(p, 20),
+        "optimizer.safetensors: expected bytes",
+    ),
+    "missing file": ("trained.safetensors", Path.unlink, "trained.safetensors: expected a readable file"),
+    "missing state": ("state.json", Path.unlink, "state.json: expected a readable file, found: No such file"),
+    "cut state": ("state.json", lambda p: os.truncate(p, 30), "state.json: expected JSON"),
+    "changed state": ("state.json", _edit_meta, "state.json: expected sha256"),
+    "empty state": ("state.json", lambda p: p.write_text("{}"), "state.json: expected format 1, found None"),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), BREAKS.values(), ids=BREAKS.keys())
+def test_a_broken_checkpoint_is_passed_over_with_its_fault(tmp_path, caplog, name, damage, message):
+    _save(tmp_path, 1)
+    damage(_save(tmp_path, 2) / name)
+    found = latest(tmp_path)
+    assert found is not None and found.step == 1
+    assert message in caplog.text and "step-00000002" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), BREAKS.values(), ids=BREAKS.keys())
+def test_a_broken_checkpoint_is_not_loaded(tmp_path, name, damage, message):
+    path = _save(tmp_path)
+    damage(path / name)
+    with pytest.raises(CheckpointError, match=message):
+        load(path)
+
+
+def test_a_folder_being_written_is_no_checkpoint(tmp_path):
+    whole = _save(tmp_path, 1)
+    shutil.copytree(whole, tmp_path / ".writing-step-00000002")
+    found = latest(tmp_path)
+    assert found is not None and found.step == 1
+
+
+def test_remains_of_an_interrupted_write_are_cleared(tmp_path):
+    (tmp_path / ".writing-step-00000001").mkdir()
+    (tmp_path / ".writing-step-00000001/trained.safetensors").write_text("half")
+    _save(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    _save(tmp_path, 3)
+    _save(tmp_path, 3, meta={"epoch": 9})
+    found = latest(tmp_path)
+    assert found is not None and found.meta == {"epoch": 9}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_checkpoint_that_stepped_aside_is_still_found(tmp_path):
+    path = _save(tmp_path, 3)
+    path.rename(tmp_path / ".old-step-00000003")
+    found = latest(tmp_path)
+    assert found is not None and found.step == 3
+    _save(tmp_path, 4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+WRITER = """
+import sys, torch
+from discovla.engine import checkpoint
+for step in range(1, 100000):
+    x = torch.full((20000,), float(step))
+    checkpoint.save(sys.argv[1], step=step, tensors={"trained": {"x": x}}, meta={})
+    checkpoint.keep(sys.argv[1], 2)
+    print(step, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder)], env=env, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        for _ in range(3 + 4 * attempt):
+            said = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+        rest = process.communicate()[0].split()
+        said = max([said, *map(int, rest)])
+        found = latest(folder)
+        assert found is not None and found.step >= said
+        assert torch.equal(found.tensors["trained"]["x"], torch.full((20000,), float(found.step)))
+
+
+@pytest.mark.parametrize("stage", ["tensors", "state", "rename"])
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, stage):
+    _save(tmp_path, 1)
+
+    def refuse(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    name = {"tensors": "_write_tensors", "state": "_write_text", "rename": "_put_in_place"}[stage]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, name, refuse)
+        with pytest.raises(CheckpointError) as caught:
+            _save(tmp_path, 2)
+    message = str(caught.value)
+    assert "step-00000002: expected to write it, found: No space left on device: the disk is full" in message
+    assert "\n" not in message
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert load(tmp_path / "step-00000001").step == 1
+
+
+def test_a_really_full_disk_says_so(tmp_path):
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("needs root to mount a small file system")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        _save(tmp_path, 1)
+        with pytest.raises(CheckpointError, match="the disk is full, earlier checkpoints are untouched"):
+            _save(tmp_path, 2, tensors={"trained": {"x": torch.zeros(10**6)}})
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(
+        CheckpointError, match="file/run/step-00000120: expected to write it, found: Not a dir"
+    ):
+        _save(tmp_path / "file" / "run")
+
+
+def test_missing_permission_is_named(tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        CheckpointError, match="step-00000120: expected to write it, found: Permission denied"
+    ):
+        _save(tmp_path)
+
+
+def test_the_best_is_remembered(tmp_path):
+    assert best(tmp_path) is None
+    set_best(tmp_path, _save(tmp_path, 1), 41.5)
+    set_best(tmp_path, _save(tmp_path, 2), 43.25)
+    assert best(tmp_path) == (tmp_path / "step-00000002", 43.25)
+
+
+def test_a_broken_record_of_the_best_is_an_error(tmp_path):
+    (tmp_path / "best.json").write_text('{"checkpoint": "step-0')
+    with pytest.raises(CheckpointError, match=r"best.json: expected a checkpoint and its score"):
+        best(tmp_path)
+
+
+def test_a_best_that_is_gone_is_an_error(tmp_path):
+    (tmp_path / "best.json").write_text(json.dumps({"checkpoint": "step-00000005", "score": 1.0}))
+    with pytest.raises(CheckpointError, match="expected the folder step-00000005, found none"):
+        best(tmp_path)
+
+
+def test_keep_removes_the_oldest_but_never_the_best(tmp_path):
+    paths = [_save(tmp_path, step) for step in range(1, 6)]
+    set_best(tmp_path, paths[1], 1.0)
+    keep(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [paths[i].name for i in (1, 3, 4)]
+
+
+def test_keep_never_removes_the_last_whole_one(tmp_path):
+    paths = [_save(tmp_path, step) for step in range(1, 5)]
+    for path in paths[2:]:
+        _flip(path / "trained.safetensors")
+    keep(tmp_path, 1)
+    found = latest(tmp_path)
+    assert found is not None and found.step == 2
+    assert not paths[0].exists()
+
+
+def test_a_checkpoint_of_another_architecture_names_the_keys():
+    found = {"method": "discovla", "vision": {"width": 768, "layers": 12}}
+    expected = {"method": "discovla", "vision": {"width": 1024, "layers": 24}, "rank": 8}
+    with pytest.raises(CheckpointError) as caught:
+        check_fingerprint(found, expected, "run/step-00000001")
+    assert str(caught.value) == (
+        "run/step-00000001: another architecture: rank: expected 8, found None; "
+        "vision.layers: expected 24, found 12; vision.width: expected 1024, found 768"
+    )
+
+
+def test_the_same_architecture_passes():
+    check_fingerprint({"a": [1, 2]}, {"a": (1, 2)})
