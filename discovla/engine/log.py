@@ -1,0 +1,219 @@
+"""What a run leaves behind and shows: config, versions, metrics.jsonl, TensorBoard and a progress bar."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from discovla.engine.distributed import World
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "open_clip_torch",
+    "torchvision",
+    "timm",
+    "av",
+    "numpy",
+    "safetensors",
+    "pydantic",
+)
+
+
+class RunLog:
+    """Writes on the first rank only; on the others every method does nothing.
+
+    The run directory gets `config.json`, `versions.json` (with the git commit), `metrics.jsonl` with one line
+    a record, and TensorBoard files. A resumed run drops records of steps it will take again, so that no step
+    stands twice.
+
+    Args:
+        directory: of the run, made if absent.
+        world: of this process.
+        total: steps of the whole run, for the progress bar.
+        start: first step of this process; records of steps >= start are dropped.
+        progress: whether to draw the bar. Where stderr is no terminal it is drawn every ten seconds only.
+
+    Raises:
+        OSError: the directory or a file in it cannot be written; it names which.
+    """
+
+    def __init__(
+        self, directory: Path | str, world: World, *, total: int, start: int = 0, progress: bool = True
+    ) -> None:
+        self.directory = Path(directory)
+        self.world = world
+        self._began = self._last = time.monotonic()
+        if not world.first:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        drop_records(self.directory / METRICS, start)
+        self._file = (self.directory / METRICS).open("ab", buffering=0)
+        self._board = SummaryWriter(self.directory / "tensorboard", purge_step=start if start else None)
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not progress,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        )
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def describe(self, config: str) -> None:
+        """Keep the resolved config (JSON text), the versions of what runs, and the git commit."""
+        if self.world.first:
+            (self.directory / "config.json").write_text(config)
+            (self.directory / "versions.json").write_text(json.dumps(versions(self.world), indent=2))
+
+    def step(self, step: int, *, clips: int, values: Mapping[str, float]) -> None:
+        """Record one training step.
+
+        Args:
+            step: from 0.
+            clips: trained on in this step, over all ranks.
+            values: loss and its terms, lr, grad_norm; plain numbers.
+        """
+        if not self.world.first:
+            return
+        now = time.monotonic()
+        rate = clips / max(now - self._last, 1e-9)
+        self._last = now
+        record: dict[str, Any] = {"step": step, **values, "clips_per_second": rate}
+        if self.world.device.type == "cuda":
+            record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**30
+        self._write({"kind": "train", **record, "seconds": now - self._began})
+        for name, value in record.items():
+            if name != "step":
+                self._board.add_scalar(f"train/{name}", value, step)
+        shown = {name: f"{value:.4g}" for name, value in values.items()}
+        self._bar.set_postfix({**shown, "clips/s": f"{rate:.1f}"}, refresh=False)
+        self._bar.update(1)
+
+    def evaluation(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        """Record metrics of a split; nested mappings become slashed names in TensorBoard.
+
+        Args:
+            step: optimiser steps taken before; a resumed run that starts there keeps the record.
+            split: "val" or "test".
+            values: numbers or mappings of numbers.
+        """
+        if not self.world.first:
+            return
+        self._write({"kind": split, "step": step, **values, "seconds": time.monotonic() - self._began})
+        for name, value in flatten(values).items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if self.world.first:
+            self._bar.write(message)
+
+    def resume_clock(self) -> None:
+        """Forget the time since the last step: evaluation and saving are no part of clips/s."""
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        """Bring everything to the disk."""
+        if self.world.first and not self._file.closed:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        """One line, at once: a killed run has it."""
+        try:
+            self._file.write(f"{json.dumps(record)}\n".encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.directory / METRICS)) from error
+
+
+def drop_records(path: Path, start: int) -> None:
+    """Remove from metrics.jsonl what a run that starts at `start` will write again, and a half-written line.
+
+    Training records of steps >= start go, and evaluations after more than `start` steps.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the line a kill cut off
+        if record["step"] < start or (record["kind"] != "train" and record["step"] == start):
+            kept.append(line + "\n")
+    writing = path.with_name(f".writing-{path.name}")
+    writing.write_text("".join(kept))
+    os.replace(writing, path)
+
+
+def versions(world: World) -> dict[str, Any]:
+    """Of what runs: packages, python, machine, git commit."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["cuda"] = torch.version.cuda
+    if world.device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(world.device)
+    found["processes"] = world.size
+    found["git_commit"] = git_commit()
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with "+" where it was changed since; None outside of a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed.strip() else "")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of nested mappings under slashed names."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[f"{prefix}{name}"] = float(value)
+    return flat
