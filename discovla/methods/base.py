@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -133,8 +134,16 @@ class Method(nn.Module, ABC):
         return weights
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be loaded: architecture and method options."""
-        return {"architecture": self.architecture.to_dict(), "method": self.config.model_dump()}
+        """What a checkpoint must agree with to be loaded: sizes, options and the weights that are not in it."""
+        frozen = 0
+        for _, parameter in sorted(self.named_parameters()):
+            if not parameter.requires_grad:
+                frozen = zlib.crc32(parameter.detach().cpu().contiguous().numpy().data, frozen)
+        return {
+            "architecture": self.architecture.to_dict(),
+            "method": self.config.model_dump(mode="json"),
+            "frozen": frozen,
+        }
 
 
 def unit(x: Tensor) -> Tensor:

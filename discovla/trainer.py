@@ -1,0 +1,337 @@
+"""A run from config to results: zero-shot figures, training with resume, selection on validation, test."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from discovla.batch import BadClip, Batch, Embedding, Losses
+from discovla.config import RunConfig
+from discovla.data.loader import LoaderShape, TrainLoader
+from discovla.data.manifest import Clip, check_clips, read_manifest
+from discovla.data.quarantine import Quarantine
+from discovla.data.stills import Stills
+from discovla.engine import checkpoint
+from discovla.engine.distributed import (
+    World,
+    all_reduce_sum,
+    barrier,
+    gather,
+    gather_objects,
+    start,
+    stop,
+)
+from discovla.engine.log import RunLog
+from discovla.engine.optim import learning_rate
+from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
+from discovla.evaluate import Evaluation, evaluate
+from discovla.methods import build
+from discovla.methods.base import Method
+from discovla.methods.clip import CLIPConfig
+from discovla.nn.logit_scale import LIMIT
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, Any]
+
+
+class TrainStep(nn.Module):
+    """Encode, gather over ranks, losses: the one module a strategy wraps."""
+
+    def __init__(self, method: Method, world: World, grad_scale: Any) -> None:
+        super().__init__()
+        self.method, self.world, self.grad_scale = method, world, grad_scale
+
+    def forward(self, batch: Batch) -> Losses:
+        """Losses of the global batch, of those of its rows whose clip could be read."""
+        text, video = self.method.encode(batch)
+        index = gather(batch.video_index, self.world)
+        text, video = self._gather(text), self._gather(video)
+        if batch.valid is not None:
+            kept = gather(batch.valid, self.world)
+            text, video, index = text[kept], video[kept], index[kept]
+        return self.method.losses(text, video, same_video=index[:, None] == index)
+
+    def _gather(self, x: Embedding) -> Embedding:
+        return x.map(lambda tensor: gather(tensor, self.world, grad_scale=self.grad_scale))
+
+
+class Trainer:
+    """One run: `run` trains (or resumes), selects on validation, and returns the test split's figures."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.directory = config.directory
+        self.checkpoints = config.directory / "checkpoints"
+
+    def run(self) -> Results | None:
+        """Carry the run out.
+
+        Returns:
+            Name to figures on the test split; None where the run left early at `stop_at`.
+
+        Raises:
+            ValueError, DecodeError, OSError, FloatingPointError: what stands in the way, in one line.
+        """
+        self.world = start(self.config.engine.device)
+        try:
+            self._prepare()
+            rows = self._before()
+            if not self._train():
+                return None
+            return self._after(rows)
+        finally:
+            stop()
+
+    def _prepare(self) -> None:
+        """Everything that can fail before training does so here."""
+        config, data = self.config, self.config.data
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.splits = _read_splits(config)
+        torch.manual_seed(config.seed)  # new parameters
+        self.method = build(config.model, config.method)
+        longest = self.method.architecture.context_length
+        if data.context_length > longest:
+            raise ValueError(f"data.context_length: expected at most {longest}, found {data.context_length}")
+        shape = LoaderShape(
+            batch_size=config.batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            seed=config.seed,
+            image_size=self.method.architecture.image_size,
+            context_length=data.context_length,
+            frame_captions=self.method.needs_frame_captions,
+        )
+        source = (
+            self.splits["train"]
+            if data.stills is None
+            else Stills(seed=config.seed, **data.stills.model_dump())
+        )
+        self.loader = TrainLoader(source, data, shape)
+        self.total = config.steps or config.epochs * self.loader.steps_per_epoch
+        self.quarantine = Quarantine(
+            self.directory / "quarantine.jsonl", clips=len(source), share=data.bad_clip_share
+        )
+        self.fingerprint = self.method.fingerprint()
+        if config.engine.precision == "bf16":
+            self.method.compute_dtype = torch.bfloat16
+            if not config.engine.bf16_parameters:
+                cast_frozen(self.method, torch.bfloat16)
+        self.method.to(self.world.device)
+        if not config.resume:
+            self._set_aside()
+
+    def _set_aside(self) -> None:
+        """Keep what an earlier run left in the directory, under another name."""
+        if self.world.first and self.checkpoints.exists():
+            number = next(n for n in itertools.count(1) if not _numbered(self.directory, n).exists())
+            self.directory.rename(_numbered(self.directory, number))
+            self.directory.mkdir()
+            logger.warning(
+                "%s: kept the earlier run as %s", self.directory, _numbered(self.directory, number)
+            )
+        barrier(self.world)
+
+    def _before(self) -> Results:
+        """Zero-shot figures on the test split: CLIP with mean pooling, and the method before training."""
+        kept = self.directory / "before.json"
+        if self.config.resume and kept.is_file():
+            return json.loads(kept.read_text())
+        rows = {}
+        if self.config.method.name != "clip":
+            plain = build(self.config.model, CLIPConfig(tune="frozen")).to(self.world.device)
+            rows["zero-shot, mean pooling"] = self._evaluate(plain, "test")["raw"]
+        rows[f"zero-shot, {self.config.method.name} untrained"] = self._evaluate(self.method, "test")["raw"]
+        if self.world.first:
+            kept.write_text(json.dumps(rows, indent=2))
+        return rows
+
+    def _evaluate(self, method: Method, split: str, *, rerank: bool = False) -> dict[str, Any]:
+        bank = [text for clip in self.splits["train"] for text in clip.captions] if rerank else []
+        how = Evaluation(
+            data=self.config.data,
+            device=self.world.device,
+            batch_size=self.config.eval_batch_size,
+            rerank=rerank,
+            bank=bank,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            gather=lambda share: gather_objects(share, self.world),
+        )
+        return evaluate(method, self.splits[split], how)
+
+    def _train(self) -> bool:
+        """All steps from where the last run stopped; false where it left early."""
+        config = self.config
+        plan = StepPlan(
+            engine=config.engine, optim=config.optim, world=self.world, batch_size=config.batch_size
+        )
+        self.strategy = make_strategy(TrainStep(self.method, self.world, config.engine.grad_scale), plan)
+        first = self._resume()
+        self.log = RunLog(self.directory, self.world, total=self.total, start=first)
+        self.log.describe(config.to_json())
+        last = min(self.total, config.stop_at or self.total)
+        try:
+            for step, batch in self._batches(first, last):
+                self._step(step, batch)
+                self._after_step(step + 1, last)
+        finally:
+            self.log.close()
+        return last == self.total
+
+    def _batches(self, first: int, last: int) -> Iterator[tuple[int, Batch]]:
+        """Steps first .. last - 1 with their batches, over epochs."""
+        step = first
+        while step < last:
+            epoch, done = divmod(step, self.loader.steps_per_epoch)
+            for batch in self.loader.epoch(epoch, start=done):
+                yield step, batch
+                step += 1
+                if step == last:
+                    return
+
+    def _step(self, step: int, batch: Batch) -> None:
+        """One optimiser step.
+
+        Raises:
+            FloatingPointError: the loss or its gradient is not finite.
+        """
+        # dropout and the like depend on (seed, step, rank) alone, so nothing random needs to be saved
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 4_096 + self.world.rank)
+        lr = learning_rate(step, self.total, self.config.optim)
+        losses = self.strategy(self._checked(step, batch).to(self.world.device))
+        if not losses.total.isfinite():
+            raise FloatingPointError(f"step {step}: expected a finite loss, found {losses.total.item()}")
+        self.strategy.backward(losses.total)
+        norm = self.strategy.step(lr)
+        self._clip_logit_scale()
+        values = {name: value.item() for name, value in {"loss": losses.total, **losses.terms}.items()}
+        self.log.step(step, clips=self.config.batch_size, values={**values, "lr": lr, "grad_norm": norm})
+
+    def _checked(self, step: int, batch: Batch) -> Batch:
+        """The batch with its bad clips written down; `valid` is None where no rank has any."""
+        count = torch.tensor(len(batch.bad))
+        if not all_reduce_sum(count, self.world).item():
+            return replace(batch, valid=None)
+        bad: list[BadClip] = [clip for share in gather_objects(batch.bad, self.world) for clip in share]
+        self.quarantine.add(bad, write=self.world.first)
+        if len(bad) == self.config.batch_size:
+            raise ValueError(f"step {step}: expected a clip that can be read, found none among {len(bad)}")
+        return batch
+
+    def _clip_logit_scale(self) -> None:
+        """Keep a trained logit scale below 100, in whatever copy the strategy holds."""
+        name = "method.logit_scale.log"
+        if name in self.strategy.trained and self.method.logit_scale.log.item() > LIMIT:
+            state = self.strategy.trained_state()
+            state[name] = state[name].clamp(max=LIMIT)
+            self.strategy.load_trained_state(state)
+
+    def _after_step(self, done: int, last: int) -> None:
+        """Evaluate and save where it is due; `done` steps have been taken."""
+        config = self.config
+        due = done == last or done % self.loader.steps_per_epoch == 0
+        better = None
+        if "val" in self.splits and (due or _every(config.evaluate_every, done)):
+            better = self._validate(done)
+        if due or better is not None or _every(config.checkpoint_every, done):
+            self._save(done, better)
+        self.log.resume_clock()
+
+    def _resume(self) -> int:
+        """Put back what the newest whole checkpoint holds; the step to go on from."""
+        found = checkpoint.latest(self.checkpoints) if self.config.resume else None
+        if found is None:
+            return 0
+        checkpoint.check_fingerprint(found.meta["fingerprint"], self.fingerprint, str(found.path))
+        for key, expected in self._schedule().items():
+            if found.meta["schedule"][key] != expected:
+                raise ValueError(
+                    f"{found.path}: {key}: expected {found.meta['schedule'][key]}, found {expected}"
+                )
+        trained = {f"method.{name}": tensor for name, tensor in found.tensors["trained"].items()}
+        self.strategy.load_trained_state(trained)
+        self.strategy.load_optimizer_state(found.tensors["optimizer"])
+        logger.info("resuming at step %d of %d from %s", found.step, self.total, found.path)
+        return found.step
+
+    def _schedule(self) -> dict[str, int]:
+        """What the rest of an interrupted run depends on besides the method."""
+        return {"seed": self.config.seed, "batch_size": self.config.batch_size, "steps": self.total}
+
+    def _validate(self, done: int) -> float | None:
+        """Figures on the validation split; their score where it is the best so far."""
+        with self.strategy.whole():
+            figures = self._evaluate(self.method, "val")["raw"]
+        self.log.evaluation(done, "val", figures)
+        score = figures["t2v"]["R@1"] + figures["v2t"]["R@1"]
+        known = checkpoint.best(self.checkpoints)
+        return score if known is None or score > known[1] else None
+
+    def _save(self, done: int, better: float | None) -> None:
+        """A checkpoint of `done` steps; `better` is its score where it is the best so far."""
+        trained, optimizer = self.strategy.trained_state(), self.strategy.optimizer_state()
+        if self.world.first:
+            tensors = {
+                "trained": {name.removeprefix("method."): tensor for name, tensor in trained.items()},
+                "optimizer": optimizer,
+            }
+            meta = {
+                "fingerprint": self.fingerprint,
+                "schedule": self._schedule(),
+                "config": json.loads(self.config.to_json()),
+            }
+            path = checkpoint.save(self.checkpoints, step=done, tensors=tensors, meta=meta)
+            if better is not None:
+                checkpoint.set_best(self.checkpoints, path, better)
+            checkpoint.keep(self.checkpoints, self.config.keep_checkpoints)
+        barrier(self.world)
+
+    def _after(self, rows: Results) -> Results | None:
+        """Figures of the selected step on the test split, beside those before training."""
+        selected = checkpoint.best(self.checkpoints) if "val" in self.splits else None
+        step = self.total
+        if selected is not None:
+            kept = checkpoint.load(selected[0])
+            step = kept.step
+            self.strategy.load_trained_state({f"method.{n}": t for n, t in kept.tensors["trained"].items()})
+        with self.strategy.whole():
+            figures = self._evaluate(self.method, "test", rerank=True)
+        name = f"{self.config.method.name}, step {step}"
+        rows[name] = figures.pop("raw")
+        rows |= {f"{name} + {how}": values for how, values in figures.items()}
+        if self.world.first:
+            (self.directory / "results.json").write_text(json.dumps(rows, indent=2))
+        return rows if self.world.first else None
+
+
+def _every(period: int | None, done: int) -> bool:
+    return period is not None and done % period == 0
+
+
+def _numbered(directory: Path, number: int) -> Path:
+    return directory.with_name(f"{directory.name}.{number}")
+
+
+def _read_splits(config: RunConfig) -> dict[str, list[Clip]]:
+    """Checked clips of the splits a run uses; the test split is never trained on nor selected by."""
+    data = config.data
+    names = {"train": data.train_split, "val": data.val_split, "test": data.test_split}
+    if data.stills is not None:
+        del names["train"]
+    splits = {use: read_manifest(data.manifest, split=name) for use, name in names.items() if name}
+    chosen = list(names.values())
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"data: expected different splits to train, select and test on, found {chosen}")
+    for use in ("val", "test"):
+        if use in splits:
+            check_clips(splits[use])
+    return splits

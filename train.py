@@ -1,0 +1,33 @@
+"""`deepspeed train.py configs/x.toml [a.b=c ...]`, also under torchrun and as plain `python train.py`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from discovla.config import read_config
+from discovla.data.decode import DecodeError
+from discovla.engine.checkpoint import CheckpointError
+from discovla.evaluate import results_table
+from discovla.trainer import Trainer
+
+
+def main(words: list[str]) -> int:
+    """Run the config named by the first word, with the other words as dotted overrides."""
+    words = [word for word in words if not word.startswith("--local_rank=")]  # the DeepSpeed launcher's
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not words or words[0].startswith("-"):
+        print("usage: deepspeed train.py CONFIG [a.b=c ...]", file=sys.stderr)
+        return 2
+    try:
+        results = Trainer(read_config(words[0], words[1:])).run()
+    except (ValueError, DecodeError, CheckpointError, OSError, FloatingPointError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    if results is not None:
+        print(f"\n{results_table(results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
