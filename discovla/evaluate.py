@@ -107,9 +107,8 @@ def evaluate_manifest(
     """
     clips = read_manifest(manifest, split=split)
     bank = []
-    if (
-        split != how.data.train_split
-    ):  # a bank of the queries themselves would be dual softmax by another name
+    # a bank of the queries themselves would be dual softmax by another name
+    if split != how.data.train_split:
         train = (clip for clip in read_manifest(manifest) if clip.split == how.data.train_split)
         bank = [caption for clip in train for caption in clip.captions]
     return evaluate(method, clips, replace(how, rerank=True, bank=bank))

@@ -27,7 +27,7 @@ FORMAT = 1
 _NAME = re.compile(r"(\.old-)?step-(\d{8,})")
 
 
-class CheckpointError(Exception):
+class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; says which file, what was expected and what found."""
 
 

@@ -105,6 +105,31 @@ def architecture_from_config(name: str, config: Mapping[str, Any]) -> Architectu
     )
 
 
+def config_from_architecture(architecture: Architecture) -> dict[str, Any]:
+    """The inverse of `architecture_from_config`."""
+    vision, text = architecture.vision, architecture.text
+    return {
+        "embed_dim": architecture.embed_dim,
+        "quick_gelu": architecture.activation == "quick_gelu",
+        "vision_cfg": {
+            "image_size": architecture.image_size,
+            "patch_size": architecture.patch_size,
+            "width": vision.width,
+            "layers": vision.layers,
+            "head_width": vision.width // vision.heads,
+            "mlp_ratio": vision.mlp_width / vision.width,
+        },
+        "text_cfg": {
+            "context_length": architecture.context_length,
+            "vocab_size": architecture.vocab_size,
+            "width": text.width,
+            "heads": text.heads,
+            "layers": text.layers,
+            "mlp_ratio": text.mlp_width / text.width,
+        },
+    }
+
+
 def architecture_from_state_dict(state: Mapping[str, Tensor], activation: Activation) -> Architecture:
     """Sizes read off OpenAI-named weights; heads are taken as width / 64, which no shape can tell.
 

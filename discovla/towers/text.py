@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor, nn
 
@@ -35,12 +37,13 @@ class TextTower(nn.Module):
         return self.ln_final(x) @ self.projection.to(x.dtype)
 
     def encode(
-        self, ids: Tensor, mask: Tensor, *, group: int = 0, dtype: torch.dtype = torch.float32
+        self, ids: Tensor, mask: Tensor | None, *, group: int = 0, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """The last block's rows, n l w, before projection.
 
         Args:
-            ids: n l, int64.  mask: n l, bool, true on real tokens; padding is never seen.
+            ids: n l, int64.  mask: n l, bool, true on real tokens; padding is never seen.  None leaves the causal
+                mask alone, as CLIP has it: only rows of padding, which come last, see padding then.
             group: how many neighbouring captions make one sample in fusion blocks; 0 for none.
             dtype: to compute in.
         """
@@ -52,9 +55,41 @@ class TextTower(nn.Module):
             x = block(x, sequences)
         return x
 
+    @overload
     def forward(
-        self, ids: Tensor, mask: Tensor, *, group: int = 0, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """Caption features n d; arguments as in `encode`."""
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        *,
+        group: int = 0,
+        dtype: torch.dtype = torch.float32,
+        words: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        *,
+        group: int = 0,
+        dtype: torch.dtype = torch.float32,
+        words: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        *,
+        group: int = 0,
+        dtype: torch.dtype = torch.float32,
+        words: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Caption features n d, and with `words` those of every position too, n l d; the rest as in `encode`."""
         x = self.encode(ids, mask, group=group, dtype=dtype)
-        return self.project(x[torch.arange(len(ids), device=ids.device), ids.argmax(-1)])
+        end = torch.arange(len(ids), device=ids.device), ids.argmax(-1)
+        if not words:
+            return self.project(x[end])
+        rows = self.project(x)
+        return rows[end], rows
