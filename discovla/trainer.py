@@ -155,7 +155,7 @@ class Trainer:
         return rows
 
     def _evaluate(self, method: Method, split: str, *, rerank: bool = False) -> dict[str, Any]:
-        bank = [text for clip in self.splits["train"] for text in clip.captions] if rerank else []
+        bank = [text for clip in self.splits.get("train", []) for text in clip.captions] if rerank else []
         how = Evaluation(
             data=self.config.data,
             device=self.world.device,
