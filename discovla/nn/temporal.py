@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from discovla.nn.transformer import Attention, BlockShape, Linear, Sequences, attend, quick_gelu
 from discovla.ops.attention import attention
 
+FRAME_POSITIONS = 128  # rows of a table of frame positions
+
 
 class Adapter(nn.Module):
     """up(quick_gelu(down z)), a rank-r bottleneck without a skip; `up` starts at zero."""
@@ -37,12 +39,17 @@ class FusionAttention(Attention):
     untrained readout row holds the global attention alone.  Sequences that stand alone (group 0) take the
     ordinary path.
 
+    The map above is blind to the order of the group's sequences.  With `positions` the keys that `read_group`
+    sees of sequence f are K_f + frame_position[f], a table of our own that starts at zero.
+
     Source: DiscoVLA (arXiv 2506.08887), Image-Video Features Fusion; details as in its code.
     """
 
-    def __init__(self, shape: BlockShape, rank: int) -> None:
+    def __init__(self, shape: BlockShape, rank: int, *, positions: bool = False) -> None:
         super().__init__(shape)
         self.adapter = Adapter(shape.width, rank)
+        table = nn.Parameter(torch.zeros(FRAME_POSITIONS, shape.width))
+        self.frame_position = table if positions else None
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         q, k, v = self.project(x)  # n h l c
@@ -59,6 +66,8 @@ class FusionAttention(Attention):
         """Each sequence's query (n h c) over the tokens of its whole group: n w."""
         group = sequences.group
         mask = sequences.fusion_key_mask
+        if self.frame_position is not None:
+            k = k + self.position_of(group, len(k)).to(k.dtype)
         read = attention(
             queries.unflatten(0, (-1, group)).transpose(1, 2),  # b h f c
             _join(k, group),
@@ -66,6 +75,16 @@ class FusionAttention(Attention):
             mask=None if mask is None else mask.unflatten(0, (-1, group)).flatten(1)[:, None, None, :],
         )  # b h f c
         return self.merge(read).flatten(0, 1)
+
+    def position_of(self, group: int, sequences: int) -> Tensor:
+        """The position of each of n sequences in its group, shaped as keys: n h 1 c."""
+        assert self.frame_position is not None, "asked for where there are positions only"
+        if group > len(self.frame_position):
+            raise ValueError(
+                f"frames: expected at most {len(self.frame_position)} with positions, got {group}"
+            )
+        table = self.frame_position[:group].unflatten(-1, (self.heads, -1))  # f h c
+        return table.repeat(sequences // group, 1, 1)[:, :, None]
 
 
 def _join(x: Tensor, group: int) -> Tensor:

@@ -20,7 +20,7 @@ class Sequences:
     """What blocks must know of the n sequences of l tokens they are given.
 
     causal: a token sees itself and earlier ones only.
-    key_mask: n l, bool, true on tokens that may be seen; None where all may.
+    key_mask: n l, or n h l with one for each head, bool, true on tokens that may be seen; None where all may.
     group: how many neighbouring sequences (frames) make one sample whose parts look at each other in fusion
         blocks; 0 where every sequence stands alone.
     readout: n, int64, the row of each sequence that is read at the end (CLS or EOT).
@@ -105,7 +105,9 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     """Attention within each sequence, n h l c."""
-    mask = None if sequences.key_mask is None else sequences.key_mask[:, None, None, :]  # n 1 1 l
+    mask = sequences.key_mask
+    if mask is not None:
+        mask = (mask[:, None] if mask.dim() == 2 else mask)[:, :, None]  # n h|1 1 l
     return attention(q, k, v, mask=mask, causal=sequences.causal)
 
 

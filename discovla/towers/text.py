@@ -42,8 +42,8 @@ class TextTower(nn.Module):
         """The last block's rows, n l w, before projection.
 
         Args:
-            ids: n l, int64.  mask: n l, bool, true on real tokens; padding is never seen.  None leaves the causal
-                mask alone, as CLIP has it: only rows of padding, which come last, see padding then.
+            ids: n l, int64.  mask: n l, bool, true on real tokens; padding is never seen.  None leaves the
+                causal mask alone, as CLIP has it: only rows of padding, which come last, see padding then.
             group: how many neighbouring captions make one sample in fusion blocks; 0 for none.
             dtype: to compute in.
         """
@@ -86,7 +86,7 @@ class TextTower(nn.Module):
         dtype: torch.dtype = torch.float32,
         words: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Caption features n d, and with `words` those of every position too, n l d; the rest as in `encode`."""
+        """Caption features n d; with `words` those of every position too, n l d; the rest as in `encode`."""
         x = self.encode(ids, mask, group=group, dtype=dtype)
         end = torch.arange(len(ids), device=ids.device), ids.argmax(-1)
         if not words:
