@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from discovla.methods.base import Method, MethodConfig
+from discovla.methods.base import Method
+from discovla.methods.base_config import MethodConfig
 from discovla.methods.clip import CLIP
 from discovla.methods.discovla import DiscoVLA
 from discovla.towers.weights import ModelConfig, initialise, load_pretrained, load_weights
@@ -18,5 +19,6 @@ def build(model: ModelConfig, method: MethodConfig) -> Method:
         initialise(built, pretrained.architecture, model.seed)
     else:
         load_weights(built, pretrained.architecture, pretrained.weights)
+    built.initialise_from_clip()
     built.freeze()
     return built

@@ -4,42 +4,69 @@ from __future__ import annotations
 
 import re
 import zlib
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from discovla.batch import Batch, Embedding, Losses
+from discovla.methods.base_config import MethodConfig
 from discovla.nn.logit_scale import LogitScale
 from discovla.nn.lora import LoRA
-from discovla.nn.transformer import Attention
+from discovla.nn.temporal import FusionAttention
+from discovla.nn.transformer import Attention, Block
+from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
+from discovla.ops.info_nce import EXCLUDED, contrastive_loss, info_nce
 from discovla.ops.preprocess_frames import preprocess_frames
-from discovla.towers.architecture import Architecture
+from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.text import TextTower
 from discovla.towers.vision import MakeBlock, VisionTower
-from discovla.towers.weights import openai_name, openai_weights
+from discovla.towers.weights import clip_names, openai_name, openai_weights
+
+# parameters of CLIP before its first blocks, which CLIP4Clip's recipe leaves as they are
+EMBEDDINGS = r"vision\.(\w+_embedding|ln_pre\..*)$|text\.(token_embedding\..*|position_embedding)$"
 
 
-class MethodConfig(BaseModel):
-    """Options every method has; each method adds its own under its name."""
+@dataclass(frozen=True, kw_only=True)
+class TunedGroup:
+    """Trained parameters that differ from the rest.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    names: of parameters, whole.  lr_scale: their learning rate over the schedule's.  weight_decay: theirs;
+    None for the run's.
+    """
 
-    name: str
+    names: tuple[str, ...]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoLosses:
+    """A method's own loss of matching pairs.
+
+    total: scalar to minimise.  terms: what it is made of, unweighted.  logits: n n, what its pairs are scored
+    with, ignored ones filled in: the student of a distillation; None where that is the pooled cosine.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    logits: Tensor | None = None
 
 
 class Method(nn.Module, ABC):
     """A video-text retrieval method on a CLIP.
 
-    `trained` declares which parameters train, as regular expressions on their full names.  `compute_dtype` is
-    what the towers compute in; features leave them in float32 at least.
+    By itself it scores captions with the mean of a video's frames.  A method changes what it must:
+    `embed_text` and `embed_video` make embeddings of the towers' features, `similarity` scores them and
+    `video_losses` trains them.  `compute_dtype` is what the towers compute in; features leave them in float32
+    at least.
     """
 
     Config: ClassVar[type[MethodConfig]]
-    needs_frame_captions: bool = False
+    words: bool = False  # whether `embed_text` wants a feature of every word
 
     def __init__(
         self,
@@ -51,36 +78,166 @@ class Method(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.architecture, self.config = architecture, config
-        self.vision = VisionTower(architecture, vision_block)
-        self.text = TextTower(architecture, text_block)
+        self.vision = VisionTower(architecture, vision_block or self._blocks("vision"))
+        self.text = TextTower(architecture, text_block or self._blocks("text"))
         self.logit_scale = LogitScale()
         self.compute_dtype = torch.float32
+        self.needs_frame_captions = config.alpha > 0 or config.beta > 0
+
+    def _blocks(self, side: Literal["vision", "text"]) -> MakeBlock:
+        """The maker of a tower's blocks: with LoRA where asked for, the last ones with fusion."""
+        tower: TowerShape = getattr(self.architecture, side)
+        fused: int = getattr(self.config, f"fused_{side}_blocks")
+        if fused > tower.layers:
+            raise ValueError(
+                f"method.fused_{side}_blocks: expected at most {tower.layers} fused blocks, found {fused}"
+            )
+        shape, config = tower.block(self.architecture.activation), self.config
+
+        def make(layer: int) -> Block:
+            if layer >= tower.layers - fused:
+                positions = config.frame_position and side == "vision"
+                attention = FusionAttention(shape, config.lora_rank, positions=positions)
+            else:
+                attention = Attention(shape)
+            if config.tune == "lora":
+                attention.lora = LoRA(shape.width, 3 * shape.width, config.lora_rank)
+            return Block(shape, attention)
+
+        return make
 
     @property
-    @abstractmethod
     def trained(self) -> tuple[str, ...]:
         """Regular expressions; a parameter trains where one matches its whole name."""
+        config = self.config
+        full = (r"(vision|text)\..*", *([r"logit_scale\.log"] if self.uses_logit_scale else []))
+        if config.freeze_embeddings:
+            full = (f"(?!{EMBEDDINGS}).*", *full[1:])
+        towers = {"full": full, "lora": (r".*\.attention\.lora\..*",), "frozen": ()}[config.tune]
+        fuses = config.fused_vision_blocks or config.fused_text_blocks
+        fusion = (r".*\.attention\.adapter\..*",) if fuses else ()
+        position = (r".*\.attention\.frame_position",) if config.frame_position else ()
+        return (*towers, *fusion, *position, *self.new_parameters)
 
-    @abstractmethod
-    def encode_video(self, frames: Tensor, mask: Tensor) -> Embedding:
-        """Videos from frames (b f y x c uint8, or b f c y x normalised) and mask (b f, bool)."""
+    @property
+    def new_parameters(self) -> tuple[str, ...]:
+        """Regular expressions on the names of what a method adds to the towers; they always train."""
+        return ()
 
-    @abstractmethod
-    def losses(self, text: Embedding, video: Embedding, *, same_video: Tensor | None = None) -> Losses:
-        """Losses of n matching pairs; same_video: n n, bool, true where two samples show one clip."""
+    @property
+    def uses_logit_scale(self) -> bool:
+        """Whether the losses depend on `logit_scale`, which then trains with the towers."""
+        return True
 
-    def encode_text(self, ids: Tensor, mask: Tensor) -> Embedding:
-        """Captions from ids (n l) and mask (n l, bool)."""
-        return Embedding(pooled=widen(self.text(ids, mask, dtype=self.compute_dtype)))
+    @property
+    def scores_pooled(self) -> bool:
+        """Whether `similarity` is the scaled cosine of the pooled features."""
+        return True
+
+    def initialise_from_clip(self) -> None:
+        """Start what is copied from CLIP; called once CLIP's weights (or random ones) are in place."""
 
     def encode(self, batch: Batch) -> tuple[Embedding, Embedding]:
-        """Both sides of a training batch; the text side may carry frame captions as tokens."""
+        """Both sides of a training batch; the text side has the frame captions' features where needed."""
         text = self.encode_text(batch.text_ids, batch.text_mask)
-        return text, self.encode_video(batch.frames, batch.frame_mask)
+        video = self.encode_video(batch.frames, batch.frame_mask)
+        if self.needs_frame_captions:
+            text = replace(text, frames=self.encode_frame_captions(batch))
+        return text, video
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Embedding:
+        """Captions from ids (n l, int64) and mask (n l, bool)."""
+        check_mask("caption", mask)
+        if not self.words:
+            return self.embed_text(widen(self.text(ids, mask, dtype=self.compute_dtype)), None, mask)
+        pooled, words = self.text(ids, mask, dtype=self.compute_dtype, words=True)
+        return self.embed_text(widen(pooled), widen(words), mask)
+
+    def encode_video(self, frames: Tensor, mask: Tensor) -> Embedding:
+        """Videos from frames (b f y x c uint8, or b f c y x normalised) and mask (b f, bool)."""
+        check_mask("video", mask)
+        return self.embed_video(self.encode_frames(frames, mask), mask)
+
+    def encode_frames(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """Features of frames, b f d; arguments as in `encode_video`."""
+        seen = mask if self.config.mask_padded_frames else None
+        return widen(self.vision(self.pixels(frames), seen))
+
+    def encode_frame_captions(self, batch: Batch) -> Tensor:
+        """Features of the frame captions, b f d, fused over the captions of each sample."""
+        ids, mask = batch.frame_text_ids, batch.frame_text_mask
+        if ids is None or mask is None:
+            raise ValueError(
+                "batch: expected frame captions (method.alpha or method.beta is not 0), found none"
+            )
+        b, f = ids.shape[:2]
+        features = self.text(ids.flatten(0, 1), mask.flatten(0, 1), group=f, dtype=self.compute_dtype)
+        return widen(features).unflatten(0, (b, f))
+
+    def embed_text(self, pooled: Tensor, words: Tensor | None, mask: Tensor) -> Embedding:
+        """Captions from their features (n d), those of their words (n l d) where asked for, mask (n l)."""
+        return Embedding(pooled=pooled)
+
+    def embed_video(self, frames: Tensor, mask: Tensor) -> Embedding:
+        """Videos from the features of their frames (b f d) and mask (b f): the mean of unit features."""
+        return Embedding(pooled=masked_mean(unit(frames), mask), frames=frames, frame_mask=mask)
 
     def similarity(self, text: Embedding, video: Embedding) -> Tensor:
         """s t̂ v̂ᵀ of the pooled features, t v."""
         return self.logit_scale() * unit(text.pooled) @ unit(video.pooled).T
+
+    def losses(self, text: Embedding, video: Embedding, *, same_video: Tensor | None = None) -> Losses:
+        """The method's own loss of n matching pairs, and with frame captions + alpha l_frm + beta l_dis.
+
+        Args:
+            text, video: n each, row i of one belongs to row i of the other.
+            same_video: n n, bool, true where two samples show one clip.
+        """
+        ignore = None
+        if self.config.exclude_same_video and same_video is not None:
+            ignore = same_video.clone().fill_diagonal_(False)
+        inputs = self._alignment_inputs(text, video)
+        if inputs is None:
+            own = self.video_losses(text, video, ignore)
+            return Losses(total=own.total, terms=_detached(own.terms))
+        config, scale = self.config, self.logit_scale()
+        how = {"kl_norm": config.kl_norm, "detach_teacher": config.detach_teacher, "ignore": ignore}
+        if self.scores_pooled:
+            loss = alignment_losses(inputs, scale, **how)
+            own, frame, distill = (
+                VideoLosses(total=loss.video, terms={"video": loss.video}),
+                loss.frame,
+                loss.distill,
+            )
+        else:
+            own = self.video_losses(text, video, ignore)
+            assert own.logits is not None, "a method that does not score pooled features gives its logits"
+            frame, distill = frame_alignment(own.logits, inputs, scale, **how)
+        total = own.total + config.alpha * frame + config.beta * distill
+        return Losses(total=total, terms=_detached({**own.terms, "frame": frame, "distill": distill}))
+
+    def video_losses(self, text: Embedding, video: Embedding, ignore: Tensor | None) -> VideoLosses:
+        """The method's own loss, without alignment; ignore: n n, bool, pairs left out of every softmax."""
+        if self.scores_pooled:
+            loss = info_nce(text.pooled, video.pooled, self.logit_scale(), ignore=ignore)
+            return VideoLosses(total=loss, terms={"video": loss})
+        logits = excluded(self.similarity(text, video), ignore)
+        loss = contrastive_loss(logits)
+        return VideoLosses(total=loss, terms={"video": loss}, logits=logits)
+
+    def _alignment_inputs(self, text: Embedding, video: Embedding) -> AlignmentInputs | None:
+        """What frame-level alignment compares; None where either side has no frames' features."""
+        if text.frames is None or video.frames is None:
+            return None
+        mask = video.frame_mask if self.config.mask_padded_frames else None
+        return AlignmentInputs(
+            text=text.pooled,
+            video=video.pooled,
+            text_frames=text.frames,
+            video_frames=video.frames,
+            text_mask=mask,
+            video_mask=mask,
+        )
 
     def pixels(self, frames: Tensor) -> Tensor:
         """Normalised pixels in the compute dtype, b f c y x."""
@@ -100,6 +257,31 @@ class Method(nn.Module, ABC):
                 patterns[pattern] += 1
         if unmatched := [pattern for pattern, count in patterns.items() if not count]:
             raise ValueError(f"{self.config.name}: {unmatched[0]!r} matches no parameter to train")
+
+    def parameter_groups(self) -> tuple[TunedGroup, ...]:
+        """The trained parameters that have a learning rate or weight decay of their own, after `freeze`."""
+        clip, config = set(clip_names(self.architecture)), self.config
+        members: dict[tuple[bool, bool], list[str]] = {}
+        for name in self.trained_state():
+            key = (name in clip and config.clip_lr_scale != 1, "bias" in name and not config.decay_biases)
+            members.setdefault(key, []).append(name)
+        return tuple(
+            TunedGroup(
+                names=tuple(names),
+                lr_scale=config.clip_lr_scale if slow else 1.0,
+                weight_decay=0.0 if undecayed else None,
+            )
+            for (slow, undecayed), names in members.items()
+            if slow or undecayed
+        )
+
+    def released_parameters(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our parameters, by our names, from a checkpoint of the paper's own code.
+
+        Raises:
+            ValueError: the checkpoint is of something else, or the method has no released ones.
+        """
+        raise ValueError(f"{self.config.name}: expected a method with released checkpoints")
 
     def trained_state(self) -> dict[str, Tensor]:
         """The parameters that train, by name."""
@@ -134,7 +316,7 @@ class Method(nn.Module, ABC):
         return weights
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be loaded: sizes, options and the weights that are not in it."""
+        """What a checkpoint must agree with to be loaded: sizes, options and weights that are not in it."""
         frozen = 0
         for _, parameter in sorted(self.named_parameters()):
             if not parameter.requires_grad:
@@ -160,3 +342,29 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of n k d over the k where mask (n k) is true; 0 where none is."""
     weight = mask.to(x.dtype)[..., None]
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def excluded(logits: Tensor, ignore: Tensor | None) -> Tensor:
+    """Logits n n without the pairs to ignore."""
+    return logits if ignore is None else logits.masked_fill(ignore, EXCLUDED)
+
+
+def check_mask(what: str, mask: Tensor, *, prefix: bool = False) -> None:
+    """Refuse rows of a mask (n k, bool) without a true entry, whose feature would not be a number.
+
+    prefix: refuse real entries that come after padding, too.
+    """
+    empty = ~mask.any(1)
+    if empty.any():
+        row = int(empty.nonzero()[0])
+        raise ValueError(
+            f"{what} {row}: expected at least one entry that is no padding, found none in its mask"
+        )
+    if prefix and (late := (mask[:, 1:] & ~mask[:, :-1]).any(1)).any():
+        raise ValueError(
+            f"{what} {int(late.nonzero()[0])}: expected padding at the end only, found it before"
+        )
+
+
+def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: term.detach() for name, term in terms.items()}

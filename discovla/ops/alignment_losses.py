@@ -66,6 +66,32 @@ def alignment_losses(
     """
     choose("alignment_losses", impl, inputs.text.device.type)
     video = logit_scale * cosine_similarity(inputs.text, inputs.video)  # t v
+    if ignore is not None:
+        video = video.masked_fill(ignore, EXCLUDED)
+    frame, distill = frame_alignment(
+        video, inputs, logit_scale, kl_norm=kl_norm, detach_teacher=detach_teacher, ignore=ignore
+    )
+    return AlignmentLosses(video=contrastive_loss(video), frame=frame, distill=distill)
+
+
+def frame_alignment(
+    student: Tensor,
+    inputs: AlignmentInputs,
+    logit_scale: Tensor,
+    *,
+    kl_norm: KLNorm = "official",
+    detach_teacher: bool = False,
+    ignore: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The frame-level loss and the distillation of `alignment_losses`, into any video-level logits.
+
+    Args:
+        student: n n, the logits s S that a method scores its pairs with; `ignore` is already filled in.
+        inputs: as in `alignment_losses`; the pooled features are not looked at.
+
+    Returns:
+        Unweighted scalars: frame-level loss, distillation.
+    """
     frame = logit_scale * frame_similarity(
         inputs.text_frames,
         inputs.video_frames,
@@ -74,12 +100,12 @@ def alignment_losses(
         video_mask=inputs.video_mask,
     )
     if ignore is not None:
-        video, frame = video.masked_fill(ignore, EXCLUDED), frame.masked_fill(ignore, EXCLUDED)
+        frame = frame.masked_fill(ignore, EXCLUDED)
     teacher = frame.detach() if detach_teacher else frame
-    n = len(video)
+    n = len(student)
     weight = 100 / n**2 if kl_norm == "official" else 100 / (128 * n)
-    distill = weight * (_kl(video, teacher) + _kl(video.T, teacher.T)) / 2
-    return AlignmentLosses(video=contrastive_loss(video), frame=contrastive_loss(frame), distill=distill)
+    distill = weight * (_kl(student, teacher) + _kl(student.T, teacher.T)) / 2
+    return contrastive_loss(frame), distill
 
 
 def _kl(student: Tensor, teacher: Tensor) -> Tensor:
