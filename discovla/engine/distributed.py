@@ -76,7 +76,8 @@ def group_of_one(world: World) -> None:
     for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
         os.environ.setdefault(name, str(value))
     if not dist.is_initialized():
-        dist.init_process_group(_backend(world), store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage], it is documented
+        dist.init_process_group(_backend(world), store=store, rank=0, world_size=1)
 
 
 def gather(x: Tensor, world: World, *, grad_scale: GradScale = "exact") -> Tensor:

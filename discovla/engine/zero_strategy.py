@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,7 @@ class DeepSpeedStrategy(Strategy):
         self.stage = choose_stage(plan.engine, trained, plan.world.size)
         if plan.engine.bf16_parameters:
             _check_full_fine_tuning(module, trained)
-        self.shell = _Shell(self.module)
+        self.shell = _Shell(self.module, list(self.trained.values()) if self.stage in (1, 2) else [])
         optimizer = make_optimizer(self.module, plan.optim, plan.groups)
         deepspeed = load_deepspeed(plan.world)
         self.zero = deepspeed.zero
@@ -70,6 +71,7 @@ class DeepSpeedStrategy(Strategy):
             self.engine, *_ = deepspeed.initialize(model=self.shell, optimizer=optimizer, config=settings)
         self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
         start_state(self.optimizer, self._flat())
+        self.order = _Order(list(self.trained.values()), plan.world) if self.stage == 2 else None
 
     def __call__(self, batch: Batch) -> Losses:
         total, *terms = self.engine(batch)
@@ -77,6 +79,8 @@ class DeepSpeedStrategy(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
+        if self.order is not None:
+            self.order.check()
 
     def step(self, lr: float) -> float:
         set_learning_rate(self.optimizer, lr)
@@ -175,17 +179,63 @@ class _Shell(nn.Module):
     """Returns losses as a tuple, for DeepSpeed hooks only tensors that lie in tuples, lists and dicts.
 
     The module's own hooks are passed by for the same reason: its direct parameters count as the shell's.
+    `touched` get a gradient even where this rank's loss does not reach them: stages 1 and 2 reduce gradients
+    as they come, and ranks that reduce different ones wait for each other, or take one for another.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, touched: list[nn.Parameter]) -> None:
         super().__init__()
         self.inner = module
+        self.touched = tuple(touched)
         self.names: tuple[str, ...] = ()
 
     def forward(self, batch: Batch) -> tuple[Tensor, ...]:
         losses = self.inner.forward(batch)
         self.names = tuple(losses.terms)
-        return losses.total, *losses.terms.values()
+        total = _Touch.apply(losses.total, *self.touched) if self.touched else losses.total
+        return total, *losses.terms.values()
+
+
+class _Touch(torch.autograd.Function):
+    """The identity on its first argument, with zero gradients for the others."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *params: Tensor) -> Tensor:
+        ctx.params = [(param.shape, param.dtype, param.device) for param in params]
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros((), dtype=d, device=v).expand(s) for s, d, v in ctx.params)
+        return grads[0], *zeros
+
+
+class _Order:
+    """Whether gradients came in the same order on every rank.
+
+    Stage 2 packs them as they come and averages the packs, so it would add up gradients of different
+    parameters where ranks differ in what their losses reach. Nothing else would notice.
+    """
+
+    def __init__(self, params: list[nn.Parameter], world: World) -> None:
+        self.world = world
+        self.arrived: list[int] = []
+        for index, param in enumerate(params):
+            param.register_post_accumulate_grad_hook(lambda _, index=index: self.arrived.append(index))
+
+    def check(self) -> None:
+        """After a backward pass; a RuntimeError on every rank where one differs."""
+        found = zlib.crc32(repr(self.arrived).encode())
+        self.arrived.clear()
+        if self.world.size == 1:
+            return
+        largest = torch.tensor([found, -found], device=self.world.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        if largest.sum().item() != 0:
+            raise RuntimeError(
+                "zero_stage 2: expected every rank's loss to reach the same parameters, found ranks that "
+                "differ; stages 0 and 1 can do that"
+            )
 
 
 def _refuse_records(module: nn.Module) -> None:
@@ -242,7 +292,7 @@ def _scalars_survive(deepspeed: Any, module: nn.Module, stage: int) -> Iterator[
     engine = deepspeed.DeepSpeedEngine
     original = engine._broadcast_model
     engine._broadcast_model = lambda self: None
-    scalars = [p for p in module.parameters() if p.dim() == 0] if stage == 3 else []
+    scalars: list[Any] = [p for p in module.parameters() if p.dim() == 0] if stage == 3 else []
     for param in scalars:
         param.data = param.data.view(1)
     try:

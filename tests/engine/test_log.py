@@ -97,9 +97,9 @@ def test_the_bar_shows_terms_rate_and_time_left(tmp_path, capfd):
 
 
 def test_a_full_disk_names_the_file(tmp_path):
-    with RunLog(tmp_path, _world(), total=1, progress=False) as log:
+    with RunLog(tmp_path, _world(), total=1, progress=False) as log, Path("/dev/full").open("ab", 0) as full:
         log._file.close()
-        log._file = Path("/dev/full").open("ab", buffering=0)
+        log._file = full
         with pytest.raises(OSError, match=r"No space left on device: '.*/metrics.jsonl'"):
             log.step(0, clips=8, values={"loss": 0.25})
 

@@ -43,6 +43,9 @@ def runs(tmp_path_factory) -> dict:
             keys.append((way, size, "bf16"))
         jobs += [{"case": "overflow", **job} for job in WAYS.values()]
         keys += [(way, size, "overflow") for way in WAYS]
+        lopsided = {way: job for way, job in WAYS.items() if way != "zero3"}
+        jobs += [{**job, "lopsided": True} for job in lopsided.values()]
+        keys += [(way, size, "lopsided") for way in lopsided]
         if size == 2:  # what one process saved, two read
             jobs += [{**job, "first": HALF, "load": _half(folder, "zero0", 1)} for job in WAYS.values()]
             keys += [(way, "from one") for way in WAYS]
@@ -108,6 +111,18 @@ def test_a_state_saved_by_one_process_is_read_by_two(runs, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_state_saved_by_two_at_stage_2_is_read_at_every_stage(runs, way):
     _close(runs[way, "from two"]["losses"], runs["torch", 1]["losses"][HALF:], 1e-5)
+
+
+@pytest.mark.parametrize("way", ["zero0", "zero1"])
+def test_a_parameter_that_only_one_rank_uses_holds_nobody_up(runs, way):
+    assert runs["torch", 2, "lopsided"]["losses"] != runs["torch", 2]["losses"]
+    _close(runs[way, 2, "lopsided"]["losses"], runs["torch", 2, "lopsided"]["losses"], 1e-6)
+
+
+def test_stage_2_refuses_ranks_that_reach_different_parameters(runs):
+    assert (
+        "expected every rank's loss to reach the same parameters" in runs["zero2", 2, "lopsided"]["message"]
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -29,12 +29,15 @@ class Pairs(nn.Module):
         torch.manual_seed(0)
         self.world, self.grad_scale = world, job.get("grad_scale", "exact")
         self.dtype = torch.bfloat16 if job.get("bf16") else torch.float32
+        self.astray = bool(job.get("lopsided")) and world.first
         self.frozen = nn.Linear(3, 5).requires_grad_(False)
         self.text, self.video = nn.Linear(5, 7), nn.Linear(5, 7)
         self.unused = nn.Linear(3, 3)
         self.log_scale = nn.Parameter(torch.tensor(1.3))
 
     def forward(self, batch: Tensor) -> Losses:
+        if self.astray:
+            batch = batch + self.unused(batch[:, :3]).repeat(1, 2)
         t, v = (
             self.encode(layer, x) for layer, x in zip((self.text, self.video), batch.chunk(2, 1), strict=True)
         )
@@ -70,7 +73,10 @@ def train(world: World, job: dict) -> dict:
         generator = torch.Generator().manual_seed(step)
         batch = torch.randn(BATCH, 6, generator=generator).chunk(world.size)[world.rank]
         found = strategy(batch)
-        strategy.backward(found.total)
+        try:
+            strategy.backward(found.total)
+        except RuntimeError as error:
+            return {"message": str(error)}
         norms.append(strategy.step(0.01 * (step + 1)))
         losses.append(all_reduce_sum(found.total, world).item() / world.size)
         terms.append({name: value.item() for name, value in found.terms.items()})
