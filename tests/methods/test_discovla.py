@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from discovla.batch import Embedding
+from discovla.engine.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rate
 from discovla.methods.discovla import DiscoVLA
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import cosine_similarity
@@ -134,3 +135,52 @@ def test_gradients_of_the_features_equal_the_golden_ones(golden, file, dtype):
     if "grad.logit_scale" in data.tensors:
         limit = tolerance(data, "grad_logit_scale", dtype)
         check(data, "grad.logit_scale", model.logit_scale.log.grad, limit)
+
+
+def test_six_steps_of_training_equal_the_golden_ones(model_file, dtype):
+    recipe = model_file.sidecar["train_trajectory"]
+    config = OptimConfig(
+        name="adamw_released",
+        lr=recipe["lr"],
+        betas=tuple(recipe["betas"]),
+        eps=recipe["eps"],
+        weight_decay=recipe["weight_decay"],
+        clip_grad_norm=recipe["clip_grad_norm"],
+        warmup=recipe["warmup_proportion"],
+    )
+    model = golden_file.build(model_file, dtype)
+    batch = golden_file.batch(model_file, dtype)
+    optimizer = make_optimizer(model, config)
+    exact = dtype == torch.float64
+    limits = model_file.sidecar["tolerance_float32"]
+    for step in range(recipe["steps"] + 1):
+        loss = model.losses(*model.encode(batch)).total
+        limit = TOLERANCE_64 if exact else limits["train_losses_relative"]
+        assert loss.item() == pytest.approx(recipe["losses"][step], rel=limit)
+        if step == recipe["steps"]:
+            break
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip_grad_norm"])
+        limit = TOLERANCE_64 if exact else limits["train_grad_norms_relative"]
+        assert norm.item() == pytest.approx(recipe["grad_norms"][step], rel=limit)
+        lr = learning_rate(step, recipe["total_steps"], config)
+        assert lr == pytest.approx(recipe["lr_per_step"][step], rel=1e-12)
+        set_learning_rate(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+    final = {f"train.final.{released_name(name)}": p for name, p in model.trained_state().items()}
+    assert set(final) == {name for name in model_file.tensors if name.startswith("train.final.")}
+    for name, parameter in final.items():
+        error = (parameter.double() - model_file.tensors[name].double()).abs().max().item()
+        assert error <= (TOLERANCE_64 if exact else limits["train_final_abs"]), name
+
+
+def test_evaluation_equals_the_golden_one(model_file, dtype):
+    model = golden_file.build(model_file, dtype)
+    batch = golden_file.batch(model_file, dtype)
+    text = model.encode_text(batch.text_ids, batch.text_mask)
+    video = model.encode_video(batch.frames, batch.frame_mask)
+    limit = tolerance(model_file, "feat_layer_sim_eval", dtype)
+    check(model_file, "eval.text", text.pooled, limit)
+    check(model_file, "eval.video", video.pooled, limit)
+    check(model_file, "eval.sim", model.similarity(text, video), limit)
