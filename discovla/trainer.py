@@ -30,7 +30,7 @@ from discovla.engine.distributed import (
     stop,
 )
 from discovla.engine.log import RunLog
-from discovla.engine.optim import learning_rate
+from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
 from discovla.evaluate import Evaluation, evaluate
 from discovla.methods import build
@@ -172,7 +172,11 @@ class Trainer:
         """All steps from where the last run stopped; false where it left early."""
         config = self.config
         plan = StepPlan(
-            engine=config.engine, optim=config.optim, world=self.world, batch_size=config.batch_size
+            engine=config.engine,
+            optim=config.optim,
+            world=self.world,
+            batch_size=config.batch_size,
+            groups=_groups(self.method),
         )
         self.strategy = make_strategy(TrainStep(self.method, self.world, config.engine.grad_scale), plan)
         first = self._resume()
@@ -311,6 +315,18 @@ class Trainer:
         if self.world.first:
             (self.directory / "results.json").write_text(json.dumps(rows, indent=2))
         return rows if self.world.first else None
+
+
+def _groups(method: Method) -> list[ParameterGroup]:
+    """The method's parameters with a rate or decay of their own, by their names in the train step."""
+    return [
+        ParameterGroup(
+            names=tuple(f"method.{name}" for name in group.names),
+            lr_scale=group.lr_scale,
+            weight_decay=group.weight_decay,
+        )
+        for group in method.parameter_groups()
+    ]
 
 
 def _every(period: int | None, done: int) -> bool:
