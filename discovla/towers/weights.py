@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -144,7 +144,7 @@ def read_drawn_clip(path: Path) -> Pretrained:
 
 
 def write_drawn_clip(
-    path: Path, architecture: Architecture, weights: Mapping[str, Tensor], token_ids: list[int]
+    path: Path, architecture: Architecture, weights: Mapping[str, Tensor], token_ids: Sequence[int]
 ) -> None:
     """The inverse of `read_drawn_clip`: OpenAI-named weights in float16, token rows of `token_ids` only."""
     small = {name: tensor.half().contiguous() for name, tensor in weights.items()}
@@ -209,6 +209,8 @@ def initialise(model: nn.Module, architecture: Architecture, seed: int) -> None:
         for name in clip_names(architecture):
             tower = architecture.text if name.startswith("text.") else architecture.vision
             std = _initial_std(name, tower.width, tower.layers)
+            if name == "vision.patch_embedding":
+                std = (3 * own[name][0].numel()) ** -0.5  # torch's own start of a convolution, as released
             if std is not None:
                 own[name].normal_(0, std, generator=generator)
             elif name == "logit_scale.log":
