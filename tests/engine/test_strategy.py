@@ -41,6 +41,11 @@ def runs(tmp_path_factory) -> dict:
             keys.append((way, size, "resumed"))
             jobs.append({**job, "bf16": True})
             keys.append((way, size, "bf16"))
+        for stage in (1, 2, 3):
+            name = _half(folder, f"short{stage}", size)
+            job = {"stage": stage, "bf16_parameters": True}
+            jobs += [{**job, "save_at": HALF, "save": name}, {**job, "first": HALF, "load": name}]
+            keys += [(stage, size, "short"), (stage, size, "short resumed")]
         jobs += [{"case": "overflow", **job} for job in WAYS.values()]
         keys += [(way, size, "overflow") for way in WAYS]
         lopsided = {way: job for way, job in WAYS.items() if way != "zero3"}
@@ -146,6 +151,16 @@ def test_bf16_keeps_trained_parameters_in_fp32(runs, way, size):
 def test_bf16_compute_gives_the_same_losses_at_every_stage(runs, way, size):
     # The towers round to 8 bits, and a last bit of difference between stages can flip such a rounding.
     _close(runs[way, size, "bf16"]["losses"], runs["torch", 1, "bf16"]["losses"], 2e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_bf16_mode_resumes_from_its_fp32_masters(runs, stage, size):
+    unbroken, resumed = runs[stage, size, "short"], runs[stage, size, "short resumed"]
+    assert unbroken["dtypes"] == ["False torch.bfloat16", "True torch.bfloat16"]
+    assert resumed["losses"] == unbroken["losses"][HALF:]
+    # Weights in bf16 are off by 2^-9 of themselves, so the losses are by about as much.
+    _close(unbroken["losses"], runs["torch", 1, "bf16"]["losses"], 1e-2)
 
 
 @pytest.mark.parametrize(("way", "size"), SOURCES)

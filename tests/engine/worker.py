@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discovla.batch import Losses
+from discovla.batch import Batch, Losses
 from discovla.engine.distributed import World, all_reduce_sum, gather, gather_objects, start, stop
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
@@ -28,14 +28,18 @@ class Pairs(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.world, self.grad_scale = world, job.get("grad_scale", "exact")
-        self.dtype = torch.bfloat16 if job.get("bf16") else torch.float32
+        self.dtype = torch.bfloat16 if job.get("bf16") or job.get("bf16_parameters") else torch.float32
         self.astray = bool(job.get("lopsided")) and world.first
         self.frozen = nn.Linear(3, 5).requires_grad_(False)
         self.text, self.video = nn.Linear(5, 7), nn.Linear(5, 7)
         self.unused = nn.Linear(3, 3)
         self.log_scale = nn.Parameter(torch.tensor(1.3))
 
-    def forward(self, batch: Tensor) -> Losses:
+    def forward(self, batch: Batch) -> Losses:
+        return self.contrast(batch.frames)
+
+    def contrast(self, batch: Tensor) -> Losses:
+        """Both directions' cross-entropy over all ranks' pairs: 3 numbers of text, 3 of video."""
         if self.astray:
             batch = batch + self.unused(batch[:, :3]).repeat(1, 2)
         t, v = (
@@ -59,7 +63,13 @@ def train(world: World, job: dict) -> dict:
     module = Pairs(world, job)
     if job.get("bf16"):
         cast_frozen(module, torch.bfloat16)
-    engine = EngineConfig(strategy=job.get("strategy", "deepspeed"), zero_stage=job.get("stage", 0))
+    short = job.get("bf16_parameters", False)
+    engine = EngineConfig(
+        strategy=job.get("strategy", "deepspeed"),
+        zero_stage=job.get("stage", 0),
+        precision="bf16" if short or job.get("bf16") else "fp32",
+        bf16_parameters=short,
+    )
     optim = OptimConfig(clip_grad_norm=job.get("clip", 0.05), name=job.get("optim", "adamw_released"))
     strategy = make_strategy(module, StepPlan(engine=engine, optim=optim, world=world, batch_size=BATCH))
     if "load" in job:
@@ -72,7 +82,7 @@ def train(world: World, job: dict) -> dict:
             save(world, strategy, job["save"])
         generator = torch.Generator().manual_seed(step)
         batch = torch.randn(BATCH, 6, generator=generator).chunk(world.size)[world.rank]
-        found = strategy(batch)
+        found = strategy(_batch(batch))
         try:
             strategy.backward(found.total)
         except RuntimeError as error:
@@ -95,6 +105,14 @@ def save(world: World, strategy, path: str) -> None:
         save_file(state, path)
 
 
+def _batch(numbers: Tensor) -> Batch:
+    """A batch record around plain numbers, as a trainer passes records."""
+    ids, true = torch.ones(len(numbers), 1, dtype=torch.int64), torch.ones(len(numbers), 1, dtype=torch.bool)
+    return Batch(
+        text_ids=ids, text_mask=true, frames=numbers, frame_mask=true, video_index=ids[:, 0], valid=true[:, 0]
+    )
+
+
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
 
@@ -108,7 +126,7 @@ def overflow(world: World, job: dict) -> dict:
     )
     before = strategy.trained_state()
     batch = torch.full((BATCH // world.size, 6), float("nan"))
-    strategy.backward(strategy(batch).total)
+    strategy.backward(strategy(_batch(batch)).total)
     try:
         strategy.step(0.1)
     except FloatingPointError as error:
@@ -156,7 +174,7 @@ CASES = {
 
 
 def main() -> None:
-    jobs, results = (Path(word) for word in sys.argv[1:])
+    jobs, results = (Path(word) for word in sys.argv[-2:])  # the deepspeed launcher puts --local_rank before
     torch.set_num_threads(1)
     world = start("cpu")
     found = [CASES[job.get("case", "train")](world, job) for job in json.loads(jobs.read_text())]
