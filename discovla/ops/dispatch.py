@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import Literal
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Impl = Literal["auto", "reference", "torch", "triton", "cuda"]
 
@@ -10,12 +21,22 @@ Impl = Literal["auto", "reference", "torch", "triton", "cuda"]
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("reference", "torch"),
     "alignment_losses": ("reference",),
-    "frame_similarity": ("reference",),
+    "frame_similarity": ("reference", "torch", "triton"),
     "info_nce": ("reference",),
     "preprocess_frames": ("reference",),
+    "soft_vlad": ("reference",),
+    "token_similarity": ("reference", "torch"),
+    "token_training_similarity": ("reference", "torch"),
+}
+# op -> the file of discovla_kernels that has its kernels
+KERNELS: dict[str, str] = {
+    "frame_similarity": "frame_similarity",
 }
 AUTO: dict[str, dict[str, str]] = {
     "attention": {"cpu": "torch", "cuda": "torch"},
+    "frame_similarity": {"cpu": "torch", "cuda": "triton"},
+    "token_similarity": {"cpu": "torch", "cuda": "torch"},
+    "token_training_similarity": {"cpu": "torch", "cuda": "torch"},
 }
 
 
@@ -23,20 +44,55 @@ class KernelUnavailable(RuntimeError):
     """An implementation was asked for by name and is not here."""
 
 
-def choose(op: str, impl: str, device_type: str) -> str:
+def choose(
+    op: str, impl: str, device_type: str, *, small: bool = False, operands: Sequence[Tensor | None] = ()
+) -> str:
     """Name the implementation that serves `op` on a device.
 
     Args:
         op: name of the op, a key of IMPLEMENTATIONS.
         impl: "auto", or an implementation, which is then never replaced by another.
         device_type: "cpu" or "cuda".
+        small: whether the whole op is one block, so that streaming it on a CPU has no point.
+        operands: what the kernel of the op will be asked to take, in the order of its `supports`.
 
     Raises:
-        KernelUnavailable: `impl` is not among the op's implementations.
+        KernelUnavailable: `impl` is not among the op's implementations, or cannot run here.
     """
     if impl == "auto":
-        return AUTO.get(op, {}).get(device_type, "reference")
+        return _automatic(op, device_type, small, operands)
     if impl not in IMPLEMENTATIONS[op]:
         known = ", ".join(("auto", *IMPLEMENTATIONS[op]))
         raise KernelUnavailable(f"{op}: no implementation {impl!r}; use one of {known}")
+    if impl == "triton" and (reason := _triton_lacks(op, device_type, operands)):
+        raise KernelUnavailable(f"{op}: impl='triton': {reason}")
     return impl
+
+
+def kernel(op: str) -> ModuleType:
+    """The module of Triton kernels that serves `op`; only now is triton imported."""
+    return importlib.import_module(f"discovla_kernels.{KERNELS[op]}")
+
+
+def _automatic(op: str, device_type: str, small: bool, operands: Sequence[Tensor | None]) -> str:
+    chosen = AUTO.get(op, {}).get(device_type, "reference")
+    if small and device_type == "cpu" and op in KERNELS:
+        return "reference"
+    if chosen == "triton" and (reason := _triton_lacks(op, device_type, operands)):
+        _warn_once(f"{op}: plain torch instead of the kernel: {reason}")
+        return "torch"
+    return chosen
+
+
+def _triton_lacks(op: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
+    """Why the kernel of `op` cannot run; empty where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 in the environment before Python starts"
+    return kernel(op).supports(*operands) if operands else ""
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

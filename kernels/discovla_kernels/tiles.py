@@ -1,0 +1,66 @@
+"""What kernels share: a tile of products of rows, launch arithmetic, and what triton's numbers are called."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# below any logit: exp(LOWEST - m) is 0 for every finite m, and LOWEST - LOWEST is no NaN
+LOWEST = tl.constexpr(-1e30)
+# logit of a pair left out of a softmax, as in the reference
+EXCLUDED = tl.constexpr(-1e9)
+
+
+@triton.jit
+def product_tile(
+    x_ptr, y_ptr, x_rows, y_rows, x_real, y_real, D,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x[x_rows] y[y_rows]ᵀ of two contiguous matrices with D columns; rows that are not real count as 0.
+
+    x_rows, y_rows: int64.  An element adds its products in one order, whatever tile it is in, so that equal
+    rows give equal products.
+    """
+    product = tl.zeros((x_rows.shape[0], y_rows.shape[0]), dtype=ACC)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        real = d < D
+        x = tl.load(x_ptr + x_rows[:, None] * D + d[None, :], mask=x_real[:, None] & real[None, :], other=0.0)
+        y = tl.load(y_ptr + y_rows[None, :] * D + d[:, None], mask=y_real[None, :] & real[:, None], other=0.0)
+        product = tl.dot(x, y, product, input_precision=PRECISION, out_dtype=ACC)
+    return product
+
+
+def accumulator(x: Tensor) -> tl.dtype:
+    """What products of `x` are added up in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def precision(x: Tensor) -> str:
+    """How tensor cores multiply float32: three TF32 products, or one where torch's own matmul may."""
+    if x.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def dense_matmul(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x y by the vendor's library, added up and returned in `dtype`."""
+    if x.dtype == dtype:
+        return x @ y
+    return torch.mm(x, y, out_dtype=dtype)
+
+
+def unsupported(*tensors: Tensor | None) -> str:
+    """Why no kernel takes these tensors; empty where one does."""
+    given = [x for x in tensors if x is not None]
+    on_gpu = given[0].is_cuda
+    for x in given:
+        if x.device != given[0].device:
+            return f"expected all tensors on {given[0].device}, found one on {x.device}"
+        if x.dtype == torch.float64 and x.ndim and on_gpu:
+            return "float64 has no kernel on a GPU: impl='torch' computes it"
+        if x.dtype == torch.bfloat16 and not on_gpu:
+            return "triton's interpreter computes bfloat16 wrongly: use float32"
+    return ""
