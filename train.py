@@ -6,9 +6,8 @@ import logging
 import sys
 
 from discovla.config import read_config
-from discovla.data.decode import DecodeError
-from discovla.engine.checkpoint import CheckpointError
 from discovla.evaluate import results_table
+from discovla.faults import run_told
 from discovla.trainer import Trainer
 
 
@@ -19,14 +18,13 @@ def main(words: list[str]) -> int:
     if not words or words[0].startswith("-"):
         print("usage: deepspeed train.py CONFIG [a.b=c ...]", file=sys.stderr)
         return 2
-    try:
-        results = Trainer(read_config(words[0], words[1:])).run()
-    except (ValueError, DecodeError, CheckpointError, OSError, FloatingPointError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+    return run_told(lambda: _train(words[0], words[1:]), "train.py")
+
+
+def _train(config: str, overrides: list[str]) -> None:
+    results = Trainer(read_config(config, overrides)).run()
     if results is not None:
         print(f"\n{results_table(results)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,34 +6,22 @@ import argparse
 import json
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from discovla import __version__
 from discovla.data.datasets import csv_clips, hold_out, msrvtt, prepare
-from discovla.data.decode import DecodeError, write_frames
+from discovla.data.decode import write_frames
 from discovla.data.synthetic import WorldSizes, draw_world
+from discovla.faults import run_told
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; what is wrong with the input is one line on stderr and exit status 2."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="discovla: %(levelname)s: %(message)s")
-    try:
-        arguments.run(arguments)
-    except (ValueError, DecodeError, OSError) as error:
-        print(f"discovla: error: {_line(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _line(error: Exception) -> str:
-    """The message on one line, with the file first where the system names one."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    return run_told(lambda: arguments.run(arguments), "discovla")
 
 
 def _parser() -> argparse.ArgumentParser:

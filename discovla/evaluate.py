@@ -14,6 +14,7 @@ import torch
 
 from discovla.batch import Embedding
 from discovla.data.clips import check_captions
+from discovla.data.decode import DecodeError
 from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip, read_manifest
 from discovla.methods.base import Method
@@ -204,7 +205,11 @@ def _embedded_videos(method: Method, clips: Sequence[Clip], how: Evaluation) -> 
     size = method.architecture.image_size
     batches = video_batches([clips[i] for i in share], how.data, size, how.batch_size)
     frames: Iterator = ((batch.frames, batch.frame_mask) for batch in batches)
-    return _gathered(share, embed_videos(method, frames, how.device), len(clips), how)
+    try:
+        embedding = embed_videos(method, frames, how.device)
+    except DecodeError as error:
+        embedding = error  # told to every process: the others would wait for this one
+    return _gathered(share, embedding, len(clips), how)
 
 
 def _share(count: int, how: Evaluation) -> list[int]:
@@ -212,5 +217,12 @@ def _share(count: int, how: Evaluation) -> list[int]:
     return [i % count for i in range(how.rank, how.world_size * -(-count // how.world_size), how.world_size)]
 
 
-def _gathered(share: Sequence[int], embedding: Embedding, count: int, how: Evaluation) -> Embedding:
-    return in_order(how.gather((torch.tensor(share), embedding)), count)
+def _gathered(
+    share: Sequence[int], embedding: Embedding | DecodeError, count: int, how: Evaluation
+) -> Embedding:
+    """All shares in order, or on every process alike the error of those that have one."""
+    shares = how.gather((torch.tensor(share), embedding))
+    errors = [part for _, part in shares if isinstance(part, DecodeError)]
+    if errors:
+        raise DecodeError(errors[0].path, "; ".join(dict.fromkeys(error.reason for error in errors)))
+    return in_order(shares, count)

@@ -20,6 +20,7 @@ LOW = {  # room -> the rooms it may import beside itself
 }
 HIGH = {
     "config": 6,
+    "faults": 6,
     "evaluate": 7,
     "runs": 7,
     "trainer": 8,

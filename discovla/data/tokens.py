@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import regex
 import torch
 from torch import Tensor
-
-from discovla.torchvision_cpu import install
 
 if TYPE_CHECKING:
     from open_clip import SimpleTokenizer
@@ -85,10 +85,7 @@ def _word(word: str) -> tuple[int, ...]:
 @lru_cache(maxsize=1)
 def _bpe() -> SimpleTokenizer:
     """open_clip's tokenizer, with the special tokens spelled as in the released CLIP."""
-    install()
-    from open_clip import SimpleTokenizer  # imports torchvision, so only after install()
-
-    bpe = SimpleTokenizer()
+    bpe = _open_clip_tokenizer()
     renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     pattern = bpe.pat.pattern
     for theirs, released in renamed.items():
@@ -97,3 +94,16 @@ def _bpe() -> SimpleTokenizer:
         pattern = pattern.replace(theirs, regex.escape(released))
     bpe.pat = regex.compile(pattern, regex.IGNORECASE)
     return bpe
+
+
+def _open_clip_tokenizer() -> SimpleTokenizer:
+    """From its one file: the package around it imports timm and torchvision, slower than torch."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("expected the package open_clip (open_clip_torch), found none")
+    path = Path(package.origin).with_name("tokenizer.py")
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
