@@ -11,25 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from discovla.batch import BadClip, Batch, Embedding, Losses
+from discovla.batch import BadClip, Batch
 from discovla.config import RunConfig
+from discovla.data.clips import check_captions
 from discovla.data.loader import LoaderShape, TrainLoader
 from discovla.data.manifest import Clip, check_clips, read_manifest
 from discovla.data.quarantine import Quarantine
 from discovla.data.stills import Stills
 from discovla.engine import checkpoint
 from discovla.engine.distributed import (
-    World,
     all_reduce_sum,
     barrier,
-    gather,
     gather_objects,
     start,
     stop,
 )
-from discovla.engine.log import RunLog
+from discovla.engine.log import METRICS, RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
 from discovla.evaluate import Evaluation, evaluate
@@ -37,31 +35,13 @@ from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
+from discovla.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
-
-
-class TrainStep(nn.Module):
-    """Encode, gather over ranks, losses: the one module a strategy wraps."""
-
-    def __init__(self, method: Method, world: World, grad_scale: Any) -> None:
-        super().__init__()
-        self.method, self.world, self.grad_scale = method, world, grad_scale
-
-    def forward(self, batch: Batch) -> Losses:
-        """Losses of the global batch, of those of its rows whose clip could be read."""
-        text, video = self.method.encode(batch)
-        index = gather(batch.video_index, self.world)
-        text, video = self._gather(text), self._gather(video)
-        if batch.valid is not None:
-            kept = gather(batch.valid, self.world)
-            text, video, index = text[kept], video[kept], index[kept]
-        return self.method.losses(text, video, same_video=index[:, None] == index)
-
-    def _gather(self, x: Embedding) -> Embedding:
-        return x.map(lambda tensor: gather(tensor, self.world, grad_scale=self.grad_scale))
+# what of the data decides which batches a run sees; the rest may change when it is resumed
+SEEN = ("frames", "sample_rate", "context_length", "augment", "long_captions", "damaged")
 
 
 class Trainer:
@@ -82,22 +62,44 @@ class Trainer:
             ValueError, DecodeError, OSError, FloatingPointError: what stands in the way, in one line.
         """
         self.world = start(self.config.engine.device)
+        # An error leaves the process group as it is: who waits for this process in a collective shall be ended
+        # by the launcher, not by a lost connection before this process has said what is wrong.
         try:
             self._prepare()
             rows = self._before()
-            if not self._train():
-                return None
-            return self._after(rows)
-        finally:
-            stop()
+            results = self._after(rows) if self._train() else None
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, str(self.directory)) from error
+        stop()
+        return results
 
     def _prepare(self) -> None:
         """Everything that can fail before training does so here."""
-        config, data = self.config, self.config.data
+        config = self.config
         self.directory.mkdir(parents=True, exist_ok=True)
         self.splits = _read_splits(config)
         torch.manual_seed(config.seed)  # new parameters
         self.method = build(config.model, config.method)
+        self.fingerprint = self.method.fingerprint()
+        self.loader = self._loader()
+        self.total = config.steps or config.epochs * self.loader.steps_per_epoch
+        self.found = self._found()
+        if config.engine.precision == "bf16":
+            self.method.compute_dtype = torch.bfloat16
+            if not config.engine.bf16_parameters:
+                cast_frozen(self.method, torch.bfloat16)
+        self.method.to(self.world.device)
+        if not config.resume:
+            self._set_aside()
+        quarantine = self.directory / "quarantine.jsonl"
+        clips = len(self.splits["train"]) if "train" in self.splits else len(self.loader.source)
+        self.quarantine = Quarantine(quarantine, clips=clips, share=config.data.bad_clip_share)
+
+    def _loader(self) -> TrainLoader:
+        """Training batches, once the clips they come from have been checked."""
+        config, data = self.config, self.config.data
         longest = self.method.architecture.context_length
         if data.context_length > longest:
             raise ValueError(f"data.context_length: expected at most {longest}, found {data.context_length}")
@@ -110,28 +112,13 @@ class Trainer:
             context_length=data.context_length,
             frame_captions=self.method.needs_frame_captions,
         )
-        source = (
-            self.splits["train"]
-            if data.stills is None
-            else Stills(seed=config.seed, **data.stills.model_dump())
-        )
-        self.loader = TrainLoader(source, data, shape)
-        self.total = config.steps or config.epochs * self.loader.steps_per_epoch
-        self.quarantine = Quarantine(
-            self.directory / "quarantine.jsonl", clips=len(source), share=data.bad_clip_share
-        )
-        self.fingerprint = self.method.fingerprint()
-        if config.engine.precision == "bf16":
-            self.method.compute_dtype = torch.bfloat16
-            if not config.engine.bf16_parameters:
-                cast_frozen(self.method, torch.bfloat16)
-        self.method.to(self.world.device)
-        if not config.resume:
-            self._set_aside()
+        if data.stills is not None:
+            return TrainLoader(Stills(seed=config.seed, **data.stills.model_dump()), data, shape)
+        return TrainLoader(self.splits["train"], data, shape)
 
     def _set_aside(self) -> None:
         """Keep what an earlier run left in the directory, under another name."""
-        if self.world.first and self.checkpoints.exists():
+        if self.world.first and (self.checkpoints.exists() or (self.directory / METRICS).exists()):
             number = next(n for n in itertools.count(1) if not _numbered(self.directory, n).exists())
             self.directory.rename(_numbered(self.directory, number))
             self.directory.mkdir()
@@ -151,7 +138,7 @@ class Trainer:
             rows["zero-shot, mean pooling"] = self._evaluate(plain, "test")["raw"]
         rows[f"zero-shot, {self.config.method.name} untrained"] = self._evaluate(self.method, "test")["raw"]
         if self.world.first:
-            kept.write_text(json.dumps(rows, indent=2))
+            _write_json(kept, rows)
         return rows
 
     def _evaluate(self, method: Method, split: str, *, rerank: bool = False) -> dict[str, Any]:
@@ -181,9 +168,12 @@ class Trainer:
         self.strategy = make_strategy(TrainStep(self.method, self.world, config.engine.grad_scale), plan)
         first = self._resume()
         self.log = RunLog(self.directory, self.world, total=self.total, start=first)
-        self.log.describe(config.to_json())
         last = min(self.total, config.stop_at or self.total)
         try:
+            self.log.describe(config.to_json())
+            if first == 0 and "val" in self.splits:
+                self._validate(0)  # where training starts from, and that every clip can be read
+                self.log.resume_clock()
             for step, batch in self._batches(first, last):
                 self._step(step, batch)
                 self._after_step(step + 1, last)
@@ -218,7 +208,10 @@ class Trainer:
         norm = self.strategy.step(lr)
         self._clip_logit_scale()
         values = {name: value.item() for name, value in {"loss": losses.total, **losses.terms}.items()}
-        self.log.step(step, clips=self.config.batch_size, values={**values, "lr": lr, "grad_norm": norm})
+        values |= {"lr": lr, "grad_norm": norm}
+        if self.quarantine.known:
+            values["bad_clips"] = len(self.quarantine.known)
+        self.log.step(step, clips=self.config.batch_size, values=values)
 
     def _checked(self, step: int, batch: Batch) -> Batch:
         """The batch with its bad clips written down; `valid` is None where no rank has any."""
@@ -242,34 +235,59 @@ class Trainer:
     def _after_step(self, done: int, last: int) -> None:
         """Evaluate and save where it is due; `done` steps have been taken."""
         config = self.config
-        due = done == last or done % self.loader.steps_per_epoch == 0
+        whole = done == self.total or done % self.loader.steps_per_epoch == 0
         better = None
-        if "val" in self.splits and (due or _every(config.evaluate_every, done)):
+        if "val" in self.splits and (whole or _every(config.evaluate_every, done)):
             better = self._validate(done)
-        if due or better is not None or _every(config.checkpoint_every, done):
+        if whole or done == last or better is not None or _every(config.checkpoint_every, done):
             self._save(done, better)
         self.log.resume_clock()
 
-    def _resume(self) -> int:
-        """Put back what the newest whole checkpoint holds; the step to go on from."""
+    def _found(self) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint, where the run is to go on from one.
+
+        Raises:
+            CheckpointError: it is that of another method or other weights.
+            ValueError: the run would go on otherwise than it began.
+        """
         found = checkpoint.latest(self.checkpoints) if self.config.resume else None
+        step = None if found is None else found.step
+        steps = gather_objects(step, self.world)
+        if len(set(steps)) > 1:
+            raise ValueError(f"{self.checkpoints}: expected the same files for all processes, found {steps}")
         if found is None:
-            return 0
+            return None
         checkpoint.check_fingerprint(found.meta["fingerprint"], self.fingerprint, str(found.path))
-        for key, expected in self._schedule().items():
-            if found.meta["schedule"][key] != expected:
-                raise ValueError(
-                    f"{found.path}: {key}: expected {found.meta['schedule'][key]}, found {expected}"
-                )
+        for key, value in self._schedule().items():
+            began = found.meta["schedule"].get(key)
+            if value != began:
+                raise ValueError(f"{found.path}: {key}: the run began with {began!r}, found {value!r}")
+        return found
+
+    def _resume(self) -> int:
+        """Put back what the checkpoint holds; the step to go on from."""
+        if self.found is None:
+            return 0
+        found, self.found = self.found, None
         trained = {f"method.{name}": tensor for name, tensor in found.tensors["trained"].items()}
         self.strategy.load_trained_state(trained)
         self.strategy.load_optimizer_state(found.tensors["optimizer"])
+        if found.meta["better"] is not None and self.world.first:
+            known = checkpoint.best(self.checkpoints)  # the run may have ended before it wrote this down
+            if known is None or found.meta["better"] > known[1]:
+                checkpoint.set_best(self.checkpoints, found.path, found.meta["better"])
+        barrier(self.world)
         logger.info("resuming at step %d of %d from %s", found.step, self.total, found.path)
         return found.step
 
-    def _schedule(self) -> dict[str, int]:
-        """What the rest of an interrupted run depends on besides the method."""
-        return {"seed": self.config.seed, "batch_size": self.config.batch_size, "steps": self.total}
+    def _schedule(self) -> dict[str, Any]:
+        """What the rest of an interrupted run depends on besides the method, by dotted key."""
+        config = self.config
+        fixed: dict[str, Any] = {"seed": config.seed, "batch_size": config.batch_size, "steps": self.total}
+        fixed["training pairs"] = len(self.loader.source)
+        fixed |= {f"optim.{key}": value for key, value in config.optim.model_dump(mode="json").items()}
+        data = config.data.model_dump(mode="json")
+        return fixed | {f"data.{key}": data[key] for key in SEEN}
 
     def _validate(self, done: int) -> float | None:
         """Figures on the validation split; their score where it is the best so far."""
@@ -278,7 +296,8 @@ class Trainer:
         self.log.evaluation(done, "val", figures)
         score = figures["t2v"]["R@1"] + figures["v2t"]["R@1"]
         known = checkpoint.best(self.checkpoints)
-        return score if known is None or score > known[1] else None
+        better = score if known is None or score > known[1] else None
+        return gather_objects(better, self.world)[0]  # on GPUs the last bits may differ between ranks
 
     def _save(self, done: int, better: float | None) -> None:
         """A checkpoint of `done` steps; `better` is its score where it is the best so far."""
@@ -291,6 +310,7 @@ class Trainer:
             meta = {
                 "fingerprint": self.fingerprint,
                 "schedule": self._schedule(),
+                "better": better,
                 "config": json.loads(self.config.to_json()),
             }
             path = checkpoint.save(self.checkpoints, step=done, tensors=tensors, meta=meta)
@@ -313,7 +333,7 @@ class Trainer:
         rows[name] = figures.pop("raw")
         rows |= {f"{name} + {how}": values for how, values in figures.items()}
         if self.world.first:
-            (self.directory / "results.json").write_text(json.dumps(rows, indent=2))
+            _write_json(self.directory / "results.json", rows)
         return rows if self.world.first else None
 
 
@@ -327,6 +347,13 @@ def _groups(method: Method) -> list[ParameterGroup]:
         )
         for group in method.parameter_groups()
     ]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".writing-{path.name}")
+    part.write_text(json.dumps(value, indent=2))
+    part.replace(path)
 
 
 def _every(period: int | None, done: int) -> bool:
@@ -350,4 +377,5 @@ def _read_splits(config: RunConfig) -> dict[str, list[Clip]]:
     for use in ("val", "test"):
         if use in splits:
             check_clips(splits[use])
+            check_captions(splits[use], data.context_length, long=data.long_captions)
     return splits

@@ -23,6 +23,7 @@ HIGH = {
     "faults": 6,
     "evaluate": 7,
     "runs": 7,
+    "train_step": 7,
     "trainer": 8,
     "cli": 9,
     "testing": 9,

@@ -32,21 +32,22 @@ class Quarantine:
         Raises:
             ValueError: more than the allowed share of the clips is bad.
         """
-        new = {clip.id: clip for clip in found if clip.id not in self.known}
-        if not new:
+        found = list(found)
+        if not found:
             return
+        new = {clip.id: clip for clip in found if clip.id not in self.known}
         self.known |= new
-        if write:
+        if write and new:
             with self.path.open("a", encoding="utf-8") as file:
                 for clip in new.values():
                     file.write(json.dumps(asdict(clip), ensure_ascii=False) + "\n")
         for clip in new.values():
             logger.warning("skipping clip %r (%s): %s", clip.id, clip.video, clip.reason)
         if len(self.known) > self.share * self.clips:
-            first = next(iter(new.values()))
+            last = found[-1]
             raise ValueError(
                 f"data.bad_clip_share: expected at most {self.share:.2%} of {self.clips} clips to be bad,"
-                f" found {len(self.known)}, the last {first.id!r} ({first.video}): {first.reason};"
+                f" found {len(self.known)}, the last {last.id!r} ({last.video}): {last.reason};"
                 f" all are in {self.path}"
             )
 
