@@ -16,7 +16,7 @@ def build(model: ModelConfig, method: MethodConfig) -> Method:
     pretrained = load_pretrained(model)
     built = METHODS[method.name](pretrained.architecture, method)
     if pretrained.weights is None:
-        initialise(built, pretrained.architecture, model.seed)
+        initialise(built, pretrained.architecture, model.seed, model.position_std)
     else:
         load_weights(built, pretrained.architecture, pretrained.weights)
     built.initialise_from_clip()

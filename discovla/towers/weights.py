@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ OPENAI_NAMES = (
     ("mlp.up.", "mlp.c_fc."),
     ("mlp.down.", "mlp.c_proj."),
 )
+VISION_POSITIONS = ("vision.class_embedding", "vision.position_embedding")
 # entries of OpenAI's archives that are not weights
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
 
@@ -54,6 +55,8 @@ class ModelConfig(BaseModel):
     activation: "auto" takes it from the tag, the archive or the architecture; naming it guards against a
         mismatch.
     seed: of the random start.
+    position_std: standard deviation of the vision tower's position and class embeddings at a random start;
+        None for OpenAI's width^-0.5, from which a small tower learns where things are more slowly.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +65,7 @@ class ModelConfig(BaseModel):
     pretrained: str = "openai"
     activation: Literal["auto", "quick_gelu", "gelu"] = "auto"
     seed: int = 0
+    position_std: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,16 +205,22 @@ def openai_name(name: str) -> str:
     return name
 
 
-def initialise(model: nn.Module, architecture: Architecture, seed: int) -> None:
-    """Fill a CLIP's parameters from a seed, with the standard deviations of OpenAI's release."""
+def initialise(
+    model: nn.Module, architecture: Architecture, seed: int, position_std: float | None = None
+) -> None:
+    """Fill a CLIP's parameters from a seed.
+
+    Standard deviations are those of OpenAI's code, but that patches are embedded with width^-0.5, as in all
+    other projections; position_std is the `ModelConfig`'s.
+    """
     generator = torch.Generator().manual_seed(seed)
     own = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name in clip_names(architecture):
             tower = architecture.text if name.startswith("text.") else architecture.vision
             std = _initial_std(name, tower.width, tower.layers)
-            if name == "vision.patch_embedding":
-                std = (3 * own[name][0].numel()) ** -0.5  # torch's own start of a convolution, as released
+            if position_std is not None and name in VISION_POSITIONS:
+                std = position_std
             if std is not None:
                 own[name].normal_(0, std, generator=generator)
             elif name == "logit_scale.log":

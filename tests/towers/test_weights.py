@@ -227,3 +227,14 @@ def test_padding_has_no_effect_on_a_caption():
             real = int(m.sum())
             alone = method.text(i[None, :real], m[None, :real])
             assert relative_error(method.text(i[None], m[None]), alone) <= 1e-6
+
+
+def test_position_std_widens_the_start_of_vision_positions_alone():
+    architecture = tiny_architecture()
+    methods = [CLIP(architecture, CLIPConfig()) for _ in range(2)]
+    for method, position_std in zip(methods, (None, 0.5), strict=True):
+        initialise(method, architecture, 0, position_std)
+    usual, wide = (method.state_dict() for method in methods)
+    changed = {name for name in usual if not torch.equal(usual[name], wide[name])}
+    assert changed == {"vision.class_embedding", "vision.position_embedding"}
+    assert 0.4 < wide["vision.position_embedding"].std() < 0.6
