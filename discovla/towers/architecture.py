@@ -46,6 +46,20 @@ class Architecture:
         """Patches of an image, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
+    def joint_block(self) -> BlockShape:
+        """The shape of heads' blocks on joint features: the text tower's at the joint width.
+
+        Raises:
+            ValueError: the joint width does not divide into the text tower's number of heads.
+        """
+        return BlockShape(
+            width=self.embed_dim,
+            heads=self.text.heads,
+            mlp_width=self.text.mlp_width * self.embed_dim // self.text.width,
+            activation="quick_gelu",
+            eps=1e-12,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint or a file."""
         return asdict(self)

@@ -1,0 +1,126 @@
+"""What looks at the features of a video's frames after the towers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from discovla.nn.transformer import Block, BlockShape, LayerNorm, Linear, Sequences, quick_gelu
+from discovla.ops.soft_vlad import soft_vlad
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Table(nn.Module):
+    """Learned rows (positions, types), of which the first few are taken."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, width) * 0.02)
+
+    def forward(self, count: int) -> Tensor:
+        if count > len(self.weight):
+            raise ValueError(f"positions: expected at most {len(self.weight)}, got {count}")
+        return self.weight[:count]
+
+    @torch.no_grad()
+    def copy(self, rows: Tensor) -> bool:
+        """Start from the first of given rows, where they are as wide and enough; says whether."""
+        fits = rows.shape[1] == self.weight.shape[1] and len(rows) >= len(self.weight)
+        if fits:
+            self.weight.copy_(rows[: len(self.weight)])
+        return fits
+
+
+class Transformer(nn.Module):
+    """Blocks on n l w whose tokens see the keys of a mask; without a final norm."""
+
+    def __init__(self, shape: BlockShape, layers: int) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.blocks = nn.ModuleList(fresh(Block(shape)) for _ in range(layers))
+
+    def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
+        """Rows of the last block; key_mask: n l, or n h l with one for each head.
+
+        Where a mask hides every key the queries see all of them, as with the additive -1e6 of the released
+        heads; what they then make is hidden in turn by whoever pools.
+        """
+        sequences = Sequences(key_mask=key_mask | ~key_mask.any(-1, keepdim=True))
+        for block in self.blocks:
+            x = block(x, sequences)
+        return x
+
+    def copy(self, blocks: Sequence[nn.Module]) -> bool:
+        """Start from given blocks, as far as there are any of this shape; says whether there were enough."""
+        copied = [_copy_block(own, other) for own, other in zip(self.blocks, blocks, strict=False)]
+        return all(copied) and len(copied) == len(self.blocks)
+
+
+class LSTM(nn.LSTM):
+    """One layer, one direction; only the hidden states are given on."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, batch_first=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)[0]
+
+
+class PairScorer(nn.Module):
+    """A transformer reads a caption and a video's frames as one sequence and gives their score.
+
+    y = S([g, x_0 .. x_f-1] + E; mask [1, m]);  score = w2 q(W1 ln(y_0) + b1) + b2, q = quick_gelu.
+    """
+
+    def __init__(self, shape: BlockShape, layers: int, positions: int) -> None:
+        super().__init__()
+        self.positions = Table(positions, shape.width)
+        self.dropout = nn.Dropout(0.1)
+        self.transformer = Transformer(shape, layers)
+        self.norm = LayerNorm(shape.width, eps=shape.eps)
+        self.dense = fresh(Linear(shape.width, shape.width))
+        self.score = fresh(Linear(shape.width, 1))
+
+    def forward(self, text: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
+        """Scores p of p pairs: text p d, frames p f d, mask p f."""
+        x = torch.cat([text[:, None], frames], dim=1)  # p f+1 d
+        x = self.dropout(x + self.positions(x.shape[1]).to(x.dtype))
+        y = self.transformer(x, torch.cat([mask.new_ones(len(mask), 1), mask], dim=1))
+        return self.score(quick_gelu(self.dense(self.norm(y[:, 0]))))[:, 0]
+
+
+class SoftVLAD(nn.Module):
+    """`ops.soft_vlad` with learned assignment and centres."""
+
+    def __init__(self, centres: int, width: int) -> None:
+        super().__init__()
+        self.assignment = nn.Parameter(torch.randn(centres, width) / 8)
+        self.centres = nn.Parameter(torch.randn(centres, width) / 8)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """n d, unit, of tokens n l d with mask n l."""
+        return soft_vlad(tokens, mask, self.assignment, self.centres)
+
+
+@torch.no_grad()
+def fresh(module: M) -> M:
+    """The module with weights of its linear maps normal (0, 0.02) and biases zero."""
+    for part in module.modules():
+        if isinstance(part, Linear):
+            nn.init.normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+    return module
+
+
+def _copy_block(own: nn.Module, other: nn.Module) -> bool:
+    """Copy what both have; `other` may have adapters besides."""
+    source = other.state_dict()
+    state = {name: source[name] for name in own.state_dict()}
+    fits = all(tensor.shape == state[name].shape for name, tensor in own.state_dict().items())
+    if fits:
+        own.load_state_dict(state)
+    return fits
