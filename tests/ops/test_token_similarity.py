@@ -1,0 +1,215 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from discovla.ops import token_similarity as op
+from discovla.ops.dispatch import KernelUnavailable
+from discovla.ops.token_similarity import TokenInputs, token_similarity, token_training_similarity
+
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float64, id="fp64")]
+IMPLS = ["reference", "torch"]
+
+
+def inputs(texts=3, videos=4, i=5, j=4, d=6, *, masked=True, seed=0) -> TokenInputs:
+    generator = torch.Generator().manual_seed(seed)
+    noise = {"generator": generator, "dtype": torch.float64}
+    return TokenInputs(
+        text=torch.randn(texts, i, d, **noise).requires_grad_(),
+        video=torch.randn(videos, j, d, **noise).requires_grad_(),
+        text_mask=torch.arange(i) <= torch.arange(texts)[:, None] if masked else None,
+        video_mask=torch.arange(j) <= torch.arange(videos)[:, None] if masked else None,
+    )
+
+
+def scores_of(x: TokenInputs, kind: str, impl: str = "auto", kappa: float = 100.0) -> torch.Tensor:
+    """The similarity that `kind` names."""
+    match kind:
+        case "eval":
+            return token_similarity(x, kappa=kappa, impl=impl)
+        case "communication":
+            return token_training_similarity(x, kappa=kappa, communication=True, impl=impl)
+        case _:
+            return token_training_similarity(x, kappa=kappa, padding=kind, impl=impl)
+
+
+KINDS = ["masked", "official", "communication", "eval"]
+
+
+def pair_by_hand(a, b, kind: str, kappa: float):
+    """One pair of real rows, written out row by row as the specification has it."""
+    a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    c = torch.stack([sum(p * y for p, y in zip((kappa * b @ x).softmax(0), b, strict=True)) for x in a])
+    e = torch.stack([sum(p * x for p, x in zip((kappa * a @ y).softmax(0), a, strict=True)) for y in b])
+    if kind == "communication":
+        c = (c @ c.T / c.shape[1] ** 0.5).softmax(-1) @ c
+        e = (e @ e.T / e.shape[1] ** 0.5).softmax(-1) @ e
+    r, q = (a * c).sum(-1), (b * e).sum(-1)
+    w, u = (kappa * r).softmax(0), (kappa * q).softmax(0)
+    return ((w * r).sum() + (u * q).sum()) / 2 if kind == "eval" else (w @ a) @ (u @ b)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["masked", "communication", "eval"])
+@pytest.mark.parametrize("i", [1, 7, 63])
+def test_scores_are_the_formula_on_the_real_rows(kind, impl, i):
+    x = inputs(i=i, j=3)
+    want = torch.stack(
+        [
+            torch.stack(
+                [pair_by_hand(a[m], b[n], kind, 7.0) for b, n in zip(x.video, x.video_mask, strict=True)]
+            )
+            for a, m in zip(x.text, x.text_mask, strict=True)
+        ]
+    )
+    got = scores_of(x, kind, impl, kappa=7.0)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    weight = torch.randn_like(want)
+    found, wanted = (torch.autograd.grad((s * weight).sum(), (x.text, x.video)) for s in (got, want))
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, atol=1e-11, rtol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def file(golden):
+    folder = golden / "t2vparser"
+    return load_file(folder / "similarity.safetensors"), json.loads((folder / "similarity.json").read_text())
+
+
+def golden_inputs(tensors, dtype, text="text") -> TokenInputs:
+    rows = {"text": tensors[text], "video": tensors["video"]}
+    return TokenInputs(
+        **{side: x.to(dtype, copy=True).requires_grad_() for side, x in rows.items()},
+        text_mask=tensors["mask"].bool(),
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("train.logits", "official", "text"),
+        ("train.logits_other_padding", "official", "text_other_padding"),
+        ("train.logits_padding_removed", "masked", "text"),
+        ("train.logits_padding_removed", "masked", "text_other_padding"),
+        ("eval.logits", "eval", "text"),
+        ("eval.logits_padding_removed", "eval", "text"),
+        ("eval.logits_other_padding", "eval", "text_other_padding"),
+    ],
+)
+def test_scores_equal_the_golden_ones(file, name, kind, text, dtype, impl):
+    tensors, sidecar = file
+    got = scores_of(golden_inputs(tensors, dtype, text), kind, impl, sidecar["config"]["tau"])
+    want = tensors[name]
+    limit = 2e-5 if dtype == torch.float32 else 1e-8 * want.abs().max()
+    assert (got - want).abs().max() <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_communication_equals_the_golden_scores(file, dtype):
+    tensors, _ = file
+    x = golden_inputs(tensors, dtype)
+    got = token_training_similarity(x, padding="official", communication=True)
+    want = tensors["train.logits_communication_on"]
+    assert (got - want).abs().max() <= (2e-5 if dtype == torch.float32 else 1e-8 * want.abs().max())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "kind"), [("train", "official"), ("eval", "eval")])
+def test_gradients_equal_the_golden_ones(file, name, kind, dtype, impl):
+    tensors, _ = file
+    x = golden_inputs(tensors, dtype)
+    scores = scores_of(x, kind, impl)
+    (scores * torch.arange(scores.numel(), dtype=dtype).view_as(scores).cos()).sum().backward()
+    for side in ("text", "video"):
+        got, want = getattr(x, side).grad, tensors[f"{name}.grad.{side}"]
+        limit = 2e-4 if dtype == torch.float32 else 1e-8
+        assert (got - want).abs().max() <= limit * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [1, 45, 70])  # cosines: one pair, two pairs, one text with three videos
+def test_blocks_of_pairs_change_nothing(monkeypatch, kind, block):
+    monkeypatch.setattr(op, "BLOCK", block)
+    x = inputs(texts=5, videos=4)
+    got, want = scores_of(x, kind, "torch"), scores_of(x, kind, "reference")
+    torch.testing.assert_close(got, want, atol=1e-14, rtol=1e-13)
+    weight = torch.randn_like(want)
+    found, wanted = (torch.autograd.grad((s * weight).sum(), (x.text, x.video)) for s in (got, want))
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, atol=1e-12, rtol=1e-11)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind, impl):
+    x = inputs(2, 3, 3, 2, 4)
+    assert torch.autograd.gradcheck(
+        lambda t, v: scores_of(replace(x, text=t, video=v), kind, impl, kappa=5.0), (x.text, x.video)
+    )
+
+
+@pytest.mark.parametrize("kind", ["masked", "communication", "eval"])
+def test_padding_changes_no_score_and_gets_no_gradient(kind):
+    x = inputs()
+    other = replace(
+        x,
+        text=torch.where(x.text_mask[..., None], x.text, torch.randn_like(x.text)),
+        video=torch.where(x.video_mask[..., None], x.video, torch.randn_like(x.video)),
+    )
+    scores = scores_of(x, kind)
+    torch.testing.assert_close(scores, scores_of(other, kind), atol=1e-14, rtol=1e-13)
+    scores.sum().backward()
+    assert not x.text.grad[~x.text_mask].any() and not x.video.grad[~x.video_mask].any()
+
+
+@pytest.mark.parametrize("kind", ["masked", "communication", "eval"])
+def test_a_side_without_a_real_row_scores_nothing_and_spoils_nothing(kind):
+    x = inputs()
+    x = replace(x, text_mask=x.text_mask.clone(), video_mask=x.video_mask.clone())
+    x.text_mask[1], x.video_mask[2] = False, False
+    scores = scores_of(x, kind)
+    scores.sum().backward()
+    if kind != "eval":  # there the other side still contributes its own half
+        assert not scores[1].any() and not scores[:, 2].any()
+    assert scores[1, 2] == 0
+    assert scores.isfinite().all() and x.text.grad.isfinite().all() and x.video.grad.isfinite().all()
+
+
+def saved_sizes(x: TokenInputs, kind: str, impl: str) -> list[int]:
+    """Elements of every tensor that the graph keeps until backward."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        scores_of(x, kind, impl)
+    return sizes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_texts_by_videos_by_rows_by_width_is_kept(kind):
+    texts, videos, i, j, d = 6, 7, 5, 4, 64
+    x = inputs(texts, videos, i, j, d)
+    assert max(saved_sizes(x, kind, "reference")) < texts * videos * min(i, j) * d
+    assert max(saved_sizes(x, kind, "torch")) <= max(texts * i * d, videos * j * d)
+
+
+def test_no_block_is_larger_than_its_bound(monkeypatch):
+    monkeypatch.setattr(op, "BLOCK", 100)
+    seen = []
+    score = op.token_similarity_reference
+    monkeypatch.setattr(
+        op,
+        "token_similarity_reference",
+        lambda x, kappa: seen.append(len(x.text) * len(x.video) * 20) or score(x, kappa),
+    )
+    token_similarity(inputs(texts=9, videos=11)).sum().backward()
+    assert max(seen) <= 100 and sum(seen) == 2 * 9 * 11 * 20
+
+
+def test_an_implementation_that_is_not_here_is_refused():
+    with pytest.raises(KernelUnavailable, match="token_similarity"):
+        token_similarity(inputs(), impl="cuda")
