@@ -21,6 +21,7 @@ from discovla.nn.transformer import Attention, Block
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
 from discovla.ops.info_nce import EXCLUDED, contrastive_loss, info_nce
 from discovla.ops.preprocess_frames import preprocess_frames
+from discovla.ops.token_similarity import TokenInputs, token_similarity
 from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.text import TextTower
 from discovla.towers.vision import MakeBlock, VisionTower
@@ -66,7 +67,6 @@ class Method(nn.Module, ABC):
     """
 
     Config: ClassVar[type[MethodConfig]]
-    words: bool = False  # whether `embed_text` wants a feature of every word
 
     def __init__(
         self,
@@ -132,7 +132,12 @@ class Method(nn.Module, ABC):
     @property
     def scores_pooled(self) -> bool:
         """Whether `similarity` is the scaled cosine of the pooled features."""
-        return True
+        return self.config.similarity == "pooled"
+
+    @property
+    def needs_words(self) -> bool:
+        """Whether `embed_text` is given a feature of every word."""
+        return self.config.similarity == "tokens"
 
     def initialise_from_clip(self) -> None:
         """Start what is copied from CLIP; called once CLIP's weights (or random ones) are in place."""
@@ -148,7 +153,7 @@ class Method(nn.Module, ABC):
     def encode_text(self, ids: Tensor, mask: Tensor) -> Embedding:
         """Captions from ids (n l, int64) and mask (n l, bool)."""
         check_mask("caption", mask)
-        if not self.words:
+        if not self.needs_words:
             return self.embed_text(widen(self.text(ids, mask, dtype=self.compute_dtype)), None, mask)
         pooled, words = self.text(ids, mask, dtype=self.compute_dtype, words=True)
         return self.embed_text(widen(pooled), widen(words), mask)
@@ -175,16 +180,37 @@ class Method(nn.Module, ABC):
         return widen(features).unflatten(0, (b, f))
 
     def embed_text(self, pooled: Tensor, words: Tensor | None, mask: Tensor) -> Embedding:
-        """Captions from their features (n d), those of their words (n l d) where asked for, mask (n l)."""
-        return Embedding(pooled=pooled)
+        """Captions from their features (n d), those of their words (n l d) where needed, and mask (n l)."""
+        return Embedding(pooled=pooled, tokens=words, mask=None if words is None else mask)
 
     def embed_video(self, frames: Tensor, mask: Tensor) -> Embedding:
-        """Videos from the features of their frames (b f d) and mask (b f): the mean of unit features."""
-        return Embedding(pooled=masked_mean(unit(frames), mask), frames=frames, frame_mask=mask)
+        """Videos from the features of their frames (b f d) and mask (b f)."""
+        return self.pool(frames, frames, mask)
+
+    def pool(self, seen: Tensor, frames: Tensor, mask: Tensor) -> Embedding:
+        """The mean of unit features of the real frames.
+
+        Args:
+            seen: b f d, of frames that have seen each other; what is pooled.
+            frames: b f d, of each frame by itself, for alignment.
+            mask: b f, bool.
+        """
+        tokens = seen if self.config.similarity == "tokens" else None
+        return Embedding(
+            pooled=masked_mean(unit(seen), mask),
+            tokens=tokens,
+            mask=None if tokens is None else mask,
+            frames=frames,
+            frame_mask=mask,
+        )
 
     def similarity(self, text: Embedding, video: Embedding) -> Tensor:
-        """s t̂ v̂ᵀ of the pooled features, t v."""
-        return self.logit_scale() * unit(text.pooled) @ unit(video.pooled).T
+        """Logits t v: s times the cosine of the pooled features, or the token similarity."""
+        if self.config.similarity == "pooled":
+            return self.logit_scale() * unit(text.pooled) @ unit(video.pooled).T
+        assert text.tokens is not None and video.tokens is not None, "embedded with similarity = 'tokens'"
+        inputs = TokenInputs(text=text.tokens, video=video.tokens, text_mask=text.mask, video_mask=video.mask)
+        return self.logit_scale() * token_similarity(inputs)
 
     def losses(self, text: Embedding, video: Embedding, *, same_video: Tensor | None = None) -> Losses:
         """The method's own loss of n matching pairs, and with frame captions + alpha l_frm + beta l_dis.

@@ -21,6 +21,8 @@ class MethodConfig(BaseModel):
     fused_vision_blocks, fused_text_blocks: how many of the last blocks fuse the frames of a video, and the
         captions of its frames.
     frame_position: positions, zero at the start, on the keys that fusion reads: it then knows frame order.
+    similarity: cosine of the "pooled" features, or T2VParser's of "tokens", where words and frames find
+        their matches.
     alpha, beta: weights of the frame-level loss and of the distillation from it; where one is not 0, still
         captions of the frames are needed.
     kl_norm: "official" divides the distillation by n², so its weight per row falls with the batch; "fixed"
@@ -41,6 +43,7 @@ class MethodConfig(BaseModel):
     fused_vision_blocks: int = Field(default=0, ge=0)
     fused_text_blocks: int = Field(default=0, ge=0)
     frame_position: bool = False
+    similarity: Literal["pooled", "tokens"] = "pooled"
     alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     beta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     kl_norm: KLNorm = "official"
