@@ -1,0 +1,155 @@
+"""CLIP4Clip: a CLIP, fine-tuned in full, with one of four heads over the features of frames.
+
+Three loose heads end in the mean of unit frame features and a cosine: meanP takes the frames as they are,
+seqLSTM and seqTransf add to each frame what an LSTM or a transformer makes of all. tightTransf has no cosine
+and no logit scale: a transformer reads each caption together with each video's frames and gives their score.
+
+Source: CLIP4Clip: An Empirical Study of CLIP for End to End Video Clip Retrieval (arXiv 2104.08860); details
+and defaults as in its code (June 2022). With several processes negatives are those of the whole batch for
+every head, which the released tightTransf does not have.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from discovla.batch import Embedding
+from discovla.methods.base import Method, check_mask, masked_mean, unit
+from discovla.methods.base_config import MethodConfig
+from discovla.methods.base_released import by_name
+from discovla.nn.temporal_heads import LSTM, PairScorer, Table, Transformer
+from discovla.towers.architecture import Architecture
+
+log = logging.getLogger(__name__)
+
+HIDDEN = 1 << 25  # elements of an MLP's hidden rows in one block of pairs: 128 MB in float32
+RELEASED = (
+    ("positions.", "frame_position_embeddings."),
+    ("transformer.", "transformerClip."),
+    ("lstm.", "lstm_visual."),
+    ("scorer.positions.", "cross.embeddings.position_embeddings."),
+    ("scorer.transformer.", "cross.transformer."),
+    ("scorer.norm.", "cross.pooler.ln_pool."),
+    ("scorer.dense.", "cross.pooler.dense."),
+    ("scorer.score.", "similarity_dense."),
+)
+
+
+class CLIP4ClipConfig(MethodConfig):
+    """Options of CLIP4Clip.
+
+    head_layers: blocks of seqTransf and tightTransf.
+    """
+
+    name: Literal["clip4clip"] = "clip4clip"
+    head: Literal["meanP", "seqLSTM", "seqTransf", "tightTransf"] = "meanP"
+    head_layers: int = Field(default=4, ge=1)
+    freeze_embeddings: bool = True
+    clip_lr_scale: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    decay_biases: bool = False
+
+    @field_validator("head")
+    @classmethod
+    def _a_tight_head_scores_pairs(cls, value: str, info: ValidationInfo) -> str:
+        if value == "tightTransf" and info.data.get("similarity") == "tokens":
+            raise ValueError("expected method.similarity = 'pooled': this head scores pairs by itself")
+        return value
+
+
+class CLIP4Clip(Method):
+    """The method; see the module's docstring."""
+
+    Config = CLIP4ClipConfig
+    config: CLIP4ClipConfig
+
+    def __init__(self, architecture: Architecture, config: CLIP4ClipConfig) -> None:
+        super().__init__(architecture, config)
+        rows, layers = architecture.context_length, config.head_layers
+        match config.head:
+            case "seqLSTM":
+                self.lstm = LSTM(architecture.embed_dim)
+            case "seqTransf":
+                self.positions = Table(rows, architecture.embed_dim)
+                self.transformer = Transformer(architecture.joint_block(), layers)
+            case "tightTransf":
+                self.scorer = PairScorer(architecture.joint_block(), layers, rows)
+
+    @property
+    def tight(self) -> bool:
+        """Whether pairs are scored one by one."""
+        return self.config.head == "tightTransf"
+
+    @property
+    def new_parameters(self) -> tuple[str, ...]:
+        return {
+            "meanP": (),
+            "seqLSTM": (r"lstm\..*",),
+            "seqTransf": (r"positions\..*", r"transformer\..*"),
+            "tightTransf": (r"scorer\..*",),
+        }[self.config.head]
+
+    @property
+    def uses_logit_scale(self) -> bool:
+        return not self.tight or self.needs_frame_captions
+
+    @property
+    def scores_pooled(self) -> bool:
+        return super().scores_pooled and not self.tight
+
+    def initialise_from_clip(self) -> None:
+        """Blocks from the text tower's first, positions from its positions."""
+        match self.config.head:
+            case "seqTransf":
+                positions, transformer = self.positions, self.transformer
+            case "tightTransf":
+                positions, transformer = self.scorer.positions, self.scorer.transformer
+            case _:
+                return
+        copied = positions.copy(self.text.position_embedding), transformer.copy(list(self.text.blocks))
+        if not all(copied):
+            log.warning("clip4clip: what the text tower is too small or too wide for starts at random")
+
+    def embed_video(self, frames: Tensor, mask: Tensor) -> Embedding:
+        """The head on the features of frames (b f d); for tightTransf tokens are the frames themselves."""
+        match self.config.head:
+            case "seqLSTM":  # a real frame's state does not depend on the padding after it
+                check_mask("video", mask, prefix=True)
+                return self.pool(frames + self.lstm(frames), frames, mask)
+            case "seqTransf":
+                placed = frames + self.positions(frames.shape[1])
+                return self.pool(frames + self.transformer(placed, mask), frames, mask)
+            case "tightTransf":
+                pooled = masked_mean(unit(frames), mask)
+                return Embedding(pooled=pooled, tokens=frames, mask=mask, frames=frames, frame_mask=mask)
+        return super().embed_video(frames, mask)
+
+    def similarity(self, text: Embedding, video: Embedding) -> Tensor:
+        """Logits t v; of tightTransf block by block of pairs, which training computes again in backward."""
+        if not self.tight:
+            return super().similarity(text, video)
+        frames, mask = video.tokens, video.mask
+        assert frames is not None and mask is not None, "embedded by this head"
+        t, v = len(text), len(video)
+        size = max(1, HIDDEN // ((frames.shape[1] + 1) * self.architecture.joint_block().mlp_width))
+
+        def score(pairs: Tensor) -> Tensor:
+            return self.scorer(text.pooled[pairs // v], frames[pairs % v], mask[pairs % v])
+
+        blocks = torch.arange(t * v, device=frames.device).split(size)
+        if len(blocks) > 1 and torch.is_grad_enabled():
+            scores = [checkpoint(score, pairs, use_reentrant=False) for pairs in blocks]
+        else:
+            scores = [score(pairs) for pairs in blocks]
+        return torch.cat(scores).view(t, v)
+
+    def released_parameters(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # the released seqLSTM creates a table of positions and never looks at it
+        unused = r"frame_position_embeddings\.weight" if self.config.head == "seqLSTM" else "(?!)"
+        return by_name(self, state, RELEASED, unused)
