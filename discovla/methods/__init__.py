@@ -5,10 +5,17 @@ from __future__ import annotations
 from discovla.methods.base import Method
 from discovla.methods.base_config import MethodConfig
 from discovla.methods.clip import CLIP
+from discovla.methods.clip2video import CLIP2Video
+from discovla.methods.clip4clip import CLIP4Clip
 from discovla.methods.discovla import DiscoVLA
 from discovla.towers.weights import ModelConfig, initialise, load_pretrained, load_weights
 
-METHODS: dict[str, type[Method]] = {"clip": CLIP, "discovla": DiscoVLA}
+METHODS: dict[str, type[Method]] = {
+    "clip": CLIP,
+    "discovla": DiscoVLA,
+    "clip4clip": CLIP4Clip,
+    "clip2video": CLIP2Video,
+}
 
 
 def build(model: ModelConfig, method: MethodConfig) -> Method:
