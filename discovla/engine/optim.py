@@ -1,4 +1,4 @@
-"""AdamW as DiscoVLA was trained with, torch's own, and the learning rate of each step."""
+"""The optimisers the methods were trained with, torch's AdamW, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ from torch import Tensor, nn
 class OptimConfig(BaseModel):
     """How parameters are updated; the defaults are the published recipe.
 
-    name: "adamw_released" (eps before bias correction, decay after the update) or torch's "adamw".
+    name: "adamw_released" (DiscoVLA's: eps before bias correction, decay after the update), torch's "adamw",
+        or "bert_adam" (CLIP4Clip's: no bias correction, decay within the update).
     lr: at the end of the warm-up.
     clip_grad_norm: largest global norm of the gradient, None for no clipping.
+    clip_tensor_norm: of bert_adam alone: largest norm of each tensor's gradient, after the global clipping.
     warmup: share of all steps in which lr rises from 0.
-    schedule: "cosine" to 0 after the warm-up, or "constant".
+    schedule: "cosine" to 0 after the warm-up, "warmup_cosine" (CLIP4Clip's: the cosine of the whole run from
+        where the warm-up ends), or "constant".
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["adamw_released", "adamw"] = "adamw_released"
+    name: Literal["adamw_released", "adamw", "bert_adam"] = "adamw_released"
     lr: float = Field(default=6e-4, gt=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.2, ge=0, allow_inf_nan=False)
     clip_grad_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
+    clip_tensor_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
     warmup: float = Field(default=0.1, ge=0, le=1)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "warmup_cosine", "constant"] = "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +99,91 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
 
+class BertAdam(torch.optim.Optimizer):
+    """The Adam that CLIP4Clip was trained with, from BERT's first releases.
+
+    g <- g min(1, clip / (‖g‖ + 1e-6)) for each tensor by itself;  m <- b1 m + (1 - b1) g;
+    v <- b2 v + (1 - b2) g^2;  x <- x - lr (m / (sqrt(v) + eps) + weight_decay x).  No bias correction.
+    All but the clipping works element by element; see `for_partitions`.
+
+    Args:
+        params: tensors or groups, as for any torch optimiser; floating point of any width.
+        lr, betas, eps, weight_decay: as above.
+        clip_tensor_norm: clip, or None.
+
+    Source: specification of CLIP2Video, section 10; checked against numbers from the released code.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        clip_tensor_norm: float | None = 1.0,
+    ) -> None:
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**settings, "clip_tensor_norm": clip_tensor_norm})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    _bert_update(param, self.state[param] or _start_state(self, param), group)
+        return loss
+
+
+def for_partitions(config: OptimConfig) -> OptimConfig:
+    """The settings under which flat slices of many tensors are updated as the tensors would be.
+
+    A slice cannot be clipped as a tensor; but where the global norm is clipped to the same limit before, no
+    tensor's can exceed it, and its own clipping is left out.
+
+    Raises:
+        ValueError: the clipping of tensors would do something.
+    """
+    if config.name != "bert_adam" or config.clip_tensor_norm is None:
+        return config
+    if config.clip_grad_norm is None or config.clip_grad_norm > config.clip_tensor_norm:
+        raise ValueError(
+            f"optim.clip_tensor_norm: expected optim.clip_grad_norm <= {config.clip_tensor_norm:g} with a "
+            f"zero_stage above 0, which holds slices of tensors, found {config.clip_grad_norm}"
+        )
+    return config.model_copy(update={"clip_tensor_norm": None})
+
+
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
     """Learning rate of one optimiser step.
 
-    w = int(warmup total); step < w: lr step / w; after it lr (1 + cos(pi (step - w) / (total - w))) / 2,
-    or lr where the schedule is constant. With a warm-up step 0 has learning rate 0, as published.
+    cosine: w = int(warmup total); step < w: lr step / w; then lr (1 + cos(pi (step - w) / (total - w))) / 2.
+    warmup_cosine: x = step / total; x < warmup: lr x / warmup; then lr (1 + cos(pi x)) / 2.
+    constant: as cosine, but lr after the warm-up.
+    With a warm-up step 0 has learning rate 0, as published.
 
     Args:
         step: from 0.
         total: steps of the whole run.
         config: of the optimiser.
 
-    Source: specification of DiscoVLA, section 6.
+    Source: specification of DiscoVLA, section 6; of CLIP2Video, section 10.
     """
+    if config.schedule == "warmup_cosine":
+        x = step / total
+        return config.lr * (x / config.warmup if x < config.warmup else 0.5 * (1.0 + math.cos(math.pi * x)))
     warmup = int(config.warmup * total)
     if step < warmup:
         return config.lr * (step / max(1, warmup))
@@ -115,6 +191,13 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
         return config.lr
     progress = (step - warmup) / max(1, total - warmup)
     return config.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def _cycles(step: int, warmup: int, total: int) -> float:
+    """T2VParser's share of the learning rate."""
+    if step < warmup:
+        return 0.05 + 0.95 * step / max(1, warmup - 1)
+    return 0.5 * (1.0 + math.cos(20 * math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def make_optimizer(
@@ -126,17 +209,17 @@ def make_optimizer(
         ValueError: nothing to train, or a group whose patterns fit no trained parameter.
     """
     sorted_groups = _sort(module, config, groups)
-    if config.name == "adamw":
-        return torch.optim.AdamW(
-            sorted_groups,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
-    return AdamW(
-        sorted_groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+    lr, betas, eps, decay = config.lr, config.betas, config.eps, config.weight_decay
+    match config.name:
+        case "adamw":
+            return torch.optim.AdamW(sorted_groups, lr=lr, betas=betas, eps=eps, weight_decay=decay)
+        case "adamw_released":
+            return AdamW(sorted_groups, lr=lr, betas=betas, eps=eps, weight_decay=decay)
+        case "bert_adam":
+            clip = config.clip_tensor_norm
+            return BertAdam(
+                sorted_groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, clip_tensor_norm=clip
+            )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -146,7 +229,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def start_state(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
-    """Create the state of both AdamWs as it is before the first step, so that a saved one can be put in."""
+    """Create the state of our optimisers as it is before the first step, so that a saved one can go in."""
     for param in params:
         if not optimizer.state[param]:
             _start_state(optimizer, param)
@@ -175,6 +258,23 @@ def _released_update(param: Tensor, state: dict[str, Tensor], group: dict[str, A
     param.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-size)
     if group["weight_decay"]:
         param.mul_(1 - lr * group["weight_decay"])
+
+
+def _bert_update(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """One step of BertAdam on one tensor."""
+    beta1, beta2 = group["betas"]
+    grad, clip = param.grad, group["clip_tensor_norm"]
+    assert grad is not None
+    if clip is not None:
+        grad = grad * (clip / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0)
+    state["step"] += 1
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean.mul_(beta1).add_(grad, alpha=1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    update = mean / square.sqrt().add_(group["eps"])
+    if group["weight_decay"]:
+        update.add_(param, alpha=group["weight_decay"])
+    param.add_(update, alpha=-group["lr"])
 
 
 def _sort(module: nn.Module, config: OptimConfig, groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from discovla.batch import Batch, Losses
 from discovla.engine.distributed import World, group_of_one
-from discovla.engine.optim import make_optimizer, set_learning_rate, start_state
+from discovla.engine.optim import for_partitions, make_optimizer, set_learning_rate, start_state
 from discovla.engine.strategy import (
     MOMENTS,
     StepPlan,
@@ -54,7 +54,8 @@ class DeepSpeedStrategy(Strategy):
         if plan.engine.bf16_parameters:
             _check_full_fine_tuning(module, trained)
         self.shell = _Shell(self.module, list(self.trained.values()) if self.stage in (1, 2) else [])
-        optimizer = make_optimizer(self.module, plan.optim, plan.groups)
+        optim = for_partitions(plan.optim) if self.stage > 0 else plan.optim
+        optimizer = make_optimizer(self.module, optim, plan.groups)
         deepspeed = load_deepspeed(plan.world)
         self.zero = deepspeed.zero
         settings = zero_json(
