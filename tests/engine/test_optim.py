@@ -43,6 +43,15 @@ def test_a_constant_schedule_stays_after_the_warm_up():
     assert [learning_rate(step, 10, config) for step in (0, 1, 2, 9)] == [0.0, 0.25, 0.5, 0.5]
 
 
+def test_the_schedule_of_t2vparser_cycles_and_ends_at_the_peak():
+    # 100 epochs of 20 steps: 10 of warm-up, then a half-period of 4.5 epochs
+    config, epoch = OptimConfig(lr=2.0, warmup=0.1, schedule="t2vparser"), 20
+    at = [learning_rate(int(e * epoch), 100 * epoch, config) for e in (0, 10, 12.25, 14.5, 19, 95.5, 100)]
+    assert at == pytest.approx([0.1, 2.0, 1.0, 0.0, 2.0, 0.0, 2.0], abs=1e-12)
+    assert learning_rate(10 * epoch - 1, 100 * epoch, config) == pytest.approx(2.0)
+    assert learning_rate(1, 100 * epoch, config) == pytest.approx(2 * (0.05 + 0.95 / 199))
+
+
 def test_a_flat_partition_is_updated_like_its_parts():
     parts = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7))]
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parts]))
