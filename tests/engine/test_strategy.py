@@ -59,6 +59,8 @@ def runs(tmp_path_factory) -> dict:
     keys = [(way, "from two") for way in WAYS]
     jobs += [{"optim": "adamw", **job, "clip": None} for job in WAYS.values()]
     keys += [(way, "adamw") for way in WAYS]
+    jobs += [{"optim": "bert_adam", **job} for job in WAYS.values()]
+    keys += [(way, "bert_adam") for way in WAYS]
     return found | dict(zip(keys, run_jobs(jobs, folder, size=1), strict=True))
 
 
@@ -133,6 +135,12 @@ def test_stage_2_refuses_ranks_that_reach_different_parameters(runs):
 @pytest.mark.parametrize("way", WAYS)
 def test_torchs_adamw_without_clipping_works_in_every_strategy(runs, way):
     _close(runs[way, "adamw"]["losses"], runs["torch", "adamw"]["losses"], 1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bert_adam_works_in_every_strategy(runs, way):
+    assert runs["torch", "bert_adam"]["losses"][-1] != runs["torch", 1]["losses"][-1]
+    _close(runs[way, "bert_adam"]["losses"], runs["torch", "bert_adam"]["losses"], 1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2])
