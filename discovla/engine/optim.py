@@ -23,7 +23,8 @@ class OptimConfig(BaseModel):
     clip_tensor_norm: of bert_adam alone: largest norm of each tensor's gradient, after the global clipping.
     warmup: share of all steps in which lr rises from 0.
     schedule: "cosine" to 0 after the warm-up, "warmup_cosine" (CLIP4Clip's: the cosine of the whole run from
-        where the warm-up ends), or "constant".
+        where the warm-up ends), "constant", or "t2vparser" (from 5 % through the warm-up, then ten cycles
+        that end at the peak).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,7 +37,7 @@ class OptimConfig(BaseModel):
     clip_grad_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
     clip_tensor_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
     warmup: float = Field(default=0.1, ge=0, le=1)
-    schedule: Literal["cosine", "warmup_cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "warmup_cosine", "constant", "t2vparser"] = "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +173,9 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
     cosine: w = int(warmup total); step < w: lr step / w; then lr (1 + cos(pi (step - w) / (total - w))) / 2.
     warmup_cosine: x = step / total; x < warmup: lr x / warmup; then lr (1 + cos(pi x)) / 2.
     constant: as cosine, but lr after the warm-up.
+    t2vparser: step < w: lr (0.05 + 0.95 step / (w - 1)); then lr (1 + cos(20 pi x)) / 2, x = (step - w) /
+        (total - w):
+        of its 100 epochs 10 and then half-periods of 4.5.
     With a warm-up step 0 has learning rate 0, as published.
 
     Args:
@@ -179,12 +183,14 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
         total: steps of the whole run.
         config: of the optimiser.
 
-    Source: specification of DiscoVLA, section 6; of CLIP2Video, section 10.
+    Source: specification of DiscoVLA, section 6; of CLIP2Video, section 10; of T2VParser, section 8.2.
     """
     if config.schedule == "warmup_cosine":
         x = step / total
         return config.lr * (x / config.warmup if x < config.warmup else 0.5 * (1.0 + math.cos(math.pi * x)))
     warmup = int(config.warmup * total)
+    if config.schedule == "t2vparser":
+        return config.lr * _cycles(step, warmup, total)
     if step < warmup:
         return config.lr * (step / max(1, warmup))
     if config.schedule == "constant":
