@@ -32,6 +32,13 @@ def attention(
     return attention_reference(q, k, v, mask=mask, causal=causal)
 
 
+def attention_with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, *, mask: Tensor | None = None
+) -> Tensor:
+    """`attention` in training: a weight is dropped with probability `dropout`, else over 1 - dropout."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
