@@ -2,6 +2,7 @@
 #
 #   TORCH   what pip installs where the environment holds no torch:
 #           make train TORCH='torch==2.11.0 --index-url https://download.pytorch.org/whl/cu130'
+#   TRITON  likewise, where torch brought no triton
 #   VENV    the environment: made if absent. One that holds a working torch keeps it: make test VENV=/path/to/env
 #   PYTHON  the interpreter that makes it
 #   CONFIG, ARGS, PROCESSES   what to train, its overrides, on how many GPUs or by how many processes:
@@ -10,6 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 CONFIG ?= configs/quickstart.toml
 ARGS ?=
 PROCESSES ?= 1
@@ -35,7 +37,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch goes in first, with the torchvision of the same index, and both are pinned as found: torchvision asks for one exact
-# torch, and pip would else fetch that over ours.
+# torch, and pip would else fetch that over ours. CUDA builds bring their triton; beside a CPU build it only interprets.
 define PINS
 from importlib.metadata import distributions
 names = {"torch", "torchvision", "triton"}
@@ -45,6 +47,7 @@ export PINS
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@python -c 'import torch' 2>/dev/null || python -m pip install $(TORCH) torchvision
+	@python -c 'import triton' 2>/dev/null || python -m pip install $(TRITON)
 	@python -c "$$PINS" > $(VENV)/torch.txt
 	python -m pip install -q -c constraints.txt -c $(VENV)/torch.txt -e '.[dev]'
 	@touch $@
