@@ -173,9 +173,8 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
     cosine: w = int(warmup total); step < w: lr step / w; then lr (1 + cos(pi (step - w) / (total - w))) / 2.
     warmup_cosine: x = step / total; x < warmup: lr x / warmup; then lr (1 + cos(pi x)) / 2.
     constant: as cosine, but lr after the warm-up.
-    t2vparser: step < w: lr (0.05 + 0.95 step / (w - 1)); then lr (1 + cos(20 pi x)) / 2, x = (step - w) /
-        (total - w):
-        of its 100 epochs 10 and then half-periods of 4.5.
+    t2vparser: step < w: lr (0.05 + 0.95 step / (w - 1)); then lr (1 + cos(20 pi x)) / 2 with
+        x = (step - w) / (total - w): ten cycles, of nine epochs each in its hundred.
     With a warm-up step 0 has learning rate 0, as published.
 
     Args:
