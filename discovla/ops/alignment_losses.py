@@ -7,9 +7,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from discovla.ops.blocks import ELEMENTS, EXCLUDED, wide
+from discovla.ops.contrastive import contrastive_streamed
 from discovla.ops.dispatch import Impl, choose
 from discovla.ops.frame_similarity import frame_similarity
-from discovla.ops.info_nce import EXCLUDED, contrastive_loss, cosine_similarity
+from discovla.ops.info_nce import contrastive_loss, cosine_similarity
 
 KLNorm = Literal["official", "fixed"]
 
@@ -61,10 +63,47 @@ def alignment_losses(
         kl_norm: which w.
         detach_teacher: stop the gradient of the distillation into G.  The released code does not.
         ignore: n n, bool, pairs left out of every softmax; never on the diagonal.
+        impl: reference (everything in memory), torch (streamed over blocks of pairs, made again in backward:
+            neither matrix is stored), triton, or auto: on a CPU the reference while the products of parts are
+            at most 4 million and torch above, on a GPU triton.
+
+    Raises:
+        KernelUnavailable: the implementation asked for by name cannot run here.
 
     Source: DiscoVLA (arXiv 2506.08887), alignment distillation; weight and undetached teacher as in its code.
     """
-    choose("alignment_losses", impl, inputs.text.device.type)
+    n, parts = len(inputs.text), inputs.text_frames.shape[1] * inputs.video_frames.shape[1]
+    tensors = (inputs.text, inputs.video, inputs.text_frames, inputs.video_frames)
+    masks = (inputs.text_mask, inputs.video_mask)
+    chosen = choose(
+        "alignment_losses",
+        impl,
+        inputs.text.device.type,
+        small=n * n * parts <= ELEMENTS,
+        operands=(inputs.text_frames, inputs.video_frames, inputs.text, inputs.video, *masks, ignore),
+    )
+    if chosen == "reference":
+        return alignment_losses_reference(inputs, logit_scale, kl_norm, detach_teacher, ignore)
+    scale = logit_scale.to(wide(inputs.text))
+    losses, _ = contrastive_streamed(
+        *tensors, *masks, scale, ignore, kl_weight(kl_norm, n), detach_teacher, chosen
+    )
+    return AlignmentLosses(video=losses[0], frame=losses[1], distill=losses[2])
+
+
+def kl_weight(kl_norm: KLNorm, n: int) -> float:
+    """w of `alignment_losses`."""
+    return 100 / n**2 if kl_norm == "official" else 100 / (128 * n)
+
+
+def alignment_losses_reference(
+    inputs: AlignmentInputs,
+    logit_scale: Tensor,
+    kl_norm: KLNorm = "official",
+    detach_teacher: bool = False,
+    ignore: Tensor | None = None,
+) -> AlignmentLosses:
+    """The formula of `alignment_losses`, with both matrices in memory."""
     video = logit_scale * cosine_similarity(inputs.text, inputs.video)  # t v
     if ignore is not None:
         video = video.masked_fill(ignore, EXCLUDED)
@@ -102,9 +141,7 @@ def frame_alignment(
     if ignore is not None:
         frame = frame.masked_fill(ignore, EXCLUDED)
     teacher = frame.detach() if detach_teacher else frame
-    n = len(student)
-    weight = 100 / n**2 if kl_norm == "official" else 100 / (128 * n)
-    distill = weight * (_kl(student, teacher) + _kl(student.T, teacher.T)) / 2
+    distill = kl_weight(kl_norm, len(student)) * (_kl(student, teacher) + _kl(student.T, teacher.T)) / 2
     return contrastive_loss(frame), distill
 
 

@@ -1,35 +1,54 @@
-"""How a streamed op cuts its work, and what its blocks share."""
+"""How a streamed op cuts its work into blocks of pairs, and the unit rows it works on."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-ELEMENTS = (
-    1 << 22
-)  # of one block: 16 MB in float32, so that a handful of temporaries stays far below a batch's size
+# logit of a pair left out of a softmax: its probability is exactly 0, yet 0 * log(0) stays finite
+EXCLUDED = -1e9
+ELEMENTS = 1 << 22  # of one block: 16 MB in float32, so that a few temporaries of that size do not matter
 
 
-def row_blocks(rows: int, per_row: int) -> Iterator[slice]:
-    """Runs of rows that hold at most ELEMENTS, `per_row` in each row; at least one row a run."""
-    size = max(1, ELEMENTS // max(1, per_row))
-    for first in range(0, rows, size):
-        yield slice(first, min(first + size, rows))
+def pair_blocks(rows: int, columns: int, pairs: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Runs of rows, and for each the runs of columns: blocks of at most `pairs`, as square as they fit."""
+    height = max(1, min(rows, math.isqrt(pairs)))
+    width = max(1, min(columns, pairs // height))
+    height = max(1, min(rows, pairs // width))
+    across = list(_runs(columns, width))
+    for down in _runs(rows, height):
+        yield down, across
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """x / ‖x‖ over the last axis in float32 at least; a zero row is a fault that must show, so no epsilon."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x / x.norm(dim=-1, keepdim=True)
+def _runs(count: int, size: int) -> Iterator[slice]:
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))
 
 
-def operand(unit: Tensor, given: torch.dtype, pairs: int) -> Tensor:
-    """Unit rows in the dtype tensor cores multiply them in.
+def wide(x: Tensor) -> torch.dtype:
+    """What similarities of `x` are held and added up in: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
-    Half-precision inputs are multiplied in bfloat16 from 4096 x 4096 pairs on, where the similarity is no
+
+def unit_rows(x: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """x / ‖x‖ over the last axis, in the dtype that is multiplied, and 1 / ‖x‖.
+
+    Half-precision inputs are multiplied in bfloat16 from 4096 x 4096 pairs on, where similarities are no
     longer a small part of a step; below that, and for float32 inputs, products are as good as float32's.
     """
-    large = pairs >= 4096**2 and unit.is_cuda
-    return unit.to(torch.bfloat16) if large and given in (torch.float16, torch.bfloat16) else unit
+    inverse = 1 / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x))
+    half = pairs >= 4096**2 and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    return (x * inverse).to(torch.bfloat16 if half else inverse.dtype), inverse
+
+
+def through_unit(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient by x of what has `grad` by the unit rows x / ‖x‖."""
+    return (grad - unit * (unit * grad).sum(-1, keepdim=True)) * inverse
+
+
+def product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x y, added up and returned in `dtype`."""
+    return x @ y if x.dtype == dtype else torch.mm(x, y, out_dtype=dtype)

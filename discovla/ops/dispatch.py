@@ -20,9 +20,9 @@ Impl = Literal["auto", "reference", "torch", "triton", "cuda"]
 # op -> implementations that exist, and the one `auto` takes on each device
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("reference", "torch"),
-    "alignment_losses": ("reference",),
+    "alignment_losses": ("reference", "torch", "triton"),
     "frame_similarity": ("reference", "torch", "triton"),
-    "info_nce": ("reference",),
+    "info_nce": ("reference", "torch", "triton"),
     "preprocess_frames": ("reference",),
     "soft_vlad": ("reference",),
     "token_similarity": ("reference", "torch"),
@@ -30,11 +30,15 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 # op -> the file of discovla_kernels that has its kernels
 KERNELS: dict[str, str] = {
+    "alignment_losses": "frame_similarity",
     "frame_similarity": "frame_similarity",
+    "info_nce": "contrastive",
 }
 AUTO: dict[str, dict[str, str]] = {
     "attention": {"cpu": "torch", "cuda": "torch"},
+    "alignment_losses": {"cpu": "torch", "cuda": "triton"},
     "frame_similarity": {"cpu": "torch", "cuda": "triton"},
+    "info_nce": {"cpu": "torch", "cuda": "triton"},
     "token_similarity": {"cpu": "torch", "cuda": "torch"},
     "token_training_similarity": {"cpu": "torch", "cuda": "torch"},
 }

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, operand, unit_rows
+from discovla.ops.blocks import ELEMENTS, pair_blocks, through_unit, unit_rows, wide
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.streamed import frame_similarity as streamed
 
@@ -32,9 +32,9 @@ def frame_similarity(
         logit_scale: scalar, s (not its logarithm).
         text_mask: t i, bool; video_mask: v j, bool; true on real parts.  A side with no real part contributes
             0.
-        impl: reference (R in memory), torch (streamed over runs of texts, computed again in backward: beyond
-            inputs and outputs its memory does not grow with t), triton, or auto: on a CPU the reference while
-            R has at most 4 million entries and torch above, on a GPU triton.
+        impl: reference (R in memory), torch (streamed over blocks of pairs, computed again in backward:
+            beyond inputs and outputs its memory does not grow with t v), triton, or auto: on a CPU the
+            reference while R has at most 4 million entries and torch above, on a GPU triton.
 
     Returns:
         G: t v, before any logit scale, float32 at least.
@@ -51,9 +51,7 @@ def frame_similarity(
     if chosen == "reference":
         work = torch.promote_types(text.dtype, torch.float32)
         return frame_similarity_reference(text.to(work), video.to(work), logit_scale, text_mask, video_mask)
-    pairs = len(text) * len(video)
-    units = [operand(unit_rows(x), x.dtype, pairs) for x in (text, video)]
-    return _frame_similarity(*units, logit_scale.to(unit_dtype(units[0])), text_mask, video_mask, chosen)
+    return _frame_similarity(text, video, logit_scale.to(wide(text)), text_mask, video_mask, chosen)
 
 
 def frame_similarity_reference(
@@ -86,35 +84,29 @@ def _pool(best: Tensor, scale: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def tile_functions(impl: str) -> ModuleType:
-    """The module that computes runs of texts: `maxima`, `gradients`, `texts_per_chunk`."""
+    """The module that computes blocks of pairs: `maxima`, `gradients`, `pairs_per_block`."""
     return kernel("frame_similarity") if impl == "triton" else streamed
-
-
-def unit_dtype(unit: Tensor) -> torch.dtype:
-    """What similarities of unit rows are held in."""
-    return torch.promote_types(unit.dtype, torch.float32)
 
 
 @torch.library.custom_op("discovla::frame_similarity_streamed", mutates_args=())
 def _frame_similarity(
     text: Tensor, video: Tensor, scale: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, impl: str
 ) -> Tensor:
-    """`frame_similarity` of unit rows; the schema of an op takes no record, so it has its masks apart."""
-    tiles, masks = tile_functions(impl), (text_mask, video_mask)
-    if impl == "triton":  # the forward kernel keeps nothing, so it needs no runs
-        return tiles.maxima(text, video, scale, masks, keep=False).similarity
-    out = text.new_empty(len(text), len(video))
-    step = tiles.texts_per_chunk(text, video)
-    for first in range(0, len(text), step):
-        rows = slice(first, first + step)
-        part = (None if text_mask is None else text_mask[rows], video_mask)
-        out[rows] = tiles.maxima(text[rows], video, scale, part, keep=False).similarity
+    """`frame_similarity` block by block; the schema of an op takes no record, so it has its masks apart."""
+    tiles, pairs = tile_functions(impl), len(text) * len(video)
+    text, video = unit_rows(text, pairs)[0], unit_rows(video, pairs)[0]
+    out = text.new_empty(len(text), len(video), dtype=wide(text))
+    for rows, across in pair_blocks(len(text), len(video), tiles.pairs_per_block(text, video, keep=False)):
+        for columns in across:
+            masks = part(text_mask, rows), part(video_mask, columns)
+            found = tiles.maxima(text[rows], video[columns], scale, masks, keep=False)
+            out[rows, columns] = found.similarity
     return out
 
 
 @_frame_similarity.register_fake
 def _(text, video, scale, text_mask, video_mask, impl):
-    return text.new_empty(len(text), len(video), dtype=unit_dtype(text))
+    return text.new_empty(len(text), len(video), dtype=wide(text))
 
 
 @torch.library.custom_op("discovla::frame_similarity_streamed_backward", mutates_args=())
@@ -127,28 +119,32 @@ def _frame_similarity_backward(
     video_mask: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by text, video and scale, maxima found again run by run."""
-    tiles = tile_functions(impl)
-    text_grad, video_grad = (
-        torch.empty_like(text, dtype=grad.dtype),
-        torch.zeros_like(video, dtype=grad.dtype),
-    )
-    scale_grad = torch.zeros_like(scale)
-    step = tiles.texts_per_chunk(text, video)
-    for first in range(0, len(text), step):
-        rows = slice(first, first + step)
-        masks = (None if text_mask is None else text_mask[rows], video_mask)
-        found = tiles.maxima(text[rows], video, scale, masks, keep=True)
-        parts = tiles.gradients(grad[rows], found, text[rows], video, scale, masks)
-        text_grad[rows] = parts[0]
-        video_grad += parts[1]
-        scale_grad += parts[2]
-    return text_grad.to(text.dtype), video_grad.to(video.dtype), scale_grad
+    """Gradients by text, video and scale, maxima found again block by block."""
+    tiles, pairs = tile_functions(impl), grad.numel()
+    text_grad, scale_grad = torch.empty_like(text), torch.zeros_like(scale)
+    (text, text_inverse), (video, video_inverse) = unit_rows(text, pairs), unit_rows(video, pairs)
+    video_sum = torch.zeros_like(video, dtype=wide(video))
+    for rows, across in pair_blocks(len(text), len(video), tiles.pairs_per_block(text, video, keep=True)):
+        text_sum = torch.zeros_like(text[rows], dtype=wide(text))
+        for columns in across:
+            block, masks = (text[rows], video[columns]), (part(text_mask, rows), part(video_mask, columns))
+            found = tiles.maxima(*block, scale, masks, keep=True)
+            parts = tiles.gradients(grad[rows, columns], found, *block, scale, masks)
+            text_sum += parts[0]
+            video_sum[columns] += parts[1]
+            scale_grad += parts[2]
+        text_grad[rows] = through_unit(text_sum, text[rows], text_inverse[rows]).to(text_grad.dtype)
+    return text_grad, through_unit(video_sum, video, video_inverse), scale_grad
 
 
 @_frame_similarity_backward.register_fake
 def _(grad, text, video, scale, text_mask, video_mask, impl):
-    return torch.empty_like(text), torch.empty_like(video), torch.empty_like(scale)
+    return torch.empty_like(text), torch.empty_like(video, dtype=wide(video)), torch.empty_like(scale)
+
+
+def part(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """Some rows of what may not be there."""
+    return None if mask is None else mask[rows]
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -157,8 +153,10 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad):
-    grads = _frame_similarity_backward(grad.contiguous(), *ctx.saved_tensors, ctx.impl)
-    return *grads, None, None, None
+    text_grad, video_grad, scale_grad = _frame_similarity_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.impl
+    )
+    return text_grad, video_grad.to(ctx.saved_tensors[1].dtype), scale_grad, None, None, None
 
 
 _frame_similarity.register_autograd(_differentiate, setup_context=_keep)

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from discovla.ops.blocks import ELEMENTS, EXCLUDED, wide
+from discovla.ops.contrastive import contrastive_streamed
 from discovla.ops.dispatch import Impl, choose
-
-# logit of a pair left out of a softmax: its probability is exactly 0, yet 0 * log(0) stays finite
-EXCLUDED = -1e9
 
 
 def info_nce(
@@ -23,13 +22,29 @@ def info_nce(
         text, video: n d, un-normalised; row i of one belongs to row i of the other.
         logit_scale: scalar, s (not its logarithm).
         ignore: n n, bool, pairs left out of every softmax (same-video captions); never on the diagonal.
+        impl: reference (S in memory), torch (streamed over blocks of S, made again in backward), triton, or
+            auto: on a CPU the reference while S has at most 4 million entries and torch above, on a GPU
+            triton.
 
     Returns:
         Scalar, float32 at least.
 
+    Raises:
+        KernelUnavailable: the implementation asked for by name cannot run here.
+
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
-    choose("info_nce", impl, text.device.type)
+    small = len(text) * len(video) <= ELEMENTS
+    chosen = choose("info_nce", impl, text.device.type, small=small, operands=(text, video, ignore))
+    if chosen != "reference":
+        given = (text, video, None, None, None, None, logit_scale.to(wide(text)), ignore)
+        losses, _ = contrastive_streamed(*given, 0.0, False, chosen)
+        return losses[0]
+    return info_nce_reference(text, video, logit_scale, ignore)
+
+
+def info_nce_reference(text: Tensor, video: Tensor, logit_scale: Tensor, ignore: Tensor | None) -> Tensor:
+    """The formula of `info_nce`, with S in memory."""
     logits = logit_scale * cosine_similarity(text, video)  # t v
     return contrastive_loss(logits if ignore is None else logits.masked_fill(ignore, EXCLUDED))
 

@@ -13,7 +13,7 @@ from discovla_kernels.tiles import LOWEST, accumulator, dense_matmul, precision,
 
 MAX_PARTS = 256  # of a text: their maxima live in registers
 Masks = tuple[Tensor | None, Tensor | None]
-CHUNK_BYTES = 1 << 27  # of one run of texts in backward
+BLOCK_BYTES = 3 << 25  # of one block of pairs
 
 
 def supports(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
@@ -68,9 +68,9 @@ def _pool_end(top, total, first, second):
 def _frame_similarity_forward(
     text_ptr, video_ptr, scale_ptr, text_mask_ptr, video_mask_ptr, out_ptr,
     text_best_ptr, text_index_ptr, video_best_ptr, video_index_ptr, pool_ptr, T, V, I_PARTS, J_PARTS, D,
-    stride_pool, HAS_TEXT_MASK: tl.constexpr, HAS_VIDEO_MASK: tl.constexpr, KEEP: tl.constexpr, FIRST: tl.constexpr,
-    SECOND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    stride_pool, HAS_TEXT_MASK: tl.constexpr, HAS_VIDEO_MASK: tl.constexpr, KEEP: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """G = (sum_i p_i softmax_i(s p_i) + sum_j q_j softmax_j(s q_j)) / 2, p_i = max_j R_ij, q_j = max_i R_ij.
 
@@ -78,8 +78,8 @@ def _frame_similarity_forward(
     12 need no padding: (BLOCK_T FIRST) x BLOCK_V and (BLOCK_T SECOND) x BLOCK_V products, j after j.
     Registers: p of every part (and its j), and of q only the sums of an online softmax over j.
     Traffic: texts are loaded ceil(V / BLOCK_V) J_PARTS times, videos ceil(T / BLOCK_T) times for each of
-    the two runs of parts, mostly from L2; written are 4 T V bytes, and with KEEP what backward needs: p, q and their
-    indices (6 bytes each) and five sums.
+    the two runs of parts, mostly from L2; written are 4 T V bytes, and with KEEP what backward needs: p, q
+    and their indices (6 bytes each) and five sums.
     Backward: dR_ij = dG / 2 (w_i (1 + s (p_i - mean)) [j = argmax_i] + the same of q).
     """
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
@@ -157,7 +157,7 @@ def _frame_similarity_backward(
     video_index_ptr, pool_ptr, out_ptr, T, V, I_PARTS, J_PARTS, stride_pool,
     HAS_TEXT_MASK: tl.constexpr, HAS_VIDEO_MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dR of a run of texts, dense, (t i) (v j), for two products: dtext = dR video, dvideo = dRᵀ text.
+    """dR of a block, dense, (t i) (v j), for two products: dtext = dR video, dvideo = dRᵀ text.
 
     Tile: BLOCK_R rows (t i) x BLOCK_C columns (v j); every element by itself.
     Traffic: T V I_PARTS J_PARTS elements written, T V (6 (I_PARTS + J_PARTS) + 24) bytes read.
@@ -190,7 +190,7 @@ def _frame_similarity_backward(
 
 @dataclass(frozen=True, kw_only=True)
 class Maxima:
-    """What a run of texts keeps for backward: best matches and their places, and the sums of both softmaxes.
+    """What a block keeps for backward: best matches and their places, and the sums of both softmaxes.
 
     text_best, text_index: t i v.  video_best, video_index: t v j.  pools: 5 t v, mean and log-sum-exp of the
     text's side, of the video's, and the mean of both variances, which is dG / ds.
@@ -250,11 +250,11 @@ def gradients(
     return text_grad, video_grad, (grad * found.pools[4]).sum()
 
 
-def texts_per_chunk(text: Tensor, video: Tensor) -> int:
-    """How many texts backward takes at once, so that what it keeps stays within CHUNK_BYTES."""
-    (_, i, _), (v, j, _) = text.shape, video.shape
-    per_text = v * (i * j * text.element_size() + 6 * (i + j) + 24)
-    return max(1, CHUNK_BYTES // per_text)
+def pairs_per_block(text: Tensor, video: Tensor, keep: bool) -> int:
+    """How many pairs one block may have, so that all it writes stays within BLOCK_BYTES."""
+    i, j = text.shape[1], video.shape[1]
+    per_pair = i * j * text.element_size() + 6 * (i + j) + 24 if keep else 4
+    return max(1, BLOCK_BYTES // per_pair)
 
 
 def _split(parts: int) -> tuple[int, int]:

@@ -61,12 +61,12 @@ def test_values_and_gradients_are_those_of_the_formula(impl, masked, dtype, shap
 
 
 @pytest.mark.parametrize("impl", STREAMED)
-def test_many_runs_of_texts_give_what_one_gives(impl, monkeypatch):
+def test_many_blocks_give_what_one_gives(impl, monkeypatch):
     text, video, scale = noise((9, 4, 6)), noise((5, 3, 6)), torch.tensor(SCALE).double()
     direction = noise((9, 5))
     whole = run(impl, text, video, scale, (None, None), direction)
     monkeypatch.setattr("discovla.ops.streamed.frame_similarity.ELEMENTS", 130)
-    monkeypatch.setattr("discovla_kernels.frame_similarity.CHUNK_BYTES", 2500)
+    monkeypatch.setattr("discovla_kernels.frame_similarity.BLOCK_BYTES", 2500)
     cut = run(impl, text, video, scale, (None, None), direction)
     for c, w in zip(cut, whole, strict=True):
         assert relative_error(c, w) < 1e-13

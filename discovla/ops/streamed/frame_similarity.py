@@ -1,4 +1,4 @@
-"""The frame similarity of a run of texts in plain torch, with what its backward needs.
+"""The frame similarity of a block of pairs in plain torch, with what its backward needs.
 
 The same three functions as `discovla_kernels.frame_similarity`, which the op streams over.
 """
@@ -17,7 +17,7 @@ Masks = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Maxima:
-    """Best matches of a run of texts; the last four only for backward.
+    """Best matches of a block; the last four only for backward.
 
     similarity: t v.  text_index, text_slope: t i v, where a part has its best match and the derivative of the
     pooled similarity by it.  video_index, video_slope: t v j.  scale_slope: t v, the derivative by the scale.
@@ -69,9 +69,9 @@ def gradients(
     return text_grad, (dense.T @ text.reshape(t * i, d)).view(v, j, d), (grad * found.scale_slope).sum()
 
 
-def texts_per_chunk(text: Tensor, video: Tensor) -> int:
-    """How many texts are taken at once, so that their products with all videos are one block."""
-    return max(1, ELEMENTS // (text.shape[1] * video.shape[0] * video.shape[1]))
+def pairs_per_block(text: Tensor, video: Tensor, keep: bool) -> int:
+    """How many pairs one block may have, so that the products of their parts stay ELEMENTS."""
+    return max(1, ELEMENTS // (text.shape[1] * video.shape[1]))
 
 
 def _best(match: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:

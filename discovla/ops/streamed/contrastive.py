@@ -1,0 +1,75 @@
+"""Statistics and derivative of one block of one or two similarity matrices, in plain torch.
+
+The same functions as `discovla_kernels.contrastive`, which says what they compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from discovla.ops.blocks import ELEMENTS, EXCLUDED
+
+
+def statistics(
+    text: Tensor, video: Tensor, scale: Tensor, teacher: Tensor | None, ignore: Tensor | None, shift: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row parts k 1 r, column parts k 1 c, the diagonal's logits k r."""
+    student = _logits(text @ video.T, scale, ignore)
+    matrices = [student] if teacher is None else [student, _logits(teacher, scale, ignore)]
+    rows, columns = _right(student, shift)
+    diagonal = student.new_zeros(len(matrices), len(text))
+    diagonal[:, rows] = torch.stack(matrices)[:, rows, columns]
+    down, across = ([x.logsumexp(dim) for x in matrices] for dim in (1, 0))
+    if teacher is not None:
+        difference = matrices[1] - student
+        down.append(((matrices[1] - down[1][:, None]).exp() * difference).sum(1))
+        across.append(((matrices[1] - across[1]).exp() * difference).sum(0))
+    return torch.stack(down)[:, None], torch.stack(across)[:, None], diagonal
+
+
+def derivative(
+    text: Tensor,
+    video: Tensor,
+    scale: Tensor,
+    teacher: Tensor | None,
+    ignore: Tensor | None,
+    shift: int,
+    sums: tuple[Tensor, Tensor],
+    weights: Tensor,
+    detach: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Derivatives by both matrices of cosines, r c each, and by the scale."""
+    cosine = text @ video.T
+    student, rows, columns = _logits(cosine, scale, ignore), *_right(cosine, shift)
+    down, across = sums[0][..., None], sums[1][:, None]  # k r 1, k 1 c
+    p_r, p_c = (student - down[0]).exp(), (student - across[0]).exp()
+    ds = weights[0] * (p_r + p_c)
+    ds[rows, columns] -= 2 * weights[0]
+    if teacher is None:
+        return scale * ds, None, (ds * cosine).sum()
+    logits = _logits(teacher, scale, ignore)
+    q_r, q_c = (logits - down[1]).exp(), (logits - across[1]).exp()
+    ds += weights[2] * (p_r - q_r + p_c - q_c)
+    dt = weights[1] * (q_r + q_c)
+    dt[rows, columns] -= 2 * weights[1]
+    if not detach:
+        difference = logits - student
+        dt += weights[2] * (q_r * (difference - down[2]) + q_c * (difference - across[2]))
+    return scale * ds, scale * dt, (ds * cosine).sum() + (dt * teacher).sum()
+
+
+def pairs_per_block(text: Tensor) -> int:
+    """How many pairs one block may have, with a dozen temporaries of that size."""
+    return ELEMENTS // 4
+
+
+def _logits(cosine: Tensor, scale: Tensor, ignore: Tensor | None) -> Tensor:
+    return scale * cosine if ignore is None else (scale * cosine).masked_fill(ignore, EXCLUDED)
+
+
+def _right(block: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Places of a block's matching pairs: row = column + shift."""
+    rows, columns = block.shape
+    row = torch.arange(max(0, shift), max(0, shift, min(rows, columns + shift)), device=block.device)
+    return row, row - shift

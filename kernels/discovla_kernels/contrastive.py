@@ -1,0 +1,223 @@
+"""Cross-entropies of one or two similarity matrices and the divergence between them, tile by tile."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from discovla_kernels.tiles import EXCLUDED, accumulator, precision, product_tile, unsupported
+
+BLOCK_BYTES = 1 << 26  # of the derivative of one block
+BLOCK_D = 64
+
+
+def supports(*tensors: Tensor | None) -> str:
+    """Why the kernels do not take these tensors; empty where they do."""
+    return unsupported(*tensors)
+
+
+@triton.jit
+def _tile(
+    text_ptr, video_ptr, teacher_ptr, ignore_ptr, scale, r, c, R, C, D, HAS_TEACHER: tl.constexpr,
+    HAS_IGNORE: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Cosines x and y of a tile, logits s x and s y with ignored pairs out, and which entries are real."""
+    here = (r < R)[:, None] & (c < C)[None, :]
+    x = product_tile(text_ptr, video_ptr, r, c, r < R, c < C, D, BLOCK_D, PRECISION, ACC)
+    y = x
+    if HAS_TEACHER:
+        y = tl.load(teacher_ptr + r[:, None] * C + c[None, :], mask=here, other=0.0)
+    student, teacher = scale * x, scale * y
+    if HAS_IGNORE:
+        out = tl.load(ignore_ptr + r[:, None] * C + c[None, :], mask=here, other=0) != 0
+        student, teacher = tl.where(out, EXCLUDED, student), tl.where(out, EXCLUDED, teacher)
+    return x, y, student, teacher, here
+
+
+@triton.jit
+def _log_sum_exp(logits, here, AXIS: tl.constexpr):
+    """Over an axis; a row or column that is not real gives 0."""
+    logits = tl.where(here, logits, -float("inf"))
+    top = tl.max(logits, axis=AXIS)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.sum(tl.exp(logits - tl.expand_dims(top, AXIS)), axis=AXIS)
+    return top + tl.log(tl.where(total == 0, 1.0, total))
+
+
+@triton.jit
+def _put(
+    out_ptr, student, teacher, here, place, count, stride, HAS_TEACHER: tl.constexpr, AXIS: tl.constexpr
+):
+    """Statistics along an axis: log-sum-exp of both matrices and the teacher's mean of their difference."""
+    tl.store(out_ptr + place, _log_sum_exp(student, here, AXIS), mask=count)
+    if HAS_TEACHER:
+        lse = _log_sum_exp(teacher, here, AXIS)
+        weight = tl.exp(tl.where(here, teacher - tl.expand_dims(lse, AXIS), -float("inf")))
+        tl.store(out_ptr + stride + place, lse, mask=count)
+        tl.store(out_ptr + 2 * stride + place, tl.sum(weight * (teacher - student), axis=AXIS), mask=count)
+
+
+@triton.jit
+def _contrastive_forward(
+    text_ptr, video_ptr, scale_ptr, teacher_ptr, ignore_ptr, row_ptr, column_ptr, diagonal_ptr, R, C, D,
+    shift,
+    stride_row, stride_column, HAS_TEACHER: tl.constexpr, HAS_IGNORE: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of S = s text videoᵀ and S' = s teacher, along rows and columns: lse S, lse S', sum softmax(S') (S' -
+    S).
+
+    Tile: BLOCK_R texts x BLOCK_C videos, S and S' in registers; a tile writes its own statistics, which the
+    caller merges, so that the result does not depend on the order of tiles. The loss is made of them and of
+    the diagonal: cross-entropy = lse S - S_ii, KL(softmax S' ‖ softmax S) = (the third) - lse S' + lse S.
+    Traffic: R C D (1 / BLOCK_R + 1 / BLOCK_C) elements of the embeddings, 4 R C bytes of the teacher, R C of
+    `ignore`; written 12 R C (1 / BLOCK_R + 1 / BLOCK_C) bytes (4 without a teacher).
+    Backward: `_contrastive_backward`.
+    """
+    i, j = tl.program_id(0), tl.program_id(1)
+    r = (i * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    c = (j * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    scale = tl.load(scale_ptr).to(ACC)
+    _, _, student, teacher, here = _tile(
+        text_ptr, video_ptr, teacher_ptr, ignore_ptr, scale, r, c, R, C, D, HAS_TEACHER, HAS_IGNORE, BLOCK_D,
+        PRECISION, ACC,
+    )  # fmt: skip
+    _put(row_ptr, student, teacher, here, j.to(tl.int64) * R + r, r < R, stride_row, HAS_TEACHER, 1)
+    _put(column_ptr, student, teacher, here, i.to(tl.int64) * C + c, c < C, stride_column, HAS_TEACHER, 0)
+    right = (r[:, None] == c[None, :] + shift) & here
+    found = tl.sum(right.to(tl.int32), axis=1) > 0
+    tl.store(diagonal_ptr + r, tl.sum(tl.where(right, student, 0.0), axis=1), mask=found)
+    if HAS_TEACHER:
+        tl.store(diagonal_ptr + R + r, tl.sum(tl.where(right, teacher, 0.0), axis=1), mask=found)
+
+
+@triton.jit
+def _contrastive_backward(
+    text_ptr, video_ptr, scale_ptr, teacher_ptr, ignore_ptr, row_ptr, column_ptr, weight_ptr, dx_ptr, dy_ptr,
+    dscale_ptr, R, C, D, shift, HAS_TEACHER: tl.constexpr, HAS_IGNORE: tl.constexpr, DETACH: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Derivative by both matrices of cosines, given the statistics of all rows and columns.
+
+    P, P' = exp(S - lse S), exp(S' - lse S') by rows (r) and columns (c), T the third statistic, w the
+    weights: dS = w0 (P_r + P_c - 2 I) + w2 (P_r - P'_r + P_c - P'_c);
+    dS' = w1 (P'_r + P'_c - 2 I) + w2 (P'_r (S' - S - T_r) + P'_c (S' - S - T_c)), the second term unless
+    DETACH.
+    Tile: BLOCK_R texts x BLOCK_C videos, the product again, everything in registers.
+    Traffic: as forward, and R C elements of s dS (and 4 R C bytes of s dS') written for the products that
+        follow.
+    """
+    i, j = tl.program_id(0), tl.program_id(1)
+    r = (i * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    c = (j * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    scale = tl.load(scale_ptr).to(ACC)
+    x, y, student, teacher, here = _tile(
+        text_ptr, video_ptr, teacher_ptr, ignore_ptr, scale, r, c, R, C, D, HAS_TEACHER, HAS_IGNORE, BLOCK_D,
+        PRECISION, ACC,
+    )  # fmt: skip
+    right = tl.where(r[:, None] == c[None, :] + shift, 2.0, 0.0)
+    p_r = tl.exp(student - tl.load(row_ptr + r, mask=r < R, other=0.0)[:, None])
+    p_c = tl.exp(student - tl.load(column_ptr + c, mask=c < C, other=0.0)[None, :])
+    ds = tl.load(weight_ptr).to(ACC) * (p_r + p_c - right)
+    slope = tl.zeros_like(ds)
+    if HAS_TEACHER:
+        w1, w2 = tl.load(weight_ptr + 1).to(ACC), tl.load(weight_ptr + 2).to(ACC)
+        q_r = tl.exp(teacher - tl.load(row_ptr + R + r, mask=r < R, other=0.0)[:, None])
+        q_c = tl.exp(teacher - tl.load(column_ptr + C + c, mask=c < C, other=0.0)[None, :])
+        ds += w2 * (p_r - q_r + p_c - q_c)
+        dt = w1 * (q_r + q_c - right)
+        if not DETACH:
+            t_r = tl.load(row_ptr + 2 * R + r, mask=r < R, other=0.0)[:, None]
+            t_c = tl.load(column_ptr + 2 * C + c, mask=c < C, other=0.0)[None, :]
+            dt += w2 * (q_r * (teacher - student - t_r) + q_c * (teacher - student - t_c))
+        tl.store(dy_ptr + r[:, None] * C + c[None, :], scale * dt, mask=here)
+        slope = dt * y
+    slope = tl.where(here, slope + ds * x, 0.0)
+    tl.store(dx_ptr + r[:, None] * C + c[None, :], scale * ds, mask=here)
+    tl.store(dscale_ptr + i.to(tl.int64) * tl.num_programs(1) + j, tl.sum(tl.sum(slope, axis=1), axis=0))
+
+
+def statistics(
+    text: Tensor, video: Tensor, scale: Tensor, teacher: Tensor | None, ignore: Tensor | None, shift: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of one block, in parts: k p r along rows, k p c along columns; k r the diagonal's logits.
+
+    text, video: r d and c d, unit rows.  teacher: r c.  shift: text r belongs to video c where r = c + shift.
+    k: 3, 3 and 2 with a teacher, else 1; the diagonal is 0 where it passes beside the block.
+    """
+    (rows, d), columns = text.shape, len(video)
+    block = _block(rows, columns)
+    grid = (triton.cdiv(rows, block), triton.cdiv(columns, block))
+    kinds, acc = (1, 1) if teacher is None else (3, 2), scale.dtype
+    row_parts = text.new_empty(kinds[0], grid[1], rows, dtype=acc)
+    column_parts = text.new_empty(kinds[0], grid[0], columns, dtype=acc)
+    diagonal = text.new_zeros(kinds[1], rows, dtype=acc)
+    _contrastive_forward[grid](
+        text, video, scale, _pointer(teacher, text), _mask_pointer(ignore, text), row_parts, column_parts,
+        diagonal, rows, columns, d, shift, grid[1] * rows, grid[0] * columns, **_settings(text, teacher,
+        ignore), BLOCK_R=block, BLOCK_C=block,
+    )  # fmt: skip
+    return row_parts, column_parts, diagonal
+
+
+def derivative(
+    text: Tensor,
+    video: Tensor,
+    scale: Tensor,
+    teacher: Tensor | None,
+    ignore: Tensor | None,
+    shift: int,
+    sums: tuple[Tensor, Tensor],
+    weights: Tensor,
+    detach: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Derivative of one block by both matrices of cosines, r c each, and by the scale.
+
+    sums: the merged statistics of the block's rows, k r, and of its columns, k c.
+    weights: of the two cross-entropies and of the divergence, the upstream gradient and every mean folded in.
+    """
+    (rows, d), columns = text.shape, len(video)
+    block = _block(rows, columns)
+    grid = (triton.cdiv(rows, block), triton.cdiv(columns, block))
+    dx = text.new_empty(rows, columns)
+    dy = None if teacher is None else torch.empty_like(teacher)
+    dscale = text.new_empty(grid, dtype=scale.dtype)
+    _contrastive_backward[grid](
+        text, video, scale, _pointer(teacher, text), _mask_pointer(ignore, text), sums[0].contiguous(),
+        sums[1].contiguous(), weights, dx, _pointer(dy, dx), dscale, rows, columns, d, shift,
+        **_settings(text, teacher, ignore), DETACH=detach, BLOCK_R=block, BLOCK_C=block,
+    )  # fmt: skip
+    return dx, dy, dscale.sum()
+
+
+def pairs_per_block(text: Tensor) -> int:
+    """How many pairs one block may have."""
+    return BLOCK_BYTES // max(4, text.element_size())
+
+
+def _block(rows: int, columns: int) -> int:
+    """Side of a tile; small ones where large ones would leave processors idle."""
+    return 128 if rows * columns >= 1 << 20 else 32
+
+
+def _settings(text: Tensor, teacher: Tensor | None, ignore: Tensor | None) -> dict[str, object]:
+    return {
+        "HAS_TEACHER": teacher is not None,
+        "HAS_IGNORE": ignore is not None,
+        "BLOCK_D": BLOCK_D if text.element_size() == 2 else BLOCK_D // 2,
+        "PRECISION": precision(text),
+        "ACC": accumulator(text),
+        "num_warps": 8,
+    }
+
+
+def _pointer(x: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A tensor, or one that is never read."""
+    return stand_in if x is None else x.contiguous()
+
+
+def _mask_pointer(x: Tensor | None, stand_in: Tensor) -> Tensor:
+    return stand_in if x is None else x.contiguous().view(torch.uint8)
