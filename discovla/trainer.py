@@ -62,7 +62,7 @@ class Trainer:
             ValueError, DecodeError, OSError, FloatingPointError: what stands in the way, in one line.
         """
         self.world = start(self.config.engine.device)
-        # An error leaves the process group as it is: who waits for this process in a collective shall be ended
+        # An error leaves the process group as it is: who waits for it in a collective shall be ended
         # by the launcher, not by a lost connection before this process has said what is wrong.
         try:
             self._prepare()

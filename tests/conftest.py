@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from discovla import torchvision_cpu
+from discovla.data.synthetic import WorldSizes, draw_world
 
 torchvision_cpu.install()  # tests import open_clip as their reference
 
@@ -71,3 +72,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, needed in (("gpu", 1), ("multigpu", 2)):
             if marker in item.keywords and present < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), {present} present"))
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of a small drawn world: 24 clips to train on, 6 to select by, 8 to test on."""
+    sizes = WorldSizes(train=24, val=6, test=8, siblings=0)
+    return draw_world(tmp_path_factory.mktemp("drawn"), sizes=sizes, workers=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -62,5 +63,7 @@ def _read(path: Path) -> dict[str, BadClip]:
         clip = BadClip(**json.loads(line))
         known[clip.id] = clip
     if lines[-1]:
-        path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")  # other ranks are reading
+        part.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+        part.replace(path)
     return known

@@ -155,7 +155,7 @@ class RunLog:
 def drop_records(path: Path, start: int) -> None:
     """Remove from metrics.jsonl what a run that starts at `start` will write again, and a half-written line.
 
-    Training records of steps >= start go, and evaluations after more than `start` steps.
+    Training records of steps >= start go, and evaluations after more than `start` steps; at 0 all go.
     """
     if not path.exists():
         return
@@ -165,7 +165,7 @@ def drop_records(path: Path, start: int) -> None:
             record = json.loads(line)
         except ValueError:
             continue  # the line a kill cut off
-        if record["step"] < start or (record["kind"] != "train" and record["step"] == start):
+        if record["step"] < start or (record["kind"] != "train" and 0 < record["step"] == start):
             kept.append(line + "\n")
     writing = path.with_name(f".writing-{path.name}")
     writing.write_text("".join(kept))

@@ -19,7 +19,8 @@ class TextTower(nn.Module):
         super().__init__()
         shape = architecture.text
         make_block = make_block or (lambda layer: Block(shape.block(architecture.activation)))
-        self.token_embedding = nn.Embedding(architecture.vocab_size, shape.width)
+        table = torch.empty(architecture.vocab_size, shape.width)  # its own start imports torch._dynamo
+        self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.position_embedding = nn.Parameter(torch.empty(architecture.context_length, shape.width))
         self.blocks = nn.ModuleList(make_block(layer) for layer in range(shape.layers))
         self.ln_final = LayerNorm(shape.width)

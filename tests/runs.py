@@ -1,0 +1,180 @@
+"""Real training processes, forked from a server that has everything imported, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.engine.launch import LAUNCHER, free_port
+
+TINY = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {
+        "image_size": 64,
+        "patch_size": 32,
+        "width": 64,
+        "layers": 2,
+        "head_width": 32,
+        "mlp_ratio": 2.0,
+    },
+    "text_cfg": {
+        "context_length": 32,
+        "vocab_size": 49408,
+        "width": 64,
+        "heads": 2,
+        "layers": 2,
+        "mlp_ratio": 2.0,
+    },
+}
+CONFIG = """
+directory = "{folder}/run"
+seed = 3
+batch_size = 16
+steps = 6
+[model]
+architecture = "{folder}/tiny.json"
+pretrained = "random"
+[method]
+name = "discovla"
+lora_rank = 2
+fused_vision_blocks = 1
+fused_text_blocks = 1
+[data]
+manifest = "{manifest}"
+frames = 8
+workers = 0
+cache = "{cache}"
+augment = "light"
+[optim]
+lr = 1e-3
+[engine]
+device = "cpu"
+strategy = "torch"
+"""
+_SERVER = multiprocessing.get_context("forkserver")
+# with what optimisers import on their first use, which takes as long as all the rest
+_SERVER.set_forkserver_preload(["tests.runs", "train", "discovla.engine.zero_strategy", "torch._dynamo"])
+
+
+@dataclass
+class Job:
+    """The ranks of one run, started."""
+
+    processes: list[Any]
+    logs: list[Path]
+    began: float = field(default_factory=time.monotonic)
+
+    def wait(self, timeout: float = 90) -> list[int]:
+        """Exit status of every rank; a rank still running after `timeout` seconds fails the test."""
+        deadline = self.began + timeout
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        assert not hung, f"ranks {hung} hung:\n{self.output()}"
+        return [process.exitcode for process in self.processes]
+
+    def output(self, rank: int = 0) -> str:
+        """What a rank wrote on stdout and stderr."""
+        return self.logs[rank].read_text()
+
+
+def write_config(folder: Path, manifest: Path) -> Path:
+    """A run of a tiny model on a manifest; its directory is `folder`/run."""
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    path = folder / "small.toml"
+    path.write_text(CONFIG.format(folder=folder, manifest=manifest, cache=manifest.parent / "cache"))
+    return path
+
+
+def start(words: Sequence[object], *, size: int = 1, kill: str | None = None) -> Job:
+    """Start `train.py words` as `size` ranks.
+
+    Args:
+        kill: "module:function:n": the process is killed (-9) where it calls this function the n-th time.
+    """
+    words = [str(word) for word in words]
+    logs = [Path(words[0]).parent / f"output.{rank}.txt" for rank in range(size)]
+    port = free_port()
+    processes = []
+    for rank, log in enumerate(logs):
+        log.unlink(missing_ok=True)
+        env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if size > 1:
+            env |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes.append(_SERVER.Process(target=_rank, args=(words, str(log), env, kill)))
+        processes[-1].start()
+    return Job(processes, logs)
+
+
+def train(words: Sequence[object], *, size: int = 1, timeout: float = 90) -> Job:
+    """Run `train.py words` to its good end."""
+    job = start(words, size=size)
+    status = job.wait(timeout)
+    assert status == [0] * size, "\n".join(f"rank {r}: {status[r]}\n{job.output(r)}" for r in range(size))
+    return job
+
+
+def _rank(words: list[str], log: str, env: dict[str, str], kill: str | None) -> None:
+    """One process: train.py's main with its output in a file."""
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    os.environ.update(env)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    if kill is not None:
+        _kill_at(*kill.split(":"))
+    sys.exit(import_module("train").main(words))
+
+
+def _kill_at(module: str, name: str, call: str) -> None:
+    """Let this process be killed when it calls a function for the n-th time."""
+    owner: Any = import_module(module)
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == int(call):
+            os.kill(os.getpid(), 9)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def records(directory: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The records of one kind in metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "clips_per_second")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["kind"] == kind]
+
+
+def losses(directory: Path) -> torch.Tensor:
+    """The loss of every step."""
+    found = records(directory)
+    assert [record["step"] for record in found] == list(range(len(found)))
+    return torch.tensor([record["loss"] for record in found], dtype=torch.float64)
+
+
+def tensors(directory: Path, step: int) -> dict[str, torch.Tensor]:
+    """Trained parameters and optimiser state in the checkpoint of a step."""
+    folder = directory / "checkpoints" / f"step-{step:08d}"
+    parts = ("trained", "optimizer")
+    return {f"{part}/{n}": x for part in parts for n, x in load_file(folder / f"{part}.safetensors").items()}
