@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from discovla.batch import Batch
 from discovla.nn.transformer import Activation
@@ -57,3 +61,19 @@ def random_captions(architecture: Architecture, n: int, generator: torch.Generat
 def relative_error(got: Tensor, want: Tensor) -> float:
     """max |got - want| / max |want|."""
     return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-300)).item()
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes of CPU tensors alive at once of those `function` allocates, counted by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = function()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = recorded.profiler.kineto_results.events()
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    del kept
+    return int(max(np.cumsum([size for _, size in memory]), default=0))
+
+
+def exponent(sizes: Sequence[int], figures: Sequence[float]) -> float:
+    """Slope of log(figures) over log(sizes) by least squares: 2 where figures grow with the square."""
+    return float(np.polyfit(np.log(sizes), np.log(figures), 1)[0])
