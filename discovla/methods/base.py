@@ -284,12 +284,16 @@ class Method(nn.Module, ABC):
         if unmatched := [pattern for pattern, count in patterns.items() if not count]:
             raise ValueError(f"{self.config.name}: {unmatched[0]!r} matches no parameter to train")
 
+    def undecayed(self, name: str) -> bool:
+        """Whether a trained parameter has no weight decay."""
+        return "bias" in name and not self.config.decay_biases
+
     def parameter_groups(self) -> tuple[TunedGroup, ...]:
         """The trained parameters that have a learning rate or weight decay of their own, after `freeze`."""
         clip, config = set(clip_names(self.architecture)), self.config
         members: dict[tuple[bool, bool], list[str]] = {}
         for name in self.trained_state():
-            key = (name in clip and config.clip_lr_scale != 1, "bias" in name and not config.decay_biases)
+            key = (name in clip and config.clip_lr_scale != 1, self.undecayed(name))
             members.setdefault(key, []).append(name)
         return tuple(
             TunedGroup(
