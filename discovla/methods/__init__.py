@@ -8,6 +8,7 @@ from discovla.methods.clip import CLIP
 from discovla.methods.clip2video import CLIP2Video
 from discovla.methods.clip4clip import CLIP4Clip
 from discovla.methods.discovla import DiscoVLA
+from discovla.methods.t2vparser import T2VParser
 from discovla.towers.weights import ModelConfig, initialise, load_pretrained, load_weights
 
 METHODS: dict[str, type[Method]] = {
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "discovla": DiscoVLA,
     "clip4clip": CLIP4Clip,
     "clip2video": CLIP2Video,
+    "t2vparser": T2VParser,
 }
 
 

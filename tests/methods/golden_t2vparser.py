@@ -1,0 +1,149 @@
+"""Reading T2VParser's golden files into our model, by the released names; sizes come from the files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from discovla.batch import Embedding
+from discovla.methods.t2vparser import HEAD_RULES, T2VParser, T2VParserConfig
+from discovla.nn.stan import FRAMES
+from discovla.testing import tiny_architecture
+from discovla.towers.architecture import Architecture, TowerShape
+from discovla.towers.hugging_face import from_hugging_face
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    sidecar: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.sidecar["config"]
+
+    def get(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A copy, differentiable where it is floating point."""
+        tensor = self.tensors[name]
+        return tensor.to(dtype, copy=True).requires_grad_() if tensor.is_floating_point() else tensor
+
+    def weights(self) -> dict[str, Tensor]:
+        return {n.removeprefix("w."): t for n, t in self.tensors.items() if n.startswith("w.")}
+
+    def check(self, name: str, got: Tensor | None, limit: float, *, absolute: bool = False) -> None:
+        """|got - wanted| at most `limit`, by default times the largest |wanted|."""
+        want = self.tensors[name].double()
+        assert got is not None and got.shape == want.shape, name
+        error = (got.detach().double() - want).abs().max()
+        error = error if absolute else error / want.abs().max()
+        assert error <= limit, f"{name}: error {error:.2e}, allowed {limit:.0e}"
+
+
+def read(folder: Path, name: str) -> Golden:
+    folder = folder / "t2vparser"
+    return Golden(
+        sidecar=json.loads((folder / f"{name}.json").read_text()),
+        tensors=load_file(folder / f"{name}.safetensors"),
+    )
+
+
+def architecture(folder: Path) -> Architecture:
+    """Of the files of the towers."""
+    stan, text = read(folder, "stan"), read(folder, "text_tower")
+    c = stan.config
+    return Architecture(
+        embed_dim=c["P"],
+        image_size=c["img"],
+        patch_size=c["patch"],
+        context_length=c["ctx"],
+        vocab_size=c["vocab"],
+        activation="quick_gelu",
+        vision=_tower(stan.weights(), "layers.", c["vh"]),
+        text=_tower(text.weights(), "text_model.encoder.layers.", c["th"]),
+    )
+
+
+def _tower(weights: dict[str, Tensor], prefix: str, heads: int) -> TowerShape:
+    mlp_width, width = weights[f"{prefix}0.mlp.fc1.weight"].shape
+    layers = len({n.removeprefix(prefix).split(".")[0] for n in weights if n.startswith(prefix)})
+    return TowerShape(width=width, layers=layers, heads=heads, mlp_width=mlp_width)
+
+
+def tower_state(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint of both towers as released; the file has the first rows of the time table only."""
+    state = {**read(folder, "stan").weights(), **read(folder, "text_tower").weights()}
+    table = state["STAN_time_embed.weight"]
+    return {
+        **state,
+        "STAN_time_embed.weight": torch.cat([table, table.new_zeros(FRAMES - len(table), table.shape[1])]),
+    }
+
+
+def towers(folder: Path, dtype: torch.dtype, **options: Any) -> T2VParser:
+    """The golden towers, under small heads of no matter."""
+    golden = read(folder, "stan")
+    config = T2VParserConfig(stan_layers=golden.config["depth"], decomposition_layers=1, **options)
+    model = T2VParser(architecture(folder), config)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in model.released_parameters(tower_state(folder)).items():
+            own[name].copy_(tensor)
+    model.compute_dtype = dtype
+    return model.to(dtype).eval()
+
+
+def heads(folder: Path, dtype: torch.dtype, **options: Any) -> T2VParser:
+    """The golden decomposition and FFN, over towers of no matter."""
+    c = read(folder, "head").config
+    config = {
+        "stan_layers": 0,
+        "views": c["Q"],
+        "decomposition_layers": c["depth"],
+        "decomposition_heads": c["heads"],
+        "plus": c["plus"],
+        "concat": c["concat"],
+        "concat_local": c["concat_local"],
+        "kappa": c["sim_tau"],
+        "tau": 1 / c["loss_scale"],
+        "diversity": c["multiview_weight"],
+        "padding": "official",
+    }
+    model = T2VParser(
+        replace(tiny_architecture(), embed_dim=c["D"]), T2VParserConfig(**{**config, **options})
+    )
+    state = {f"video_mlp.{n}": t for n, t in read(folder, "video_mlp").weights().items()}
+    state |= {f"multiview_dis.{n}": t for n, t in read(folder, "decomposition").weights().items()}
+    own = head_parameters(model)
+    with torch.no_grad():
+        for name, tensor in from_hugging_face(own, HEAD_RULES, state).items():
+            own[name].copy_(tensor.view_as(own[name]))
+    return model.to(dtype).eval()
+
+
+def head_parameters(model: T2VParser) -> dict[str, Tensor]:
+    return {n: p for n, p in model.named_parameters() if n.startswith(("decomposition.", "video_mlp."))}
+
+
+def head_gradients(model: T2VParser, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the heads' parameters by the released names that `state` (name to anything) has."""
+    named = head_parameters(model)
+    numbered = {name: torch.tensor([float(i)]) for i, name in enumerate(state)}  # a way to see which is which
+    places = from_hugging_face(named, HEAD_RULES, numbered)
+    names = list(state)
+    return {names[int(place)]: named[ours].grad for ours, place in places.items()}
+
+
+def embed(
+    model: T2VParser, golden: Golden, dtype: torch.dtype, prefix: str = ""
+) -> tuple[dict, Embedding, Embedding]:
+    """The inputs of a file of heads, and what the model makes of them."""
+    x = {name: golden.get(prefix + name, dtype) for name in ("frames", "tokens", "text", "token_ids")}
+    text = model.embed_text(x["text"], x["tokens"], x["token_ids"] != 0)
+    video = model.embed_video(x["frames"], torch.ones(x["frames"].shape[:2], dtype=torch.bool))
+    return x, text, video
