@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -101,23 +102,25 @@ def write_config(folder: Path, manifest: Path) -> Path:
     return path
 
 
-def start(words: Sequence[object], *, size: int = 1, kill: str | None = None) -> Job:
+def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, rank: int = 0) -> Job:
     """Start `train.py words` as `size` ranks.
 
     Args:
-        kill: "module:function:n": the process is killed (-9) where it calls this function the n-th time.
+        fault: "kind:module:function:n": what befalls `rank` where it calls this function the n-th time:
+            "kill" is kill -9, "full" a full disk.
     """
     words = [str(word) for word in words]
     logs = [Path(words[0]).parent / f"output.{rank}.txt" for rank in range(size)]
     port = free_port()
     processes = []
-    for rank, log in enumerate(logs):
+    for number, log in enumerate(logs):
         log.unlink(missing_ok=True)
         env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if size > 1:
-            env |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            env |= {"RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_RANK": str(number)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(_SERVER.Process(target=_rank, args=(words, str(log), env, kill)))
+        its_fault = fault if number == rank else None
+        processes.append(_SERVER.Process(target=_rank, args=(words, str(log), env, its_fault)))
         processes[-1].start()
     return Job(processes, logs)
 
@@ -130,7 +133,7 @@ def train(words: Sequence[object], *, size: int = 1, timeout: float = 90) -> Job
     return job
 
 
-def _rank(words: list[str], log: str, env: dict[str, str], kill: str | None) -> None:
+def _rank(words: list[str], log: str, env: dict[str, str], fault: str | None) -> None:
     """One process: train.py's main with its output in a file."""
     for name in LAUNCHER:
         os.environ.pop(name, None)
@@ -139,21 +142,23 @@ def _rank(words: list[str], log: str, env: dict[str, str], kill: str | None) -> 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    if kill is not None:
-        _kill_at(*kill.split(":"))
+    if fault is not None:
+        _arrange(*fault.split(":"))
     sys.exit(import_module("train").main(words))
 
 
-def _kill_at(module: str, name: str, call: str) -> None:
-    """Let this process be killed when it calls a function for the n-th time."""
+def _arrange(kind: str, module: str, name: str, call: str) -> None:
+    """Let a fault befall this process when it calls a function for the n-th time."""
     owner: Any = import_module(module)
     original: Callable[..., Any] = getattr(owner, name)
     calls = [0]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
-        if calls[0] == int(call):
+        if calls[0] == int(call) and kind == "kill":
             os.kill(os.getpid(), 9)
+        if calls[0] == int(call) and kind == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(*args, **kwargs)
 
     setattr(owner, name, counted)

@@ -16,7 +16,7 @@ WAYS = {
     "zero2": ("engine.strategy=deepspeed", "engine.zero_stage=2"),
 }
 SCHEDULE = (f"steps={STEPS}", "checkpoint_every=3", "evaluate_every=5", "keep_checkpoints=1")
-CHECKPOINT = "discovla.engine.checkpoint"
+CHECKPOINT = "kill:discovla.engine.checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +69,15 @@ def test_a_run_killed_at_random_steps_ends_bit_for_bit_as_one_never_stopped(way,
 def test_a_run_killed_wherever_it_writes_ends_as_one_never_stopped(tmp_path, drawn, wholes):
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE, "resume=true"]
     for kill in (
-        "discovla.trainer:_write_json:1",  # the figures before training
+        "kill:discovla.trainer:_write_json:1",  # the figures before training
         f"{CHECKPOINT}:_write_tensors:3",  # of the second checkpoint nothing is there
         f"{CHECKPOINT}:_write_tensors:2",  # one file of two
         f"{CHECKPOINT}:_put_in_place:1",  # all files, not in place
         f"{CHECKPOINT}:set_best:1",  # in place, not yet known as the best
         f"{CHECKPOINT}:keep:1",  # older ones not removed
-        "discovla.trainer:_write_json:1",  # the results
+        "kill:discovla.trainer:_write_json:1",  # the results
     ):
-        job = runs.start(words, kill=kill)
+        job = runs.start(words, fault=kill)
         assert job.wait() == [-9], f"{kill}:\n{job.output()}"
     runs.train(words)
     assert_same(tmp_path / "run", wholes("torch"))

@@ -1,0 +1,206 @@
+"""What a run gives: the same on any number of processes, in any strategy, and never by the test split."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from discovla.data.manifest import read_manifest, write_manifest
+from tests import runs
+from tests.engine.launch import LAUNCHER, ROOT, free_port
+
+LR = "discovla.trainer:learning_rate"  # called once a step
+ZERO = {stage: ("engine.strategy=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)}
+WAYS = {"torch": ("engine.strategy=torch",), **{f"zero{stage}": words for stage, words in ZERO.items()}}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, drawn) -> Path:
+    """The directory of a run on one process with plain torch."""
+    folder = tmp_path_factory.mktemp("alone")
+    runs.train([runs.write_config(folder, drawn), "evaluate_every=2"])
+    return folder / "run"
+
+
+def few(path):
+    return [pytest.param(way, marks=[] if way in path else pytest.mark.slow) for way in WAYS]
+
+
+@pytest.mark.parametrize("way", few(["torch", "zero2"]))
+def test_two_processes_give_the_losses_of_one(way, tmp_path, drawn, alone):
+    job = runs.train([runs.write_config(tmp_path, drawn), *WAYS[way]], size=2)
+    assert_close(runs.losses(tmp_path / "run"), runs.losses(alone), rtol=1e-5, atol=0)
+    found, wanted = (runs.records(directory) for directory in (tmp_path / "run", alone))
+    norms = [torch.tensor([record["grad_norm"] for record in records]) for records in (found, wanted)]
+    assert_close(*norms, rtol=1e-4, atol=0)
+    assert not job.output(rank=1), "ranks > 0 are quiet"
+
+
+@pytest.mark.parametrize("way", few(["zero0"])[1:])
+def test_every_strategy_gives_the_losses_of_plain_torch(way, tmp_path, drawn, alone):
+    runs.train([runs.write_config(tmp_path, drawn), *WAYS[way]])
+    assert_close(runs.losses(tmp_path / "run"), runs.losses(alone), rtol=1e-5, atol=0)
+
+
+def test_the_official_gradient_of_two_processes_is_half_the_exact_one(tmp_path, drawn, alone):
+    words = [runs.write_config(tmp_path, drawn), "engine.grad_scale=official", "stop_at=1"]
+    runs.train(words, size=2)
+    (found,), wanted = runs.records(tmp_path / "run"), runs.records(alone)[0]
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(wanted["grad_norm"] / 2, rel=1e-5)
+
+
+def test_one_process_goes_on_from_what_two_with_zero_2_saved(tmp_path, drawn, alone):
+    config = runs.write_config(tmp_path, drawn)
+    runs.train([config, *ZERO[2], "stop_at=3"], size=2)
+    runs.train([config, *ZERO[0], "resume=true"])
+    assert_close(runs.losses(tmp_path / "run"), runs.losses(alone), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("way", few(["torch", "zero2"]))
+def test_bf16_stays_near_fp32_and_keeps_what_is_trained_in_fp32(way, tmp_path, drawn, alone):
+    runs.train([runs.write_config(tmp_path, drawn), *WAYS[way], "engine.precision=bf16"])
+    found, wanted = runs.losses(tmp_path / "run"), runs.losses(alone)
+    assert found.isfinite().all()
+    assert not torch.equal(found, wanted), "nothing was computed in bf16"
+    assert_close(found, wanted, rtol=0.05, atol=0)
+    trained = {n: x for n, x in runs.tensors(tmp_path / "run", 6).items() if n.startswith("trained/")}
+    assert {x.dtype for x in trained.values()} == {torch.float32}
+    assert any((x != x.bfloat16().float()).any() for x in trained.values()), "the fp32 values are bf16 ones"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_logit_scale_that_trains_stays_below_its_limit(way, tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), *WAYS[way], "method=clip", "optim.lr=3", "steps=4"]
+    runs.train(words)
+    found = runs.tensors(tmp_path / "run", 4)["trained/logit_scale.log"]
+    assert found.item() <= math.log(100) + 1e-6
+
+
+def test_selection_does_not_see_the_test_split(tmp_path, drawn, alone):
+    """Another test split changes the figures on it and nothing else."""
+    clips = [clip for clip in read_manifest(drawn) if clip.split != "test" or clip.id.endswith("0")]
+    manifest = tmp_path / "fewer.jsonl"
+    write_manifest(manifest, clips)
+    words = ["evaluate_every=2", f"data.manifest={manifest}"]
+    runs.train([runs.write_config(tmp_path, drawn), *words])
+    for kind in ("train", "val"):
+        assert runs.records(tmp_path / "run", kind) == runs.records(alone, kind)
+    best = [json.loads((d / "checkpoints/best.json").read_text()) for d in (tmp_path / "run", alone)]
+    assert best[0] == best[1]
+    assert runs.records(tmp_path / "run", "test") == []
+
+
+def test_the_best_step_is_the_first_with_the_highest_score_on_validation(alone):
+    scores = {r["step"]: r["t2v"]["R@1"] + r["v2t"]["R@1"] for r in runs.records(alone, "val") if r["step"]}
+    best = json.loads((alone / "checkpoints/best.json").read_text())
+    step = max(scores, key=lambda step: (scores[step], -step))
+    assert best == {"checkpoint": f"step-{step:08d}", "score": scores[step]}
+    assert f"discovla, step {step}" in json.loads((alone / "results.json").read_text())
+
+
+def test_results_hold_the_model_before_and_after_training(alone):
+    names = list(json.loads((alone / "results.json").read_text()))
+    assert names[:2] == ["zero-shot, mean pooling", "zero-shot, discovla untrained"]
+    assert len(names) == 5
+    after = names[2]
+    assert names[3:] == [f"{after} + dual softmax", f"{after} + QB-Norm"]
+
+
+def test_without_a_validation_split_the_last_step_is_taken(tmp_path, drawn):
+    runs.train([runs.write_config(tmp_path, drawn), "data.val_split=", "steps=2"])
+    assert "discovla, step 2" in json.loads((tmp_path / "run/results.json").read_text())
+    assert not (tmp_path / "run/checkpoints/best.json").exists()
+
+
+def test_a_fresh_start_keeps_the_earlier_run_under_another_name(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), "steps=1"]
+    for seed in range(3):
+        runs.train([*words, f"seed={seed}"])
+    kept = [tmp_path / "run.1", tmp_path / "run.2", tmp_path / "run"]
+    seeds = [json.loads((directory / "config.json").read_text())["seed"] for directory in kept]
+    assert seeds == [0, 1, 2]
+    assert all(len(runs.losses(directory)) == 1 for directory in kept)
+
+
+def launched(launcher: str, program: Path, words: list) -> tuple[int, str]:
+    """Status and output of a program on two processes under a launcher; it fails after 150 seconds."""
+    here = Path(sys.executable).parent
+    commands = {
+        "deepspeed": ["deepspeed", "-q", "--num_accelerators", 2, "--master_port", free_port()],
+        "torchrun": ["torchrun", "--nproc-per-node", 2, "--master-port", free_port()],
+    }
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    env |= {"PATH": f"{here}{os.pathsep}{env['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = [str(word) for word in (*commands[launcher], program, *words)]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    found = subprocess.run(command, env=env, cwd=ROOT, timeout=150, **pipe)
+    return found.returncode, found.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_launchers_start_what_one_process_goes_on_with(launcher, tmp_path, drawn, alone):
+    words = [runs.write_config(tmp_path, drawn), *ZERO[2]]
+    status, output = launched(launcher, ROOT / "train.py", [*words, "stop_at=3"])
+    assert status == 0, output
+    assert len(runs.losses(tmp_path / "run")) == 3
+    runs.train([*words, "resume=true"])
+    assert_close(runs.losses(tmp_path / "run"), runs.losses(alone), rtol=1e-5, atol=0)
+
+
+FAILING = """
+import os, sys
+from discovla.trainer import Trainer
+from train import main
+
+def fail(trainer):
+    raise {error}
+
+if os.environ["RANK"] == "1":
+    Trainer._clip_logit_scale = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("ValueError('only here')", "train.py: error (rank 1): only here"),
+        ("TypeError('a bug')", "TypeError: a bug"),
+    ],
+    ids=["told", "bug"],
+)
+def test_a_rank_that_fails_alone_says_so_and_ends_the_whole_job(launcher, error, told, tmp_path, drawn):
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING.format(error=error))
+    status, output = launched(launcher, program, [runs.write_config(tmp_path, drawn)])
+    assert status != 0
+    assert told in output
+    assert "train.py: error: " not in output, "rank 0 has nothing to tell"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_what_is_wrong_on_all_ranks_is_told_once(launcher, tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), "data.context_length=40"]
+    status, output = launched(launcher, ROOT / "train.py", words)
+    assert status != 0
+    assert output.count("data.context_length: expected at most 32, found 40") == 1, output
+
+
+def test_a_rank_that_dies_leaves_no_other_waiting(tmp_path, drawn):
+    job = runs.start([runs.write_config(tmp_path, drawn)], size=2, fault=f"kill:{LR}:3", rank=1)
+    assert job.wait(60) == [2, -9]
+    (line,) = [line for line in job.output().splitlines() if "error" in line]
+    assert line == "train.py: error: another process of this run ended; its own message says why"
