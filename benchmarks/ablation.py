@@ -315,12 +315,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if not re.fullmatch(r"\d+/[1-9]\d*", given.share):
         parser.error(f"--share: expected I/N, found {given.share!r}")
     first, shares = map(int, given.share.split("/"))
-    place = Place(
-        manifest=given.manifest.resolve(),
-        results=given.results,
-        cache=given.cache.resolve(),
-        steps=given.steps,
-    )
+    manifest, cache = given.manifest.resolve(), given.cache.resolve()
+    place = Place(manifest=manifest, results=given.results, cache=cache)
     runs = [
         (row if given.steps is None else replace(row, steps=min(row.steps, given.steps)), seed)
         for row, seed in plan()

@@ -50,6 +50,17 @@ def test_runs_are_measured_once_and_shown_in_the_tables(place):
 
 
 @needs_asset
+def test_the_command_runs_its_share_and_prints_tables(place, tmp_path, capsys):
+    there = tmp_path / "new/results.jsonl"
+    words = ["--manifest", place.manifest, "--cache", place.cache, "--results", there]
+    assert ablation.main([*map(str, words), "--only", "zero-shot", "--share", "0/2", "--steps", "2"]) == 0
+    assert [r["name"] for r in read_results(there)] == ["zero-shot, mean pooling"]
+    assert "zero-shot, mean pooling, seed 0: t2v R@1" in capsys.readouterr().out
+    assert ablation.main(["--results", str(there), "--table"]) == 0
+    assert "| zero-shot, mean pooling | 1 |" in capsys.readouterr().out
+
+
+@needs_asset
 def test_results_of_other_weights_are_refused(place, tmp_path):
     there = tmp_path / "r.jsonl"
     there.write_text(json.dumps({"weights": -1, "identity": ""}) + "\n")
