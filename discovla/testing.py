@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = function()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = recorded.profiler.kineto_results.events()
+    events: Any = recorded.profiler.kineto_results.events()
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     del kept
     return int(max(np.cumsum([size for _, size in memory]), default=0))

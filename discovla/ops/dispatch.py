@@ -24,6 +24,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "frame_similarity": ("reference", "torch", "triton"),
     "info_nce": ("reference", "torch", "triton"),
     "preprocess_frames": ("reference",),
+    "rank_of_positive": ("reference", "torch", "triton"),
+    "top_k": ("reference", "torch"),
     "soft_vlad": ("reference",),
     "token_similarity": ("reference", "torch"),
     "token_training_similarity": ("reference", "torch"),
@@ -33,12 +35,15 @@ KERNELS: dict[str, str] = {
     "alignment_losses": "frame_similarity",
     "frame_similarity": "frame_similarity",
     "info_nce": "contrastive",
+    "rank_of_positive": "rank_of_positive",
 }
 AUTO: dict[str, dict[str, str]] = {
     "attention": {"cpu": "torch", "cuda": "torch"},
     "alignment_losses": {"cpu": "torch", "cuda": "triton"},
     "frame_similarity": {"cpu": "torch", "cuda": "triton"},
     "info_nce": {"cpu": "torch", "cuda": "triton"},
+    "rank_of_positive": {"cpu": "torch", "cuda": "triton"},
+    "top_k": {"cpu": "torch", "cuda": "torch"},
     "token_similarity": {"cpu": "torch", "cuda": "torch"},
     "token_training_similarity": {"cpu": "torch", "cuda": "torch"},
 }

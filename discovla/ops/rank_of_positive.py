@@ -1,0 +1,87 @@
+"""Ranks of the right items among all, without the matrix of scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.streamed.scores import DualSoftmax, checked_units, dual_softmax, score_blocks
+
+
+@torch.no_grad()
+def rank_of_positive(
+    query: Tensor,
+    items: Tensor,
+    positive: Tensor,
+    *,
+    groups: Tensor | None = None,
+    dual_softmax_scale: float | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """For every query the rank of its right item by cosine, from 1.
+
+    ties_against = 1 + |{other items that score at least as high}|, optimistic = 1 + |{those that score
+    higher}|.
+
+    Args:
+        query: n d.  items: m d.  Both un-normalised.
+        positive: n, int64, the right item of each query; with `groups`, the right group.
+        groups: m, int64, from 0 and none left out: items of one group (captions of one video) stand for it by
+            the one that scores best.
+        dual_softmax_scale: re-weigh every score by how much the item prefers the query among all queries:
+            s c exp(s c) / sum over queries exp(s c), s c lifted to be positive; a second pass.  None:
+            cosines.
+        impl: reference (the matrix in memory), torch (a run of queries at a time), triton (no `groups`), or
+            auto: torch on a CPU, triton on a GPU.
+
+    Returns:
+        ties_against and optimistic, n each, int64.
+
+    Raises:
+        ValueError: `positive` or `groups` do not fit, or a row is zero or not finite.
+        KernelUnavailable: the implementation asked for by name cannot run here.
+
+    Source: dual softmax of CAMoE (arXiv 2109.04290), at test time; the tie rule is ours.
+    """
+    count = len(items) if groups is None else int(groups.max()) + 1
+    if positive.shape != (len(query),) or int(positive.min()) < 0 or int(positive.max()) >= count:
+        raise ValueError(f"positive: expected {len(query)} indices in 0..{count - 1}, found {positive}")
+    if groups is not None and groups.shape != (len(items),):
+        raise ValueError(f"groups: expected the group of each of {len(items)} items, found {groups.shape}")
+    chosen = choose("rank_of_positive", impl, query.device.type, operands=(query, items, groups))
+    query, items = checked_units(query, items)
+    if chosen == "reference":
+        return rank_of_positive_reference(query, items, positive, groups, dual_softmax_scale)
+    dual = None if dual_softmax_scale is None else dual_softmax(query, items, dual_softmax_scale)
+    if chosen == "triton":
+        reach, exceed = kernel("rank_of_positive").counts(query, items, positive, *_bias(dual, query))
+        return 1 + reach, 1 + exceed
+    against, optimistic = torch.empty_like(positive), torch.empty_like(positive)
+    for rows, scores in score_blocks(query, items, groups, dual):
+        against[rows], optimistic[rows] = _ranks(scores, positive[rows])
+    return against, optimistic
+
+
+def rank_of_positive_reference(
+    query: Tensor, items: Tensor, positive: Tensor, groups: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The definition, of unit rows, with all scores in memory."""
+    scores = query @ items.T
+    if scale is not None:
+        logits = scale * scores
+        lifted = logits - logits.min().clamp(max=0)
+        scores = lifted.log() + logits.log_softmax(0)
+    if groups is not None:
+        scores = torch.stack([scores[:, groups == g].amax(1) for g in range(int(groups.max()) + 1)], dim=1)
+    return _ranks(scores, positive)
+
+
+def _ranks(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    target = scores.gather(1, positive[:, None])
+    return (scores >= target).sum(1), 1 + (scores > target).sum(1)
+
+
+def _bias(dual: DualSoftmax | None, like: Tensor) -> tuple[Tensor | None, Tensor, float]:
+    """What the kernel takes for a dual softmax: sums of the items, the lowest logit, the scale."""
+    return (None, like.new_zeros(()), 1.0) if dual is None else (dual.lse, dual.lowest, dual.scale)

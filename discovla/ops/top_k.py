@@ -1,0 +1,69 @@
+"""The best items of every query, without the matrix of scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from discovla.ops.dispatch import Impl, choose
+from discovla.ops.streamed.scores import checked_units, score_blocks
+
+LOW = 0xFFFFFFFF  # the lower half of a key
+
+
+@torch.no_grad()
+def top_k(
+    query: Tensor, items: Tensor, k: int, *, groups: Tensor | None = None, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """For every query the k items of highest cosine, best first; of equal ones the lowest index comes first.
+
+    Args:
+        query: n d.  items: m d.  Both un-normalised; scores are compared in float32.
+        k: how many, 1 to m (or to the number of groups).
+        groups: m, int64, from 0 and none left out: items of one group stand for it by the one that scores
+            best.
+        impl: reference (the matrix in memory), torch (a run of queries at a time) or auto, which is torch.
+
+    Returns:
+        Scores n k, float32, and indices n k, int64, of items or of groups.
+
+    Raises:
+        ValueError: k out of range, or a row is zero or not finite.
+    """
+    count = len(items) if groups is None else int(groups.max()) + 1
+    if not 1 <= k <= count:
+        raise ValueError(f"k: expected 1..{count}, found {k}")
+    chosen = choose("top_k", impl, query.device.type)
+    query, items = checked_units(query, items)
+    if chosen == "reference":
+        return top_k_reference(query, items, k, groups)
+    values = query.new_empty(len(query), k, dtype=torch.float32)
+    indices = query.new_empty(len(query), k, dtype=torch.int64)
+    for rows, scores in score_blocks(query, items, groups, None):
+        values[rows], indices[rows] = _decoded(_keys(scores).topk(k, dim=1).values)
+    return values, indices
+
+
+def top_k_reference(query: Tensor, items: Tensor, k: int, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The definition, of unit rows, by a stable sort of all scores."""
+    scores = query @ items.T
+    if groups is not None:
+        scores = torch.stack([scores[:, groups == g].amax(1) for g in range(int(groups.max()) + 1)], dim=1)
+    found = scores.float().sort(dim=1, descending=True, stable=True)
+    return found.values[:, :k], found.indices[:, :k]
+
+
+def _keys(scores: Tensor) -> Tensor:
+    """One int64 a score, all different, in the order of the scores and then of falling indices.
+
+    Upper half: the bits of the float32, which order like the number once those of negative ones are flipped.
+    """
+    bits = (scores.float() + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: -0 equals 0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered << 32) | (LOW - torch.arange(scores.shape[1], device=scores.device))
+
+
+def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
+    ordered = keys >> 32
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
+    return bits.to(torch.int32).view(torch.float32), LOW - (keys & LOW)

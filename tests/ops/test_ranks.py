@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
+from discovla.ops.rank_of_positive import rank_of_positive
+from discovla.ops.top_k import top_k
+from discovla.retrieval.metrics import dual_softmax, text_to_video_ranks, video_to_text_ranks
+
+SIZES = [1, 7, 63, 130]
+RANKS = IMPLEMENTATIONS["rank_of_positive"]
+GROUPED = [impl for impl in RANKS if impl != "triton"]
+
+
+def signs(rows: int, seed: int) -> Tensor:
+    """Rows of ±1 in 16 dimensions: of length 4, so cosines are exact and many tie."""
+    generator = torch.Generator().manual_seed(seed + rows)
+    return torch.randint(0, 2, (rows, 16), generator=generator).double() * 2 - 1
+
+
+def assert_ranks(found: tuple[Tensor, Tensor], wanted) -> None:
+    np.testing.assert_array_equal(found[0].numpy(), wanted.ties_against)
+    np.testing.assert_array_equal(found[1].numpy(), wanted.optimistic)
+
+
+@pytest.mark.parametrize("impl", RANKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_ranks_of_texts_are_those_of_the_matrix(n, dtype, impl):
+    text, video = signs(n, 0), signs(n, 1)
+    found = rank_of_positive(text.to(dtype), video.to(dtype), torch.arange(n), impl=impl)
+    assert_ranks(found, text_to_video_ranks((text @ video.T).numpy()))
+
+
+@pytest.mark.parametrize("impl", RANKS)
+def test_texts_of_one_video_share_their_right_item(impl):
+    groups = torch.arange(40) % 13
+    text, video = signs(40, 0), signs(13, 1)
+    found = rank_of_positive(text, video, groups, impl=impl)
+    assert_ranks(found, text_to_video_ranks((text @ video.T).numpy(), groups.numpy()))
+
+
+@pytest.mark.parametrize("impl", GROUPED)
+def test_a_video_ranks_groups_of_captions_by_their_best(impl):
+    groups = torch.arange(40).roll(3) % 13
+    text, video = signs(40, 0), signs(13, 1)
+    found = rank_of_positive(video, text, torch.arange(13), groups=groups, impl=impl)
+    assert_ranks(found, video_to_text_ranks((text @ video.T).numpy(), groups.numpy()))
+
+
+@pytest.mark.parametrize("impl", RANKS)
+@pytest.mark.parametrize("n", SIZES)
+def test_dual_softmax_ranks_are_those_of_the_matrix(n, impl):
+    generator = torch.Generator().manual_seed(n)
+    text, video = (
+        torch.nn.functional.normalize(torch.randn(n, 9, generator=generator).double()) for _ in "tv"
+    )
+    to_video, to_text = dual_softmax((20 * text @ video.T).numpy())
+    every = torch.arange(n)
+    assert_ranks(
+        rank_of_positive(text, video, every, dual_softmax_scale=20, impl=impl), text_to_video_ranks(to_video)
+    )
+    assert_ranks(
+        rank_of_positive(video, text, every, dual_softmax_scale=20, impl=impl), video_to_text_ranks(to_text)
+    )
+
+
+def test_runs_of_queries_rank_as_all_at_once(monkeypatch):
+    groups = torch.arange(40) % 13
+    text, video = signs(40, 0), signs(13, 1)
+    arguments = (video, text, torch.arange(13))
+    whole = rank_of_positive(*arguments, groups=groups, dual_softmax_scale=5)
+    monkeypatch.setattr("discovla.ops.streamed.scores.ELEMENTS", 100)
+    cut = rank_of_positive(*arguments, groups=groups, dual_softmax_scale=5)
+    for a, b in zip(cut, whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_score_for_every_pair_is_last_and_optimistically_first():
+    same = torch.ones(5, 3)
+    against, optimistic = rank_of_positive(same, same, torch.arange(5))
+    assert against.tolist() == [5] * 5
+    assert optimistic.tolist() == [1] * 5
+
+
+def test_groups_are_refused_by_the_kernel():
+    with pytest.raises(KernelUnavailable, match="groups of items are counted by impl='torch' only"):
+        rank_of_positive(signs(3, 0), signs(3, 1), torch.arange(3), groups=torch.arange(3), impl="triton")
+
+
+def test_a_right_item_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"positive: expected 3 indices in 0\.\.2"):
+        rank_of_positive(signs(3, 0), signs(3, 1), torch.tensor([0, 1, 3]))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS["top_k"])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("grouped", [False, True], ids=["items", "groups"])
+def test_the_best_items_come_in_order_and_of_equal_ones_the_lowest_index_first(n, grouped, impl, monkeypatch):
+    monkeypatch.setattr("discovla.ops.streamed.scores.ELEMENTS", 1000)
+    query, items = signs(n, 0), signs(130, 1)
+    groups = torch.arange(130) % 50 if grouped else None
+    scores = (query @ items.T / 16).numpy()
+    if grouped:
+        scores = np.stack([scores[:, groups == g].max(1) for g in range(50)], axis=1)
+    want = np.argsort(-scores, axis=1, kind="stable")[:, :20]
+    values, indices = top_k(query, items, 20, groups=groups, impl=impl)
+    np.testing.assert_array_equal(indices.numpy(), want)
+    np.testing.assert_array_equal(values.numpy(), np.take_along_axis(scores, want, axis=1).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "call", [lambda q, i: top_k(q, i, 1), lambda q, i: rank_of_positive(q, i, torch.arange(3))]
+)
+def test_a_zero_row_is_refused_by_its_number(call):
+    items = signs(3, 0)
+    items[2] = 0
+    with pytest.raises(ValueError, match="items: expected finite rows that are not 0, found row 2"):
+        call(signs(3, 1), items)
+
+
+def test_more_items_than_there_are_is_refused():
+    with pytest.raises(ValueError, match=r"k: expected 1\.\.3, found 4"):
+        top_k(signs(2, 0), signs(3, 1), 4)
