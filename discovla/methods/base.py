@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from discovla.batch import Batch, Embedding, Losses
 from discovla.methods.base_config import MethodConfig
+from discovla.nn.features import check_mask, masked_mean, unit, widen
 from discovla.nn.logit_scale import LogitScale
 from discovla.nn.lora import LoRA
 from discovla.nn.temporal import FusionAttention
@@ -57,7 +57,7 @@ class VideoLosses:
     logits: Tensor | None = None
 
 
-class Method(nn.Module, ABC):
+class Method(nn.Module):
     """A video-text retrieval method on a CLIP.
 
     By itself it scores captions with the mean of a video's frames.  A method changes what it must:
@@ -353,47 +353,14 @@ class Method(nn.Module, ABC):
                 frozen = zlib.crc32(parameter.detach().cpu().contiguous().numpy().data, frozen)
         return {
             "architecture": self.architecture.to_dict(),
-            "method": self.config.model_dump(mode="json"),
+            "method": self.config.model_dump(mode="json", exclude={"released"}),
             "frozen": frozen,
         }
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / ‖x‖ over the last axis, without an epsilon: a zero vector is a fault that must show."""
-    return x / x.norm(dim=-1, keepdim=True)
-
-
-def widen(x: Tensor) -> Tensor:
-    """x in float32 at least: what similarities and losses work in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of n k d over the k where mask (n k) is true; 0 where none is."""
-    weight = mask.to(x.dtype)[..., None]
-    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def excluded(logits: Tensor, ignore: Tensor | None) -> Tensor:
     """Logits n n without the pairs to ignore."""
     return logits if ignore is None else logits.masked_fill(ignore, EXCLUDED)
-
-
-def check_mask(what: str, mask: Tensor, *, prefix: bool = False) -> None:
-    """Refuse rows of a mask (n k, bool) without a true entry, whose feature would not be a number.
-
-    prefix: refuse real entries that come after padding, too.
-    """
-    empty = ~mask.any(1)
-    if empty.any():
-        row = int(empty.nonzero()[0])
-        raise ValueError(
-            f"{what} {row}: expected at least one entry that is no padding, found none in its mask"
-        )
-    if prefix and (late := (mask[:, 1:] & ~mask[:, :-1]).any(1)).any():
-        raise ValueError(
-            f"{what} {int(late.nonzero()[0])}: expected padding at the end only, found it before"
-        )
 
 
 def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,9 +22,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from discovla.batch import Embedding
-from discovla.methods.base import Method, VideoLosses, check_mask, excluded, masked_mean, unit
+from discovla.methods.base import Method, VideoLosses, excluded
 from discovla.methods.base_config import MethodConfig
 from discovla.methods.base_released import by_name
+from discovla.nn.features import check_mask, masked_mean, unit
 from discovla.nn.temporal_heads import SoftVLAD, Table, Transformer
 from discovla.nn.transformer import BlockShape, LayerNorm
 from discovla.ops.info_nce import contrastive_loss

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from discovla.batch import Embedding
-from discovla.methods.base import Method, check_mask, masked_mean, unit
+from discovla.methods.base import Method
 from discovla.methods.base_config import MethodConfig
 from discovla.methods.base_released import by_name
+from discovla.nn.features import check_mask, masked_mean, unit
 from discovla.nn.temporal_heads import LSTM, PairScorer, Table, Transformer
 from discovla.towers.architecture import Architecture
 

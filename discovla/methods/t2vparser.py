@@ -19,9 +19,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, cat
 
 from discovla.batch import Embedding
-from discovla.methods.base import Method, VideoLosses, check_mask, excluded, masked_mean, unit, widen
+from discovla.methods.base import Method, VideoLosses, excluded
 from discovla.methods.base_config import MethodConfig
 from discovla.nn.decomposition import Decomposition, FeedForward
+from discovla.nn.features import check_mask, masked_mean, unit, widen
 from discovla.nn.stan import STAN, StanState
 from discovla.ops.info_nce import contrastive_loss
 from discovla.ops.preprocess_frames import preprocess_frames

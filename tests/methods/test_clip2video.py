@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from discovla.batch import Embedding
-from discovla.methods.base import unit
 from discovla.methods.base_released import load_released
 from discovla.methods.clip2video import CLIP2Video, CLIP2VideoConfig, key_mask
+from discovla.nn.features import unit
 from discovla.ops.soft_vlad import soft_assignment
 from discovla.testing import noise_batch, tiny_architecture
 from discovla.towers.weights import initialise

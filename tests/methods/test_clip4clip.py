@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from discovla.methods import clip4clip
-from discovla.methods.base import unit
 from discovla.methods.base_released import load_released
 from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
+from discovla.nn.features import unit
 from discovla.ops.info_nce import contrastive_loss
 from discovla.testing import noise_batch, tiny_architecture
 from discovla.towers.architecture import TowerShape

@@ -14,8 +14,9 @@ from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import StepPlan, make_strategy
 from discovla.engine.zero import EngineConfig
-from discovla.methods.base import Method, unit
+from discovla.methods.base import Method
 from discovla.methods.base_config import MethodConfig
+from discovla.nn.features import unit
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import contrastive_loss
 from discovla.ops.token_similarity import TokenInputs, token_similarity
