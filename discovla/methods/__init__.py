@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from discovla.methods.base import Method
 from discovla.methods.base_config import MethodConfig
+from discovla.methods.base_released import load_released
 from discovla.methods.clip import CLIP
 from discovla.methods.clip2video import CLIP2Video
 from discovla.methods.clip4clip import CLIP4Clip
@@ -21,7 +22,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build(model: ModelConfig, method: MethodConfig) -> Method:
-    """A method on its pretrained (or random) towers, with gradients on for what it trains."""
+    """A method on its pretrained (or random, or released) weights, with gradients on for what it trains."""
     pretrained = load_pretrained(model)
     built = METHODS[method.name](pretrained.architecture, method)
     if pretrained.weights is None:
@@ -29,5 +30,7 @@ def build(model: ModelConfig, method: MethodConfig) -> Method:
     else:
         load_weights(built, pretrained.architecture, pretrained.weights)
     built.initialise_from_clip()
+    if method.released is not None:
+        load_released(built, method.released)
     built.freeze()
     return built

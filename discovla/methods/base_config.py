@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -12,6 +13,7 @@ from discovla.ops.alignment_losses import KLNorm
 class MethodConfig(BaseModel):
     """Options every method has; each method adds its own under its name, and its published defaults.
 
+    released: checkpoint of the paper's own code to start from; none starts from CLIP alone.
     tune: what trains in the towers: "full" everything, "lora" a low-rank update of every qkv projection,
         "frozen" nothing.  What a method adds to the towers trains always.
     lora_rank: rank of LoRA and of the fusion adapters.
@@ -35,6 +37,7 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
+    released: Path | None = None
     tune: Literal["full", "lora", "frozen"] = "full"
     lora_rank: int = Field(default=8, ge=1)
     freeze_embeddings: bool = False
