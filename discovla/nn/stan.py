@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from discovla.nn.features import masked_mean
 from discovla.nn.transformer import Attention, Block, BlockShape, LayerNorm, Linear, Sequences
 
 FRAMES = 64  # rows of the time table
@@ -135,7 +136,4 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 
 def mean_of_frames(rows: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over f of b f w, of the frames where mask (b f) is true."""
-    if mask is None:
-        return rows.mean(1)
-    weight = mask.to(rows.dtype)[..., None]
-    return (rows * weight).sum(1) / weight.sum(1).clamp(min=1)
+    return rows.mean(1) if mask is None else masked_mean(rows, mask)
