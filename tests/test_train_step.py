@@ -1,0 +1,69 @@
+"""Rows of clips that could not be read are no part of a step."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from discovla.batch import Batch
+from discovla.engine.distributed import World
+from discovla.methods.clip import CLIP, CLIPConfig
+from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
+from discovla.testing import noise_batch, relative_error, tiny_architecture
+from discovla.towers.weights import initialise
+from discovla.train_step import TrainStep
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+METHODS = {
+    "clip": (CLIP, CLIPConfig()),
+    "discovla": (DiscoVLA, DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1, kl_norm="fixed")),
+    "discovla, repaired": (
+        DiscoVLA,
+        DiscoVLAConfig(
+            fused_vision_blocks=1, fused_text_blocks=1, mask_padded_frames=True, exclude_same_video=True
+        ),
+    ),
+}
+
+
+def rows(batch: Batch, kept: torch.Tensor) -> Batch:
+    """The batch with these rows alone, all of them valid."""
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    chosen = {name: x[kept] for name, x in values.items() if isinstance(x, torch.Tensor)}
+    return replace(batch, **{**chosen, "valid": None})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_and_gradients_are_those_of_the_batch_without_its_bad_rows(name):
+    architecture = tiny_architecture()
+    cls, config = METHODS[name]
+    method = cls(architecture, config)
+    initialise(method, architecture, seed=0)
+    method.freeze()
+    with torch.no_grad():  # adapters start at zero, where half of their gradients are too
+        for parameter in method.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    step = TrainStep(method.double(), ALONE, "exact")
+    method.compute_dtype = torch.float64
+    batch = noise_batch(architecture, size=6)
+    batch = replace(batch, video_index=torch.tensor([0, 1, 2, 0, 4, 5]))
+    kept = torch.tensor([True, False, True, True, False, True])
+    frames = batch.frames.clone()
+    frames[~kept] = 0  # what a loader puts there
+    found = gradients(step, replace(batch, frames=frames, valid=kept))
+    wanted = gradients(step, rows(batch, kept))
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert relative_error(found[key], value) < 1e-10, key
+    blank = gradients(step, replace(batch, frames=frames, valid=None))
+    assert relative_error(blank["loss"], wanted["loss"]) > 1e-3, "the bad rows would have been seen"
+
+
+def gradients(step: TrainStep, batch: Batch) -> dict[str, torch.Tensor]:
+    """The loss, its terms and the gradient of every trained parameter."""
+    step.zero_grad()
+    losses = step(batch)
+    losses.total.backward()
+    grads = {name: p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
+    return {"loss": losses.total.detach(), **losses.terms, **grads}
