@@ -1,21 +1,21 @@
 """Parts of one method on another: tuning, fusion, alignment, similarities; and a method of one's own."""
 
 import dataclasses
-from typing import Literal
+import types
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from discovla import methods
-from discovla.batch import Batch, Embedding
+from discovla.batch import Batch
 from discovla.config import ConfigError, RunConfig, parse_config
 from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import StepPlan, make_strategy
 from discovla.engine.zero import EngineConfig
 from discovla.methods.base import Method
-from discovla.methods.base_config import MethodConfig
 from discovla.nn.features import unit
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import contrastive_loss
@@ -210,28 +210,18 @@ def test_what_cannot_combine_is_one_line_that_names_the_keys(variant, options, m
     assert "\n" not in str(error.value)
 
 
-def test_a_method_is_added_in_under_forty_lines(monkeypatch):
-    class MaxConfig(MethodConfig):
-        name: Literal["max"] = "max"
-        tune: Literal["full", "lora", "frozen"] = "lora"
-
-    class Max(Method):
-        """The largest of the frames' features, dimension by dimension, through a learned gate."""
-
-        Config = MaxConfig
-        new_parameters = ("gate.*",)
-
-        def __init__(self, architecture, config):
-            super().__init__(architecture, config)
-            self.gate = nn.Linear(architecture.embed_dim, architecture.embed_dim)
-
-        def embed_video(self, frames: Tensor, mask: Tensor) -> Embedding:
-            seen = frames.masked_fill(~mask[..., None], -torch.inf).amax(1)
-            return Embedding(pooled=seen * self.gate(seen).sigmoid(), frames=frames, frame_mask=mask)
-
-    monkeypatch.setitem(methods.METHODS, "max", Max)
-    monkeypatch.setitem(VARIANTS, "max", {"name": "max"})
-    method, world = make("max", **ALIGNED), World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+def test_the_method_of_the_guide_trains_as_it_stands_there(monkeypatch):
+    guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    code = guide.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 40
+    module = types.ModuleType("gated_max")
+    exec(code, module.__dict__)
+    monkeypatch.setitem(methods.METHODS, "gated_max", module.GatedMax)
+    monkeypatch.setitem(VARIANTS, "gated_max", {"name": "gated_max"})
+    method, world = (
+        make("gated_max", **ALIGNED),
+        World(rank=0, size=1, local_rank=0, device=torch.device("cpu")),
+    )
     plan = StepPlan(
         engine=EngineConfig(strategy="torch", device="cpu"),
         optim=OptimConfig(warmup=0),
