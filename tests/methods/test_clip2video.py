@@ -10,6 +10,7 @@ from torch import Tensor
 from discovla.batch import Embedding
 from discovla.methods.base_released import load_released
 from discovla.methods.clip2video import CLIP2Video, CLIP2VideoConfig, key_mask
+from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
 from discovla.nn.features import unit
 from discovla.ops.soft_vlad import soft_assignment
 from discovla.testing import noise_batch, tiny_architecture
@@ -173,6 +174,24 @@ def test_golden_ablations(golden, head, name, mode, dtype):
 def test_every_golden_ablation_is_compared(golden):
     file = golden_file.read(golden, "clip2video_ablations")
     assert {name.split(".")[0] for name in file.tensors} == set(ABLATIONS)
+
+
+def test_without_alignment_it_trains_on_one_loss():
+    method = tiny(center_type="none")
+    batch = noise_batch(method.architecture, frames=2)
+    losses = method.losses(*method.encode(batch))
+    losses.total.backward()
+    assert set(losses.terms) == {"video"}
+    assert method.difference and method.difference.types.weight.grad is not None
+    assert method.difference.types.weight.grad.abs().max() > 0
+
+
+def test_with_every_block_off_it_is_clip4clips_temporal_transformer():
+    ours = tiny(center_type="none", temporal_type="none")
+    other = CLIP4Clip(ours.architecture, CLIP4ClipConfig(head="seqTransf", head_layers=2))
+    other.load_state_dict(ours.state_dict())
+    frames, mask = torch.randn(3, 5, 16), torch.arange(5) < torch.tensor([[2], [5], [1]])
+    assert torch.equal(ours.embed_video(frames, mask).pooled, other.embed_video(frames, mask).pooled)
 
 
 @pytest.mark.parametrize("mode", ["raggedstrict", "ragged", "official"])
