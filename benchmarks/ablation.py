@@ -90,21 +90,23 @@ WHY = (
     Row(name="fusion, scale 100", method=FUSION, logit_scale=100),
     Row(name="official, scale 100", method=OFFICIAL, logit_scale=100),
     Row(name="official, teacher detached", method={**OFFICIAL, "detach_teacher": True}),
-    Row(name="fusion, 480 steps, scale 100", method=FUSION, steps=LONG, logit_scale=100),
-    Row(name="official, 480 steps, scale 100", method=OFFICIAL, steps=LONG, logit_scale=100),
-    Row(name="fusion, 480 steps", method=FUSION, steps=LONG),
-    Row(name="official, 480 steps", method=OFFICIAL, steps=LONG),
-    Row(name="w 0.78, 480 steps", method=_discovla(w=0.78), steps=LONG),
     Row(name="w 0.78, teacher detached", method=_discovla(w=0.78, detach_teacher=True)),
+)
+LONGER = (
+    Row(name="fusion, 480 steps", method=FUSION, steps=LONG),
+    Row(name="fusion, 480 steps, scale 100", method=FUSION, steps=LONG, logit_scale=100),
+    Row(name="official, 480 steps", method=OFFICIAL, steps=LONG),
+    Row(name="official, 480 steps, scale 100", method=OFFICIAL, steps=LONG, logit_scale=100),
     Row(name="fusion, batch 128", method=FUSION, batch_size=128),
     Row(name="official (w 0.78), batch 128", method=OFFICIAL, batch_size=128),
+    Row(name="w 0.78, 480 steps", method=_discovla(w=0.78), steps=LONG),
 )
-ROWS = (*LADDER, *WHY)
+ROWS = (*LADDER, *WHY, *LONGER)
 
 
 def plan() -> list[tuple[Row, int]]:
     """All runs, so ordered that what is there early already says something."""
-    order = [(LADDER, 0), (LADDER, 1), (LADDER, 2), (WHY, 0)]
+    order = [(LADDER, 0), (LADDER, 1), (WHY, 0), (LADDER, 2), (LONGER, 0)]
     return [(row, seed) for rows, seed in order for row in rows if seed in row.seeds]
 
 
