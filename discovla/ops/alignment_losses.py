@@ -107,9 +107,8 @@ def alignment_losses_reference(
     video = logit_scale * cosine_similarity(inputs.text, inputs.video)  # t v
     if ignore is not None:
         video = video.masked_fill(ignore, EXCLUDED)
-    frame, distill = frame_alignment(
-        video, inputs, logit_scale, kl_norm=kl_norm, detach_teacher=detach_teacher, ignore=ignore
-    )
+    frame = _frame_logits(inputs, logit_scale, ignore, "reference")
+    frame, distill = _frame_losses(video, frame, kl_norm, detach_teacher)
     return AlignmentLosses(video=contrastive_loss(video), frame=frame, distill=distill)
 
 
@@ -131,15 +130,20 @@ def frame_alignment(
     Returns:
         Unweighted scalars: frame-level loss, distillation.
     """
-    frame = logit_scale * frame_similarity(
-        inputs.text_frames,
-        inputs.video_frames,
-        logit_scale,
-        text_mask=inputs.text_mask,
-        video_mask=inputs.video_mask,
-    )
-    if ignore is not None:
-        frame = frame.masked_fill(ignore, EXCLUDED)
+    frame = _frame_logits(inputs, logit_scale, ignore, "auto")
+    return _frame_losses(student, frame, kl_norm, detach_teacher)
+
+
+def _frame_logits(inputs: AlignmentInputs, scale: Tensor, ignore: Tensor | None, impl: Impl) -> Tensor:
+    """s G, n n, without the pairs left out."""
+    masks = {"text_mask": inputs.text_mask, "video_mask": inputs.video_mask}
+    frame = scale * frame_similarity(inputs.text_frames, inputs.video_frames, scale, **masks, impl=impl)
+    return frame if ignore is None else frame.masked_fill(ignore, EXCLUDED)
+
+
+def _frame_losses(
+    student: Tensor, frame: Tensor, kl_norm: KLNorm, detach_teacher: bool
+) -> tuple[Tensor, Tensor]:
     teacher = frame.detach() if detach_teacher else frame
     distill = kl_weight(kl_norm, len(student)) * (_kl(student, teacher) + _kl(student.T, teacher.T)) / 2
     return contrastive_loss(frame), distill

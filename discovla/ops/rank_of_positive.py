@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from discovla.ops.blocks import wide
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.streamed.scores import DualSoftmax, checked_units, dual_softmax, score_blocks
 
@@ -84,4 +85,8 @@ def _ranks(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 def _bias(dual: DualSoftmax | None, like: Tensor) -> tuple[Tensor | None, Tensor, float]:
     """What the kernel takes for a dual softmax: sums of the items, the lowest logit, the scale."""
-    return (None, like.new_zeros(()), 1.0) if dual is None else (dual.lse, dual.lowest, dual.scale)
+    return (
+        (None, like.new_zeros((), dtype=wide(like)), 1.0)
+        if dual is None
+        else (dual.lse, dual.lowest, dual.scale)
+    )

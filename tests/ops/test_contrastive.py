@@ -11,6 +11,7 @@ from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.info_nce import info_nce
 from discovla.testing import relative_error
 from tests.methods import golden_discovla as golden_file
+from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 STREAMED = [impl for impl in IMPLEMENTATIONS["info_nce"] if impl != "reference"]
 NAMES = ("text", "video", "text_frames", "video_frames", "scale")
@@ -30,15 +31,15 @@ class Case:
 def case(n: int, masked: bool, dtype: torch.dtype, seed: int = 0) -> Case:
     generator = torch.Generator().manual_seed(seed + n)
     shapes = [(n, 5), (n, 5), (n, 3, 6), (n, 2, 6)]
-    noise = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-    leaves = [x.requires_grad_() for x in [*noise, torch.tensor(7.0, dtype=dtype)]]
+    noise = [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for s in shapes]
+    leaves = [x.requires_grad_() for x in [*noise, torch.tensor(7.0, dtype=dtype, device=DEVICE)]]
     if not masked:
         return Case(leaves, (None, None), None)
     text_mask = torch.arange(3) <= torch.arange(n)[:, None] % 3
     video_mask = torch.arange(2) <= torch.arange(n)[:, None] % 2
     clip = torch.arange(n) % max(1, n // 2)  # two captions or three of every clip
     ignore = (clip[:, None] == clip).fill_diagonal_(False)
-    return Case(leaves, (text_mask, video_mask), ignore)
+    return Case(leaves, (text_mask.to(DEVICE), video_mask.to(DEVICE)), ignore.to(DEVICE))
 
 
 def widened(x: Case) -> Case:
@@ -67,6 +68,7 @@ def assert_close(got: Tensor, want: Tensor, budget: float, name: str, size: floa
 @pytest.mark.parametrize(("dtype", "n"), CASES, ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_alignment_losses_and_gradients_are_those_of_the_formula(n, masked, dtype, impl):
+    skip_what_no_gpu_kernel_takes(impl, dtype)
     x = case(n, masked, dtype)
     truth = widened(x)
     for detach in (False, True) if n == 7 else (False,):
@@ -87,8 +89,11 @@ def test_alignment_losses_and_gradients_are_those_of_the_formula(n, masked, dtyp
 @pytest.mark.parametrize(("dtype", "n"), [*CASES, (torch.float16, 7)], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_info_nce_and_its_gradients_are_those_of_the_formula(n, masked, dtype, impl):
+    skip_what_no_gpu_kernel_takes(impl, dtype)
     x = case(n, masked, dtype)
-    x.leaves[4] = torch.tensor(7.0, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    x.leaves[4] = torch.tensor(
+        7.0, dtype=torch.promote_types(dtype, torch.float32), device=DEVICE, requires_grad=True
+    )
     truth = widened(x)
     which = [0, 1, 4]
     want = info_nce(*(truth.leaves[i] for i in which), ignore=x.ignore, impl="reference")
@@ -104,6 +109,7 @@ def test_info_nce_and_its_gradients_are_those_of_the_formula(n, masked, dtype, i
 @pytest.mark.parametrize("impl", STREAMED)
 @pytest.mark.parametrize("pairs", [10, 24, 60])
 def test_any_cut_into_blocks_gives_the_same_losses_and_gradients(pairs, impl, monkeypatch):
+    skip_what_no_gpu_kernel_takes(impl, torch.float64)
     x = case(11, True, torch.float64)
     whole = losses(x, impl)
     wanted = torch.autograd.grad(sum(whole), x.leaves)
@@ -118,6 +124,7 @@ def test_any_cut_into_blocks_gives_the_same_losses_and_gradients(pairs, impl, mo
 @pytest.mark.parametrize("impl", STREAMED)
 @pytest.mark.parametrize("file", ["model", "loss_only"])
 def test_golden_losses_and_gradients_pass_through_streamed_ops(golden, file, impl, monkeypatch):
+    skip_what_no_gpu_kernel_takes(impl, torch.float64)
     data = golden_file.read(golden, file)
     model = golden_file.loss_head(data, torch.float64)
     names = ("video_L", "frame_L", "framevideo_V", "frame_V")
@@ -134,8 +141,8 @@ def test_golden_losses_and_gradients_pass_through_streamed_ops(golden, file, imp
 
 @pytest.mark.parametrize("impl", STREAMED)
 def test_logits_far_apart_neither_overflow_nor_vanish(impl):
-    eye = torch.eye(6)
-    scale = torch.tensor(100.0)
+    eye = torch.eye(6, device=DEVICE)
+    scale = torch.tensor(100.0, device=DEVICE)
     # every text is nearest to another's video: the loss is the whole scale
     assert info_nce(eye, eye.roll(1, 0), scale, impl=impl).item() == pytest.approx(100, rel=1e-6)
     assert info_nce(eye, eye, scale, impl=impl).item() == pytest.approx(0, abs=1e-6)
@@ -144,6 +151,7 @@ def test_logits_far_apart_neither_overflow_nor_vanish(impl):
 @pytest.mark.parametrize("impl", STREAMED)
 @pytest.mark.parametrize("frames", [False, True], ids=["pooled", "frames"])
 def test_the_op_is_registered_soundly(impl, frames):
+    skip_what_no_gpu_kernel_takes(impl, torch.float64)
     x = case(5, True, torch.float64)
     parts = (*x.leaves[2:4], *x.masks) if frames else (None, None, None, None)
     arguments = (*x.leaves[:2], *parts, x.leaves[4], x.ignore, 0.5, False, impl)

@@ -4,8 +4,9 @@ from torch import Tensor
 
 from discovla.ops import blocks
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
-from discovla.ops.frame_similarity import frame_similarity
+from discovla.ops.frame_similarity import _frame_similarity, frame_similarity
 from discovla.testing import relative_error
+from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 SCALE = 7.0
 STREAMED = [impl for impl in IMPLEMENTATIONS["frame_similarity"] if impl != "reference"]
@@ -22,7 +23,7 @@ CASES += [(torch.float32, shape) for shape in SHAPES[:4]] + [(torch.float16, SHA
 
 def noise(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def mask(rows: int, parts: int) -> Tensor:
@@ -31,7 +32,7 @@ def mask(rows: int, parts: int) -> Tensor:
     real[0, parts // 2] = False
     real[0, -1] = True
     real[-1] = False
-    return real
+    return real.to(DEVICE)
 
 
 def run(impl, text, video, scale, masks, direction):
@@ -45,9 +46,10 @@ def run(impl, text, video, scale, masks, direction):
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
 def test_values_and_gradients_are_those_of_the_formula(impl, masked, dtype, shape):
+    skip_what_no_gpu_kernel_takes(impl, dtype)
     t, i, v, j, d = shape
     text, video = noise((t, i, d), dtype), noise((v, j, d), dtype)
-    scale = torch.tensor(SCALE, dtype=torch.promote_types(dtype, torch.float32))
+    scale = torch.tensor(SCALE, dtype=torch.promote_types(dtype, torch.float32), device=DEVICE)
     masks = (mask(t, i), mask(v, j)) if masked else (None, None)
     direction = noise((t, v))
     want = run("reference", text.double(), video.double(), scale.double(), masks, direction)
@@ -62,7 +64,8 @@ def test_values_and_gradients_are_those_of_the_formula(impl, masked, dtype, shap
 
 @pytest.mark.parametrize("impl", STREAMED)
 def test_many_blocks_give_what_one_gives(impl, monkeypatch):
-    text, video, scale = noise((9, 4, 6)), noise((5, 3, 6)), torch.tensor(SCALE).double()
+    skip_what_no_gpu_kernel_takes(impl, torch.float64)
+    text, video, scale = noise((9, 4, 6)), noise((5, 3, 6)), torch.tensor(SCALE, device=DEVICE).double()
     direction = noise((9, 5))
     whole = run(impl, text, video, scale, (None, None), direction)
     monkeypatch.setattr("discovla.ops.streamed.frame_similarity.ELEMENTS", 130)
@@ -74,9 +77,10 @@ def test_many_blocks_give_what_one_gives(impl, monkeypatch):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS["frame_similarity"])
 def test_of_equal_matches_the_lowest_index_gets_the_gradient(impl):
-    text = torch.eye(3)[None, :1].clone().requires_grad_()  # t i d = 1 1 3
-    video = (torch.eye(3)[None, [1, 0, 0]] + 0.1).requires_grad_()  # frames 1 and 2 are the same
-    out = frame_similarity(text, video, torch.tensor(0.0), impl=impl)
+    eye = torch.eye(3, device=DEVICE)
+    text = eye[None, :1].clone().requires_grad_()  # t i d = 1 1 3
+    video = (eye[None, [1, 0, 0]] + 0.1).requires_grad_()  # frames 1 and 2 are the same
+    out = frame_similarity(text, video, torch.tensor(0.0, device=DEVICE), impl=impl)
     out.sum().backward()
     # the video's side pools all frames evenly; the text's side has its one best match in frame 1
     grad = video.grad[0].norm(dim=-1)
@@ -85,15 +89,18 @@ def test_of_equal_matches_the_lowest_index_gets_the_gradient(impl):
 
 @pytest.mark.parametrize("impl", STREAMED)
 def test_the_op_is_registered_soundly(impl):
-    from discovla.ops.frame_similarity import _frame_similarity
-
+    skip_what_no_gpu_kernel_takes(impl, torch.float64)
     text, video = (x / x.norm(dim=-1, keepdim=True) for x in (noise((3, 2, 4)), noise((2, 3, 4))))
-    arguments = (text.requires_grad_(), video.requires_grad_(), torch.tensor(SCALE).double().requires_grad_())
+    arguments = (
+        text.requires_grad_(),
+        video.requires_grad_(),
+        torch.tensor(SCALE, device=DEVICE).double().requires_grad_(),
+    )
     torch.library.opcheck(_frame_similarity, (*arguments, mask(3, 2), None, impl))
 
 
 def test_torch_streams_a_large_similarity_on_a_cpu(monkeypatch):
-    text, video = noise((4, 3, 5)), noise((4, 3, 5))
+    text, video = noise((4, 3, 5)).cpu(), noise((4, 3, 5)).cpu()
     small = frame_similarity(text, video, torch.tensor(SCALE))
     assert blocks.ELEMENTS > 4 * 3 * 4 * 3
     monkeypatch.setattr("discovla.ops.frame_similarity.ELEMENTS", 8)

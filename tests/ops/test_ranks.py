@@ -7,6 +7,7 @@ from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 from discovla.ops.rank_of_positive import rank_of_positive
 from discovla.ops.top_k import top_k
 from discovla.retrieval.metrics import dual_softmax, text_to_video_ranks, video_to_text_ranks
+from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 SIZES = [1, 7, 63, 130]
 RANKS = IMPLEMENTATIONS["rank_of_positive"]
@@ -19,6 +20,14 @@ def signs(rows: int, seed: int) -> Tensor:
     return torch.randint(0, 2, (rows, 16), generator=generator).double() * 2 - 1
 
 
+def ranks(impl: str, query: Tensor, items: Tensor, right: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """On the device that has the impl."""
+    skip_what_no_gpu_kernel_takes(impl, query.dtype)
+    where = DEVICE if impl == "triton" else "cpu"
+    found = rank_of_positive(query.to(where), items.to(where), right.to(where), **options, impl=impl)
+    return found[0].cpu(), found[1].cpu()
+
+
 def assert_ranks(found: tuple[Tensor, Tensor], wanted) -> None:
     np.testing.assert_array_equal(found[0].numpy(), wanted.ties_against)
     np.testing.assert_array_equal(found[1].numpy(), wanted.optimistic)
@@ -29,7 +38,7 @@ def assert_ranks(found: tuple[Tensor, Tensor], wanted) -> None:
 @pytest.mark.parametrize("n", SIZES)
 def test_ranks_of_texts_are_those_of_the_matrix(n, dtype, impl):
     text, video = signs(n, 0), signs(n, 1)
-    found = rank_of_positive(text.to(dtype), video.to(dtype), torch.arange(n), impl=impl)
+    found = ranks(impl, text.to(dtype), video.to(dtype), torch.arange(n))
     assert_ranks(found, text_to_video_ranks((text @ video.T).numpy()))
 
 
@@ -37,7 +46,7 @@ def test_ranks_of_texts_are_those_of_the_matrix(n, dtype, impl):
 def test_texts_of_one_video_share_their_right_item(impl):
     groups = torch.arange(40) % 13
     text, video = signs(40, 0), signs(13, 1)
-    found = rank_of_positive(text, video, groups, impl=impl)
+    found = ranks(impl, text.float(), video.float(), groups)
     assert_ranks(found, text_to_video_ranks((text @ video.T).numpy(), groups.numpy()))
 
 
@@ -58,12 +67,8 @@ def test_dual_softmax_ranks_are_those_of_the_matrix(n, impl):
     )
     to_video, to_text = dual_softmax((20 * text @ video.T).numpy())
     every = torch.arange(n)
-    assert_ranks(
-        rank_of_positive(text, video, every, dual_softmax_scale=20, impl=impl), text_to_video_ranks(to_video)
-    )
-    assert_ranks(
-        rank_of_positive(video, text, every, dual_softmax_scale=20, impl=impl), video_to_text_ranks(to_text)
-    )
+    assert_ranks(ranks(impl, text, video, every, dual_softmax_scale=20), text_to_video_ranks(to_video))
+    assert_ranks(ranks(impl, video, text, every, dual_softmax_scale=20), video_to_text_ranks(to_text))
 
 
 def test_runs_of_queries_rank_as_all_at_once(monkeypatch):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, EXCLUDED
+from discovla.ops.blocks import ELEMENTS, EXCLUDED, product, wide
 
 
 def statistics(
     text: Tensor, video: Tensor, scale: Tensor, teacher: Tensor | None, ignore: Tensor | None, shift: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row parts k 1 r, column parts k 1 c, the diagonal's logits k r."""
-    student = _logits(text @ video.T, scale, ignore)
+    student = _logits(product(text, video.T, wide(text)), scale, ignore)
     matrices = [student] if teacher is None else [student, _logits(teacher, scale, ignore)]
     rows, columns = _right(student, shift)
     diagonal = student.new_zeros(len(matrices), len(text))
@@ -40,14 +40,14 @@ def derivative(
     detach: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Derivatives by both matrices of cosines, r c each, and by the scale."""
-    cosine = text @ video.T
+    cosine = product(text, video.T, wide(text))
     student, rows, columns = _logits(cosine, scale, ignore), *_right(cosine, shift)
     down, across = sums[0][..., None], sums[1][:, None]  # k r 1, k 1 c
     p_r, p_c = (student - down[0]).exp(), (student - across[0]).exp()
     ds = weights[0] * (p_r + p_c)
     ds[rows, columns] -= 2 * weights[0]
     if teacher is None:
-        return scale * ds, None, (ds * cosine).sum()
+        return (scale * ds).to(text.dtype), None, (ds * cosine).sum()
     logits = _logits(teacher, scale, ignore)
     q_r, q_c = (logits - down[1]).exp(), (logits - across[1]).exp()
     ds += weights[2] * (p_r - q_r + p_c - q_c)
@@ -56,7 +56,7 @@ def derivative(
     if not detach:
         difference = logits - student
         dt += weights[2] * (q_r * (difference - down[2]) + q_c * (difference - across[2]))
-    return scale * ds, scale * dt, (ds * cosine).sum() + (dt * teacher).sum()
+    return (scale * ds).to(text.dtype), scale * dt, (ds * cosine).sum() + (dt * teacher).sum()
 
 
 def pairs_per_block(text: Tensor) -> int:

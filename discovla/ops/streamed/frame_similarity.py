@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS
+from discovla.ops.blocks import ELEMENTS, product, wide
 
 Masks = tuple[Tensor | None, Tensor | None]
 
@@ -35,7 +35,7 @@ def maxima(text: Tensor, video: Tensor, scale: Tensor, masks: Masks, keep: bool)
     """Similarities of unit rows, t i d and v j d.  `keep` is for kernels; here all is at hand anyway."""
     (t, i, _), (v, j, _) = text.shape, video.shape
     text_mask, video_mask = (None if mask is None else mask[..., None] for mask in masks)  # t i 1, v j 1
-    match = (text.flatten(0, 1) @ video.flatten(0, 1).T).view(t, i, v, j)
+    match = product(text.flatten(0, 1), video.flatten(0, 1).T, wide(text)).view(t, i, v, j)
     text_best, text_index = _best(match, None if video_mask is None else video_mask[..., 0], 3)  # t i v
     video_best, video_index = _best(match, None if text_mask is None else text_mask[..., None], 1)  # t v j
     text_mean, text_slope, text_variance = _pool(text_best, scale, text_mask, 1)
@@ -65,8 +65,10 @@ def gradients(
     if masks[0] is not None:
         slope = slope * masks[0].any(1)[:, None, None]
     dense = dense.scatter_add_(1, found.video_index[:, None], slope[:, None]).view(t * i, v * j)
-    text_grad = (dense @ video.view(v * j, d)).view(t, i, d)
-    return text_grad, (dense.T @ text.reshape(t * i, d)).view(v, j, d), (grad * found.scale_slope).sum()
+    dense = dense.to(text.dtype)  # where rows are bfloat16, so is what they are multiplied by
+    text_grad = product(dense, video.view(v * j, d), grad.dtype).view(t, i, d)
+    video_grad = product(dense.T, text.reshape(t * i, d), grad.dtype).view(v, j, d)
+    return text_grad, video_grad, (grad * found.scale_slope).sum()
 
 
 def pairs_per_block(text: Tensor, video: Tensor, keep: bool) -> int:

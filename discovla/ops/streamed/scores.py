@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, unit_rows
+from discovla.ops.blocks import ELEMENTS, product, unit_rows, wide
 
 GPU_FACTOR = 16  # how much larger a block is on a GPU, which small ones would leave idle
 
@@ -32,9 +32,12 @@ class DualSoftmax:
 
 def dual_softmax(query: Tensor, items: Tensor, scale: float) -> DualSoftmax:
     """The first pass over unit rows n d and m d."""
-    lowest, lse = query.new_zeros(()), query.new_full((len(items),), -torch.inf)
+    lowest, lse = (
+        query.new_zeros((), dtype=wide(query)),
+        query.new_full((len(items),), -torch.inf, dtype=wide(query)),
+    )
     for rows in runs(query, items):
-        logits = scale * (query[rows] @ items.T)
+        logits = scale * product(query[rows], items.T, wide(query))
         lowest, lse = torch.minimum(lowest, logits.min()), torch.logaddexp(lse, logits.logsumexp(0))
     return DualSoftmax(scale=scale, lowest=lowest, lse=lse)
 
@@ -44,7 +47,7 @@ def score_blocks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Runs of queries and their scores with every item, or every group by its best item."""
     for rows in runs(query, items):
-        scores = query[rows] @ items.T  # n m
+        scores = product(query[rows], items.T, wide(query))  # n m
         scores = scores if dual is None else dual(scores)
         if groups is not None:
             best = scores.new_full((len(scores), int(groups.max()) + 1), -torch.inf)

@@ -1,0 +1,187 @@
+"""What is measured of the similarity ops: inputs, calls, the work they need, and the figures to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
+from discovla.ops.dispatch import Impl
+from discovla.ops.frame_similarity import frame_similarity
+from discovla.ops.info_nce import info_nce
+from discovla.ops.rank_of_positive import rank_of_positive
+
+Call = Callable[[list[Tensor], Impl, bool], Tensor]  # leaves, impl, masked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One op at one size.
+
+    n, m: pairs, or queries and items.  frames: parts of a text and of a video.  dim: embedding dimension.
+    call: leaves and impl -> a result, of which backward takes the gradient by ones.
+    passes: matrix products of the largest matrix that forward needs, and forward with backward.
+    target_ms, target_gb: to reach on an H200, forward or forward and backward as `backward` says.
+    """
+
+    op: str
+    call: Call
+    n: int
+    m: int
+    frames: tuple[int, int] = (1, 1)
+    dim: int = 512
+    dtype: torch.dtype = torch.bfloat16
+    backward: bool = True
+    target_ms: float | None = None
+    target_gb: float | None = None
+    shapes: tuple[tuple[int, ...], ...] = field(default=())
+    masked: bool = False
+
+    @property
+    def name(self) -> str:
+        step = "step" if self.backward else "fwd"
+        step += " masked" if self.masked else ""
+        frames = "" if self.frames == (1, 1) else f" F={self.frames[0]}x{self.frames[1]}"
+        return f"{self.op} {step} {self.n}x{self.m}{frames} D={self.dim} {str(self.dtype)[6:]}"
+
+    @property
+    def flops(self) -> float:
+        """Needed by products: one pass forward; with backward that again and one for each gradient."""
+        one = 2.0 * self.n * self.m * self.frames[0] * self.frames[1] * self.dim
+        if self.op == "alignment_losses":
+            one += 2.0 * self.n * self.m * self.dim
+        return one * (4 if self.backward else 1)
+
+    @property
+    def reference_bytes(self) -> float:
+        """What the reference holds at least: five matrices of all products in float32."""
+        return 20.0 * self.n * self.m * self.frames[0] * self.frames[1]
+
+    def leaves(self, device: torch.device | str, seed: int = 0) -> list[Tensor]:
+        """Inputs of noise, then logit_scale."""
+        generator = torch.Generator(device).manual_seed(seed)
+        noise = [torch.randn(s, generator=generator, device=device).to(self.dtype) for s in self.shapes]
+        scale = torch.tensor(20.0, device=device, dtype=torch.promote_types(self.dtype, torch.float32))
+        return [x.requires_grad_(self.backward) for x in [*noise, scale]]
+
+    def run(self, leaves: list[Tensor], impl: Impl) -> list[Tensor]:
+        """The result, and the gradients by all leaves where they are asked for."""
+        with torch.set_grad_enabled(self.backward):
+            out = self.call(leaves, impl, self.masked)
+        if not self.backward:
+            return [out]
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def _mask(x: Tensor) -> Tensor:
+    """Real parts of n k d: ragged, and none in the last row."""
+    real = (
+        torch.arange(x.shape[1], device=x.device)
+        <= torch.arange(len(x), device=x.device)[:, None] % x.shape[1]
+    )
+    real[-1] = False
+    return real
+
+
+def _ignore(x: Tensor) -> Tensor:
+    """Pairs left out: every clip has two captions or three."""
+    clip = torch.arange(len(x), device=x.device) % max(1, len(x) // 2)
+    return (clip[:, None] == clip).fill_diagonal_(False)
+
+
+def _frames(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    text_mask, video_mask = (_mask(x) if masked else None for x in leaves[:2])
+    return frame_similarity(*leaves, text_mask=text_mask, video_mask=video_mask, impl=impl)
+
+
+def _info_nce(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    return info_nce(*leaves, ignore=_ignore(leaves[0]) if masked else None, impl=impl)
+
+
+def _alignment(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    text, video, text_frames, video_frames, scale = leaves
+    inputs = AlignmentInputs(
+        text=text,
+        video=video,
+        text_frames=text_frames,
+        video_frames=video_frames,
+        text_mask=_mask(text_frames) if masked else None,
+        video_mask=_mask(video_frames) if masked else None,
+    )
+    losses = alignment_losses(inputs, scale, ignore=_ignore(text) if masked else None, impl=impl)
+    return losses.video + 0.3 * losses.frame + losses.distill
+
+
+def _ranks(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    right = torch.arange(len(leaves[0]), device=leaves[0].device) % len(leaves[1])
+    return rank_of_positive(leaves[0], leaves[1], right, impl=impl)[0]
+
+
+CALLS: dict[str, Call] = {
+    "frame_similarity": _frames,
+    "info_nce": _info_nce,
+    "alignment_losses": _alignment,
+    "rank_of_positive": _ranks,
+}
+
+
+def case(op: str, n: int, *, m: int = 0, frames: tuple[int, int] = (1, 1), dim: int = 512, **options) -> Case:
+    """A case with its shapes filled in; m = n unless given."""
+    m = m or n
+    pooled, parts = ((n, dim), (m, dim)), ((n, frames[0], dim), (m, frames[1], dim))
+    shapes = {"frame_similarity": parts, "alignment_losses": (*pooled, *parts)}.get(op, pooled)
+    return Case(op=op, call=CALLS[op], n=n, m=m, frames=frames, dim=dim, shapes=shapes, **options)
+
+
+def timed_cases(suite: str) -> list[Case]:
+    """What is timed, the smallest first: `small` below a second of work each on a GPU, `full` all."""
+    f, half = (12, 12), torch.bfloat16
+    cases = [
+        case(op, n, frames=f if op != "info_nce" else (1, 1), dtype=dtype)
+        for n in (16, 128, 512, 1024)
+        for op in ("info_nce", "frame_similarity", "alignment_losses")
+        for dtype in (torch.float32, half)
+    ]
+    cases += [case("rank_of_positive", 1000, backward=False)]
+    if suite == "small":
+        return cases
+    return [
+        *cases,
+        case("rank_of_positive", 59_800, m=1000, backward=False, target_ms=1),
+        case("frame_similarity", 4096, frames=f, backward=False, target_ms=5.2, target_gb=0.3),
+        case("frame_similarity", 4096, frames=f, target_ms=25, target_gb=0.3),
+        case("alignment_losses", 4096, frames=f, target_ms=27, target_gb=0.5),
+        case("info_nce", 4096),
+        case("info_nce", 16_384),
+        case("info_nce", 65_536, target_ms=40, target_gb=0.2),
+        case("rank_of_positive", 100_000, backward=False, target_ms=20),
+        case("alignment_losses", 16_384, frames=f),
+    ]
+
+
+def checked_cases() -> list[Case]:
+    """What is compared with the reference in float64: ragged sizes, every dtype, bf16 products from 4096."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    cases = []
+    for dtype in dtypes:
+        for n in (1, 7, 63, 130, 1100):
+            cases += [case(op, n, dim=65, dtype=dtype) for op in ("info_nce", "rank_of_positive")]
+            cases += [case("info_nce", n, dim=65, dtype=dtype, masked=True)]
+        for n, frames in (
+            (1, (1, 1)),
+            (7, (12, 12)),
+            (63, (7, 1)),
+            (130, (3, 63)),
+            (20, (63, 130)),
+            (300, (12, 12)),
+        ):
+            ops = ("frame_similarity", "alignment_losses")
+            cases += [case(op, n, frames=frames, dim=65, dtype=dtype) for op in ops]
+            if dtype == torch.float32:
+                cases += [case(op, n, frames=frames, dim=65, dtype=dtype, masked=True) for op in ops]
+    large = {"info_nce": (1, 1), "frame_similarity": (2, 2), "alignment_losses": (2, 2)}
+    cases += [case(op, 4100, frames=frames, dim=64) for op, frames in large.items()]
+    return cases

@@ -1,0 +1,141 @@
+"""Times, memory and errors of one call, on a CPU or a GPU, and the rows they are written down in."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Milliseconds of n calls."""
+
+    ms_p50: float
+    ms_p20: float
+    ms_p80: float
+    n: int
+
+
+def measure_times(call: Callable[[int], object], *, cuda: bool, seconds: float, least: int = 5) -> Times:
+    """Time calls, numbered from 0 so that they may take inputs in turn, for about `seconds`."""
+    for warm_up in range(3):
+        call(warm_up)
+    once = _time(call, 0, cuda)
+    count = int(min(200, max(least, seconds * 1000 / max(once, 1e-3))))
+    found = sorted(_time(call, number, cuda) for number in range(count))
+    return Times(
+        ms_p50=statistics.median(found),
+        ms_p20=found[int(0.2 * (count - 1))],
+        ms_p80=found[int(0.8 * (count - 1))],
+        n=count,
+    )
+
+
+def _time(call: Callable[[int], object], number: int, cuda: bool) -> float:
+    if not cuda:
+        begin = time.perf_counter()
+        call(number)
+        return 1000 * (time.perf_counter() - begin)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call(number)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def extra_gpu_bytes(call: Callable[[], list[Tensor]]) -> int:
+    """Peak of what a call allocates on the GPU beside what it returns."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = call()
+    torch.cuda.synchronize()
+    returned = sum(x.numel() * x.element_size() for x in out)
+    return torch.cuda.max_memory_allocated() - before - returned
+
+
+def gpu_launches(call: Callable[[], object]) -> int:
+    """Kernels and copies one call puts on the GPU."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in recorded.key_averages() if event.device_time_total)
+
+
+def product_flops(call: Callable[[], object]) -> float:
+    """Floating-point operations of torch's matrix products in one call on a CPU."""
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as recorded:
+        call()
+    return float(sum(event.flops for event in recorded.key_averages() if event.key == "aten::mm"))
+
+
+def relative_frobenius(got: Tensor, want: Tensor) -> float:
+    """‖got - want‖ / ‖want‖."""
+    want = want.double()
+    return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+def gpu_ceilings() -> dict[str, float]:
+    """What this GPU reaches, measured: bf16 and fp32 products of 8192³ in TFLOP/s, a copy of 2 GB in TB/s."""
+    found = {}
+    for name, dtype, size in (("gemm_bf16", torch.bfloat16, 8192), ("gemm_fp32", torch.float32, 4096)):
+        x, y = (torch.randn(size, size, device="cuda").to(dtype) for _ in "xy")
+        times = measure_times(lambda _, x=x, y=y: x @ y, cuda=True, seconds=1)
+        found[name] = 2 * size**3 / times.ms_p50 / 1e9
+    x = torch.randn(1 << 28, device="cuda")
+    y = torch.empty_like(x)
+    times = measure_times(lambda _: y.copy_(x), cuda=True, seconds=1)
+    found["copy"] = 2 * x.numel() * 4 / times.ms_p50 / 1e9
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a figure depends on: device, versions, commit."""
+    found: dict[str, Any] = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda}
+    if device != "cpu":
+        import triton
+
+        found |= {"device": torch.cuda.get_device_name(), "triton": triton.__version__}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    state = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
+    return found | {"commit": commit.stdout.strip(), "dirty": bool(state.stdout.strip())}
+
+
+def results_file(where: dict[str, Any], subject: str) -> Path:
+    """benchmarks/results/<device>/<date>-<commit>-<subject>.jsonl."""
+    folder = RESULTS / str(where["device"]).lower().replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{datetime.now(UTC):%Y%m%d}-{where['commit']}-{subject}.jsonl"
+
+
+def write_row(path: Path, row: dict[str, Any], times: Times | None = None) -> None:
+    """Append one line."""
+    with path.open("a") as file:
+        file.write(json.dumps(row | (asdict(times) if times else {})) + "\n")
+
+
+def earlier(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The fastest earlier row of each case and impl in the other files beside `path`."""
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for file in sorted(path.parent.glob("*-gpu.jsonl")):
+        rows = [] if file == path else [json.loads(line) for line in file.open()]
+        for row in (row for row in rows if "ms_p50" in row):
+            key = row["name"], row["impl"]
+            if key not in best or row["ms_p50"] < best[key]["ms_p50"]:
+                best[key] = row
+    return best

@@ -1,0 +1,96 @@
+"""The similarity ops counted: memory beside inputs and outputs, passes of matrix products, milliseconds.
+
+    python benchmarks/ops.py                on the CPU, or on a GPU where there is one
+    python benchmarks/ops.py --device cpu
+
+Counts on a CPU are exact and repeat; times on a shared one vary by a factor of two and more. Rows are written
+to benchmarks/results/<device>/, one JSON a line. The last line of an op is the law: the exponent with which
+memory grows with the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from benchmarks.cases import Case, case
+from benchmarks.measure import (
+    extra_gpu_bytes,
+    gpu_launches,
+    machine,
+    measure_times,
+    product_flops,
+    results_file,
+    write_row,
+)
+from discovla.ops.dispatch import Impl
+from discovla.testing import exponent, peak_bytes
+
+OPS = {"info_nce": (1, 1), "frame_similarity": (12, 12), "alignment_losses": (12, 12)}
+SIZES = {"cpu": (64, 128, 256, 512), "cuda": (64, 256, 1024, 2048)}
+IMPLS: dict[str, tuple[Impl, ...]] = {"cpu": ("torch", "reference"), "cuda": ("triton", "torch", "reference")}
+
+
+def count(which: Case, impl: Impl, device: str, seconds: float) -> dict[str, Any]:
+    """One row: counts and times of a forward and backward."""
+    leaves = which.leaves(device)
+
+    def call(_: int = 0) -> list[torch.Tensor]:
+        return which.run(leaves, impl)
+
+    times = measure_times(call, cuda=device == "cuda", seconds=seconds, least=3)
+    row = {
+        "name": which.name,
+        "op": which.op,
+        "n": which.n,
+        "impl": impl,
+        "ms_p50": times.ms_p50,
+        "calls": times.n,
+    }
+    row |= {"ms_p20": times.ms_p20, "ms_p80": times.ms_p80}
+    if device == "cuda":
+        return row | {"extra_mb": extra_gpu_bytes(call) / 1e6, "launches": gpu_launches(call)}
+    outputs = sum(x.numel() * x.element_size() for x in call())
+    passes = product_flops(call) / (which.flops / 4) if impl != "reference" else None
+    return row | {"extra_mb": (peak_bytes(call) - outputs) / 1e6, "passes": passes}
+
+
+def show(row: dict[str, Any]) -> None:
+    passes = f"{row['passes']:.2f} passes" if row.get("passes") else f"{row.get('launches', '')}"
+    print(
+        f"{row['name']:52} {row['impl']:10} {row['extra_mb']:10.2f} MB {row['ms_p50']:10.2f} ms  {passes}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each row")
+    options = parser.parse_args()
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    where = machine(device)
+    path = results_file(where, "ops")
+    for op, frames in OPS.items():
+        for impl in IMPLS[device]:
+            rows = []
+            for n in SIZES[device]:
+                which = case(op, n, frames=frames, dim=64, dtype=torch.float32)
+                rows.append(count(which, impl, device, options.seconds))
+                write_row(path, {**where, **rows[-1]})
+                show(rows[-1])
+            slope = exponent(SIZES[device], [row["extra_mb"] for row in rows])
+            print(f"{op} {impl}: memory grows with exponent {slope:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
