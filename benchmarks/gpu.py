@@ -61,7 +61,7 @@ def errors(case: Case, impl: Impl, leaves: list[Tensor], want: list[Tensor]) -> 
 
 
 def check(case: Case) -> dict[str, Any]:
-    """Whether the kernel is right; products in bf16 flip maxima: 1.2 x the error of plain torch is allowed."""
+    """Whether the kernel is right; products in bf16 flip maxima, so 1.2 x plain torch's error is allowed."""
     if case.op == "rank_of_positive":
         return check_ranks(case)
     leaves = case.leaves("cuda")

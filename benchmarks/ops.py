@@ -34,7 +34,12 @@ from discovla.ops.dispatch import Impl
 from discovla.testing import exponent, peak_bytes
 
 OPS = {"info_nce": (1, 1), "frame_similarity": (12, 12), "alignment_losses": (12, 12)}
-SIZES = {"cpu": (64, 128, 256, 512), "cuda": (64, 256, 1024, 2048)}
+# of samples: from where one block no longer holds them all
+SIZES = {
+    "info_nce": (1024, 2048, 4096),
+    "frame_similarity": (128, 256, 512),
+    "alignment_losses": (128, 256, 512),
+}
 IMPLS: dict[str, tuple[Impl, ...]] = {"cpu": ("torch", "reference"), "cuda": ("triton", "torch", "reference")}
 
 
@@ -83,12 +88,12 @@ def main() -> None:
     for op, frames in OPS.items():
         for impl in IMPLS[device]:
             rows = []
-            for n in SIZES[device]:
+            for n in SIZES[op]:
                 which = case(op, n, frames=frames, dim=64, dtype=torch.float32)
                 rows.append(count(which, impl, device, options.seconds))
                 write_row(path, {**where, **rows[-1]})
                 show(rows[-1])
-            slope = exponent(SIZES[device], [row["extra_mb"] for row in rows])
+            slope = exponent(SIZES[op], [row["extra_mb"] for row in rows])
             print(f"{op} {impl}: memory grows with exponent {slope:.2f}", flush=True)
 
 
