@@ -11,7 +11,7 @@ from discovla.data.decode import DecodeError
 
 EXPECTED = (ValueError, DecodeError, OSError, FloatingPointError)
 FAILED = 2  # exit status
-GRACE = 5.0  # seconds that ranks > 0 leave rank 0 to tell of the same fault
+GRACE = 10.0  # seconds that ranks > 0 leave rank 0 to tell of the same fault, and the launcher to end them
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's words
 
 

@@ -163,6 +163,13 @@ def test_a_full_disk_names_what_could_not_be_written_and_the_run_goes_on_later(t
     assert len(runs.losses(tmp_path / "run")) == 6
 
 
+def test_a_full_disk_of_the_rank_that_writes_ends_the_others(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), "checkpoint_every=2"]
+    job = runs.start(words, size=2, fault="full:discovla.engine.checkpoint:_write_tensors:1")
+    assert "step-00000002: expected to write it, found: No space left" in told(job, status=(2, 2))
+    assert "error (rank 1): another process of this run ended" in job.output(rank=1)
+
+
 def test_a_full_disk_names_the_run_where_the_system_names_no_file(tmp_path, drawn):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.writing-before.json").symlink_to("/dev/full")

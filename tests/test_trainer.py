@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,8 +132,8 @@ def test_a_fresh_start_keeps_the_earlier_run_under_another_name(tmp_path, drawn)
     assert all(len(runs.losses(directory)) == 1 for directory in kept)
 
 
-def launched(launcher: str, program: Path, words: list) -> tuple[int, str]:
-    """Status and output of a program on two processes under a launcher; it fails after 150 seconds."""
+def launch(launcher: str, program: Path, words: list) -> subprocess.Popen:
+    """A program on two processes under a launcher."""
     here = Path(sys.executable).parent
     commands = {
         "deepspeed": ["deepspeed", "-q", "--num_accelerators", 2, "--master_port", free_port()],
@@ -142,8 +144,17 @@ def launched(launcher: str, program: Path, words: list) -> tuple[int, str]:
     env |= {"PATH": f"{here}{os.pathsep}{env['PATH']}", "PYTHONPATH": str(ROOT)}
     command = [str(word) for word in (*commands[launcher], program, *words)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    found = subprocess.run(command, env=env, cwd=ROOT, timeout=150, **pipe)
-    return found.returncode, found.stdout
+    return subprocess.Popen(command, env=env, cwd=ROOT, **pipe)
+
+
+def launched(launcher: str, program: Path, words: list) -> tuple[int, str]:
+    """Its status and output; it fails after 150 seconds."""
+    with launch(launcher, program, words) as process:
+        try:
+            output, _ = process.communicate(timeout=150)
+        finally:
+            process.terminate()  # the launcher ends its processes
+    return process.returncode, output
 
 
 @pytest.mark.slow
@@ -204,3 +215,38 @@ def test_a_rank_that_dies_leaves_no_other_waiting(tmp_path, drawn):
     assert job.wait(60) == [2, -9]
     (line,) = [line for line in job.output().splitlines() if "error" in line]
     assert line == "train.py: error: another process of this run ended; its own message says why"
+
+
+@pytest.mark.slow
+def test_a_run_of_the_deepspeed_launcher_goes_on_bit_for_bit_after_kill_9(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), *ZERO[2], "checkpoint_every=2", "resume=true"]
+    runs.train([*words, f"directory={tmp_path}/whole"], size=2)
+    with launch("deepspeed", ROOT / "train.py", words) as process:
+        metrics = tmp_path / "run/metrics.jsonl"
+        while not metrics.exists() or metrics.read_bytes().count(b'"train"') < 3:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.002)
+        os.kill(rank_of(process, 1), signal.SIGKILL)
+        process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert len(runs.records(tmp_path / "run")) < 6
+    status, output = launched("deepspeed", ROOT / "train.py", words)
+    assert status == 0, output
+    assert runs.records(tmp_path / "run") == runs.records(tmp_path / "whole")
+    found, wanted = (runs.tensors(tmp_path / name, 6) for name in ("run", "whole"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def rank_of(launcher: subprocess.Popen, rank: int) -> int:
+    """The process number of a rank: the DeepSpeed launcher starts another, and that one the ranks."""
+    parents, words = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            words[int(folder.name)] = (folder / "cmdline").read_text().split("\0")
+        except (OSError, ValueError):
+            continue  # it has just ended
+    inner = [number for number, parent in parents.items() if parent == launcher.pid]
+    ranks = [number for number, parent in parents.items() if parent in inner]
+    (found,) = [number for number in ranks if f"--local_rank={rank}" in words[number]]
+    return found
