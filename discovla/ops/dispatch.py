@@ -25,6 +25,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "info_nce": ("reference", "torch", "triton"),
     "preprocess_frames": ("reference",),
     "rank_of_positive": ("reference", "torch", "triton"),
+    "sigmoid_loss": ("reference", "torch", "triton"),
     "top_k": ("reference", "torch"),
     "soft_vlad": ("reference",),
     "token_similarity": ("reference", "torch"),
@@ -36,6 +37,7 @@ KERNELS: dict[str, str] = {
     "frame_similarity": "frame_similarity",
     "info_nce": "contrastive",
     "rank_of_positive": "rank_of_positive",
+    "sigmoid_loss": "sigmoid_loss",
 }
 AUTO: dict[str, dict[str, str]] = {
     "attention": {"cpu": "torch", "cuda": "torch"},
@@ -43,6 +45,7 @@ AUTO: dict[str, dict[str, str]] = {
     "frame_similarity": {"cpu": "torch", "cuda": "triton"},
     "info_nce": {"cpu": "torch", "cuda": "triton"},
     "rank_of_positive": {"cpu": "torch", "cuda": "triton"},
+    "sigmoid_loss": {"cpu": "torch", "cuda": "triton"},
     "top_k": {"cpu": "torch", "cuda": "torch"},
     "token_similarity": {"cpu": "torch", "cuda": "torch"},
     "token_training_similarity": {"cpu": "torch", "cuda": "torch"},

@@ -7,6 +7,7 @@ from torch import Tensor
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
+from discovla.ops.sigmoid_loss import sigmoid_loss
 from discovla.testing import exponent, peak_bytes
 
 SIZES = [64, 128, 256, 512, 1024]
@@ -16,7 +17,7 @@ SCALE = torch.tensor(10.0)
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """One block is a constant; at its usual size it would hold all of the smaller batches."""
-    for module in ("frame_similarity", "contrastive"):
+    for module in ("frame_similarity", "contrastive", "sigmoid_loss"):
         monkeypatch.setattr(f"discovla.ops.streamed.{module}.ELEMENTS", 1 << 14)
 
 
@@ -47,7 +48,18 @@ def of_frame_similarity(n: int, impl: str) -> int:
     return peak_bytes(lambda: frame_similarity(*x, SCALE, impl=impl).backward(grad)) - outputs
 
 
-OPS = {"info_nce": of_info_nce, "alignment_losses": of_alignment, "frame_similarity": of_frame_similarity}
+def of_sigmoid_loss(n: int, impl: str) -> int:
+    x = leaves((n, 8), (n, 8))
+    bias = torch.tensor(-10.0)
+    return peak_bytes(lambda: sigmoid_loss(*x, SCALE, bias, impl=impl).backward()) - 4 * 2 * n * 8
+
+
+OPS = {
+    "info_nce": of_info_nce,
+    "alignment_losses": of_alignment,
+    "frame_similarity": of_frame_similarity,
+    "sigmoid_loss": of_sigmoid_loss,
+}
 
 
 @pytest.mark.parametrize("op", OPS)

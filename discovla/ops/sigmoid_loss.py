@@ -1,0 +1,111 @@
+"""Pairwise sigmoid loss: every pair is a question of its own, so nothing is normalised over the batch."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from discovla.ops.blocks import ELEMENTS, pair_blocks, product, through_unit, unit_rows, wide
+from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.info_nce import cosine_similarity
+from discovla.ops.streamed import sigmoid_loss as streamed
+
+
+def sigmoid_loss(
+    text: Tensor, video: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, impl: Impl = "auto"
+) -> Tensor:
+    """-1/n sum_ij log sigmoid(z_ij (s t̂_i · v̂_j + b)), z_ij = 1 where i = j, else -1.
+
+    Args:
+        text, video: n d, un-normalised; row i of one belongs to row i of the other.
+        logit_scale: scalar, s (not its logarithm).
+        logit_bias: scalar, b; SigLIP starts it at -10.
+        impl: reference (the matrix in memory), torch (streamed over blocks, made again in backward), triton,
+            or auto: on a CPU the reference while there are at most 4 million pairs and torch above, on a GPU
+            triton.
+
+    Returns:
+        Scalar, float32 at least.
+
+    Raises:
+        KernelUnavailable: the implementation asked for by name cannot run here.
+
+    Source: SigLIP (arXiv 2303.15343), equation 1.
+    """
+    small = len(text) * len(video) <= ELEMENTS
+    chosen = choose("sigmoid_loss", impl, text.device.type, small=small, operands=(text, video))
+    scale, bias = logit_scale.to(wide(text)), logit_bias.to(wide(text))
+    if chosen == "reference":
+        return sigmoid_loss_reference(text, video, scale, bias)
+    return _sigmoid_loss(text, video, scale, bias, chosen)
+
+
+def sigmoid_loss_reference(text: Tensor, video: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The formula of `sigmoid_loss`, with the matrix in memory."""
+    logits = scale * cosine_similarity(text, video) + bias  # t v
+    sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(logits)
+
+
+def _tiles(impl: str) -> ModuleType:
+    return kernel("sigmoid_loss") if impl == "triton" else streamed
+
+
+@torch.library.custom_op("discovla::sigmoid_loss_streamed", mutates_args=())
+def _sigmoid_loss(text: Tensor, video: Tensor, scale: Tensor, bias: Tensor, impl: str) -> Tensor:
+    """`sigmoid_loss` block by block."""
+    tiles, n = _tiles(impl), len(text)
+    text, video = unit_rows(text, n * n)[0], unit_rows(video, n * n)[0]
+    loss = torch.zeros_like(scale)
+    for rows, across in pair_blocks(n, n, tiles.pairs_per_block(text)):
+        for columns in across:
+            loss += tiles.forward(text[rows], video[columns], scale, bias, columns.start - rows.start)
+    return loss / n
+
+
+@_sigmoid_loss.register_fake
+def _(text, video, scale, bias, impl):
+    return torch.empty_like(scale)
+
+
+@torch.library.custom_op("discovla::sigmoid_loss_streamed_backward", mutates_args=())
+def _sigmoid_loss_backward(
+    grad: Tensor, text: Tensor, video: Tensor, scale: Tensor, bias: Tensor, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by text, video, scale and bias."""
+    tiles, n = _tiles(impl), len(text)
+    text_grad, scale_grad, bias_grad = torch.empty_like(text), torch.zeros_like(scale), torch.zeros_like(bias)
+    video_dtype, weight = video.dtype, (grad / n).to(scale.dtype)
+    (text, text_inverse), (video, video_inverse) = unit_rows(text, n * n), unit_rows(video, n * n)
+    video_sum = torch.zeros_like(video, dtype=wide(video))
+    for rows, across in pair_blocks(n, n, tiles.pairs_per_block(text)):
+        text_sum = torch.zeros_like(text[rows], dtype=wide(text))
+        for columns in across:
+            block = (text[rows], video[columns], scale, bias, columns.start - rows.start)
+            dx, ds, db = tiles.backward(*block, weight)
+            text_sum += product(dx, video[columns], wide(text))
+            video_sum[columns] += product(dx.T, text[rows], wide(text))
+            scale_grad += ds
+            bias_grad += db
+        text_grad[rows] = through_unit(text_sum, text[rows], text_inverse[rows]).to(text_grad.dtype)
+    return text_grad, through_unit(video_sum, video, video_inverse).to(video_dtype), scale_grad, bias_grad
+
+
+@_sigmoid_loss_backward.register_fake
+def _(grad, text, video, scale, bias, impl):
+    return torch.empty_like(text), torch.empty_like(video), torch.empty_like(scale), torch.empty_like(bias)
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad):
+    return *_sigmoid_loss_backward(grad, *ctx.saved_tensors, ctx.impl), None
+
+
+_sigmoid_loss.register_autograd(_differentiate, setup_context=_keep)
