@@ -136,7 +136,8 @@ def _config_error(source: str, prefix: str, model: type[BaseModel], error: Valid
         return ConfigError(f"{source}: {key}: unknown key; {hint}{more}")
     if first["type"] == "missing":
         return ConfigError(f"{source}: {key}: expected a value, found none{more}")
-    message = first["msg"][:1].lower() + first["msg"][1:]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
     return ConfigError(f"{source}: {key}: {message}; found {first['input']!r}{more}")
 
 

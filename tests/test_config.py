@@ -63,12 +63,13 @@ def test_the_resolved_config_reads_back_the_same(small, tmp_path):
         ("batch_size=0", r"batch_size: input should be greater than or equal to 1; found 0"),
         ("engine.zero_stage=4", r"engine\.zero_stage: "),
         ("epochs", r"override: expected key=value, found 'epochs'"),
+        ("method.frame_position=true method.fused_vision_blocks=0", r"frame_position: expected method\.fused"),
         ("seed.x=1", r"seed\.x: input should be|seed: "),
     ],
 )
 def test_what_is_wrong_is_one_line_with_its_key(small, override, message):
     with pytest.raises(ConfigError, match=message) as error:
-        read_config(small, [override])
+        read_config(small, override.split())
     assert "\n" not in str(error.value)
 
 
