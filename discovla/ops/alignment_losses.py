@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, EXCLUDED, wide
+from discovla.ops.blocks import ELEMENTS, EXCLUDED, expect_shape, wide
 from discovla.ops.contrastive import contrastive_streamed
 from discovla.ops.dispatch import Impl, choose
 from discovla.ops.frame_similarity import frame_similarity
@@ -68,10 +68,12 @@ def alignment_losses(
             at most 4 million and torch above, on a GPU triton.
 
     Raises:
+        ValueError: shapes that do not fit.
         KernelUnavailable: the implementation asked for by name cannot run here.
 
     Source: DiscoVLA (arXiv 2506.08887), alignment distillation; weight and undetached teacher as in its code.
     """
+    _expect_shapes(inputs, ignore)
     n, parts = len(inputs.text), inputs.text_frames.shape[1] * inputs.video_frames.shape[1]
     tensors = (inputs.text, inputs.video, inputs.text_frames, inputs.video_frames)
     masks = (inputs.text_mask, inputs.video_mask)
@@ -89,6 +91,17 @@ def alignment_losses(
         *tensors, *masks, scale, ignore, kl_weight(kl_norm, n), detach_teacher, chosen
     )
     return AlignmentLosses(video=losses[0], frame=losses[1], distill=losses[2])
+
+
+def _expect_shapes(inputs: AlignmentInputs, ignore: Tensor | None) -> None:
+    """Refuse what does not belong to n samples."""
+    n, text, video = len(inputs.text), inputs.text_frames, inputs.video_frames
+    expect_shape("video", inputs.video, tuple(inputs.text.shape))
+    expect_shape("text_frames", text, (n, *text.shape[1:]))
+    expect_shape("video_frames", video, (n, video.shape[1], text.shape[2]))
+    expect_shape("text_mask", inputs.text_mask, tuple(text.shape[:2]))
+    expect_shape("video_mask", inputs.video_mask, tuple(video.shape[:2]))
+    expect_shape("ignore", ignore, (n, n))
 
 
 def kl_weight(kl_norm: KLNorm, n: int) -> float:

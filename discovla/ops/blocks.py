@@ -28,6 +28,12 @@ def _runs(count: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, count))
 
 
+def expect_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape: a kernel would read beside it.  None is what was not given."""
+    if x is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, found {tuple(x.shape)}")
+
+
 def wide(x: Tensor) -> torch.dtype:
     """What similarities of `x` are held and added up in: float32 at least."""
     return torch.promote_types(x.dtype, torch.float32)

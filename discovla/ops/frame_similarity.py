@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, pair_blocks, through_unit, unit_rows, wide
+from discovla.ops.blocks import ELEMENTS, expect_shape, pair_blocks, through_unit, unit_rows, wide
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.streamed import frame_similarity as streamed
 
@@ -40,10 +40,14 @@ def frame_similarity(
         G: t v, before any logit scale, float32 at least.
 
     Raises:
+        ValueError: shapes that do not fit.
         KernelUnavailable: the implementation asked for by name cannot run here.
 
     Source: DiscoVLA (arXiv 2506.08887), frame-level alignment.
     """
+    expect_shape("video", video, (*video.shape[:2], text.shape[2]))
+    expect_shape("text_mask", text_mask, tuple(text.shape[:2]))
+    expect_shape("video_mask", video_mask, tuple(video.shape[:2]))
     small = text.shape[0] * text.shape[1] * video.shape[0] * video.shape[1] <= ELEMENTS
     chosen = choose(
         "frame_similarity", impl, text.device.type, small=small, operands=(text, video, text_mask, video_mask)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, EXCLUDED, wide
+from discovla.ops.blocks import ELEMENTS, EXCLUDED, expect_shape, wide
 from discovla.ops.contrastive import contrastive_streamed
 from discovla.ops.dispatch import Impl, choose
 
@@ -30,10 +30,13 @@ def info_nce(
         Scalar, float32 at least.
 
     Raises:
+        ValueError: shapes that do not fit.
         KernelUnavailable: the implementation asked for by name cannot run here.
 
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
+    expect_shape("video", video, tuple(text.shape))
+    expect_shape("ignore", ignore, (len(text), len(text)))
     small = len(text) * len(video) <= ELEMENTS
     chosen = choose("info_nce", impl, text.device.type, small=small, operands=(text, video, ignore))
     if chosen != "reference":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, pair_blocks, product, through_unit, unit_rows, wide
+from discovla.ops.blocks import ELEMENTS, expect_shape, pair_blocks, product, through_unit, unit_rows, wide
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.info_nce import cosine_similarity
 from discovla.ops.streamed import sigmoid_loss as streamed
@@ -31,10 +31,12 @@ def sigmoid_loss(
         Scalar, float32 at least.
 
     Raises:
+        ValueError: shapes that do not fit.
         KernelUnavailable: the implementation asked for by name cannot run here.
 
     Source: SigLIP (arXiv 2303.15343), equation 1.
     """
+    expect_shape("video", video, tuple(text.shape))
     small = len(text) * len(video) <= ELEMENTS
     chosen = choose("sigmoid_loss", impl, text.device.type, small=small, operands=(text, video))
     scale, bias = logit_scale.to(wide(text)), logit_bias.to(wide(text))

@@ -56,6 +56,8 @@ def unsupported(*tensors: Tensor | None) -> str:
     """Why no kernel takes these tensors; empty where one does."""
     given = [x for x in tensors if x is not None]
     on_gpu = given[0].is_cuda
+    if len(dtypes := {x.dtype for x in given if x.is_floating_point() and x.ndim}) > 1:
+        return f"expected all embeddings in one dtype, found {sorted(map(str, dtypes))}"
     for x in given:
         if x.device != given[0].device:
             return f"expected all tensors on {given[0].device}, found one on {x.device}"

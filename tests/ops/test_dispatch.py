@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from discovla.ops import dispatch
+from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
 from discovla.ops.dispatch import AUTO, IMPLEMENTATIONS, KERNELS, KernelUnavailable, choose
+from discovla.ops.frame_similarity import frame_similarity
+from discovla.ops.info_nce import info_nce
+from discovla.ops.rank_of_positive import rank_of_positive
+from discovla.ops.sigmoid_loss import sigmoid_loss
 
 
 def test_every_choice_in_the_table_exists():
@@ -37,6 +42,27 @@ def test_auto_takes_plain_torch_for_what_the_kernel_does_not_and_says_so_once(ca
     assert [record.getMessage() for record in caplog.records] == [
         "frame_similarity: plain torch instead of the kernel: expected at most 256 parts of a text, found 300"
     ]
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+def test_shapes_that_do_not_fit_are_refused_by_name(impl):
+    x, s = torch.ones(3, 4), torch.tensor(1.0)
+    frames, mask = torch.ones(3, 2, 4), torch.ones(3, 3, dtype=torch.bool)
+    cases = [
+        ("video", lambda: info_nce(x, x[:2], s, impl=impl)),
+        ("ignore", lambda: info_nce(x, x, s, ignore=mask[:2], impl=impl)),
+        ("video", lambda: sigmoid_loss(x, x[:, :3], s, s, impl=impl)),
+        ("video_mask", lambda: frame_similarity(frames, frames, s, video_mask=mask, impl=impl)),
+        ("items", lambda: rank_of_positive(x, x[:, :3], torch.arange(3), impl=impl)),
+        ("text_frames", lambda: alignment_losses(inputs(x, frames[:2], frames), s, impl=impl)),
+    ]
+    for name, call in cases:
+        with pytest.raises(ValueError, match=f"^{name}: expected shape"):
+            call()
+
+
+def inputs(x, text_frames, video_frames):
+    return AlignmentInputs(text=x, video=x, text_frames=text_frames, video_frames=video_frames)
 
 
 def test_one_block_on_a_cpu_is_left_to_the_reference():

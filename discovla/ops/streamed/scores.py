@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, product, unit_rows, wide
+from discovla.ops.blocks import ELEMENTS, expect_shape, product, unit_rows, wide
 
 GPU_FACTOR = 16  # how much larger a block is on a GPU, which small ones would leave idle
 
@@ -59,8 +59,9 @@ def checked_units(query: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows of both.
 
     Raises:
-        ValueError: a row is zero or not finite: it has no cosine, and NaN would rank first.
+        ValueError: other dimensions, or a row that is zero or not finite: a NaN would rank first.
     """
+    expect_shape("items", items, (len(items), query.shape[1]))
     pairs = len(query) * len(items)
     units = unit_rows(query, pairs)[0], unit_rows(items, pairs)[0]
     for name, unit in zip(("query", "items"), units, strict=True):
