@@ -64,8 +64,8 @@ def alignment_losses(
         detach_teacher: stop the gradient of the distillation into G.  The released code does not.
         ignore: n n, bool, pairs left out of every softmax; never on the diagonal.
         impl: reference (everything in memory), torch (streamed over blocks of pairs, made again in backward:
-            neither matrix is stored), triton, or auto: on a CPU the reference while the products of parts are
-            at most 4 million and torch above, on a GPU triton.
+            neither matrix is stored), triton, or auto: the reference while the products of parts are at most
+            4 million and torch above.
 
     Raises:
         ValueError: shapes that do not fit.

@@ -33,8 +33,8 @@ def frame_similarity(
         text_mask: t i, bool; video_mask: v j, bool; true on real parts.  A side with no real part contributes
             0.
         impl: reference (R in memory), torch (streamed over blocks of pairs, computed again in backward:
-            beyond inputs and outputs its memory does not grow with t v), triton, or auto: on a CPU the
-            reference while R has at most 4 million entries and torch above, on a GPU triton.
+            beyond inputs and outputs its memory does not grow with t v), triton, or auto: the
+            reference while R has at most 4 million entries and torch above.
 
     Returns:
         G: t v, before any logit scale, float32 at least.

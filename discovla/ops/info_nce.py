@@ -23,8 +23,7 @@ def info_nce(
         logit_scale: scalar, s (not its logarithm).
         ignore: n n, bool, pairs left out of every softmax (same-video captions); never on the diagonal.
         impl: reference (S in memory), torch (streamed over blocks of S, made again in backward), triton, or
-            auto: on a CPU the reference while S has at most 4 million entries and torch above, on a GPU
-            triton.
+            auto: the reference while S has at most 4 million entries and torch above.
 
     Returns:
         Scalar, float32 at least.

@@ -34,7 +34,7 @@ def rank_of_positive(
             s c exp(s c) / sum over queries exp(s c), s c lifted to be positive; a second pass.  None:
             cosines.
         impl: reference (the matrix in memory), torch (a run of queries at a time), triton (no `groups`), or
-            auto: torch on a CPU, triton on a GPU.
+            auto, which is torch.
 
     Returns:
         ties_against and optimistic, n each, int64.

@@ -24,8 +24,7 @@ def sigmoid_loss(
         logit_scale: scalar, s (not its logarithm).
         logit_bias: scalar, b; SigLIP starts it at -10.
         impl: reference (the matrix in memory), torch (streamed over blocks, made again in backward), triton,
-            or auto: on a CPU the reference while there are at most 4 million pairs and torch above, on a GPU
-            triton.
+            or auto: the reference while there are at most 4 million pairs and torch above.
 
     Returns:
         Scalar, float32 at least.

@@ -33,7 +33,8 @@ def test_a_kernel_on_a_cpu_needs_the_interpreter(monkeypatch):
         choose("info_nce", "triton", "cpu")
 
 
-def test_auto_takes_plain_torch_for_what_the_kernel_does_not_and_says_so_once(caplog):
+def test_auto_takes_plain_torch_for_what_the_kernel_does_not_and_says_so_once(caplog, monkeypatch):
+    monkeypatch.setitem(AUTO, "frame_similarity", {"cuda": "triton"})
     dispatch._warn_once.cache_clear()
     too_many = torch.zeros(1, 300, 2)
     with caplog.at_level(logging.WARNING):
@@ -65,7 +66,8 @@ def inputs(x, text_frames, video_frames):
     return AlignmentInputs(text=x, video=x, text_frames=text_frames, video_frames=video_frames)
 
 
-def test_one_block_on_a_cpu_is_left_to_the_reference():
+def test_one_block_is_left_to_the_reference_where_no_kernel_is_chosen(monkeypatch):
     assert choose("info_nce", "auto", "cpu", small=True) == "reference"
     assert choose("info_nce", "auto", "cpu") == "torch"
+    monkeypatch.setitem(AUTO, "info_nce", {"cuda": "triton"})
     assert choose("info_nce", "auto", "cuda", small=True) == "triton"
