@@ -14,7 +14,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from discovla.data.sampling import frame_indices
+from discovla.data.sampling import Sampling
 from discovla.data.video import DecodeError, is_cut_off, opened, words
 
 Damaged = Literal["refuse", "use"]
@@ -27,27 +27,12 @@ _QUARTER_TURNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Which frames of a file to take: see `frame_indices`."""
-
-    frames: int
-    sample_rate: float = 1.0
-    start: float | None = None
-    end: float | None = None
-
-    def indices(self, count: int, rate: float) -> list[int]:
-        """The frames of a clip with `count` frames that decode at `rate` a second."""
-        span = {"start": self.start, "end": self.end}
-        return frame_indices(count, rate, self.frames, sample_rate=self.sample_rate, **span)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Decoded:
     """Sampled frames of one clip.
 
-    images: by frame index, uint8 RGB y x 3.  indices: f of them, ascending, with repeats where the clip is
-    short.  seconds: their times.  count: frames that decode.  rate: average frames per second.  problem: what
-    ended the decoding early, or None.
+    images: by frame index, uint8 RGB y x 3.  indices: those taken, ascending, with repeats where the clip is
+    short, or fewer (see `Sampling`).  seconds: their times.  count: frames that decode.  rate: average frames
+    per second.  problem: what ended the decoding early, or None.
     """
 
     images: dict[int, np.ndarray]

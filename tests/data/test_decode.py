@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from discovla.data.decode import DecodeError, Sampling, decode, decode_each, inspect, write_frames
+from discovla.data.decode import DecodeError, decode, decode_each, inspect, write_frames
+from discovla.data.sampling import Sampling
 from discovla.data.video import is_cut_off, opened
 from tests.data.conftest import movie, numbers
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
-from discovla.data.sampling import frame_indices
+from discovla.data.sampling import (
+    Sampling,
+    divided,
+    frame_indices,
+    second_indices,
+    segment_indices,
+    sliced,
+    stored_indices,
+)
 
 
 def test_frames_are_those_of_the_golden_file(golden):
@@ -73,3 +82,150 @@ def test_a_negative_time_is_refused():
 
 def test_a_start_alone_runs_to_the_last_frame():
     assert frame_indices(31, 10.0, 3, start=1.0) == [10, 20, 30]
+
+
+def golden_cases(golden, key: str) -> list[dict]:
+    cases = json.loads((golden / "clip2video/frame_sampling.json").read_text())["cases"]
+    chosen = [case for case in cases if key in case]
+    assert chosen
+    return chosen
+
+
+def test_clip2video_takes_the_frames_of_the_golden_file(golden):
+    for case in golden_cases(golden, "clip2video_eval_indices"):
+        found = divided(case["n_frames"], case["divisor"], case["max_frames"])
+        assert found == case["clip2video_eval_indices"], case
+
+
+def test_clip2video_takes_the_golden_frames_of_clips_at_the_stored_rate(golden):
+    for case in golden_cases(golden, "clip2video_eval_indices"):
+        if not case["clip2video_eval_indices"]:
+            continue
+        sampling = Sampling(
+            frames=case["max_frames"], sampler="clip2video", sample_rate=5.0, divisor=case["divisor"]
+        )
+        assert sampling.indices(case["n_frames"], 5.0) == case["clip2video_eval_indices"], case
+
+
+def test_clip4clip_keeps_the_frames_of_the_golden_file(golden):
+    for case in golden_cases(golden, "clip4clip_uniform_indices"):
+        found = sliced(list(range(case["n_frames"])), case["max_frames"], "even")
+        assert found == case["clip4clip_uniform_indices"], case
+        sampling = Sampling(frames=case["max_frames"], sampler="clip4clip")
+        assert sampling.indices(case["n_frames"], 1.0) == case["clip4clip_uniform_indices"], case
+
+
+def test_seconds_are_counted_by_the_whole_part_of_the_rate():
+    assert second_indices(100, 29.97) == [0, 29, 58, 87]
+
+
+def test_several_frames_of_a_second_lie_a_whole_stride_apart():
+    assert second_indices(100, 29.97, sample_rate=2.0) == [0, 14, 29, 43, 58, 72, 87]
+
+
+def test_seconds_start_and_end_with_the_span():
+    assert second_indices(100, 10.9, span=(1.5, 3.5)) == [15, 25, 35]
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"), [("even", [0, 3, 7]), ("first", [0, 1, 2]), ("last", [5, 6, 7])], ids=str
+)
+def test_too_many_frames_are_cut_as_asked(how, kept):
+    assert sliced(list(range(8)), 3, how) == kept
+    assert sliced([4, 9], 3, how) == [4, 9]
+
+
+def test_stored_frames_are_those_shown_at_their_time():
+    assert stored_indices(12, 10.0) == [0, 2, 4, 6, 8, 10]
+    assert stored_indices(13, 12.5) == [0, 2, 5, 7, 10]
+    assert stored_indices(40, 10.0, span=(2.0, 3.0)) == [20, 22, 24, 26, 28, 30]
+
+
+def test_stored_frames_repeat_those_of_a_slower_clip():
+    assert stored_indices(5, 2.0) == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4]
+
+
+def test_jitter_moves_all_but_the_ends_by_up_to_half_the_first_gap():
+    drawn = [divided(151, 1, 6, random.Random(i)) for i in range(1500)]
+    assert {tuple(row[::5]) for row in drawn} == {(0, 150)}
+    for place, middle in ((1, 30), (2, 60), (4, 120)):
+        assert {row[place] for row in drawn} == set(range(middle - 15, middle + 15))
+
+
+def test_jitter_moves_among_the_divided_frames():
+    left = divided(151, 2, 75)
+    drawn = [divided(151, 2, 6, random.Random(i)) for i in range(800)]
+    assert {row[1] for row in drawn} == set(left[14 - 7 : 14 + 7])
+
+
+def test_nothing_moves_over_short_gaps_or_where_nothing_was_too_many():
+    assert divided(60, 1, 12, random.Random(0)) == divided(60, 1, 12)  # gap 5, so h = 2
+    assert divided(24, 2, 12, random.Random(0)) == divided(24, 2, 12)
+    assert divided(90, 1, 1, random.Random(0)) == [0]
+    assert any(divided(73, 1, 12, random.Random(i)) != divided(73, 1, 12) for i in range(5))  # h = 3
+
+
+def test_segments_give_their_middle_in_testing():
+    assert segment_indices(25, 30.0, 12) == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23]
+    assert segment_indices(61, 30.0, 3) == [10, 30, 50]
+    assert segment_indices(91, 10.0, 3, span=(3.0, 9.0)) == [40, 60, 80]
+
+
+def test_segments_shorter_than_a_frame_round_half_to_even():
+    assert segment_indices(7, 30.0, 12) == [0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6]
+    assert segment_indices(1, 30.0, 4) == [0, 0, 0, 0]
+
+
+def test_segments_give_any_of_their_frames_in_training_ends_included():
+    drawn = [segment_indices(26, 30.0, 10, draws=random.Random(i)) for i in range(300)]
+    edges = [0, 2, 5, 8, 10, 12, 15, 18, 20, 22, 25]  # 2.5 i, half to even
+    for i in range(10):
+        assert {row[i] for row in drawn} == set(range(edges[i], edges[i + 1] + 1))
+
+
+@pytest.mark.parametrize("sampler", ["clip2video", "t2vparser"])
+def test_frames_that_move_depend_on_the_seed_alone(sampler):
+    def frames(seed: str | None) -> list[int]:
+        return Sampling(frames=4, sampler=sampler, sample_rate=5.0, seed=seed).indices(900, 30.0)
+
+    random.seed(1)
+    first = [frames(f"0/0/{i}") for i in range(8)]
+    random.seed(2)
+    assert [frames(f"0/0/{i}") for i in range(8)] == first
+    assert [frames(f"0/1/{i}") for i in range(8)] != first
+    assert len({tuple(row) for row in first}) == 8
+    assert frames(None) not in first
+
+
+@pytest.mark.parametrize("sampler", ["discovla", "clip4clip"])
+def test_frames_that_stay_know_no_seed(sampler):
+    sampling = Sampling(frames=4, sampler=sampler, seed="0/0/1")
+    assert not sampling.moves
+    assert sampling.indices(900, 30.0) == Sampling(frames=4, sampler=sampler).indices(900, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "rate", "message"),
+    [
+        ({"sampler": "clip4clip"}, 9, 0.9, "at most the 0 of a clip with 0.9 a second, got 1"),
+        ({"sampler": "clip4clip", "sample_rate": 11}, 9, 10.0, "at most the 10 of a clip with 10 .*, got 11"),
+        ({"sampler": "clip4clip", "sample_rate": 2.5}, 9, 10.0, "expected a whole number .* got 2.5"),
+        (
+            {"sampler": "clip2video", "sample_rate": 5.0, "divisor": 3},
+            4,
+            10.0,
+            "sampling_divisor: 3 leaves none of the 2 frames stored at 5 a second; expected at most 2",
+        ),
+        ({"sampler": "clip2video", "divisor": 0}, 9, 10.0, "divisor, frames: expected at least 1 each"),
+        ({"sampler": "t2vparser"}, 0, 10.0, "count: expected at least 1 frame that decodes, got 0"),
+        ({"sampler": "t2vparser", "start": 5.0}, 9, 10.0, "start: 5 s is frame 50, the clip ends with 8"),
+        ({"sampler": "clip4clip", "start": 5.0}, 9, 10.0, "start: 5 s is frame 50, the clip ends with 8"),
+        ({"sampler": "clip5"}, 9, 10.0, "sampler: expected one of discovla, clip4clip, .* got 'clip5'"),
+        ({"sampler": "clip4clip", "slice": "odd"}, 90, 10.0, "slice: expected one of even, .* got 'odd'"),
+    ],
+    ids=str,
+)
+def test_a_sampling_that_leaves_nothing_says_so(options, count, rate, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Sampling(**({"frames": 4} | options)).indices(count, rate)
+    assert "\n" not in str(error.value)
