@@ -15,7 +15,7 @@ import torch
 from discovla.batch import BadClip, Batch
 from discovla.config import RunConfig
 from discovla.data.clips import check_captions
-from discovla.data.loader import LoaderShape, TrainLoader
+from discovla.data.loader import DataConfig, LoaderShape, TrainLoader
 from discovla.data.manifest import Clip, check_clips, read_manifest
 from discovla.data.quarantine import Quarantine
 from discovla.data.stills import Stills
@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
 # what of the data decides which batches a run sees; the rest may change when it is resumed
-SEEN = ("frames", "sample_rate", "context_length", "augment", "long_captions", "damaged")
+SEEN = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "context_length")
+SEEN += ("augment", "long_captions", "damaged")
 
 
 class Trainer:
@@ -258,8 +259,10 @@ class Trainer:
         if found is None:
             return None
         checkpoint.check_fingerprint(found.meta["fingerprint"], self.fingerprint, str(found.path))
+        # a checkpoint older than an option of the data began with its default
+        older = {f"data.{key}": DataConfig.model_fields[key].default for key in SEEN}
         for key, value in self._schedule().items():
-            began = found.meta["schedule"].get(key)
+            began = found.meta["schedule"].get(key, older.get(key))
             if value != began:
                 raise ValueError(f"{found.path}: {key}: the run began with {began!r}, found {value!r}")
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,10 +14,11 @@ from PIL import Image
 from discovla.batch import BadClip
 from discovla.data.augment import draw_light, draw_randaugment
 from discovla.data.cache import FrameCache
-from discovla.data.decode import Damaged, DecodeError, Sampling, decode_each
+from discovla.data.decode import Damaged, DecodeError, decode_each
 from discovla.data.manifest import Clip
 from discovla.data.pixels import fit
 from discovla.data.samples import Pair, Sample, frame_texts
+from discovla.data.sampling import Sampler, Sampling, Slice
 from discovla.data.tokens import Tokenizer
 from discovla.data.video import check_file
 
@@ -29,11 +30,14 @@ LongCaptions = Literal["error", "truncate"]
 
 @dataclass(frozen=True, kw_only=True)
 class FrameSettings:
-    """How clips become frames: how many, how large, and what is done about files that break off."""
+    """How clips become frames: which (see `Sampling`), how large, and what of files that break off."""
 
     frames: int
     image_size: int
+    sampling: Sampler = "discovla"
     sample_rate: float = 1.0
+    sampling_divisor: int = 1
+    sampling_slice: Slice = "even"
     damaged: Damaged = "refuse"
     cache: Path | None = None
 
@@ -49,51 +53,74 @@ class FrameReader:
         self._cache = None if settings.cache is None else FrameCache(settings.cache)
 
     def read(self, clip: Clip) -> np.ndarray:
-        """The frames of a clip, uint8, f y x 3.
+        """The frames of a clip as testing takes them, uint8, at most f y x 3.
 
         Raises:
             DecodeError: the clip gives none.
         """
+        sampling = self._sampling(clip)
         if self._cache is None:
-            return self._decoded(clip, None)
-        chosen = self.settings
-        spec = (chosen.frames, chosen.image_size, chosen.sample_rate, chosen.damaged, clip.start, clip.end)
+            return self._decoded(clip, sampling)
         check_file(clip.video)
-        key = self._cache.key(clip.video, spec)
+        key = self._cache.key(clip.video, self._spec(sampling))
         frames = self._cache.get(key)
         if frames is None:
-            frames = self._decoded(clip, None)
+            frames = self._decoded(clip, sampling)
             self._cache.put(key, frames)
         return frames
 
     def read_augmented(self, clip: Clip, augment: Augment, seed: str) -> np.ndarray:
-        """The frames of a clip after an augmentation that depends on `seed` alone.
+        """The frames of a clip for training: which, and their augmentation, depend on `seed` alone.
 
-        RandAugment works on frames of full size, which no cache holds.
+        RandAugment works on frames of full size, and a sampling that moves takes other frames for each seed:
+        no cache holds them.
 
         Raises:
             DecodeError: the clip gives none.
         """
-        match augment:
-            case "none":
-                return self.read(clip)
-            case "light":
-                return draw_light(seed)(self.read(clip))
-            case "randaugment":
-                return self._decoded(clip, seed)
+        sampling = self._sampling(clip, seed)
+        if augment == "randaugment":
+            return self._decoded(clip, sampling, draw_randaugment(seed))
+        frames = self._decoded(clip, sampling) if sampling.moves else self.read(clip)
+        return draw_light(seed)(frames) if augment == "light" else frames
+
+    def padded(self, frames: np.ndarray) -> np.ndarray:
+        """Frames of a clip, f y x 3, what it lacks being black: placeholders that masks are to hide."""
+        lacking = self.settings.frames - len(frames)
+        return np.pad(frames, ((0, lacking), (0, 0), (0, 0), (0, 0))) if lacking else frames
 
     def blank(self) -> np.ndarray:
         """What stands in the row of a clip that gives no frames; the row is marked not valid."""
         size = self.settings.image_size
         return np.zeros((self.settings.frames, size, size, 3), np.uint8)
 
-    def _decoded(self, clip: Clip, seed: str | None) -> np.ndarray:
-        """Frames from the file, augmented at full size if there is a seed."""
+    def _sampling(self, clip: Clip, seed: str | None = None) -> Sampling:
+        """Which frames of a clip to take; with a seed those of a training sample."""
         chosen = self.settings
-        sampling = Sampling(
-            frames=chosen.frames, sample_rate=chosen.sample_rate, start=clip.start, end=clip.end
+        return Sampling(
+            frames=chosen.frames,
+            sampler=chosen.sampling,
+            sample_rate=chosen.sample_rate,
+            divisor=chosen.sampling_divisor,
+            slice=chosen.sampling_slice,
+            start=clip.start,
+            end=clip.end,
+            seed=seed,
         )
-        augment = None if seed is None else draw_randaugment(seed)
+
+    def _spec(self, sampling: Sampling) -> tuple[object, ...]:
+        """All that tells apart the frames that a cache may hold of one video."""
+        chosen, span = self.settings, (sampling.start, sampling.end)
+        spec = (chosen.frames, chosen.image_size, chosen.sample_rate, chosen.damaged, *span)
+        if sampling.sampler == "discovla":
+            return spec  # what kept frames are known by since before there were other samplings
+        return (*spec, sampling.sampler, sampling.divisor, sampling.slice)
+
+    def _decoded(
+        self, clip: Clip, sampling: Sampling, augment: Callable[[Image.Image], Image.Image] | None = None
+    ) -> np.ndarray:
+        """Frames from the file, augmented at full size where that is asked for."""
+        chosen = self.settings
 
         def each(image: Image.Image) -> np.ndarray:
             return fit(image if augment is None else augment(image), chosen.image_size)
@@ -127,7 +154,8 @@ class ClipSource:
             bad = BadClip(id=clip.id, video=str(clip.video), reason=error.reason)
         return Sample(
             text=clip.captions[pair.caption],
-            frames=frames,
+            frames=self.reader.padded(frames),
+            shown=len(frames),
             frame_texts=frame_texts(clip, pair.caption) if self.frame_captions else None,
             video_index=pair.clip,
             bad=bad,

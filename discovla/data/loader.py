@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +20,7 @@ from discovla.data.clips import Augment, ClipSource, FrameReader, FrameSettings,
 from discovla.data.decode import Damaged, DecodeError
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.samples import Sample, Source, samples
+from discovla.data.sampling import Sampler, Sampling, Slice
 from discovla.data.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,16 @@ class DataConfig(BaseModel):
     """What is read and how.
 
     manifest: JSONL of the clips.  train_split, val_split, test_split: which of its clips are for what; no
-    val_split, no selection.  frames, sample_rate: see `frame_indices`.  context_length: tokens of a caption.
+    val_split, no selection.  frames: how many the model sees.  sampling, sample_rate, sampling_divisor,
+    sampling_slice: which of a clip, see `Sampling`; frames that a short clip lacks are masked placeholders.
+    context_length: tokens of a caption.
     augment: `randaugment` is the released one, `light` a cheap one.  long_captions: what is done with a
     caption longer than the context; missing_frame_captions: with one that has no frame captions where the
     method needs them; damaged: with a clip that breaks off.  bad_clip_share: largest share of clips found
-    bad in training before it stops.  cache: folder for decoded frames; it serves everything but
-    RandAugment, which works on frames of full size.  workers: processes that read, 0 reads in the training
-    process.  stills: train on stills drawn in memory instead of the clips of the train_split.
+    bad in training before it stops.  cache: folder for decoded frames; it serves everything but training
+    with RandAugment, which works on frames of full size, or with a sampling that draws frames anew.
+    workers: processes that read, 0 reads in the training process.  stills: train on stills drawn in memory
+    instead of the clips of the train_split.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +58,10 @@ class DataConfig(BaseModel):
     val_split: str | None = "val"
     test_split: str = "test"
     frames: int = Field(default=12, ge=1)
+    sampling: Sampler = "discovla"
     sample_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    sampling_divisor: int = Field(default=1, ge=1)
+    sampling_slice: Slice = "even"
     context_length: int = Field(default=32, ge=2)
     augment: Augment = "none"
     long_captions: LongCaptions = "error"
@@ -64,6 +71,24 @@ class DataConfig(BaseModel):
     cache: Path | None = None
     workers: int = Field(default=2, ge=0)
     stills: StillsConfig | None = None
+
+    @field_validator("sample_rate")
+    @classmethod
+    def _a_rate_that_the_sampling_knows(cls, value: float, info: ValidationInfo) -> float:
+        sampling = info.data.get("sampling")
+        if sampling == "t2vparser" and value != 1:
+            raise ValueError("expected 1.0: sampling = 't2vparser' takes frames of segments, at no rate")
+        if sampling == "clip4clip" and value != int(value):
+            raise ValueError("expected a whole number of frames a second with sampling = 'clip4clip'")
+        return value
+
+    @field_validator("sampling_divisor", "sampling_slice")
+    @classmethod
+    def _an_option_of_the_sampling(cls, value: int | str, info: ValidationInfo) -> int | str:
+        owner = {"sampling_divisor": "clip2video", "sampling_slice": "clip4clip"}[str(info.field_name)]
+        if value not in (1, "even") and info.data.get("sampling", owner) != owner:
+            raise ValueError(f"expected none without sampling = {owner!r}, whose option it is")
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +231,12 @@ def _clip_source(clips: Sequence[Clip], config: DataConfig, shape: LoaderShape) 
     check_captions(
         clips, shape.context_length, long=config.long_captions, frame_captions=shape.frame_captions
     )
-    if config.cache is not None and config.augment == "randaugment":
-        logger.warning("cache: RandAugment works on frames of full size, training decodes clips every time")
+    if shape.frame_captions and config.sampling != "discovla":
+        raise ValueError(
+            "sampling: expected 'discovla', whose frames the frame captions tell of (method.alpha or "
+            f"method.beta is not 0), found {config.sampling!r}"
+        )
+    _say_what_the_cache_lacks(config)
     return ClipSource(
         clips=clips,
         pairs=samples(clips, frame_captions=shape.frame_captions, missing=config.missing_frame_captions),
@@ -218,12 +247,28 @@ def _clip_source(clips: Sequence[Clip], config: DataConfig, shape: LoaderShape) 
     )
 
 
+def _say_what_the_cache_lacks(config: DataConfig) -> None:
+    """Warn where there is a cache that training cannot use."""
+    if config.cache is None:
+        return
+    if config.augment == "randaugment":
+        logger.warning("cache: RandAugment works on frames of full size, training decodes clips every time")
+    elif Sampling(frames=config.frames, sampler=config.sampling).moves:
+        logger.warning(
+            "cache: sampling = %r draws frames anew in each epoch, training decodes clips every time",
+            config.sampling,
+        )
+
+
 def _frame_settings(config: DataConfig, image_size: int) -> FrameSettings:
     """The part of the configuration that decides a clip's frames."""
     return FrameSettings(
         frames=config.frames,
         image_size=image_size,
+        sampling=config.sampling,
         sample_rate=config.sample_rate,
+        sampling_divisor=config.sampling_divisor,
+        sampling_slice=config.sampling_slice,
         damaged=config.damaged,
         cache=config.cache,
     )
@@ -242,7 +287,8 @@ class _VideoSource:
     def sample(self, index: int, epoch: int) -> Sample:
         clip = self.clips[index]
         try:
-            return Sample(text="", frames=self.reader.read(clip), video_index=index)
+            frames = self.reader.read(clip)
+            return Sample(text="", frames=self.reader.padded(frames), video_index=index, shown=len(frames))
         except DecodeError as error:
             bad = BadClip(id=clip.id, video=str(clip.video), reason=error.reason)
             return Sample(text="", frames=self.reader.blank(), video_index=index, bad=bad)
@@ -280,9 +326,11 @@ class _Collate:
 
     def __call__(self, rows: list[Sample]) -> dict[str, Any]:
         frames = torch.from_numpy(np.stack([row.frames for row in rows]))  # b f y x c
+        f = frames.shape[1]
+        shown = torch.tensor([f if row.shown is None else row.shown for row in rows])
         fields: dict[str, Any] = {
             "frames": frames,
-            "frame_mask": torch.ones(frames.shape[:2], dtype=torch.bool),
+            "frame_mask": torch.arange(f) < shown[:, None],  # b f
             "video_index": torch.tensor([row.video_index for row in rows]),
             "valid": torch.tensor([row.bad is None for row in rows]),
             "bad": tuple(row.bad for row in rows if row.bad is not None),

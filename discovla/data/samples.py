@@ -27,13 +27,15 @@ class Pair:
 class Sample:
     """One training pair as it is read.
 
-    frames: uint8 RGB, f y x 3.  frame_texts: a still caption per frame, or None.  video_index: which clip of
+    frames: uint8 RGB, f y x 3.  shown: how many of them the clip has, padding follows; None where it has all.
+    frame_texts: a still caption per frame, or None.  video_index: which clip of
     the list.  bad: why the frames are placeholders, None where they are real.
     """
 
     text: str
     frames: np.ndarray
     video_index: int
+    shown: int | None = None
     frame_texts: tuple[str, ...] | None = None
     bad: BadClip | None = None
 

@@ -75,6 +75,35 @@ def test_another_setting_is_another_file(tmp_path, changes):
     assert len(kept(tmp_path)) == 2
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"sampling": "clip4clip"}),
+        ({"sampling": "clip4clip"}, {"sampling": "clip4clip", "sampling_slice": "last"}),
+        ({"sampling": "clip4clip"}, {"sampling": "t2vparser"}),
+        ({"sampling": "clip2video"}, {"sampling": "clip2video", "sample_rate": 5.0}),
+        (
+            {"sampling": "clip2video", "sample_rate": 5.0},
+            {"sampling": "clip2video", "sample_rate": 5.0, "sampling_divisor": 2},
+        ),
+    ],
+    ids=["default", "slice", "sampling", "stored rate", "divisor"],
+)
+def test_another_sampling_is_another_file(tmp_path, one, other):
+    reader(tmp_path, **one).read(clip(tmp_path))
+    reader(tmp_path, **other).read(clip(tmp_path))
+    assert len(kept(tmp_path)) == 2
+
+
+def test_fewer_frames_than_asked_for_are_kept_as_they_are(tmp_path, decodings):
+    settings = {"sampling": "clip2video", "sample_rate": 5.0, "frames": 12}
+    first = reader(tmp_path, **settings).read(clip(tmp_path))
+    again = reader(tmp_path, **settings).read(clip(tmp_path))
+    assert len(decodings) == 1
+    assert first.shape == (3, 16, 16, 3)
+    assert np.array_equal(first, again)
+
+
 def test_another_span_is_another_file(tmp_path):
     reader(tmp_path).read(clip(tmp_path))
     reader(tmp_path).read(clip(tmp_path, start=0.1))

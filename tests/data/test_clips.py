@@ -110,3 +110,71 @@ def test_captions_that_fit_are_not_counted(clip):
 
 def test_long_captions_are_counted_once_each(clip):
     assert check_captions([clip], 3, long="truncate") == 1
+
+
+def seen(reader: FrameReader, clip: Clip, seeds: range) -> list[tuple[int, ...]]:
+    """The numbers of the frames of training samples."""
+    return [tuple(numbers(reader.read_augmented(clip, "none", f"0/0/{i}"))) for i in seeds]
+
+
+def test_a_sample_of_too_few_frames_is_filled_with_placeholders_that_are_counted(clip):
+    reader = FrameReader(FrameSettings(frames=5, image_size=16, sampling="clip4clip"))
+    sample = source(clip, reader=reader).sample(0, 0)
+    assert sample.shown == 2
+    assert numbers(sample.frames) == [0, 10, 0, 0, 0]
+    assert not sample.frames[2:].any()
+
+
+def test_placeholders_are_no_part_of_a_light_augmentation(clip):
+    reader = FrameReader(FrameSettings(frames=5, image_size=16, sampling="clip4clip"))
+    frames = source(clip, reader=reader, augment="light").sample(0, 0).frames
+    assert not frames[2:].any()
+
+
+@pytest.mark.parametrize("augment", ["none", "light", "randaugment"])
+def test_frames_drawn_for_training_are_those_of_the_sample(clip, augment):
+    def frames(epoch: int, index: int) -> bytes:
+        reader = FrameReader(FrameSettings(frames=3, image_size=16, sampling="t2vparser"))
+        ours = source(clip, augment=augment, reader=reader, pairs=[Pair(0, 0)] * 6)
+        return ours.sample(index, epoch).frames.tobytes()
+
+    first = [frames(0, i) for i in range(6)]
+    assert [frames(0, i) for i in range(6)] == first
+    assert [frames(1, i) for i in range(6)] != first
+    assert len(set(first)) > 1
+
+
+def test_a_cache_of_frames_for_testing_is_not_taken_for_training_that_draws_them(clip, tmp_path):
+    settings = FrameSettings(frames=3, image_size=16, sampling="t2vparser", cache=tmp_path / "cache")
+    fixed = numbers(FrameReader(settings).read(clip))
+    assert fixed == [3, 9, 16]
+    drawn = seen(FrameReader(settings), clip, range(8))
+    assert len(set(drawn)) > 4
+    assert numbers(FrameReader(settings).read(clip)) == fixed
+    assert len(list((tmp_path / "cache").rglob("*.frames"))) == 1
+
+
+def test_a_cache_serves_training_on_frames_that_stay(clip, tmp_path):
+    settings = FrameSettings(frames=4, image_size=16, sampling="clip4clip", cache=tmp_path / "cache")
+    assert seen(FrameReader(settings), clip, range(2)) == [(0, 10)] * 2
+    assert len(list((tmp_path / "cache").rglob("*.frames"))) == 1
+
+
+def test_jitter_beside_a_cache_says_that_it_decodes_every_time(clip, tmp_path, caplog):
+    config = DataConfig(
+        manifest=tmp_path / "m", frames=2, sampling="t2vparser", cache=tmp_path / "cache", workers=0
+    )
+    shape = LoaderShape(
+        batch_size=2, rank=0, world_size=1, seed=0, image_size=16, context_length=8, frame_captions=False
+    )
+    next(TrainLoader([clip], config, shape).epoch(0))
+    assert "sampling = 't2vparser' draws frames anew in each epoch, training decodes" in caplog.text
+
+
+def test_a_clip_that_its_sampling_leaves_nothing_of_is_bad(clip):
+    settings = FrameSettings(
+        frames=2, image_size=16, sampling="clip2video", sample_rate=5.0, sampling_divisor=11
+    )
+    sample = source(clip, reader=FrameReader(settings)).sample(0, 0)
+    assert sample.bad is not None
+    assert sample.bad.reason.startswith("sampling_divisor: 11 leaves none of the 10 frames stored")

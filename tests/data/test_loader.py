@@ -268,6 +268,59 @@ def test_pairs_without_frame_captions_are_left_out_by_option(clips):
     assert loader.steps_per_epoch == 13
 
 
+@pytest.mark.parametrize("sampling", ["clip4clip", "clip2video"])
+def test_frames_a_clip_lacks_are_masked_in_training_and_testing(clips, sampling):
+    settings = config(sampling=sampling, sample_rate=5.0, frames=3)  # clips of 0.4 s: 2 frames
+    batches = [next(TrainLoader(clips, settings, shape()).epoch(0)), *video_batches(clips, settings, 16, 4)]
+    for batch in batches:
+        assert batch.frames.shape[1:] == (3, 16, 16, 3)
+        assert batch.frame_mask.tolist() == [[True, True, False]] * len(batch)
+        assert batch.frames[:, :2].flatten(1).any(1).all()
+        assert not batch.frames[:, 2].any()
+
+
+@pytest.mark.parametrize("sampling", ["discovla", "t2vparser"])
+def test_frames_that_are_repeated_are_not_masked(clips, sampling):
+    batch = next(TrainLoader(clips, config(sampling=sampling, frames=9), shape()).epoch(0))
+    assert batch.frame_mask.all()
+
+
+def test_a_bad_clip_has_no_masked_frame_whatever_the_sampling(clips, tmp_path):
+    settings = config(sampling="clip4clip", frames=3)
+    for batch in TrainLoader(broken(clips, tmp_path), settings, shape(batch_size=2)).epoch(0):
+        assert torch.equal(batch.frame_mask.all(1), ~batch.valid)  # the others have 1 frame
+
+
+def test_frame_captions_of_other_frames_are_refused(clips):
+    with pytest.raises(ValueError, match=r"sampling: expected 'discovla', .* found 'clip4clip'"):
+        TrainLoader(clips, config(sampling="clip4clip"), shape(frame_captions=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": "clip5"}, "Input should be 'discovla'"),
+        ({"sampling": "t2vparser", "sample_rate": 2.0}, "expected 1.0: sampling = 't2vparser' takes frames"),
+        ({"sampling": "clip4clip", "sample_rate": 0.5}, "expected a whole number of frames a second"),
+        ({"sampling_divisor": 2}, "expected none without sampling = 'clip2video', whose option it is"),
+        ({"sampling": "clip2video", "sampling_divisor": 0}, "greater than or equal to 1"),
+        (
+            {"sampling": "clip2video", "sampling_slice": "last"},
+            "expected none without sampling = 'clip4clip'",
+        ),
+    ],
+    ids=["unknown", "no rate", "part of a frame", "divisor", "no divisor", "slice"],
+)
+def test_an_option_of_another_sampling_is_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        config(**changes)
+
+
+def test_options_of_the_sampling_are_taken():
+    assert config(sampling="clip2video", sampling_divisor=2, sampling_slice="even").sampling_divisor == 2
+    assert config(sampling="clip4clip", sampling_slice="last", sampling_divisor=1).sampling_slice == "last"
+
+
 def test_a_start_outside_the_epoch_is_refused(clips):
     loader = TrainLoader(clips, config(), shape())
     with pytest.raises(ValueError, match=r"start: expected 0 .. 3, got 4"):
