@@ -84,8 +84,8 @@ class Embedding:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Embedding:
         """The embedding with `change` applied to each tensor it has."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Embedding(**{name: None if x is None else change(x) for name, x in values.items()})
+        given = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        return replace(self, **{name: change(x) for name, x in given.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
