@@ -23,12 +23,11 @@ class Batch:
     """One rank's share of a training batch.
 
     text_ids: b l, int64, padded with 0.  text_mask: b l, bool, true on real tokens.
-    frames: b f y x c, uint8 RGB (float b f c y x passes through as already normalised).  frame_mask: b f,
-        bool.
+    frames: b f y x c, uint8 RGB (float b f c y x is taken as already normalised).  frame_mask: b f, bool.
     frame_text_ids, frame_text_mask: b f l, the still captions of the sampled frames, or None.
     video_index: b, int64, which clip of the manifest; equal for captions of one clip.
-    valid: b, bool; None where every clip of every rank could be read.  False marks one that could not: its row
-        is a placeholder that keeps every rank's shape the same and that no loss sees.
+    valid: b, bool; None where every clip of every rank could be read.  False marks one that could not: its
+        row is a placeholder that keeps every rank's shape the same and that no loss sees.
     bad: those clips.
     """
 
@@ -60,7 +59,7 @@ class Embedding:
     """What one tower makes of n inputs.  Nothing in it is normalised.
 
     pooled: n d.
-    tokens: n k d, the parts (words, frames, views) that a token-wise similarity compares; None where none does.
+    tokens: n k d, the parts (words, frames, views) that a token-wise similarity compares, if one does.
     mask: n k, bool, true on real tokens; None where every token is real.
     frames: n f d, one feature per frame: of the frame itself or of its caption; for frame-level alignment.
     frame_mask: n f, bool, true on real frames.
