@@ -112,6 +112,18 @@ def test_a_finished_run_taken_up_again_gives_its_results_again(tmp_path, drawn):
     assert len(runs.losses(tmp_path / "run")) == 2
 
 
+def test_a_run_on_frames_drawn_anew_goes_on_with_the_same_frames(tmp_path, drawn):
+    sampling = ("data.sampling=clip2video", "data.sample_rate=5", "data.frames=4")
+    words = [runs.write_config(tmp_path, drawn), "method=clip2video", "steps=5", *sampling]
+    runs.train([*words, f"directory={tmp_path}/whole"])
+    runs.train([*words, "stop_at=2"])
+    runs.train([*words, "resume=true"])
+    assert torch.equal(runs.losses(tmp_path / "run"), runs.losses(tmp_path / "whole"))
+    job = runs.start([*words, "resume=true", "data.sampling_divisor=2"])
+    assert job.wait() == [2]
+    assert "data.sampling_divisor: the run began with 1, found 2" in job.output()
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
