@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from discovla.engine import checkpoint
 from tests import runs
 
 STEPS = 10  # of 16 pairs; an epoch has 4 steps
@@ -122,6 +123,21 @@ def test_a_run_on_frames_drawn_anew_goes_on_with_the_same_frames(tmp_path, drawn
     job = runs.start([*words, "resume=true", "data.sampling_divisor=2"])
     assert job.wait() == [2]
     assert "data.sampling_divisor: the run began with 1, found 2" in job.output()
+
+
+def test_a_checkpoint_older_than_an_option_of_the_data_began_with_its_default(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), "steps=3", "method=clip4clip"]
+    runs.train([*words, "stop_at=1"])
+    (path,) = (tmp_path / "run/checkpoints").glob("step-*/state.json")
+    state = json.loads(path.read_text())
+    del state["sha256"]
+    assert state["meta"]["schedule"].pop("data.sampling") == "discovla"
+    path.write_text(json.dumps(state | {"sha256": checkpoint._sum_of_state(state)}))
+    job = runs.start([*words, "resume=true", "data.sampling=clip4clip"])
+    assert job.wait() == [2]
+    assert "data.sampling: the run began with 'discovla', found 'clip4clip'" in job.output()
+    runs.train([*words, "resume=true"])
+    assert len(runs.losses(tmp_path / "run")) == 3
 
 
 @pytest.mark.parametrize(
