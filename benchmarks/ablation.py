@@ -219,7 +219,9 @@ def run_all(place: Place, runs: Iterable[tuple[Row, int]]) -> Iterator[dict[str,
             "threads": torch.get_num_threads(),
             "last steps": last,
             "figures": measure(method, exam),
-            "config": json.loads(config.to_json()),
+            "config": config.model_dump(
+                mode="json", exclude={"directory": True, "data": {"manifest", "cache"}}
+            ),
             "logit_scale": method.logit_scale().item(),
             "versions": versions(start("cpu")),
             "weights": weights,
