@@ -92,7 +92,7 @@ WHY = (
     Row(name="official, scale 100", method=OFFICIAL, logit_scale=100),
     Row(name="official, teacher detached", method={**OFFICIAL, "detach_teacher": True}, seeds=SEEDS),
     Row(name="official, learning rate 2e-3", method=OFFICIAL, lr=2e-3),
-    Row(name="w 0.78, teacher detached", method=_discovla(w=0.78, detach_teacher=True)),
+    Row(name="w 0.78, teacher detached", method=_discovla(w=0.78, detach_teacher=True), seeds=SEEDS),
 )
 LONGER = (
     Row(name="fusion, 450 steps", method=FUSION, steps=LONG),
@@ -108,7 +108,7 @@ ROWS = (*LADDER, *WHY, *LONGER)
 
 def plan() -> list[tuple[Row, int]]:
     """All runs, so ordered that what is there early already says something."""
-    order = [(LADDER, 0), (LADDER, 1), (WHY, 0), (LADDER, 2), (LONGER, 0), (WHY, 1), (WHY, 2)]
+    order = [(LADDER, 0), (LADDER, 1), (WHY, 0), (LADDER, 2), (WHY, 1), (WHY, 2), (LONGER, 0)]
     return [(row, seed) for rows, seed in order for row in rows if seed in row.seeds]
 
 
