@@ -1,0 +1,1 @@
+"""The subcommands of `discovla`, one a file: `add(commands)` declares it."""
