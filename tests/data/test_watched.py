@@ -1,0 +1,195 @@
+"""Processes that may hang or crash."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from discovla.data.watched import Lost, Outcome, Worker, watched
+from tests.data.watched_tasks import Unsendable, stopped, task
+
+
+def ended(pid: int, within: float = 5.0) -> bool:
+    """Whether a process is gone, or only waits to be counted."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_every_item_has_its_outcome_and_a_lost_process_is_replaced():
+    items = ["a", "hang", "crash", "b", "raise", "exit", "hang in native code", "c"]
+    found = {o.item: o for o in watched(task, items, workers=2, limit=0.5)}
+    assert sorted(found) == sorted(items)
+    assert {i: str(o.error) for i, o in found.items() if o.error} == {
+        "hang": "took longer than 0.5 s",
+        "hang in native code": "took longer than 0.5 s",
+        "crash": "its process died of SIGSEGV",
+        "exit": "its process ended with status 3",
+        "raise": "not this one",
+    }
+    assert isinstance(found["raise"].error, ValueError)
+    answers = {name: found[name].value or ("", 0) for name in "abc"}
+    pids = {name: answers[name][1] for name in "abc"}
+    assert {name: answers[name][0] for name in "abc"} == {name: name for name in "abc"}
+    assert all(ended(pid) for pid in pids.values())
+
+
+def test_one_process_serves_many_items_until_it_is_lost():
+    with Worker(task, limit=5) as worker:
+        first, second = worker("a"), worker("b")
+        assert first[1] == second[1] != os.getpid()
+        with pytest.raises(Lost, match="its process died of SIGSEGV"):
+            worker("crash")
+        third = worker("c")
+        assert third[0] == "c"
+        assert third[1] != first[1]
+        os.kill(third[1], signal.SIGKILL)
+        assert ended(third[1])
+        assert worker("d")[0] == "d"
+        last = worker("e")[1]
+    assert ended(last)
+
+
+def test_a_process_that_does_not_end_itself_is_killed(monkeypatch):
+    monkeypatch.setattr("discovla.data.watched._LATE", 0.3)
+    with Worker(stopped, limit=0.3) as worker, pytest.raises(Lost, match=r"took longer than 0.3 s"):
+        worker("x")
+
+
+def test_what_does_not_pickle_is_told_by_its_words():
+    with Worker(task, limit=5) as worker:
+        with pytest.raises(RuntimeError, match=r"pickle|local object"):
+            worker("unsendable value")
+        with pytest.raises((RuntimeError, Unsendable), match="no way"):
+            worker("unsendable error")
+        assert worker("a")[0] == "a"
+
+
+def test_what_the_work_prints_does_not_reach_our_output(capfd):
+    with Worker(task, limit=5) as worker:
+        worker("print")
+    assert capfd.readouterr() == ("", "to the standard output\n")
+
+
+def test_dropping_the_iterator_ends_the_processes():
+    outcomes = watched(task, ["a", "hang", "b", "hang"], workers=2, limit=30)
+    _, pid = next(outcomes).value or (None, 0)
+    began = time.monotonic()
+    outcomes.close()
+    assert ended(pid)
+    assert time.monotonic() - began < 5
+    assert children() == set()
+
+
+def children() -> set[int]:
+    """Processes that this one started and that run."""
+    found = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    ours = {int(pid) for pid in found}
+    return {pid for pid in ours if b"discovla.data.watched" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+PARENT = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.data.watched_tasks import task
+from discovla.data.watched import Worker
+idle, busy = Worker(task, limit=3), Worker(task, limit=3)
+print(idle("a")[1], busy("b")[1], flush=True)
+busy("hang in native code")
+"""
+
+
+def test_no_process_outlives_a_killed_parent_by_more_than_the_limit():
+    program = PARENT.format(root=str(Path(__file__).parents[2]))
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    idle, busy = map(int, parent.stdout.readline().split())
+    time.sleep(0.3)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert ended(idle)
+    assert ended(busy, within=8)
+
+
+class Reader(Dataset):
+    """A data set whose items a watched process reads."""
+
+    def __init__(self) -> None:
+        self.worker = Worker(task, limit=5)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[str, int, int]:
+        try:
+            name, pid = self.worker("crash" if index == 2 else str(index))
+        except Lost:
+            name, pid = "lost", 0
+        return name, pid, os.getpid()
+
+
+def test_the_workers_of_a_loader_each_have_their_own_process():
+    reader = Reader()
+    ours = reader.worker("here")[1]
+    rows = list(DataLoader(reader, batch_size=None, num_workers=2))
+    assert [name for name, _, _ in rows] == ["0", "1", "lost", "3"]
+    owners = {(pid, loader) for _, pid, loader in rows if pid}
+    assert len(owners) >= 2
+    assert ours not in {pid for pid, _ in owners}
+    assert reader.worker("here")[1] == ours
+    assert all(ended(pid) for pid, _ in owners)
+    reader.worker.close()
+
+
+def test_a_worker_pickles_without_its_process():
+    with Worker(task, limit=5) as worker:
+        pid = worker("a")[1]
+        with pickle.loads(pickle.dumps(worker)) as other:
+            assert other("a")[1] != pid
+        assert worker("a")[1] == pid
+
+
+def test_work_that_no_other_process_can_import_is_refused():
+    with pytest.raises(ValueError, match="expected a function that other processes can import"):
+        Worker(lambda item: item, limit=1)
+
+
+def test_a_process_that_does_not_start_is_told_once(monkeypatch):
+    monkeypatch.setattr("discovla.data.watched._ENTRY", "import sys; sys.exit(1)")
+    with pytest.raises(RuntimeError, match="a process for task did not start"):
+        list(watched(task, ["a"], workers=1, limit=1))
+
+
+def test_nothing_to_do_starts_nothing():
+    assert list(watched(task, [], workers=3, limit=1)) == []
+    assert children() == set()
+
+
+def test_items_are_taken_when_a_process_is_free():
+    taken = []
+
+    def items():
+        for name in "abcdef":
+            taken.append(name)
+            yield name
+
+    outcomes = watched(task, items(), workers=1, limit=5)
+    assert isinstance(next(outcomes), Outcome)
+    assert taken == ["a"]
+    outcomes.close()
