@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _POLICY = "rand-m7-n4-mstd0.5-inc1"
 _GREY = (128, 128, 128)
 _LIGHT = 0.2  # largest change of brightness and of contrast, as a share
+_CROP_AREA, _CROP_ASPECT, _CROP_TRIES = (0.08, 1.0), math.log(4 / 3), 10
 
 
 def draw_randaugment(seed: str) -> Callable[[Image.Image], Image.Image]:
@@ -64,6 +66,43 @@ def draw_light(seed: str) -> Callable[[np.ndarray], np.ndarray]:
         return np.clip(np.rint(table), 0, 255).astype(np.uint8)[frames]
 
     return augment
+
+
+def draw_resized_crop(seed: str, size: int) -> Callable[[Image.Image], Image.Image]:
+    """A random part of a clip's frames, the same of each, resized to a square.
+
+    Its area is a U(0.08, 1) part of the frame's and its aspect log-uniform in 3/4 .. 4/3, drawn up to ten
+    times until it fits; else it is the largest square in the middle.
+
+    Args:
+        seed: what the draws depend on, and the only thing.
+        size: pixels of a side of the square.
+
+    Returns: from an RGB image to one of size x size; frames of one size are cut alike.
+
+    Source: specification of T2VParser, section on data.  It is cut from the full frame, not from one whose
+    short side was made 256 before: the same part, resampled once.
+    """
+
+    def augment(image: Image.Image) -> Image.Image:
+        box = _box(random.Random(seed), *image.size)
+        return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+    return augment
+
+
+def _box(draws: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the part to keep."""
+    for _ in range(_CROP_TRIES):
+        area = draws.uniform(*_CROP_AREA) * width * height
+        aspect = math.exp(draws.uniform(-_CROP_ASPECT, _CROP_ASPECT))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = draws.randint(0, width - w), draws.randint(0, height - h)
+            return left, top, left + w, top + h
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
 
 
 def _drawn(op: Any) -> list[tuple[Callable[..., Image.Image], tuple[Any, ...], dict[str, Any]]]:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from discovla.batch import BadClip
-from discovla.data.augment import draw_light, draw_randaugment
+from discovla.data.augment import draw_light, draw_randaugment, draw_resized_crop
 from discovla.data.cache import FrameCache
 from discovla.data.decode import Damaged, DecodeError, decode_each
 from discovla.data.manifest import Clip
@@ -24,7 +24,8 @@ from discovla.data.video import check_file
 
 logger = logging.getLogger(__name__)
 
-Augment = Literal["none", "light", "randaugment"]
+Augment = Literal["none", "light", "randaugment", "resized_crop"]
+FULL_SIZE = ("randaugment", "resized_crop")  # what changes frames before they are made small
 LongCaptions = Literal["error", "truncate"]
 
 
@@ -72,8 +73,8 @@ class FrameReader:
     def read_augmented(self, clip: Clip, augment: Augment, seed: str) -> np.ndarray:
         """The frames of a clip for training: which, and their augmentation, depend on `seed` alone.
 
-        RandAugment works on frames of full size, and a sampling that moves takes other frames for each seed:
-        no cache holds them.
+        RandAugment and crops work on frames of full size, and a sampling that moves takes other frames for
+        each seed: no cache holds them.
 
         Raises:
             DecodeError: the clip gives none.
@@ -81,6 +82,8 @@ class FrameReader:
         sampling = self._sampling(clip, seed)
         if augment == "randaugment":
             return self._decoded(clip, sampling, draw_randaugment(seed))
+        if augment == "resized_crop":
+            return self._decoded(clip, sampling, draw_resized_crop(seed, self.settings.image_size))
         frames = self._decoded(clip, sampling) if sampling.moves else self.read(clip)
         return draw_light(seed)(frames) if augment == "light" else frames
 

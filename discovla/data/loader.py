@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from discovla.batch import BadClip, Batch
-from discovla.data.clips import Augment, ClipSource, FrameReader, FrameSettings, LongCaptions, check_captions
+from discovla.data.clips import (
+    FULL_SIZE,
+    Augment,
+    ClipSource,
+    FrameReader,
+    FrameSettings,
+    LongCaptions,
+    check_captions,
+)
 from discovla.data.decode import Damaged, DecodeError
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.samples import Sample, Source, samples
@@ -42,11 +50,12 @@ class DataConfig(BaseModel):
     val_split, no selection.  frames: how many the model sees.  sampling, sample_rate, sampling_divisor,
     sampling_slice: which of a clip, see `Sampling`; frames that a short clip lacks are masked placeholders.
     context_length: tokens of a caption.
-    augment: `randaugment` is the released one, `light` a cheap one.  long_captions: what is done with a
-    caption longer than the context; missing_frame_captions: with one that has no frame captions where the
-    method needs them; damaged: with a clip that breaks off.  bad_clip_share: largest share of clips found
-    bad in training before it stops.  cache: folder for decoded frames; it serves everything but training
-    with RandAugment, which works on frames of full size, or with a sampling that draws frames anew.
+    augment: `randaugment` is DiscoVLA's, `resized_crop` T2VParser's, `light` a cheap one.
+    long_captions: what is done with a caption longer than the context; missing_frame_captions: with one that
+    has no frame captions where the method needs them; damaged: with a clip that breaks off.
+    bad_clip_share: largest share of clips found bad in training before it stops.
+    cache: folder for decoded frames; it serves everything but training with an augmentation that works on
+    frames of full size, or with a sampling that draws frames anew.
     workers: processes that read, 0 reads in the training process.  stills: train on stills drawn in memory
     instead of the clips of the train_split.
     """
@@ -251,8 +260,11 @@ def _say_what_the_cache_lacks(config: DataConfig) -> None:
     """Warn where there is a cache that training cannot use."""
     if config.cache is None:
         return
-    if config.augment == "randaugment":
-        logger.warning("cache: RandAugment works on frames of full size, training decodes clips every time")
+    if config.augment in FULL_SIZE:
+        logger.warning(
+            "cache: augment = %r works on frames of full size, training decodes clips every time",
+            config.augment,
+        )
     elif Sampling(frames=config.frames, sampler=config.sampling).moves:
         logger.warning(
             "cache: sampling = %r draws frames anew in each epoch, training decodes clips every time",

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from discovla.data import augment
-from discovla.data.augment import draw_light, draw_randaugment
+from discovla.data.augment import draw_light, draw_randaugment, draw_resized_crop
 
 
 def noise(seed: int = 0) -> np.ndarray:
@@ -171,3 +171,37 @@ def test_the_light_one_changes_brightness_and_contrast_by_a_fifth_at_most():
     assert 115 < max(means) <= 121
     assert min(spreads) >= 20 * 0.8 * 0.8 - 1
     assert max(spreads) <= 20 * 1.2 * 1.2 + 1
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    """Red grows to the right and green downwards: a cut tells where it is from."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 7)], axis=-1).astype(np.uint8))
+
+
+def test_a_crop_is_the_same_part_of_every_frame_of_a_clip():
+    frames = [Image.fromarray(noise(i)) for i in range(2)]
+    for i in range(20):
+        cut = draw_resized_crop(f"0/0/{i}", 16)
+        assert all(cut(frame).size == (16, 16) for frame in frames)
+        assert np.array_equal(np.asarray(cut(frames[0])), np.asarray(cut(frames[0])))
+        left, top, right, bottom = augment._box(random.Random(f"0/0/{i}"), 40, 24)
+        pixels = np.asarray(draw_resized_crop(f"0/0/{i}", 64)(ramp(40, 24)))
+        assert left <= pixels[..., 0].min() and pixels[..., 0].max() < right
+        assert top <= pixels[..., 1].min() and pixels[..., 1].max() < bottom
+
+
+def test_crops_have_the_released_areas_and_aspects():
+    boxes = [augment._box(random.Random(i), 320, 240) for i in range(3000)]
+    w, h = (np.array([box[i + 2] - box[i] for box in boxes]) for i in range(2))
+    share = w * h / (320 * 240)
+    assert 0.075 < share.min() < 0.1
+    assert share.max() <= 1
+    assert abs(share[share < 0.5].mean() - 0.29) < 0.01  # what always fits is uniform
+    assert (w / h).min() > 0.74
+    assert (w / h).max() < 1.35
+    assert abs(np.log(w / h)[share < 0.5].mean()) < 0.01
+
+
+def test_a_frame_that_no_crop_fits_gives_its_middle():
+    assert augment._box(random.Random(0), 1000, 10) == (495, 0, 505, 10)

@@ -69,6 +69,20 @@ def test_augmentation_depends_on_seed_epoch_and_sample(clip, augment):
     assert len({frames(0, 0, i) for i in range(9)}) > 4
 
 
+def test_a_crop_of_a_training_clip_is_one_part_of_all_its_frames(tmp_path):
+    def ramp(i: int, height: int, width: int) -> np.ndarray:
+        return np.broadcast_to(np.linspace(0, 255, width, dtype=np.uint8)[None, :, None], (height, width, 3))
+
+    clip = Clip(id="a", video=movie(tmp_path / "a.mp4", 20, draw=ramp), captions=("one",), split="train")
+    reader = FrameReader(FrameSettings(frames=2, image_size=16, sample_rate=10.0))
+    cuts = [reader.read_augmented(clip, "resized_crop", f"0/0/{i}") for i in range(6)]
+    assert {cut.shape for cut in cuts} == {(2, 16, 16, 3)}
+    for cut in cuts:
+        assert np.abs(cut[0].astype(int) - cut[1]).max() <= 8, "the frames of the clip are the same picture"
+    spans = [np.ptp(cut[0, 8, :, 0]) for cut in cuts]
+    assert max(spans) - min(spans) > 30, "parts of other sizes show more or less of the ramp"
+
+
 def test_a_source_travels_to_a_worker(clip, tmp_path):
     reader = FrameReader(FrameSettings(frames=2, image_size=16, cache=tmp_path / "cache"))
     ours = source(clip, augment="randaugment", reader=reader)
@@ -92,9 +106,12 @@ def test_a_clip_missing_under_a_cache_is_bad_too(tmp_path):
     assert sample.bad.reason == "there is no such file"
 
 
-def test_randaugment_beside_a_cache_says_that_it_decodes_every_time(clip, tmp_path, caplog):
+@pytest.mark.parametrize("augment", ["randaugment", "resized_crop"])
+def test_what_changes_full_frames_beside_a_cache_says_that_it_decodes_every_time(
+    augment, clip, tmp_path, caplog
+):
     config = DataConfig(
-        manifest=tmp_path / "m", frames=2, augment="randaugment", cache=tmp_path / "cache", workers=0
+        manifest=tmp_path / "m", frames=2, augment=augment, cache=tmp_path / "cache", workers=0
     )
     shape = LoaderShape(
         batch_size=2, rank=0, world_size=1, seed=0, image_size=16, context_length=8, frame_captions=False
