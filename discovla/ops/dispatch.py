@@ -23,6 +23,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "alignment_losses": ("reference", "torch", "triton"),
     "frame_similarity": ("reference", "torch", "triton"),
     "info_nce": ("reference", "torch", "triton"),
+    "layer_norm": ("reference", "triton"),
     "preprocess_frames": ("reference",),
     "rank_of_positive": ("reference", "torch", "triton"),
     "sigmoid_loss": ("reference", "torch", "triton"),
@@ -36,6 +37,7 @@ KERNELS: dict[str, str] = {
     "alignment_losses": "frame_similarity",
     "frame_similarity": "frame_similarity",
     "info_nce": "contrastive",
+    "layer_norm": "layer_norm",
     "rank_of_positive": "rank_of_positive",
     "sigmoid_loss": "sigmoid_loss",
 }

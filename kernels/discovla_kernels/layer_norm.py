@@ -1,0 +1,139 @@
+"""Residual sum and layer norm without gain and shift, a row in registers from load to store."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from discovla_kernels.tiles import accumulator, unsupported
+
+ELEMENTS = 4096  # of a tile: 32 of each thread of four warps
+
+
+def supports(*tensors: Tensor | None) -> str:
+    """Why the kernels do not take these tensors, whose dtypes may differ; empty where they do."""
+    given = [x for x in tensors if x is not None]
+    for x in given:
+        if x.device != given[0].device:
+            return f"expected all tensors on {given[0].device}, found one on {x.device}"
+        if reason := unsupported(x):
+            return reason
+    return ""
+
+
+@triton.jit
+def _layer_norm_forward(
+    x_ptr, u_ptr, bias_ptr, added_ptr, slot_ptr, sum_ptr, y_ptr, stat_ptr, R, W, eps,
+    HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x' = x + u + bias + added[slot], mu = mean x', r = 1 / sqrt(var x' + eps), y = (x' - mu) r.
+
+    Tile: BLOCK_R whole rows in registers. x' is rounded to the dtype of x before it is normed, so that
+    backward finds the same row. A slot of -1 adds nothing.
+    Traffic: x and u read, x' and y written, 8 bytes of (mu, r) a row; without u, x read and y written.
+    Backward: `_layer_norm_backward`.
+    """
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    w = tl.arange(0, BLOCK_W)
+    place, here = r[:, None] * W + w[None, :], (r < R)[:, None] & (w < W)[None, :]
+    x = tl.load(x_ptr + place, mask=here, other=0.0)
+    if HAS_U:
+        total = x.to(ACC) + tl.load(u_ptr + place, mask=here, other=0.0).to(ACC)
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + w, mask=w < W, other=0.0).to(ACC)[None, :]
+        if HAS_ADDED:
+            slot = tl.load(slot_ptr + r, mask=r < R, other=-1).to(tl.int64)
+            more = here & (slot >= 0)[:, None]
+            total += tl.load(added_ptr + slot[:, None] * W + w[None, :], mask=more, other=0.0).to(ACC)
+        x = total.to(x_ptr.dtype.element_ty)
+        tl.store(sum_ptr + place, x, mask=here)
+    x = x.to(ACC)
+    mean = tl.sum(x, axis=1) / W
+    centred = tl.where(here, x - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / W + eps)
+    tl.store(y_ptr + place, centred * rstd[:, None], mask=here)
+    tl.store(stat_ptr + r, mean, mask=r < R)
+    tl.store(stat_ptr + R + r, rstd, mask=r < R)
+
+
+@triton.jit
+def _layer_norm_backward(
+    dy_ptr, dsum_ptr, x_ptr, stat_ptr, slot_ptr, dx_ptr, du_ptr, dadded_ptr, R, W,
+    HAS_DSUM: tl.constexpr, HAS_DU: tl.constexpr, HAS_ADDED: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx = r (dy - mean(dy) - y mean(dy y)) + dx', y = (x' - mu) r; du = dx, dadded[slot] = dx.
+
+    Tile: BLOCK_R whole rows in registers. Rows do not meet, since there is no gain to sum a gradient for.
+    Traffic: dy, x' and dx' read, dx written, and du where its dtype is another.
+    """
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    w = tl.arange(0, BLOCK_W)
+    place, here = r[:, None] * W + w[None, :], (r < R)[:, None] & (w < W)[None, :]
+    mean = tl.load(stat_ptr + r, mask=r < R, other=0.0)[:, None]
+    rstd = tl.load(stat_ptr + R + r, mask=r < R, other=0.0)[:, None]
+    dy = tl.load(dy_ptr + place, mask=here, other=0.0).to(ACC)
+    x = tl.load(x_ptr + place, mask=here, other=0.0).to(ACC)
+    y = tl.where(here, (x - mean) * rstd, 0.0)
+    slope = (tl.sum(dy * y, axis=1) / W)[:, None]
+    dx = rstd * (dy - (tl.sum(dy, axis=1) / W)[:, None] - y * slope)
+    if HAS_DSUM:
+        dx += tl.load(dsum_ptr + place, mask=here, other=0.0).to(ACC)
+    tl.store(dx_ptr + place, dx, mask=here)
+    if HAS_DU:
+        tl.store(du_ptr + place, dx, mask=here)
+    if HAS_ADDED:
+        slot = tl.load(slot_ptr + r, mask=r < R, other=-1).to(tl.int64)
+        more = here & (slot >= 0)[:, None]
+        tl.store(dadded_ptr + slot[:, None] * W + w[None, :], dx, mask=more)
+
+
+def forward(
+    x: Tensor,
+    u: Tensor | None,
+    bias: Tensor | None,
+    added: tuple[Tensor, Tensor] | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x' (empty without u), y and (mean, 1 / deviation) of r w rows; added: n w and its slot of each row."""
+    rows, width = x.shape
+    acc = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_empty(0) if u is None else torch.empty_like(x)
+    y, stats = x.new_empty(rows, width, dtype=dtype), x.new_empty(2, rows, dtype=acc)
+    values, slots = (x, x) if added is None else added
+    tile = _tile(width)
+    _layer_norm_forward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
+        x, x if u is None else u, x if bias is None else bias, values, slots, total, y, stats, rows, width,
+        eps, HAS_U=u is not None, HAS_BIAS=bias is not None, HAS_ADDED=added is not None,
+        ACC=accumulator(x), **tile,
+    )  # fmt: skip
+    return total, y, stats
+
+
+def backward(
+    grad: Tensor, grad_of_sum: Tensor | None, x: Tensor, stats: Tensor, slots: Tensor | None, added: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients by x and by u (empty where it is that by x); that by what was added goes into `added`.
+
+    x: the sum that was normed.  grad, added: in the dtype of u; `added` is empty where nothing was.
+    """
+    rows, width = x.shape
+    dx = torch.empty_like(x)
+    du = x.new_empty(0) if added.dtype == x.dtype else torch.empty_like(x, dtype=added.dtype)
+    tile = _tile(width)
+    _layer_norm_backward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
+        grad, x if grad_of_sum is None else grad_of_sum, x, stats, x if slots is None else slots, dx, du,
+        added, rows, width, HAS_DSUM=grad_of_sum is not None, HAS_DU=du.numel() > 0,
+        HAS_ADDED=slots is not None, ACC=accumulator(x), **tile,
+    )  # fmt: skip
+    return dx, du
+
+
+def _tile(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    rows = max(1, ELEMENTS // block)
+    return {"BLOCK_R": rows, "BLOCK_W": block, "num_warps": 4 if block <= ELEMENTS else 8}
