@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -36,6 +36,24 @@ class Sampling:
     def moves(self) -> bool:
         """Whether another seed may give other frames."""
         return self.sampler in ("clip2video", "t2vparser")
+
+    def candidates(self, count: int, rate: float) -> list[int]:
+        """Every frame that `indices` may take under some seed, or without one: ascending, each once.
+
+        Raises:
+            ValueError: as the functions below.
+        """
+        span = (self.start, self.end)
+        testing = replace(self, seed=None).indices(count, rate)
+        match self.sampler:
+            case "clip2video":
+                stored = stored_indices(count, rate, stored_rate=self.sample_rate, span=span)
+                testing += [stored[i] for i in divided(len(stored), self.divisor, len(stored))]
+            case "t2vparser":
+                _check(count, rate, 1, 1.0)
+                first, last = _span(count, rate, *span)
+                testing += range(first, last + 1)
+        return sorted(set(testing))
 
     def indices(self, count: int, rate: float) -> list[int]:
         """The frames of a clip with `count` frames that decode at `rate` a second, ascending.

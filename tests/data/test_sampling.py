@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -195,6 +196,27 @@ def test_frames_that_move_depend_on_the_seed_alone(sampler):
     assert [frames(f"0/1/{i}") for i in range(8)] != first
     assert len({tuple(row) for row in first}) == 8
     assert frames(None) not in first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "discovla"},
+        {"sampler": "clip4clip", "slice": "last"},
+        {"sampler": "clip2video", "sample_rate": 5.0, "divisor": 2, "start": 2.0, "end": 21.0},
+        {"sampler": "t2vparser", "start": 3.5, "end": 5.0},
+    ],
+    ids=lambda options: options["sampler"],
+)
+def test_candidates_are_what_seeds_take_and_nothing_else(options):
+    sampling = Sampling(frames=4, **options)
+    seen = {index for seed in range(900) for index in replace(sampling, seed=str(seed)).indices(400, 12.5)}
+    seen |= set(sampling.indices(400, 12.5))
+    candidates = sampling.candidates(400, 12.5)
+    assert candidates == sorted(set(candidates))
+    assert seen <= set(candidates)
+    # CLIP2Video moves frames by less than half of what lies between them, so that some are out of reach
+    assert len(seen) >= 0.6 * len(candidates)
 
 
 @pytest.mark.parametrize("sampler", ["discovla", "clip4clip"])
