@@ -39,15 +39,20 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def unit_rows(x: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """x / ‖x‖ over the last axis, in the dtype that is multiplied, and 1 / ‖x‖.
+def multiplied_dtype(x: Tensor, pairs: int) -> torch.dtype:
+    """What rows like `x` are multiplied in.
 
     Half-precision inputs are multiplied in bfloat16 from 4096 x 4096 pairs on, where similarities are no
     longer a small part of a step; below that, and for float32 inputs, products are as good as float32's.
     """
-    inverse = 1 / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x))
     half = pairs >= 4096**2 and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-    return (x * inverse).to(torch.bfloat16 if half else inverse.dtype), inverse
+    return torch.bfloat16 if half else wide(x)
+
+
+def unit_rows(x: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """x / ‖x‖ over the last axis, in the dtype that is multiplied, and 1 / ‖x‖."""
+    inverse = 1 / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x))
+    return (x * inverse).to(multiplied_dtype(x, pairs)), inverse
 
 
 def through_unit(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:

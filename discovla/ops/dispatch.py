@@ -29,8 +29,9 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "sigmoid_loss": ("reference", "torch", "triton"),
     "top_k": ("reference", "torch"),
     "soft_vlad": ("reference",),
-    "token_similarity": ("reference", "torch"),
-    "token_training_similarity": ("reference", "torch"),
+    "token_communication": ("reference", "torch"),
+    "token_similarity": ("reference", "torch", "triton"),
+    "token_training_similarity": ("reference", "torch", "triton"),
 }
 # op -> the file of discovla_kernels that has its kernels
 KERNELS: dict[str, str] = {
@@ -40,6 +41,8 @@ KERNELS: dict[str, str] = {
     "layer_norm": "layer_norm",
     "rank_of_positive": "rank_of_positive",
     "sigmoid_loss": "sigmoid_loss",
+    "token_similarity": "token_similarity",
+    "token_training_similarity": "token_similarity",
 }
 # No kernel has run on a GPU yet, only in the interpreter: once `benchmarks/gpu.py --suite check` has passed
 # on one, "cuda" becomes "triton" for what it measured as faster.
@@ -51,6 +54,7 @@ AUTO: dict[str, dict[str, str]] = {
     "rank_of_positive": {"cpu": "torch", "cuda": "torch"},
     "sigmoid_loss": {"cpu": "torch", "cuda": "torch"},
     "top_k": {"cpu": "torch", "cuda": "torch"},
+    "token_communication": {"cpu": "torch", "cuda": "torch"},
     "token_similarity": {"cpu": "torch", "cuda": "torch"},
     "token_training_similarity": {"cpu": "torch", "cuda": "torch"},
 }

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.ops.dispatch import Impl, choose
+from discovla.ops.blocks import expect_shape, multiplied_dtype, pair_blocks, wide
+from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.frame_similarity import part
+from discovla.ops.streamed import token_similarity as streamed
+from discovla.ops.streamed.token_similarity import masked_softmax
 
 Padding = Literal["masked", "official"]
 
 KAPPA = 100.0
 EPS = 1e-6  # below it a norm counts as that
-BLOCK = 1 << 19  # cosines of one block of pairs; about ten arrays of that size live at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +35,6 @@ class TokenInputs:
     video: Tensor
     text_mask: Tensor | None = None
     video_mask: Tensor | None = None
-
-
-Score = Callable[[TokenInputs], Tensor]
 
 
 def token_training_similarity(
@@ -58,19 +59,27 @@ def token_training_similarity(
             video's rows evenly, take part in w, as the released code does.
         communication: the combinations P b̂ of one pair attend to each other (scale 1/sqrt(d), no
             parameters) before they are compared, and so do those of R.
-        impl: reference, or torch: the same in blocks of pairs, which are computed again in backward.
+        impl: reference, torch: the same in blocks of pairs, which are computed again in backward, triton (no
+            `communication`), or auto, which is torch.
 
     Returns:
         s: t v, before any temperature, float32 at least.
 
+    Raises:
+        ValueError: shapes that do not fit.
+        KernelUnavailable: the implementation asked for by name cannot run here.
+
     Source: T2VParser's released code, training adapter; specification, section 5.1.
     """
-    chosen = choose("token_training_similarity", impl, inputs.text.device.type)
-
-    def score(block: TokenInputs) -> Tensor:
-        return token_training_similarity_reference(block, kappa, padding, communication)
-
-    return score(_unit(inputs)) if chosen == "reference" else _in_blocks(score, _unit(inputs))
+    op = "token_communication" if communication else "token_training_similarity"
+    chosen, unit = chosen_and_unit(op, impl, inputs)
+    if chosen == "reference":
+        return token_training_similarity_reference(unit, kappa, padding, communication)
+    masks = (unit.text_mask, unit.video_mask)
+    if communication:
+        return _Communication.apply(unit.text, unit.video, masks, (kappa, padding))  # type: ignore[return-value]
+    mode = "official" if padding == "official" else "training"
+    return _token_similarity(unit.text, unit.video, *masks, kappa, mode, chosen)
 
 
 def token_similarity(inputs: TokenInputs, *, kappa: float = KAPPA, impl: Impl = "auto") -> Tensor:
@@ -81,19 +90,36 @@ def token_similarity(inputs: TokenInputs, *, kappa: float = KAPPA, impl: Impl = 
     Args:
         inputs: the rows; padding is in no softmax.  A side without a real row contributes 0.
         kappa: k.
-        impl: reference, or torch: the same in blocks of pairs.
+        impl: reference, torch: the same in blocks of pairs, which are computed again in backward, triton, or
+            auto, which is torch.
 
     Returns:
         s: t v, before any temperature, float32 at least.
 
+    Raises:
+        ValueError: shapes that do not fit.
+        KernelUnavailable: the implementation asked for by name cannot run here.
+
     Source: Mug-STAN's frame-token similarity in T2VParser's released code; specification, section 5.2.
     """
-    chosen = choose("token_similarity", impl, inputs.text.device.type)
+    chosen, unit = chosen_and_unit("token_similarity", impl, inputs)
+    if chosen == "reference":
+        return token_similarity_reference(unit, kappa)
+    masks = (unit.text_mask, unit.video_mask)
+    return _token_similarity(unit.text, unit.video, *masks, kappa, "ranking", chosen)
 
-    def score(block: TokenInputs) -> Tensor:
-        return token_similarity_reference(block, kappa)
 
-    return score(_unit(inputs)) if chosen == "reference" else _in_blocks(score, _unit(inputs))
+def chosen_and_unit(op: str, impl: Impl, inputs: TokenInputs) -> tuple[str, TokenInputs]:
+    """The implementation that serves `op`, and the inputs with unit rows, in what that one multiplies."""
+    text, video, masks = inputs.text, inputs.video, (inputs.text_mask, inputs.video_mask)
+    expect_shape("video", video, (*video.shape[:2], text.shape[2]))
+    expect_shape("text_mask", masks[0], tuple(text.shape[:2]))
+    expect_shape("video_mask", masks[1], tuple(video.shape[:2]))
+    chosen = choose(op, impl, text.device.type, operands=(text, video, *masks))
+    pairs = len(text) * len(video) if chosen != "reference" and op != "token_communication" else 0
+    multiplied = multiplied_dtype(text, pairs)
+    text, video = (F.normalize(x.to(wide(text)), dim=-1, eps=EPS).to(multiplied) for x in (text, video))
+    return chosen, replace(inputs, text=text, video=video)
 
 
 def token_training_similarity_reference(
@@ -101,25 +127,25 @@ def token_training_similarity_reference(
 ) -> Tensor:
     """The formula of `token_training_similarity` on unit rows, with S of all pairs in memory."""
     match, i_mask, j_mask = _match(inputs)
-    of_video = _softmax(kappa * match, i_mask, 1)  # R, t i v j
+    of_video = masked_softmax(kappa * match, i_mask, 1)  # R, t i v j
     seen = match
     if padding == "official" and i_mask is not None:
         seen, i_mask = match * i_mask, None
-    of_text = _softmax(kappa * seen, j_mask, -1)  # P, t i v j
+    of_text = masked_softmax(kappa * seen, j_mask, -1)  # P, t i v j
     if communication:
         of_text, of_video = _communicate(inputs, of_text, of_video, i_mask)
-    w = _softmax(kappa * (of_text * match).sum(-1, keepdim=True), i_mask, 1)  # t i v 1
-    u = _softmax(kappa * (of_video * match).sum(1, keepdim=True), j_mask, -1)  # t 1 v j
+    w = masked_softmax(kappa * (of_text * match).sum(-1, keepdim=True), i_mask, 1)  # t i v 1
+    u = masked_softmax(kappa * (of_video * match).sum(1, keepdim=True), j_mask, -1)  # t 1 v j
     return ((w * match).sum(1) * u[:, 0]).sum(-1)
 
 
 def token_similarity_reference(inputs: TokenInputs, kappa: float) -> Tensor:
     """The formula of `token_similarity` on unit rows, with S of all pairs in memory."""
     match, i_mask, j_mask = _match(inputs)
-    r = (_softmax(kappa * match, j_mask, -1) * match).sum(-1, keepdim=True)  # t i v 1
-    q = (_softmax(kappa * match, i_mask, 1) * match).sum(1, keepdim=True)  # t 1 v j
-    of_text = (_softmax(kappa * r, i_mask, 1) * r).sum((1, 3))
-    of_video = (_softmax(kappa * q, j_mask, -1) * q).sum((1, 3))
+    r = (masked_softmax(kappa * match, j_mask, -1) * match).sum(-1, keepdim=True)  # t i v 1
+    q = (masked_softmax(kappa * match, i_mask, 1) * match).sum(1, keepdim=True)  # t 1 v j
+    of_text = (masked_softmax(kappa * r, i_mask, 1) * r).sum((1, 3))
+    of_video = (masked_softmax(kappa * q, j_mask, -1) * q).sum((1, 3))
     return (of_text + of_video) / 2
 
 
@@ -128,13 +154,6 @@ def _match(inputs: TokenInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
     i_mask = None if inputs.text_mask is None else inputs.text_mask[:, :, None, None]
     j_mask = None if inputs.video_mask is None else inputs.video_mask
     return torch.einsum("tid,vjd->tivj", inputs.text, inputs.video), i_mask, j_mask
-
-
-def _softmax(logits: Tensor, mask: Tensor | None, dim: int) -> Tensor:
-    """Softmax over the entries where mask is true; all 0 where none is."""
-    if mask is None:
-        return logits.softmax(dim)
-    return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(dim) * mask
 
 
 def _communicate(
@@ -156,63 +175,120 @@ def _attend(weights: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
     weights: t v i j.  rows: t|1 v|1 j d.  mask: the i that may be seen, t|1 v|1 1 i.
     """
     scores = weights @ (rows @ rows.mT) @ weights.mT * rows.shape[-1] ** -0.5  # C Cᵀ / sqrt(d), t v i i
-    return _softmax(scores, mask, -1) @ weights
+    return masked_softmax(scores, mask, -1) @ weights
 
 
-def _unit(inputs: TokenInputs) -> TokenInputs:
-    """The same with unit rows, float32 at least."""
-    work = torch.promote_types(inputs.text.dtype, torch.float32)
-    text, video = (F.normalize(x.to(work), dim=-1, eps=EPS) for x in (inputs.text, inputs.video))
-    return replace(inputs, text=text, video=video)
+def _tiles(impl: str) -> ModuleType:
+    return kernel("token_similarity") if impl == "triton" else streamed
 
 
-class _Blocks(torch.autograd.Function):
-    """A score of all pairs, block by block of texts and videos; backward computes each block again."""
+@torch.library.custom_op("discovla::token_similarity_streamed", mutates_args=())
+def _token_similarity(
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    kappa: float,
+    mode: str,
+    impl: str,
+) -> Tensor:
+    """The similarity that `mode` names (ranking, training, official) of unit rows, block by block."""
+    tiles = _tiles(impl)
+    out = text.new_empty(len(text), len(video), dtype=wide(text))
+    for rows, across in pair_blocks(len(text), len(video), tiles.pairs_per_block(text, video)):
+        for columns in across:
+            masks = part(text_mask, rows), part(video_mask, columns)
+            out[rows, columns] = tiles.scores(text[rows], video[columns], masks, kappa, mode)
+    return out
+
+
+@_token_similarity.register_fake
+def _(text, video, text_mask, video_mask, kappa, mode, impl):
+    return text.new_empty(len(text), len(video), dtype=wide(text))
+
+
+@torch.library.custom_op("discovla::token_similarity_streamed_backward", mutates_args=())
+def _token_similarity_backward(
+    grad: Tensor,
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    kappa: float,
+    mode: str,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients by text and video, float32 at least, each block's cosines made again."""
+    tiles = _tiles(impl)
+    text_grad, video_grad = (torch.zeros_like(x, dtype=wide(x)) for x in (text, video))
+    for rows, across in pair_blocks(len(text), len(video), tiles.pairs_per_block(text, video)):
+        for columns in across:
+            block, masks = (text[rows], video[columns]), (part(text_mask, rows), part(video_mask, columns))
+            of_text, of_video = tiles.gradients(grad[rows, columns], *block, masks, kappa, mode)
+            text_grad[rows] += of_text
+            video_grad[columns] += of_video
+    return text_grad, video_grad
+
+
+@_token_similarity_backward.register_fake
+def _(grad, text, video, *rest):
+    return torch.empty_like(text, dtype=wide(text)), torch.empty_like(video, dtype=wide(video))
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.kappa, ctx.mode, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad):
+    how = (ctx.kappa, ctx.mode, ctx.impl)
+    grads = _token_similarity_backward(grad.contiguous(), *ctx.saved_tensors, *how)
+    kept = (x.to(like.dtype) for x, like in zip(grads, ctx.saved_tensors, strict=False))
+    return *kept, None, None, None, None, None
+
+
+_token_similarity.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _Communication(torch.autograd.Function):
+    """Training scores with communication, block by block; backward computes each block again.
+
+    Its derivative is left to autograd, inside a block, which a `torch.library` op cannot do.
+    """
 
     @staticmethod
-    def forward(ctx: Any, text: Tensor, video: Tensor, inputs: TokenInputs, score: Score) -> Tensor:
+    def forward(ctx: Any, text: Tensor, video: Tensor, masks: Any, how: tuple[float, Padding]) -> Tensor:
         ctx.save_for_backward(text, video)
-        ctx.score, ctx.masks = score, (inputs.text_mask, inputs.video_mask)
-        scores = text.new_zeros(len(text), len(video))  # t v
-        for rows, columns in _cut(inputs):
-            scores[rows, columns] = score(_block(inputs, rows, columns))
+        ctx.masks, ctx.how = masks, how
+        scores = text.new_empty(len(text), len(video))  # t v
+        for rows, columns in _cut(text, video):
+            block = _block(text[rows], video[columns], masks, rows, columns)
+            scores[rows, columns] = token_training_similarity_reference(block, *how, communication=True)
         return scores
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         text, video = ctx.saved_tensors
-        inputs = TokenInputs(text=text, video=video, text_mask=ctx.masks[0], video_mask=ctx.masks[1])
         text_grad, video_grad = torch.zeros_like(text), torch.zeros_like(video)
-        for rows, columns in _cut(inputs):
-            block = _block(inputs, rows, columns)
-            leaves = block.text.detach().requires_grad_(), block.video.detach().requires_grad_()
+        for rows, columns in _cut(text, video):
+            leaves = text[rows].detach().requires_grad_(), video[columns].detach().requires_grad_()
+            block = _block(*leaves, ctx.masks, rows, columns)
             with torch.enable_grad():
-                scores = ctx.score(replace(block, text=leaves[0], video=leaves[1]))
+                scores = token_training_similarity_reference(block, *ctx.how, communication=True)
             of_text, of_video = torch.autograd.grad(scores, leaves, grads[0][rows, columns])
             text_grad[rows] += of_text
             video_grad[columns] += of_video
         return text_grad, video_grad, None, None
 
 
-def _in_blocks(score: Score, inputs: TokenInputs) -> Tensor:
-    return _Blocks.apply(inputs.text, inputs.video, inputs, score)  # type: ignore[return-value]
+def _cut(text: Tensor, video: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Blocks of texts and videos."""
+    for rows, across in pair_blocks(len(text), len(video), streamed.pairs_per_block(text, video)):
+        for columns in across:
+            yield rows, columns
 
 
-def _cut(inputs: TokenInputs) -> Iterator[tuple[slice, slice]]:
-    """Blocks of texts and videos with at most BLOCK cosines, and at least one pair, in each."""
-    texts, videos = len(inputs.text), len(inputs.video)
-    pairs = max(1, BLOCK // (inputs.text.shape[1] * inputs.video.shape[1]))
-    columns = max(1, min(videos, pairs))
-    rows = max(1, pairs // columns)
-    for row in range(0, texts, rows):
-        for column in range(0, videos, columns):
-            yield slice(row, row + rows), slice(column, column + columns)
-
-
-def _block(inputs: TokenInputs, rows: slice, columns: slice) -> TokenInputs:
-    return TokenInputs(
-        text=inputs.text[rows],
-        video=inputs.video[columns],
-        text_mask=None if inputs.text_mask is None else inputs.text_mask[rows],
-        video_mask=None if inputs.video_mask is None else inputs.video_mask[columns],
-    )
+def _block(text: Tensor, video: Tensor, masks: Any, rows: slice, columns: slice) -> TokenInputs:
+    """Rows of a block with their masks."""
+    text_mask, video_mask = part(masks[0], rows), part(masks[1], columns)
+    return TokenInputs(text=text, video=video, text_mask=text_mask, video_mask=video_mask)

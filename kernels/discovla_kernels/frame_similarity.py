@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import LOWEST, accumulator, dense_matmul, precision, product_tile, unsupported
+from discovla_kernels.tiles import (
+    LOWEST,
+    accumulator,
+    dense_matmul,
+    mask_pointer,
+    part_rows,
+    precision,
+    product_tile,
+    unsupported,
+)
 
 MAX_PARTS = 256  # of a text: their maxima live in registers
 Masks = tuple[Tensor | None, Tensor | None]
@@ -21,20 +30,6 @@ def supports(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
     if text.shape[1] > MAX_PARTS:
         return f"expected at most {MAX_PARTS} parts of a text, found {text.shape[1]}"
     return unsupported(text, video, *masks)
-
-
-@triton.jit
-def _part(
-    t, LENGTH: tl.constexpr, OFFSET: tl.constexpr, text_mask_ptr, T, I_PARTS, HAS_TEXT_MASK: tl.constexpr
-):
-    """Parts from OFFSET on of the texts t: their rows, whether they exist, whether they are unmasked."""
-    i = OFFSET + tl.arange(0, LENGTH)
-    rows = tl.reshape(t[:, None] * I_PARTS + i[None, :], (t.shape[0] * LENGTH,))
-    exists = tl.reshape((t < T)[:, None] & (i < I_PARTS)[None, :], (t.shape[0] * LENGTH,))
-    real = exists
-    if HAS_TEXT_MASK:
-        real = exists & (tl.load(text_mask_ptr + rows, mask=exists, other=0) != 0)
-    return rows, exists, real
 
 
 @triton.jit
@@ -85,11 +80,11 @@ def _frame_similarity_forward(
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     v = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
     scale = tl.load(scale_ptr).to(ACC)
-    rows1, exists1, real1 = _part(t, FIRST, 0, text_mask_ptr, T, I_PARTS, HAS_TEXT_MASK)
+    rows1, exists1, real1 = part_rows(t, FIRST, 0, text_mask_ptr, T, I_PARTS, HAS_TEXT_MASK)
     best1 = tl.full((BLOCK_T * FIRST, BLOCK_V), -2.0, dtype=ACC)
     index1 = tl.full((BLOCK_T * FIRST, BLOCK_V), -1, dtype=tl.int32)
     if SECOND > 0:
-        rows2, exists2, real2 = _part(t, SECOND, FIRST, text_mask_ptr, T, I_PARTS, HAS_TEXT_MASK)
+        rows2, exists2, real2 = part_rows(t, SECOND, FIRST, text_mask_ptr, T, I_PARTS, HAS_TEXT_MASK)
         best2 = tl.full((BLOCK_T * SECOND, BLOCK_V), -2.0, dtype=ACC)
         index2 = tl.full((BLOCK_T * SECOND, BLOCK_V), -1, dtype=tl.int32)
     top = tl.full((BLOCK_T, BLOCK_V), LOWEST, dtype=ACC)
@@ -222,7 +217,7 @@ def maxima(text: Tensor, video: Tensor, scale: Tensor, masks: Masks, keep: bool)
         pools=text.new_empty(5, *place, dtype=acc),
     )
     _frame_similarity_forward[(triton.cdiv(t, block_t), triton.cdiv(v, block_v))](
-        text, video, scale, _pointer(text_mask, text), _pointer(video_mask, video), out.similarity,
+        text, video, scale, mask_pointer(text_mask, text), mask_pointer(video_mask, video), out.similarity,
         out.text_best, out.text_index, out.video_best, out.video_index, out.pools, t, v, i, j, d, t * v,
         HAS_TEXT_MASK=text_mask is not None, HAS_VIDEO_MASK=video_mask is not None, KEEP=keep, FIRST=first,
         SECOND=second, BLOCK_T=block_t, BLOCK_V=block_v, BLOCK_D=64 if text.element_size() == 2 else 32,
@@ -240,8 +235,9 @@ def gradients(
     dense = text.new_empty(t * i, v * j)
     block_r, block_c = 32, 128
     _frame_similarity_backward[(triton.cdiv(t * i, block_r), triton.cdiv(v * j, block_c))](
-        grad.contiguous(), scale, _pointer(text_mask, text), _pointer(video_mask, video), found.text_best,
-        found.text_index, found.video_best, found.video_index, found.pools, dense, t, v, i, j, t * v,
+        grad.contiguous(), scale, mask_pointer(text_mask, text), mask_pointer(video_mask, video),
+        found.text_best, found.text_index, found.video_best, found.video_index, found.pools, dense, t, v, i,
+        j, t * v,
         HAS_TEXT_MASK=text_mask is not None, HAS_VIDEO_MASK=video_mask is not None, BLOCK_R=block_r,
         BLOCK_C=block_c,
     )  # fmt: skip
@@ -266,8 +262,3 @@ def _split(parts: int) -> tuple[int, int]:
     half = whole // 2
     second = max(triton.next_power_of_2(parts - half), half // 8, 1) if half else 0
     return (half, second) if half and half + second < whole else (whole, 0)
-
-
-def _pointer(mask: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A mask as bytes; where there is none, a pointer that is never read."""
-    return stand_in if mask is None else mask.contiguous().view(torch.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -33,6 +35,26 @@ def product_tile(
     return product
 
 
+@triton.jit
+def part_rows(n, LENGTH: tl.constexpr, OFFSET: tl.constexpr, mask_ptr, N, PARTS, HAS_MASK: tl.constexpr):
+    """Parts from OFFSET on of the samples n: their rows, whether they exist, whether they are unmasked."""
+    i = OFFSET + tl.arange(0, LENGTH)
+    rows = tl.reshape(n[:, None] * PARTS + i[None, :], (n.shape[0] * LENGTH,))
+    exists = tl.reshape((n < N)[:, None] & (i < PARTS)[None, :], (n.shape[0] * LENGTH,))
+    real = exists
+    if HAS_MASK:
+        real = exists & (tl.load(mask_ptr + rows, mask=exists, other=0) != 0)
+    return rows, exists, real
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Elements that a kernel loads and stores, whatever the level of memory they come from."""
+
+    loads: int
+    stores: int
+
+
 def accumulator(x: Tensor) -> tl.dtype:
     """What products of `x` are added up in."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
@@ -50,6 +72,11 @@ def dense_matmul(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x @ y
     return torch.mm(x, y, out_dtype=dtype)
+
+
+def mask_pointer(mask: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A mask as bytes; where there is none, a pointer that is never read."""
+    return stand_in if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def unsupported(*tensors: Tensor | None) -> str:

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from discovla_kernels import contrastive, frame_similarity, rank_of_positive, sigmoid_loss
+from discovla_kernels import contrastive, frame_similarity, rank_of_positive, sigmoid_loss, token_similarity
 
 INTEGERS = {
     "mask_ptr": "*u8",
@@ -59,6 +59,12 @@ def main(capability: int) -> None:
         options = TILE | {"HAS_TEACHER": teacher, "HAS_IGNORE": teacher}
         cases += [(contrastive._contrastive_forward, options)]
         cases += [(contrastive._contrastive_backward, options | {"DETACH": False})]
+    for i, j in ((64, 32), (1, 128)):
+        pair = FRAMES | {"I_BLOCK": i, "J_BLOCK": j, "BLOCK_T": max(1, 64 // i), "BLOCK_V": max(1, 64 // j)}
+        for training in (True, False):
+            options = pair | {"TRAINING": training, "OFFICIAL": training}
+            cases += [(token_similarity._token_similarity_forward, options)]
+            cases += [(token_similarity._token_similarity_backward, options)]
     for switch in (True, False):
         cases += [
             (rank_of_positive._rank_of_positive_forward, {"TARGET": switch, "DUAL": True, "BLOCK": 128})

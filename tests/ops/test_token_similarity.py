@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -7,11 +7,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from discovla.ops import token_similarity as op
-from discovla.ops.dispatch import KernelUnavailable
+from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
+from discovla.ops.streamed import token_similarity as streamed
 from discovla.ops.token_similarity import TokenInputs, token_similarity, token_training_similarity
+from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
+SIDES = ("text", "video")
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float64, id="fp64")]
-IMPLS = ["reference", "torch"]
+IMPLS = IMPLEMENTATIONS["token_similarity"]
+STREAMED = [impl for impl in IMPLS if impl != "reference"]
 
 
 def inputs(texts=3, videos=4, i=5, j=4, d=6, *, masked=True, seed=0) -> TokenInputs:
@@ -26,7 +30,12 @@ def inputs(texts=3, videos=4, i=5, j=4, d=6, *, masked=True, seed=0) -> TokenInp
 
 
 def scores_of(x: TokenInputs, kind: str, impl: str = "auto", kappa: float = 100.0) -> torch.Tensor:
-    """The similarity that `kind` names."""
+    """The similarity that `kind` names, kernels on the GPU where there is one."""
+    if impl == "triton" and str(x.text.device) != DEVICE:
+        skip_what_no_gpu_kernel_takes(impl, x.text.dtype)
+        given = {f.name: y for f in fields(x) if (y := getattr(x, f.name)) is not None}
+        moved = TokenInputs(**{name: y.to(DEVICE) for name, y in given.items()})
+        return scores_of(moved, kind, impl, kappa).to(x.text.device)
     match kind:
         case "eval":
             return token_similarity(x, kappa=kappa, impl=impl)
@@ -37,6 +46,10 @@ def scores_of(x: TokenInputs, kind: str, impl: str = "auto", kappa: float = 100.
 
 
 KINDS = ["masked", "official", "communication", "eval"]
+# combinations that attend to each other have no kernel
+CASES = [
+    (kind, impl) for kind in KINDS for impl in IMPLS if impl in IMPLEMENTATIONS["token_communication"]
+] + [(kind, "triton") for kind in KINDS if kind != "communication"]
 
 
 def pair_by_hand(a, b, kind: str, kappa: float):
@@ -52,8 +65,7 @@ def pair_by_hand(a, b, kind: str, kappa: float):
     return ((w * r).sum() + (u * q).sum()) / 2 if kind == "eval" else (w @ a) @ (u @ b)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", ["masked", "communication", "eval"])
+@pytest.mark.parametrize(("kind", "impl"), [case for case in CASES if case[0] != "official"])
 @pytest.mark.parametrize("i", [1, 7, 63])
 def test_scores_are_the_formula_on_the_real_rows(kind, impl, i):
     x = inputs(i=i, j=3)
@@ -132,12 +144,13 @@ def test_gradients_equal_the_golden_ones(file, name, kind, dtype, impl):
         assert (got - want).abs().max() <= limit * want.abs().max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block", [1, 45, 70])  # cosines: one pair, two pairs, one text with three videos
-def test_blocks_of_pairs_change_nothing(monkeypatch, kind, block):
-    monkeypatch.setattr(op, "BLOCK", block)
+@pytest.mark.parametrize(("kind", "impl"), [case for case in CASES if case[1] != "reference"])
+@pytest.mark.parametrize("block", [1, 45, 70])  # cosines: one pair, two pairs, three
+def test_blocks_of_pairs_change_nothing(monkeypatch, kind, impl, block):
+    monkeypatch.setattr("discovla.ops.streamed.token_similarity.BLOCK", block)
+    monkeypatch.setattr("discovla_kernels.pairs.BLOCK_BYTES", 8 * block)
     x = inputs(texts=5, videos=4)
-    got, want = scores_of(x, kind, "torch"), scores_of(x, kind, "reference")
+    got, want = scores_of(x, kind, impl), scores_of(x, kind, "reference")
     torch.testing.assert_close(got, want, atol=1e-14, rtol=1e-13)
     weight = torch.randn_like(want)
     found, wanted = (torch.autograd.grad((s * weight).sum(), (x.text, x.video)) for s in (got, want))
@@ -145,8 +158,7 @@ def test_blocks_of_pairs_change_nothing(monkeypatch, kind, block):
         torch.testing.assert_close(f, w, atol=1e-12, rtol=1e-11)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "impl"), [case for case in CASES if case[1] != "triton"])
 def test_gradcheck(kind, impl):
     x = inputs(2, 3, 3, 2, 4)
     assert torch.autograd.gradcheck(
@@ -198,16 +210,65 @@ def test_nothing_of_texts_by_videos_by_rows_by_width_is_kept(kind):
 
 
 def test_no_block_is_larger_than_its_bound(monkeypatch):
-    monkeypatch.setattr(op, "BLOCK", 100)
+    monkeypatch.setattr(streamed, "BLOCK", 100)
     seen = []
-    score = op.token_similarity_reference
+    weights = streamed._weights
     monkeypatch.setattr(
-        op,
-        "token_similarity_reference",
-        lambda x, kappa: seen.append(len(x.text) * len(x.video) * 20) or score(x, kappa),
+        streamed,
+        "_weights",
+        lambda text, video, *how: seen.append(len(text) * len(video) * 20) or weights(text, video, *how),
     )
     token_similarity(inputs(texts=9, videos=11)).sum().backward()
     assert max(seen) <= 100 and sum(seen) == 2 * 9 * 11 * 20
+
+
+# t i v j d
+SHAPES = [(1, 1, 1, 1, 1), (7, 3, 5, 1, 63), (2, 12, 3, 7, 130), (3, 63, 2, 7, 5), (1, 130, 2, 5, 3)]
+BUDGET = {torch.float32: 2e-5, torch.float16: 2e-5}
+
+
+@pytest.mark.parametrize("impl", STREAMED)
+@pytest.mark.parametrize("kind", ["masked", "official", "eval"])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(torch.float32, s) for s in SHAPES] + [(torch.float16, SHAPES[2])], ids=str
+)
+def test_values_and_gradients_of_ragged_shapes_keep_their_budget(impl, kind, dtype, shape):
+    t, i, v, j, d = shape
+    x = inputs(t, v, i, j, d)
+    x.text_mask[0, -1], x.text_mask[0, i // 2], x.text_mask[-1] = True, False, i == 1  # a hole; no real row
+    x = replace(x, **{side: getattr(x, side).detach().to(dtype).requires_grad_() for side in SIDES})
+    wide = replace(x, **{side: getattr(x, side).detach().double().requires_grad_() for side in SIDES})
+    got, want = scores_of(x, kind, impl, 20.0), scores_of(wide, kind, "reference", 20.0)
+    assert (got.double() - want).abs().max() <= BUDGET[dtype]
+    direction = torch.randn_like(want)
+    found = torch.autograd.grad((got * direction).sum(), (x.text, x.video))
+    wanted = torch.autograd.grad((want * direction).sum(), (wide.text, wide.video))
+    for f, w in zip(found, wanted, strict=True):
+        # what comes back in fp16 is rounded to it; of parallel vectors' gradients only rounding is left
+        budget = 1e-3 if dtype == torch.float16 else BUDGET[dtype]
+        assert (f.double() - w).abs().max() <= budget * max(w.abs().max(), 20.0 if d == 1 else 0.1)
+
+
+@pytest.mark.parametrize("impl", STREAMED)
+@pytest.mark.parametrize("mode", ["ranking", "official"])
+def test_the_op_is_registered_soundly(impl, mode):
+    skip_what_no_gpu_kernel_takes(impl, torch.float64)
+    x = inputs(2, 3, 3, 2, 4)
+    rows = (y.detach().to(DEVICE).requires_grad_() for y in (x.text, x.video))
+    arguments = (*rows, x.text_mask.to(DEVICE), x.video_mask.to(DEVICE), 5.0, mode, impl)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(op._token_similarity, arguments, test_utils=tests)
+
+
+def test_more_products_than_the_kernel_holds_are_refused_by_name():
+    x = TokenInputs(text=torch.ones(1, 130, 2), video=torch.ones(1, 65, 2))
+    with pytest.raises(KernelUnavailable, match=r"at most 16384 products of a pair's rows.*found 256 x 128"):
+        token_similarity(x, impl="triton")
+
+
+def test_communication_has_no_kernel():
+    with pytest.raises(KernelUnavailable, match="token_communication: no implementation 'triton'"):
+        token_training_similarity(inputs(), communication=True, impl="triton")
 
 
 def test_an_implementation_that_is_not_here_is_refused():
