@@ -1,0 +1,141 @@
+"""The two-layer perceptron of a transformer block; of what is hidden only h before its activation is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from discovla.ops.blocks import expect_shape, wide
+from discovla.ops.dispatch import Impl, choose, kernel
+
+Activation = Literal["quick_gelu", "gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPWeights:
+    """up: m w, up_bias: m, down: w m, down_bias: w."""
+
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order above."""
+        return self.up, self.up_bias, self.down, self.down_bias
+
+
+def mlp(
+    x: Tensor, weights: MLPWeights, *, activation: Activation = "quick_gelu", impl: Impl = "auto"
+) -> Tensor:
+    """down act(up x + up_bias) + down_bias.
+
+    The kernel applies act, and in backward its derivative, to tiles of the products that make h and its
+    gradient. Kept for backward is h, ... m, in the dtype of x (and x only if `up` is trained).
+
+    Args:
+        x: ... w.
+        weights: computed with in the dtype of x.
+        activation: quick_gelu, h sigmoid(1.702 h), or gelu, h Phi(h).
+        impl: reference (plain torch), triton, or auto.
+
+    Returns:
+        ... w, in the dtype of x.
+
+    Raises:
+        ValueError: shapes that do not fit, another activation.
+        KernelUnavailable: the implementation asked for by name cannot run here.
+    """
+    _check(x, weights, activation)
+    up, up_bias, down, down_bias = (tensor.to(x.dtype) for tensor in weights.tensors())
+    chosen = choose("mlp", impl, x.device.type, operands=(x, up, up_bias, down, down_bias))
+    if chosen == "reference":
+        return mlp_reference(x, up, up_bias, down, down_bias, activation)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, up, up_bias, down, down_bias))
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return _mlp(rows, up, up_bias, down, down_bias, activation, keep)[0].view(x.shape)
+
+
+def mlp_reference(
+    x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, activation: str
+) -> Tensor:
+    """The formula of `mlp`."""
+    h = F.linear(x, up, up_bias)
+    g = F.gelu(h) if activation == "gelu" else h * torch.sigmoid(1.702 * h)
+    return F.linear(g, down, down_bias)
+
+
+def _check(x: Tensor, weights: MLPWeights, activation: str) -> None:
+    if activation not in ("quick_gelu", "gelu"):
+        raise ValueError(f"activation: expected quick_gelu or gelu, found {activation!r}")
+    width, hidden = x.shape[-1], len(weights.up)
+    for name, tensor, shape in zip(
+        ("up", "up_bias", "down", "down_bias"),
+        weights.tensors(),
+        ((hidden, width), (hidden,), (width, hidden), (width,)),
+        strict=True,
+    ):
+        expect_shape(name, tensor, shape)
+
+
+@torch.library.custom_op("discovla::mlp", mutates_args=())
+def _mlp(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result, r w, and h, r m, for backward; empty unless `keep`."""
+    h, g = kernel("mlp").hidden(x, up, up_bias.contiguous(), activation == "gelu", keep)
+    return F.linear(g, down, down_bias), h
+
+
+@_mlp.register_fake
+def _(x, up, up_bias, down, down_bias, activation, keep):
+    return torch.empty_like(x), x.new_empty(len(x), len(up)) if keep else x.new_empty(0)
+
+
+@torch.library.custom_op("discovla::mlp_hidden_gradient", mutates_args=())
+def _hidden_gradient(grad: Tensor, down: Tensor, h: Tensor, activation: str) -> Tensor:
+    """(grad down) act'(h), r m."""
+    return kernel("mlp").hidden_gradient(grad.contiguous(), down, h, activation == "gelu")
+
+
+@_hidden_gradient.register_fake
+def _(grad, down, h, activation):
+    return torch.empty_like(h)
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, up, _, down, _, ctx.activation, _ = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, up, down, output[1])
+
+
+def _differentiate(ctx, grad, _):
+    """h is for backward alone: nobody differentiates it."""
+    x, up, down, h = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dh = _hidden_gradient(grad, down, h, ctx.activation) if any(needs[:3]) else None
+    dx = dh @ up if needs[0] and dh is not None else None
+    dup = dh.T @ x if needs[1] and dh is not None else None
+    dup_bias = _column_sums(dh) if needs[2] and dh is not None else None
+    ddown = None
+    if needs[3]:
+        wider = h.to(wide(h))
+        g = F.gelu(wider) if ctx.activation == "gelu" else wider * torch.sigmoid(1.702 * wider)
+        ddown = grad.T @ g.to(h.dtype)
+    return dx, dup, dup_bias, ddown, _column_sums(grad) if needs[4] else None, None, None
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    return x.sum(0, dtype=wide(x)).to(x.dtype)
+
+
+_mlp.register_autograd(_differentiate, setup_context=_keep)
