@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from av.error import FFmpegError
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
 from discovla.data.sampling import Sampling
+from discovla.data.tables import DraftTable, FrameTable, checksum, displayed
 from discovla.data.video import DecodeError, is_cut_off, opened, words
 
 Damaged = Literal["refuse", "use"]
-
-_QUARTER_TURNS = {
-    90: Image.Transpose.ROTATE_90,
-    180: Image.Transpose.ROTATE_180,
-    270: Image.Transpose.ROTATE_270,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,37 +101,99 @@ def decode_each(
         DecodeError: as `decode`.
     """
     path = Path(path)
-    scan = _scan(path, sampling, each, None)
-    indices, rate = _sampled(path, scan, sampling, damaged)
-    if not scan.images.keys() >= set(indices):
-        scan = _scan(path, sampling, each, scan.count)
-    if not scan.images.keys() >= set(indices):
-        raise DecodeError(path, f"decoded twice, it gave other frames, the second time {scan.count}")
+    images, table = scan(path, sampling, each, None)
+    indices = sampled(path, table, sampling, damaged)
+    if not images.keys() >= set(indices):
+        images, table = scan(path, sampling, each, table.count)
+    if not images.keys() >= set(indices):
+        raise DecodeError(path, f"decoded twice, it gave other frames, the second time {table.count}")
+    return described(images, indices, table)
+
+
+def tabulate(path: Path) -> FrameTable:
+    """Decode a file to its end, keeping nothing but its table.
+
+    Raises:
+        DecodeError: it does not open.
+    """
+    return scan(path, None, np.asarray, 0)[1]
+
+
+def scan(
+    path: Path, sampling: Sampling | None, each: Callable[[Image.Image], np.ndarray], count: int | None
+) -> tuple[dict[int, np.ndarray], FrameTable]:
+    """Decode the whole file, keeping the frames sampled where `count` frames decode; None is a guess.
+
+    Returns: frames by index, those of another count where the guess was wrong, and the table of all.
+
+    Raises:
+        DecodeError: the file does not open.
+    """
+    images: dict[int, np.ndarray] = {}
+    with opened(path) as (container, stream):
+        draft = DraftTable.of(stream)
+        wanted = _wanted(sampling, _guess(path, stream) if count is None else count, draft.rate)
+        try:
+            for packet in container.demux(stream):
+                draft.saw_packet(packet)
+                for frame in packet.decode():
+                    if draft.saw_frame(frame) in wanted:
+                        image = displayed(frame, draft.size)
+                        draft.sums[draft.count - 1] = checksum(image)
+                        images[draft.count - 1] = each(image)
+        except FFmpegError as error:
+            draft.problem = words(error) + (" (the file is cut off)" if is_cut_off(path) else "")
+    return images, draft.table()
+
+
+def sampled(path: Path, table: FrameTable, sampling: Sampling, damaged: Damaged) -> list[int]:
+    """Indices of the frames to take, from the frames that did decode.
+
+    Raises:
+        DecodeError: as `decode`.
+    """
+    if table.count == 0:
+        raise DecodeError(path, table.nothing())
+    if table.problem is not None and damaged == "refuse":
+        raise DecodeError(path, table.broken())
+    if table.rate is None:
+        raise DecodeError(path, "no average frame rate: expected one above 0 in the file, found none")
+    try:
+        return sampling.indices(table.count, table.rate)
+    except ValueError as error:
+        raise DecodeError(path, str(error)) from error
+
+
+def described(images: dict[int, np.ndarray], indices: list[int], table: FrameTable) -> Decoded:
+    """Images with what is known of their file."""
+    rate = table.rate or 0.0
     return Decoded(
-        images=scan.images,
+        images=images,
         indices=tuple(indices),
-        seconds=tuple(_seconds(scan.times[index], index / rate) for index in indices),
-        count=scan.count,
+        seconds=tuple(table.seconds(index) for index in indices),
+        count=table.count,
         rate=rate,
-        problem=None if scan.problem is None else scan.broken(),
+        problem=None if table.problem is None else table.broken(),
     )
 
 
 def inspect(path: str | Path) -> Verdict:
     """Decode a file to its end, keeping nothing, and say what it gives."""
     try:
-        scan = _scan(Path(path), None, np.asarray, 0)
+        table = tabulate(Path(path))
     except DecodeError as error:
         return Verdict(kind="refused", reason=error.reason)
-    if scan.count == 0:
-        return Verdict(kind="refused", reason=scan.nothing(), rate=scan.rate, header_count=scan.header_count)
+    if table.count == 0:
+        return Verdict(
+            kind="refused", reason=table.nothing(), rate=table.rate, header_count=table.header_count
+        )
     return Verdict(
-        kind="ok" if scan.problem is None else "damaged",
-        reason="" if scan.problem is None else scan.broken(),
-        count=scan.count,
-        rate=scan.rate,
-        size=scan.size,
-        header_count=scan.header_count,
+        kind="ok" if table.problem is None else "damaged",
+        reason="" if table.problem is None else table.broken(),
+        count=table.count,
+        rate=table.rate,
+        size=table.size,
+        header_count=table.header_count,
     )
 
 
@@ -176,25 +232,6 @@ def write_frames(
     return [out / row["file"] for row in rows]
 
 
-def _sampled(path: Path, scan: _Scan, sampling: Sampling, damaged: Damaged) -> tuple[list[int], float]:
-    """Indices of the frames to take and the rate, from the frames that did decode."""
-    if scan.count == 0:
-        raise DecodeError(path, scan.nothing())
-    if scan.problem is not None and damaged == "refuse":
-        raise DecodeError(path, scan.broken())
-    if scan.rate is None:
-        raise DecodeError(path, "no average frame rate: expected one above 0 in the file, found none")
-    try:
-        return sampling.indices(scan.count, scan.rate), scan.rate
-    except ValueError as error:
-        raise DecodeError(path, str(error)) from error
-
-
-def _seconds(time: float | None, otherwise: float) -> float:
-    """The time of a frame, where the file gives it."""
-    return otherwise if time is None else time
-
-
 def _record(video: str | Path, decoded: Decoded) -> dict[str, Any]:
     """What `frames.json` says of the whole clip."""
     height, width, _ = decoded.images[decoded.indices[0]].shape
@@ -206,50 +243,6 @@ def _record(video: str | Path, decoded: Decoded) -> dict[str, Any]:
         "height": height,
         "problem": decoded.problem,
     }
-
-
-@dataclass(kw_only=True)
-class _Scan:
-    """One decoding of a file to its end, and what was kept of it."""
-
-    rate: float | None
-    header_count: int
-    count: int = 0
-    size: tuple[int, int] | None = None
-    problem: str | None = None
-    images: dict[int, np.ndarray] = field(default_factory=dict)
-    times: dict[int, float | None] = field(default_factory=dict)
-
-    def nothing(self) -> str:
-        """Why there is no frame."""
-        return f"no frame decodes: {self.problem or 'the video stream is empty'}"
-
-    def broken(self) -> str:
-        """Where the decoding ended."""
-        promised = f" of the {self.header_count} its header promises" if self.header_count else ""
-        return f"damaged: {self.count} frames decode{promised}, then {self.problem}"
-
-
-def _scan(
-    path: Path, sampling: Sampling | None, each: Callable[[Image.Image], np.ndarray], count: int | None
-) -> _Scan:
-    """Decode the whole file, keeping the frames sampled where `count` frames decode; None is a guess."""
-    with opened(path) as (container, stream):
-        scan = _Scan(rate=float(stream.average_rate or 0) or None, header_count=stream.frames)
-        if count is None:
-            count = _guess(path, stream)
-        wanted = _wanted(sampling, count, scan.rate)
-        try:
-            for frame in container.decode(stream):
-                if scan.size is None:
-                    scan.size = _displayed(frame)
-                if scan.count in wanted:
-                    scan.images[scan.count] = each(_image(frame, scan.size))
-                    scan.times[scan.count] = frame.time
-                scan.count += 1
-        except FFmpegError as error:
-            scan.problem = words(error) + (" (the file is cut off)" if is_cut_off(path) else "")
-    return scan
 
 
 def _wanted(sampling: Sampling | None, count: int | None, rate: float | None) -> set[int]:
@@ -271,22 +264,3 @@ def _guess(path: Path, stream: VideoStream) -> int:
             return sum(1 for packet in container.demux(again) if packet.size)
         except FFmpegError:
             return 0
-
-
-def _turn(frame: VideoFrame) -> int:
-    """Degrees to turn a frame counterclockwise, a whole number of quarter turns."""
-    return round(frame.rotation / 90) * 90 % 360
-
-
-def _displayed(frame: VideoFrame) -> tuple[int, int]:
-    """Width and height of a frame after it is turned."""
-    return (frame.height, frame.width) if _turn(frame) % 180 else (frame.width, frame.height)
-
-
-def _image(frame: VideoFrame, size: tuple[int, int]) -> Image.Image:
-    """A frame in RGB as displayed, at the size of the first frame where the stream changes size."""
-    image = frame.to_image()
-    turn = _turn(frame)
-    if turn:
-        image = image.transpose(_QUARTER_TURNS[turn])
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)

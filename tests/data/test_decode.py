@@ -235,13 +235,13 @@ def test_a_file_without_a_rate_is_whole_but_cannot_be_sampled(counting, monkeypa
         """A video stream but for its rate."""
 
         def __init__(self, stream):
-            self.stream, self.frames, self.average_rate = stream, stream.frames, None
+            self.frames, self.index, self.time_base = stream.frames, stream.index, stream.time_base
+            self.average_rate = None
 
     @contextmanager
     def without_rate(path):
         with opened(path) as (container, stream):
-            no_rate = NoRate(stream)
-            yield SimpleNamespace(decode=lambda _: container.decode(stream)), no_rate
+            yield SimpleNamespace(demux=lambda _: container.demux(stream)), NoRate(stream)
 
     monkeypatch.setattr("discovla.data.decode.opened", without_rate)
     verdict = inspect(counting)
