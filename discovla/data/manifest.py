@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -79,16 +80,32 @@ def write_manifest(path: str | Path, clips: Sequence[Clip]) -> None:
     twice = [name for name, n in Counter(clip.id for clip in clips).items() if n > 1]
     if twice:
         raise ValueError(f"{path}: ids must differ, found more than once: {', '.join(twice[:_OFFENDERS])}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.parent.resolve()
+    lines = []
+    for number, clip in enumerate(clips, start=1):
+        line = json.dumps(_fields(clip, folder), ensure_ascii=False)
+        where = f"{path}:{number}"
+        _clip(_object(line, where), where, folder)  # what could not be read again is not written
+        lines.append(line + "\n")
+    write_whole(path, "".join(lines))
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file whole or not at all, whenever the process ends; its folder is made.
+
+    What a process that was killed left half written beside it is removed.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        number = left.name.split(".")[-2]
+        if number.isdigit() and not Path(f"/proc/{number}").exists():
+            left.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            for number, clip in enumerate(clips, start=1):
-                line = json.dumps(_fields(clip, folder), ensure_ascii=False)
-                where = f"{path}:{number}"
-                _clip(_object(line, where), where, folder)  # what could not be read again is not written
-                file.write(line + "\n")
+        part.write_text(content, encoding="utf-8", newline="")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
