@@ -1,0 +1,171 @@
+"""Self-attention of short sequences on packed rows (q k v), read where the projection left them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from discovla.ops.attention import attention
+from discovla.ops.blocks import expect_shape
+from discovla.ops.dispatch import Impl, choose, kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How n sequences of different lengths lie end to end in r rows.
+
+    offsets: n + 1, int32, on the device of the rows: the first row of each sequence, and r.
+    longest: at least the rows of any sequence.
+    """
+
+    offsets: Tensor
+    longest: int
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """r ... to n l ..., l = longest; places without a row hold some other row."""
+        return rows[self.places()[0]]
+
+    def unpadded(self, places: Tensor, rows: int) -> Tensor:
+        """The inverse of `padded`: n l ... to r ..., r = rows."""
+        row = torch.arange(rows, device=self.offsets.device)
+        owner = torch.searchsorted(self.offsets, row, right=True) - 1
+        return places[owner, row - self.offsets[owner]]
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The row of every place of n x longest (0 where there is none), and whether there is one."""
+        place = torch.arange(self.longest, device=self.offsets.device)
+        rows = self.offsets[:-1, None] + place  # n l
+        real = rows < self.offsets[1:, None]
+        return rows * real, real
+
+
+def short_attention(
+    qkv: Tensor,
+    heads: int,
+    *,
+    packing: Packing | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """softmax(q kᵀ / sqrt(c) + log mask) v within each sequence; 0 where a query may see no key.
+
+    The kernel keeps nothing for backward beside its inputs: neither the result nor any log-sum-exp.
+
+    Args:
+        qkv: n l 3w, a row holding queries, keys and values, each of `heads` heads of c = w / heads channels;
+            or r 3w with `packing`.
+        heads: a divisor of w.
+        packing: where the sequences are in r rows.
+        causal: a row sees itself and earlier rows of its sequence only.
+        key_mask: n l (or r), bool, true on rows that may be seen.
+        impl: reference (plain torch), torch (its fused kernel), triton, or auto.
+
+    Returns:
+        n l w (or r w), in the dtype of qkv.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        KernelUnavailable: the implementation asked for by name cannot run here.
+    """
+    width = _check(qkv, heads, packing, key_mask)
+    offsets = None if packing is None else packing.offsets
+    operands = (qkv.unflatten(-1, (3, heads, -1)), key_mask, offsets)
+    chosen = choose("short_attention", impl, qkv.device.type, operands=operands)
+    if chosen != "triton":
+        return short_attention_reference(qkv, heads, packing, causal, key_mask, chosen)
+    mask = None if key_mask is None else key_mask.flatten().contiguous()
+    length = qkv.shape[-2] if packing is None else packing.longest
+    rows = qkv.reshape(-1, qkv.shape[-1]).contiguous()
+    out = _short_attention(rows, offsets, mask, heads, length, causal)
+    return out.view(*qkv.shape[:-1], width)
+
+
+def short_attention_reference(
+    qkv: Tensor,
+    heads: int,
+    packing: Packing | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    impl: str = "reference",
+) -> Tensor:
+    """The formula of `short_attention`, of packed sequences padded to the longest; impl: of `attention`."""
+    seen, shape = key_mask, qkv.shape
+    if packing is not None:
+        qkv, real = packing.padded(qkv), packing.places()[1]
+        seen = real if key_mask is None else packing.padded(key_mask) & real
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # 3 n h l c
+    if seen is None:
+        out = attention(q, k, v, causal=causal, impl=_impl(impl))
+    else:
+        pairs = seen[:, None, None, :].expand(-1, 1, seen.shape[1], -1)  # n 1 i j
+        pairs = pairs.tril() if causal else pairs
+        some = pairs.any(-1, keepdim=True)
+        out = attention(q, k, v, mask=pairs | ~some, impl=_impl(impl)) * some
+    out = out.transpose(1, 2).flatten(2)  # n l w
+    return out if packing is None else packing.unpadded(out, shape[0])
+
+
+def _impl(name: str) -> Impl:
+    return "torch" if name == "torch" else "reference"
+
+
+def _check(qkv: Tensor, heads: int, packing: Packing | None, key_mask: Tensor | None) -> int:
+    """The width w of a row's queries."""
+    width = qkv.shape[-1] // 3
+    axes = 3 if packing is None else 2
+    if qkv.ndim != axes or width * 3 != qkv.shape[-1] or width % heads:
+        wanted = f"{'n l' if packing is None else 'r'} 3w, w a multiple of {heads} heads"
+        raise ValueError(f"qkv: expected {wanted}, found {tuple(qkv.shape)}")
+    expect_shape("key_mask", key_mask, tuple(qkv.shape[:-1]))
+    if packing is not None and (packing.offsets.dtype != torch.int32 or packing.offsets.ndim != 1):
+        found = f"{packing.offsets.dtype} of shape {tuple(packing.offsets.shape)}"
+        raise ValueError(f"packing.offsets: expected one axis of int32, found {found}")
+    return width
+
+
+@torch.library.custom_op("discovla::short_attention", mutates_args=())
+def _short_attention(
+    qkv: Tensor, offsets: Tensor | None, mask: Tensor | None, heads: int, length: int, causal: bool
+) -> Tensor:
+    """Rows r 3w to r w."""
+    return kernel("short_attention").forward(qkv, heads, length, causal, mask, offsets)
+
+
+@_short_attention.register_fake
+def _(qkv, offsets, mask, heads, length, causal):
+    return qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+
+
+@torch.library.custom_op("discovla::short_attention_backward", mutates_args=())
+def _short_attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    offsets: Tensor | None,
+    mask: Tensor | None,
+    heads: int,
+    length: int,
+    causal: bool,
+) -> Tensor:
+    """Gradient by the packed rows, r 3w."""
+    return kernel("short_attention").backward(grad.contiguous(), qkv, heads, length, causal, mask, offsets)
+
+
+@_short_attention_backward.register_fake
+def _(grad, qkv, offsets, mask, heads, length, causal):
+    return torch.empty_like(qkv)
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.heads, ctx.length, ctx.causal = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad):
+    dqkv = _short_attention_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.length, ctx.causal)
+    return dqkv, None, None, None, None, None
+
+
+_short_attention.register_autograd(_differentiate, setup_context=_keep)

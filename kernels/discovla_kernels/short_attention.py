@@ -1,0 +1,159 @@
+"""Self-attention of short sequences, one program a sequence and head, on packed rows as they come."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from discovla_kernels.attention_tiles import (
+    attend_more,
+    key_gradients,
+    load_rows,
+    mask_pointer,
+    query_gradients,
+    sequence,
+    settings,
+    store_rows,
+    visible_pairs,
+    whole_slopes,
+)
+from discovla_kernels.tiles import LOWEST, unsupported
+
+MAX_CHANNELS = 128  # of a head: a tile of rows lives in registers
+
+
+def supports(qkv: Tensor, mask: Tensor | None, offsets: Tensor | None) -> str:
+    """Why the kernels do not take rows ... 3 h c; empty where they do."""
+    if qkv.shape[-1] > MAX_CHANNELS:
+        return f"expected heads of at most {MAX_CHANNELS} channels, found {qkv.shape[-1]}"
+    return unsupported(qkv, mask, offsets)
+
+
+@triton.jit
+def _short_attention_forward(
+    qkv_ptr, offsets_ptr, mask_ptr, out_ptr, LENGTH, H, C, scale, HAS_OFFSETS: tl.constexpr,
+    HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(q kᵀ / sqrt(c) + log mask) v of one sequence and head; 0 where a query sees no key.
+
+    Tile: BLOCK queries x BLOCK keys, tile after tile of the sequence, an online softmax along keys.
+    Registers: q, out, the running maximum and sum; k and v come from L1 after the first tile of queries.
+    Traffic: 3 c read and c written a row.
+    Backward: `_short_attention_backward`.
+    """
+    start, length = sequence(offsets_ptr, tl.program_id(0), LENGTH, HAS_OFFSETS)
+    h, width = tl.program_id(1).to(tl.int64), H.to(tl.int64) * C
+    q_ptr, out_ptr = qkv_ptr + h * C, out_ptr + h * C
+    place = tl.arange(0, BLOCK)
+    for first in range(0, length, BLOCK):
+        i = first + place
+        q = load_rows(q_ptr, start + i, i < length, 3 * width, C, BLOCK_C)
+        top, total = tl.full((BLOCK,), LOWEST, dtype=ACC), tl.zeros((BLOCK,), dtype=ACC)
+        out = tl.zeros((BLOCK, BLOCK_C), dtype=ACC)
+        last = min(length, first + BLOCK) if CAUSAL else length
+        for other in range(0, last, BLOCK):
+            j = other + place
+            k = load_rows(q_ptr + width, start + j, j < length, 3 * width, C, BLOCK_C)
+            v = load_rows(q_ptr + 2 * width, start + j, j < length, 3 * width, C, BLOCK_C)
+            seen = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL)
+            top, total, out = attend_more(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
+        out /= tl.where(total == 0, 1.0, total)[:, None]
+        store_rows(out_ptr, start + i, i < length, width, C, out, BLOCK_C)
+
+
+@triton.jit
+def _short_attention_backward(
+    qkv_ptr, offsets_ptr, mask_ptr, grad_ptr, dqkv_ptr, lse_ptr, mean_ptr, LENGTH, H, C, scale,
+    HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """P made again; dS = P (dO vᵀ - D) / sqrt(c), D = sum_j P (dO vᵀ); dq = dS k, dk = dSᵀ q, dv = Pᵀ dO.
+
+    Tile: as forward. ONE: the sequence is one tile, all of it in registers, five products. Else tiles of
+    queries come first, for lse, D (left in two numbers a row, which the same program reads again) and dq,
+    then tiles of keys for dk and dv. Every element is written once, by one program: no order changes the
+    result.
+    Traffic: 3 c of q k v and c of dO read, 3 c written a row.
+    """
+    start, length = sequence(offsets_ptr, tl.program_id(0), LENGTH, HAS_OFFSETS)
+    h, width = tl.program_id(1).to(tl.int64), H.to(tl.int64) * C
+    q_ptr, grad_ptr, dq_ptr = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C
+    place = tl.arange(0, BLOCK)
+    if ONE:
+        rows, real = start + place, place < length
+        q = load_rows(q_ptr, rows, real, 3 * width, C, BLOCK_C)
+        k = load_rows(q_ptr + width, rows, real, 3 * width, C, BLOCK_C)
+        v = load_rows(q_ptr + 2 * width, rows, real, 3 * width, C, BLOCK_C)
+        do = load_rows(grad_ptr, rows, real, width, C, BLOCK_C)
+        seen = visible_pairs(mask_ptr, start, place, place, length, HAS_MASK, CAUSAL)
+        p, ds = whole_slopes(q, k, v, do, seen, scale, PRECISION, ACC)
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
+        dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
+        store_rows(dq_ptr, rows, real, 3 * width, C, dq, BLOCK_C)
+        store_rows(dq_ptr + width, rows, real, 3 * width, C, dk, BLOCK_C)
+        store_rows(dq_ptr + 2 * width, rows, real, 3 * width, C, dv, BLOCK_C)
+    else:
+        lse_ptr, mean_ptr = lse_ptr + h, mean_ptr + h
+        query_gradients(
+            q_ptr, mask_ptr, grad_ptr, grad_ptr, dq_ptr, lse_ptr, mean_ptr, start, length, 0, H, C, scale,
+            False, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+        )  # fmt: skip
+        tl.debug_barrier()  # lse and D that other threads of the program wrote are read from here on
+        for other in range(0, length, BLOCK):
+            rows, real = start + other + place, other + place < length
+            k = load_rows(q_ptr + width, rows, real, 3 * width, C, BLOCK_C)
+            v = load_rows(q_ptr + 2 * width, rows, real, 3 * width, C, BLOCK_C)
+            dk, dv = key_gradients(
+                q_ptr, mask_ptr, grad_ptr, grad_ptr, lse_ptr, mean_ptr, k, v, other, start, length, 0, H, C,
+                scale, False, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+            )  # fmt: skip
+            store_rows(dq_ptr + width, rows, real, 3 * width, C, dk, BLOCK_C)
+            store_rows(dq_ptr + 2 * width, rows, real, 3 * width, C, dv, BLOCK_C)
+
+
+def forward(
+    qkv: Tensor, heads: int, length: int, causal: bool, mask: Tensor | None, offsets: Tensor | None
+) -> Tensor:
+    """Outputs r w of packed rows r 3w, contiguous; sequences have `length` rows, or at most so with offsets.
+
+    mask: r, bool.  offsets: n + 1, int32, the first row of each sequence and the end.
+    """
+    rows, width = len(qkv), qkv.shape[1] // 3
+    out, tile = qkv.new_empty(rows, width), settings(qkv, width // heads, length)
+    del tile["ONE"]
+    _short_attention_forward[_grid(rows, length, heads, offsets)](
+        qkv, qkv if offsets is None else offsets, mask_pointer(mask, qkv), out, length, heads, width // heads,
+        (width // heads) ** -0.5, HAS_OFFSETS=offsets is not None, HAS_MASK=mask is not None, CAUSAL=causal,
+        **tile,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    heads: int,
+    length: int,
+    causal: bool,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+) -> Tensor:
+    """Gradient by the packed rows, from that by the outputs, r w, contiguous."""
+    rows, width = len(qkv), qkv.shape[1] // 3
+    dqkv, tile = torch.empty_like(qkv), settings(qkv, width // heads, length)
+    acc = torch.promote_types(qkv.dtype, torch.float32)
+    lse, mean = (qkv.new_empty(0 if tile["ONE"] else rows, heads, dtype=acc) for _ in range(2))
+    _short_attention_backward[_grid(rows, length, heads, offsets)](
+        qkv, qkv if offsets is None else offsets, mask_pointer(mask, qkv), grad, dqkv, lse, mean, length,
+        heads, width // heads, (width // heads) ** -0.5, HAS_OFFSETS=offsets is not None,
+        HAS_MASK=mask is not None, CAUSAL=causal, **tile,
+    )  # fmt: skip
+    return dqkv
+
+
+def _grid(rows: int, length: int, heads: int, offsets: Tensor | None) -> tuple[int, int]:
+    return (rows // length if offsets is None else len(offsets) - 1), heads
