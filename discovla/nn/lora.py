@@ -20,8 +20,10 @@ class LoRA(nn.Module):
         self.a = nn.Parameter(torch.empty(rank, inputs).uniform_(-(inputs**-0.5), inputs**-0.5))
         self.b = nn.Parameter(torch.zeros(outputs, rank))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.a.to(x.dtype).T) @ self.b.to(x.dtype).T
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
+        """outputs: those that are wanted, where not all are."""
+        b = self.b.to(x.dtype)
+        return (x @ self.a.to(x.dtype).T) @ (b if outputs is None else b[outputs]).T
 
     def delta(self) -> Tensor:
         """The weight update b a, o x i: adding it to the frozen weight gives the same map."""

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.transformer import Attention, BlockShape, Linear, Sequences, attend, quick_gelu
+from discovla.nn.autograd import recomputed
+from discovla.nn.transformer import (
+    Attention,
+    BlockShape,
+    LayerNorm,
+    Linear,
+    Sequences,
+    attend,
+    join_heads,
+    quick_gelu,
+)
 from discovla.ops.attention import attention
 
 FRAME_POSITIONS = 128  # rows of a table of frame positions
@@ -45,45 +57,70 @@ class FusionAttention(Attention):
     Source: DiscoVLA (arXiv 2506.08887), Image-Video Features Fusion; details as in its code.
     """
 
+    fuses = True
+
     def __init__(self, shape: BlockShape, rank: int, *, positions: bool = False) -> None:
         super().__init__(shape)
         self.adapter = Adapter(shape.width, rank)
         table = nn.Parameter(torch.zeros(FRAME_POSITIONS, shape.width))
         self.frame_position = table if positions else None
 
-    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
-        q, k, v = self.project(x)  # n h l c
-        local = self.merge(attend(q, k, v, sequences))  # n l w
+    def forward(self, x: Tensor, sequences: Sequences, norm: LayerNorm | None = None) -> Tensor:
         if not sequences.group:
-            return local
-        if sequences.readout is None:
-            raise ValueError("sequences.readout: expected the row to fuse of each sequence, got None")
-        rows, readout = torch.arange(len(x), device=x.device), sequences.readout
-        fused = self.adapter(local[rows, readout]) + self.read_group(q[rows, :, readout], k, v, sequences)
-        return local.index_put((rows, readout), fused)
+            return super().forward(x, sequences, norm)
+        if sequences.pruned:
+            attend_read = partial(self.attend_read_of_group, sequences)
+            q, kv = self.project_read(x, sequences, norm)
+            local, group = recomputed(attend_read, q, kv, self.frame_position)
+            return self.adapter(self.out(local)) + self.out(group)
+        attend = partial(self.attend_of_group, sequences)
+        local, group = recomputed(attend, self.project(x, norm), self.frame_position)
+        local = self.out(local)
+        fused = self.adapter(sequences.read(local)) + self.out(group)
+        rows = local.flatten(0, -2).index_copy(0, sequences.ends(x.shape[1]), fused)
+        return rows.view(x.shape)
 
-    def read_group(self, queries: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
-        """Each sequence's query (n h c) over the tokens of its whole group: n w."""
-        group = sequences.group
-        mask = sequences.fusion_key_mask
-        if self.frame_position is not None:
-            k = k + self.position_of(group, len(k)).to(k.dtype)
+    def attend_of_group(
+        self, sequences: Sequences, qkv: Tensor, position: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Every row within its sequence, as `project` gave them, and each readout row in its group, n w."""
+        q, k, v = self.split(sequences.pad(qkv))  # n h l c
+        local = sequences.unpad(join_heads(attend(q, k, v, sequences)))
+        assert sequences.readout is not None, "rows were read by it"
+        queries = q[torch.arange(len(q), device=q.device), :, sequences.readout]  # n h c
+        return local, self.read_group(queries, k, v, sequences, position)
+
+    def attend_read_of_group(
+        self, sequences: Sequences, q: Tensor, kv: Tensor, position: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each readout row within its sequence and in its group, n w, of what `project_read` gave."""
+        k, v = self.split(sequences.pad(kv))
+        queries = q.unflatten(-1, (self.heads, -1))  # n h c
+        return self.attend_read(sequences, q, kv), self.read_group(queries, k, v, sequences, position)
+
+    def read_group(
+        self, queries: Tensor, k: Tensor, v: Tensor, sequences: Sequences, position: Tensor | None = None
+    ) -> Tensor:
+        """Each sequence's query (n h c) over the tokens of its whole group, n w before the output projection.
+
+        position: rows to add to the keys of the frames of a group, f' w with f' >= f.
+        """
+        group, mask = sequences.group, sequences.fusion_key_mask
+        if position is not None:
+            k = k + self.position_of(position, group, len(k)).to(k.dtype)
         read = attention(
             queries.unflatten(0, (-1, group)).transpose(1, 2),  # b h f c
             _join(k, group),
             _join(v, group),
             mask=None if mask is None else mask.unflatten(0, (-1, group)).flatten(1)[:, None, None, :],
         )  # b h f c
-        return self.merge(read).flatten(0, 1)
+        return join_heads(read).flatten(0, 1)
 
-    def position_of(self, group: int, sequences: int) -> Tensor:
+    def position_of(self, position: Tensor, group: int, sequences: int) -> Tensor:
         """The position of each of n sequences in its group, shaped as keys: n h 1 c."""
-        assert self.frame_position is not None, "asked for where there are positions only"
-        if group > len(self.frame_position):
-            raise ValueError(
-                f"frames: expected at most {len(self.frame_position)} with positions, got {group}"
-            )
-        table = self.frame_position[:group].unflatten(-1, (self.heads, -1))  # f h c
+        if group > len(position):
+            raise ValueError(f"frames: expected at most {len(position)} with positions, got {group}")
+        table = position[:group].unflatten(-1, (self.heads, -1))  # f h c
         return table.repeat(sequences // group, 1, 1)[:, :, None]
 
 

@@ -7,7 +7,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.transformer import Block, LayerNorm, Sequences
+from discovla.nn.autograd import take_rows
+from discovla.nn.transformer import Block, LayerNorm, Packing, Sequences
 from discovla.towers.architecture import Architecture
 from discovla.towers.vision import MakeBlock
 
@@ -37,24 +38,25 @@ class TextTower(nn.Module):
         """Rows of width w to joint features of width d."""
         return self.ln_final(x) @ self.projection.to(x.dtype)
 
-    def encode(
-        self, ids: Tensor, mask: Tensor | None, *, group: int = 0, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """The last block's rows, n l w, before projection.
+    def sequences(self, ids: Tensor, mask: Tensor | None, group: int = 0) -> Sequences:
+        """What the blocks must know of the captions, packed without what `mask` leaves out.
 
-        Args:
-            ids: n l, int64.  mask: n l, bool, true on real tokens; padding is never seen.  None leaves the
-                causal mask alone, as CLIP has it: only rows of padding, which come last, see padding then.
-            group: how many neighbouring captions make one sample in fusion blocks; 0 for none.
-            dtype: to compute in.
+        Raises:
+            ValueError: the mask leaves an end-of-text token out.
         """
-        x = self.embed(ids, dtype)
-        sequences = Sequences(
-            causal=True, key_mask=mask, group=group, readout=ids.argmax(-1), fusion_key_mask=mask
+        end = ids.argmax(-1)
+        if mask is None:
+            return Sequences(causal=True, group=group, readout=end)
+        rank = mask.to(ids.device).cumsum(1)
+        at_end = end[:, None]
+        # meta tensors, with which work is counted, hold nothing to look at
+        if not ids.is_meta and not mask.gather(1, at_end).all():
+            raise ValueError("mask: expected true at the end-of-text token of each caption")
+        packing = Packing.of(mask).to(ids.device)
+        readout = rank.gather(1, at_end)[:, 0] - 1
+        return Sequences(
+            causal=True, group=group, readout=readout, fusion_key_mask=packing.real, packing=packing
         )
-        for block in self.blocks:
-            x = block(x, sequences)
-        return x
 
     @overload
     def forward(
@@ -87,10 +89,27 @@ class TextTower(nn.Module):
         dtype: torch.dtype = torch.float32,
         words: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Caption features n d; with `words` those of every position too, n l d; the rest as in `encode`."""
-        x = self.encode(ids, mask, group=group, dtype=dtype)
-        end = torch.arange(len(ids), device=ids.device), ids.argmax(-1)
+        """Caption features n d; with `words` those of every position too, n l d.
+
+        Args:
+            ids: n l, int64.  mask: n l, bool, true on real tokens; padding is neither seen nor computed, and
+                its words are those of some real token.  None leaves the causal mask alone, as CLIP has it:
+                rows of padding, which come last, see padding then.
+            group: how many neighbouring captions make one sample in fusion blocks; 0 for none.
+            dtype: to compute in.
+        """
+        if mask is None and not words and not group:
+            mask = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(-1)[:, None]
+        sequences = self.sequences(ids, mask, group)
+        x = self.embed(ids, dtype)
+        if mask is not None:
+            x = take_rows(x.flatten(0, 1), mask.flatten().nonzero()[:, 0].to(ids.device))  # t w
+        for block in self.blocks[:-1]:
+            x = block(x, sequences)
         if not words:
-            return self.project(x[end])
-        rows = self.project(x)
-        return rows[end], rows
+            return self.project(self.blocks[-1](x, sequences.last()))
+        rows = self.project(self.blocks[-1](x, sequences))
+        pooled = sequences.read(rows)
+        if mask is not None:
+            rows = rows[(mask.flatten().cumsum(0) - 1).view(ids.shape)]
+        return pooled, rows

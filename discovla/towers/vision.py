@@ -66,6 +66,7 @@ class VisionTower(nn.Module):
         b, f = frames.shape[:2]
         x = self.embed(frames.flatten(0, 1))
         sequences = self.sequences(x, f, frame_mask)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, sequences)
-        return self.project(x[:, 0]).unflatten(0, (b, f))
+        cls = self.blocks[-1](x, sequences.last())  # n w
+        return self.project(cls).unflatten(0, (b, f))

@@ -76,10 +76,11 @@ def test_fusion_reads_keys_at_the_positions_of_their_frames():
     x, sequences = torch.randn(6, 3, 16), Sequences(group=3, readout=torch.zeros(6, dtype=torch.long))
     assert torch.equal(plain(x, sequences), positioned(x, sequences))
     positioned.frame_position.data.normal_()
-    q, k, v = positioned.project(x)
+    q, k, v = positioned.split(positioned.project(x))
     shifted = k.clone()
     for sequence in range(6):
         shifted[sequence] += positioned.frame_position[sequence % 3].view(4, 1, 4)
     want = plain.read_group(q[:, :, 0], shifted, v, sequences)
-    torch.testing.assert_close(positioned.read_group(q[:, :, 0], k, v, sequences), want)
+    got = positioned.read_group(q[:, :, 0], k, v, sequences, positioned.frame_position)
+    torch.testing.assert_close(got, want)
     assert len(positioned.frame_position) == FRAME_POSITIONS
