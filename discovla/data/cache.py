@@ -27,13 +27,14 @@ class FrameCache:
 
     Args:
         folder: made where there is none.
+        suffix: of the files' names.
 
     Raises:
         ValueError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, suffix: str = ".frames") -> None:
+        self.folder, self.suffix = Path(folder), suffix
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".{os.getpid()}.probe"
@@ -75,7 +76,7 @@ class FrameCache:
             _warn_once(str(self.folder), error.strerror or str(error))
 
     def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.frames"
+        return self.folder / key[:2] / f"{key}{self.suffix}"
 
 
 def _packed(frames: np.ndarray) -> bytes:

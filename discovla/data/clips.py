@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from discovla.batch import BadClip
-from discovla.data.augment import draw_light, draw_randaugment, draw_resized_crop
+from discovla.data.augment import draw_light
 from discovla.data.cache import FrameCache
-from discovla.data.decode import Damaged, DecodeError, decode_each
+from discovla.data.decode import Damaged, DecodeError
+from discovla.data.decoders import DecoderName, check_decoder
 from discovla.data.manifest import Clip
-from discovla.data.pixels import fit
+from discovla.data.reading import Reader, Reading
 from discovla.data.samples import Pair, Sample, frame_texts
 from discovla.data.sampling import Sampler, Sampling, Slice
 from discovla.data.tokens import Tokenizer
@@ -31,7 +31,11 @@ LongCaptions = Literal["error", "truncate"]
 
 @dataclass(frozen=True, kw_only=True)
 class FrameSettings:
-    """How clips become frames: which (see `Sampling`), how large, and what of files that break off."""
+    """How clips become frames: which (see `Sampling`), how large, and what of files that break off.
+
+    decoder: see `Decoder`.  limit: seconds that a file may take, in a process that is replaced where it does
+    not survive it; None reads in this process and without limit.
+    """
 
     frames: int
     image_size: int
@@ -41,17 +45,24 @@ class FrameSettings:
     sampling_slice: Slice = "even"
     damaged: Damaged = "refuse"
     cache: Path | None = None
+    decoder: DecoderName = "pyav"
+    limit: float | None = None
 
 
 class FrameReader:
     """Frames of clips at the size of the model, from the cache where they are there.
 
     It pickles, so that worker processes can have it.
+
+    Raises:
+        ValueError: the decoder is not there, or the cache cannot be written.
     """
 
     def __init__(self, settings: FrameSettings) -> None:
+        check_decoder(settings.decoder)
         self.settings = settings
         self._cache = None if settings.cache is None else FrameCache(settings.cache)
+        self._reader = Reader(settings.limit)
 
     def read(self, clip: Clip) -> np.ndarray:
         """The frames of a clip as testing takes them, uint8, at most f y x 3.
@@ -80,10 +91,8 @@ class FrameReader:
             DecodeError: the clip gives none.
         """
         sampling = self._sampling(clip, seed)
-        if augment == "randaugment":
-            return self._decoded(clip, sampling, draw_randaugment(seed))
-        if augment == "resized_crop":
-            return self._decoded(clip, sampling, draw_resized_crop(seed, self.settings.image_size))
+        if augment in FULL_SIZE:
+            return self._decoded(clip, sampling, augment, seed)
         frames = self._decoded(clip, sampling) if sampling.moves else self.read(clip)
         return draw_light(seed)(frames) if augment == "light" else frames
 
@@ -115,20 +124,29 @@ class FrameReader:
         """All that tells apart the frames that a cache may hold of one video."""
         chosen, span = self.settings, (sampling.start, sampling.end)
         spec = (chosen.frames, chosen.image_size, chosen.sample_rate, chosen.damaged, *span)
+        if chosen.decoder != "pyav":
+            spec = (*spec, chosen.decoder)
         if sampling.sampler == "discovla":
             return spec  # what kept frames are known by since before there were other samplings
         return (*spec, sampling.sampler, sampling.divisor, sampling.slice)
 
     def _decoded(
-        self, clip: Clip, sampling: Sampling, augment: Callable[[Image.Image], Image.Image] | None = None
+        self, clip: Clip, sampling: Sampling, augment: Augment = "none", seed: str = ""
     ) -> np.ndarray:
         """Frames from the file, augmented at full size where that is asked for."""
         chosen = self.settings
-
-        def each(image: Image.Image) -> np.ndarray:
-            return fit(image if augment is None else augment(image), chosen.image_size)
-
-        return decode_each(clip.video, sampling, each, damaged=chosen.damaged).frames
+        return self._reader(
+            Reading(
+                path=clip.video,
+                sampling=sampling,
+                image_size=chosen.image_size,
+                augment=augment,
+                seed=seed,
+                damaged=chosen.damaged,
+                decoder=chosen.decoder,
+                cache=chosen.cache,
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,17 @@ Images = dict[int, np.ndarray]
 TRIED = 8  # files on which `auto` measures
 
 
+def check_decoder(name: DecoderName) -> None:
+    """Refuse a decoder that is not there.
+
+    Raises:
+        ValueError: what it lacks.
+    """
+    lacking = missing() if name == "torchcodec" else None
+    if lacking is not None:
+        raise ValueError(f"decoder: {lacking}")
+
+
 class Decoder:
     """Reads sampled frames of files, and remembers the table of each file it has decoded to its end.
 
@@ -50,9 +61,8 @@ class Decoder:
         self.tables = FrameTables() if tables is None else tables
         self.chosen: DecoderName | None = None if name == "auto" else name
         self._seconds: dict[DecoderName, list[float]] = {"pyav": [], "torchcodec": []}
-        lacking = None if name == "pyav" else missing()
-        if lacking is not None and name == "torchcodec":
-            raise ValueError(f"decoder: {lacking}")
+        check_decoder(name)
+        lacking = missing() if name == "auto" else None
         if lacking is not None:
             logger.info("decoder: auto takes pyav: %s", lacking)
             self.chosen = "pyav"

@@ -26,6 +26,7 @@ from discovla.data.clips import (
     check_captions,
 )
 from discovla.data.decode import Damaged, DecodeError
+from discovla.data.decoders import DecoderName
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.samples import Sample, Source, samples
 from discovla.data.sampling import Sampler, Sampling, Slice
@@ -56,6 +57,8 @@ class DataConfig(BaseModel):
     bad_clip_share: largest share of clips found bad in training before it stops.
     cache: folder for decoded frames; it serves everything but training with an augmentation that works on
     frames of full size, or with a sampling that draws frames anew.
+    decoder: who decodes, see `Decoder`; `auto` measures on the first clips.  decode_seconds: how long a clip
+    may take before it counts as bad and its process is replaced.
     workers: processes that read, 0 reads in the training process.  stills: train on stills drawn in memory
     instead of the clips of the train_split.
     """
@@ -78,6 +81,8 @@ class DataConfig(BaseModel):
     damaged: Damaged = "refuse"
     bad_clip_share: float = Field(default=0.01, ge=0, le=1)
     cache: Path | None = None
+    decoder: DecoderName = "pyav"
+    decode_seconds: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     workers: int = Field(default=2, ge=0)
     stills: StillsConfig | None = None
 
@@ -283,6 +288,8 @@ def _frame_settings(config: DataConfig, image_size: int) -> FrameSettings:
         sampling_slice=config.sampling_slice,
         damaged=config.damaged,
         cache=config.cache,
+        decoder=config.decoder,
+        limit=config.decode_seconds,
     )
 
 
