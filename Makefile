@@ -5,6 +5,7 @@
 #   TRITON  likewise, where torch brought no triton
 #   VENV    the environment: made if absent. One that holds a working torch keeps it: make test VENV=/path/to/env
 #   PYTHON  the interpreter that makes it
+#   DISCOVLA_CUDA  the CUDA kernels of csrc/: auto (built where nvcc is), 1 (or fail), 0 (never)
 #   CONFIG, ARGS, PROCESSES   what to train, its overrides, on how many GPUs or by how many processes:
 #           make train CONFIG=configs/x.toml ARGS="optim.lr=1e-4" PROCESSES=8
 
@@ -45,7 +46,7 @@ print(*sorted({f"{d.name}=={d.version}" for d in distributions() if d.name in na
 endef
 export PINS
 
-$(VENV)/installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/python
 	@python -c 'import torch' 2>/dev/null || python -m pip install $(TORCH) torchvision
 	@python -c 'import triton' 2>/dev/null || python -m pip install $(TRITON)
 	@python -c "$$PINS" > $(VENV)/torch.txt

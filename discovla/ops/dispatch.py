@@ -13,6 +13,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from discovla.ops.cuda import library
+
 logger = logging.getLogger(__name__)
 
 Impl = Literal["auto", "reference", "torch", "triton", "cuda"]
@@ -21,15 +23,15 @@ Impl = Literal["auto", "reference", "torch", "triton", "cuda"]
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "attention": ("reference", "torch"),
     "alignment_losses": ("reference", "torch", "triton"),
-    "frame_similarity": ("reference", "torch", "triton"),
+    "frame_similarity": ("reference", "torch", "triton", "cuda"),
     "info_nce": ("reference", "torch", "triton"),
     "layer_norm": ("reference", "triton"),
     "mlp": ("reference", "triton"),
     "preprocess_frames": ("reference",),
-    "rank_of_positive": ("reference", "torch", "triton"),
+    "rank_of_positive": ("reference", "torch", "triton", "cuda"),
     "short_attention": ("reference", "torch", "triton"),
     "sigmoid_loss": ("reference", "torch", "triton"),
-    "top_k": ("reference", "torch"),
+    "top_k": ("reference", "torch", "cuda"),
     "soft_vlad": ("reference",),
     "token_communication": ("reference", "torch"),
     "token_similarity": ("reference", "torch", "triton"),
@@ -89,13 +91,16 @@ def choose(
     if impl not in IMPLEMENTATIONS[op]:
         known = ", ".join(("auto", *IMPLEMENTATIONS[op]))
         raise KernelUnavailable(f"{op}: no implementation {impl!r}; use one of {known}")
-    if impl == "triton" and (reason := _triton_lacks(op, device_type, operands)):
-        raise KernelUnavailable(f"{op}: impl='triton': {reason}")
+    lacks = {"triton": _triton_lacks, "cuda": _cuda_lacks}.get(impl)
+    if lacks is not None and (reason := lacks(op, device_type, operands)):
+        raise KernelUnavailable(f"{op}: impl={impl!r}: {reason}")
     return impl
 
 
-def kernel(op: str) -> ModuleType:
-    """The module of Triton kernels that serves `op`; only now is triton imported."""
+def kernel(op: str, impl: str = "triton") -> ModuleType:
+    """The module of kernels that serves `op`; only now is triton imported, or the CUDA library looked for."""
+    if impl == "cuda":
+        return importlib.import_module(f"discovla.ops.cuda.{op}")
     return importlib.import_module(f"discovla_kernels.{KERNELS[op]}")
 
 
@@ -116,6 +121,15 @@ def _triton_lacks(op: str, device_type: str, operands: Sequence[Tensor | None]) 
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs a CUDA device, or TRITON_INTERPRET=1 in the environment before Python starts"
     return kernel(op).supports(*operands) if operands else ""
+
+
+def _cuda_lacks(op: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
+    """Why the CUDA kernel of `op` cannot run; empty where it can."""
+    if device_type != "cuda":
+        return f"its tensors are on {device_type}: move them to a CUDA device, or use impl='torch'"
+    if reason := library.missing():
+        return reason
+    return kernel(op, "cuda").supports(*operands) if operands else ""
 
 
 @cache

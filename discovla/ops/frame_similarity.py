@@ -33,7 +33,7 @@ def frame_similarity(
         text_mask: t i, bool; video_mask: v j, bool; true on real parts.  A side with no real part contributes
             0.
         impl: reference (R in memory), torch (streamed over blocks of pairs, computed again in backward:
-            beyond inputs and outputs its memory does not grow with t v), triton, or auto: the
+            beyond inputs and outputs its memory does not grow with t v), triton, cuda, or auto: the
             reference while R has at most 4 million entries and torch above.
 
     Returns:
@@ -89,7 +89,7 @@ def _pool(best: Tensor, scale: Tensor, mask: Tensor | None) -> Tensor:
 
 def tile_functions(impl: str) -> ModuleType:
     """The module that computes blocks of pairs: `maxima`, `gradients`, `pairs_per_block`."""
-    return kernel("frame_similarity") if impl == "triton" else streamed
+    return kernel("frame_similarity", impl) if impl in ("triton", "cuda") else streamed
 
 
 @torch.library.custom_op("discovla::frame_similarity_streamed", mutates_args=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from discovla.ops.dispatch import Impl, choose
+from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.streamed.scores import checked_units, score_blocks
 
 LOW = 0xFFFFFFFF  # the lower half of a key
@@ -22,7 +22,8 @@ def top_k(
         k: how many, 1 to m (or to the number of groups).
         groups: m, int64, from 0 and none left out: items of one group stand for it by the one that scores
             best.
-        impl: reference (the matrix in memory), torch (a run of queries at a time) or auto, which is torch.
+        impl: reference (the matrix in memory), torch (a run of queries at a time), cuda, or auto, which is
+            torch.
 
     Returns:
         Scores n k, float32, and indices n k, int64, of items or of groups.
@@ -33,10 +34,12 @@ def top_k(
     count = len(items) if groups is None else int(groups.max()) + 1
     if not 1 <= k <= count:
         raise ValueError(f"k: expected 1..{count}, found {k}")
-    chosen = choose("top_k", impl, query.device.type)
+    chosen = choose("top_k", impl, query.device.type, operands=(query, items, groups))
     query, items = checked_units(query, items)
     if chosen == "reference":
         return top_k_reference(query, items, k, groups)
+    if chosen == "cuda":
+        return kernel("top_k", "cuda").best(query, items, k, groups)
     values = query.new_empty(len(query), k, dtype=torch.float32)
     indices = query.new_empty(len(query), k, dtype=torch.int64)
     for rows, scores in score_blocks(query, items, groups, None):

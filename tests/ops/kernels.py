@@ -3,10 +3,19 @@
 import pytest
 import torch
 
+from discovla.ops.cuda import library
+from discovla.ops.dispatch import IMPLEMENTATIONS
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def runnable(op: str) -> list[str]:
+    """Implementations of `op` that can run here: cuda needs a GPU, and the library built."""
+    cuda_too = DEVICE == "cuda" and not library.missing()
+    return [impl for impl in IMPLEMENTATIONS[op] if impl != "cuda" or cuda_too]
 
 
 def skip_what_no_gpu_kernel_takes(impl: str, dtype: torch.dtype) -> None:
     """On a GPU the kernels have no float64; there float32 and benchmarks/gpu.py test them."""
-    if impl == "triton" and dtype == torch.float64 and DEVICE == "cuda":
+    if impl in ("triton", "cuda") and dtype == torch.float64 and DEVICE == "cuda":
         pytest.skip("kernels on a GPU take no float64")

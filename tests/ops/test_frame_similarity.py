@@ -3,13 +3,13 @@ import torch
 from torch import Tensor
 
 from discovla.ops import blocks
-from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
+from discovla.ops.dispatch import KernelUnavailable
 from discovla.ops.frame_similarity import _frame_similarity, frame_similarity
 from discovla.testing import relative_error
-from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
+from tests.ops.kernels import DEVICE, runnable, skip_what_no_gpu_kernel_takes
 
 SCALE = 7.0
-STREAMED = [impl for impl in IMPLEMENTATIONS["frame_similarity"] if impl != "reference"]
+STREAMED = [impl for impl in runnable("frame_similarity") if impl != "reference"]
 # t i v j d
 SHAPES = [
     *[(1, 1, 1, 1, 1), (7, 3, 5, 1, 63), (2, 12, 3, 12, 130), (3, 63, 2, 7, 5)],
@@ -75,7 +75,7 @@ def test_many_blocks_give_what_one_gives(impl, monkeypatch):
         assert relative_error(c, w) < 1e-13
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS["frame_similarity"])
+@pytest.mark.parametrize("impl", runnable("frame_similarity"))
 def test_of_equal_matches_the_lowest_index_gets_the_gradient(impl):
     eye = torch.eye(3, device=DEVICE)
     text = eye[None, :1].clone().requires_grad_()  # t i d = 1 1 3

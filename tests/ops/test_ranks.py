@@ -3,14 +3,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
+from discovla.ops.dispatch import KernelUnavailable
 from discovla.ops.rank_of_positive import rank_of_positive
 from discovla.ops.top_k import top_k
 from discovla.retrieval.metrics import dual_softmax, text_to_video_ranks, video_to_text_ranks
-from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
+from tests.ops.kernels import DEVICE, runnable, skip_what_no_gpu_kernel_takes
 
 SIZES = [1, 7, 63, 130]
-RANKS = IMPLEMENTATIONS["rank_of_positive"]
+RANKS = runnable("rank_of_positive")
 GROUPED = [impl for impl in RANKS if impl != "triton"]
 
 
@@ -23,8 +23,9 @@ def signs(rows: int, seed: int) -> Tensor:
 def ranks(impl: str, query: Tensor, items: Tensor, right: Tensor, **options) -> tuple[Tensor, Tensor]:
     """On the device that has the impl."""
     skip_what_no_gpu_kernel_takes(impl, query.dtype)
-    where = DEVICE if impl == "triton" else "cpu"
-    found = rank_of_positive(query.to(where), items.to(where), right.to(where), **options, impl=impl)
+    where = DEVICE if impl in ("triton", "cuda") else "cpu"
+    given = {name: x.to(where) if isinstance(x, Tensor) else x for name, x in options.items()}
+    found = rank_of_positive(query.to(where), items.to(where), right.to(where), **given, impl=impl)
     return found[0].cpu(), found[1].cpu()
 
 
@@ -54,7 +55,8 @@ def test_texts_of_one_video_share_their_right_item(impl):
 def test_a_video_ranks_groups_of_captions_by_their_best(impl):
     groups = torch.arange(40).roll(3) % 13
     text, video = signs(40, 0), signs(13, 1)
-    found = rank_of_positive(video, text, torch.arange(13), groups=groups, impl=impl)
+    dtype = torch.float32 if impl == "cuda" else torch.float64
+    found = ranks(impl, video.to(dtype), text.to(dtype), torch.arange(13), groups=groups)
     assert_ranks(found, video_to_text_ranks((text @ video.T).numpy(), groups.numpy()))
 
 
@@ -99,7 +101,7 @@ def test_a_right_item_that_is_not_there_is_refused():
         rank_of_positive(signs(3, 0), signs(3, 1), torch.tensor([0, 1, 3]))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS["top_k"])
+@pytest.mark.parametrize("impl", runnable("top_k"))
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("grouped", [False, True], ids=["items", "groups"])
 def test_the_best_items_come_in_order_and_of_equal_ones_the_lowest_index_first(n, grouped, impl, monkeypatch):
@@ -110,9 +112,13 @@ def test_the_best_items_come_in_order_and_of_equal_ones_the_lowest_index_first(n
     if grouped:
         scores = np.stack([scores[:, groups == g].max(1) for g in range(50)], axis=1)
     want = np.argsort(-scores, axis=1, kind="stable")[:, :20]
-    values, indices = top_k(query, items, 20, groups=groups, impl=impl)
-    np.testing.assert_array_equal(indices.numpy(), want)
-    np.testing.assert_array_equal(values.numpy(), np.take_along_axis(scores, want, axis=1).astype(np.float32))
+    where, dtype = (DEVICE, torch.float32) if impl == "cuda" else ("cpu", torch.float64)
+    groups = None if groups is None else groups.to(where)
+    values, indices = top_k(query.to(where, dtype), items.to(where, dtype), 20, groups=groups, impl=impl)
+    np.testing.assert_array_equal(indices.cpu().numpy(), want)
+    np.testing.assert_array_equal(
+        values.cpu().numpy(), np.take_along_axis(scores, want, axis=1).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize(

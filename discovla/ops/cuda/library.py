@@ -1,0 +1,96 @@
+"""The compiled kernels of csrc/ as torch.ops.discovla, loaded when one is first asked for."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from discovla.ops.cuda.build import LIBRARY
+
+REMEDY = "`python -m discovla.ops.cuda.build` builds it where nvcc is installed"
+
+
+def missing() -> str:
+    """Why the kernels are not here; empty once they are loaded."""
+    if not LIBRARY.is_file():
+        return f"the CUDA library is not built: {REMEDY}"
+    try:
+        _load()
+    except OSError as error:
+        return f"{LIBRARY}: {str(error).splitlines()[0]}; {REMEDY}"
+    return ""
+
+
+def ops() -> Any:
+    """torch.ops.discovla, with the kernels in it."""
+    _load()
+    return torch.ops.discovla
+
+
+def unsupported(*tensors: Tensor | None) -> str:
+    """Why no CUDA kernel takes these tensors; empty where one does."""
+    given = [x for x in tensors if x is not None]
+    rows = [x for x in given if x.is_floating_point()]
+    if len(dtypes := {x.dtype for x in rows}) > 1:
+        return f"expected all embeddings in one dtype, found {sorted(map(str, dtypes))}"
+    if rows[0].dtype == torch.float64:
+        return "float64 has no kernel on a GPU: impl='torch' computes it"
+    for x in given:
+        if x.device != given[0].device:
+            return f"expected all tensors on {given[0].device}, found one on {x.device}"
+    if (capability := torch.cuda.get_device_capability(given[0].device)) < (8, 0):
+        return f"expected a GPU of compute capability 8.0 or later, found {capability[0]}.{capability[1]}"
+    return ""
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` as kernels take it: without gaps, aligned, rows ended by zeros to a multiple of 16 bytes."""
+    x = F.pad(x, (0, -x.shape[-1] % (16 // x.element_size()))).contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+@cache
+def _load() -> None:
+    """Load the library and say what its ops return, for torch.compile and meta tensors."""
+    torch.ops.load_library(LIBRARY)
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"discovla::{name}", fake)
+
+
+def _rank_of_positive(query, items, positive, group, starts, lse, lowest, scale):
+    return query.new_empty(2, query.shape[0], dtype=torch.int32)
+
+
+def _top_k(query, items, k, groups):
+    values = query.new_empty(query.shape[0], k, dtype=torch.float32)
+    return values, torch.empty_like(values, dtype=torch.int64)
+
+
+def _frame_similarity(text, video, scale, text_mask, video_mask, keep):
+    (t, i, _), (v, j, _) = text.shape, video.shape
+    kept = (t, v) if keep else (0, 0)
+    shapes = (
+        ((t, v), torch.float32),
+        ((kept[0], i, kept[1]), torch.float32),
+        ((kept[0], i, kept[1]), torch.int16),
+        ((*kept, j), torch.float32),
+        ((*kept, j), torch.int16),
+        ((5, *kept), torch.float32),
+    )
+    return tuple(text.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+
+
+def _frame_similarity_backward(grad, text, video, *kept):
+    return text.new_empty(text.shape[0] * text.shape[1], video.shape[0] * video.shape[1])
+
+
+FAKES = {
+    "rank_of_positive": _rank_of_positive,
+    "top_k": _top_k,
+    "frame_similarity": _frame_similarity,
+    "frame_similarity_backward": _frame_similarity_backward,
+}
