@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from discovla.ops.dispatch import Impl, choose
+from discovla.ops.blocks import ELEMENTS, expect_shape, wide
+from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.streamed import soft_vlad as streamed
 
 
 def soft_vlad(
@@ -21,14 +25,33 @@ def soft_vlad(
         mask: n l, bool, m; every row must have a true entry.
         assignment: k d, c.  centres: k d, e.
 
+        impl: reference, torch (some samples at a time, computed again in backward), triton, or auto: the
+            reference for at most 4 million numbers and torch above.
+
     Returns:
         n d, unit, float32 at least.
 
+    Raises:
+        ValueError: shapes that do not fit.
+        KernelUnavailable: the implementation asked for by name cannot run here.
+
     Source: CLIP2Video (arXiv 2106.11097), Temporal Alignment Block; VLAD with the mean over centres.
     """
-    choose("soft_vlad", impl, tokens.device.type)
-    work = torch.promote_types(tokens.dtype, torch.float32)
-    return soft_vlad_reference(tokens.to(work), mask, assignment.to(work), centres.to(work))
+    expect_shape("mask", mask, tuple(tokens.shape[:2]))
+    expect_shape("assignment", assignment, (len(assignment), tokens.shape[2]))
+    expect_shape("centres", centres, tuple(assignment.shape))
+    chosen = choose(
+        "soft_vlad",
+        impl,
+        tokens.device.type,
+        small=tokens.numel() <= ELEMENTS,
+        operands=(tokens, mask, assignment),
+    )
+    work = wide(tokens)
+    assignment, centres = assignment.to(work), centres.to(work)
+    if chosen == "reference":
+        return soft_vlad_reference(tokens.to(work), mask, assignment, centres)
+    return _soft_vlad(tokens, mask, assignment, centres, chosen)
 
 
 def soft_vlad_reference(tokens: Tensor, mask: Tensor, assignment: Tensor, centres: Tensor) -> Tensor:
@@ -42,3 +65,57 @@ def soft_vlad_reference(tokens: Tensor, mask: Tensor, assignment: Tensor, centre
 def soft_assignment(tokens: Tensor, assignment: Tensor) -> Tensor:
     """a of `soft_vlad`: n l d, k d -> n l k."""
     return (tokens @ assignment.T).softmax(-1)
+
+
+def _tiles(impl: str) -> ModuleType:
+    return kernel("soft_vlad") if impl == "triton" else streamed
+
+
+@torch.library.custom_op("discovla::soft_vlad_streamed", mutates_args=())
+def _soft_vlad(tokens: Tensor, mask: Tensor, assignment: Tensor, centres: Tensor, impl: str) -> Tensor:
+    """`soft_vlad` of some samples at a time."""
+    tiles = _tiles(impl)
+    size = tiles.samples_per_block(tokens, assignment)
+    blocks = zip(tokens.split(size), mask.split(size), strict=True)
+    return torch.cat([tiles.forward(*block, assignment, centres) for block in blocks])
+
+
+@_soft_vlad.register_fake
+def _(tokens, mask, assignment, centres, impl):
+    return tokens.new_empty(len(tokens), tokens.shape[2], dtype=assignment.dtype)
+
+
+@torch.library.custom_op("discovla::soft_vlad_streamed_backward", mutates_args=())
+def _soft_vlad_backward(
+    grad: Tensor, tokens: Tensor, mask: Tensor, assignment: Tensor, centres: Tensor, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by tokens, assignment and centres, all assignments made again."""
+    tiles = _tiles(impl)
+    size = tiles.samples_per_block(tokens, assignment)
+    token_grad = torch.empty_like(tokens)
+    assignment_grad, centre_grad = torch.zeros_like(assignment), torch.zeros_like(centres)
+    for first in range(0, len(tokens), size):
+        rows = slice(first, first + size)
+        found = tiles.gradients(grad[rows], tokens[rows], mask[rows], assignment, centres)
+        token_grad[rows] = found[0]
+        assignment_grad += found[1]
+        centre_grad += found[2]
+    return token_grad, assignment_grad, centre_grad
+
+
+@_soft_vlad_backward.register_fake
+def _(grad, tokens, mask, assignment, centres, impl):
+    return torch.empty_like(tokens), torch.empty_like(assignment), torch.empty_like(centres)
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad):
+    tokens, assignment, centres = _soft_vlad_backward(grad, *ctx.saved_tensors, ctx.impl)
+    return tokens, None, assignment, centres, None
+
+
+_soft_vlad.register_autograd(_differentiate, setup_context=_keep)
