@@ -11,7 +11,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from discovla_kernels import contrastive, frame_similarity, rank_of_positive, sigmoid_loss, token_similarity
+from discovla_kernels import (
+    contrastive,
+    frame_similarity,
+    late_interaction,
+    rank_of_positive,
+    sigmoid_loss,
+    soft_vlad,
+    token_similarity,
+)
+
+MODULES = (
+    contrastive,
+    frame_similarity,
+    late_interaction,
+    rank_of_positive,
+    sigmoid_loss,
+    soft_vlad,
+    token_similarity,
+)
 
 INTEGERS = {
     "mask_ptr": "*u8",
@@ -20,7 +38,8 @@ INTEGERS = {
     "positive_ptr": "*i64",
     "count_ptr": "*i32",
 }
-ROWS = ("text_ptr", "video_ptr", "query_ptr", "item_ptr", "dx_ptr")
+ROWS = ("text_ptr", "video_ptr", "query_ptr", "item_ptr", "token_ptr", "dx_ptr")
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a program may have
 FRAMES = {"HAS_TEXT_MASK": True, "HAS_VIDEO_MASK": True}
 TILE = {"BLOCK_R": 128, "BLOCK_C": 128}
 
@@ -39,12 +58,23 @@ def build(kernel: Any, constants: dict[str, Any], rows: str, target: GPUTarget) 
     """Compile one kernel with rows of one type."""
     if "PRECISION" in kernel.arg_names:
         half = rows == "*bf16"
-        constants = constants | {"BLOCK_D": 64 if half else 32, "ACC": tl.float32}
-        constants["PRECISION"] = "ieee" if half else "tf32x3"
+        constants = constants | {"ACC": tl.float32}
+        constants.setdefault("BLOCK_D", 64 if half else 32)
+        constants["PRECISION"] = "ieee" if half and "token_ptr" not in kernel.arg_names else "tf32x3"
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else argument(name, rows) for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
-    compile_kernel(ASTSource(kernel, signature, values), target=target, options={"num_warps": 8})
+    built = compile_kernel(ASTSource(kernel, signature, values), target=target, options={"num_warps": 8})
+    if built.metadata.shared > SHARED[target.arch]:
+        sys.exit(f"{kernel.__name__}: {built.metadata.shared} bytes of shared memory are too many")
+
+
+def entries() -> set[str]:
+    """The kernels that are launched, by their names; what they call has other names."""
+    found = {name for module in MODULES for name in vars(module)}
+    return {x for x in found if x.endswith(("_forward", "_backward")) and x.startswith("_")} | {
+        "_sigmoid_loss"
+    }
 
 
 def main(capability: int) -> None:
@@ -65,11 +95,18 @@ def main(capability: int) -> None:
             options = pair | {"TRAINING": training, "OFFICIAL": training}
             cases += [(token_similarity._token_similarity_forward, options)]
             cases += [(token_similarity._token_similarity_backward, options)]
+        cases += [(late_interaction._late_interaction_forward, pair | {"BOTH": True})]
+        cases += [(late_interaction._late_interaction_backward, pair | {"BOTH": i > 1})]
+    for length, width in ((32, 64), (128, 64)):
+        tables = {"L_BLOCK": length, "K_BLOCK": 16, "BLOCK_D": width}
+        cases += [(soft_vlad._soft_vlad_forward, tables), (soft_vlad._soft_vlad_backward, tables)]
     for switch in (True, False):
         cases += [
             (rank_of_positive._rank_of_positive_forward, {"TARGET": switch, "DUAL": True, "BLOCK": 128})
         ]
         cases += [(sigmoid_loss._sigmoid_loss, {"BACKWARD": switch, "BLOCK": 128})]
+    if missing := entries() - {kernel.__name__ for kernel, _ in cases}:
+        sys.exit(f"never compiled: {sorted(missing)}")
     for kernel, constants in cases:
         for rows in ("*bf16", "*fp32"):
             build(kernel, constants, rows, target)

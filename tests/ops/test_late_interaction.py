@@ -1,0 +1,146 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from discovla.ops.dispatch import IMPLEMENTATIONS
+from discovla.ops.late_interaction import _late_interaction, max_sim, weighted_token_interaction
+from discovla.ops.token_similarity import TokenInputs
+from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
+
+IMPLS = IMPLEMENTATIONS["late_interaction"]
+STREAMED = [impl for impl in IMPLS if impl != "reference"]
+# t i v j d
+SHAPES = [(1, 1, 1, 1, 1), (7, 3, 5, 1, 63), (2, 12, 3, 7, 130), (3, 63, 2, 7, 5), (1, 130, 2, 5, 3)]
+# rounding of unit vectors, times the number of matches that are added up; fp16 inputs are widened first
+BUDGET = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-6}
+CASES = [(dtype, shape) for dtype in (torch.float64, torch.float32) for shape in SHAPES]
+CASES += [(torch.float16, SHAPES[2])]
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+def mask(rows: int, parts: int) -> Tensor:
+    """Ragged rows, the first with a hole; the last has no real part."""
+    real = torch.arange(parts) <= torch.arange(rows)[:, None] % parts
+    real[0, parts // 2], real[0, -1], real[-1] = False, True, False
+    return real.to(DEVICE)
+
+
+def leaves(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Rows and weights of texts and videos."""
+    t, i, v, j, d = shape
+    rows = [noise(t, i, d), noise(v, j, d, seed=1), noise(t, i, seed=2), noise(v, j, seed=3)]
+    return [x.to(dtype).requires_grad_() for x in rows]
+
+
+def inputs(x: list[Tensor], masked: bool) -> TokenInputs:
+    masks = [mask(*y.shape[:2]) if masked else None for y in x[:2]]
+    return TokenInputs(text=x[0], video=x[1], text_mask=masks[0], video_mask=masks[1])
+
+
+def run(x: list[Tensor], masked: bool, impl: str, both: bool) -> list[Tensor]:
+    """Scores and gradients."""
+    given = inputs(x, masked)
+    out = weighted_token_interaction(given, *x[2:], impl=impl) if both else max_sim(given, impl=impl)
+    direction = noise(*out.shape, seed=4)
+    found = torch.autograd.grad((out * direction.to(out.dtype)).sum(), x if both else x[:2])
+    return [out.detach(), *found]
+
+
+def by_hand(x: list[Tensor], masked: bool, both: bool) -> Tensor:
+    """Pair by pair, on the real rows only."""
+    given = inputs(x, masked)
+    t, v = len(x[0]), len(x[1])
+    out = torch.zeros(t, v, dtype=torch.float64, device=DEVICE)
+    for a in range(t):
+        for b in range(v):
+            rows = slice(None) if given.text_mask is None else given.text_mask[a]
+            columns = slice(None) if given.video_mask is None else given.video_mask[b]
+            cosines = F.normalize(x[0][a][rows], dim=-1) @ F.normalize(x[1][b][columns], dim=-1).T
+            if not cosines.numel():
+                continue
+            best, back = cosines.max(1).values, cosines.max(0).values
+            weights = x[2][a][rows], x[3][b][columns]
+            pair = ((weights[0] * best).sum() + (weights[1] * back).sum()) / 2 if both else best.sum()
+            out[a, b] = pair
+    return out
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["max_sim", "weighted"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_reference_is_the_formula_pair_by_pair(shape, masked, both):
+    x = leaves(shape, torch.float64)
+    want = by_hand(x, masked, both)
+    got = run(x, masked, "reference", both)
+    torch.testing.assert_close(got[0], want, atol=1e-12, rtol=1e-12)
+    if want.requires_grad:
+        direction = noise(*want.shape, seed=4)
+        wanted = torch.autograd.grad((want * direction).sum(), x if both else x[:2], materialize_grads=True)
+        torch.testing.assert_close(got[1:], list(wanted), atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("impl", STREAMED)
+@pytest.mark.parametrize("both", [False, True], ids=["max_sim", "weighted"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
+def test_values_and_gradients_are_those_of_the_reference(impl, both, masked, dtype, shape):
+    skip_what_no_gpu_kernel_takes(impl, dtype)
+    x = leaves(shape, dtype)
+    wide = [y.detach().double().requires_grad_() for y in x]
+    for g, w in zip(run(x, masked, impl, both), run(wide, masked, "reference", both), strict=True):
+        # a gradient comes back in the dtype of its input, so fp16 inputs add a rounding of fp16
+        budget = 1e-3 if g.dtype == torch.float16 else BUDGET[dtype]
+        assert (g.double() - w).abs().max() <= budget * max(shape[1], w.abs().max())
+
+
+@pytest.mark.parametrize("impl", STREAMED)
+def test_any_cut_into_blocks_gives_the_same(impl, monkeypatch):
+    skip_what_no_gpu_kernel_takes(impl, torch.float64)
+    x = leaves((5, 3, 4, 2, 6), torch.float64)
+    whole = run(x, True, impl, True)
+    monkeypatch.setattr("discovla.ops.streamed.late_interaction.BLOCK", 30)
+    monkeypatch.setattr("discovla_kernels.pairs.BLOCK_BYTES", 8 * 30)
+    torch.testing.assert_close(run(x, True, impl, True), whole, atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_of_equal_matches_the_lowest_index_gets_the_gradient(impl):
+    eye = torch.eye(3, device=DEVICE)
+    text = eye[None, :1].clone().requires_grad_()  # t i d = 1 1 3
+    video = (eye[None, [1, 0, 0]] + 0.1).requires_grad_()  # rows 1 and 2 are the same
+    max_sim(TokenInputs(text=text, video=video), impl=impl).sum().backward()
+    assert video.grad[0].any(-1).tolist() == [False, True, False]
+
+
+def test_the_reference_passes_gradcheck():
+    x = leaves((2, 3, 3, 2, 4), torch.float64)
+
+    def score(text, video, *weights):
+        given = replace(inputs(x, True), text=text, video=video)
+        return weighted_token_interaction(given, *weights, impl="reference")
+
+    assert torch.autograd.gradcheck(score, x)
+
+
+@pytest.mark.parametrize("impl", STREAMED)
+@pytest.mark.parametrize("both", [False, True], ids=["one-way", "both"])
+def test_the_op_is_registered_soundly(impl, both):
+    skip_what_no_gpu_kernel_takes(impl, torch.float64)
+    text, video, *weights = leaves((2, 3, 3, 2, 4), torch.float64)
+    arguments = (text, video, weights[0], weights[1] if both else None, mask(2, 3), mask(3, 2), impl)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(_late_interaction, arguments, test_utils=tests)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name():
+    text, video, *weights = leaves((2, 3, 3, 2, 4), torch.float64)
+    given = TokenInputs(text=text, video=video)
+    with pytest.raises(ValueError, match=r"^video_weight: expected shape"):
+        weighted_token_interaction(given, weights[0], weights[0])
