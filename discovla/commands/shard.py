@@ -53,7 +53,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     clips = "clips in a tar, default: %(default)s"
     parser.add_argument("--clips-per-shard", type=int, default=256, metavar="N", help=clips)
     cores = len(os.sched_getaffinity(0))
-    workers = "processes, default: all cores, %(default)s"
+    workers = "processes; 0 decodes in this one, without a limit; default: all cores, %(default)s"
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help=workers)
     limit = "seconds a clip may take, default: %(default)g"
     parser.add_argument("--limit", type=float, default=120.0, metavar="S", help=limit)
