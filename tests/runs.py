@@ -65,6 +65,21 @@ lr = 1e-3
 device = "cpu"
 strategy = "torch"
 """
+# words for small runs of every other method, and of combinations
+METHODS = {
+    "meanP": ["method=clip4clip"],
+    "seqLSTM": ["method=clip4clip", "method.head=seqLSTM"],
+    "seqTransf": ["method=clip4clip", "method.head=seqTransf", "method.head_layers=1", "method.tune=lora"],
+    "tightTransf": ["method=clip4clip", "method.head=tightTransf", "method.head_layers=1"],
+    "clip2video": ["method=clip2video", "method.head_layers=1", "method.tune=lora", "method.alpha=0.3"],
+    "t2vparser": [
+        "method=t2vparser",
+        "method.stan_layers=1",
+        "method.decomposition_layers=1",
+        "method.decomposition_heads=2",
+    ],
+    "tokens": ["method.similarity=tokens", "method.frame_position=true"],
+}
 _SERVER = multiprocessing.get_context("forkserver")
 # with what optimisers import on their first use, which takes as long as all the rest
 _SERVER.set_forkserver_preload(["tests.runs", "train", "discovla.engine.zero_strategy", "torch._dynamo"])

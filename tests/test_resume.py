@@ -159,3 +159,19 @@ def test_going_on_otherwise_than_the_run_began_is_refused(word, message, tmp_pat
     assert job.output().splitlines()[-1].startswith("train.py: error: ")
     assert message in job.output()
     assert (directory / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", runs.METHODS)
+def test_every_method_goes_on_as_if_never_stopped(name, tmp_path, drawn):
+    schedule = ("steps=4", "checkpoint_every=2")
+    words = [runs.write_config(tmp_path, drawn), *runs.METHODS[name], *schedule]
+    runs.train([*words, f"directory={tmp_path}/whole"])
+    runs.train([*words, "stop_at=2"])
+    runs.train([*words, "resume=true"])
+    assert runs.records(tmp_path / "run") == runs.records(tmp_path / "whole")
+    ours, theirs = runs.tensors(tmp_path / "run", 4), runs.tensors(tmp_path / "whole", 4)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("run", "whole")]
+    assert results[0] == results[1]
