@@ -7,7 +7,8 @@
     python benchmarks/methods.py --table        the results as Markdown
 
 A run is `deepspeed train.py configs/quickstart.toml method=...`: it selects a step on `val` and is measured
-on `test`.  Then its checkpoint is opened again, which must give the same figures, and answers two-way questions.
+on `test`.  Then its checkpoint is opened again, which must give the same figures, and answers two-way
+questions.
 """
 
 from __future__ import annotations
