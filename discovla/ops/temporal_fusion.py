@@ -1,0 +1,190 @@
+"""Attention within frames, and of their readout rows across all frames of a group, on packed rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from discovla.ops.attention import attention
+from discovla.ops.blocks import expect_shape, wide
+from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.short_attention import Packing, short_attention_reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """n = b f sequences in b groups of neighbours: the frames of a video, or the captions of its frames.
+
+    readout: b f, int64: among all rows (n l flattened, or r), the one of each sequence that sees its group.
+    packing: where the sequences are in r rows; None where all have l of n l.
+    causal, key_mask: within a sequence, as in `short_attention`.
+    group_mask: n l (or r), bool, true on rows that may be seen across the group; None where all may.
+    """
+
+    heads: int
+    readout: Tensor
+    packing: Packing | None = None
+    causal: bool = False
+    key_mask: Tensor | None = None
+    group_mask: Tensor | None = None
+
+
+def temporal_fusion(
+    qkv: Tensor, groups: Groups, *, position: Tensor | None = None, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """o_f = attention within sequence f; g_f = softmax(q_f[rho_f] Kᵀ / sqrt(c) + log group_mask) V.
+
+    rho_f is the readout row; K = k + position of f, and V, are those of all sequences of the group.  Rows
+    come back holding o_f, but g_f in the readout rows, whose own o_f[rho_f] comes beside them.  Both then
+    pass the output projection, and the adapter's result for the second is added to the first
+    (`layer_norm`'s `added`): Image-Video Features Fusion, in which no row is copied.
+
+    Args:
+        qkv: n l 3w, or r 3w with packing, as in `short_attention`.
+        groups: which rows belong together.
+        position: f' w, f' >= f, added to the keys of the f-th sequence as its group sees them.
+        impl: reference (plain torch), torch (its fused attention), triton, or auto.
+
+    Returns:
+        rows n l w (or r w) and b f w, in the dtype of qkv; 0 where a query may see no key.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        KernelUnavailable: the implementation asked for by name cannot run here.
+
+    Source: DiscoVLA (arXiv 2506.08887), Image-Video Features Fusion.
+    """
+    shape = _check(qkv, groups, position)
+    offsets, length = None, qkv.shape[-2]
+    if groups.packing is not None:
+        offsets, length = groups.packing.offsets, groups.packing.longest
+    masks = [None if m is None else m.flatten() for m in (groups.key_mask, groups.group_mask)]
+    position = None if position is None else position[: groups.readout.shape[1]].contiguous()
+    operands = (qkv.unflatten(-1, (3, groups.heads, -1)), groups.readout, offsets, *masks)
+    chosen = choose("temporal_fusion", impl, qkv.device.type, operands=operands)
+    if chosen != "triton":
+        return temporal_fusion_reference(qkv, groups, position, chosen)
+    rows = qkv.reshape(-1, qkv.shape[-1]).contiguous()
+    readout = groups.readout.contiguous()
+    arguments = (rows, readout, offsets, *masks, position, groups.heads, length, groups.causal)
+    out, own, _, _ = _temporal_fusion(*arguments)
+    return out.view(shape), own.unflatten(0, readout.shape)
+
+
+def temporal_fusion_reference(
+    qkv: Tensor, groups: Groups, position: Tensor | None, impl: str = "reference"
+) -> tuple[Tensor, Tensor]:
+    """The formula of `temporal_fusion`, of packed sequences padded to the longest; impl: of `attention`."""
+    readout, packing = groups.readout, groups.packing
+    local = short_attention_reference(qkv, groups.heads, packing, groups.causal, groups.key_mask, impl)
+    rows, queries = local.flatten(0, -2), qkv.flatten(0, -2)[readout]  # b f 3w
+    seen = groups.group_mask
+    if packing is not None:
+        real = packing.places()[1]
+        qkv, seen = packing.padded(qkv), real if seen is None else packing.padded(seen) & real
+    b, f = readout.shape
+    k, v = qkv.unflatten(-1, (3, -1)).unflatten(0, (b, f)).unbind(-2)[1:]  # b f l w
+    k = k if position is None else k + position[:f, None].to(k.dtype)
+    q = queries.unflatten(-1, (3, groups.heads, -1))[:, :, 0].transpose(1, 2)  # b h f c
+    k, v = (x.flatten(1, 2).unflatten(-1, (groups.heads, -1)).transpose(1, 2) for x in (k, v))  # b h (f l) c
+    some, mask = torch.ones((), dtype=torch.bool, device=qkv.device), None
+    if seen is not None:
+        mask = seen.view(b, 1, 1, -1)
+        some = mask.any(-1, keepdim=True)
+        mask = mask | ~some
+    read = attention(q, k, v, mask=mask, impl="torch" if impl == "torch" else "reference") * some
+    read = read.transpose(1, 2).flatten(2)  # b f w
+    out = rows.index_copy(0, readout.flatten(), read.flatten(0, 1))
+    return out.view(local.shape), rows[readout]
+
+
+def _check(qkv: Tensor, groups: Groups, position: Tensor | None) -> tuple[int, ...]:
+    """The shape of the result."""
+    width, packing = qkv.shape[-1] // 3, groups.packing
+    if qkv.ndim != (3 if packing is None else 2) or 3 * width != qkv.shape[-1] or width % groups.heads:
+        wanted = f"{'n l' if packing is None else 'r'} 3w, w a multiple of {groups.heads} heads"
+        raise ValueError(f"qkv: expected {wanted}, found {tuple(qkv.shape)}")
+    n = len(qkv) if packing is None else len(packing.offsets) - 1
+    if groups.readout.ndim != 2 or groups.readout.numel() != n or groups.readout.dtype != torch.int64:
+        found = f"{groups.readout.dtype} of shape {tuple(groups.readout.shape)}"
+        raise ValueError(f"readout: expected int64, b f of {n} sequences, found {found}")
+    expect_shape("key_mask", groups.key_mask, tuple(qkv.shape[:-1]))
+    expect_shape("group_mask", groups.group_mask, tuple(qkv.shape[:-1]))
+    frames = groups.readout.shape[1]
+    if position is not None and (position.shape[1:] != (width,) or len(position) < frames):
+        wanted = f"{width} wide and at least {frames} long"
+        raise ValueError(f"position: expected it {wanted}, found {tuple(position.shape)}")
+    return (*qkv.shape[:-1], width)
+
+
+@torch.library.custom_op("discovla::temporal_fusion", mutates_args=())
+def _temporal_fusion(
+    qkv: Tensor,
+    readout: Tensor,
+    offsets: Tensor | None,
+    key_mask: Tensor | None,
+    group_mask: Tensor | None,
+    position: Tensor | None,
+    heads: int,
+    length: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows r w, own n w; for backward what the readout rows read, n w, and its log-sum-exp, n h."""
+    others = (offsets, key_mask, group_mask, position)
+    return kernel("temporal_fusion").forward(qkv, readout, others, heads, length, causal)
+
+
+@_temporal_fusion.register_fake
+def _(qkv, readout, offsets, key_mask, group_mask, position, heads, length, causal):
+    n, width = readout.numel(), qkv.shape[1] // 3
+    out, own = qkv.new_empty(len(qkv), width), qkv.new_empty(n, width)
+    return out, own, qkv.new_empty(n, width, dtype=wide(qkv)), qkv.new_empty(n, heads, dtype=wide(qkv))
+
+
+@torch.library.custom_op("discovla::temporal_fusion_backward", mutates_args=())
+def _temporal_fusion_backward(
+    grad: Tensor,
+    own_grad: Tensor,
+    qkv: Tensor,
+    readout: Tensor,
+    offsets: Tensor | None,
+    key_mask: Tensor | None,
+    group_mask: Tensor | None,
+    position: Tensor | None,
+    read: Tensor,
+    lse: Tensor,
+    heads: int,
+    length: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients by the rows and, of each group, by the positions, b f w (empty without)."""
+    others, grads = (offsets, key_mask, group_mask, position), (grad.contiguous(), own_grad.contiguous())
+    sizes = (heads, length, causal)
+    return kernel("temporal_fusion").backward(grads, qkv, readout, others, (read, lse), sizes)
+
+
+@_temporal_fusion_backward.register_fake
+def _(
+    grad, own_grad, qkv, readout, offsets, key_mask, group_mask, position, read, lse, heads, length, causal
+):
+    shape = (0, 0) if position is None else readout.shape
+    return torch.empty_like(qkv), qkv.new_empty(*shape, qkv.shape[1] // 3, dtype=wide(qkv))
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.heads, ctx.length, ctx.causal = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+
+
+def _differentiate(ctx, grad, own_grad, *_):
+    """What the readout rows read is kept for backward alone: nobody differentiates it."""
+    sizes = (ctx.heads, ctx.length, ctx.causal)
+    dqkv, dposition = _temporal_fusion_backward(grad, own_grad, *ctx.saved_tensors, *sizes)
+    position = ctx.saved_tensors[5]
+    dposition = None if position is None else dposition.sum(0).to(position.dtype)
+    return dqkv, None, None, None, None, dposition, None, None, None
+
+
+_temporal_fusion.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,261 @@
+"""Attention within frames and of readout rows across the frames of a group, one pass over keys and values."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from discovla_kernels.attention_tiles import (
+    attend_more,
+    key_gradients,
+    load_gradients,
+    load_rows,
+    log_of,
+    mask_pointer,
+    query_gradients,
+    sequence,
+    settings,
+    slopes,
+    store_rows,
+    visible,
+    visible_pairs,
+    whole_slopes,
+)
+from discovla_kernels.short_attention import supports as attention_supports
+from discovla_kernels.tiles import LOWEST
+
+MAX_FRAMES = 64  # of a group: a query of each lives in registers
+
+
+def supports(qkv: Tensor, readout: Tensor, *others: Tensor | None) -> str:
+    """Why the kernels do not take rows ... 3 h c with readout rows b f; empty where they do."""
+    if readout.shape[1] > MAX_FRAMES:
+        return f"expected groups of at most {MAX_FRAMES} frames, found {readout.shape[1]}"
+    for other in (readout, *others):
+        if reason := attention_supports(qkv, other, None):
+            return reason
+    return ""
+
+
+@triton.jit
+def _moved(
+    k, position_ptr, f, width, C, HAS_POSITION: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
+):
+    """Keys of frame f as readout rows of the group see them."""
+    if HAS_POSITION:
+        c = tl.arange(0, BLOCK_C)
+        position = tl.load(position_ptr + f * width + c, mask=c < C, other=0.0).to(ACC)
+        k = (k.to(ACC) + position[None, :]).to(k.dtype)
+    return k
+
+
+@triton.jit
+def _temporal_fusion_forward(
+    qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, out_ptr, own_ptr, read_ptr,
+    lse_ptr, LENGTH, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """o_f = softmax(q_f k_fᵀ / sqrt(c)) v_f of every frame f; g_f = softmax(q_f[rho_f] Kᵀ / sqrt(c)) V.
+
+    K, V: keys (with the frames' positions) and values of all frames of a group; rho_f: the readout row.
+    out holds o_f, but g_f in the readout rows; own holds o_f[rho_f].
+    Tile: a group and head; frame after frame, BLOCK queries x BLOCK keys as in short attention, and with the
+    last tile of queries, which passes over all keys of a frame, the BLOCK_F readout rows see the same tile of
+    keys. Registers: beside short attention's, the readout queries and their online softmax.
+    Traffic: 3 c read and c written a row, as short attention alone; a readout row writes c + 1 more of ACC
+    for backward: `_temporal_fusion_backward`.
+    """
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    width, place, slot = H.to(tl.int64) * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
+    q_ptr, out_ptr, own_ptr, c = qkv_ptr + h * C, out_ptr + h * C, own_ptr + h * C, tl.arange(0, BLOCK_C)
+    ends = tl.load(readout_ptr + b * F + slot, mask=slot < F, other=0)
+    ends_q = load_rows(q_ptr, ends, slot < F, 3 * width, C, BLOCK_C)
+    top_g, total_g = tl.full((BLOCK_F,), LOWEST, dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
+    out_g = tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
+    for f in range(0, F):
+        start, length = sequence(offsets_ptr, b * F + f, LENGTH, HAS_OFFSETS)
+        readout = tl.load(readout_ptr + b * F + f) - start
+        for first in range(0, length, BLOCK):
+            i = first + place
+            q = load_rows(q_ptr, start + i, i < length, 3 * width, C, BLOCK_C)
+            top, total = tl.full((BLOCK,), LOWEST, dtype=ACC), tl.zeros((BLOCK,), dtype=ACC)
+            out = tl.zeros((BLOCK, BLOCK_C), dtype=ACC)
+            last = min(length, first + BLOCK) if CAUSAL else length
+            for other in range(0, last, BLOCK):
+                j = other + place
+                k = load_rows(q_ptr + width, start + j, j < length, 3 * width, C, BLOCK_C)
+                v = load_rows(q_ptr + 2 * width, start + j, j < length, 3 * width, C, BLOCK_C)
+                seen = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL)
+                top, total, out = attend_more(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
+                if first + BLOCK >= length:
+                    k_g = _moved(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                    seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
+                    seen_g = seen_g & (slot < F)[:, None]
+                    top_g, total_g, out_g = attend_more(
+                        ends_q, k_g, v, seen_g, scale, top_g, total_g, out_g, PRECISION, ACC
+                    )
+            out /= tl.where(total == 0, 1.0, total)[:, None]
+            store_rows(out_ptr, start + i, (i < length) & (i != readout), width, C, out, BLOCK_C)
+            here = (readout >= first) & (readout < first + BLOCK)
+            own = tl.sum(tl.where((i == readout)[:, None], out, 0.0), axis=0)
+            tl.store(own_ptr + (b * F + f) * width + c, own, mask=(c < C) & here)
+    out_g /= tl.where(total_g == 0, 1.0, total_g)[:, None]
+    store_rows(out_ptr, ends, slot < F, width, C, out_g, BLOCK_C)
+    store_rows(read_ptr + h * C, b * F + slot, slot < F, width, C, out_g, BLOCK_C)
+    tl.store(lse_ptr + (b * F + slot) * H + h, log_of(top_g, total_g), mask=slot < F)
+
+
+@triton.jit
+def _group_gradients(
+    q, k, v, do, seen, scale, lse, mean, dq, dk, dv, PRECISION: tl.constexpr, ACC: tl.constexpr
+):
+    """Adds what readout rows q send to a tile of keys and values, and back to them; sums it over the keys."""
+    p, ds = slopes(q, k, v, do, seen, scale, lse, mean, PRECISION, ACC)
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION, out_dtype=ACC)
+    more = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+    return dq, dk + more, dv, tl.sum(more, axis=0)
+
+
+@triton.jit
+def _temporal_fusion_backward(
+    qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, grad_ptr, own_grad_ptr,
+    read_ptr, group_lse_ptr, dqkv_ptr, dposition_ptr, lse_ptr, mean_ptr, LENGTH, F, H, C, scale,
+    HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr,
+    HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """As `_short_attention_backward` frame after frame, each tile of keys also seeing the readout rows:
+
+    P = exp(q[rho] Kᵀ / sqrt(c) - lse), dS = P (dg Vᵀ - dg·g) / sqrt(c), dK += dSᵀ q[rho], dV += Pᵀ dg,
+    dq[rho] = dS K over all frames, added in registers to what the readout row gets within its frame.
+    dposition: sum over a frame's keys of dSᵀ q[rho], for each group by itself.
+    """
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    width, place, slot = H.to(tl.int64) * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
+    q_ptr, grad_ptr, dq_ptr, c = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C, tl.arange(0, BLOCK_C)
+    ends = tl.load(readout_ptr + b * F + slot, mask=slot < F, other=0)
+    ends_q = load_rows(q_ptr, ends, slot < F, 3 * width, C, BLOCK_C)
+    ends_do = load_rows(grad_ptr, ends, slot < F, width, C, BLOCK_C)
+    read = load_rows(read_ptr + h * C, b * F + slot, slot < F, width, C, BLOCK_C)
+    ends_mean, ends_dq = tl.sum(read * ends_do.to(ACC), axis=1), tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
+    ends_lse = tl.load(group_lse_ptr + (b * F + slot) * H + h, mask=slot < F, other=0.0)
+    for f in range(0, F):
+        start, length = sequence(offsets_ptr, b * F + f, LENGTH, HAS_OFFSETS)
+        readout = tl.load(readout_ptr + b * F + f) - start
+        own_ptr = own_grad_ptr + (b * F + f) * width + h * C
+        moved = tl.zeros((BLOCK_C,), dtype=ACC)
+        own = tl.zeros((BLOCK_C,), dtype=ACC)
+        if not ONE:
+            own = query_gradients(
+                q_ptr, mask_ptr, grad_ptr, own_ptr, dq_ptr, lse_ptr + h, mean_ptr + h, start, length, readout,
+                H, C, scale, True, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+            )  # fmt: skip
+            tl.debug_barrier()  # lse and D that other threads of the program wrote are read from here on
+        for other in range(0, BLOCK if ONE else length, BLOCK):
+            j, real = other + place, other + place < length
+            k = load_rows(q_ptr + width, start + j, real, 3 * width, C, BLOCK_C)
+            v = load_rows(q_ptr + 2 * width, start + j, real, 3 * width, C, BLOCK_C)
+            if ONE:
+                q = load_rows(q_ptr, start + j, real, 3 * width, C, BLOCK_C)
+                do = load_gradients(grad_ptr, own_ptr, start, j, length, readout, width, C, True, BLOCK_C)
+                seen = visible_pairs(mask_ptr, start, j, j, length, HAS_MASK, CAUSAL)
+                p, ds = whole_slopes(q, k, v, do, seen, scale, PRECISION, ACC)
+                dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)
+                dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
+                dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
+                store_rows(dq_ptr, start + j, real & (j != readout), 3 * width, C, dq, BLOCK_C)
+                own = tl.sum(tl.where((j == readout)[:, None], dq, 0.0), axis=0)
+            else:
+                dk, dv = key_gradients(
+                    q_ptr, mask_ptr, grad_ptr, own_ptr, lse_ptr + h, mean_ptr + h, k, v, other, start, length,
+                    readout, H, C, scale, True, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+                )  # fmt: skip
+            k_g = _moved(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+            seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :] & (slot < F)[:, None]
+            ends_dq, dk, dv, more = _group_gradients(
+                ends_q, k_g, v, ends_do, seen_g, scale, ends_lse, ends_mean, ends_dq, dk, dv, PRECISION, ACC
+            )
+            moved += more
+            store_rows(dq_ptr + width, start + j, real, 3 * width, C, dk, BLOCK_C)
+            store_rows(dq_ptr + 2 * width, start + j, real, 3 * width, C, dv, BLOCK_C)
+        ends_dq += tl.where((slot == f)[:, None], own[None, :], 0.0)
+        if HAS_POSITION:
+            tl.store(dposition_ptr + (b * F + f) * width + h * C + c, moved, mask=c < C)
+    store_rows(dq_ptr, ends, slot < F, 3 * width, C, ends_dq, BLOCK_C)
+
+
+def forward(
+    qkv: Tensor, readout: Tensor, others: tuple[Tensor | None, ...], heads: int, length: int, causal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs r w, own n w, and for backward what readout rows read, n w, and its log-sum-exp, n h.
+
+    qkv: r 3w, contiguous.  readout: b f, int64, rows.  others: offsets n + 1, int32, of sequences of up to
+    `length` rows (None: all have it), key mask and group mask r, positions f w; each may be None.
+    """
+    rows, width = len(qkv), qkv.shape[1] // 3
+    acc, n = torch.promote_types(qkv.dtype, torch.float32), readout.numel()
+    out, own = qkv.new_empty(rows, width), qkv.new_empty(n, width)
+    read, lse = qkv.new_empty(n, width, dtype=acc), qkv.new_empty(n, heads, dtype=acc)
+    pointers, tile = _launch(qkv, readout, others, heads, length, causal)
+    del tile["ONE"]
+    _temporal_fusion_forward[(len(readout), heads)](
+        *pointers, out, own, read, lse, length, readout.shape[1], heads, width // heads,
+        (width // heads) ** -0.5, **tile,
+    )  # fmt: skip
+    return out, own, read, lse
+
+
+def backward(
+    grads: tuple[Tensor, Tensor],
+    qkv: Tensor,
+    readout: Tensor,
+    others: tuple[Tensor | None, ...],
+    kept: tuple[Tensor, Tensor],
+    sizes: tuple[int, int, bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients by the packed rows and, of each group, by the positions (b f w; empty without).
+
+    grads: by outputs and own, contiguous.  kept: the last two results of `forward`.  sizes: heads, length,
+    causal.
+    """
+    (rows, width), (heads, length, _) = qkv.shape, sizes
+    width //= 3
+    acc = torch.promote_types(qkv.dtype, torch.float32)
+    pointers, tile = _launch(qkv, readout, others, *sizes)
+    dposition = qkv.new_empty(*(readout.shape if tile["HAS_POSITION"] else (0, 0)), width, dtype=acc)
+    lse, mean = (qkv.new_empty(0 if tile["ONE"] else rows, heads, dtype=acc) for _ in range(2))
+    dqkv = torch.empty_like(qkv)
+    tile["num_warps"] = 8 if tile["BLOCK"] == 64 else 4  # four would spill
+    _temporal_fusion_backward[(len(readout), heads)](
+        *pointers, *grads, *kept, dqkv, dposition, lse, mean, length, readout.shape[1], heads, width // heads,
+        (width // heads) ** -0.5, **tile,
+    )  # fmt: skip
+    return dqkv, dposition
+
+
+def _launch(
+    qkv: Tensor, readout: Tensor, others: tuple[Tensor | None, ...], heads: int, length: int, causal: bool
+) -> tuple[tuple[Tensor, ...], dict[str, object]]:
+    """What both kernels begin with, and their constants."""
+    offsets, mask, group_mask, position = others
+    pointers = (
+        qkv,
+        qkv if offsets is None else offsets,
+        mask_pointer(mask, qkv),
+        mask_pointer(group_mask, qkv),
+        readout,
+        qkv if position is None else position,
+    )
+    constants = settings(qkv, qkv.shape[1] // 3 // heads, length) | {
+        "HAS_OFFSETS": offsets is not None,
+        "HAS_MASK": mask is not None,
+        "HAS_GROUP_MASK": group_mask is not None,
+        "HAS_POSITION": position is not None,
+        "CAUSAL": causal,
+        "BLOCK_F": max(16, triton.next_power_of_2(readout.shape[1])),
+    }
+    return pointers, constants

@@ -1,0 +1,222 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
+from discovla.ops.short_attention import Packing
+from discovla.ops.temporal_fusion import Groups, _temporal_fusion, temporal_fusion
+from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
+
+IMPLS = IMPLEMENTATIONS["temporal_fusion"]
+# fp32: sums over all keys of a group.  fp16: weights and gradients are rounded to 11 bits
+BUDGET = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3}
+HEADS, CHANNELS = 2, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Groups of sequences: lengths of the sequences of each group, all equal unless packed."""
+
+    lengths: list[list[int]]
+    packed: bool = False
+    causal: bool = False
+    masked: bool = False
+    position: bool = False
+
+    @property
+    def flat(self) -> list[int]:
+        return [length for group in self.lengths for length in group]
+
+    @property
+    def starts(self) -> list[int]:
+        return [sum(self.flat[:s]) for s in range(len(self.flat))]
+
+    @property
+    def readout(self) -> Tensor:
+        """The last row where rows are causal, as the end of a caption; else the first, as a class token."""
+        ends = [
+            first + (length - 1) * self.causal for first, length in zip(self.starts, self.flat, strict=True)
+        ]
+        return torch.tensor(ends, device=DEVICE).view(len(self.lengths), -1)
+
+    def masks(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys seen within a sequence: all but every third; across a group: none of its second sequence."""
+        if not self.masked:
+            return None, None
+        key = torch.cat([torch.arange(length) % 3 != 1 for length in self.flat])
+        frames = len(self.lengths[0])
+        group = torch.cat([torch.full((n,), s % frames != 1) for s, n in enumerate(self.flat)])
+        return key.to(DEVICE), group.to(DEVICE)
+
+    def groups(self) -> Groups:
+        shape = (sum(self.flat),) if self.packed else (len(self.flat), self.flat[0])
+        masks = [None if mask is None else mask.view(shape) for mask in self.masks()]
+        packing = None
+        if self.packed:
+            offsets = torch.tensor([*self.starts, sum(self.flat)], dtype=torch.int32, device=DEVICE)
+            packing = Packing(offsets=offsets, longest=max(self.flat))
+        return Groups(
+            heads=HEADS,
+            readout=self.readout,
+            packing=packing,
+            causal=self.causal,
+            key_mask=masks[0],
+            group_mask=masks[1],
+        )
+
+    def leaves(self, dtype: torch.dtype) -> list[Tensor]:
+        """Rows r 3w, and positions where there are any: one more than frames."""
+        generator = torch.Generator().manual_seed(sum(self.flat))
+        shapes = [(sum(self.flat), 3 * HEADS * CHANNELS)]
+        shapes += [(len(self.lengths[0]) + 1, HEADS * CHANNELS)] if self.position else []
+        noise = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        return [x.to(DEVICE, dtype).requires_grad_() for x in noise]
+
+    def run(self, leaves: list[Tensor], impl) -> list[Tensor]:
+        """Rows r w and own n w."""
+        qkv = leaves[0] if self.packed else leaves[0].view(len(self.flat), self.flat[0], -1)
+        position = leaves[1] if self.position else None
+        rows, own = temporal_fusion(qkv, self.groups(), position=position, impl=impl)
+        return [rows.reshape(len(leaves[0]), -1), own.flatten(0, 1)]
+
+
+def plain(case: Case, leaves: list[Tensor]) -> list[Tensor]:
+    """The same, one query at a time, as a reader would do it by hand."""
+    q, k, v = leaves[0].unflatten(-1, (3, HEADS, CHANNELS)).unbind(1)  # r h c
+    frames, moved = len(case.lengths[0]), k
+    owner = torch.repeat_interleave(torch.tensor(case.flat)).to(DEVICE)  # the sequence of each row
+    if case.position:
+        moved = k + leaves[1][owner % frames].unflatten(-1, (HEADS, CHANNELS))
+    key_mask, group_mask = case.masks()
+    place, readout = torch.arange(len(q), device=DEVICE), case.readout.flatten()
+
+    def attend(i: int, keys: Tensor, seen: Tensor) -> Tensor:
+        if not seen.any():
+            return 0 * q[i].flatten()
+        weights = (torch.einsum("hc,jhc->hj", q[i], keys[seen]) / CHANNELS**0.5).softmax(-1)
+        return torch.einsum("hj,jhc->hc", weights, v[seen]).flatten()
+
+    def within(i: int) -> Tensor:
+        seen = (owner == owner[i]) & (place <= i if case.causal else True)
+        return attend(i, k, seen if key_mask is None else seen & key_mask)
+
+    def across(i: int) -> Tensor:
+        seen = owner // frames == owner[i] // frames
+        return attend(i, moved, seen if group_mask is None else seen & group_mask)
+
+    ends = set(readout.tolist())
+    rows = torch.stack([across(i) if i in ends else within(i) for i in range(len(q))])
+    return [rows, torch.stack([within(i) for i in readout.tolist()])]
+
+
+CASES = {
+    "one": Case([[1]]),
+    "frames": Case([[7, 7, 7], [7, 7, 7]]),
+    "padded-frames": Case([[7, 7, 7], [7, 7, 7]], masked=True, position=True),
+    "only-frame-padded": Case([[3, 3]], masked=True),
+    "frames-of-63": Case([[63, 63]]),
+    "frames-of-70": Case([[70, 70]], masked=True, position=True),
+    "captions": Case([[3, 1, 12], [5, 2, 7]], packed=True, causal=True, position=True),
+    "long-captions": Case([[5, 70]], packed=True, causal=True),
+    "masked-captions": Case([[3, 9, 4]], packed=True, causal=True, masked=True),
+}
+RUNS = [(name, torch.float64 if name in ("frames-of-70", "captions") else torch.float32) for name in CASES]
+RUNS += [("padded-frames", torch.float16)]
+
+
+def assert_close(got: Tensor, want: Tensor, budget: float, name: str) -> None:
+    assert (got.double() - want).abs().max() <= budget * max(1, want.abs().max()), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("name", "dtype"), RUNS, ids=str)
+def test_values_and_gradients_are_those_of_the_formula(name, dtype, impl):
+    skip_what_no_gpu_kernel_takes(impl, dtype)
+    case = CASES[name]
+    x = case.leaves(dtype)
+    truth = [leaf.detach().double().requires_grad_() for leaf in x]
+    want, got = plain(case, truth), case.run(x, impl)
+    directions = [torch.randn(w.shape, dtype=torch.float64, device=DEVICE) for w in want]
+    for part, g, w in zip(("rows", "own"), got, want, strict=True):
+        assert g.dtype == dtype
+        assert_close(g, w, BUDGET[dtype], part)
+    wanted = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
+    found = torch.autograd.grad(sum((g * d.to(dtype)).sum() for g, d in zip(got, directions, strict=True)), x)
+    for part, g, w in zip(("qkv", "position"), found, wanted, strict=False):
+        assert_close(g, w, 2 * BUDGET[dtype], part)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_readout_rows_whose_group_is_all_padding_are_zero(impl):
+    x = torch.randn(4, 3, 3 * HEADS * CHANNELS, device=DEVICE, requires_grad=True)
+    mask = torch.tensor([[False] * 3, [False] * 3, [True] * 3, [True] * 3], device=DEVICE)
+    readout = torch.arange(0, 12, 3, device=DEVICE).view(2, 2)
+    groups = Groups(heads=HEADS, readout=readout, group_mask=mask)
+    rows, own = temporal_fusion(x, groups, impl=impl)
+    (grad,) = torch.autograd.grad(rows.sum() + own.sum(), x)
+    assert not rows[:2, 0].any() and rows[2:, 0].all() and own.all()
+    assert grad.isfinite().all()
+
+
+def test_beside_its_input_the_kernel_keeps_only_what_readout_rows_read():
+    case = CASES["frames"]
+    x = case.leaves(torch.float32)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        case.run(x, "triton")
+    more = [t for t in kept if t.untyped_storage().data_ptr() != x[0].untyped_storage().data_ptr()]
+    assert [tuple(t.shape) for t in more] == [(2, 3), (6, HEADS * CHANNELS), (6, HEADS)]
+
+
+def test_twice_the_same_is_bitwise_the_same():
+    case = CASES["long-captions"]
+    x = case.leaves(torch.float32)
+    grads = [torch.autograd.grad(sum(y.square().sum() for y in case.run(x, "triton")), x)[0] for _ in "ab"]
+    assert torch.equal(*grads)
+
+
+def test_the_reference_passes_gradcheck():
+    case = Case([[2, 3]], packed=True, causal=True, masked=True, position=True)
+    assert torch.autograd.gradcheck(
+        lambda *x: tuple(case.run(list(x), "reference")), case.leaves(torch.float64)
+    )
+
+
+def test_the_op_is_registered_soundly():
+    skip_what_no_gpu_kernel_takes("triton", torch.float64)
+    case = Case([[2, 3]], packed=True, causal=True, masked=True, position=True)
+    x, position = case.leaves(torch.float64)
+    offsets = case.groups().packing.offsets
+    position = position.detach()[:2].requires_grad_()
+    arguments = (x, case.readout, offsets, *case.masks(), position, HEADS, 3, True)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(_temporal_fusion, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_does_not_fit_is_refused_by_name(impl):
+    x, readout = torch.zeros(4, 3, 12), torch.arange(0, 12, 3).view(2, 2)
+    seen = torch.ones(4, 3) > 0
+
+    def call(qkv=x, *, readout=readout, position=None, key=seen, group=seen):
+        groups = Groups(heads=2, readout=readout, key_mask=key, group_mask=group)
+        return temporal_fusion(qkv, groups, position=position, impl=impl)
+
+    for message, wrong in (
+        ("qkv: expected n l 3w, w a multiple of 2 heads", lambda: call(x[0])),
+        ("readout: expected int64, b f of 4 sequences", lambda: call(readout=readout[:1])),
+        ("readout: expected int64, b f of 4 sequences", lambda: call(readout=readout.int())),
+        ("key_mask: expected shape", lambda: call(key=seen[:2])),
+        ("group_mask: expected shape", lambda: call(group=seen[:2])),
+        ("position: expected it 4 wide and at least 2 long", lambda: call(position=x[0, :1, :4])),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            wrong()
+
+
+def test_groups_too_large_for_the_kernel_are_refused():
+    groups = Groups(heads=1, readout=torch.arange(65)[None])
+    with pytest.raises(KernelUnavailable, match="groups of at most 64 frames, found 65"):
+        temporal_fusion(torch.zeros(65, 1, 3), groups, impl="triton")
