@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from discovla.batch import BadClip
+from discovla.data.manifest import Clip
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,46 @@ class Quarantine:
                 f" found {len(self.known)}, the last {last.id!r} ({last.video}): {last.reason};"
                 f" all are in {self.path}"
             )
+
+
+def without_quarantined(clips: Sequence[Clip], path: str | Path) -> list[Clip]:
+    """Clips but those of a quarantine list, as the doctor writes it; how many are left out is logged.
+
+    Args:
+        clips: of the training split.
+        path: JSONL of id, video and reason.
+
+    Raises:
+        ValueError: there is no such list, or a line is none of it; or all clips are in it.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a quarantine list: {error}") from error
+    listed = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                bad = BadClip(**json.loads(line))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: expected id, video and reason of a clip") from error
+            listed[bad.id] = bad
+    kept = [clip for clip in clips if clip.id not in listed]
+    if not kept:
+        raise ValueError(f"{path}: all of the {len(clips)} clips are in quarantine")
+    out = [clip for clip in clips if clip.id in listed]
+    if out:
+        first = listed[out[0].id]
+        logger.warning(
+            "%d of %d clips are in quarantine (%s) and left out, the first %r: %s",
+            len(out),
+            len(clips),
+            path,
+            first.id,
+            first.reason,
+        )
+    return kept
 
 
 def _read(path: Path) -> dict[str, BadClip]:

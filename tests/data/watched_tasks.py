@@ -8,6 +8,8 @@ import signal
 import time
 from typing import Any
 
+from discovla.data.examine import Request, examine
+
 
 class Unsendable(Exception):
     """An error that pickles and cannot be made again."""
@@ -42,3 +44,9 @@ def stopped(_: str) -> None:
     """Neither ends nor answers, whatever the alarm says."""
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     time.sleep(60)
+
+
+def examination(request: Request) -> dict[str, Any]:
+    """What the doctor asks for, of files whose name says how their decoding ends."""
+    task(request.path.stem)
+    return examine(request)
