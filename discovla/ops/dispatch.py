@@ -21,6 +21,7 @@ Impl = Literal["auto", "reference", "torch", "triton", "cuda"]
 
 # op -> implementations that exist, and the one `auto` takes on each device
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "adapter": ("reference", "triton"),
     "attention": ("reference", "torch"),
     "alignment_losses": ("reference", "torch", "triton"),
     "frame_similarity": ("reference", "torch", "triton", "cuda"),
@@ -41,6 +42,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 # op -> the file of discovla_kernels that has its kernels
 KERNELS: dict[str, str] = {
+    "adapter": "adapter",
     "alignment_losses": "frame_similarity",
     "frame_similarity": "frame_similarity",
     "info_nce": "contrastive",

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from discovla.nn.temporal import FusionAttention
+from discovla.nn.transformer import BlockShape, Sequences
+from discovla.ops.adapter import adapter
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
+from discovla.ops.layer_norm import Update, layer_norm
 from discovla.ops.short_attention import Packing
 from discovla.ops.temporal_fusion import Groups, _temporal_fusion, temporal_fusion
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
@@ -158,6 +162,26 @@ def test_readout_rows_whose_group_is_all_padding_are_zero(impl):
     (grad,) = torch.autograd.grad(rows.sum() + own.sum(), x)
     assert not rows[:2, 0].any() and rows[2:, 0].all() and own.all()
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_with_adapter_and_layer_norm_it_is_the_attention_of_a_fusion_block(impl):
+    block = FusionAttention(BlockShape(width=10, heads=2, mlp_width=20), 3, positions=True).to(DEVICE)
+    for parameter in (block.frame_position, block.adapter.up.weight):
+        torch.nn.init.normal_(parameter)
+    x, mask = torch.randn(6, 5, 10, device=DEVICE), torch.ones(6, 5, dtype=torch.bool, device=DEVICE)
+    mask[2] = False
+    readout = torch.arange(0, 30, 5, device=DEVICE).view(2, 3)
+    first = torch.zeros(6, dtype=torch.long, device=DEVICE)
+    want = block(x, Sequences(group=3, readout=first, fusion_key_mask=mask))
+    groups = Groups(heads=2, readout=readout, group_mask=mask)
+    rows, own = temporal_fusion(block.qkv(x), groups, position=block.frame_position, impl=impl)
+    down, up = block.adapter.down, block.adapter.up
+    added = adapter(block.out(own), down.weight, down.bias, up.weight, up.bias, impl=impl).flatten(0, 1)
+    slots = torch.full((30,), -1, dtype=torch.int32, device=DEVICE)
+    slots[readout.flatten()] = torch.arange(6, dtype=torch.int32, device=DEVICE)
+    total, _ = layer_norm(x, Update(u=block.out(rows), added=added, slots=slots), impl=impl)
+    torch.testing.assert_close(total, x + want, atol=1e-5, rtol=1e-5)
 
 
 def test_beside_its_input_the_kernel_keeps_only_what_readout_rows_read():
