@@ -85,13 +85,13 @@ def draw_resized_crop(seed: str, size: int) -> Callable[[Image.Image], Image.Ima
     """
 
     def augment(image: Image.Image) -> Image.Image:
-        box = _box(random.Random(seed), *image.size)
+        box = crop_box(random.Random(seed), *image.size)
         return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
     return augment
 
 
-def _box(draws: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
+def crop_box(draws: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of the part to keep."""
     for _ in range(_CROP_TRIES):
         area = draws.uniform(*_CROP_AREA) * width * height

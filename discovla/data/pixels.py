@@ -17,13 +17,17 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
 
     Source: the released DiscoVLA code, which resizes and crops with torchvision on PIL images.
     """
-    width, height = image.size
-    short, long = sorted((width, height))
-    stretched = int(size * long / short)
-    width, height = (size, stretched) if width <= height else (stretched, size)
+    (width, height), (left, top) = fitted(*image.size, size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
     if (left, top, width, height) != (0, 0, size, size):
         image = image.crop((left, top, left + size, top + size))
     return np.asarray(image)
+
+
+def fitted(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height to which a frame is resized, and left and top of the square then cut out."""
+    short, long = sorted((width, height))
+    stretched = int(size * long / short)
+    width, height = (size, stretched) if width <= height else (stretched, size)
+    return (width, height), (round((width - size) / 2), round((height - size) / 2))

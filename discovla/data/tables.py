@@ -19,7 +19,7 @@ from PIL import Image
 
 from discovla.data.cache import FrameCache
 
-_VERSION = "frame table 1"
+_VERSION = "frame table 2"
 _KEPT = 32 << 20  # bytes of tables that a process keeps, of about 10,000 clips of 15 s
 
 _QUARTER_TURNS = {
@@ -37,7 +37,8 @@ class FrameTable:
     promises, 0 where it says nothing.  size: width and height as displayed.  problem: what ended the decoding
     early, or None.  stream: index in the file.  tick: seconds of a unit of time, numerator and denominator.
     times: of each frame in ticks, None where the file has none.  keys: frames after which nothing depends on
-    what came before, each with the time of decoding to seek.  pixels: pixel format.  steady: whether size and
+    what came before, each with the time of decoding to seek.  codec, pixels: the stream's codec and pixel
+    format.  packets: that hold something.  turned: whether frames are shown turned.  steady: whether size and
     format are those of the first frame throughout.  sums: checksums of some frames.  sequential: whether
     other frames came where the file was entered at a key frame.
     """
@@ -51,7 +52,10 @@ class FrameTable:
     tick: tuple[int, int]
     times: tuple[int | None, ...]
     keys: tuple[tuple[int, int], ...]
+    codec: str
     pixels: str
+    packets: int
+    turned: bool
     steady: bool
     sums: dict[int, int]
     sequential: bool = False
@@ -93,6 +97,9 @@ class DraftTable:
     header_count: int
     stream: int
     tick: tuple[int, int]
+    codec: str
+    packets: int = 0
+    turned: bool = False
     count: int = 0
     size: tuple[int, int] = (0, 0)
     problem: str | None = None
@@ -112,15 +119,18 @@ class DraftTable:
             header_count=stream.frames,
             stream=stream.index,
             tick=(tick.numerator, tick.denominator),
+            codec=stream.codec.canonical_name,
         )
 
     def saw_packet(self, packet: Packet) -> None:
-        """Note where the file can be entered."""
+        """Count a packet, and note where the file can be entered."""
+        self.packets += packet.size > 0
         if packet.is_keyframe and packet.size and packet.pts is not None and packet.dts is not None:
             self.entries.append((packet.pts, packet.dts))
 
     def saw_frame(self, frame: VideoFrame) -> int:
         """Count a frame and give its index."""
+        self.turned |= _turn(frame) != 0
         if self.count == 0:
             self.size, self.pixels = displayed_size(frame), frame.format.name
         elif self.steady:
@@ -147,7 +157,10 @@ class DraftTable:
             tick=self.tick,
             times=tuple(self.times),
             keys=tuple(keys),
+            codec=self.codec,
             pixels=self.pixels,
+            packets=self.packets,
+            turned=self.turned,
             steady=self.steady,
             sums=dict(self.sums),
         )

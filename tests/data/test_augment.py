@@ -185,14 +185,14 @@ def test_a_crop_is_the_same_part_of_every_frame_of_a_clip():
         cut = draw_resized_crop(f"0/0/{i}", 16)
         assert all(cut(frame).size == (16, 16) for frame in frames)
         assert np.array_equal(np.asarray(cut(frames[0])), np.asarray(cut(frames[0])))
-        left, top, right, bottom = augment._box(random.Random(f"0/0/{i}"), 40, 24)
+        left, top, right, bottom = augment.crop_box(random.Random(f"0/0/{i}"), 40, 24)
         pixels = np.asarray(draw_resized_crop(f"0/0/{i}", 64)(ramp(40, 24)))
         assert left <= pixels[..., 0].min() and pixels[..., 0].max() < right
         assert top <= pixels[..., 1].min() and pixels[..., 1].max() < bottom
 
 
 def test_crops_have_the_released_areas_and_aspects():
-    boxes = [augment._box(random.Random(i), 320, 240) for i in range(3000)]
+    boxes = [augment.crop_box(random.Random(i), 320, 240) for i in range(3000)]
     w, h = (np.array([box[i + 2] - box[i] for box in boxes]) for i in range(2))
     share = w * h / (320 * 240)
     assert 0.075 < share.min() < 0.1
@@ -204,4 +204,4 @@ def test_crops_have_the_released_areas_and_aspects():
 
 
 def test_a_frame_that_no_crop_fits_gives_its_middle():
-    assert augment._box(random.Random(0), 1000, 10) == (495, 0, 505, 10)
+    assert augment.crop_box(random.Random(0), 1000, 10) == (495, 0, 505, 10)

@@ -236,7 +236,7 @@ def test_a_file_without_a_rate_is_whole_but_cannot_be_sampled(counting, monkeypa
 
         def __init__(self, stream):
             self.frames, self.index, self.time_base = stream.frames, stream.index, stream.time_base
-            self.average_rate = None
+            self.average_rate, self.codec = None, stream.codec
 
     @contextmanager
     def without_rate(path):
