@@ -22,6 +22,7 @@ Impl = Literal["auto", "reference", "torch", "triton", "cuda"]
 # op -> implementations that exist, and the one `auto` takes on each device
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "adapter": ("reference", "triton"),
+    "frame_patches": ("reference", "triton"),
     "attention": ("reference", "torch"),
     "alignment_losses": ("reference", "torch", "triton"),
     "frame_similarity": ("reference", "torch", "triton", "cuda"),
@@ -29,7 +30,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "late_interaction": ("reference", "torch", "triton"),
     "layer_norm": ("reference", "triton"),
     "mlp": ("reference", "triton"),
-    "preprocess_frames": ("reference",),
+    "preprocess_frames": ("reference", "triton"),
     "rank_of_positive": ("reference", "torch", "triton", "cuda"),
     "short_attention": ("reference", "torch", "triton"),
     "temporal_fusion": ("reference", "torch", "triton"),
@@ -43,6 +44,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 # op -> the file of discovla_kernels that has its kernels
 KERNELS: dict[str, str] = {
     "adapter": "adapter",
+    "preprocess_frames": "preprocess_frames",
+    "frame_patches": "preprocess_frames",
     "alignment_losses": "frame_similarity",
     "frame_similarity": "frame_similarity",
     "info_nce": "contrastive",

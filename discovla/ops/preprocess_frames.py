@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from discovla.ops.dispatch import Impl, choose
+from discovla.ops.dispatch import Impl, choose, kernel
 
 # OpenAI CLIP's pixel statistics, RGB in [0, 1]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -27,18 +27,26 @@ def preprocess_frames(
             cast.
         mean, std: of each channel, in [0, 1].
         dtype: of the result; the arithmetic is done in float32 at least.
+        impl: reference (plain torch), triton, or auto.
 
     Returns:
         b f c y x.
 
     Raises:
         ValueError: `frames` is neither uint8 nor floating.
+        KernelUnavailable: the implementation asked for by name cannot run here.
     """
     if frames.is_floating_point():
         return frames.to(dtype)
     if frames.dtype != torch.uint8:
         raise ValueError(f"frames: expected uint8 (or normalised floats), got {frames.dtype}")
-    choose("preprocess_frames", impl, frames.device.type)
+    operands = (frames, frames.new_empty(1, dtype=dtype))
+    if choose("preprocess_frames", impl, frames.device.type, operands=operands) == "triton":
+        scale = tuple(1 / (255 * s) for s in std)
+        shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
+        pixels, size = frames.flatten(0, 1).contiguous(), (frames.shape[2], frames.shape[3])
+        whole = kernel("preprocess_frames").patches(pixels, size, scale, shift, dtype)  # n 1 (c y x)
+        return whole.view(*frames.shape[:2], frames.shape[4], *size)
     return preprocess_frames_reference(frames, mean, std, dtype)
 
 
