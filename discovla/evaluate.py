@@ -16,7 +16,8 @@ from discovla.batch import Embedding
 from discovla.data.clips import check_captions
 from discovla.data.decode import DecodeError
 from discovla.data.loader import DataConfig, text_batches, video_batches
-from discovla.data.manifest import Clip, read_manifest
+from discovla.data.manifest import Clip
+from discovla.data.source import read_clips
 from discovla.methods.base import Method
 from discovla.retrieval.embed import embed_texts, embed_videos, in_order
 from discovla.retrieval.metrics import (
@@ -98,19 +99,24 @@ def evaluate(method: Method, clips: Sequence[Clip], how: Evaluation) -> dict[str
 
 
 def evaluate_manifest(
-    method: Method, manifest: str | Path, split: str, how: Evaluation
+    method: Method, manifest: str | Path | None, split: str, how: Evaluation
 ) -> dict[str, Metrics]:
     """`evaluate` on one split of a manifest, re-ranked too; QB-Norm's bank is its training captions, if any.
+
+    Without a manifest the clips are those of `how.data`, from its manifest or its shards.
 
     Raises:
         ValueError: the manifest cannot be read or has no clips in the split; and as `evaluate`.
         DecodeError: as `evaluate`.
     """
-    clips = read_manifest(manifest, split=split)
+    if manifest is not None:
+        data = how.data.model_copy(update={"manifest": Path(manifest), "shards": None})
+        how = replace(how, data=data)
+    clips = read_clips(how.data, split)
     bank = []
     # a bank of the queries themselves would be dual softmax by another name
     if split != how.data.train_split:
-        train = (clip for clip in read_manifest(manifest) if clip.split == how.data.train_split)
+        train = (clip for clip in read_clips(how.data, None) if clip.split == how.data.train_split)
         bank = [caption for clip in train for caption in clip.captions]
     return evaluate(method, clips, replace(how, rerank=True, bank=bank))
 

@@ -16,8 +16,9 @@ from discovla.batch import BadClip, Batch
 from discovla.config import RunConfig
 from discovla.data.clips import check_captions
 from discovla.data.loader import DataConfig, LoaderShape, TrainLoader
-from discovla.data.manifest import Clip, check_clips, read_manifest
+from discovla.data.manifest import Clip, check_clips
 from discovla.data.quarantine import Quarantine
+from discovla.data.source import pixels, read_clips
 from discovla.data.stills import Stills
 from discovla.engine import checkpoint
 from discovla.engine.distributed import (
@@ -260,7 +261,7 @@ class Trainer:
             return None
         checkpoint.check_fingerprint(found.meta["fingerprint"], self.fingerprint, str(found.path))
         # a checkpoint older than an option of the data began with its default
-        older = {f"data.{key}": DataConfig.model_fields[key].default for key in SEEN}
+        older = {f"data.{key}": DataConfig.model_fields[key].default for key in SEEN} | {"pixels": "decoded"}
         for key, value in self._schedule().items():
             began = found.meta["schedule"].get(key, older.get(key))
             if value != began:
@@ -287,7 +288,7 @@ class Trainer:
         """What the rest of an interrupted run depends on besides the method, by dotted key."""
         config = self.config
         fixed: dict[str, Any] = {"seed": config.seed, "batch_size": config.batch_size, "steps": self.total}
-        fixed["training pairs"] = len(self.loader.source)
+        fixed |= {"training pairs": len(self.loader.source), "pixels": pixels(config.data)}
         fixed |= {f"optim.{key}": value for key, value in config.optim.model_dump(mode="json").items()}
         data = config.data.model_dump(mode="json")
         return fixed | {f"data.{key}": data[key] for key in SEEN}
@@ -373,12 +374,12 @@ def _read_splits(config: RunConfig) -> dict[str, list[Clip]]:
     names = {"train": data.train_split, "val": data.val_split, "test": data.test_split}
     if data.stills is not None:
         del names["train"]
-    splits = {use: read_manifest(data.manifest, split=name) for use, name in names.items() if name}
+    splits = {use: read_clips(data, name) for use, name in names.items() if name}
     chosen = list(names.values())
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"data: expected different splits to train, select and test on, found {chosen}")
     for use in ("val", "test"):
         if use in splits:
-            check_clips(splits[use])
+            check_clips(splits[use], files=data.shards is None)
             check_captions(splits[use], data.context_length, long=data.long_captions)
     return splits

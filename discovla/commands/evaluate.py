@@ -52,5 +52,4 @@ def _evaluate_run(arguments: argparse.Namespace) -> dict:
     run = open_run(arguments.run_path)
     data = run.config.data
     how = Evaluation(data=data, device=world.device, batch_size=run.config.eval_batch_size, rerank=True)
-    manifest = arguments.manifest or data.manifest
-    return evaluate_manifest(run.method.to(world.device), manifest, arguments.split, how)
+    return evaluate_manifest(run.method.to(world.device), arguments.manifest, arguments.split, how)

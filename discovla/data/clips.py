@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +16,11 @@ from discovla.data.cache import FrameCache
 from discovla.data.decode import Damaged, DecodeError
 from discovla.data.decoders import DecoderName, check_decoder
 from discovla.data.manifest import Clip
-from discovla.data.reading import Reader, Reading
+from discovla.data.reading import Reader, Reading, resizing
 from discovla.data.samples import Pair, Sample, frame_texts
 from discovla.data.sampling import Sampler, Sampling, Slice
+from discovla.data.shard_files import SUMMARY
+from discovla.data.shard_reader import Shards
 from discovla.data.tokens import Tokenizer
 from discovla.data.video import check_file
 
@@ -147,6 +149,43 @@ class FrameReader:
                 cache=chosen.cache,
             )
         )
+
+
+class ShardFrameReader(FrameReader):
+    """The same frames of clips from shards, which take the place of files and cache.
+
+    Raises:
+        ValueError: the shards hold clips that break off otherwise than `settings.damaged` wants them.
+    """
+
+    def __init__(self, settings: FrameSettings, shards: Shards) -> None:
+        super().__init__(replace(settings, cache=None, decoder="pyav", limit=None))
+        self._shards = shards
+        if settings.damaged == "use" and shards.settings.damaged != "use":
+            raise ValueError(
+                f"damaged: expected 'refuse', as {shards.files.name(SUMMARY)} was made with, found 'use'"
+            )
+
+    def check(self, clips: Iterable[Clip], augment: Augment | None) -> None:
+        """Refuse shards that do not hold the frames of clips.
+
+        Args:
+            augment: that of training; None for evaluation.
+
+        Raises:
+            ValueError: as `Shards.check`.
+        """
+        seed = None if augment is None else ""
+        size = None if augment in FULL_SIZE else self.settings.image_size
+        self._shards.check(clips, lambda clip: self._sampling(clip, seed), size=size)
+
+    def _decoded(
+        self, clip: Clip, sampling: Sampling, augment: Augment = "none", seed: str = ""
+    ) -> np.ndarray:
+        size = self.settings.image_size
+        whole = self._shards.settings.size is None
+        each = resizing(augment, seed, size) if whole or augment in FULL_SIZE else None
+        return self._shards.frames(clip, sampling, each, damaged=self.settings.damaged)
 
 
 @dataclass(frozen=True, kw_only=True)

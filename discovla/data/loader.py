@@ -6,120 +6,23 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from discovla.batch import BadClip, Batch
-from discovla.data.clips import (
-    FULL_SIZE,
-    Augment,
-    ClipSource,
-    FrameReader,
-    FrameSettings,
-    LongCaptions,
-    check_captions,
-)
-from discovla.data.decode import Damaged, DecodeError
-from discovla.data.decoders import DecoderName
+from discovla.data.clips import FrameReader
+from discovla.data.config import DataConfig
+from discovla.data.decode import DecodeError
 from discovla.data.manifest import Clip, check_clips
-from discovla.data.samples import Sample, Source, samples
-from discovla.data.sampling import Sampler, Sampling, Slice
+from discovla.data.samples import Sample, Source
+from discovla.data.source import LoaderShape, clip_source, frame_reader
 from discovla.data.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-class StillsConfig(BaseModel):
-    """Drawn stills to train on: `count` in an epoch, with one thing each in the first `easy_epochs`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    count: int = Field(ge=1)
-    easy_epochs: int = Field(default=0, ge=0)
-
-
-class DataConfig(BaseModel):
-    """What is read and how.
-
-    manifest: JSONL of the clips.  train_split, val_split, test_split: which of its clips are for what; no
-    val_split, no selection.  frames: how many the model sees.  sampling, sample_rate, sampling_divisor,
-    sampling_slice: which of a clip, see `Sampling`; frames that a short clip lacks are masked placeholders.
-    context_length: tokens of a caption.
-    augment: `randaugment` is DiscoVLA's, `resized_crop` T2VParser's, `light` a cheap one.
-    long_captions: what is done with a caption longer than the context; missing_frame_captions: with one that
-    has no frame captions where the method needs them; damaged: with a clip that breaks off.
-    bad_clip_share: largest share of clips found bad in training before it stops.
-    cache: folder for decoded frames; it serves everything but training with an augmentation that works on
-    frames of full size, or with a sampling that draws frames anew.
-    decoder: who decodes, see `Decoder`; `auto` measures on the first clips.  decode_seconds: how long a clip
-    may take before it counts as bad and its process is replaced.
-    workers: processes that read, 0 reads in the training process.  stills: train on stills drawn in memory
-    instead of the clips of the train_split.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    manifest: Path
-    train_split: str = "train"
-    val_split: str | None = "val"
-    test_split: str = "test"
-    frames: int = Field(default=12, ge=1)
-    sampling: Sampler = "discovla"
-    sample_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    sampling_divisor: int = Field(default=1, ge=1)
-    sampling_slice: Slice = "even"
-    context_length: int = Field(default=32, ge=2)
-    augment: Augment = "none"
-    long_captions: LongCaptions = "error"
-    missing_frame_captions: Literal["error", "drop"] = "error"
-    damaged: Damaged = "refuse"
-    bad_clip_share: float = Field(default=0.01, ge=0, le=1)
-    cache: Path | None = None
-    decoder: DecoderName = "pyav"
-    decode_seconds: float = Field(default=300.0, gt=0, allow_inf_nan=False)
-    workers: int = Field(default=2, ge=0)
-    stills: StillsConfig | None = None
-
-    @field_validator("sample_rate")
-    @classmethod
-    def _a_rate_that_the_sampling_knows(cls, value: float, info: ValidationInfo) -> float:
-        sampling = info.data.get("sampling")
-        if sampling == "t2vparser" and value != 1:
-            raise ValueError("expected 1.0: sampling = 't2vparser' takes frames of segments, at no rate")
-        if sampling == "clip4clip" and value != int(value):
-            raise ValueError("expected a whole number of frames a second with sampling = 'clip4clip'")
-        return value
-
-    @field_validator("sampling_divisor", "sampling_slice")
-    @classmethod
-    def _an_option_of_the_sampling(cls, value: int | str, info: ValidationInfo) -> int | str:
-        owner = {"sampling_divisor": "clip2video", "sampling_slice": "clip4clip"}[str(info.field_name)]
-        if value not in (1, "even") and info.data.get("sampling", owner) != owner:
-            raise ValueError(f"expected none without sampling = {owner!r}, whose option it is")
-        return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderShape:
-    """What the batches of one rank look like.
-
-    batch_size: pairs of the whole batch, over all ranks.  image_size: pixels of a side.  frame_captions:
-    whether each pair brings a still caption per frame.
-    """
-
-    batch_size: int
-    rank: int
-    world_size: int
-    seed: int
-    image_size: int
-    context_length: int
-    frame_captions: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +61,7 @@ class TrainLoader:
                 f"batch_size: expected a multiple of the {shape.world_size} processes, got {shape.batch_size}"
             )
         if isinstance(source, Sequence):
-            source = _clip_source(source, config, shape)
+            source = clip_source(source, config, shape)
         self.source = source
         self.shape = shape
         self.steps_per_epoch = len(source) // shape.batch_size
@@ -213,8 +116,8 @@ def video_batches(
         ValueError: clips whose files are not there, before anything is read.
         DecodeError: clips that give no frames; all of the batch are named.
     """
-    check_clips(clips)
-    reader = FrameReader(_frame_settings(config, image_size))
+    check_clips(clips, files=config.shards is None)
+    reader = frame_reader(clips, config, image_size, None)
     low, high = (len(clips) * r // world_size for r in (rank, rank + 1))
     firsts = range(low, high, batch_size)
     steps = _Steps([[(i, 0) for i in range(first, min(first + batch_size, high))] for first in firsts])
@@ -237,60 +140,6 @@ def text_batches(
     tokenizer = Tokenizer(context_length)
     for first in range(0, len(texts), batch_size):
         yield tokenizer.encode(texts[first : first + batch_size])
-
-
-def _clip_source(clips: Sequence[Clip], config: DataConfig, shape: LoaderShape) -> ClipSource:
-    """Checked training pairs of clips."""
-    check_clips(clips, frames=config.frames if shape.frame_captions else None)
-    check_captions(
-        clips, shape.context_length, long=config.long_captions, frame_captions=shape.frame_captions
-    )
-    if shape.frame_captions and config.sampling != "discovla":
-        raise ValueError(
-            "sampling: expected 'discovla', whose frames the frame captions tell of (method.alpha or "
-            f"method.beta is not 0), found {config.sampling!r}"
-        )
-    _say_what_the_cache_lacks(config)
-    return ClipSource(
-        clips=clips,
-        pairs=samples(clips, frame_captions=shape.frame_captions, missing=config.missing_frame_captions),
-        reader=FrameReader(_frame_settings(config, shape.image_size)),
-        augment=config.augment,
-        seed=shape.seed,
-        frame_captions=shape.frame_captions,
-    )
-
-
-def _say_what_the_cache_lacks(config: DataConfig) -> None:
-    """Warn where there is a cache that training cannot use."""
-    if config.cache is None:
-        return
-    if config.augment in FULL_SIZE:
-        logger.warning(
-            "cache: augment = %r works on frames of full size, training decodes clips every time",
-            config.augment,
-        )
-    elif Sampling(frames=config.frames, sampler=config.sampling).moves:
-        logger.warning(
-            "cache: sampling = %r draws frames anew in each epoch, training decodes clips every time",
-            config.sampling,
-        )
-
-
-def _frame_settings(config: DataConfig, image_size: int) -> FrameSettings:
-    """The part of the configuration that decides a clip's frames."""
-    return FrameSettings(
-        frames=config.frames,
-        image_size=image_size,
-        sampling=config.sampling,
-        sample_rate=config.sample_rate,
-        sampling_divisor=config.sampling_divisor,
-        sampling_slice=config.sampling_slice,
-        damaged=config.damaged,
-        cache=config.cache,
-        decoder=config.decoder,
-        limit=config.decode_seconds,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

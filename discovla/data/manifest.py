@@ -111,7 +111,7 @@ def write_whole(path: Path, content: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def check_clips(clips: Sequence[Clip], *, frames: int | None = None) -> None:
+def check_clips(clips: Sequence[Clip], *, frames: int | None = None, files: bool = True) -> None:
     """Refuse, before training, clips that cannot be used.
 
     A video must be a file that is not empty, a caption must say something, ids must differ, and where there
@@ -119,6 +119,7 @@ def check_clips(clips: Sequence[Clip], *, frames: int | None = None) -> None:
 
     Args:
         frames: frames sampled per clip, where frame captions are used; None leaves them unchecked.
+        files: whether the videos must be there; shards do without.
 
     Raises:
         ValueError: the first offenders, each with its id, what was expected and what was found.
@@ -128,29 +129,34 @@ def check_clips(clips: Sequence[Clip], *, frames: int | None = None) -> None:
     ids = Counter(clip.id for clip in clips)
     faults = [f"the id {name!r} is given to {n} clips" for name, n in ids.items() if n > 1]
     for clip in clips:
-        faults += [f"clip {clip.id!r}: {fault}" for fault in _faults(clip, frames)]
+        faults += [f"clip {clip.id!r}: {fault}" for fault in _faults(clip, frames, files)]
     if faults:
         more = f"; and {len(faults) - _OFFENDERS} more" if len(faults) > _OFFENDERS else ""
         number = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
         raise ValueError(f"{number} in {len(clips)} clips: {'; '.join(faults[:_OFFENDERS])}{more}")
 
 
-def _faults(clip: Clip, frames: int | None) -> list[str]:
+def _faults(clip: Clip, frames: int | None, files: bool) -> list[str]:
     """What stands against one clip."""
-    faults = []
-    try:
-        if not clip.video.is_file():
-            faults.append(f"expected a video file, found {_kind(clip.video)}: {clip.video}")
-        elif clip.video.stat().st_size == 0:
-            faults.append(f"expected a video file, found an empty one: {clip.video}")
-    except OSError as error:
-        faults.append(f"expected a video file: {error}")
+    faults = _file_faults(clip) if files else []
     if not clip.captions:
         faults.append("expected at least one caption, found none")
     faults += [f"caption {i} is empty" for i, caption in enumerate(clip.captions) if not caption.strip()]
     if frames is not None and clip.frame_captions is not None:
         faults += _frame_caption_faults(clip.frame_captions, frames)
     return faults
+
+
+def _file_faults(clip: Clip) -> list[str]:
+    """A video that is no file with something in it."""
+    try:
+        if not clip.video.is_file():
+            return [f"expected a video file, found {_kind(clip.video)}: {clip.video}"]
+        if clip.video.stat().st_size == 0:
+            return [f"expected a video file, found an empty one: {clip.video}"]
+    except OSError as error:
+        return [f"expected a video file: {error}"]
+    return []
 
 
 def _frame_caption_faults(lists: FrameCaptions, frames: int) -> list[str]:

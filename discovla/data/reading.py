@@ -49,12 +49,14 @@ def read_frames(reading: Reading) -> np.ndarray:
         ValueError: the decoder is not there.
     """
     decoder = _decoder(reading.decoder, reading.cache)
-    augment = _augmentation(reading)
-
-    def each(image: Image.Image) -> np.ndarray:
-        return fit(image if augment is None else augment(image), reading.image_size)
-
+    each = resizing(reading.augment, reading.seed, reading.image_size)
     return decoder.read(reading.path, reading.sampling, each, damaged=reading.damaged).frames
+
+
+def resizing(augment: str, seed: str, size: int) -> Callable[[Image.Image], np.ndarray]:
+    """What makes a frame of full size one of the model's: as a `Reading` of the same augment and seed."""
+    change = _augmentation(augment, seed, size)
+    return lambda image: fit(image if change is None else change(image), size)
 
 
 class Reader:
@@ -103,13 +105,11 @@ def _decoder(name: DecoderName, cache: Path | None) -> Decoder:
     return Decoder(name, FrameTables(kept))
 
 
-def _augmentation(reading: Reading) -> Callable[[Image.Image], Image.Image] | None:
+def _augmentation(augment: str, seed: str, size: int) -> Callable[[Image.Image], Image.Image] | None:
     """What changes the frames at full size."""
-    if reading.augment not in ("randaugment", "resized_crop"):
+    if augment not in ("randaugment", "resized_crop"):
         return None
     # Imported where they are needed: they bring torch, which a process that only decodes does without.
     from discovla.data.augment import draw_randaugment, draw_resized_crop
 
-    if reading.augment == "randaugment":
-        return draw_randaugment(reading.seed)
-    return draw_resized_crop(reading.seed, reading.image_size)
+    return draw_randaugment(seed) if augment == "randaugment" else draw_resized_crop(seed, size)

@@ -1,0 +1,93 @@
+"""What is read and how, as a run's config says it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from discovla.data.clips import Augment, LongCaptions
+from discovla.data.decode import Damaged
+from discovla.data.decoders import DecoderName
+from discovla.data.sampling import Sampler, Slice
+
+
+class StillsConfig(BaseModel):
+    """Drawn stills to train on: `count` in an epoch, with one thing each in the first `easy_epochs`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int = Field(ge=1)
+    easy_epochs: int = Field(default=0, ge=0)
+
+
+class DataConfig(BaseModel):
+    """What is read and how.
+
+    manifest: JSONL of the clips.  shards: folder or http(s) address of what `discovla shard` wrote, whose
+    clips, captions and frames take the place of the manifest's.
+    train_split, val_split, test_split: which of the clips are for what; no val_split, no selection.
+    frames: how many the model sees.  sampling, sample_rate, sampling_divisor, sampling_slice: which of a
+    clip, see `Sampling`; frames that a short clip lacks are masked placeholders.
+    context_length: tokens of a caption.
+    augment: `randaugment` is DiscoVLA's, `resized_crop` T2VParser's, `light` a cheap one.
+    long_captions: what is done with a caption longer than the context; missing_frame_captions: with one that
+    has no frame captions where the method needs them; damaged: with a clip that breaks off.
+    bad_clip_share: largest share of clips found bad in training before it stops.
+    cache: folder for decoded frames; it serves everything but training with an augmentation that works on
+    frames of full size, or with a sampling that draws frames anew.
+    decoder: who decodes, see `Decoder`; `auto` measures on the first clips.  decode_seconds: how long a clip
+    may take before it counts as bad and its process is replaced.
+    workers: processes that read, 0 reads in the training process.  stills: train on stills drawn in memory
+    instead of the clips of the train_split.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shards: str | None = Field(default=None, min_length=1)
+    manifest: Path | None = Field(default=None, validate_default=True)
+    train_split: str = "train"
+    val_split: str | None = "val"
+    test_split: str = "test"
+    frames: int = Field(default=12, ge=1)
+    sampling: Sampler = "discovla"
+    sample_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    sampling_divisor: int = Field(default=1, ge=1)
+    sampling_slice: Slice = "even"
+    context_length: int = Field(default=32, ge=2)
+    augment: Augment = "none"
+    long_captions: LongCaptions = "error"
+    missing_frame_captions: Literal["error", "drop"] = "error"
+    damaged: Damaged = "refuse"
+    bad_clip_share: float = Field(default=0.01, ge=0, le=1)
+    cache: Path | None = None
+    decoder: DecoderName = "pyav"
+    decode_seconds: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    workers: int = Field(default=2, ge=0)
+    stills: StillsConfig | None = None
+
+    @field_validator("manifest")
+    @classmethod
+    def _clips_from_somewhere(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is None and info.data.get("shards") is None:
+            raise ValueError("expected a manifest, or data.shards")
+        return value
+
+    @field_validator("sample_rate")
+    @classmethod
+    def _a_rate_that_the_sampling_knows(cls, value: float, info: ValidationInfo) -> float:
+        sampling = info.data.get("sampling")
+        if sampling == "t2vparser" and value != 1:
+            raise ValueError("expected 1.0: sampling = 't2vparser' takes frames of segments, at no rate")
+        if sampling == "clip4clip" and value != int(value):
+            raise ValueError("expected a whole number of frames a second with sampling = 'clip4clip'")
+        return value
+
+    @field_validator("sampling_divisor", "sampling_slice")
+    @classmethod
+    def _an_option_of_the_sampling(cls, value: int | str, info: ValidationInfo) -> int | str:
+        owner = {"sampling_divisor": "clip2video", "sampling_slice": "clip4clip"}[str(info.field_name)]
+        if value not in (1, "even") and info.data.get("sampling", owner) != owner:
+            raise ValueError(f"expected none without sampling = {owner!r}, whose option it is")
+        return value
