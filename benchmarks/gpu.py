@@ -1,14 +1,17 @@
 """The similarity kernels on this machine's GPU: are they right, what can the GPU do, how fast are they.
 
     python benchmarks/gpu.py                      everything, within ten minutes
+    python benchmarks/gpu.py --suite check        only whether they are right
     python benchmarks/gpu.py --suite small        sizes up to 1024
     python benchmarks/gpu.py --only frame         cases whose name has the word
-    python benchmarks/gpu.py --gate               exit 1 where slower than the best earlier results
+    python benchmarks/gpu.py --gate               exit 1 where worse than the last results of the same GPU
+    python benchmarks/gpu.py --table FILE         the table of a results file; needs no GPU
 
-One call: every kernel against the reference in float64; ceilings; times of triton, torch (the same blocks in
-plain torch), reference (eager) and compiled (the reference under torch.compile), where they fit into memory.
-Rows go to benchmarks/results/<gpu>/, one JSON a line; the table is printed. Without a GPU it says so and
-exits with 2. It exits with 1 if a kernel is wrong, and then times nothing.
+One call: every kernel, Triton's and CUDA's, against the reference in float64; ceilings; times of the
+kernels, of torch (the same blocks in plain torch), reference (eager), the peers of peers.py and compiled (the
+reference under torch.compile). What is not installed, does not fit into memory or is not reached in time is
+in the results and in the table as such. Rows go to benchmarks/results/<gpu>/, one JSON a line. Without a GPU
+it says so and exits with 2. It exits with 1 if a kernel is wrong, and then times nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,24 +30,33 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.cases import Case, checked_cases, timed_cases
+from benchmarks.gate import earlier, read_rows, regressions, report
 from benchmarks.measure import (
-    earlier,
+    Times,
     extra_gpu_bytes,
     gpu_ceilings,
     gpu_launches,
     machine,
     measure_times,
+    peak_tflops,
     relative_frobenius,
     results_file,
     write_row,
 )
-from discovla.ops.dispatch import Impl
+from benchmarks.peers import PEERS, Peer
+from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 
 # ‖error‖ / ‖truth‖ of values and of gradients. float32 is three TF32 products. Half-precision inputs are
 # exact in float32, a gradient is rounded to its input's dtype. From 4096 pairs on, bf16 rows are multiplied.
 BUDGET = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-5, 2e-3), torch.bfloat16: (2e-5, 8e-3)}
 LARGE = (4e-3, 8e-3)
-IMPLS: tuple[Impl | Literal["compiled"], ...] = ("triton", "torch", "reference", "compiled")
+DEVICE = "cuda"
+SECONDS = 0.5  # of timing for each row, or what 50 calls take if that is not much more
+KERNELS = ("triton", "cuda")
+INTEGERS = ("rank_of_positive", "top_k")  # ops of which the result is compared for equality
+# The order they are timed in: what time may be too short for comes last.
+BUILT_IN = ("triton", "cuda", "torch", "reference")
+Row = dict[str, Any]
 
 
 def truth(case: Case, leaves: list[Tensor]) -> list[Tensor]:
@@ -53,44 +65,82 @@ def truth(case: Case, leaves: list[Tensor]) -> list[Tensor]:
     return case.run(wide, "reference")
 
 
-def errors(case: Case, impl: Impl, leaves: list[Tensor], want: list[Tensor]) -> tuple[float, float]:
-    """Relative errors: of the value, and the largest of any gradient."""
+def errors(case: Case, impl: Any, leaves: list[Tensor], want: list[Tensor]) -> dict[str, float]:
+    """Relative errors: of the value, the largest of any gradient, and of the value's worst entry."""
     got = case.run(leaves, impl)
     found = [relative_frobenius(g, w) for g, w in zip(got, want, strict=True) if w.double().norm() > 1e-9]
-    return found[0] if found else 0.0, max(found[1:-1], default=0.0)
+    worst = (got[0].double() - want[0]).abs().max() / want[0].abs().max().clamp(min=1e-30)
+    return {
+        "err_fro": found[0] if found else 0.0,
+        "err_gradient": max(found[1:-1], default=0.0),
+        "err_max": worst.item(),
+    }
 
 
-def check(case: Case) -> dict[str, Any]:
-    """Whether the kernel is right; products in bf16 flip maxima, so 1.2 x plain torch's error is allowed."""
-    if case.op == "rank_of_positive":
-        return check_ranks(case)
-    leaves = case.leaves("cuda")
-    want = truth(case, leaves)
-    value, gradient = errors(case, "triton", leaves, want)
+def check(case: Case, impl: Any) -> Row:
+    """Whether a kernel is right; products in bf16 flip maxima, so 1.2 x plain torch's error is allowed."""
+    row: Row = {"name": case.name, "op": case.op, "impl": impl}
+    try:
+        if case.op in INTEGERS:
+            return row | check_integers(case, impl)
+        leaves = case.leaves(DEVICE)
+        want = truth(case, leaves)
+        found = errors(case, impl, leaves, want)
+    except KernelUnavailable as error:
+        return row | {"left_out": str(error)}
     limits = BUDGET[case.dtype]
     if case.n >= 4096 and case.dtype == torch.bfloat16:
         plain = errors(case, "torch", leaves, want)
-        limits = max(LARGE[0], 1.2 * plain[0]), max(LARGE[1], 1.2 * plain[1])
-    ok = value <= limits[0] and gradient <= limits[1]
-    return {"name": case.name, "impl": "triton", "err_value": value, "err_gradient": gradient, "ok": ok}
+        limits = max(LARGE[0], 1.2 * plain["err_fro"]), max(LARGE[1], 1.2 * plain["err_gradient"])
+    ok = found["err_fro"] <= limits[0] and found["err_gradient"] <= limits[1]
+    return row | found | {"ok": ok}
 
 
-def check_ranks(case: Case) -> dict[str, Any]:
-    """Ranks are integers: rows of ±1 have cosines that are exact in every dtype, so they must be equal."""
-    leaves = [x.sign() + (x == 0) for x in case.leaves("cuda")[:2]]
-    leaves = [x[:, :64].contiguous() for x in leaves]  # 64 entries: the norm is 8
-    got, want = (
-        case.call(leaves, "triton", False),
-        case.call([x.double() for x in leaves], "reference", False),
-    )
+def check_integers(case: Case, impl: Any) -> Row:
+    """Ranks and places are integers: rows of ±1 have cosines exact in every dtype, so they must be equal.
+
+    Their length is a power of two, hence their width one of four.
+    """
+    width = 1 << (case.dim.bit_length() - 1) // 2 * 2
+    leaves = [(x.sign() + (x == 0))[:, :width].contiguous() for x in case.leaves(DEVICE)[:2]]
+    got = case.call(leaves, impl, case.masked)
+    want = case.call([x.double() for x in leaves], "reference", case.masked)
     wrong = int((got != want).sum())
-    return {"name": case.name, "impl": "triton", "wrong_ranks": wrong, "ok": wrong == 0}
+    return {"wrong_integers": wrong, "ok": wrong == 0}
 
 
-def fits(case: Case, impl: str) -> bool:
-    """Whether an impl that holds everything has room for it."""
+def impls_of(op: str) -> list[str]:
+    """What is timed of an op, the kernels first."""
+    return [impl for impl in BUILT_IN if impl in IMPLEMENTATIONS[op]]
+
+
+def does_not_fit(case: Case, impl: str | Peer) -> str:
+    """Why memory is too small for an impl that holds everything; empty where it is not."""
     free, _ = torch.cuda.mem_get_info()
-    return impl in ("triton", "torch") or case.reference_bytes < 0.8 * free
+    streams = not impl.stores if isinstance(impl, Peer) else impl in (*KERNELS, "torch")
+    if streams or case.reference_bytes < 0.8 * free:
+        return ""
+    return f"it holds at least {case.reference_bytes / 1e9:.0f} GB at once, {free / 1e9:.0f} GB are free"
+
+
+def step_of(case: Case, function: Callable[[list[Tensor]], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The result of a function of the leaves, and its gradients by all that have one."""
+
+    def step(leaves: list[Tensor]) -> list[Tensor]:
+        with torch.set_grad_enabled(case.backward):
+            out = function(leaves)
+        if not case.backward:
+            return [out]
+        gradients = torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+        return [out.detach(), *(g for g in gradients if g is not None)]
+
+    return step
+
+
+def compile_anew(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile without memory of earlier cases: after eight of them it would run the next eagerly."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def compilable(case: Case) -> Callable[..., Tensor]:
@@ -102,112 +152,155 @@ def compilable(case: Case) -> Callable[..., Tensor]:
     return reference
 
 
-def runner(case: Case, impl: Impl | Literal["compiled"]) -> Callable[[int], list[Tensor]]:
+def runner(case: Case, impl: str | Peer) -> Callable[[int], list[Tensor]]:
     """A numbered call on inputs in turn, so that none lies in the cache unless the case is launch-bound."""
-    inputs = [case.leaves("cuda", seed) for seed in range(4 if case.n <= 4096 else 1)]
-    if impl != "compiled":
-        return lambda number: case.run(inputs[number % len(inputs)], impl)
-    torch._dynamo.reset()  # or after eight cases it would run them eagerly
-    compiled = torch.compile(compilable(case), dynamic=False)
-
-    def step(number: int) -> list[Tensor]:
-        leaves = inputs[number % len(inputs)]
-        out = compiled(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))] if case.backward else [out]
-
-    return step
+    inputs = [case.leaves(DEVICE, seed) for seed in range(4 if case.n <= 4096 else 1)]
+    if isinstance(impl, Peer):
+        step = step_of(case, impl.call)
+    elif impl == "compiled":
+        compiled = compile_anew(compilable(case))
+        step = step_of(case, lambda leaves: compiled(*leaves))
+    else:
+        step = step_of(case, lambda leaves: case.call(leaves, impl, case.masked))  # type: ignore[arg-type]
+    return lambda number: step(inputs[number % len(inputs)])
 
 
-def time_case(case: Case, impl: Impl | Literal["compiled"], ceilings: dict[str, float]):
-    """One row of results."""
+def time_case(case: Case, impl: str | Peer, ceilings: dict[str, float]) -> tuple[Row, Times]:
+    """Figures of one impl at one size."""
     call = runner(case, impl)
-    times = measure_times(call, cuda=True, seconds=1.0)
+    times = measure_times(call, cuda=DEVICE == "cuda", seconds=SECONDS)
     tflops = case.flops / times.ms_p50 / 1e9
+    peak = peak_tflops(torch.cuda.get_device_name())
+    # what has to be moved at least: inputs, and with backward their gradients
+    moved = sum(x.numel() * x.element_size() for x in case.leaves(DEVICE)) * (2 if case.backward else 1)
+    gbps = moved / times.ms_p50 / 1e6
     row = {
-        "name": case.name,
-        "op": case.op,
-        "impl": impl,
+        "dtype": str(case.dtype)[6:],
+        "shapes": case.shapes,
         "tflops_needed": tflops,
+        "tflops_ref": tflops * (3 / 4 if case.backward else 1),  # which needs no second forward
+        "mfu": None if peak is None else tflops / peak,
         "frac_gemm": tflops / ceilings["gemm_bf16"],
+        "gbps": gbps,
+        "frac_copy": gbps / 1000 / ceilings["copy"],
         "extra_gb": extra_gpu_bytes(lambda: call(0)) / 1e9,
         "launches": gpu_launches(lambda: call(0)),
         "target_ms": case.target_ms,
         "target_gb": case.target_gb,
+        "ceilings": ceilings,
     }
     return row, times
 
 
-def show(row: dict[str, Any], ms: float, spread: tuple[float, float]) -> None:
+def show(row: Row) -> None:
+    """One line for a timed row."""
     target = f"{row['target_ms']:8.2f}" if row["target_ms"] else " " * 8
+    spread = f"[{row['ms_p20']:.3f}, {row['ms_p80']:.3f}]"
     print(
-        f"{row['name']:58} {row['impl']:10} {ms:9.3f} ms [{spread[0]:.3f}, {spread[1]:.3f}] target {target} "
-        f"{row['tflops_needed']:7.1f} TFLOP/s {row['extra_gb']:8.3f} GB {row['launches']:5d} launches",
+        f"{row['name']:58} {row['impl']:10} {row['ms_p50']:9.3f} ms {spread} "
+        f"target {target} {row['tflops_needed']:7.1f} TFLOP/s {row['extra_gb']:8.3f} GB "
+        f"{row['launches']:5d} launches",
         flush=True,
     )
 
 
-def check_all(cases: list[Case], path: Path, where: dict[str, Any]) -> bool:
-    """Every kernel against the truth; prints what is wrong."""
-    good = True
+def check_all(cases: Sequence[Case], path: Path, where: Row) -> bool:
+    """Every kernel against the truth; prints what is wrong, and what there is no kernel for and why."""
+    rows = []
     for case in cases:
-        row = check(case)
-        write_row(path, {**where, **row})
-        good = good and row["ok"]
-        if not row["ok"]:
-            print("WRONG", row, flush=True)
-    print(f"{len(cases)} checks, {'all within budget' if good else 'SOME WRONG'}", flush=True)
+        for impl in (impl for impl in KERNELS if impl in IMPLEMENTATIONS[case.op]):
+            rows.append(check(case, impl))
+            write_row(path, {**where, **rows[-1]})
+            if rows[-1].get("ok") is False:
+                print("WRONG", rows[-1], flush=True)
+    for reason in sorted({row["left_out"] for row in rows if "left_out" in row}):
+        print("not checked:", reason, flush=True)
+    checked = [row for row in rows if "ok" in row]
+    good = all(row["ok"] for row in checked)
+    print(f"{len(checked)} checks, {'all within budget' if good else 'SOME WRONG'}", flush=True)
     return good
 
 
-def time_all(cases: list[Case], path: Path, where: dict[str, Any], deadline: float) -> list[str]:
-    """Time what fits into memory and before the deadline; returns what is slower than ever before."""
+def plan(cases: Sequence[Case]) -> list[tuple[Case, str | Peer]]:
+    """What is timed, in order: our impls, then peers, and torch.compile, which takes longest, last."""
+    found: list[tuple[Case, str | Peer]] = []
+    for impl in BUILT_IN:
+        found += [(case, impl) for case in cases if impl in impls_of(case.op)]
+    for peer in PEERS:
+        found += [(case, peer) for case in cases if case.op == peer.op and not case.masked]
+    return [*found, *((case, "compiled") for case in cases)]
+
+
+def time_all(cases: Sequence[Case], path: Path, where: Row, deadline: float) -> list[Row]:
+    """Time what fits into memory and before the deadline; rows of that and of what does not."""
     ceilings = gpu_ceilings()
     print("ceilings:", {name: round(value, 1) for name, value in ceilings.items()}, flush=True)
-    best, slower = earlier(path), []
-    for impl in IMPLS:
-        for case in (case for case in cases if fits(case, impl)):
-            if time.monotonic() > deadline:
-                print(f"time is up before {case.name} {impl}", flush=True)
-                return slower
-            row, times = time_case(case, impl, ceilings)
-            write_row(path, {**where, **row, "ceilings": ceilings}, times)
-            show(row, times.ms_p50, (times.ms_p20, times.ms_p80))
-            before = best.get((case.name, impl))
-            if before and times.ms_p50 > 1.05 * before["ms_p50"] and times.ms_p20 > before["ms_p80"]:
-                slower.append(f"{case.name} {impl}: {times.ms_p50:.3f} ms, was {before['ms_p50']:.3f}")
-            torch.cuda.empty_cache()
-    return slower
+    rows = []
+    for case, impl in plan(cases):
+        name = impl.name if isinstance(impl, Peer) else impl
+        row: Row = {"name": case.name, "op": case.op, "impl": name}
+        why_not = "time is up" if time.monotonic() > deadline else does_not_fit(case, impl)
+        why_not = why_not or (impl.absent() if isinstance(impl, Peer) else "")
+        if isinstance(impl, Peer) and impl.differs:
+            row["differs"] = impl.differs
+        rows.append(row | ({"left_out": why_not} if why_not else timed(case, impl, ceilings)))
+        write_row(path, {**where, **rows[-1]})
+        if "ms_p50" in rows[-1]:
+            show(rows[-1])
+        torch.cuda.empty_cache()
+    return rows
 
 
-def parse() -> argparse.Namespace:
+def timed(case: Case, impl: str | Peer, ceilings: dict[str, float]) -> Row:
+    """Figures, or why there are none: a baseline that fails is a finding, one of ours an error."""
+    try:
+        row, times = time_case(case, impl, ceilings)
+    except (KernelUnavailable, torch.OutOfMemoryError) as error:
+        return {"left_out": str(error).splitlines()[0]}
+    except Exception as error:
+        if impl in BUILT_IN:
+            raise
+        return {"left_out": f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+    return row | vars(times)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", choices=["check", "small", "full"], default="full")
-    parser.add_argument("--only", default="", help="cases whose name holds this word")
-    parser.add_argument("--seconds", type=float, default=570, help="when to stop")
-    parser.add_argument("--gate", action="store_true", help="exit 1 where slower than ever before")
-    return parser.parse_args()
+    parser.add_argument("--only", default="", metavar="WORD", help="cases whose name holds this word")
+    parser.add_argument("--seconds", type=float, default=570, help="when to stop timing")
+    parser.add_argument("--gate", action="store_true", help="exit 1 where worse than the last results")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print the table of these results, run nothing"
+    )
+    return parser.parse_args(words)
 
 
-def main() -> int:
-    options = parse()
+def main(words: Sequence[str] | None = None) -> int:
+    """Check, time, report."""
+    options = parse(words)
+    if options.table:
+        print(report(read_rows(options.table)))
+        return 0
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA device, and torch finds none here", file=sys.stderr)
         return 2
     deadline = time.monotonic() + options.seconds
-    where = machine("cuda")
+    where = machine(DEVICE)
     path = results_file(where, "gpu")
-    chosen = [case for case in checked_cases() if options.only in case.name]
-    if not check_all(chosen, path, where):
+    before = earlier(path.parent, where["time"])
+    if not check_all([case for case in checked_cases() if options.only in case.name], path, where):
         return 1
-    if options.suite == "check":
-        return 0
-    chosen = [case for case in timed_cases(options.suite) if options.only in case.name]
-    slower = time_all(chosen, path, where, deadline)
-    print(*slower, f"results: {path}", sep="\n")
-    return 1 if options.gate and slower else 0
+    if options.suite != "check":
+        time_all([c for c in timed_cases(options.suite) if options.only in c.name], path, where, deadline)
+    rows = [row for row in read_rows(path) if row["time"] == where["time"]]
+    print("", report(rows), sep="\n")
+    worse = [line for row in rows for line in regressions(row, before.get((row["name"], row["impl"]), []))]
+    print(*(f"WORSE {line}" for line in worse), f"results: {path}", sep="\n")
+    return 1 if options.gate and worse else 0
 
 
 if __name__ == "__main__":

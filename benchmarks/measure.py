@@ -31,11 +31,15 @@ class Times:
 
 
 def measure_times(call: Callable[[int], object], *, cuda: bool, seconds: float, least: int = 5) -> Times:
-    """Time calls, numbered from 0 so that they may take inputs in turn, for about `seconds`."""
+    """Time calls, numbered from 0 so that they may take inputs in turn, for about `seconds`.
+
+    At least 50 calls where these take no more than three times as long, else as many as fit, and `least`.
+    """
     for warm_up in range(3):
         call(warm_up)
-    once = _time(call, 0, cuda)
-    count = int(min(200, max(least, seconds * 1000 / max(once, 1e-3))))
+    once = max(_time(call, 0, cuda), 1e-3)
+    fitting = 1000 * seconds / once
+    count = int(min(200, max(least, fitting, min(50, 3 * fitting))))
     found = sorted(_time(call, number, cuda) for number in range(count))
     return Times(
         ms_p50=statistics.median(found),
@@ -90,6 +94,12 @@ def relative_frobenius(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
 
 
+def peak_tflops(device: str) -> float | None:
+    """Dense bf16 TFLOP/s in the data sheet of a GPU, which MFU is quoted against; None for one not listed."""
+    sheet = {"A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0}
+    return next((peak for name, peak in sheet.items() if name in device), None)
+
+
 def gpu_ceilings() -> dict[str, float]:
     """What this GPU reaches, measured: bf16 and fp32 products of 8192³ in TFLOP/s, a copy of 2 GB in TB/s."""
     found = {}
@@ -105,15 +115,28 @@ def gpu_ceilings() -> dict[str, float]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What a figure depends on: device, versions, commit."""
+    """What a figure depends on: device, driver, clocks, versions, commit, time."""
     found: dict[str, Any] = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda}
+    found["time"] = datetime.now(UTC).isoformat(timespec="seconds")
     if device != "cpu":
         import triton
 
-        found |= {"device": torch.cuda.get_device_name(), "triton": triton.__version__}
+        found |= {"device": torch.cuda.get_device_name(), "triton": triton.__version__} | _driver()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     state = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
     return found | {"commit": commit.stdout.strip(), "dirty": bool(state.stdout.strip())}
+
+
+def _driver() -> dict[str, str]:
+    """Driver, and what bounds the clocks, as nvidia-smi says; where it is not installed, that."""
+    asked = ("driver_version", "clocks.max.sm", "clocks.sm", "power.limit")
+    words = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "--id=0"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {"driver": "unknown", "clocks_note": "nvidia-smi does not answer"}
+    driver, *rest = (word.strip() for word in said.splitlines()[0].split(","))
+    return {"driver": driver, "clocks_note": "max {}, now {}, power limit {}".format(*rest)}
 
 
 def results_file(where: dict[str, Any], subject: str) -> Path:
@@ -127,15 +150,3 @@ def write_row(path: Path, row: dict[str, Any], times: Times | None = None) -> No
     """Append one line."""
     with path.open("a") as file:
         file.write(json.dumps(row | (asdict(times) if times else {})) + "\n")
-
-
-def earlier(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The fastest earlier row of each case and impl in the other files beside `path`."""
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-    for file in sorted(path.parent.glob("*-gpu.jsonl")):
-        rows = [] if file == path else [json.loads(line) for line in file.open()]
-        for row in (row for row in rows if "ms_p50" in row):
-            key = row["name"], row["impl"]
-            if key not in best or row["ms_p50"] < best[key]["ms_p50"]:
-                best[key] = row
-    return best
