@@ -13,6 +13,7 @@ from discovla.ops.dispatch import Impl
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
 from discovla.ops.rank_of_positive import rank_of_positive
+from discovla.ops.top_k import top_k
 
 Call = Callable[[list[Tensor], Impl, bool], Tensor]  # leaves, impl, masked
 
@@ -115,9 +116,24 @@ def _alignment(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
     return losses.video + 0.3 * losses.frame + losses.distill
 
 
+def _groups(items: Tensor) -> Tensor:
+    """Three items a group or four, spread over all of them."""
+    return torch.arange(len(items), device=items.device) % max(1, len(items) // 3)
+
+
 def _ranks(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
-    right = torch.arange(len(leaves[0]), device=leaves[0].device) % len(leaves[1])
-    return rank_of_positive(leaves[0], leaves[1], right, impl=impl)[0]
+    query, items = leaves[:2]
+    groups = _groups(items) if masked else None
+    count = len(items) if groups is None else int(groups.max()) + 1
+    right = torch.arange(len(query), device=query.device) % count
+    return torch.stack(rank_of_positive(query, items, right, groups=groups, impl=impl))
+
+
+def _top_k(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    query, items = leaves[:2]
+    groups = _groups(items) if masked else None
+    count = len(items) if groups is None else int(groups.max()) + 1
+    return top_k(query, items, min(10, count), groups=groups, impl=impl)[1]
 
 
 CALLS: dict[str, Call] = {
@@ -125,6 +141,7 @@ CALLS: dict[str, Call] = {
     "info_nce": _info_nce,
     "alignment_losses": _alignment,
     "rank_of_positive": _ranks,
+    "top_k": _top_k,
 }
 
 
@@ -145,7 +162,7 @@ def timed_cases(suite: str) -> list[Case]:
         for op in ("info_nce", "frame_similarity", "alignment_losses")
         for dtype in (torch.float32, half)
     ]
-    cases += [case("rank_of_positive", 1000, backward=False)]
+    cases += [case(op, 1000, backward=False) for op in ("rank_of_positive", "top_k")]
     if suite == "small":
         return cases
     return [
@@ -158,6 +175,7 @@ def timed_cases(suite: str) -> list[Case]:
         case("info_nce", 16_384),
         case("info_nce", 65_536, target_ms=40, target_gb=0.2),
         case("rank_of_positive", 100_000, backward=False, target_ms=20),
+        case("top_k", 1000, m=100_000, backward=False),
         case("alignment_losses", 16_384, frames=f),
     ]
 
@@ -168,8 +186,8 @@ def checked_cases() -> list[Case]:
     cases = []
     for dtype in dtypes:
         for n in (1, 7, 63, 130, 1100):
-            cases += [case(op, n, dim=65, dtype=dtype) for op in ("info_nce", "rank_of_positive")]
-            cases += [case("info_nce", n, dim=65, dtype=dtype, masked=True)]
+            for op in ("info_nce", "rank_of_positive", "top_k"):
+                cases += [case(op, n, dim=65, dtype=dtype, masked=masked) for masked in (False, True)]
         for n, frames in (
             (1, (1, 1)),
             (7, (12, 12)),

@@ -30,7 +30,7 @@ from benchmarks.measure import (
     results_file,
     write_row,
 )
-from discovla.ops.dispatch import Impl
+from discovla.ops.dispatch import Impl, KernelUnavailable
 from discovla.testing import exponent, peak_bytes
 
 OPS = {"info_nce": (1, 1), "frame_similarity": (12, 12), "alignment_losses": (12, 12)}
@@ -40,7 +40,10 @@ SIZES = {
     "frame_similarity": (128, 256, 512),
     "alignment_losses": (128, 256, 512),
 }
-IMPLS: dict[str, tuple[Impl, ...]] = {"cpu": ("torch", "reference"), "cuda": ("triton", "torch", "reference")}
+IMPLS: dict[str, tuple[Impl, ...]] = {
+    "cpu": ("torch", "reference"),
+    "cuda": ("triton", "cuda", "torch", "reference"),
+}
 
 
 def count(which: Case, impl: Impl, device: str, seconds: float) -> dict[str, Any]:
@@ -87,12 +90,15 @@ def main() -> None:
     path = results_file(where, "ops")
     for op, frames in OPS.items():
         for impl in IMPLS[device]:
-            rows = []
-            for n in SIZES[op]:
-                which = case(op, n, frames=frames, dim=64, dtype=torch.float32)
-                rows.append(count(which, impl, device, options.seconds))
-                write_row(path, {**where, **rows[-1]})
-                show(rows[-1])
+            cases = [case(op, n, frames=frames, dim=64, dtype=torch.float32) for n in SIZES[op]]
+            try:
+                rows = [count(which, impl, device, options.seconds) for which in cases]
+            except KernelUnavailable as error:
+                print(error, flush=True)
+                continue
+            for row in rows:
+                write_row(path, {**where, **row})
+                show(row)
             slope = exponent(SIZES[op], [row["extra_mb"] for row in rows])
             print(f"{op} {impl}: memory grows with exponent {slope:.2f}", flush=True)
 
