@@ -57,15 +57,15 @@ def draw_light(seed: str) -> Callable[[np.ndarray], np.ndarray]:
 
     Returns: from uint8 frames, f y x 3, to new ones of the same shape.
     """
+    return lambda frames: light_table(seed, frames.mean())[frames]
+
+
+def light_table(seed: str, middle: float) -> np.ndarray:
+    """What `draw_light` makes of each of 256 values, uint8, in a clip whose mean is `middle`."""
     draws = random.Random(seed)
     brightness, contrast = (draws.uniform(1 - _LIGHT, 1 + _LIGHT) for _ in range(2))
-
-    def augment(frames: np.ndarray) -> np.ndarray:
-        middle = frames.mean()
-        table = ((np.arange(256) - middle) * contrast + middle) * brightness
-        return np.clip(np.rint(table), 0, 255).astype(np.uint8)[frames]
-
-    return augment
+    table = ((np.arange(256) - middle) * contrast + middle) * brightness
+    return np.clip(np.rint(table), 0, 255).astype(np.uint8)
 
 
 def draw_resized_crop(seed: str, size: int) -> Callable[[Image.Image], Image.Image]:

@@ -7,10 +7,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from discovla.data.clips import Augment, LongCaptions
+from discovla.data.clips import FULL_SIZE, Augment, LongCaptions
 from discovla.data.decode import Damaged
 from discovla.data.decoders import DecoderName
-from discovla.data.sampling import Sampler, Slice
+from discovla.data.sampling import Sampler, Sampling, Slice
+
+Resident = Literal["none", "cpu", "cuda"]
 
 
 class StillsConfig(BaseModel):
@@ -40,7 +42,8 @@ class DataConfig(BaseModel):
     decoder: who decodes, see `Decoder`; `auto` measures on the first clips.  decode_seconds: how long a clip
     may take before it counts as bad and its process is replaced.
     workers: processes that read, 0 reads in the training process.  stills: train on stills drawn in memory
-    instead of the clips of the train_split.
+    instead of the clips of the train_split.  resident: hold the frames of all training clips in memory, the
+    host's (`cpu`, pinned where there is a GPU) or the GPU's; each process holds its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,12 +69,22 @@ class DataConfig(BaseModel):
     decode_seconds: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     workers: int = Field(default=2, ge=0)
     stills: StillsConfig | None = None
+    resident: Resident = "none"
 
     @field_validator("manifest")
     @classmethod
     def _clips_from_somewhere(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if value is None and info.data.get("shards") is None:
             raise ValueError("expected a manifest, or data.shards")
+        return value
+
+    @field_validator("resident")
+    @classmethod
+    def _frames_that_stay(cls, value: str, info: ValidationInfo) -> str:
+        augment, sampling = info.data.get("augment"), info.data.get("sampling", "discovla")
+        moves = Sampling(frames=1, sampler=sampling).moves
+        if value != "none" and (augment in FULL_SIZE or moves or info.data.get("stills") is not None):
+            raise ValueError("expected 'none' with an augment, sampling or stills that draw frames anew")
         return value
 
     @field_validator("sample_rate")

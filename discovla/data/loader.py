@@ -14,15 +14,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from discovla.batch import BadClip, Batch
-from discovla.data.clips import FrameReader
+from discovla.data.clips import ClipSource, FrameReader
 from discovla.data.config import DataConfig
 from discovla.data.decode import DecodeError
 from discovla.data.manifest import Clip, check_clips
+from discovla.data.resident import Resident
 from discovla.data.samples import Sample, Source
 from discovla.data.source import LoaderShape, clip_source, frame_reader
 from discovla.data.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_FILL = 16  # clips read at once into memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +49,12 @@ class TrainLoader:
 
     Args:
         source: clips, which are checked before anything is read, or any other `Source`.
-        config: what is read and how.
+        config: what is read and how.  Frames that are to be resident are read here.
         shape: what the batches look like.
 
     Raises:
-        ValueError: a batch that does not divide, fewer pairs than a batch, or clips that cannot be used.
+        ValueError: a batch that does not divide, fewer pairs than a batch, clips that cannot be used, or
+            frames that do not fit in memory.
     """
 
     def __init__(self, source: Sequence[Clip] | Source, config: DataConfig, shape: LoaderShape) -> None:
@@ -69,9 +73,12 @@ class TrainLoader:
             raise ValueError(
                 f"batch_size: expected at most the {len(source)} training pairs, got {shape.batch_size}"
             )
+        tokenizer = Tokenizer(shape.context_length)
         self._steps = _Steps()
-        collate = _Collate(Tokenizer(shape.context_length))
-        self._loader = _loader(_Items(source), self._steps, collate, config.workers)
+        self._loader = _loader(_Items(source), self._steps, _Collate(tokenizer), config.workers)
+        self._resident = None
+        if config.resident != "none" and isinstance(source, ClipSource):
+            self._resident = Resident(source, _all_clips(source, config.workers), config.resident, tokenizer)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from its step `start` on.
@@ -86,8 +93,11 @@ class TrainLoader:
         size, skipped = self.shape.batch_size, self.shape.rank * share
         firsts = (step * size + skipped for step in range(start, self.steps_per_epoch))
         self._steps.rows = [[(i, epoch) for i in order[first : first + share]] for first in firsts]
-        for fields in self._loader:
-            yield Batch(**fields)
+        if self._resident is None:
+            yield from (Batch(**fields) for fields in self._loader)
+            return
+        for row in self._steps.rows:
+            yield Batch(**self._resident.batch([index for index, _ in row], epoch))
 
 
 def epoch_order(number: int, seed: int, epoch: int) -> Tensor:
@@ -160,6 +170,14 @@ class _VideoSource:
         except DecodeError as error:
             bad = BadClip(id=clip.id, video=str(clip.video), reason=error.reason)
             return Sample(text="", frames=self.reader.blank(), video_index=index, bad=bad)
+
+
+def _all_clips(source: ClipSource, workers: int) -> Iterable[dict[str, Any]]:
+    """Every clip of a source once, a few at a time, as collated for evaluation."""
+    count = len(source.clips)
+    steps = _Steps([[(i, 0) for i in range(k, min(k + _FILL, count))] for k in range(0, count, _FILL)])
+    videos = _VideoSource(clips=source.clips, reader=source.reader)
+    return _loader(_Items(videos), steps, _Collate(None), min(workers, len(steps)), persistent=False)
 
 
 @dataclass(frozen=True)
