@@ -1,0 +1,209 @@
+"""How many frames a second each way to the frames gives on a user's own files, beside what models take."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+
+from discovla.data import dali, torchcodec_frames
+from discovla.data.decode import DecodeError
+from discovla.data.decoders import DecoderName
+from discovla.data.manifest import Clip
+from discovla.data.reading import Reader, Reading
+from discovla.data.sampling import Sampling
+from discovla.data.shard_reader import open_shards
+
+# Frames a second on one H200: the samples a second that the performance plan aims at (batch 128, bf16) times
+# the 12 frames of each. Targets, none of them measured.
+DEMAND = {"ViT-B/32": 2460 * 12, "ViT-B/16": 665 * 12, "ViT-L/14": 154 * 12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """frames, image_size: what is read of a clip.  workers: processes.  limit: seconds a clip may take."""
+
+    frames: int = 12
+    image_size: int = 224
+    workers: int = 2
+    limit: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One way to the frames: how many it gave in how many seconds, or why it was not tried.
+
+    bad: clips that gave none.  reason: of the first of them.
+    """
+
+    name: str
+    frames: int = 0
+    seconds: float = 0.0
+    bad: int = 0
+    reason: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Frames a second."""
+        return self.frames / self.seconds if self.seconds else 0.0
+
+
+Read = Callable[[Reading], np.ndarray]
+
+
+def bench(clips: Sequence[Clip], settings: BenchSettings, *, shards: str | None = None) -> Iterator[BenchRow]:
+    """Read the same frames of the same clips in every way that is there, one way after the other.
+
+    Args:
+        clips: each is read twice by PyAV and once in every other way.
+        shards: a folder of shards made from the clips, to be read as well.
+
+    Raises:
+        ValueError: there are no clips, or no such shards.
+    """
+    if not clips:
+        raise ValueError("clips: expected at least 1, found none")
+    with tempfile.TemporaryDirectory() as folder:
+        readings = [
+            Reading(
+                path=clip.video,
+                sampling=Sampling(frames=settings.frames, start=clip.start, end=clip.end),
+                image_size=settings.image_size,
+                cache=Path(folder),
+            )
+            for clip in clips
+        ]
+        with _readers(settings) as read:
+            yield _timed("pyav, first time", readings, read, settings.workers)
+            yield _timed("pyav, known files", readings, read, settings.workers)
+            yield _by_torchcodec(readings, read, settings)
+        yield _by_dali(readings, settings)
+    if shards is not None:
+        yield _by_shards(shards, clips, readings)
+
+
+def _by_torchcodec(readings: Sequence[Reading], read: Read, settings: BenchSettings) -> BenchRow:
+    name: DecoderName = "torchcodec"
+    lacking = torchcodec_frames.missing()
+    if lacking is not None:
+        return BenchRow(name="torchcodec, known files", reason=lacking)
+    asked = [replace(reading, decoder=name) for reading in readings]
+    for reading in asked[: settings.workers]:  # its library is loaded by the first clip
+        _try(read, reading)
+    return _timed("torchcodec, known files", asked, read, settings.workers)
+
+
+def _by_dali(readings: Sequence[Reading], settings: BenchSettings) -> BenchRow:
+    """All clips through DALI's graph, up to 16 at a time; each has been counted before."""
+    cuda = torch.cuda.is_available()
+    name = f"dali on {'the GPU' if cuda else 'the CPU'}, known files"
+    lacking = dali.missing()
+    if lacking is not None:
+        return BenchRow(name=name, reason=lacking)
+    source = dali.DaliFrames(
+        dali.DaliSettings(
+            batch_size=min(16, len(readings)),
+            frames=settings.frames,
+            image_size=settings.image_size,
+            cuda=cuda,
+            threads=settings.workers,
+            limit=settings.limit,
+            cache=readings[0].cache,
+        )
+    )
+    size = source.settings.batch_size
+    batches = [readings[first : first + size] for first in range(0, len(readings), size)]
+    source.read(batches[0])  # the graph is built by the first batch
+    begin = time.perf_counter()
+    found = [each for batch in batches for each in source.read(batch)[1]]
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    source.close()
+    return _row(name, found, seconds)
+
+
+def _by_shards(root: str, clips: Sequence[Clip], readings: Sequence[Reading]) -> BenchRow:
+    """The clips from shards, at the size they are kept, in this process alone."""
+    source = open_shards(root)
+
+    def read(item: tuple[Clip, Reading]) -> int | DecodeError:
+        clip, reading = item
+        try:
+            return len(source.frames(clip, reading.sampling, None))
+        except DecodeError as error:
+            return error
+
+    begin = time.perf_counter()
+    found = [read(item) for item in zip(clips, readings, strict=True)]
+    return _row(f"{source.settings.format} shards, 1 process", found, time.perf_counter() - begin)
+
+
+def _timed(name: str, readings: Sequence[Reading], read: Read, workers: int) -> BenchRow:
+    """All readings, as many at a time as there are processes."""
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(pool.map(lambda reading: _try(read, reading), readings))
+    return _row(name, found, time.perf_counter() - begin)
+
+
+def _try(read: Read, reading: Reading) -> int | DecodeError:
+    """How many frames a clip gave, or why it gave none."""
+    try:
+        return len(read(reading))
+    except DecodeError as error:
+        return error
+
+
+def _row(name: str, found: Sequence[int | DecodeError], seconds: float) -> BenchRow:
+    bad = [each for each in found if isinstance(each, DecodeError)]
+    frames = sum(each for each in found if isinstance(each, int))
+    reason = bad[0].reason if bad else ""
+    return BenchRow(name=name, frames=frames, seconds=seconds, bad=len(bad), reason=reason)
+
+
+@contextmanager
+def _readers(settings: BenchSettings) -> Iterator[Read]:
+    """A function that reads by one of several processes, all of them started."""
+    free: SimpleQueue[Reader] = SimpleQueue()
+    readers = [Reader(settings.limit) for _ in range(settings.workers)]
+    nothing = Reading(path=Path("."), sampling=Sampling(frames=1), image_size=8)
+    for reader in readers:
+        _try(reader, nothing)
+        free.put(reader)
+
+    def read(reading: Reading) -> np.ndarray:
+        reader = free.get()
+        try:
+            return reader(reading)
+        finally:
+            free.put(reader)
+
+    try:
+        yield read
+    finally:
+        for reader in readers:
+            reader.close()
+
+
+def table(rows: Sequence[BenchRow]) -> str:
+    """The rows as text, with the share of each model's demand that each way meets."""
+    head = f"{'':28}{'frames/s':>10}" + "".join(f"{name:>12}" for name in DEMAND)
+    demand = f"{'demand, a target on 1 H200':28}{'':10}" + "".join(f"{n:12,}" for n in DEMAND.values())
+    lines = [head, demand]
+    for row in rows:
+        if not row.frames:
+            lines.append(f"{row.name:28}{'-':>10}  {row.reason}")
+            continue
+        shares = "".join(f"{100 * row.rate / need:10.1f} %" for need in DEMAND.values())
+        bad = f"  {row.bad} clips gave none: {row.reason}" if row.bad else ""
+        lines.append(f"{row.name:28}{row.rate:10,.0f}{shares}{bad}")
+    return "\n".join(lines)
