@@ -1,0 +1,128 @@
+"""Compile the kernels of the towers as they are launched, for the GPU of a compute capability without it.
+
+Run by test_compile_towers.py in a process of its own: TRITON_INTERPRET is read when kernels are defined.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+
+from discovla_kernels import adapter, attention_tiles, layer_norm, mlp, preprocess_frames
+from discovla_kernels import short_attention as attention
+from discovla_kernels import temporal_fusion as fusion
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+OTHERS = {  # of arguments that are not rows
+    "slot_ptr": "*i32",
+    "offsets_ptr": "*i32",
+    "readout_ptr": "*i64",
+    "mask_ptr": "*u8",
+    "frames_ptr": "*u8",
+    "stat_ptr": "*fp32",
+    "lse_ptr": "*fp32",
+    "mean_ptr": "*fp32",
+    "read_ptr": "*fp32",
+    "position_ptr": "*fp32",
+}
+STREAM = ("x_ptr", "sum_ptr", "dsum_ptr", "dx_ptr")  # of layer_norm, float32 beside bfloat16
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a program may have
+Case = tuple[Any, torch.dtype, dict[str, Any]]  # kernel, dtype of rows, constants and launch options
+
+
+def argument(kernel: Any, name: str, dtype: torch.dtype) -> str:
+    """The type of a kernel's argument by its name."""
+    for end, kind in OTHERS.items():
+        if name.endswith(end):
+            return kind
+    if not name.endswith("_ptr"):
+        return "fp32" if name in ("scale", "eps") else "i32"
+    stream = "layer_norm" in kernel.__name__ and name in STREAM
+    return "*fp32" if stream else TYPES[dtype]
+
+
+def build(case: Case, target: GPUTarget) -> None:
+    """Compile one kernel, strides and pointers being multiples of 16 as they are in towers."""
+    kernel, dtype, constants = case
+    names = kernel.arg_names
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    constants = {name: value for name, value in constants.items() if name not in options}
+    if "ACC" in names:
+        constants |= {"ACC": tl.float32}
+    if "PRECISION" in names:
+        constants |= {"PRECISION": "tf32x3" if dtype == SINGLE else "ieee"}
+    signature = {n: "constexpr" if n in constants else argument(kernel, n, dtype) for n in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = [i for i, n in enumerate(names) if signature[n][0] in "*i"]
+    hints = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    found = compile_kernel(ASTSource(kernel, signature, values, hints), target=target, options=options)
+    if found.metadata.shared > SHARED[target.arch]:
+        sys.exit(
+            f"{kernel.__name__}: {found.metadata.shared} bytes of shared memory, {SHARED[target.arch]} there"
+        )
+
+
+def row_cases() -> list[Case]:
+    """Kernels without attention, at the sizes of ViT-B."""
+    norm = layer_norm._tile(768)
+    cases: list[Case] = [
+        (
+            layer_norm._layer_norm_forward,
+            HALF,
+            norm | {"HAS_U": True, "HAS_BIAS": True, "HAS_ADDED": True},
+        ),
+        (
+            layer_norm._layer_norm_backward,
+            HALF,
+            norm | {"HAS_DSUM": True, "HAS_DU": True, "HAS_ADDED": True},
+        ),
+    ]
+    for dtype, gelu in ((HALF, False), (SINGLE, True)):
+        x = torch.empty(1, dtype=dtype)
+        tile = mlp._tile(x, 1 << 12, 1 << 12) | {"GELU": gelu}
+        cases += [(mlp._mlp_forward, dtype, tile | {"KEEP": True, "stride_wk": 1})]
+        cases += [(mlp._mlp_backward, dtype, tile | {"stride_wn": 1})]
+        cases += [
+            (kernel, dtype, adapter._tile(x, 8))
+            for kernel in (adapter._adapter_forward, adapter._adapter_backward)
+        ]
+    colours = {"SCALE": (0.1, 0.2, 0.3), "SHIFT": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
+    return [*cases, (preprocess_frames._preprocess_frames_forward, HALF, colours)]
+
+
+def attention_cases() -> list[Case]:
+    """Frames of one tile and of several, and packed captions."""
+    cases: list[Case] = []
+    for dtype, length, causal in (
+        (HALF, 50, False),
+        (HALF, 257, False),
+        (HALF, 32, True),
+        (SINGLE, 77, True),
+    ):
+        tile = attention_tiles.settings(torch.empty(1, dtype=dtype), 64, length)
+        tile |= {"HAS_OFFSETS": causal, "HAS_MASK": causal, "CAUSAL": causal}
+        forward = {name: value for name, value in tile.items() if name != "ONE"}
+        cases += [(attention._short_attention_forward, dtype, forward)]
+        cases += [(attention._short_attention_backward, dtype, tile)]
+        if dtype == HALF and length < 257:
+            groups = {"HAS_GROUP_MASK": True, "HAS_POSITION": causal, "BLOCK_F": 16}
+            cases += [(fusion._temporal_fusion_forward, dtype, forward | groups)]
+            cases += [(fusion._temporal_fusion_backward, dtype, tile | groups | {"num_warps": 8})]
+    return cases
+
+
+def main(capability: int) -> None:
+    target = GPUTarget("cuda", capability, 32)
+    cases = row_cases() + attention_cases()
+    for case in cases:
+        build(case, target)
+    print(f"{len(cases)} compiled")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
