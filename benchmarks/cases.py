@@ -12,7 +12,9 @@ from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
 from discovla.ops.dispatch import Impl
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
+from discovla.ops.late_interaction import max_sim
 from discovla.ops.rank_of_positive import rank_of_positive
+from discovla.ops.token_similarity import TokenInputs
 from discovla.ops.top_k import top_k
 
 Call = Callable[[list[Tensor], Impl, bool], Tensor]  # leaves, impl, masked
@@ -57,16 +59,26 @@ class Case:
         return one * (4 if self.backward else 1)
 
     @property
+    def scaled(self) -> bool:
+        """Whether the last leaf is logit_scale."""
+        return self.op != "late_interaction"
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """Errors allowed of values and of gradients, where they are not those of similarities."""
+        return None
+
+    @property
     def reference_bytes(self) -> float:
         """What the reference holds at least: five matrices of all products in float32."""
         return 20.0 * self.n * self.m * self.frames[0] * self.frames[1]
 
     def leaves(self, device: torch.device | str, seed: int = 0) -> list[Tensor]:
-        """Inputs of noise, then logit_scale."""
+        """Inputs of noise, then logit_scale where the op has one."""
         generator = torch.Generator(device).manual_seed(seed)
         noise = [torch.randn(s, generator=generator, device=device).to(self.dtype) for s in self.shapes]
         scale = torch.tensor(20.0, device=device, dtype=torch.promote_types(self.dtype, torch.float32))
-        return [x.requires_grad_(self.backward) for x in [*noise, scale]]
+        return [x.requires_grad_(self.backward) for x in [*noise, *([scale] if self.scaled else [])]]
 
     def run(self, leaves: list[Tensor], impl: Impl) -> list[Tensor]:
         """The result, and the gradients by all leaves where they are asked for."""
@@ -116,6 +128,13 @@ def _alignment(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
     return losses.video + 0.3 * losses.frame + losses.distill
 
 
+def _max_sim(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    text, video = leaves[:2]
+    text_mask, video_mask = (_mask(x) if masked else None for x in leaves[:2])
+    inputs = TokenInputs(text=text, video=video, text_mask=text_mask, video_mask=video_mask)
+    return max_sim(inputs, impl=impl)
+
+
 def _groups(items: Tensor) -> Tensor:
     """Three items a group or four, spread over all of them."""
     return torch.arange(len(items), device=items.device) % max(1, len(items) // 3)
@@ -140,6 +159,7 @@ CALLS: dict[str, Call] = {
     "frame_similarity": _frames,
     "info_nce": _info_nce,
     "alignment_losses": _alignment,
+    "late_interaction": _max_sim,
     "rank_of_positive": _ranks,
     "top_k": _top_k,
 }
@@ -149,7 +169,8 @@ def case(op: str, n: int, *, m: int = 0, frames: tuple[int, int] = (1, 1), dim: 
     """A case with its shapes filled in; m = n unless given."""
     m = m or n
     pooled, parts = ((n, dim), (m, dim)), ((n, frames[0], dim), (m, frames[1], dim))
-    shapes = {"frame_similarity": parts, "alignment_losses": (*pooled, *parts)}.get(op, pooled)
+    of_parts = {"frame_similarity": parts, "late_interaction": parts, "alignment_losses": (*pooled, *parts)}
+    shapes = of_parts.get(op, pooled)
     return Case(op=op, call=CALLS[op], n=n, m=m, frames=frames, dim=dim, shapes=shapes, **options)
 
 
@@ -159,7 +180,7 @@ def timed_cases(suite: str) -> list[Case]:
     cases = [
         case(op, n, frames=f if op != "info_nce" else (1, 1), dtype=dtype)
         for n in (16, 128, 512, 1024)
-        for op in ("info_nce", "frame_similarity", "alignment_losses")
+        for op in ("info_nce", "frame_similarity", "alignment_losses", "late_interaction")
         for dtype in (torch.float32, half)
     ]
     cases += [case(op, 1000, backward=False) for op in ("rank_of_positive", "top_k")]
@@ -171,6 +192,7 @@ def timed_cases(suite: str) -> list[Case]:
         case("frame_similarity", 4096, frames=f, backward=False, target_ms=5.2, target_gb=0.3),
         case("frame_similarity", 4096, frames=f, target_ms=25, target_gb=0.3),
         case("alignment_losses", 4096, frames=f, target_ms=27, target_gb=0.5),
+        case("late_interaction", 4096, frames=f),
         case("info_nce", 4096),
         case("info_nce", 16_384),
         case("info_nce", 65_536, target_ms=40, target_gb=0.2),
@@ -196,10 +218,11 @@ def checked_cases() -> list[Case]:
             (20, (63, 130)),
             (300, (12, 12)),
         ):
-            ops = ("frame_similarity", "alignment_losses")
+            ops = ("frame_similarity", "alignment_losses", "late_interaction")
             cases += [case(op, n, frames=frames, dim=65, dtype=dtype) for op in ops]
             if dtype == torch.float32:
                 cases += [case(op, n, frames=frames, dim=65, dtype=dtype, masked=True) for op in ops]
     large = {"info_nce": (1, 1), "frame_similarity": (2, 2), "alignment_losses": (2, 2)}
+    large["late_interaction"] = (2, 2)
     cases += [case(op, 4100, frames=frames, dim=64) for op, frames in large.items()]
     return cases
