@@ -55,6 +55,17 @@ def unit_rows(x: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     return (x * inverse).to(multiplied_dtype(x, pairs)), inverse
 
 
+def row_runs(x: Tensor) -> Iterator[slice]:
+    """Runs of the rows of x, an eighth of ELEMENTS each, where a copy of all would not be small."""
+    return _runs(len(x), max(1, ELEMENTS // 8 // max(1, x[:1].numel())))
+
+
+def inverse_norms(x: Tensor) -> Tensor:
+    """1 / ‖x‖ of the rows of x, n d -> n, float32 at least."""
+    norms = [torch.linalg.vector_norm(x[rows], dim=-1, dtype=wide(x)) for rows in row_runs(x)]
+    return torch.cat(norms).reciprocal_()
+
+
 def through_unit(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Gradient by x of what has `grad` by the unit rows x / ‖x‖."""
     return (grad - unit * (unit * grad).sum(-1, keepdim=True)) * inverse

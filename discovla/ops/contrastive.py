@@ -12,7 +12,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import pair_blocks, product, through_unit, unit_rows, wide
+from discovla.ops.blocks import (
+    inverse_norms,
+    multiplied_dtype,
+    pair_blocks,
+    product,
+    row_runs,
+    through_unit,
+    unit_rows,
+    wide,
+)
 from discovla.ops.dispatch import kernel
 from discovla.ops.frame_similarity import part
 from discovla.ops.frame_similarity import tile_functions as frame_tiles
@@ -20,30 +29,36 @@ from discovla.ops.streamed import contrastive as streamed
 
 
 class Blocks:
-    """The similarity matrices of n pairs, made block by block from unit rows."""
+    """The similarity matrices of n pairs, made block by block: of pooled rows as they are, of unit frames."""
 
     def __init__(self, tensors: tuple[Tensor | None, ...], impl: str, keep: bool) -> None:
         text, video, text_frames, video_frames, *self.masks, scale, self.ignore = tensors
         assert text is not None and video is not None and scale is not None
         self.n, self.scale, self.keep = len(text), scale, keep
         self.tiles: ModuleType = kernel("info_nce") if impl == "triton" else streamed
-        given = (text, video, text_frames, video_frames)
-        pairs = self.n**2
-        self.units = [None if x is None else unit_rows(x, pairs) for x in given]
+        self.dtype = multiplied_dtype(text, self.n**2)
+        self.pooled = [(x, inverse_norms(x)) for x in (text, video)]
+        frames = (text_frames, video_frames)
+        self.units = [None if x is None else unit_rows(x, self.n**2) for x in frames]
         self.has_frames = text_frames is not None
         self.frame_tiles = frame_tiles(impl)
-        self.per_block = self.tiles.pairs_per_block(self.rows(0))
+        self.per_block = self.tiles.pairs_per_block(text[:0].to(self.dtype), keep=keep)
         if self.has_frames:
-            of_frames = self.frame_tiles.pairs_per_block(self.rows(2), self.rows(3), keep=keep)
+            of_frames = self.frame_tiles.pairs_per_block(self.frames(0), self.frames(1), keep=keep)
             self.per_block = min(self.per_block, of_frames)
 
-    def rows(self, which: int, rows: slice = slice(None)) -> Tensor:
-        """Unit rows of text, video, text frames or video frames."""
-        return self.unit(which, rows)[0]
+    def rows(self, side: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Pooled rows of texts (0) or videos (1), as they are multiplied, and their inverse norms."""
+        x, inverse = self.pooled[side]
+        return x[rows].to(self.dtype), inverse[rows]
 
-    def unit(self, which: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def frames(self, side: int, rows: slice = slice(None)) -> Tensor:
+        """Unit frames of texts or videos."""
+        return self.unit(side, rows)[0]
+
+    def unit(self, side: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The same, and the inverse of what they were divided by."""
-        found = self.units[which]
+        found = self.units[side]
         assert found is not None
         return found[0][rows], found[1][rows]
 
@@ -56,7 +71,11 @@ class Blocks:
         if not self.has_frames:
             return None
         return self.frame_tiles.maxima(
-            self.rows(2, rows), self.rows(3, columns), self.scale, self.frame_masks(rows, columns), self.keep
+            self.frames(0, rows),
+            self.frames(1, columns),
+            self.scale,
+            self.frame_masks(rows, columns),
+            self.keep,
         )
 
     def frame_masks(self, rows: slice, columns: slice) -> tuple[Tensor | None, Tensor | None]:
@@ -70,35 +89,34 @@ class Blocks:
 
 
 class Gradients:
-    """Sums of gradients by unit rows: of the current run of rows for the texts, of all for the videos."""
+    """Sums of gradients by rows: of the current run of rows for the texts, of all for the videos.
+
+    Those by pooled rows are sums of rows over both norms, so that only their radial part is to be taken out;
+    those by frames are by unit rows.
+    """
 
     def __init__(self, blocks: Blocks, like: tuple[Tensor | None, ...]) -> None:
         self.blocks, self.scale = blocks, torch.zeros_like(blocks.scale)
         self.text = [None if x is None else torch.empty_like(x) for x in (like[0], like[2])]
-        self.video = [self._zeros(which) for which in self._kinds(1)]
+        self.video = [self._zeros(x) for x in (like[1], like[3]) if x is not None]
 
-    def _kinds(self, first: int) -> tuple[int, ...]:
-        """Pooled and, where there are, frames: 0 and 2 of the texts, 1 and 3 of the videos."""
-        return (first, first + 2) if self.blocks.has_frames else (first,)
-
-    def _zeros(self, which: int, rows: slice = slice(None)) -> Tensor:
-        x = self.blocks.rows(which, rows)
+    def _zeros(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x, dtype=wide(x))
 
     def start(self, rows: slice) -> None:
         """Begin a run of rows."""
-        self.current = [self._zeros(which, rows) for which in self._kinds(0)]
+        self.current = [self._zeros(x[rows]) for x in self.text if x is not None]
 
     def add_pooled(self, dx: Tensor, rows: slice, columns: slice) -> None:
         """Add what the video-level cosines of one block send back."""
         dtype = wide(dx)
-        self.current[0] += product(dx, self.blocks.rows(1, columns), dtype)
-        self.video[0][columns] += product(dx.T, self.blocks.rows(0, rows), dtype)
+        self.current[0] += product(dx, self.blocks.rows(1, columns)[0], dtype)
+        self.video[0][columns] += product(dx.T, self.blocks.rows(0, rows)[0], dtype)
 
     def add_frames(self, dy: Tensor, found, rows: slice, columns: slice) -> None:
         """Add what the frame-level similarities of one block send back."""
         blocks, masks = self.blocks, self.blocks.frame_masks(rows, columns)
-        frames = blocks.rows(2, rows), blocks.rows(3, columns)
+        frames = blocks.frames(0, rows), blocks.frames(1, columns)
         sums = blocks.frame_tiles.gradients(dy, found, *frames, blocks.scale, masks)
         self.current[1] += sums[0]
         self.video[1][columns] += sums[1]
@@ -106,20 +124,38 @@ class Gradients:
 
     def finish(self, rows: slice) -> None:
         """End a run of rows: its text side is complete."""
-        for which, out, grad in zip((0, 2), self.text, self.current, strict=False):
+        for out, grad, through in zip(self.text, self.current, self._through(0), strict=False):
             if out is not None:
-                out[rows] = through_unit(grad, *self.blocks.unit(which, rows))
+                out[rows] = through(grad, rows)
+
+    def _through(self, side: int):
+        """What makes a sum of a run of rows their gradient: of pooled rows, of frames."""
+        blocks = self.blocks
+        return (
+            lambda grad, rows: tangential(grad, *blocks.rows(side, rows)),
+            lambda grad, rows: through_unit(grad, *blocks.unit(side, rows)),
+        )
 
     def results(self, like: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients by text, video, text frames, video frames and scale; empty where there is none."""
         found: list[Tensor] = []
-        for text, which, given in zip(self.text, (1, 3), (like[1], like[3]), strict=True):
-            if text is None or given is None:
+        for text, video, given, through in zip(
+            self.text, [*self.video, None], (like[1], like[3]), self._through(1), strict=False
+        ):
+            if text is None or video is None or given is None:
                 found += [self.scale.new_empty(0), self.scale.new_empty(0)]
                 continue
-            video = through_unit(self.video[which // 2], *self.blocks.unit(which))
-            found += [text, video.to(given.dtype)]
+            out = video if video.dtype == given.dtype else torch.empty_like(given)
+            for rows in row_runs(video):  # in place where dtypes agree: a copy of all would not be small
+                out[rows] = through(video[rows], rows)
+            found += [text, out]
         return found[0], found[1], found[2], found[3], self.scale
+
+
+def tangential(grad: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
+    """`grad` without its part along each row of x."""
+    unit = x * inverse[:, None]
+    return grad - unit * (unit * grad).sum(-1, keepdim=True)
 
 
 def merged(sums: Tensor, parts: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import EXCLUDED, accumulator, precision, product_tile, unsupported
+from discovla_kernels.tiles import EXCLUDED, Traffic, accumulator, precision, product_tile, unsupported
 
 BLOCK_BYTES = 1 << 26  # of the derivative of one block
 BLOCK_D = 64
+Rows = tuple[Tensor, Tensor]  # embeddings r d, and the inverses of their norms, r
 
 
 def supports(*tensors: Tensor | None) -> str:
@@ -20,12 +21,16 @@ def supports(*tensors: Tensor | None) -> str:
 
 @triton.jit
 def _tile(
-    text_ptr, video_ptr, teacher_ptr, ignore_ptr, scale, r, c, R, C, D, HAS_TEACHER: tl.constexpr,
-    HAS_IGNORE: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    text_ptr, video_ptr, text_inverse_ptr, video_inverse_ptr, teacher_ptr, ignore_ptr, scale, r, c, R, C, D,
+    HAS_TEACHER: tl.constexpr, HAS_IGNORE: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Cosines x and y of a tile, logits s x and s y with ignored pairs out, and which entries are real."""
+    """Cosines x and y of a tile, logits s x and s y with ignored pairs out, which entries are real, and what
+    made cosines of the products x is."""
     here = (r < R)[:, None] & (c < C)[None, :]
-    x = product_tile(text_ptr, video_ptr, r, c, r < R, c < C, D, BLOCK_D, PRECISION, ACC)
+    inverse = tl.load(text_inverse_ptr + r, mask=r < R, other=0.0)[:, None]
+    inverse = inverse * tl.load(video_inverse_ptr + c, mask=c < C, other=0.0)[None, :]
+    x = product_tile(text_ptr, video_ptr, r, c, r < R, c < C, D, BLOCK_D, PRECISION, ACC) * inverse
     y = x
     if HAS_TEACHER:
         y = tl.load(teacher_ptr + r[:, None] * C + c[None, :], mask=here, other=0.0)
@@ -33,7 +38,7 @@ def _tile(
     if HAS_IGNORE:
         out = tl.load(ignore_ptr + r[:, None] * C + c[None, :], mask=here, other=0) != 0
         student, teacher = tl.where(out, EXCLUDED, student), tl.where(out, EXCLUDED, teacher)
-    return x, y, student, teacher, here
+    return x, y, student, teacher, here, inverse
 
 
 @triton.jit
@@ -61,28 +66,27 @@ def _put(
 
 @triton.jit
 def _contrastive_forward(
-    text_ptr, video_ptr, scale_ptr, teacher_ptr, ignore_ptr, row_ptr, column_ptr, diagonal_ptr, R, C, D,
-    shift,
-    stride_row, stride_column, HAS_TEACHER: tl.constexpr, HAS_IGNORE: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    text_ptr, video_ptr, text_inverse_ptr, video_inverse_ptr, scale_ptr, teacher_ptr, ignore_ptr, row_ptr,
+    column_ptr, diagonal_ptr, R, C, D, shift, stride_row, stride_column, HAS_TEACHER: tl.constexpr,
+    HAS_IGNORE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of S = s text videoᵀ and S' = s teacher, along rows and columns: lse S, lse S', sum softmax(S') (S' -
-    S).
+    """Of S = s cosines and S' = s teacher, along rows and columns: lse S, lse S', sum softmax(S') (S' - S).
+
+    The rows are multiplied as they are, and the product by the inverses of their norms.
 
     Tile: BLOCK_R texts x BLOCK_C videos, S and S' in registers; a tile writes its own statistics, which the
     caller merges, so that the result does not depend on the order of tiles. The loss is made of them and of
     the diagonal: cross-entropy = lse S - S_ii, KL(softmax S' ‖ softmax S) = (the third) - lse S' + lse S.
-    Traffic: R C D (1 / BLOCK_R + 1 / BLOCK_C) elements of the embeddings, 4 R C bytes of the teacher, R C of
-    `ignore`; written 12 R C (1 / BLOCK_R + 1 / BLOCK_C) bytes (4 without a teacher).
-    Backward: `_contrastive_backward`.
+    Traffic: `traffic`. Backward: `_contrastive_backward`.
     """
     i, j = tl.program_id(0), tl.program_id(1)
     r = (i * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     c = (j * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     scale = tl.load(scale_ptr).to(ACC)
-    _, _, student, teacher, here = _tile(
-        text_ptr, video_ptr, teacher_ptr, ignore_ptr, scale, r, c, R, C, D, HAS_TEACHER, HAS_IGNORE, BLOCK_D,
-        PRECISION, ACC,
+    _, _, student, teacher, here, _ = _tile(
+        text_ptr, video_ptr, text_inverse_ptr, video_inverse_ptr, teacher_ptr, ignore_ptr, scale, r, c, R, C,
+        D, HAS_TEACHER, HAS_IGNORE, BLOCK_D, PRECISION, ACC,
     )  # fmt: skip
     _put(row_ptr, student, teacher, here, j.to(tl.int64) * R + r, r < R, stride_row, HAS_TEACHER, 1)
     _put(column_ptr, student, teacher, here, i.to(tl.int64) * C + c, c < C, stride_column, HAS_TEACHER, 0)
@@ -95,8 +99,9 @@ def _contrastive_forward(
 
 @triton.jit
 def _contrastive_backward(
-    text_ptr, video_ptr, scale_ptr, teacher_ptr, ignore_ptr, row_ptr, column_ptr, weight_ptr, dx_ptr, dy_ptr,
-    dscale_ptr, R, C, D, shift, HAS_TEACHER: tl.constexpr, HAS_IGNORE: tl.constexpr, DETACH: tl.constexpr,
+    text_ptr, video_ptr, text_inverse_ptr, video_inverse_ptr, scale_ptr, teacher_ptr, ignore_ptr, row_ptr,
+    column_ptr, weight_ptr, dx_ptr, dy_ptr, dscale_ptr, R, C, D, shift,
+    HAS_TEACHER: tl.constexpr, HAS_IGNORE: tl.constexpr, DETACH: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -107,16 +112,16 @@ def _contrastive_backward(
     dS' = w1 (P'_r + P'_c - 2 I) + w2 (P'_r (S' - S - T_r) + P'_c (S' - S - T_c)), the second term unless
     DETACH.
     Tile: BLOCK_R texts x BLOCK_C videos, the product again, everything in registers.
-    Traffic: as forward, and R C elements of s dS (and 4 R C bytes of s dS') written for the products that
-        follow.
+    Written: s dS over both norms, and s dS', for the products that follow.
+    Traffic: `traffic` with `backward`.
     """
     i, j = tl.program_id(0), tl.program_id(1)
     r = (i * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     c = (j * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     scale = tl.load(scale_ptr).to(ACC)
-    x, y, student, teacher, here = _tile(
-        text_ptr, video_ptr, teacher_ptr, ignore_ptr, scale, r, c, R, C, D, HAS_TEACHER, HAS_IGNORE, BLOCK_D,
-        PRECISION, ACC,
+    x, y, student, teacher, here, inverse = _tile(
+        text_ptr, video_ptr, text_inverse_ptr, video_inverse_ptr, teacher_ptr, ignore_ptr, scale, r, c, R, C,
+        D, HAS_TEACHER, HAS_IGNORE, BLOCK_D, PRECISION, ACC,
     )  # fmt: skip
     right = tl.where(r[:, None] == c[None, :] + shift, 2.0, 0.0)
     p_r = tl.exp(student - tl.load(row_ptr + r, mask=r < R, other=0.0)[:, None])
@@ -136,18 +141,20 @@ def _contrastive_backward(
         tl.store(dy_ptr + r[:, None] * C + c[None, :], scale * dt, mask=here)
         slope = dt * y
     slope = tl.where(here, slope + ds * x, 0.0)
-    tl.store(dx_ptr + r[:, None] * C + c[None, :], scale * ds, mask=here)
+    tl.store(dx_ptr + r[:, None] * C + c[None, :], scale * ds * inverse, mask=here)
     tl.store(dscale_ptr + i.to(tl.int64) * tl.num_programs(1) + j, tl.sum(tl.sum(slope, axis=1), axis=0))
 
 
 def statistics(
-    text: Tensor, video: Tensor, scale: Tensor, teacher: Tensor | None, ignore: Tensor | None, shift: int
+    text: Rows, video: Rows, scale: Tensor, teacher: Tensor | None, ignore: Tensor | None, shift: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of one block, in parts: k p r along rows, k p c along columns; k r the diagonal's logits.
 
-    text, video: r d and c d, unit rows.  teacher: r c.  shift: text r belongs to video c where r = c + shift.
+    text, video: r d and c d, and the inverses of their norms.  teacher: r c.
+    shift: text r belongs to video c where r = c + shift.
     k: 3, 3 and 2 with a teacher, else 1; the diagonal is 0 where it passes beside the block.
     """
+    (text, text_inverse), (video, video_inverse) = text, video
     (rows, d), columns = text.shape, len(video)
     block = _block(rows, columns)
     grid = (triton.cdiv(rows, block), triton.cdiv(columns, block))
@@ -156,16 +163,16 @@ def statistics(
     column_parts = text.new_empty(kinds[0], grid[0], columns, dtype=acc)
     diagonal = text.new_zeros(kinds[1], rows, dtype=acc)
     _contrastive_forward[grid](
-        text, video, scale, _pointer(teacher, text), _mask_pointer(ignore, text), row_parts, column_parts,
-        diagonal, rows, columns, d, shift, grid[1] * rows, grid[0] * columns, **_settings(text, teacher,
-        ignore), BLOCK_R=block, BLOCK_C=block,
+        text, video, text_inverse, video_inverse, scale, _pointer(teacher, text),
+        _mask_pointer(ignore, text), row_parts, column_parts, diagonal, rows, columns, d, shift,
+        grid[1] * rows, grid[0] * columns, **_settings(text, teacher, ignore), BLOCK_R=block, BLOCK_C=block,
     )  # fmt: skip
     return row_parts, column_parts, diagonal
 
 
 def derivative(
-    text: Tensor,
-    video: Tensor,
+    text: Rows,
+    video: Rows,
     scale: Tensor,
     teacher: Tensor | None,
     ignore: Tensor | None,
@@ -174,11 +181,13 @@ def derivative(
     weights: Tensor,
     detach: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Derivative of one block by both matrices of cosines, r c each, and by the scale.
+    """Derivative of one block by the products of its rows over both norms and by the teacher, r c, and by the
+    scale.
 
     sums: the merged statistics of the block's rows, k r, and of its columns, k c.
     weights: of the two cross-entropies and of the divergence, the upstream gradient and every mean folded in.
     """
+    (text, text_inverse), (video, video_inverse) = text, video
     (rows, d), columns = text.shape, len(video)
     block = _block(rows, columns)
     grid = (triton.cdiv(rows, block), triton.cdiv(columns, block))
@@ -186,16 +195,35 @@ def derivative(
     dy = None if teacher is None else torch.empty_like(teacher)
     dscale = text.new_empty(grid, dtype=scale.dtype)
     _contrastive_backward[grid](
-        text, video, scale, _pointer(teacher, text), _mask_pointer(ignore, text), sums[0].contiguous(),
-        sums[1].contiguous(), weights, dx, _pointer(dy, dx), dscale, rows, columns, d, shift,
+        text, video, text_inverse, video_inverse, scale, _pointer(teacher, text),
+        _mask_pointer(ignore, text), sums[0].contiguous(), sums[1].contiguous(), weights, dx,
+        _pointer(dy, dx), dscale, rows, columns, d, shift,
         **_settings(text, teacher, ignore), DETACH=detach, BLOCK_R=block, BLOCK_C=block,
     )  # fmt: skip
     return dx, dy, dscale.sum()
 
 
-def pairs_per_block(text: Tensor) -> int:
-    """How many pairs one block may have."""
-    return BLOCK_BYTES // max(4, text.element_size())
+def pairs_per_block(text: Tensor, keep: bool) -> int:
+    """How many pairs one block may have; `keep`: with their derivative, which is written down."""
+    return (BLOCK_BYTES if keep else 16 * BLOCK_BYTES) // max(4, text.element_size())
+
+
+def traffic(shapes: tuple[int, int, int], *, teacher: bool, ignore: bool, backward: bool) -> Traffic:
+    """Of one block of r texts and c videos in d dimensions; shapes: r c d.
+
+    A tile loads its rows, their inverse norms and what is given of `teacher` and `ignore`. It stores one sum
+    a row and one a column, three with a teacher, beside the diagonal's logits; with `backward` it loads those
+    sums, without the tiles' parts, and stores the derivative by each matrix, and its sum.
+    """
+    r, c, d = shapes
+    block = _block(r, c)
+    tiles = triton.cdiv(r, block), triton.cdiv(c, block)
+    rows, count, kinds = r * tiles[1] + c * tiles[0], tiles[0] * tiles[1], 3 if teacher else 1
+    loads = rows * (d + 1) + r * c * (int(teacher) + int(ignore)) + count
+    if not backward:
+        return Traffic(loads=loads, stores=rows * kinds + min(r, c) * (2 if teacher else 1))
+    loads += rows * kinds + count * kinds
+    return Traffic(loads=loads, stores=r * c * (2 if teacher else 1) + count)
 
 
 def _block(rows: int, columns: int) -> int:

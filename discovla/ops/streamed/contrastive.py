@@ -10,15 +10,17 @@ from torch import Tensor
 
 from discovla.ops.blocks import ELEMENTS, EXCLUDED, product, wide
 
+Rows = tuple[Tensor, Tensor]  # embeddings r d, and the inverses of their norms, r
+
 
 def statistics(
-    text: Tensor, video: Tensor, scale: Tensor, teacher: Tensor | None, ignore: Tensor | None, shift: int
+    text: Rows, video: Rows, scale: Tensor, teacher: Tensor | None, ignore: Tensor | None, shift: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row parts k 1 r, column parts k 1 c, the diagonal's logits k r."""
-    student = _logits(product(text, video.T, wide(text)), scale, ignore)
+    student = _logits(_cosines(text, video), scale, ignore)
     matrices = [student] if teacher is None else [student, _logits(teacher, scale, ignore)]
     rows, columns = _right(student, shift)
-    diagonal = student.new_zeros(len(matrices), len(text))
+    diagonal = student.new_zeros(len(matrices), len(student))
     diagonal[:, rows] = torch.stack(matrices)[:, rows, columns]
     down, across = ([x.logsumexp(dim) for x in matrices] for dim in (1, 0))
     if teacher is not None:
@@ -29,8 +31,8 @@ def statistics(
 
 
 def derivative(
-    text: Tensor,
-    video: Tensor,
+    text: Rows,
+    video: Rows,
     scale: Tensor,
     teacher: Tensor | None,
     ignore: Tensor | None,
@@ -39,15 +41,15 @@ def derivative(
     weights: Tensor,
     detach: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Derivatives by both matrices of cosines, r c each, and by the scale."""
-    cosine = product(text, video.T, wide(text))
+    """Derivatives by the products of rows over both norms and by the teacher, r c each, and by the scale."""
+    cosine = _cosines(text, video)
     student, rows, columns = _logits(cosine, scale, ignore), *_right(cosine, shift)
     down, across = sums[0][..., None], sums[1][:, None]  # k r 1, k 1 c
     p_r, p_c = (student - down[0]).exp(), (student - across[0]).exp()
     ds = weights[0] * (p_r + p_c)
     ds[rows, columns] -= 2 * weights[0]
     if teacher is None:
-        return (scale * ds).to(text.dtype), None, (ds * cosine).sum()
+        return _over_norms(scale * ds, text, video), None, (ds * cosine).sum()
     logits = _logits(teacher, scale, ignore)
     q_r, q_c = (logits - down[1]).exp(), (logits - across[1]).exp()
     ds += weights[2] * (p_r - q_r + p_c - q_c)
@@ -56,12 +58,21 @@ def derivative(
     if not detach:
         difference = logits - student
         dt += weights[2] * (q_r * (difference - down[2]) + q_c * (difference - across[2]))
-    return (scale * ds).to(text.dtype), scale * dt, (ds * cosine).sum() + (dt * teacher).sum()
+    return _over_norms(scale * ds, text, video), scale * dt, (ds * cosine).sum() + (dt * teacher).sum()
 
 
-def pairs_per_block(text: Tensor) -> int:
-    """How many pairs one block may have, with a dozen temporaries of that size."""
+def pairs_per_block(text: Tensor, keep: bool) -> int:
+    """How many pairs one block may have, with a dozen temporaries of that size.  `keep` is for kernels."""
     return ELEMENTS // 4
+
+
+def _cosines(text: Rows, video: Rows) -> Tensor:
+    cosines = product(text[0], video[0].T, wide(text[0]))
+    return cosines.mul_(text[1][:, None]).mul_(video[1])
+
+
+def _over_norms(dx: Tensor, text: Rows, video: Rows) -> Tensor:
+    return dx.mul_(text[1][:, None]).mul_(video[1]).to(text[0].dtype)
 
 
 def _logits(cosine: Tensor, scale: Tensor, ignore: Tensor | None) -> Tensor:
