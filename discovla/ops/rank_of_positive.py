@@ -33,8 +33,8 @@ def rank_of_positive(
         dual_softmax_scale: re-weigh every score by how much the item prefers the query among all queries:
             s c exp(s c) / sum over queries exp(s c), s c lifted to be positive; a second pass.  None:
             cosines.
-        impl: reference (the matrix in memory), torch (a run of queries at a time), triton (no `groups`),
-            cuda, or auto, which is torch.
+        impl: reference (the matrix in memory), torch (a run of queries at a time), triton (groups of at
+            most 128 items), cuda, or auto, which is torch.
 
     Returns:
         ties_against and optimistic, n each, int64.
@@ -55,11 +55,8 @@ def rank_of_positive(
     if chosen == "reference":
         return rank_of_positive_reference(query, items, positive, groups, dual_softmax_scale)
     dual = None if dual_softmax_scale is None else dual_softmax(query, items, dual_softmax_scale)
-    if chosen == "triton":
-        reach, exceed = kernel("rank_of_positive").counts(query, items, positive, *_bias(dual, query))
-        return 1 + reach, 1 + exceed
-    if chosen == "cuda":
-        counts = kernel("rank_of_positive", "cuda").counts
+    if chosen != "torch":
+        counts = kernel("rank_of_positive", chosen).counts
         reach, exceed = counts(query, items, positive, groups, _bias(dual, query))
         return 1 + reach, 1 + exceed
     against, optimistic = torch.empty_like(positive), torch.empty_like(positive)

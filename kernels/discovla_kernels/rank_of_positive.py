@@ -7,13 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import accumulator, precision, product_tile, unsupported
+from discovla_kernels.tiles import Traffic, accumulator, precision, product_tile, unsupported
+
+MAX_GROUP = 128  # items of a group: a tile holds whole groups
 
 
 def supports(query: Tensor, items: Tensor, groups: Tensor | None) -> str:
     """Why the kernel does not take these; empty where it does."""
-    if groups is not None:
-        return "groups of items are counted by impl='torch' only"
+    if groups is not None and (largest := int(groups.bincount().max())) > MAX_GROUP:
+        return f"expected at most {MAX_GROUP} items of a group, found {largest}"
     return unsupported(query, items)
 
 
@@ -31,32 +33,54 @@ def _score(product, bias, lowest, scale, DUAL: tl.constexpr):
 
 @triton.jit
 def _rank_of_positive_forward(
-    query_ptr, item_ptr, positive_ptr, bias_ptr, lowest_ptr, target_ptr, count_ptr, N, M, D, scale,
-    TARGET: tl.constexpr, DUAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    query_ptr, item_ptr, positive_ptr, table_ptr, bias_ptr, lowest_ptr, target_ptr, count_ptr, N, G, D, scale,
+    TARGET: tl.constexpr, DUAL: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """count_0 = |{j != positive: S_ij >= S_i,positive}|, count_1 the same with >; S = query itemsᵀ.
+    """count_0 = |{g != positive: S_ig >= S_i,positive}|, count_1 the same with >; S_ig the best score of the
+    items of group g, of which there is one where SLOTS is 1.
 
-    Tile: BLOCK queries x BLOCK items. With TARGET the items of a tile are the right ones of its queries, and
-    its diagonal is kept, so that equal scores come of the same arithmetic; without, comparisons are counted
-    and added to integers, whose sum no order changes.
-    Traffic: N M D (2 / BLOCK) elements loaded, 8 N M / BLOCK bytes added.
+    Tile: BLOCK queries x BLOCK / SLOTS groups; a group has SLOTS places in the table, -1 where no item is.
+    With TARGET the groups of a tile are the right ones of its queries, place after place, and the diagonal is
+    kept, so that equal scores come of the same arithmetic; without, comparisons are counted and added to
+    integers, whose sum no order changes.
+    Traffic: `traffic`.
     """
     i = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     positive = tl.load(positive_ptr + i, mask=i < N, other=0)
-    j = positive
-    if not TARGET:
-        j = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    product = product_tile(query_ptr, item_ptr, i, j, i < N, j < M, D, BLOCK_D, PRECISION, ACC)
-    bias = tl.load(bias_ptr + j, mask=j < M, other=0.0)
-    score = _score(product, bias, tl.load(lowest_ptr).to(ACC), scale, DUAL)
+    lowest = tl.load(lowest_ptr).to(ACC)
     if TARGET:
         slot = tl.arange(0, BLOCK)
-        own = tl.where(slot[:, None] == slot[None, :], score, -float("inf"))
-        tl.store(target_ptr + i, tl.max(own, axis=1), mask=i < N)
+        target = tl.full((BLOCK,), -float("inf"), dtype=ACC)
+        for s in range(SLOTS):
+            j = positive
+            if SLOTS > 1:
+                j = tl.load(table_ptr + positive * SLOTS + s, mask=i < N, other=-1).to(tl.int64)
+            real = (i < N) & (j >= 0)
+            product = product_tile(query_ptr, item_ptr, i, j, i < N, real, D, BLOCK_D, PRECISION, ACC)
+            bias = tl.load(bias_ptr + j, mask=real, other=0.0)
+            score = _score(product, bias, lowest, scale, DUAL)
+            own = tl.where((slot[:, None] == slot[None, :]) & real[None, :], score, -float("inf"))
+            target = tl.maximum(target, tl.max(own, axis=1))
+        tl.store(target_ptr + i, target, mask=i < N)
     else:
+        g = (tl.program_id(1) * (BLOCK // SLOTS) + tl.arange(0, BLOCK // SLOTS)).to(tl.int64)
+        j = g
+        if SLOTS > 1:
+            places = g[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
+            j = tl.reshape(tl.load(table_ptr + places, mask=(g < G)[:, None], other=-1), (BLOCK,)).to(
+                tl.int64
+            )
+            real = j >= 0
+        else:
+            real = g < G
+        product = product_tile(query_ptr, item_ptr, i, j, i < N, real, D, BLOCK_D, PRECISION, ACC)
+        score = _score(product, tl.load(bias_ptr + j, mask=real, other=0.0), lowest, scale, DUAL)
+        score = tl.where(real[None, :], score, -float("inf"))
+        if SLOTS > 1:
+            score = tl.max(tl.reshape(score, (BLOCK, BLOCK // SLOTS, SLOTS)), axis=2)
         target = tl.load(target_ptr + i, mask=i < N, other=0.0)
-        other = (j < M)[None, :] & (j[None, :] != positive[:, None])
+        other = (g < G)[None, :] & (g[None, :] != positive[:, None])
         reach = tl.sum((other & (score >= target[:, None])).to(tl.int32), axis=1)
         exceed = tl.sum((other & (score > target[:, None])).to(tl.int32), axis=1)
         tl.atomic_add(count_ptr + i, reach, mask=i < N)
@@ -64,24 +88,64 @@ def _rank_of_positive_forward(
 
 
 def counts(
-    query: Tensor, items: Tensor, positive: Tensor, bias: Tensor | None, lowest: Tensor, scale: float
+    query: Tensor,
+    items: Tensor,
+    positive: Tensor,
+    groups: Tensor | None,
+    dual: tuple[Tensor | None, Tensor, float],
 ) -> tuple[Tensor, Tensor]:
-    """Items other than the right one that score at least as high, and higher: n each, int64.
+    """Items (or groups) other than the right one that score at least as high, and higher: n each, int64.
 
-    query, items: n d and m d, unit rows.  bias, lowest, scale: of a dual softmax, or None, unused, unused.
+    query, items: n d and m d, unit rows.  groups: m, the group of each item, or None.
+    dual: sums of the items, the lowest logit, and the scale of a dual softmax, or None, unused, unused.
     """
     (n, d), m = query.shape, len(items)
+    bias, lowest, scale = dual
     acc = torch.promote_types(query.dtype, torch.float32)
     target = query.new_empty(n, dtype=acc)
     count = torch.zeros(2, n, dtype=torch.int32, device=query.device)
     bias_or_zero = items.new_zeros(m, dtype=acc) if bias is None else bias
-    block = 128 if n * m >= 1 << 20 else 32
-    over_items = {True: 1, False: triton.cdiv(m, block)}  # one tile of right items, or every tile of items
-    for only_target, across in over_items.items():
+    table = positive if groups is None else _table(groups)
+    slots, of = (1, m) if groups is None else (table.shape[1], len(table))
+    block = _block(n, of, slots)
+    over_groups = {True: 1, False: triton.cdiv(of, block // slots)}  # the right ones, or every tile of them
+    for only_target, across in over_groups.items():
         _rank_of_positive_forward[(triton.cdiv(n, block), across)](
-            query.contiguous(), items.contiguous(), positive, bias_or_zero, lowest, target, count, n, m, d,
-            scale, TARGET=only_target, DUAL=bias is not None, BLOCK=block,
+            query.contiguous(), items.contiguous(), positive, table, bias_or_zero, lowest, target, count, n,
+            of, d, scale, TARGET=only_target, DUAL=bias is not None, SLOTS=slots, BLOCK=block,
             BLOCK_D=64 if query.element_size() == 2 else 32, PRECISION=precision(query),
             ACC=accumulator(query), num_warps=8 if block == 128 else 4,
         )  # fmt: skip
     return count[0].long(), count[1].long()
+
+
+def traffic(n: int, items: tuple[int, int, int], d: int) -> Traffic:
+    """Of `counts` of n queries; items: how many, of how many groups, in how many places each (m, m, 1 where
+    there are no groups).
+
+    The right items of every query, place after place, beside the query; then tiles, which load their queries
+    and items and add two integers a query.
+    """
+    m, groups, slots = items
+    block = _block(n, groups, slots)
+    tiles = triton.cdiv(n, block), triton.cdiv(groups, block // slots)
+    grouped = int(slots > 1)
+    right = n * (1 + slots * (d + grouped) + m / groups * (d + 1)) + tiles[0]
+    tables = grouped * groups * slots * tiles[0]
+    every = n * (d + 2) * tiles[1] + m * (d + 1) * tiles[0] + tables + tiles[0] * tiles[1]
+    return Traffic(loads=round(right + every), stores=n + 2 * n * tiles[1])
+
+
+def _table(groups: Tensor) -> Tensor:
+    """The items of each group, int32, in as many places as a power of two that all fit in; -1 in the rest."""
+    order, sizes = groups.argsort(stable=True), groups.bincount()
+    slots = max(2, triton.next_power_of_2(int(sizes.max())))
+    place = torch.arange(len(groups), device=groups.device) - (sizes.cumsum(0) - sizes)[groups[order]]
+    table = torch.full((len(sizes), slots), -1, dtype=torch.int32, device=groups.device)
+    table[groups[order], place] = order.int()
+    return table
+
+
+def _block(n: int, groups: int, slots: int) -> int:
+    """Side of a tile; a small one where large ones would leave processors idle."""
+    return 128 if n * groups * slots >= 1 << 20 or slots > 32 else 32

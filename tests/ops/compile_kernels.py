@@ -37,6 +37,7 @@ INTEGERS = {
     "index_ptr": "*i16",
     "positive_ptr": "*i64",
     "count_ptr": "*i32",
+    "table_ptr": "*i32",
 }
 ROWS = ("text_ptr", "video_ptr", "query_ptr", "item_ptr", "token_ptr", "dx_ptr")
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a program may have
@@ -101,9 +102,8 @@ def main(capability: int) -> None:
         tables = {"L_BLOCK": length, "K_BLOCK": 16, "BLOCK_D": width}
         cases += [(soft_vlad._soft_vlad_forward, tables), (soft_vlad._soft_vlad_backward, tables)]
     for switch in (True, False):
-        cases += [
-            (rank_of_positive._rank_of_positive_forward, {"TARGET": switch, "DUAL": True, "BLOCK": 128})
-        ]
+        ranks = {"TARGET": switch, "DUAL": True, "BLOCK": 128}
+        cases += [(rank_of_positive._rank_of_positive_forward, ranks | {"SLOTS": n}) for n in (1, 32)]
         cases += [(sigmoid_loss._sigmoid_loss, {"BACKWARD": switch, "BLOCK": 128})]
     if missing := entries() - {kernel.__name__ for kernel, _ in cases}:
         sys.exit(f"never compiled: {sorted(missing)}")

@@ -11,7 +11,6 @@ from tests.ops.kernels import DEVICE, runnable, skip_what_no_gpu_kernel_takes
 
 SIZES = [1, 7, 63, 130]
 RANKS = runnable("rank_of_positive")
-GROUPED = [impl for impl in RANKS if impl != "triton"]
 
 
 def signs(rows: int, seed: int) -> Tensor:
@@ -51,13 +50,27 @@ def test_texts_of_one_video_share_their_right_item(impl):
     assert_ranks(found, text_to_video_ranks((text @ video.T).numpy(), groups.numpy()))
 
 
-@pytest.mark.parametrize("impl", GROUPED)
+@pytest.mark.parametrize("impl", RANKS)
 def test_a_video_ranks_groups_of_captions_by_their_best(impl):
     groups = torch.arange(40).roll(3) % 13
     text, video = signs(40, 0), signs(13, 1)
     dtype = torch.float32 if impl == "cuda" else torch.float64
     found = ranks(impl, video.to(dtype), text.to(dtype), torch.arange(13), groups=groups)
     assert_ranks(found, video_to_text_ranks((text @ video.T).numpy(), groups.numpy()))
+
+
+@pytest.mark.parametrize("impl", RANKS)
+def test_dual_softmax_ranks_of_groups_are_those_of_the_matrix(impl):
+    generator = torch.Generator().manual_seed(3)
+    groups = torch.tensor([3, 0, 1, 2, 2, 4, 0, 2, 5, 3, 2])  # of one caption to four
+    sides = [torch.randn(n, 9, generator=generator, dtype=torch.float64) for n in (len(groups), 6)]
+    text, video = (torch.nn.functional.normalize(x) for x in sides)
+    _, to_text = dual_softmax((20 * text @ video.T).numpy())
+    dtype = torch.float32 if impl == "cuda" else torch.float64
+    found = ranks(
+        impl, video.to(dtype), text.to(dtype), torch.arange(6), groups=groups, dual_softmax_scale=20
+    )
+    assert_ranks(found, video_to_text_ranks(to_text, groups.numpy()))
 
 
 @pytest.mark.parametrize("impl", RANKS)
@@ -91,9 +104,10 @@ def test_one_score_for_every_pair_is_last_and_optimistically_first():
     assert optimistic.tolist() == [1] * 5
 
 
-def test_groups_are_refused_by_the_kernel():
-    with pytest.raises(KernelUnavailable, match="groups of items are counted by impl='torch' only"):
-        rank_of_positive(signs(3, 0), signs(3, 1), torch.arange(3), groups=torch.arange(3), impl="triton")
+def test_a_group_too_large_for_a_tile_is_refused_by_the_kernel():
+    with pytest.raises(KernelUnavailable, match="expected at most 128 items of a group, found 129"):
+        one = torch.zeros(129, dtype=torch.long)
+        rank_of_positive(signs(3, 0), signs(129, 1), one[:3], groups=one, impl="triton")
 
 
 def test_a_right_item_that_is_not_there_is_refused():
