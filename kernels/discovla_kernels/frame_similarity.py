@@ -11,6 +11,7 @@ from torch import Tensor
 
 from discovla_kernels.tiles import (
     LOWEST,
+    Traffic,
     accumulator,
     dense_matmul,
     mask_pointer,
@@ -23,6 +24,7 @@ from discovla_kernels.tiles import (
 MAX_PARTS = 256  # of a text: their maxima live in registers
 Masks = tuple[Tensor | None, Tensor | None]
 BLOCK_BYTES = 3 << 25  # of one block of pairs
+BLOCK_R, BLOCK_C = 32, 128  # products of parts that a tile of backward writes
 
 
 def supports(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
@@ -72,9 +74,8 @@ def _frame_similarity_forward(
     Tile: BLOCK_T texts x BLOCK_V videos. The parts of a text are FIRST + SECOND rows, powers of two, so that
     12 need no padding: (BLOCK_T FIRST) x BLOCK_V and (BLOCK_T SECOND) x BLOCK_V products, j after j.
     Registers: p of every part (and its j), and of q only the sums of an online softmax over j.
-    Traffic: texts are loaded ceil(V / BLOCK_V) J_PARTS times, videos ceil(T / BLOCK_T) times for each of
-    the two runs of parts, mostly from L2; written are 4 T V bytes, and with KEEP what backward needs: p, q
-    and their indices (6 bytes each) and five sums.
+    Written with KEEP is what backward needs: p, q and their indices and five sums.
+    Traffic: `traffic`.
     Backward: dR_ij = dG / 2 (w_i (1 + s (p_i - mean)) [j = argmax_i] + the same of q).
     """
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
@@ -155,7 +156,7 @@ def _frame_similarity_backward(
     """dR of a block, dense, (t i) (v j), for two products: dtext = dR video, dvideo = dRᵀ text.
 
     Tile: BLOCK_R rows (t i) x BLOCK_C columns (v j); every element by itself.
-    Traffic: T V I_PARTS J_PARTS elements written, T V (6 (I_PARTS + J_PARTS) + 24) bytes read.
+    Traffic: `traffic_backward`.
     """
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
@@ -204,8 +205,7 @@ def maxima(text: Tensor, video: Tensor, scale: Tensor, masks: Masks, keep: bool)
     text, video, (text_mask, video_mask) = text.contiguous(), video.contiguous(), masks
     (t, i, d), (v, j, _) = text.shape, video.shape
     first, second = _split(i)
-    block_t = max(1, (128 if t * v >= 1 << 16 else 32) // first)
-    block_v = 64 if t * v >= 1 << 16 else 32
+    block_t, block_v = _tile(t, v, first)
     acc = torch.promote_types(text.dtype, torch.float32)
     place = (t, v) if keep else (1, 1)
     out = Maxima(
@@ -233,13 +233,12 @@ def gradients(
     (t, i, d), (v, j, _) = text.shape, video.shape
     text_mask, video_mask = masks
     dense = text.new_empty(t * i, v * j)
-    block_r, block_c = 32, 128
-    _frame_similarity_backward[(triton.cdiv(t * i, block_r), triton.cdiv(v * j, block_c))](
+    _frame_similarity_backward[(triton.cdiv(t * i, BLOCK_R), triton.cdiv(v * j, BLOCK_C))](
         grad.contiguous(), scale, mask_pointer(text_mask, text), mask_pointer(video_mask, video),
         found.text_best, found.text_index, found.video_best, found.video_index, found.pools, dense, t, v, i,
         j, t * v,
-        HAS_TEXT_MASK=text_mask is not None, HAS_VIDEO_MASK=video_mask is not None, BLOCK_R=block_r,
-        BLOCK_C=block_c,
+        HAS_TEXT_MASK=text_mask is not None, HAS_VIDEO_MASK=video_mask is not None, BLOCK_R=BLOCK_R,
+        BLOCK_C=BLOCK_C,
     )  # fmt: skip
     text_grad = dense_matmul(dense, video.view(v * j, d), grad.dtype).view(t, i, d)
     video_grad = dense_matmul(dense.T, text.view(t * i, d), grad.dtype).view(v, j, d)
@@ -262,3 +261,40 @@ def _split(parts: int) -> tuple[int, int]:
     half = whole // 2
     second = max(triton.next_power_of_2(parts - half), half // 8, 1) if half else 0
     return (half, second) if half and half + second < whole else (whole, 0)
+
+
+def _tile(t: int, v: int, first: int) -> tuple[int, int]:
+    """Texts and videos of a tile; small ones where large ones would leave processors idle."""
+    large = t * v >= 1 << 16
+    return max(1, (128 if large else 32) // first), 64 if large else 32
+
+
+def traffic(shapes: tuple[int, int, int, int, int], *, masked: bool, keep: bool) -> Traffic:
+    """Of `maxima` of t texts with i parts and v videos with j parts in d dimensions; shapes: t i v j d.
+
+    Texts are loaded j times for each of the ceil(v / BLOCK_V) tiles they are in, videos ceil(t / BLOCK_T)
+    times for each run of a text's parts, mostly from L2; masks once a tile. A similarity is stored, with
+    `keep` also 2 i + 2 j maxima and indices of each pair, and five sums.
+    """
+    t, i, v, j, d = shapes
+    first, second = _split(i)
+    block_t, block_v = _tile(t, v, first)
+    tiles = triton.cdiv(t, block_t), triton.cdiv(v, block_v)
+    loads = t * i * j * d * tiles[1] + v * j * d * tiles[0] * (2 if second else 1) + tiles[0] * tiles[1]
+    if masked:
+        loads += t * i * tiles[1] + v * j * tiles[0]
+    return Traffic(loads=loads, stores=t * v * (1 + (2 * (i + j) + 5 if keep else 0)))
+
+
+def traffic_backward(shapes: tuple[int, int, int, int, int], *, masked: bool) -> Traffic:
+    """Of the dense derivative that `gradients` writes, every product of parts by itself; shapes: t i v j d.
+
+    Each loads its pair's gradient and two indices, from L1 where a neighbour has; each maximum, where it was
+    found, itself and two sums; a tile its masks, of rows and of columns.
+    """
+    t, i, v, j, _ = shapes
+    tiles = triton.cdiv(t * i, BLOCK_R), triton.cdiv(v * j, BLOCK_C)
+    loads = 3 * t * i * v * j + 3 * t * v * (i + j) + tiles[0] * tiles[1]
+    if masked:
+        loads += t * i * tiles[1] + v * j * tiles[0]
+    return Traffic(loads=loads, stores=t * i * v * j)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import accumulator, precision, product_tile, unsupported
+from discovla_kernels.tiles import Traffic, accumulator, precision, product_tile, unsupported
 
 BLOCK_BYTES = 1 << 26  # of the derivative of one block
 
@@ -27,7 +27,7 @@ def _sigmoid_loss(
 
     Tile: BLOCK texts x BLOCK videos in registers; a tile writes its own sum. With BACKWARD it writes instead
     s dx = -w s z sigmoid(-z (s x + b)), and its sums of the derivative by s and by b.
-    Traffic: R C D (2 / BLOCK) elements loaded; with BACKWARD R C written for the products that follow.
+    Traffic: `traffic`.
     """
     i, j = tl.program_id(0), tl.program_id(1)
     r = (i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -71,11 +71,29 @@ def pairs_per_block(text: Tensor) -> int:
     return BLOCK_BYTES // max(4, text.element_size())
 
 
+def traffic(shapes: tuple[int, int, int], *, backward: bool) -> Traffic:
+    """Of one block of r texts and c videos in d dimensions; shapes: r c d.
+
+    A tile loads its rows and the scalars, and stores a sum, with `backward` two and the derivative.
+    """
+    r, c, d = shapes
+    block = _block(r, c)
+    tiles = triton.cdiv(r, block), triton.cdiv(c, block)
+    count = tiles[0] * tiles[1]
+    loads = (r * tiles[1] + c * tiles[0]) * d + count * (3 if backward else 2)
+    return Traffic(loads=loads, stores=r * c + 2 * count if backward else count)
+
+
+def _block(rows: int, columns: int) -> int:
+    """Side of a tile; small ones where large ones would leave processors idle."""
+    return 128 if rows * columns >= 1 << 20 else 32
+
+
 def _launch(
     text: Tensor, video: Tensor, scale: Tensor, bias: Tensor, shift: int, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     (rows, d), columns = text.shape, len(video)
-    block = 128 if rows * columns >= 1 << 20 else 32
+    block = _block(rows, columns)
     grid = (triton.cdiv(rows, block), triton.cdiv(columns, block))
     dx = text.new_empty((1, 1) if weight is None else (rows, columns))
     sums = torch.zeros(2, *grid, dtype=scale.dtype, device=text.device)

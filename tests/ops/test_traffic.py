@@ -1,0 +1,191 @@
+"""What kernels load, store and multiply, counted in the interpreter, is what their formulas say."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.measure import product_flops
+from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
+from discovla.ops.frame_similarity import frame_similarity
+from discovla.ops.info_nce import info_nce
+from discovla.ops.late_interaction import max_sim, weighted_token_interaction
+from discovla.ops.sigmoid_loss import sigmoid_loss
+from discovla.ops.token_similarity import TokenInputs, token_similarity, token_training_similarity
+from discovla_kernels import (
+    contrastive,
+    late_interaction,
+    rank_of_positive,
+    soft_vlad,
+)
+from discovla_kernels import (
+    frame_similarity as frames,
+)
+from discovla_kernels import (
+    sigmoid_loss as sigmoid,
+)
+from discovla_kernels import (
+    token_similarity as tokens,
+)
+from tests.ops.counting import Counts, counted
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
+)
+SCALE = torch.tensor(10.0)
+# more than one tile each way, and a ragged last one: t i v j d
+SHAPE = (5, 12, 40, 2, 24)
+
+
+def sides(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    t, i, v, j, d = shape
+    return torch.randn(t, i, d), torch.randn(v, j, d)
+
+
+def masks(shape: tuple[int, ...], masked: bool) -> tuple[Tensor | None, Tensor | None]:
+    """With every part real, so that what is loaded of the rest does not change."""
+    t, i, v, j, _ = shape
+    return tuple(torch.ones(s, dtype=torch.bool) if masked else None for s in ((t, i), (v, j)))  # type: ignore
+
+
+def assert_counts(found: Counts, formula) -> None:
+    assert found.loads == pytest.approx(formula.loads, rel=0.1)
+    assert found.stores == pytest.approx(formula.stores, rel=0.1)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("shape", [SHAPE, (9, 7, 35, 3, 16)], ids=str)
+def test_traffic_of_the_frame_similarity(shape, masked):
+    given, (text, video) = masks(shape, masked), sides(shape)
+    for keep in (False, True):
+        with counted() as found:
+            maxima = frames.maxima(text, video, SCALE, given, keep=keep)
+        assert_counts(found, frames.traffic(shape, masked=masked, keep=keep))
+    with counted() as found:
+        frames.gradients(torch.ones(len(text), len(video)), maxima, text, video, SCALE, given)
+    assert_counts(found, frames.traffic_backward(shape, masked=masked))
+
+
+@pytest.mark.parametrize("given", ["alone", "teacher", "ignore"])
+def test_traffic_of_the_contrastive_losses(given):
+    r, c, d = shape = (40, 50, 24)
+    rows = [(torch.randn(n, d), torch.ones(n)) for n in (r, c)]
+    teacher = torch.randn(r, c) if given == "teacher" else None
+    ignore = torch.zeros(r, c, dtype=torch.bool) if given == "ignore" else None
+    with counted() as found:
+        contrastive.statistics(*rows, SCALE, teacher, ignore, 0)
+    options = {"teacher": teacher is not None, "ignore": ignore is not None}
+    assert_counts(found, contrastive.traffic(shape, backward=False, **options))
+    sums = torch.full((3, r), 99.0), torch.full((3, c), 99.0)
+    with counted() as found:
+        contrastive.derivative(*rows, SCALE, teacher, ignore, 0, sums, torch.ones(3), True)
+    assert_counts(found, contrastive.traffic(shape, backward=True, **options))
+
+
+def test_traffic_of_the_sigmoid_loss():
+    r, c, d = shape = (40, 50, 24)
+    text, video = torch.randn(r, d), torch.randn(c, d)
+    with counted() as found:
+        sigmoid.forward(text, video, SCALE, SCALE, 0)
+    assert_counts(found, sigmoid.traffic(shape, backward=False))
+    with counted() as found:
+        sigmoid.backward(text, video, SCALE, SCALE, 0, SCALE)
+    assert_counts(found, sigmoid.traffic(shape, backward=True))
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["items", "groups"])
+def test_traffic_of_ranks(grouped):
+    query, items, dual = torch.randn(40, 24), torch.randn(78, 24), (None, torch.tensor(0.0), 1.0)
+    groups = torch.arange(78) % 26 if grouped else None  # three of each, in four places
+    with counted() as found:
+        rank_of_positive.counts(query, items, torch.arange(40) % 26, groups, dual)
+    assert_counts(found, rank_of_positive.traffic(40, (78, 26, 4) if grouped else (78, 78, 1), 24))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("mode", ["ranking", "official"])
+def test_traffic_of_token_similarities(mode, masked):
+    given, (text, video) = masks(SHAPE, masked), sides(SHAPE)
+    with counted() as found:
+        tokens.scores(text, video, given, 10.0, mode)
+    assert_counts(found, tokens.traffic(SHAPE, masked=masked, backward=False))
+    with counted() as found:
+        tokens.gradients(torch.ones(len(text), len(video)), text, video, given, 10.0, mode)
+    assert_counts(found, tokens.traffic(SHAPE, masked=masked, backward=True))
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one-way", "both"])
+def test_traffic_of_late_interaction(both):
+    given, (text, video) = masks(SHAPE, both), sides(SHAPE)
+    weights = torch.randn(text.shape[:2]), torch.randn(video.shape[:2]) if both else None
+    with counted() as found:
+        late_interaction.scores(text, video, *weights, given)
+    options = {"both": both, "masked": both}
+    assert_counts(found, late_interaction.traffic(SHAPE, backward=False, **options))
+    with counted() as found:
+        late_interaction.gradients(torch.ones(len(text), len(video)), text, video, *weights, given)
+    assert_counts(found, late_interaction.traffic(SHAPE, backward=True, **options))
+
+
+def test_traffic_of_soft_vlad():
+    n, length, k, d = 3, 20, 5, 80
+    x, mask = torch.randn(n, length, d), torch.arange(length) < torch.tensor([[20], [7], [1]])
+    tables = torch.randn(k, d), torch.randn(k, d)
+    with counted() as found:
+        soft_vlad.forward(x, mask, *tables)
+    assert_counts(found, soft_vlad.traffic(n, (length, 28), k, d, backward=False))
+    with counted() as found:
+        soft_vlad.gradients(torch.randn(n, d), x, mask, *tables)
+    assert_counts(found, soft_vlad.traffic(n, (length, 28), k, d, backward=True))
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape).requires_grad_() for shape in shapes]
+
+
+def token_inputs(x: list[Tensor]) -> TokenInputs:
+    return TokenInputs(text=x[0], video=x[1])
+
+
+def aligned(x: list[Tensor]) -> Tensor:
+    inputs = AlignmentInputs(text=x[0], video=x[1], text_frames=x[2], video_frames=x[3])
+    losses = alignment_losses(inputs, SCALE, impl="triton")
+    return losses.video + losses.frame + losses.distill
+
+
+POOLED = ((32, 32), (32, 32))
+PARTS = ((4, 12, 32), (32, 2, 32))  # 12 parts are 8 and 4
+WHOLE = ((8, 8, 32), (8, 8, 32))  # one tile of 64 x 64
+STEPS = {
+    "info_nce": (POOLED, lambda x: info_nce(*x, SCALE, impl="triton")),
+    "sigmoid_loss": (POOLED, lambda x: sigmoid_loss(*x, SCALE, SCALE, impl="triton")),
+    "frame_similarity": (PARTS, lambda x: frame_similarity(*x, SCALE, impl="triton")),
+    "alignment_losses": ((*POOLED, (32, 4, 32), (32, 2, 32)), aligned),
+    "token_similarity": (WHOLE, lambda x: token_similarity(token_inputs(x), impl="triton")),
+    "token_training_similarity": (
+        WHOLE,
+        lambda x: token_training_similarity(token_inputs(x), impl="triton"),
+    ),
+    "max_sim": (WHOLE, lambda x: max_sim(token_inputs(x), impl="triton")),
+    "weighted_token_interaction": (
+        (*WHOLE, (8, 8), (8, 8)),
+        lambda x: weighted_token_interaction(token_inputs(x), *x[2:], impl="triton"),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", STEPS)
+def test_a_step_multiplies_in_four_passes_without_padding(op):
+    """One pass forward, one again in backward, one for each side's gradient."""
+    shapes, call = STEPS[op]
+    x = leaves(*shapes)
+
+    def step() -> None:
+        out = call(x)
+        torch.autograd.grad(out, x, torch.ones_like(out))
+
+    with counted() as found:
+        products = product_flops(step)
+    pairs = [(x[0], x[1])] + ([(x[2], x[3])] if op == "alignment_losses" else [])
+    one_pass = sum(2 * a.numel() * b.numel() // a.shape[-1] for a, b in pairs)
+    assert found.flops == 2 * one_pass
+    assert products == 2 * one_pass
