@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from discovla.ops.rank_of_positive import rank_of_positive
 from discovla.ops.token_similarity import TokenInputs
 from discovla.ops.top_k import top_k
 
-Call = Callable[[list[Tensor], Impl, bool], Tensor]  # leaves, impl, masked
+Call = Callable[[list[Tensor], Impl, bool], Any]  # leaves, impl, masked -> a tensor or several
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The similarity kernels on this machine's GPU: are they right, what can the GPU do, how fast are they.
+"""The kernels on this machine's GPU: are they right, what can the GPU do, how fast are they.
 
     python benchmarks/gpu.py                      everything, within ten minutes
     python benchmarks/gpu.py --suite check        only whether they are right
@@ -45,6 +45,7 @@ from benchmarks.measure import (
     write_row,
 )
 from benchmarks.peers import PEERS, Peer
+from benchmarks.tower_cases import checked_tower_cases, timed_tower_cases
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 
 # ‖error‖ / ‖truth‖ of values and of gradients. float32 is three TF32 products. Half-precision inputs are
@@ -91,7 +92,7 @@ def check(case: Case, impl: Any) -> Row:
         found = errors(case, impl, leaves, want)
     except KernelUnavailable as error:
         return row | {"left_out": str(error)}
-    limits = BUDGET[case.dtype]
+    limits = case.limits or BUDGET[case.dtype]
     if case.n >= 4096 and case.dtype == torch.bfloat16:
         plain = errors(case, "torch", leaves, want)
         limits = max(LARGE[0], 1.2 * plain["err_fro"]), max(LARGE[1], 1.2 * plain["err_gradient"])
@@ -134,8 +135,10 @@ def step_of(case: Case, function: Callable[[list[Tensor]], Tensor]) -> Callable[
             out = function(leaves)
         if not case.backward:
             return [out]
-        gradients = torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
-        return [out.detach(), *(g for g in gradients if g is not None)]
+        results = [out] if isinstance(out, Tensor) else list(out)
+        ones = [torch.ones_like(x) for x in results]
+        gradients = torch.autograd.grad(results, leaves, ones, allow_unused=True)
+        return [*(x.detach() for x in results), *(g for g in gradients if g is not None)]
 
     return step
 
@@ -298,11 +301,13 @@ def main(words: Sequence[str] | None = None) -> int:
     where = machine(DEVICE)
     path = results_file(where, "gpu")
     before = earlier(path.parent, where["time"])
-    checked = [case for case in checked_cases() if options.only in case.name]
+    checked = [*checked_cases(), *checked_tower_cases()]
+    checked = [case for case in checked if options.only in case.name]
     if not check_all(checked, path, where, begin + share * options.seconds):
         return 1
     if options.suite != "check":
-        timed_ones = [case for case in timed_cases(options.suite) if options.only in case.name]
+        timed_ones = [*timed_tower_cases(options.suite), *timed_cases(options.suite)]
+        timed_ones = [case for case in timed_ones if options.only in case.name]
         time_all(timed_ones, path, where, begin + options.seconds)
     rows = [row for row in read_rows(path) if row["time"] == where["time"]]
     print("", report(rows), sep="\n")

@@ -1,0 +1,237 @@
+"""What is measured of the towers' ops: the sizes of a step of 128 clips, and ragged ones to check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from discovla.ops.adapter import adapter
+from discovla.ops.dispatch import Impl
+from discovla.ops.frame_patches import frame_patches
+from discovla.ops.layer_norm import Update, layer_norm
+from discovla.ops.mlp import MLPWeights, mlp
+from discovla.ops.short_attention import Packing, short_attention
+from discovla.ops.temporal_fusion import Groups, temporal_fusion
+
+FRAMES, TOKENS, RANK, PATCH = 12, 12, 8, 32  # of a clip, of a caption on average, of an adapter, in pixels
+# of values and gradients: a result is rounded to its dtype, in half precision attention's weights are too
+LIMITS = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-3, 4e-3), torch.bfloat16: (4e-3, 8e-3)}
+Results = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerCase(Case):
+    """An op of the towers on n rows, sequences or frames; dim: width w.
+
+    products: floating-point operations of its matrix products, forward and backward.
+    rows: what is beside n in the name: rows of a sequence, hidden units, pixels.
+    masked: sequences are packed; of frame_patches, that the result is float32.
+    """
+
+    rows: int
+    products: float
+
+    @property
+    def name(self) -> str:
+        step = "step" if self.backward else "fwd"
+        packed = " packed" if self.masked and self.backward else ""
+        return f"{self.op} {step}{packed} {self.n}x{self.rows} w={self.dim} {str(self.dtype)[6:]}"
+
+    @property
+    def flops(self) -> float:
+        return self.products
+
+    @property
+    def scaled(self) -> bool:
+        return False
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return LIMITS[self.dtype]
+
+    @property
+    def reference_bytes(self) -> float:
+        """What the reference holds at least: its scores, or ten times its inputs."""
+        inputs = 10.0 * sum(2 * torch.Size(shape).numel() for shape in self.shapes)
+        attends = self.op in ("short_attention", "temporal_fusion")
+        return inputs + (12.0 * self.products / (14 * 64) if attends else 0.0)  # 14 c operations a score
+
+    def leaves(self, device: torch.device | str, seed: int = 0) -> list[Tensor]:
+        """Inputs of noise, or bytes."""
+        generator = torch.Generator(device).manual_seed(seed)
+        if self.op == "frame_patches":
+            shape = self.shapes[0]
+            return [torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)]
+        noise = [torch.randn(s, generator=generator, device=device).to(self.dtype) for s in self.shapes]
+        return [x.requires_grad_(self.backward) for x in noise]
+
+    def run(self, leaves: list[Tensor], impl: Impl) -> list[Tensor]:
+        """All results in one row, and the gradients of their products with noise."""
+        with torch.set_grad_enabled(self.backward):
+            out = self.call(leaves, impl, self.masked)
+        results = [out] if isinstance(out, Tensor) else list(out)
+        value = torch.cat([x.detach().flatten() for x in results])
+        if not self.backward:
+            return [value]
+        generator = torch.Generator(value.device).manual_seed(1)
+        noise = [torch.randn(x.shape, generator=generator, device=x.device) for x in results]
+        directions = [d.to(torch.bfloat16).to(x.dtype) for d, x in zip(noise, results, strict=True)]
+        return [value, *torch.autograd.grad(results, leaves, directions)]
+
+
+@cache
+def _frozen(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> list[Tensor]:
+    """Weights that no gradient is asked of, exact in every dtype."""
+    generator = torch.Generator(device).manual_seed(2)
+    noise = [torch.randn(s, generator=generator, device=device) / s[-1] ** 0.5 for s in shapes]
+    return [x.to(torch.bfloat16) for x in noise]
+
+
+@cache
+def _captions(n: int, device: torch.device) -> Packing:
+    """Lengths from 6 to 18, 12 on average."""
+    lengths = torch.arange(n, device=device) * 5 % (TOKENS + 1) + TOKENS // 2
+    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return Packing(offsets=ends.int(), longest=TOKENS // 2 + TOKENS)
+
+
+@cache
+def _groups(n: int, rows: int, heads: int, packed: bool, device: torch.device) -> Groups:
+    """n frames or captions, up to 12 a group; the last one of all is padding unless it is a group alone."""
+    frames = next(f for f in range(FRAMES, 0, -1) if n % f == 0)
+    packing = _captions(n, device) if packed else None
+    first = torch.arange(n, device=device) * rows if packing is None else packing.offsets[:-1].long()
+    last = first if packing is None else packing.offsets[1:].long() - 1
+    count = n * rows if packing is None else int(packing.offsets[-1])
+    seen = torch.arange(count, device=device) < (first[-1] if frames > 1 else count)
+    return Groups(
+        heads=heads,
+        readout=last.view(-1, frames),
+        packing=packing,
+        causal=packed,
+        group_mask=seen if packed else seen.view(n, rows),
+    )
+
+
+def _layer_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    return layer_norm(leaves[0], Update(u=leaves[1]), impl=impl)
+
+
+def _mlp(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    w = leaves[0].shape[-1]
+    up, up_bias, down, down_bias = _frozen(((4 * w, w), (4 * w,), (w, 4 * w), (w,)), leaves[0].device)
+    return mlp(leaves[0], MLPWeights(up=up, up_bias=up_bias, down=down, down_bias=down_bias), impl=impl)
+
+
+def _adapter(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    return adapter(*leaves, impl=impl)
+
+
+def _patches(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    truth = leaves[0].dtype != torch.uint8  # which is asked for by inputs in float64
+    dtype = leaves[0].dtype if truth else torch.float32 if packed else torch.bfloat16
+    return frame_patches(leaves[0].to(torch.uint8), PATCH, dtype=dtype, impl=impl)
+
+
+def _attention(heads: int, n: int) -> Callable[[list[Tensor], Impl, bool], Results]:
+    def call(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+        packing = _captions(n, leaves[0].device) if packed else None
+        return short_attention(leaves[0], heads, packing=packing, causal=packed, impl=impl)
+
+    return call
+
+
+def _fusion(heads: int, n: int, rows: int) -> Callable[[list[Tensor], Impl, bool], Results]:
+    def call(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+        return temporal_fusion(leaves[0], _groups(n, rows, heads, packed, leaves[0].device), impl=impl)
+
+    return call
+
+
+def row_case(op: str, n: int, dim: int, **options) -> TowerCase:
+    """layer_norm, mlp or adapter on n rows of width `dim`."""
+    shapes = {
+        "layer_norm": ((n, dim), (n, dim)),
+        "mlp": ((n, dim),),
+        "adapter": ((n, dim), (RANK, dim), (RANK,), (dim, RANK), (dim,)),
+    }[op]
+    units = {"layer_norm": 0, "mlp": 4 * dim, "adapter": RANK}[op]
+    passes = 6 if op == "adapter" else 4  # the adapter's weights are trained
+    call = {"layer_norm": _layer_norm, "mlp": _mlp, "adapter": _adapter}[op]
+    products = 2.0 * n * dim * units * passes
+    return TowerCase(
+        op=op, call=call, n=n, m=n, dim=dim, rows=units, products=products, shapes=shapes, **options
+    )
+
+
+def sequence_case(
+    op: str, n: int, rows: int, dim: int, heads: int, *, packed: bool = False, **options
+) -> TowerCase:
+    """short_attention or temporal_fusion on n sequences: of `rows` rows, or captions of 12 on average."""
+    lengths = torch.full((n,), rows)
+    if packed:
+        lengths = _captions(n, torch.device("cpu")).offsets.diff()
+    shape = (int(lengths.sum()), 3 * dim) if packed else (n, rows, 3 * dim)
+    call = _attention(heads, n) if op == "short_attention" else _fusion(heads, n, rows)
+    pairs = float(lengths.double().square().sum())
+    if op == "temporal_fusion":
+        pairs += FRAMES * float(lengths.sum())  # each row is seen by the readout rows of its group
+    products = 2 * pairs * dim * 7  # forward 2, backward 5
+    rows = TOKENS if packed else rows
+    return TowerCase(
+        op=op, call=call, n=n, m=n, dim=dim, rows=rows, products=products, shapes=(shape,), masked=packed,
+        **options,
+    )  # fmt: skip
+
+
+def patch_case(n: int, pixels: int, dtype: torch.dtype) -> TowerCase:
+    """frame_patches on n frames."""
+    return TowerCase(
+        op="frame_patches", call=_patches, n=n, m=n, dim=3 * PATCH**2, rows=pixels, products=0.0,
+        shapes=((n, 1, pixels, pixels, 3),), dtype=dtype, masked=dtype == torch.float32, backward=False,
+    )  # fmt: skip
+
+
+def timed_tower_cases(suite: str) -> list[TowerCase]:
+    """A step of 128 clips of 12 frames: ViT-B/32, and with `full` the longer sequences of B/16 and L/14."""
+    frames, captions = 128 * FRAMES, 128 * (FRAMES + 1)
+    cases = [
+        row_case("layer_norm", 50 * frames, 768),
+        row_case("mlp", 50 * frames, 768),
+        row_case("adapter", frames, 768),
+        sequence_case("short_attention", frames, 50, 768, 12),
+        sequence_case("short_attention", captions, TOKENS, 512, 8, packed=True),
+        sequence_case("temporal_fusion", frames, 50, 768, 12),
+        sequence_case("temporal_fusion", frames, TOKENS, 512, 8, packed=True),
+        patch_case(frames, 224, torch.bfloat16),
+    ]
+    if suite == "small":
+        return cases
+    return [
+        *cases,
+        sequence_case("short_attention", frames, 197, 768, 12),
+        sequence_case("short_attention", frames, 257, 1024, 16),
+        sequence_case("temporal_fusion", frames, 197, 768, 12),
+        row_case("layer_norm", 257 * frames, 1024),
+        row_case("mlp", 257 * frames, 1024),
+    ]
+
+
+def checked_tower_cases() -> list[TowerCase]:
+    """What is compared with the reference in float64: ragged sizes, one tile and several, every dtype."""
+    cases = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for n, dim in ((1, 40), (7, 64), (130, 96), (1100, 768)):
+            cases += [row_case(op, n, dim, dtype=dtype) for op in ("layer_norm", "mlp", "adapter")]
+        for n, rows, dim, heads in ((1, 1, 16, 1), (6, 7, 40, 4), (12, 50, 128, 2), (4, 130, 128, 2)):
+            for op in ("short_attention", "temporal_fusion"):
+                cases += [sequence_case(op, n, rows, dim, heads, dtype=dtype)]
+        for op in ("short_attention", "temporal_fusion"):
+            cases += [sequence_case(op, 24, 0, 128, 2, packed=True, dtype=dtype)]
+            cases += [sequence_case(op, 3, 257, 64, 1, dtype=dtype)]
+    return [*cases, *(patch_case(3, 2 * PATCH, dtype) for dtype in (torch.float32, torch.bfloat16))]
