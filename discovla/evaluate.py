@@ -21,6 +21,7 @@ from discovla.data.source import read_clips
 from discovla.methods.base import Method
 from discovla.retrieval.embed import embed_texts, embed_videos, in_order
 from discovla.retrieval.metrics import (
+    Ranks,
     dual_softmax,
     qb_norm,
     retrieval_metrics,
@@ -28,11 +29,11 @@ from discovla.retrieval.metrics import (
     text_to_video_ranks,
     video_to_text_ranks,
 )
-from discovla.retrieval.ranks import similarity_matrix, similarity_tile, streamed_ranks
+from discovla.retrieval.ranks import pooled_ranks, similarity_matrix, similarity_tile, streamed_ranks
 
 logger = logging.getLogger(__name__)
 
-LARGEST_MATRIX = 64_000_000  # scores; larger sets are ranked tile by tile and not re-ranked
+LARGEST_MATRIX = 64_000_000  # scores; larger sets are ranked without it
 BANK = 5_000  # captions QB-Norm takes at most; more change little and cost memory
 FIGURES = ("R@1", "R@5", "R@10", "MdR", "MnR")
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
@@ -81,12 +82,14 @@ def evaluate(method: Method, clips: Sequence[Clip], how: Evaluation) -> dict[str
     texts = [caption for clip in clips for caption in clip.captions]
     groups = np.repeat(np.arange(len(clips)), [len(clip.captions) for clip in clips])
     text, video = _embedded_texts(method, texts, how), _embedded_videos(method, clips, how)
+    large = len(texts) * len(clips) > LARGEST_MATRIX
+    if method.scores_pooled and (large or not how.rerank):
+        return _pooled_metrics(method, text, video, groups, how)
     tile = similarity_tile(method, text, video, how.device)
-    if len(texts) * len(clips) > LARGEST_MATRIX:
+    if large:
         if how.rerank:
             logger.warning("%d x %d scores: ranked in tiles, without re-ranking", len(texts), len(clips))
-        t2v, v2t = streamed_ranks(tile, len(texts), len(clips), groups)
-        return {"raw": {"t2v": summary(t2v), "v2t": summary(v2t)}}
+        return {"raw": _summaries(streamed_ranks(tile, len(texts), len(clips), groups))}
     matrix = similarity_matrix(tile, len(texts), len(clips))
     results = {"raw": retrieval_metrics(matrix, groups)}
     if how.rerank:
@@ -182,12 +185,28 @@ def _read_groups(path: str | Path) -> list[int]:
     return groups
 
 
+def _pooled_metrics(
+    method: Method, text: Embedding, video: Embedding, groups: np.ndarray, how: Evaluation
+) -> dict[str, Metrics]:
+    """Figures of a method that scores pooled features, without a matrix; QB-Norm would need one."""
+    features = text.pooled.to(how.device), video.pooled.to(how.device)
+    results = {"raw": _summaries(pooled_ranks(*features, groups))}
+    if how.rerank:
+        scale = method.logit_scale().item()
+        results["dual softmax"] = _summaries(pooled_ranks(*features, groups, dual_softmax_scale=scale))
+    if how.rerank and how.bank:
+        logger.warning("%d x %d scores: ranked without QB-Norm, which needs them all", len(text), len(video))
+    return results
+
+
+def _summaries(ranks: tuple[Ranks, Ranks]) -> Metrics:
+    """Text to video and video to text."""
+    return {"t2v": summary(ranks[0]), "v2t": summary(ranks[1])}
+
+
 def _dual_softmax_metrics(matrix: np.ndarray, groups: np.ndarray) -> Metrics:
     by_text, by_video = dual_softmax(matrix)
-    return {
-        "t2v": summary(text_to_video_ranks(by_text, groups)),
-        "v2t": summary(video_to_text_ranks(by_video, groups)),
-    }
+    return _summaries((text_to_video_ranks(by_text, groups), video_to_text_ranks(by_video, groups)))
 
 
 def _bank_similarity(method: Method, video: Embedding, how: Evaluation) -> np.ndarray:

@@ -80,8 +80,20 @@ def test_reranked_figures_stand_beside_the_raw_ones(method, clips, how):
 
 
 def test_sets_too_large_for_a_matrix_are_ranked_alike_and_say_so(method, clips, how, monkeypatch, caplog):
+    expected = evaluate(method, clips, how)
+    monkeypatch.setattr(module, "LARGEST_MATRIX", 1)
+    with caplog.at_level(logging.WARNING):
+        found = evaluate(method, clips, how)
+    assert found == {name: expected[name] for name in ("raw", "dual softmax")}
+    assert "7 x 4 scores: ranked without QB-Norm, which needs them all" in caplog.text
+
+
+def test_large_sets_of_a_method_that_scores_otherwise_are_ranked_in_tiles(
+    method, clips, how, monkeypatch, caplog
+):
     expected = evaluate(method, clips, how)["raw"]
     monkeypatch.setattr(module, "LARGEST_MATRIX", 1)
+    monkeypatch.setattr(CLIP, "scores_pooled", False)
     with caplog.at_level(logging.WARNING):
         assert evaluate(method, clips, how) == {"raw": expected}
     assert "7 x 4 scores: ranked in tiles, without re-ranking" in caplog.text

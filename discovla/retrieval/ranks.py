@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from discovla.batch import Embedding
 from discovla.methods.base import Method
+from discovla.ops.rank_of_positive import rank_of_positive
 from discovla.retrieval.metrics import Ranks, best_of_groups, checked_groups, require_finite
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -86,6 +88,30 @@ def streamed_ranks(
     return _ranks(text_counts), _ranks(video_counts)
 
 
+def pooled_ranks(
+    text: Tensor,
+    video: Tensor,
+    groups: Sequence[int] | Array | None = None,
+    *,
+    dual_softmax_scale: float | None = None,
+) -> tuple[Ranks, Ranks]:
+    """Ranks text to video and video to text by the cosines of pooled features, which no memory ever holds.
+
+    Args:
+        text: t d.  video: v d.  Un-normalised, on one device.
+        groups: t, the video of each text; None where text i describes video i.
+        dual_softmax_scale: re-weigh as `metrics.dual_softmax` does the cosines times this, in a second pass.
+
+    Raises:
+        ValueError: groups that do not fit, or a feature that is zero or not finite.
+    """
+    found = checked_groups(groups, len(text), len(video))
+    own, every = torch.from_numpy(found).to(text.device), torch.arange(len(video), device=video.device)
+    t2v = rank_of_positive(text, video, own, dual_softmax_scale=dual_softmax_scale)
+    v2t = rank_of_positive(video, text, every, groups=own, dual_softmax_scale=dual_softmax_scale)
+    return _as_ranks(*t2v), _as_ranks(*v2t)
+
+
 def similarity_matrix(tile: TileOf, texts: int, videos: int, *, block: int = 1024) -> Array:
     """The whole matrix, t v, for sets that are small enough."""
     rows = [np.arange(first, min(first + block, texts)) for first in range(0, texts, block)]
@@ -114,6 +140,10 @@ def _counts(scores: Array, target: Array, *, axis: int) -> Array:
 
 def _ranks(counts: Array) -> Ranks:
     return Ranks(ties_against=counts[0], optimistic=1 + counts[1])
+
+
+def _as_ranks(ties_against: Tensor, optimistic: Tensor) -> Ranks:
+    return Ranks(ties_against=ties_against.cpu().numpy(), optimistic=optimistic.cpu().numpy())
 
 
 def _finite(scores: Array, rows: Array, columns: slice) -> Array:

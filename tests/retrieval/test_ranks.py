@@ -4,8 +4,14 @@ import torch
 
 from discovla.batch import Embedding
 from discovla.methods.clip import CLIP, CLIPConfig
-from discovla.retrieval.metrics import text_to_video_ranks, video_to_text_ranks
-from discovla.retrieval.ranks import Tiles, similarity_matrix, similarity_tile, streamed_ranks
+from discovla.retrieval.metrics import dual_softmax, text_to_video_ranks, video_to_text_ranks
+from discovla.retrieval.ranks import (
+    Tiles,
+    pooled_ranks,
+    similarity_matrix,
+    similarity_tile,
+    streamed_ranks,
+)
 from discovla.testing import tiny_architecture
 
 
@@ -76,3 +82,43 @@ def test_a_method_ranks_alike_streamed_and_whole():
     streamed, _ = streamed_ranks(tile, 40, 20, groups.numpy(), block=8)
     whole = text_to_video_ranks(similarity_matrix(tile, 40, 20), groups.numpy())
     np.testing.assert_array_equal(streamed.ties_against, whole.ties_against)
+
+
+def assert_ranks_of(found, by_text, by_video, groups):
+    wanted = text_to_video_ranks(by_text, groups), video_to_text_ranks(by_video, groups)
+    for ours, expected in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(ours.ties_against, expected.ties_against)
+        np.testing.assert_array_equal(ours.optimistic, expected.optimistic)
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_pooled_features_rank_as_their_matrix_does(captions):
+    groups = np.random.default_rng(captions).permutation(np.repeat(np.arange(13), captions))
+    # rows of ±1 of one length: cosines are exact, and many tie
+    text, video = (torch.randint(0, 2, (n, 16)).float() * 2 - 1 for n in (len(groups), 13))
+    matrix = (text @ video.T).numpy()
+    assert_ranks_of(pooled_ranks(text, video, groups), matrix, matrix, groups)
+
+
+def test_pooled_features_are_re_weighed_as_their_matrix_is():
+    groups = np.array([3, 0, 1, 2, 2, 4, 0, 2, 5, 3, 2])
+    text, video = (torch.randn(n, 9, dtype=torch.float64) for n in (len(groups), 6))
+    cosines = torch.nn.functional.normalize(text) @ torch.nn.functional.normalize(video).T
+    by_text, by_video = dual_softmax(20 * cosines.numpy())
+    assert_ranks_of(pooled_ranks(text, video, groups, dual_softmax_scale=20), by_text, by_video, groups)
+
+
+def test_a_method_that_scores_pooled_features_ranks_alike_with_and_without_its_matrix():
+    method = CLIP(tiny_architecture(), CLIPConfig())
+    text, video = Embedding(pooled=torch.randn(60, 16)), Embedding(pooled=torch.randn(20, 16))
+    groups = (torch.arange(60) % 20).numpy()
+    matrix = similarity_matrix(similarity_tile(method, text, video, "cpu"), 60, 20)
+    assert method.scores_pooled
+    assert_ranks_of(pooled_ranks(text.pooled, video.pooled, groups), matrix, matrix, groups)
+
+
+def test_a_pooled_feature_that_is_not_finite_is_named():
+    text = torch.randn(3, 4)
+    text[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="expected finite rows that are not 0, found row 1"):
+        pooled_ranks(text, torch.randn(3, 4))
