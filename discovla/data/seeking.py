@@ -42,7 +42,7 @@ def read_entering(
     wanted = sorted(set(indices))
     with opened(path) as (container, stream):
         for key, group in groupby(wanted, table.key_of):
-            for index, frame in _entered(container, stream, table, key, list(group)):
+            for index, frame in _found(container, stream, table, key, list(group)):
                 image = displayed(frame, table.size)
                 if table.sums.get(index) not in (None, checksum(image)):
                     raise Astray(f"frame {index} is not the one it was")
@@ -50,29 +50,37 @@ def read_entering(
     return images
 
 
-def _entered(
+def _found(
     container: InputContainer, stream: VideoStream, table: FrameTable, key: int, indices: list[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
     """The frames of these indices, all after the same key frame, in any order."""
     index_of = {table.times[index]: index for index in indices}
-    unsent = set(index_of)
-    try:
-        if key >= 0:
-            container.seek(table.keys[key][1], stream=stream, backward=True)
-        for packet in container.demux(stream):
-            if packet.size:
-                unsent.discard(packet.pts)
-                # Pictures that no other refers to are left out, those wanted excepted.
-                stream.codec_context.skip_frame = "DEFAULT" if packet.pts in index_of else "NONREF"
-            frames = stream.decode(packet)
-            if packet.size and not unsent:
-                frames += stream.decode(None)  # what the decoder holds back; seeking wakes it again
-            for frame in frames:
-                if frame.pts in index_of:
-                    yield index_of.pop(frame.pts), frame
-            if not unsent:
-                break
-    except FFmpegError as error:
-        raise Astray(words(error)) from error
-    if index_of:
-        raise Astray(f"frame {min(index_of.values())} does not come")
+    # Some formats seek the time at which a key frame is shown, others that at which it is decoded.
+    shown, decoded = (None, None) if key < 0 else (table.times[table.keys[key][0]], table.keys[key][1])
+    for time in (shown, decoded):
+        try:
+            if time is not None:
+                container.seek(time, stream=stream, backward=True)
+            for frame in _entered(container, stream, set(index_of)):
+                yield index_of.pop(frame.pts), frame
+        except FFmpegError as error:
+            raise Astray(words(error)) from error
+        if not index_of:
+            return
+    raise Astray(f"frame {min(index_of.values())} does not come")
+
+
+def _entered(container: InputContainer, stream: VideoStream, times: set[int | None]) -> Iterator[VideoFrame]:
+    """The frames of these times, from where the file stands to where the last of them is decoded."""
+    unsent = set(times)
+    for packet in container.demux(stream):
+        if packet.size:
+            unsent.discard(packet.pts)
+            # Pictures that no other refers to are left out, those wanted excepted.
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in times else "NONREF"
+        frames = stream.decode(packet)
+        if packet.size and not unsent:
+            frames += stream.decode(None)  # what the decoder holds back; seeking wakes it again
+        yield from (frame for frame in frames if frame.pts in times)
+        if not unsent:
+            return

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from discovla.data import seeking
 from discovla.data.decode import DecodeError, scan
 from discovla.data.sampling import Sampling
 from discovla.data.seeking import Astray, read_entering
 from discovla.data.tables import FrameTable
-from tests.data.odd_clips import COUNT, KINDS, odd_clip
+from discovla.data.video import opened
+from tests.data.odd_clips import KINDS, odd_clip
 from tests.data.test_decode import realdata_videos
 
 
@@ -65,22 +69,38 @@ def test_realdata_frames_are_those_of_the_whole_file(realdata):
     assert entered
 
 
-def test_less_is_decoded_where_key_frames_are_close(tmp_path, monkeypatch):
-    decoded = []
-    path = odd_clip(tmp_path, "short-gop")
-    _, table = whole(path)
-    assert len(table.keys) >= COUNT // 6
+@pytest.fixture
+def sent(monkeypatch) -> list[int | None]:
+    """Times of the packets that were read, in order."""
+    times: list[int | None] = []
 
-    def counted(frame, size):
-        decoded.append(frame.pts)
-        return real(frame, size)
+    @contextmanager
+    def watched(path):
+        with opened(path) as (container, stream):
 
-    from discovla.data import seeking
+            def demux(stream):
+                for packet in container.demux(stream):
+                    times.append(packet.pts)
+                    yield packet
 
-    real = seeking.displayed
-    monkeypatch.setattr(seeking, "displayed", counted)
-    read_entering(path, table, [7, 31], np.asarray)
-    assert decoded == [table.times[7], table.times[31]]
+            yield SimpleNamespace(demux=demux, seek=container.seek), stream
+
+    monkeypatch.setattr(seeking, "opened", watched)
+    return times
+
+
+@pytest.mark.parametrize(
+    "name", ["short-gop", "every-frame-key", "open-gop", "hevc-open-gop", "vp9", "mjpeg"]
+)
+def test_reading_begins_at_the_last_key_frame(tmp_path, sent, name):
+    path = odd_clip(tmp_path, name)
+    images, table = whole(path)
+    key, _ = table.keys[-1]
+    assert key > 20
+    found = read_entering(path, table, [key, table.count - 1], np.asarray)
+    assert sent[0] == table.times[key]
+    assert len(sent) <= table.count - key + 1
+    assert all(np.array_equal(found[index], images[index]) for index in found)
 
 
 def test_a_table_of_other_frames_is_seen(tmp_path):
