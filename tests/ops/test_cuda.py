@@ -110,3 +110,5 @@ def test_the_library_compiles_loads_without_a_gpu_and_registers_its_ops(built):
     run = subprocess.run([sys.executable, script, built], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout == "4 ops\n"
+    code = built.read_bytes()
+    assert all(architecture in code for architecture in (b"sm_80", b"sm_90a"))
