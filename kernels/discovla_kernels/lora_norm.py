@@ -1,0 +1,150 @@
+"""Residual sum, layer norm without gain, and the first half of LoRA, beside each other in one row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from discovla_kernels.layer_norm import supports as norm_supports
+from discovla_kernels.tiles import accumulator, precision
+
+MAX_RANK = 64  # of an update: its part of a tile lives in registers
+MAX_WIDTH = 1024
+PROGRAMS = 264  # of backward: two for each processor of an H200, each with a sum of its own
+
+
+def supports(x: Tensor, a: Tensor, u: Tensor | None) -> str:
+    """Why the kernels do not take these tensors; empty where they do."""
+    if len(a) > MAX_RANK or a.shape[1] > MAX_WIDTH:
+        return f"expected rank and width of at most {MAX_RANK} and {MAX_WIDTH}, found {tuple(a.shape)}"
+    return norm_supports(x, a, u)
+
+
+@triton.jit
+def _lora_norm_forward(
+    x_ptr, u_ptr, a_ptr, sum_ptr, z_ptr, stat_ptr, R, W, RANK, eps, HAS_U: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_RANK: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """x' = x + u, y = (x' - mu) r as in `layer_norm`, z = [y | y Aᵀ | 0], A: rank w.
+
+    Tile: BLOCK_R whole rows in registers; y is rounded to the dtype of z before it is multiplied. z has
+    BLOCK_RANK columns after y, so that its rows stay aligned.
+    Traffic: as `layer_norm`, and BLOCK_RANK entries written a row; A comes from L2.
+    Backward: `_lora_norm_backward`.
+    """
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    w, rank = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_RANK)
+    place, here = r[:, None] * W + w[None, :], (r < R)[:, None] & (w < W)[None, :]
+    x = tl.load(x_ptr + place, mask=here, other=0.0)
+    if HAS_U:
+        total = x.to(ACC) + tl.load(u_ptr + place, mask=here, other=0.0).to(ACC)
+        x = total.to(x_ptr.dtype.element_ty)
+        tl.store(sum_ptr + place, x, mask=here)
+    x = x.to(ACC)
+    mean = tl.sum(x, axis=1) / W
+    centred = tl.where(here, x - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / W + eps)
+    y = (centred * rstd[:, None]).to(z_ptr.dtype.element_ty)
+    a = tl.load(
+        a_ptr + rank[:, None] * W + w[None, :], mask=(rank < RANK)[:, None] & (w < W)[None, :], other=0.0
+    )
+    low = tl.dot(y, tl.trans(a), input_precision=PRECISION, out_dtype=ACC)
+    z_ptrs = z_ptr + r[:, None] * (W + BLOCK_RANK)
+    tl.store(z_ptrs + w[None, :], y, mask=here)
+    tl.store(z_ptrs + W + rank[None, :], low, mask=(r < R)[:, None])
+    tl.store(stat_ptr + r, mean, mask=r < R)
+    tl.store(stat_ptr + R + r, rstd, mask=r < R)
+
+
+@triton.jit
+def _lora_norm_backward(
+    dz_ptr, dsum_ptr, x_ptr, stat_ptr, a_ptr, dx_ptr, du_ptr, da_ptr, R, W, RANK, HAS_DSUM: tl.constexpr,
+    HAS_DU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dz = [dy' | U | -]; dy = dy' + U A, dA = Uᵀ y; dx = r (dy - mean(dy) - y mean(dy y)) + dx'; du = dx.
+
+    Tile: BLOCK_R whole rows; a program takes every PROGRAMS-th tile and holds its sum of dA in registers, so
+    that the sums are few and added in one order. The padding of dz counts for nothing.
+    """
+    w, rank = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_RANK)
+    a = tl.load(
+        a_ptr + rank[:, None] * W + w[None, :], mask=(rank < RANK)[:, None] & (w < W)[None, :], other=0.0
+    )
+    da = tl.zeros((BLOCK_RANK, BLOCK_W), dtype=ACC)
+    for tile in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
+        r = (tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+        place, here = r[:, None] * W + w[None, :], (r < R)[:, None] & (w < W)[None, :]
+        mean = tl.load(stat_ptr + r, mask=r < R, other=0.0)[:, None]
+        rstd = tl.load(stat_ptr + R + r, mask=r < R, other=0.0)[:, None]
+        dz_ptrs = dz_ptr + r[:, None] * (W + BLOCK_RANK)
+        low = tl.load(dz_ptrs + W + rank[None, :], mask=(r < R)[:, None] & (rank < RANK)[None, :], other=0.0)
+        dy = tl.load(dz_ptrs + w[None, :], mask=here, other=0.0).to(ACC)
+        dy = tl.dot(low, a, dy, input_precision=PRECISION, out_dtype=ACC)
+        x = tl.load(x_ptr + place, mask=here, other=0.0).to(ACC)
+        y = tl.where(here, (x - mean) * rstd, 0.0)
+        da = tl.dot(tl.trans(low), y.to(low.dtype), da, input_precision=PRECISION, out_dtype=ACC)
+        slope = (tl.sum(dy * y, axis=1) / W)[:, None]
+        dx = rstd * (dy - (tl.sum(dy, axis=1) / W)[:, None] - y * slope)
+        if HAS_DSUM:
+            dx += tl.load(dsum_ptr + place, mask=here, other=0.0).to(ACC)
+        tl.store(dx_ptr + place, dx, mask=here)
+        if HAS_DU:
+            tl.store(du_ptr + place, dx, mask=here)
+    here = (rank < RANK)[:, None] & (w < W)[None, :]
+    da_ptr += tl.program_id(0).to(tl.int64) * RANK * W
+    tl.store(da_ptr + rank[:, None] * W + w[None, :], da, mask=here)
+
+
+def padding(rank: int) -> int:
+    """Columns of z after y."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def forward(
+    x: Tensor, u: Tensor | None, a: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x' (empty without u), z, r (w + padding), and (mean, 1 / deviation) of rows; a: rank w, of `dtype`."""
+    (rows, width), rank = x.shape, len(a)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_empty(0) if u is None else torch.empty_like(x)
+    z = x.new_empty(rows, width + padding(rank), dtype=dtype)
+    stats, tile = x.new_empty(2, rows, dtype=acc), _tile(width, rank)
+    _lora_norm_forward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
+        x, x if u is None else u, a, total, z, stats, rows, width, rank, eps, HAS_U=u is not None,
+        PRECISION=precision(a), ACC=accumulator(x), **tile,
+    )  # fmt: skip
+    return total, z, stats
+
+
+def backward(
+    grad: Tensor, grad_of_sum: Tensor | None, x: Tensor, stats: Tensor, a: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, by u in the dtype of `a` (empty where it is that by x), and by a, in parts to be added.
+
+    grad: by z, contiguous.  x: the sum that was normed.
+    """
+    (rows, width), rank = x.shape, len(a)
+    tile = _tile(width, rank)
+    programs = max(1, min(PROGRAMS, triton.cdiv(rows, tile["BLOCK_R"])))
+    dx, parts = torch.empty_like(x), stats.new_empty(programs, rank, width)
+    du = x.new_empty(0) if a.dtype == x.dtype else torch.empty_like(x, dtype=a.dtype)
+    _lora_norm_backward[(programs,)](
+        grad, x if grad_of_sum is None else grad_of_sum, x, stats, a, dx, du, parts, rows, width, rank,
+        HAS_DSUM=grad_of_sum is not None, HAS_DU=du.numel() > 0, PRECISION=precision(a),
+        ACC=accumulator(x), **tile,
+    )  # fmt: skip
+    return dx, du, parts
+
+
+def _tile(width: int, rank: int) -> dict[str, int]:
+    return {
+        "BLOCK_R": 16,
+        "BLOCK_W": max(16, triton.next_power_of_2(width)),
+        "BLOCK_RANK": padding(rank),
+        "num_warps": 16,
+        "num_stages": 1,
+    }

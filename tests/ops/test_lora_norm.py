@@ -1,0 +1,137 @@
+import pytest
+import torch
+from torch import Tensor
+
+from discovla.nn.lora import LoRA
+from discovla.nn.transformer import LayerNorm
+from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
+from discovla.ops.layer_norm import fold_affine
+from discovla.ops.lora_norm import _lora_norm, lora_norm, lora_projection
+from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
+
+IMPLS = IMPLEMENTATIONS["lora_norm"]
+# fp16: the sum, y, H and gradients are rounded to 11 bits
+BUDGET = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3}
+SINGLE, HALF = torch.float32, torch.float16
+CASES = [
+    (rows, SINGLE, SINGLE) for rows in (1, 7, 63, 130)
+]  # rows, dtypes of the stream and of what is added
+CASES += [(7, torch.float64, torch.float64), (20, SINGLE, HALF), (7, HALF, HALF)]
+
+
+def leaves(
+    rows: int, dtypes: tuple[torch.dtype, torch.dtype], *, width: int = 33, rank: int = 3
+) -> list[Tensor]:
+    """x, a and u."""
+    generator = torch.Generator().manual_seed(rows)
+    shapes = ((rows, width), (rank, width), (rows, width))
+    noise = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    noise[1] /= width**0.5
+    return [x.to(DEVICE, dtypes[i > 0]).requires_grad_() for i, x in enumerate(noise)]
+
+
+def assert_close(got: Tensor, want: Tensor, budget: float, name: str) -> None:
+    assert (got.double() - want).abs().max() <= budget * max(1, want.abs().max()), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("rows", "stream", "dtype"), CASES, ids=str)
+def test_values_and_gradients_are_those_of_the_formula(rows, stream, dtype, impl):
+    skip_what_no_gpu_kernel_takes(impl, stream)
+    x = leaves(rows, (stream, dtype))
+    truth = [leaf.detach().double().requires_grad_() for leaf in x]
+    directions = [torch.randn(rows, n, dtype=torch.float64, device=DEVICE) for n in (33, 33 + 16)]
+    want, got = lora_norm(*truth, impl="reference"), lora_norm(*x, impl=impl)
+    assert (got[0].dtype, got[1].dtype) == (stream, dtype)
+    budget = max(BUDGET[stream], BUDGET[dtype])
+    for name, g, w in zip(("sum", "z"), got, want, strict=True):
+        assert_close(g, w, budget, name)
+    wanted = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
+    found = torch.autograd.grad(
+        sum((g * d.to(g.dtype)).sum() for g, d in zip(got, directions, strict=True)), x
+    )
+    for name, g, w in zip(("x", "a", "u"), found, wanted, strict=True):
+        assert_close(g, w, 2 * budget, name)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_need_be_added(impl):
+    x, a, _ = leaves(7, (SINGLE, SINGLE))
+    total, z = lora_norm(x, a, impl=impl)
+    assert total is x
+    want = lora_norm(x.double(), a.double(), impl="reference")[1]
+    assert_close(z, want, BUDGET[SINGLE], "z")
+    for g, w in zip(
+        torch.autograd.grad(z.sin().sum(), (x, a)), torch.autograd.grad(want.sin().sum(), (x, a)), strict=True
+    ):
+        assert_close(g, w.double(), 2 * BUDGET[SINGLE], "gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_programs_share_many_rows_among_them(impl, monkeypatch):
+    monkeypatch.setattr("discovla_kernels.lora_norm.PROGRAMS", 2)
+    x = leaves(70, (SINGLE, SINGLE))
+    truth = [leaf.detach().double().requires_grad_() for leaf in x]
+    found = torch.autograd.grad(lora_norm(*x, impl=impl)[1].sin().sum(), x)
+    wanted = torch.autograd.grad(lora_norm(*truth, impl="reference")[1].sin().sum(), truth)
+    for g, w in zip(found, wanted, strict=True):
+        assert_close(g, w, 2 * BUDGET[SINGLE], "gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_with_its_projection_it_is_norm_and_projection_and_lora(impl):
+    norm, linear, lora = (
+        LayerNorm(12).to(DEVICE),
+        torch.nn.Linear(12, 9).to(DEVICE),
+        LoRA(12, 9, 3).to(DEVICE),
+    )
+    for parameter in (norm.weight, norm.bias, lora.b):
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 12, device=DEVICE, requires_grad=True)
+    trained = (x, lora.a, lora.b)
+    y = norm(x)
+    want = linear(y) + lora(y)
+    weight, bias = (t.detach() for t in fold_affine(linear.weight, linear.bias, norm.weight, norm.bias))
+    gain, shift = norm.weight.detach(), norm.bias.detach()
+    _, z = lora_norm(x, lora.a * gain, impl=impl)
+    got = lora_projection(z, weight, bias, lora.b) + lora.b @ (lora.a @ shift)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    wanted, found = (torch.autograd.grad(out.sin().sum(), trained) for out in (want, got))
+    for g, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(g, w, atol=5e-5, rtol=1e-4)
+
+
+def test_the_reference_and_the_projection_pass_gradcheck():
+    x, a, u = leaves(3, (torch.float64, torch.float64), width=5, rank=2)
+    weight, bias = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    b = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor, a: Tensor, u: Tensor, b: Tensor) -> Tensor:
+        return lora_projection(lora_norm(x, a, u, impl="reference")[1], weight, bias, b)
+
+    assert torch.autograd.gradcheck(call, [x.cpu(), a.cpu(), u.cpu(), b])
+
+
+def test_the_op_is_registered_soundly():
+    skip_what_no_gpu_kernel_takes("triton", torch.float64)
+    arguments = (*leaves(4, (torch.float64, torch.float64)), 1e-5)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(_lora_norm, arguments, test_utils=tests)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    x, a, u = leaves(3, (SINGLE, SINGLE))
+    z, weight, bias, b = torch.zeros(3, 49), torch.zeros(4, 33), torch.zeros(4), torch.zeros(4, 3)
+    for name, call in (
+        ("u", lambda: lora_norm(x, a, u[:2])),
+        ("a", lambda: lora_norm(x, a[:, :3])),
+        ("z", lambda: lora_projection(z[:, :-1], weight, bias, b)),
+        ("bias", lambda: lora_projection(z, weight, bias[:2], b)),
+        ("b", lambda: lora_projection(z, weight, bias, b[:2])),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected shape"):
+            call()
+    with pytest.raises(ValueError, match=r"^weight, bias: expected frozen ones"):
+        lora_projection(z, weight.requires_grad_(), bias, b)
+    with pytest.raises(KernelUnavailable, match="rank and width of at most 64 and 1024"):
+        lora_norm(x, torch.zeros(65, 33, device=DEVICE), impl="triton")
