@@ -99,9 +99,6 @@ LONGER = (
     Row(name="fusion, 450 steps, scale 100", method=FUSION, steps=LONG, logit_scale=100),
     Row(name="official, 450 steps", method=OFFICIAL, steps=LONG),
     Row(name="official, 450 steps, scale 100", method=OFFICIAL, steps=LONG, logit_scale=100),
-    Row(name="fusion, batch 128", method=FUSION, batch_size=128),
-    Row(name="official (w 0.78), batch 128", method=OFFICIAL, batch_size=128),
-    Row(name="w 0.78, 450 steps", method=_discovla(w=0.78), steps=LONG),
 )
 ROWS = (*LADDER, *WHY, *LONGER)
 
@@ -241,8 +238,8 @@ def append(path: Path, result: dict[str, Any]) -> None:
         os.close(handle)
 
 
-TABLES = {  # title -> heading -> where the number is in a result
-    "Retrieval, R@1 (R@5 where it says so); test and siblings hold 500 clips, val 300": {
+TABLES = {  # name -> heading -> where the number is in a result
+    "retrieval": {
         "test t2v": "figures/test/t2v/R@1",
         "R@5": "figures/test/t2v/R@5",
         "test v2t": "figures/test/v2t/R@1",
@@ -250,9 +247,8 @@ TABLES = {  # title -> heading -> where the number is in a result
         "siblings t2v": "figures/siblings/t2v/R@1",
         "siblings v2t": "figures/siblings/v2t/R@1",
         "val t2v": "figures/val/t2v/R@1",
-        "CPU s": "cpu_seconds",
     },
-    "Two-way choices on test, the true caption preferred (chance 50), and the same on another clip": {
+    "choices": {
         "verb": "figures/probes/verb/clip",
         "control": "figures/probes/verb/control",
         "bind": "figures/probes/bind/clip",
@@ -261,7 +257,7 @@ TABLES = {  # title -> heading -> where the number is in a result
         "control  ": "figures/probes/reversal/control",
         "flip": "figures/flip",
     },
-    "Loss terms over the last ten steps; teacher and student on fresh clips, R@1 and entropy in nats": {
+    "losses": {
         "video": "last steps/video",
         "frame": "last steps/frame",
         "distill": "last steps/distill",
@@ -275,17 +271,20 @@ TABLES = {  # title -> heading -> where the number is in a result
 
 
 def tables(results: Sequence[dict[str, Any]], rows: Sequence[Row] = ROWS) -> str:
-    """The results as Markdown: means over seeds, with the least and the largest where there are several."""
-    parts = []
-    for title, columns in TABLES.items():
-        lines = [f"{title}\n", "| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-        for row in rows:
-            of = [r for r in results if r["identity"] in {identity(row, seed) for seed in row.seeds}]
-            if of:
-                cells = [_cell(of, path) for path in columns.values()]
-                lines.append(f"| {row.name} | {len(of)} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    """The results as Markdown, each table under its title."""
+    return "\n\n".join(f"{title}\n\n{table(results, title, rows)}" for title in TABLES)
+
+
+def table(results: Sequence[dict[str, Any]], title: str, rows: Sequence[Row] = ROWS) -> str:
+    """One of TABLES: means over seeds, with the least and the largest where there are several."""
+    columns = TABLES[title]
+    lines = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for row in rows:
+        of = [r for r in results if r["identity"] in {identity(row, seed) for seed in row.seeds}]
+        if of:
+            cells = [_cell(of, path) for path in columns.values()]
+            lines.append(f"| {row.name} | {len(of)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _cell(results: Sequence[dict[str, Any]], path: str) -> str:

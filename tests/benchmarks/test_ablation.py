@@ -79,7 +79,7 @@ def test_every_row_is_a_config_the_engine_takes(place, tmp_path):
         weights[r.name] = norm * getattr(method, "beta", 0)
     assert weights["+ distillation, official (w 2.08)"] == pytest.approx(2.083, abs=1e-3)
     assert weights["+ distillation, w 0.78"] == pytest.approx(0.78)
-    assert weights["official (w 0.78), batch 128"] == pytest.approx(0.78125)
+    assert weights["+ distillation, w 0.2"] == pytest.approx(0.2)
 
 
 def test_no_two_runs_of_the_plan_are_the_same():

@@ -64,9 +64,10 @@ def test_the_table_shows_means_with_their_spread():
         probes = {kind: {"clip": 50.0, "control": 50.0} for kind in ("verb", "bind", "reversal")}
         name = identity(ROWS[0], seed)
         shown = {"kind": "run", "name": ROWS[0].name, "identity": name, "trained_parameters": 12_345}
+        shown["peak_rss_mb"] = 800 + seed
         return shown | {"before": figures, "test": figures, "probes": probes}
 
     cost = {"kind": "cost", "name": ROWS[0].name, "step_over_meanP": 1.0, "saved_mb": 250.4}
     (line,) = table([result(0, 20.0), result(1, 24.0), cost]).splitlines()[2:]
-    assert line.startswith(f"| {PLAIN} | 2 | 12 k | 1.00x | 250 | 22.0 (20.0-24.0) |")
+    assert line.startswith(f"| {PLAIN} | 2 | 12 k | 1.00x | 250 MB | 801 MB | 22.0 (20.0-24.0) |")
     assert line.endswith("| 50.0 | 50.0 | 50.0 | 50.0 |")
