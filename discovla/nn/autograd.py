@@ -112,7 +112,8 @@ class _QuickGELUMLP(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         u, w1, w2 = ctx.saved_tensors
-        hidden = torch.ops.aten.silu_backward(grad.flatten(0, -2) @ w2, u)
+        hidden = grad.flatten(0, -2) @ w2
+        torch.ops.aten.silu_backward.grad_input(hidden, u, grad_input=hidden)
         return (hidden @ w1).view(grad.shape), None, None, None, None
 
 

@@ -1,0 +1,109 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from discovla.nn.autograd import (
+    normed_lora_projection,
+    pad_rows,
+    quick_gelu_mlp,
+    recomputed,
+    take_rows,
+)
+from discovla.nn.lora import LoRA
+from discovla.nn.transformer import LayerNorm, Linear, Packing
+
+DTYPES = [
+    pytest.param(torch.float64, 1e-12, id="fp64"),
+    pytest.param(torch.float32, 1e-5, id="fp32"),
+    pytest.param(torch.bfloat16, 3e-2, id="bf16"),
+]
+
+
+def compare(got, want, leaves: list[Tensor], limit: float) -> None:
+    """Values and gradients by a random direction, relative to the largest."""
+    direction = torch.randn(want().shape, dtype=torch.float64)
+    found = []
+    for call in (got, want):
+        out = call()
+        grads = torch.autograd.grad((out.double() * direction).sum(), leaves)
+        found.append([out.detach(), *grads])
+    for one, two in zip(*found, strict=True):
+        assert one.dtype == two.dtype and one.shape == two.shape
+        error = (one.double() - two.double()).abs().max() / two.double().abs().max()
+        assert error <= limit, error.item()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), DTYPES)
+@pytest.mark.parametrize("rows", [(1,), (7,), (3, 5)], ids=str)
+def test_a_frozen_mlp_is_quick_gelu_between_two_maps(dtype, limit, rows):
+    up, down = Linear(6, 24).requires_grad_(False), Linear(24, 6).requires_grad_(False)
+    x = torch.randn(*rows, 6).to(dtype).requires_grad_()
+    exact = dtype if dtype != torch.bfloat16 else torch.float32
+
+    def want() -> Tensor:
+        up_weight, up_bias, down_weight, down_bias = (
+            p.to(dtype).to(exact) for p in (up.weight, up.bias, down.weight, down.bias)
+        )
+        h = F.linear(x.to(exact), up_weight, up_bias)
+        return F.linear(h * torch.sigmoid(1.702 * h), down_weight, down_bias).to(dtype)
+
+    compare(lambda: quick_gelu_mlp(x, up.weights(dtype), down.weights(dtype)), want, [x], limit)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), DTYPES)
+@pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
+def test_a_projection_with_lora_is_norm_then_map_then_update(dtype, limit, first):
+    norm, linear, lora = LayerNorm(6), Linear(6, 18), LoRA(6, 18, 2)
+    with torch.no_grad():
+        for p in (norm.weight, norm.bias, lora.b):
+            p.normal_()
+    norm.requires_grad_(False), linear.requires_grad_(False), lora.to(dtype)
+    x = (3 * torch.randn(3, 5, 6)).to(dtype).requires_grad_(not first)
+    exact = dtype if dtype != torch.bfloat16 else torch.float32
+    a, b = lora.a, lora.b
+
+    def got() -> Tensor:
+        return normed_lora_projection(x, (norm.weight, norm.bias, norm.eps), linear.weights(dtype), (a, b))
+
+    def want() -> Tensor:
+        y = F.layer_norm(x.to(exact), (6,), norm.weight.to(exact), norm.bias.to(exact), norm.eps)
+        weight, bias = (p.to(exact) for p in linear.weights(dtype))
+        return (F.linear(y, weight, bias) + (y @ a.to(exact).T) @ b.to(exact).T).to(dtype)
+
+    compare(got, want, [a, b] if first else [x, a, b], limit)
+
+
+def test_recomputation_keeps_its_inputs_alone():
+    x, y, fixed = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True), torch.randn(3)
+
+    def function(x: Tensor, y: Tensor, fixed: Tensor, absent: None) -> tuple[Tensor, Tensor]:
+        assert absent is None
+        return (x * y).exp().sum(1), (x + fixed).tanh()
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = recomputed(function, x, y, fixed, None)
+    assert sorted(t.data_ptr() for t in kept) == sorted(t.data_ptr() for t in (x, y, fixed))
+    want = function(x, y, fixed, None)
+    weights = [torch.randn_like(t) for t in want]
+    grads = [torch.autograd.grad(outs, [x, y], weights) for outs in (found, want)]
+    for one, two in zip((*found, *grads[0]), (*want, *grads[1]), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_rows_are_packed_padded_and_taken():
+    kept = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 1, 0]]).bool()
+    packing = Packing.of(kept)
+    assert packing.real.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
+    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    padded = pad_rows(x, packing.places, packing.rows)
+    assert (
+        torch.equal(padded[0], x[:3])
+        and torch.equal(padded[1, 0], x[3])
+        and torch.equal(padded[2, :2], x[4:])
+    )
+    assert torch.equal(take_rows(padded.flatten(0, 1), packing.rows), x)
+    assert torch.autograd.gradcheck(lambda x: take_rows(x, torch.tensor([4, 0, 2])), x)
+    real = packing.real[..., None].double()
+    assert torch.autograd.gradcheck(lambda x: pad_rows(x, packing.places, packing.rows) * real, x)
