@@ -5,12 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import threading
 import zlib
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +18,7 @@ from discovla.data.manifest import read_manifest
 from discovla.data.pixels import fit
 from discovla.data.sampling import Sampling
 from discovla.data.shard_reader import Shards
+from tests.data.shard_server import served
 from tests.data.shard_world import FRAMES, SIZE, make_manifest, make_shards
 
 MOVING = {"sampling": "clip2video", "sample_rate": 10.0}
@@ -222,58 +218,6 @@ def test_few_files_are_held_open(copied, monkeypatch):
     for clip in good(shards.clips) * 2:
         shards.frames(clip, sampling(clip), None)
         assert len(shards.files._open) <= 2
-
-
-class Server:
-    """Shards over HTTP, with the faults that are asked for: what befalls the n-th request of each path."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.faults, self.seen = folder, {}, Counter()
-
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        path = request.path.lstrip("/").partition("?")[0]
-        self.seen[path] += 1
-        faults = self.faults.get(path, [])
-        fault = faults[min(self.seen[path], len(faults)) - 1] if faults else None
-        content = (self.folder / path).read_bytes() if (self.folder / path).is_file() else None
-        wanted = request.headers.get("Range")
-        if content is None:
-            return request.send_error(404)
-        if fault == 503 or fault == 404:
-            return request.send_error(fault)
-        first, last = (
-            (int(x) for x in wanted[6:].split("-")) if wanted and fault != "whole" else (0, len(content))
-        )
-        if wanted and first >= len(content):
-            return request.send_error(416)
-        body = content[first : last + 1]
-        request.send_response(206 if wanted and fault != "whole" else 200)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        request.wfile.write(body[: len(body) // 2] if fault == "drop" else body)
-        if fault == "drop":
-            request.close_connection = True
-        return None
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[tuple[str, Server]]:
-    """An address of a folder's files."""
-    server = Server(folder)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            server.answer(self)
-
-        def log_message(self, *_) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        http.daemon_threads = True
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}", server
-        http.shutdown()
 
 
 @pytest.fixture
