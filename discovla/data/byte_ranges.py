@@ -26,7 +26,12 @@ class Unread(Exception):
 
 
 class Files(Protocol):
-    """Files below a root.  They are sent to worker processes, so they must pickle."""
+    """Files below a root.  They are sent to worker processes, so they must pickle.
+
+    stay: whether what was read once reads the same again.
+    """
+
+    stay: bool
 
     def name(self, file: str) -> str:
         """The whole path or address of a file."""
@@ -56,6 +61,8 @@ class LocalFiles:
 
     The number of those held open has a bound, and nothing of them stays in memory.
     """
+
+    stay = True
 
     def __init__(self, root: str) -> None:
         self.root = Path(root)
@@ -115,6 +122,8 @@ class HttpFiles:
     Args:
         root: address they lie below; what follows a `?` in it is sent with each.
     """
+
+    stay = False
 
     def __init__(self, root: str) -> None:
         path, mark, query = root.partition("?")

@@ -27,7 +27,8 @@ _GAP = 1 << 16  # bytes between two frames that are read along rather than asked
 class Shards:
     """The clips of a folder of shards, or of its copy behind an http(s) address.
 
-    It pickles, so that worker processes can have it, and holds no frames.
+    It pickles, so that worker processes can have it, and holds no frames.  Every process checks the sum of a
+    frame when it first reads it, and of one that comes over a network each time.
 
     Args:
         root: folder or address, as `discovla shard` wrote it.
@@ -46,6 +47,7 @@ class Shards:
         self._rows = np.load(io.BytesIO(self._checked(FRAMES, summary)), allow_pickle=False)
         if self._rows.dtype != FRAME:
             raise ValueError(f"{self.files.name(FRAMES)}: expected rows of {FRAME}, found {self._rows.dtype}")
+        self._unseen = np.ones(len(self._rows), bool)  # frames whose sums this process has not checked
         folder = Path(root)
         self.clips = [_clip(row, folder) for row in rows]
         self._facts = {row["id"]: _facts(row) for row in rows}
@@ -91,11 +93,11 @@ class Shards:
             chosen, places = np.unique(sampling.indices(facts["count"], facts["rate"]), return_inverse=True)
         except ValueError as error:
             raise DecodeError(clip.video, str(error)) from error
-        rows, lacking = self._found(facts, chosen)
+        numbers, lacking = self._found(facts, chosen)
         if lacking:
             raise DecodeError(clip.video, f"{self.files.name(CLIPS)}: its shard has no frame {lacking[0]}")
         try:
-            kept = self._images(facts, rows)
+            kept = self._images(facts, numbers)
         except Unread as error:
             raise DecodeError(clip.video, str(error)) from error
         if each is not None:
@@ -136,15 +138,14 @@ class Shards:
                 )
 
     def _found(self, facts: dict[str, Any], indices: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """Rows of a clip's frames with these indices, and indices that have none."""
-        rows = self._rows[facts["first"] : facts["first"] + facts["rows"]]
-        places = np.searchsorted(rows["index"], indices).clip(max=len(rows) - 1)
-        lacking = rows["index"][places] != indices
-        return rows[places], indices[lacking].tolist()
+        """Rows that hold a clip's frames with these indices, and indices that have none."""
+        held = self._rows["index"][facts["first"] : facts["first"] + facts["rows"]]
+        places = np.searchsorted(held, indices).clip(max=len(held) - 1)
+        return facts["first"] + places, indices[held[places] != indices].tolist()
 
-    def _images(self, facts: dict[str, Any], rows: np.ndarray) -> np.ndarray:
-        """Frames as they are kept, f y x 3."""
-        tar = self._tars[facts["shard"]]
+    def _images(self, facts: dict[str, Any], numbers: np.ndarray) -> np.ndarray:
+        """Frames as they are kept, f y x 3, by the numbers of their rows."""
+        tar, rows = self._tars[facts["shard"]], self._rows[numbers]
         offsets, sizes = rows["offset"].tolist(), rows["size"].tolist()
         pieces: list[memoryview] = []
         content = memoryview(b"")
@@ -152,7 +153,9 @@ class Shards:
             start = offsets[first]
             content = memoryview(self.files.part(tar, start, offsets[last] + sizes[last] - start))
             pieces += [content[offsets[i] - start :][: sizes[i]] for i in range(first, last + 1)]
-        self._check_sums(tar, rows, pieces)
+        if self._unseen[numbers].any():
+            self._check_sums(tar, rows, pieces)
+            self._unseen[numbers] = not self.files.stay
         if self.settings.format == "jpeg":
             return np.stack([self._jpeg(tar, row, piece) for row, piece in zip(rows, pieces, strict=True)])
         shape = (*facts["shape"], 3)
