@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from discovla.data.manifest import Clip, write_whole
 
 
 def read_frame_captions(path: str | Path) -> dict[str, tuple[str, ...]]:
@@ -25,6 +27,27 @@ def read_frame_captions(path: str | Path) -> dict[str, tuple[str, ...]]:
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{path}: {key!r}: expected a list of texts, found {str(texts)[:60]}")
     return {key: tuple(texts) for key, texts in lists.items()}
+
+
+def write_frame_captions(path: str | Path, clips: Iterable[Clip]) -> int:
+    """Write the frame captions of clips in the form that `read_frame_captions` reads.
+
+    Returns: how many pairs of a clip and a caption have some.
+
+    Raises:
+        ValueError: none has.
+        OSError: the file cannot be written.
+    """
+    lists = {
+        f"{clip.id}_{caption}": texts
+        for clip in clips
+        for caption, texts in zip(clip.captions, clip.frame_captions or (), strict=False)
+        if texts is not None
+    }
+    if not lists:
+        raise ValueError(f"{path}: expected a clip with frame captions, found none")
+    write_whole(Path(path), json.dumps(lists, ensure_ascii=False, indent=0) + "\n")
+    return len(lists)
 
 
 def frame_captions_of(

@@ -1,0 +1,90 @@
+"""A server on this machine that speaks OpenAI's protocol, and fails as it is told to."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass
+class Fake:
+    """What the server was asked, and what it does to the next requests: `drop`, `stall` or a status."""
+
+    url: str = ""
+    faults: list[str | int] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)  # hashes of the pictures that got an answer
+    asked: int = 0
+    last: dict = field(default_factory=dict)
+    headers: dict = field(default_factory=dict)
+    release: threading.Event = field(default_factory=threading.Event)
+
+
+@contextmanager
+def captions_server(*faults: str | int) -> Iterator[Fake]:
+    """A server whose first requests meet these faults."""
+    fake, lock = Fake(faults=list(faults)), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                fake.asked += 1
+                fault = fake.faults.pop(0) if fake.faults else None
+            if fault == "drop":
+                return self.connection.close()
+            if fault == "stall":
+                fake.release.wait(20)
+                return self.connection.close()
+            if isinstance(fault, int):
+                return self._send(fault, b'{"error": "told to"}')
+            if fault == "cut":
+                return self._send(200, b'{"choices": [{"mess')
+            if fault == "nothing":
+                return self._send(200, json.dumps(said(" ")).encode())
+            with lock:
+                fake.last, fake.headers = json.loads(body), dict(self.headers)
+                picture, text = caption(fake.last)
+                fake.seen.append(picture)
+            return self._send(200, json.dumps(said(text)).encode())
+
+        def _send(self, status: int, content: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    fake.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield fake
+    finally:
+        fake.release.set()
+        server.shutdown()
+        server.server_close()
+
+
+def said(text: str) -> dict:
+    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+def caption(question: dict) -> tuple[str, str]:
+    """The hash of the picture asked about, and its grey as a caption of two lines."""
+    picture, _ = question["messages"][0]["content"]
+    content = base64.b64decode(picture["image_url"]["url"].partition(",")[2])
+    grey = float(np.asarray(Image.open(io.BytesIO(content))).mean())
+    return hashlib.sha256(content).hexdigest(), f" a grey\n of {grey:.0f} "
