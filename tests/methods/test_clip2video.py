@@ -12,11 +12,13 @@ from discovla.methods.base_released import load_released
 from discovla.methods.clip2video import CLIP2Video, CLIP2VideoConfig, key_mask
 from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
 from discovla.nn.features import unit
+from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.soft_vlad import soft_assignment
 from discovla.testing import noise_batch, tiny_architecture
 from discovla.towers.weights import initialise
 from tests.methods import golden_clip2video as golden_file
 from tests.methods.golden_clip2video import FEATURES, LOSSES, PER_SCALE, Golden
+from tests.ops.kernels import force
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float64, id="fp64")]
 MASK_MODES = {
@@ -37,6 +39,12 @@ ABLATIONS = {
     "noTAB_noTDB_seqTransf": NO_TDB,
     "noTAB_noTDB_meanP": {**NO_TDB, "sim_type": "meanP"},
 }
+
+
+@pytest.fixture(params=IMPLEMENTATIONS["soft_vlad"])
+def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each implementation of the ops in turn."""
+    force(monkeypatch, request.param)
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -106,6 +114,7 @@ def test_golden_tokens_embeddings_and_assignments(head, mode, dtype):
         torch.testing.assert_close(places.double(), want, rtol=0, atol=5e-7)
 
 
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("mode", MASK_MODES)
 def test_golden_similarities_losses_and_gradients(head, mode, dtype):
     method = load(head, dtype, mask_mode=MASK_MODES[mode])
@@ -135,6 +144,7 @@ def test_golden_similarities_losses_and_gradients(head, mode, dtype):
         golden_file.check_gradients(head, f"{mode}.grad.param.", method, dtype)
 
 
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("strict", [False, True], ids=["ragged", "raggedstrict"])
 def test_golden_short_videos(head, strict, dtype):
     if not strict and dtype == torch.float32:
@@ -147,6 +157,7 @@ def test_golden_short_videos(head, strict, dtype):
     )
 
 
+@pytest.mark.usefixtures("forced")
 def test_golden_captions_of_another_number(head, dtype):
     method = load(head, dtype, mask_mode="ragged")
     text = method.embed_text(

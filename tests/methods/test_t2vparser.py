@@ -6,11 +6,19 @@ import torch
 from torch import Tensor
 
 from discovla.batch import Embedding
+from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.info_nce import cosine_similarity
 from discovla.retrieval.metrics import retrieval_metrics
 from tests.methods.golden_t2vparser import embed, head_gradients, heads, read, towers
+from tests.ops.kernels import force
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float64, id="fp64")]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS["token_similarity"])
+def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each implementation of the ops in turn."""
+    force(monkeypatch, request.param)
 
 
 @pytest.fixture(params=DTYPES)
@@ -107,6 +115,7 @@ def test_golden_text_tower_without_a_padding_mask(golden, dtype, limit):
 # --- heads
 
 
+@pytest.mark.usefixtures("forced")
 def test_golden_head_losses_and_every_gradient(golden, dtype, limit):
     file, model = read(golden, "head"), heads(golden, dtype)
     x, text, video = embed(model, file, dtype)
@@ -134,6 +143,7 @@ def test_golden_head_gradient_of_each_loss(golden, dtype, limit, part):
     file.check(f"part.{part}.grad.query_tokens", model.decomposition.tokens.grad[None], limit(2e-3))
 
 
+@pytest.mark.usefixtures("forced")
 def test_golden_head_stored_features_and_logits(golden, dtype, limit):
     file, model = read(golden, "head"), heads(golden, dtype)
     x, text, video = embed(model, file, dtype)
@@ -147,6 +157,7 @@ def test_golden_head_stored_features_and_logits(golden, dtype, limit):
     file.check("train.logits", tau * model.training_logits(text, video), limit(2e-5), absolute=True)
 
 
+@pytest.mark.usefixtures("forced")
 def test_golden_head_with_padding_out_of_the_similarity(golden, dtype, limit):
     # the file's text stack still sees padding, so only the similarity is masked here
     file = read(golden, "head")
@@ -157,6 +168,7 @@ def test_golden_head_with_padding_out_of_the_similarity(golden, dtype, limit):
     file.check("NCE_loss_padding_removed", masked.losses(text, video).terms["nce"], limit(1e-4))
 
 
+@pytest.mark.usefixtures("forced")
 def test_golden_head_variants_of_the_composition(golden, dtype, limit):
     file = read(golden, "head")
     names = {n.rsplit(".", 1)[0] for n in file.tensors if n.startswith("variant.")}
@@ -250,6 +262,7 @@ def released_figures(similarity: np.ndarray) -> dict[str, float]:
     return {k.replace("@", ""): found[k] for k in ("R@1", "R@5", "R@10", "MdR", "MnR")}
 
 
+@pytest.mark.usefixtures("forced")
 def test_golden_metric_similarity_and_ranks(golden, dtype, limit):
     file, model = read(golden, "metric"), heads(golden, dtype)
     text = Embedding(
@@ -278,6 +291,7 @@ def test_golden_metric_counts_a_tied_query_once(golden):
     assert found["R@1"] * len(similarity) / 100 == pytest.approx(round(found["R@1"] * len(similarity) / 100))
 
 
+@pytest.mark.usefixtures("forced")
 def test_golden_similarities_of_training_and_of_ranking(golden, dtype, limit):
     file, model = read(golden, "similarity"), heads(golden, dtype)
     rows = {side: file.get(side, dtype) for side in ("text", "video")}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from discovla.ops import dispatch
 from discovla.ops.cuda import library
 from discovla.ops.dispatch import IMPLEMENTATIONS
 
@@ -19,3 +20,15 @@ def skip_what_no_gpu_kernel_takes(impl: str, dtype: torch.dtype) -> None:
     """On a GPU the kernels have no float64; there float32 and benchmarks/gpu.py test them."""
     if impl in ("triton", "cuda") and dtype == torch.float64 and DEVICE == "cuda":
         pytest.skip("kernels on a GPU take no float64")
+
+
+def force(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
+    """Let every op that has `impl` take it where it would choose itself, on a model on the CPU."""
+    if impl in ("triton", "cuda") and DEVICE == "cuda":
+        pytest.skip("the model lies on the CPU, and kernels are compiled here")
+    choose = dispatch._automatic
+    monkeypatch.setattr(
+        dispatch,
+        "_automatic",
+        lambda op, *rest: impl if impl in dispatch.IMPLEMENTATIONS[op] else choose(op, *rest),
+    )
