@@ -1,0 +1,126 @@
+"""What a DiscoVLA training step takes, in closed form: floating-point operations and bytes kept for backward.
+
+Two per multiplication and addition, of matrix products alone, as torch's FlopCounterMode counts them.
+`reference_flops` is the published step, `needed_flops` ours: captions without their padding, the last block
+for the rows that are read, no gradient of what is frozen, attention computed again in backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from discovla.methods.discovla import DiscoVLAConfig
+from discovla.towers.architecture import Architecture, TowerShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """A batch: pairs, frames of each, and the tokens of a caption, those that are padded to included.
+
+    tokens: of one caption on average, where padding is left out; length: of the padded ones.
+    longest: of the real captions, to which attention pads them.
+    """
+
+    pairs: int
+    frames: int
+    length: int
+    tokens: float
+    longest: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """n sequences through a tower: rows in all, keys of each, group > 0 where the last blocks fuse."""
+
+    tower: TowerShape
+    rank: int
+    n: int
+    rows: float
+    keys: int
+    group: int
+    fused: int
+
+    def flops(self, *, pruned: bool) -> float:
+        """Forward and backward of all blocks."""
+        total = 0.0
+        for layer in range(self.tower.layers):
+            last = pruned and layer == self.tower.layers - 1
+            total += self.last(layer == 0) if last else self.block(layer == 0, again=pruned)
+            if self.group and layer >= self.tower.layers - self.fused:
+                total += self.fusion(again=pruned)
+        return total
+
+    def block(self, first: bool, *, again: bool) -> float:
+        """One block; the first has no gradient by its input, and `again` computes attention twice."""
+        w, m, t = self.tower.width, self.tower.mlp_width, self.rows
+        frozen = 2 * (2 * t * (4 * w * w + 2 * w * m)) - (2 * t * 3 * w * w if first else 0)
+        scores = 2 * 2 * self.n * self.keys**2 * w
+        return frozen + self.lora(t, 3 * w, first) + scores * (4 if again else 3)
+
+    def last(self, first: bool) -> float:
+        """The last block where only n rows are read: keys and values of all, the rest of those."""
+        w, m, t, n = self.tower.width, self.tower.mlp_width, self.rows, self.n
+        inputs = 2 * (t * 2 * w * w + n * w * w)
+        frozen = 2 * (inputs + 2 * n * (w * w + 2 * w * m)) - (inputs if first else 0)
+        lora = self.lora(t, 2 * w, first) + self.lora(n, w, first)
+        return frozen + lora + 2 * 2 * n * self.keys * w * 4
+
+    def lora(self, rows: float, outputs: int, first: bool) -> float:
+        """Forward, gradients of both factors, and by the input but in the first block."""
+        down, up = 2 * rows * self.tower.width * self.rank, 2 * rows * self.rank * outputs
+        return (2 if first else 3) * down + 3 * up
+
+    def fusion(self, *, again: bool) -> float:
+        """What a fused block adds: n queries over their group, their output projection, the adapter."""
+        w, n = self.tower.width, self.n
+        scores = 2 * 2 * n * self.group * self.keys * w
+        return scores * (4 if again else 3) + 2 * 2 * n * w * w + 3 * 2 * n * 2 * w * self.rank
+
+
+def _passes(a: Architecture, config: DiscoVLAConfig, size: StepSize, *, packed: bool) -> list[_Pass]:
+    """Captions, frame captions, frames."""
+    tokens, keys = (size.tokens, size.longest) if packed else (size.length, size.length)
+    b, bf, patches = size.pairs, size.pairs * size.frames, 1 + a.patches
+    text = {"tower": a.text, "rank": config.lora_rank, "keys": keys, "fused": config.fused_text_blocks}
+    return [
+        _Pass(**text, n=b, rows=b * tokens, group=0),
+        _Pass(**text, n=bf, rows=bf * tokens, group=size.frames),
+        _Pass(
+            tower=a.vision,
+            rank=config.lora_rank,
+            n=bf,
+            rows=bf * patches,
+            keys=patches,
+            group=size.frames,
+            fused=config.fused_vision_blocks,
+        ),
+    ]
+
+
+def reference_flops(a: Architecture, config: DiscoVLAConfig, size: StepSize) -> float:
+    """The published step, losses included: each of their two similarities, and its two gradients."""
+    passes = _passes(a, config, size, packed=False)
+    projections = sum(2 * 2 * one.rows * one.tower.width * a.embed_dim for one in passes)
+    similarities = 3 * 2 * size.pairs**2 * (1 + size.frames**2) * a.embed_dim
+    return sum(one.flops(pruned=False) for one in passes) + projections + _patches(a, size) + similarities
+
+
+def needed_flops(a: Architecture, config: DiscoVLAConfig, size: StepSize) -> float:
+    """Our step, losses included."""
+    passes = _passes(a, config, size, packed=True)
+    projections = sum(2 * 2 * one.n * one.tower.width * a.embed_dim for one in passes)
+    similarities = 3 * 2 * size.pairs**2 * (1 + size.frames**2) * a.embed_dim
+    return sum(one.flops(pruned=True) for one in passes) + projections + _patches(a, size) + similarities
+
+
+def kept_bytes(a: Architecture, config: DiscoVLAConfig, size: StepSize, element: int) -> float:
+    """What our blocks keep for backward at most: 9 widths a token and layer, of `element` bytes.
+
+    These are the block's input, q, k and v, the input of its MLP and what that hides, four widths.
+    """
+    passes = _passes(a, config, size, packed=True)
+    return sum(9 * element * one.tower.width * one.tower.layers * one.rows for one in passes)
+
+
+def _patches(a: Architecture, size: StepSize) -> float:
+    return 2 * size.pairs * size.frames * a.patches * a.vision.width * 3 * a.patch_size**2

@@ -1,0 +1,213 @@
+"""Our step equals the published one, with less work: counted, and number by number."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils._device import _device_constructors
+
+from benchmarks import step_inputs
+from benchmarks.reference_step import ReferenceStep
+from benchmarks.step_inputs import Launches, bytes_kept, flops, meta_batch, meta_step, size_of
+from benchmarks.step_work import kept_bytes, needed_flops, reference_flops
+from discovla.batch import Batch
+from discovla.data.tokens import Tokenizer
+from discovla.engine.strategy import cast_frozen
+from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
+from discovla.testing import noise_batch, random_captions, relative_error, tiny_architecture
+from discovla.towers.architecture import Architecture
+
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float64, id="fp64")]
+CAPTIONS = [
+    "a man is playing a guitar",
+    "dogs run",
+    "A woman in a red dress walks along the beach, and her two children follow her slowly at sunset",
+    "someone slices an onion",
+    "a band performs",
+    "a cartoon character jumps over several barrels",
+]
+
+
+def small(activation="quick_gelu", layers=3) -> Architecture:
+    """The tiny CLIP with a plain block below two fused ones."""
+    tiny = tiny_architecture(activation)
+    vision = dataclasses.replace(tiny.vision, layers=layers)
+    return dataclasses.replace(tiny, vision=vision, text=dataclasses.replace(tiny.text, layers=layers))
+
+
+def make(architecture: Architecture, dtype=torch.float32, fused=(2, 1)) -> DiscoVLA:
+    """A DiscoVLA of noise in which everything that is trained has a gradient."""
+    config = DiscoVLAConfig(lora_rank=4, fused_vision_blocks=fused[0], fused_text_blocks=fused[1])
+    method = DiscoVLA(architecture, config)
+    with torch.no_grad():
+        for name, p in method.named_parameters():
+            p.normal_(std=0.15).add_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
+        method.logit_scale.log.fill_(3.0)
+    method.freeze()
+    method.compute_dtype = dtype
+    return method.to(dtype)
+
+
+def check(method: DiscoVLA, batch: Batch, limit: float) -> None:
+    """Losses, terms and the gradient of every trained parameter are those of the reference."""
+    reference = ReferenceStep(method)
+    want, got = reference(batch), step_inputs.step(method, batch)
+    for name, value in {"total": got.total, **got.terms}.items():
+        assert relative_error(value, want[name]) <= limit, name
+    found = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+    assert found.keys() == reference.trained.keys()
+    for name, grad in found.items():
+        assert grad is not None and reference.trained[name].grad.abs().max() > 0, name
+        assert relative_error(grad, reference.trained[name].grad) <= limit, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_losses_and_gradients_equal_the_reference_on_ragged_captions(dtype, activation):
+    architecture = small(activation)
+    check(make(architecture, dtype), noise_batch(architecture), LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_and_gradients_equal_the_reference_on_real_captions(dtype):
+    tokenizer = Tokenizer(context_length=32)
+    architecture = dataclasses.replace(small(), context_length=32, vocab_size=49408)
+    ids, mask = tokenizer.encode(CAPTIONS[:2])
+    frame_ids, frame_mask = tokenizer.encode(CAPTIONS)
+    batch = dataclasses.replace(
+        noise_batch(architecture, size=2, frames=3),
+        text_ids=ids,
+        text_mask=mask,
+        frame_text_ids=frame_ids.unflatten(0, (2, 3)),
+        frame_text_mask=frame_mask.unflatten(0, (2, 3)),
+    )
+    assert len(set(frame_mask.sum(1).tolist())) > 3, "the captions are ragged"
+    check(make(architecture, dtype), batch, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_losses_and_gradients_equal_the_reference_at_drawn_lengths_frames_and_masks(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    architecture = small(layers=draw(1, 3))
+    depth = architecture.vision.layers
+    pairs, frames = draw(2, 4), draw(1, 5)
+    batch = noise_batch(architecture, size=pairs, frames=frames, seed=seed)
+    real = torch.arange(frames) < torch.randint(1, frames + 1, (pairs, 1), generator=generator)
+    ids, mask = random_captions(architecture, pairs * frames, generator)
+    if draw(0, 1):  # the same caption for all frames, and no padding anywhere
+        ids[:], mask[:] = ids[mask.sum(1).argmax()], mask[mask.sum(1).argmax()]
+    batch = dataclasses.replace(
+        batch,
+        frame_mask=real,
+        frame_text_ids=ids.unflatten(0, (pairs, frames)),
+        frame_text_mask=mask.unflatten(0, (pairs, frames)),
+    )
+    method = make(architecture, torch.float64, fused=(draw(1, depth), draw(1, depth)))
+    check(method, batch, LIMITS[torch.float64])
+
+
+def test_anomaly_detection_and_fused_attention_do_not_change_the_reference():
+    architecture = small()
+    method, batch = make(architecture, torch.float64), noise_batch(architecture)
+    plain, other = ReferenceStep(method), ReferenceStep(method, sdpa=True, anomaly=True)
+    assert relative_error(other(batch)["total"], plain(batch)["total"]) <= 1e-12
+    for name, p in plain.trained.items():
+        assert relative_error(other.trained[name].grad, p.grad) <= 1e-10, name
+
+
+def test_only_the_published_method_has_a_reference():
+    method = DiscoVLA(
+        tiny_architecture(), DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1, kl_norm="fixed")
+    )
+    with pytest.raises(ValueError, match="method: expected the published DiscoVLA, found one with other"):
+        ReferenceStep(method)
+
+
+@pytest.fixture
+def meta_device(monkeypatch) -> torch.device:
+    """The meta device as a context: torch knows by these functions what it makes there, so not poisoned."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, getattr(torch._C._VariableFunctions, name))
+    _device_constructors.cache_clear()
+    return torch.device("meta")
+
+
+def published(name: str, meta: torch.device, pairs: int = 2) -> tuple[DiscoVLA, Batch]:
+    """The published size on meta tensors, captions of 12 tokens padded to 32."""
+    architecture = step_inputs.architecture(name)
+    with meta:
+        method = DiscoVLA(architecture, DiscoVLAConfig())
+    method.freeze()
+    mask = torch.arange(32) < 12
+    batch = dataclasses.replace(
+        step_inputs.noise(architecture, 1),
+        text_mask=mask.expand(pairs, 32),
+        frame_text_mask=mask.expand(pairs, 12, 32),
+        text_ids=torch.empty(pairs, 32, dtype=torch.long, device="meta"),
+        frame_text_ids=torch.empty(pairs, 12, 32, dtype=torch.long, device="meta"),
+        frames=torch.empty(pairs, 12, 224, 224, 3, dtype=torch.uint8, device="meta"),
+        frame_mask=torch.ones(pairs, 12, dtype=torch.bool),
+    )
+    return method, batch
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        pytest.param("ViT-B/32", 0.81, id="B/32"),
+        pytest.param("ViT-B/16", 0.92, id="B/16", marks=pytest.mark.slow),
+        pytest.param("ViT-L/14", 0.97, id="L/14", marks=pytest.mark.slow),
+    ],
+)
+def test_work_is_its_closed_form_and_a_share_of_the_published(name, share, meta_device):
+    method, batch = published(name, meta_device)
+    architecture, size = method.architecture, size_of(batch)
+    needed, whole = (form(architecture, method.config, size) for form in (needed_flops, reference_flops))
+    assert flops(lambda: meta_step(method, meta_batch(batch))) == pytest.approx(needed, rel=0.005)
+    assert flops(lambda: ReferenceStep(method)(batch.to("meta"))) == pytest.approx(whole, rel=0.005)
+    assert needed / whole <= share
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_work_is_its_closed_form_at_small_sizes(layers):
+    architecture = small(layers=layers)
+    method = make(architecture, fused=(min(2, layers), 1))
+    batch = noise_batch(architecture, size=3, frames=2)
+    size = size_of(batch)
+    reference = ReferenceStep(method)
+    whole = reference_flops(architecture, method.config, size)
+    assert flops(lambda: reference(batch)) == pytest.approx(whole, rel=0.005)
+    needed = needed_flops(architecture, method.config, size)
+    empty = method.to("meta")
+    assert flops(lambda: meta_step(empty, meta_batch(batch))) == pytest.approx(needed, rel=0.005)
+
+
+@pytest.mark.parametrize(("dtype", "less"), [(torch.float32, 2), (torch.bfloat16, 4)], ids=["fp32", "bf16"])
+def test_what_is_kept_for_backward_is_nine_widths_a_token_and_layer(dtype, less, meta_device):
+    method, batch = published("ViT-B/32", meta_device)
+    meta = meta_batch(batch)
+    reference = ReferenceStep(method)
+    whole = bytes_kept(lambda: reference.losses(batch.to("meta")), list(reference.weights.values()))
+    method.compute_dtype = dtype
+    cast_frozen(method, dtype)
+    kept = bytes_kept(lambda: meta_step(method, meta, backward=False), list(method.parameters()))
+    limit = kept_bytes(method.architecture, method.config, size_of(batch), dtype.itemsize)
+    assert kept <= 1.05 * limit
+    assert whole >= less * kept
+
+
+def test_launches_of_the_published_depth_do_not_grow():
+    """450 is the target, which takes kernels: plain torch starts one for each op."""
+    architecture = small(layers=12)
+    method, batch = make(architecture, fused=(4, 2)), noise_batch(architecture)
+    with Launches() as ours:
+        step_inputs.step(method, batch)
+    reference = ReferenceStep(method, sdpa=True)
+    with Launches() as published:
+        reference(batch)
+    assert ours.count <= 1900 < published.count
