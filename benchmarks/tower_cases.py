@@ -14,6 +14,7 @@ from discovla.ops.adapter import adapter
 from discovla.ops.dispatch import Impl
 from discovla.ops.frame_patches import frame_patches
 from discovla.ops.layer_norm import Update, layer_norm
+from discovla.ops.lora_norm import lora_norm
 from discovla.ops.mlp import MLPWeights, mlp
 from discovla.ops.short_attention import Packing, short_attention
 from discovla.ops.temporal_fusion import Groups, temporal_fusion
@@ -122,6 +123,10 @@ def _layer_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     return layer_norm(leaves[0], Update(u=leaves[1]), impl=impl)
 
 
+def _lora_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    return lora_norm(leaves[0], leaves[2], leaves[1], impl=impl)
+
+
 def _mlp(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     w = leaves[0].shape[-1]
     up, up_bias, down, down_bias = _frozen(((4 * w, w), (4 * w,), (w, 4 * w), (w,)), leaves[0].device)
@@ -154,15 +159,16 @@ def _fusion(heads: int, n: int, rows: int) -> Callable[[list[Tensor], Impl, bool
 
 
 def row_case(op: str, n: int, dim: int, **options) -> TowerCase:
-    """layer_norm, mlp or adapter on n rows of width `dim`."""
+    """layer_norm, lora_norm, mlp or adapter on n rows of width `dim`."""
     shapes = {
         "layer_norm": ((n, dim), (n, dim)),
+        "lora_norm": ((n, dim), (n, dim), (RANK, dim)),
         "mlp": ((n, dim),),
         "adapter": ((n, dim), (RANK, dim), (RANK,), (dim, RANK), (dim,)),
     }[op]
-    units = {"layer_norm": 0, "mlp": 4 * dim, "adapter": RANK}[op]
-    passes = 6 if op == "adapter" else 4  # the adapter's weights are trained
-    call = {"layer_norm": _layer_norm, "mlp": _mlp, "adapter": _adapter}[op]
+    units = {"layer_norm": 0, "lora_norm": RANK, "mlp": 4 * dim, "adapter": RANK}[op]
+    passes = {"lora_norm": 3, "mlp": 4, "adapter": 6}.get(op, 0)  # weights of lora_norm and adapter train
+    call = {"layer_norm": _layer_norm, "lora_norm": _lora_norm, "mlp": _mlp, "adapter": _adapter}[op]
     products = 2.0 * n * dim * units * passes
     return TowerCase(
         op=op, call=call, n=n, m=n, dim=dim, rows=units, products=products, shapes=shapes, **options
@@ -202,6 +208,7 @@ def timed_tower_cases(suite: str) -> list[TowerCase]:
     frames, captions = 128 * FRAMES, 128 * (FRAMES + 1)
     cases = [
         row_case("layer_norm", 50 * frames, 768),
+        row_case("lora_norm", 50 * frames, 768),
         row_case("mlp", 50 * frames, 768),
         row_case("adapter", frames, 768),
         sequence_case("short_attention", frames, 50, 768, 12),
@@ -226,8 +233,9 @@ def checked_tower_cases() -> list[TowerCase]:
     """What is compared with the reference in float64: ragged sizes, one tile and several, every dtype."""
     cases = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for n, dim in ((1, 40), (7, 64), (130, 96), (1100, 768)):
-            cases += [row_case(op, n, dim, dtype=dtype) for op in ("layer_norm", "mlp", "adapter")]
+        for n, dim in ((1, 40), (7, 64), (130, 96), (1100, 512)):
+            ops = ("layer_norm", "lora_norm", "mlp", "adapter")
+            cases += [row_case(op, n, dim, dtype=dtype) for op in ops]
         for n, rows, dim, heads in ((1, 1, 16, 1), (6, 7, 40, 4), (12, 50, 128, 2), (4, 130, 128, 2)):
             for op in ("short_attention", "temporal_fusion"):
                 cases += [sequence_case(op, n, rows, dim, heads, dtype=dtype)]

@@ -19,6 +19,8 @@ def supports(x: Tensor, a: Tensor, u: Tensor | None) -> str:
     """Why the kernels do not take these tensors; empty where they do."""
     if len(a) > MAX_RANK or a.shape[1] > MAX_WIDTH:
         return f"expected rank and width of at most {MAX_RANK} and {MAX_WIDTH}, found {tuple(a.shape)}"
+    if a.is_cuda and a.element_size() > 2 and a.shape[1] > MAX_WIDTH // 2:
+        return f"expected float32 rows of at most {MAX_WIDTH // 2} in shared memory, found {a.shape[1]}"
     return norm_supports(x, a, u)
 
 

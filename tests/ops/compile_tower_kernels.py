@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from discovla_kernels import adapter, attention_tiles, layer_norm, mlp, preprocess_frames
+from discovla_kernels import adapter, attention_tiles, layer_norm, lora_norm, mlp, preprocess_frames
 from discovla_kernels import short_attention as attention
 from discovla_kernels import temporal_fusion as fusion
 
@@ -25,12 +25,13 @@ OTHERS = {  # of arguments that are not rows
     "mask_ptr": "*u8",
     "frames_ptr": "*u8",
     "stat_ptr": "*fp32",
+    "da_ptr": "*fp32",
     "lse_ptr": "*fp32",
     "mean_ptr": "*fp32",
     "read_ptr": "*fp32",
     "position_ptr": "*fp32",
 }
-STREAM = ("x_ptr", "sum_ptr", "dsum_ptr", "dx_ptr")  # of layer_norm, float32 beside bfloat16
+STREAM = ("x_ptr", "sum_ptr", "dsum_ptr", "dx_ptr")  # of the norms, float32 beside bfloat16
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a program may have
 Case = tuple[Any, torch.dtype, dict[str, Any]]  # kernel, dtype of rows, constants and launch options
 
@@ -42,7 +43,7 @@ def argument(kernel: Any, name: str, dtype: torch.dtype) -> str:
             return kind
     if not name.endswith("_ptr"):
         return "fp32" if name in ("scale", "eps") else "i32"
-    stream = "layer_norm" in kernel.__name__ and name in STREAM
+    stream = "norm" in kernel.__name__ and name in STREAM
     return "*fp32" if stream else TYPES[dtype]
 
 
@@ -82,6 +83,10 @@ def row_cases() -> list[Case]:
             norm | {"HAS_DSUM": True, "HAS_DU": True, "HAS_ADDED": True},
         ),
     ]
+    for dtype, width in ((HALF, 768), (SINGLE, 512)):
+        lora = lora_norm._tile(width, 8)
+        cases += [(lora_norm._lora_norm_forward, dtype, lora | {"HAS_U": True})]
+        cases += [(lora_norm._lora_norm_backward, dtype, lora | {"HAS_DSUM": True, "HAS_DU": True})]
     for dtype, gelu in ((HALF, False), (SINGLE, True)):
         x = torch.empty(1, dtype=dtype)
         tile = mlp._tile(x, 1 << 12, 1 << 12) | {"GELU": gelu}
