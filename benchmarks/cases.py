@@ -15,7 +15,8 @@ from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
 from discovla.ops.late_interaction import max_sim
 from discovla.ops.rank_of_positive import rank_of_positive
-from discovla.ops.token_similarity import TokenInputs
+from discovla.ops.soft_vlad import soft_vlad
+from discovla.ops.token_similarity import TokenInputs, token_similarity, token_training_similarity
 from discovla.ops.top_k import top_k
 
 Call = Callable[[list[Tensor], Impl, bool], Any]  # leaves, impl, masked -> a tensor or several
@@ -136,6 +137,21 @@ def _max_sim(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
     return max_sim(inputs, impl=impl)
 
 
+def _tokens(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    text, video, scale = leaves
+    text_mask, video_mask = (_mask(x) if masked else None for x in leaves[:2])
+    inputs = TokenInputs(text=text, video=video, text_mask=text_mask, video_mask=video_mask)
+    ranking = token_similarity(inputs, kappa=20.0, impl=impl)
+    return scale * (ranking + token_training_similarity(inputs, kappa=20.0, impl=impl))
+
+
+def _soft_vlad(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    tokens, assignment, centres, scale = leaves
+    mask = _mask(tokens) if masked else torch.ones_like(tokens[..., 0], dtype=torch.bool)
+    mask[:, 0] = True
+    return scale * soft_vlad(tokens, mask, assignment / 8, centres / 8, impl=impl)
+
+
 def _groups(items: Tensor) -> Tensor:
     """Three items a group or four, spread over all of them."""
     return torch.arange(len(items), device=items.device) % max(1, len(items) // 3)
@@ -162,6 +178,8 @@ CALLS: dict[str, Call] = {
     "alignment_losses": _alignment,
     "late_interaction": _max_sim,
     "rank_of_positive": _ranks,
+    "soft_vlad": _soft_vlad,
+    "token_similarity": _tokens,
     "top_k": _top_k,
 }
 
@@ -171,6 +189,7 @@ def case(op: str, n: int, *, m: int = 0, frames: tuple[int, int] = (1, 1), dim: 
     m = m or n
     pooled, parts = ((n, dim), (m, dim)), ((n, frames[0], dim), (m, frames[1], dim))
     of_parts = {"frame_similarity": parts, "late_interaction": parts, "alignment_losses": (*pooled, *parts)}
+    of_parts |= {"token_similarity": parts, "soft_vlad": (parts[0], (5, dim), (5, dim))}
     shapes = of_parts.get(op, pooled)
     return Case(op=op, call=CALLS[op], n=n, m=m, frames=frames, dim=dim, shapes=shapes, **options)
 
@@ -219,7 +238,13 @@ def checked_cases() -> list[Case]:
             (20, (63, 130)),
             (300, (12, 12)),
         ):
-            ops = ("frame_similarity", "alignment_losses", "late_interaction")
+            ops = (
+                "frame_similarity",
+                "alignment_losses",
+                "late_interaction",
+                "token_similarity",
+                "soft_vlad",
+            )
             cases += [case(op, n, frames=frames, dim=65, dtype=dtype) for op in ops]
             if dtype == torch.float32:
                 cases += [case(op, n, frames=frames, dim=65, dtype=dtype, masked=True) for op in ops]
