@@ -40,6 +40,8 @@ def on_cpu(monkeypatch, tmp_path) -> Path:
 def run(monkeypatch, checked, timed, *words) -> int:
     monkeypatch.setattr(gpu, "checked_cases", lambda: checked)
     monkeypatch.setattr(gpu, "timed_cases", lambda suite: timed)
+    monkeypatch.setattr(gpu, "checked_tower_cases", lambda: [])
+    monkeypatch.setattr(gpu, "timed_tower_cases", lambda suite: [])
     return gpu.main(words)
 
 
