@@ -17,7 +17,7 @@ from discovla.config import RunConfig
 from discovla.data.clips import check_captions
 from discovla.data.loader import DataConfig, LoaderShape, TrainLoader
 from discovla.data.manifest import Clip, check_clips
-from discovla.data.quarantine import Quarantine
+from discovla.data.quarantine import Quarantine, without_quarantined
 from discovla.data.source import pixels, read_clips
 from discovla.data.stills import Stills
 from discovla.engine import checkpoint
@@ -378,6 +378,8 @@ def _read_splits(config: RunConfig) -> dict[str, list[Clip]]:
     chosen = list(names.values())
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"data: expected different splits to train, select and test on, found {chosen}")
+    if data.quarantine is not None and "train" in splits:
+        splits["train"] = without_quarantined(splits["train"], data.quarantine)
     for use in ("val", "test"):
         if use in splits:
             check_clips(splits[use], files=data.shards is None)

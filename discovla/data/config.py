@@ -36,7 +36,8 @@ class DataConfig(BaseModel):
     augment: `randaugment` is DiscoVLA's, `resized_crop` T2VParser's, `light` a cheap one.
     long_captions: what is done with a caption longer than the context; missing_frame_captions: with one that
     has no frame captions where the method needs them; damaged: with a clip that breaks off.
-    bad_clip_share: largest share of clips found bad in training before it stops.
+    bad_clip_share: largest share of clips found bad in training before it stops.  quarantine: list of clips
+    that are not trained on, as `discovla doctor` writes it.
     cache: folder for decoded frames; it serves everything but training with an augmentation that works on
     frames of full size, or with a sampling that draws frames anew.
     decoder: who decodes, see `Decoder`; `auto` measures on the first clips.  decode_seconds: how long a clip
@@ -64,6 +65,7 @@ class DataConfig(BaseModel):
     missing_frame_captions: Literal["error", "drop"] = "error"
     damaged: Damaged = "refuse"
     bad_clip_share: float = Field(default=0.01, ge=0, le=1)
+    quarantine: Path | None = None
     cache: Path | None = None
     decoder: DecoderName = "pyav"
     decode_seconds: float = Field(default=300.0, gt=0, allow_inf_nan=False)

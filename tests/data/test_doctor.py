@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,9 +18,10 @@ from benchmarks.fuzz_videos import SAMPLING, disagreements, draw_sources, write_
 from discovla.cli import main
 from discovla.data import doctor
 from discovla.data.doctor import Checks, Diagnosis, diagnose
-from discovla.data.manifest import Clip, write_manifest
+from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.quarantine import Quarantine, without_quarantined
 from discovla.data.sampling import Sampling
+from tests import runs
 from tests.data.odd_clips import KINDS, Kind, odd_clip
 from tests.data.test_watched import children, ended
 from tests.data.watched_tasks import examination
@@ -252,6 +254,23 @@ def test_training_leaves_the_listed_clips_out(found, folder, tmp_path, caplog):
     (tmp_path / "bad.jsonl").write_text('{"id": "x"}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl:1: expected id, video and reason of a clip"):
         without_quarantined(clips, tmp_path / "bad.jsonl")
+
+
+def test_a_run_given_the_list_meets_no_bad_clip(drawn, tmp_path):
+    clips = read_manifest(drawn)
+    (tmp_path / "bad.mp4").write_text("no video")
+    for i in (0, 3, 5):
+        clips[i] = dataclasses.replace(clips[i], video=tmp_path / "bad.mp4")
+    write_manifest(tmp_path / "m.jsonl", clips)
+    assert (
+        main(["doctor", str(tmp_path / "m.jsonl"), "--split", "train", "--workers", "1", "--frames", "8"])
+        == 0
+    )
+    config = runs.write_config(tmp_path, drawn)
+    none = [f"data.manifest={tmp_path}/m.jsonl", "data.bad_clip_share=0", "steps=1", "data.val_split="]
+    job = runs.train([config, *none, f"data.quarantine={tmp_path}/m.doctor/quarantine.jsonl"])
+    assert "3 of 24 clips are in quarantine" in job.output(rank=0)
+    assert not (tmp_path / "run/quarantine.jsonl").exists()
 
 
 def test_damaged_files_neither_crash_nor_hang_it_and_the_loader_agrees(tmp_path):
