@@ -52,7 +52,8 @@ class Gallery:
 class Exam:
     """What every method is measured on, read once.
 
-    manifest: of the drawn world.  judge_count: how many fresh clips teacher and student are compared on.
+    manifest: of the drawn world.  judge_count: how many fresh clips teacher and student are compared on; none
+    for 0.
     """
 
     manifest: Path
@@ -95,7 +96,7 @@ def measure(method: Method, exam: Exam) -> dict[str, Any]:
             moved = (video.pooled - back.pooled).norm(dim=-1) / video.pooled.norm(dim=-1)
             figures["flip"] = moved.max().item()
             figures["probes"] = choices(method, exam.probes, video, back)
-    if isinstance(method, DiscoVLA):
+    if isinstance(method, DiscoVLA) and exam.judge_count:
         figures["judges"] = _teacher(method, *exam.judges)
     return figures
 

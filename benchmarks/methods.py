@@ -134,7 +134,7 @@ def run_all(place: Place, runs: Sequence[tuple[Row, int]]) -> Iterator[dict[str,
             directory = Path(folder) / "run"
             usage = _train([*place.words(row, seed), f"directory={directory}"])
             config = place.config(row, seed, directory)
-            exam = exam or Exam(manifest=place.manifest, data=config.data, image_size=64)
+            exam = exam or Exam(manifest=place.manifest, data=config.data, image_size=64, judge_count=0)
             result = {"kind": "run", "name": row.name, "seed": seed, "identity": name, **usage}
             result |= _figures(directory, exam) | machine("cpu")
         append(place.results, result)
