@@ -108,6 +108,13 @@ def short_attention_reference(
     return out if packing is None else packing.unpadded(out, shape[0])
 
 
+def expect_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse what is no mask of this shape: a kernel would read its bytes otherwise."""
+    expect_shape(name, mask, shape)
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"{name}: expected bool, found {mask.dtype}")
+
+
 def _impl(name: str) -> Impl:
     return "torch" if name == "torch" else "reference"
 
@@ -119,7 +126,7 @@ def _check(qkv: Tensor, heads: int, packing: Packing | None, key_mask: Tensor | 
     if qkv.ndim != axes or width * 3 != qkv.shape[-1] or width % heads:
         wanted = f"{'n l' if packing is None else 'r'} 3w, w a multiple of {heads} heads"
         raise ValueError(f"qkv: expected {wanted}, found {tuple(qkv.shape)}")
-    expect_shape("key_mask", key_mask, tuple(qkv.shape[:-1]))
+    expect_mask("key_mask", key_mask, tuple(qkv.shape[:-1]))
     if packing is not None and (packing.offsets.dtype != torch.int32 or packing.offsets.ndim != 1):
         found = f"{packing.offsets.dtype} of shape {tuple(packing.offsets.shape)}"
         raise ValueError(f"packing.offsets: expected one axis of int32, found {found}")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from discovla.ops.attention import attention
-from discovla.ops.blocks import expect_shape, wide
+from discovla.ops.blocks import wide
 from discovla.ops.dispatch import Impl, choose, kernel
-from discovla.ops.short_attention import Packing, short_attention_reference
+from discovla.ops.short_attention import Packing, expect_mask, short_attention_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +110,8 @@ def _check(qkv: Tensor, groups: Groups, position: Tensor | None) -> tuple[int, .
     if groups.readout.ndim != 2 or groups.readout.numel() != n or groups.readout.dtype != torch.int64:
         found = f"{groups.readout.dtype} of shape {tuple(groups.readout.shape)}"
         raise ValueError(f"readout: expected int64, b f of {n} sequences, found {found}")
-    expect_shape("key_mask", groups.key_mask, tuple(qkv.shape[:-1]))
-    expect_shape("group_mask", groups.group_mask, tuple(qkv.shape[:-1]))
+    expect_mask("key_mask", groups.key_mask, tuple(qkv.shape[:-1]))
+    expect_mask("group_mask", groups.group_mask, tuple(qkv.shape[:-1]))
     frames = groups.readout.shape[1]
     if position is not None and (position.shape[1:] != (width,) or len(position) < frames):
         wanted = f"{width} wide and at least {frames} long"

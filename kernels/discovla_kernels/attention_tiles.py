@@ -130,7 +130,7 @@ def query_gradients(
 
     FUSED: dq of the readout row is not stored but returned.
     """
-    width, place = H.to(tl.int64) * C, tl.arange(0, BLOCK)
+    width, place = H * C, tl.arange(0, BLOCK)
     own = tl.zeros((BLOCK_C,), dtype=ACC)
     for first in range(0, length, BLOCK):
         i = first + place
@@ -170,7 +170,7 @@ def key_gradients(
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the tile of keys that begins at `other`, from all queries of its sequence."""
-    width, place = H.to(tl.int64) * C, tl.arange(0, BLOCK)
+    width, place = H * C, tl.arange(0, BLOCK)
     dk, dv = tl.zeros((BLOCK, BLOCK_C), dtype=ACC), tl.zeros((BLOCK, BLOCK_C), dtype=ACC)
     for first in range(other if CAUSAL else 0, length, BLOCK):
         i = first + place

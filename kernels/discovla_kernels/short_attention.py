@@ -45,7 +45,7 @@ def _short_attention_forward(
     Backward: `_short_attention_backward`.
     """
     start, length = sequence(offsets_ptr, tl.program_id(0), LENGTH, HAS_OFFSETS)
-    h, width = tl.program_id(1).to(tl.int64), H.to(tl.int64) * C
+    h, width = tl.program_id(1).to(tl.int64), H * C
     q_ptr, out_ptr = qkv_ptr + h * C, out_ptr + h * C
     place = tl.arange(0, BLOCK)
     for first in range(0, length, BLOCK):
@@ -79,7 +79,7 @@ def _short_attention_backward(
     Traffic: 3 c of q k v and c of dO read, 3 c written a row.
     """
     start, length = sequence(offsets_ptr, tl.program_id(0), LENGTH, HAS_OFFSETS)
-    h, width = tl.program_id(1).to(tl.int64), H.to(tl.int64) * C
+    h, width = tl.program_id(1).to(tl.int64), H * C
     q_ptr, grad_ptr, dq_ptr = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C
     place = tl.arange(0, BLOCK)
     if ONE:

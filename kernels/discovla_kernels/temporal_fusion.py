@@ -69,7 +69,7 @@ def _temporal_fusion_forward(
     for backward: `_temporal_fusion_backward`.
     """
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    width, place, slot = H.to(tl.int64) * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
+    width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, out_ptr, own_ptr, c = qkv_ptr + h * C, out_ptr + h * C, own_ptr + h * C, tl.arange(0, BLOCK_C)
     ends = tl.load(readout_ptr + b * F + slot, mask=slot < F, other=0)
     ends_q = load_rows(q_ptr, ends, slot < F, 3 * width, C, BLOCK_C)
@@ -135,7 +135,7 @@ def _temporal_fusion_backward(
     dposition: sum over a frame's keys of dSᵀ q[rho], for each group by itself.
     """
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    width, place, slot = H.to(tl.int64) * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
+    width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, grad_ptr, dq_ptr, c = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C, tl.arange(0, BLOCK_C)
     ends = tl.load(readout_ptr + b * F + slot, mask=slot < F, other=0)
     ends_q = load_rows(q_ptr, ends, slot < F, 3 * width, C, BLOCK_C)

@@ -153,6 +153,7 @@ def test_what_does_not_fit_is_refused_by_name(impl):
         ("qkv: expected n l 3w, w a multiple of 2 heads, found", lambda: short_attention(x, 2, impl=impl)),
         ("qkv: expected n l 3w, w a multiple of 3", lambda: short_attention(x[None], 3, impl=impl)),
         ("key_mask", lambda: short_attention(x[None], 2, key_mask=torch.ones(4) > 0, impl=impl)),
+        ("key_mask: expected bool", lambda: short_attention(x[None], 2, key_mask=x[None, :, 0], impl=impl)),
         ("packing.offsets: .* int32, found", lambda: short_attention(x, 2, packing=wide, impl=impl)),
     ]
     for message, call in cases:

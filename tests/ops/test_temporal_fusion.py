@@ -233,6 +233,7 @@ def test_what_does_not_fit_is_refused_by_name(impl):
         ("readout: expected int64, b f of 4 sequences", lambda: call(readout=readout[:1])),
         ("readout: expected int64, b f of 4 sequences", lambda: call(readout=readout.int())),
         ("key_mask: expected shape", lambda: call(key=seen[:2])),
+        ("group_mask: expected bool, found torch.uint8", lambda: call(group=seen.to(torch.uint8))),
         ("group_mask: expected shape", lambda: call(group=seen[:2])),
         ("position: expected it 4 wide and at least 2 long", lambda: call(position=x[0, :1, :4])),
     ):
