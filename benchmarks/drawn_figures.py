@@ -26,6 +26,7 @@ from discovla.retrieval.embed import embed_texts, embed_videos
 from discovla.retrieval.metrics import retrieval_metrics
 
 SPLITS = ("val", "test", "siblings")
+PROBES = 10  # that are asked at once: a method that reads pairs one by one reads few that nobody asked for
 BATCH = 48  # clips whose softmax rows are looked at: those of one step of the ablation
 
 
@@ -108,17 +109,25 @@ def choices(method: Method, probes: Sequence[Probe], video: Embedding, back: Emb
         video, back: the clips of the split, played forwards and backwards.
     """
     true, false = _texts(method, [p.true for p in probes]), _texts(method, [p.false for p in probes])
-    ways = (video, back)
-    prefers = [_scores(method, true, clips) > _scores(method, false, clips) for clips in ways]  # probe clip
-    kinds = {}
-    for kind in dict.fromkeys(p.kind for p in probes):
-        chosen = [(int(p.played_backwards), i, p) for i, p in enumerate(probes) if p.kind == kind]
-        kinds[kind] = {
-            "count": len(chosen),
-            "clip": 100 * sum(prefers[way][i, p.clip].item() for way, i, p in chosen) / len(chosen),
-            "control": 100 * sum(prefers[way][i, p.control].item() for way, i, p in chosen) / len(chosen),
-        }
-    return kinds
+    preferred: dict[str, list[tuple[bool, bool]]] = {}  # kind -> on the clip, on the control
+    for block in torch.arange(len(probes)).split(PROBES):
+        asked = [probes[i] for i in block.tolist()]
+        places = sorted({place for p in asked for place in (p.clip, p.control)})
+        sides = true.map(lambda x, block=block: x[block]), false.map(lambda x, block=block: x[block])
+        prefers = []
+        for played in (video, back):
+            clips = played.map(lambda x, places=places: x[places])
+            prefers.append(_scores(method, sides[0], clips) > _scores(method, sides[1], clips))
+        for i, p in enumerate(asked):
+            row = prefers[int(p.played_backwards)][i]
+            found = tuple(row[places.index(place)].item() for place in (p.clip, p.control))
+            preferred.setdefault(p.kind, []).append(found)  # type: ignore[arg-type]
+    return {kind: {"count": len(found), **_shares(found)} for kind, found in preferred.items()}
+
+
+def _shares(found: Sequence[tuple[bool, bool]]) -> dict[str, float]:
+    """In percent."""
+    return {name: 100 * sum(x[i] for x in found) / len(found) for i, name in enumerate(("clip", "control"))}
 
 
 @torch.no_grad()
