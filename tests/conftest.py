@@ -19,6 +19,9 @@ from discovla.data.synthetic import WorldSizes, draw_world
 torchvision_cpu.install()  # tests import open_clip as their reference
 
 TESTS = Path(__file__).parent
+# `torch.device("meta")` notes at its first use which functions it redirects: they must be torch's own then
+with torch.device("meta"):
+    torch.empty(0)
 
 
 @pytest.fixture(autouse=True)
