@@ -296,7 +296,7 @@ def saved_bytes(losses: Callable[[], torch.Tensor], parameters: Iterable[torch.T
     return sum(held.values())
 
 
-SHORT = ("t2v", "t2v R@5", "v2t", "v2t R@5", "verb", "reversal")
+SHORT = ("zero-shot t2v", "t2v", "t2v R@5", "zero-shot v2t", "v2t", "v2t R@5", "verb", "reversal")
 COLUMNS = {
     "zero-shot t2v": ("before", "t2v", "R@1"),
     "t2v": ("test", "t2v", "R@1"),
