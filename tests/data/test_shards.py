@@ -195,7 +195,7 @@ def _clips_there(out: Path) -> int:
 
 
 def _wait_for_clips(out: Path, number: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not (out / ".state/plan.json").exists() or _clips_there(out) < number:
         assert process.poll() is None and time.monotonic() < deadline, "ended before it could be killed"
         time.sleep(0.005)
