@@ -30,6 +30,7 @@ def row(name):
     return next(r for r in ROWS if r.name == name)
 
 
+@pytest.mark.slow
 @needs_asset
 def test_runs_are_measured_once_and_shown_in_the_tables(place):
     rows = [row("zero-shot, mean pooling"), replace(row("official, scale 100"), steps=2)]

@@ -256,6 +256,7 @@ def test_training_leaves_the_listed_clips_out(found, folder, tmp_path, caplog):
         without_quarantined(clips, tmp_path / "bad.jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_given_the_list_meets_no_bad_clip(drawn, tmp_path):
     clips = read_manifest(drawn)
     (tmp_path / "bad.mp4").write_text("no video")
