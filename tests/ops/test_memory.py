@@ -13,6 +13,8 @@ from discovla.ops.soft_vlad import soft_vlad
 from discovla.ops.token_similarity import TokenInputs, token_similarity, token_training_similarity
 from discovla.testing import exponent, peak_bytes
 
+pytestmark = pytest.mark.slow
+
 SIZES = [64, 128, 256, 512, 1024]
 SCALE = torch.tensor(10.0)
 

@@ -28,9 +28,10 @@ from discovla_kernels import (
 )
 from tests.ops.counting import Counts, counted
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"),
+]
 SCALE = torch.tensor(10.0)
 # more than one tile each way, and a ragged last one: t i v j d
 SHAPE = (5, 12, 40, 2, 24)
