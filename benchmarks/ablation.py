@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
 
 from benchmarks.drawn_figures import Exam, measure
+from benchmarks.measure import read_rows, write_row
 from discovla.config import RunConfig, parse_config
 from discovla.engine.distributed import start
 from discovla.engine.log import versions
@@ -179,11 +179,6 @@ def identity(row: Row, seed: int) -> str:
     return json.dumps({**asdict(row), "name": None, "seeds": None, "seed": seed}, sort_keys=True)
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The runs in a results file, none where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def run_all(place: Place, runs: Iterable[tuple[Row, int]]) -> Iterator[dict[str, Any]]:
     """Carry out what the results file does not hold yet, and add each run to it when it is done.
 
@@ -193,7 +188,7 @@ def run_all(place: Place, runs: Iterable[tuple[Row, int]]) -> Iterator[dict[str,
     weights = zlib.crc32(DRAWN_CLIP.read_bytes())
     exam: Exam | None = None
     for row, seed in runs:
-        there = read_results(place.results)
+        there = read_rows(place.results)
         if any(r["weights"] != weights for r in there):
             raise ValueError(f"{place.results}: its runs started from other weights than {DRAWN_CLIP}")
         if identity(row, seed) in {r["identity"] for r in there}:
@@ -224,18 +219,8 @@ def run_all(place: Place, runs: Iterable[tuple[Row, int]]) -> Iterator[dict[str,
             "weights": weights,
             "identity": identity(row, seed),
         }
-        append(place.results, result)
+        write_row(place.results, result)
         yield result
-
-
-def append(path: Path, result: dict[str, Any]) -> None:
-    """Add one line to a file that another process may be adding to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, f"{json.dumps(result)}\n".encode())  # one write: lines of two processes never mix
-    finally:
-        os.close(handle)
 
 
 TABLES = {  # name -> heading -> where the number is in a result
@@ -315,7 +300,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="at most this many, for a trial")
     given = parser.parse_args(words)
     if given.table:
-        print(tables(read_results(given.results)))
+        print(tables(read_rows(given.results)))
         return 0
     if not re.fullmatch(r"\d+/[1-9]\d*", given.share):
         parser.error(f"--share: expected I/N, found {given.share!r}")

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measure import read_rows
 
 Row = dict[str, Any]
 OURS = ("triton", "cuda", "torch")
 RUNS = 5  # earlier ones that a new one is compared with
 MS, MEMORY, ERROR = 1.05, 1.02, 2.0  # how much worse than the best of them counts
 WORTH = 1.15  # how much faster than Triton a CUDA kernel has to be, at two sizes at least
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of one results file.
-
-    Raises:
-        ValueError: a line is no JSON object; it is named.
-    """
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {line[:40]!r}") from error
-    return rows
 
 
 def earlier(folder: Path, now: str) -> dict[tuple[str, str], list[Row]]:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.cases import Case, checked_cases, timed_cases
-from benchmarks.gate import earlier, read_rows, regressions, report
+from benchmarks.gate import earlier, regressions, report
 from benchmarks.measure import (
     Times,
     extra_gpu_bytes,
@@ -40,6 +40,7 @@ from benchmarks.measure import (
     machine,
     measure_times,
     peak_tflops,
+    read_rows,
     relative_frobenius,
     results_file,
     write_row,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -147,6 +148,26 @@ def results_file(where: dict[str, Any], subject: str) -> Path:
 
 
 def write_row(path: Path, row: dict[str, Any], times: Times | None = None) -> None:
-    """Append one line."""
-    with path.open("a") as file:
-        file.write(json.dumps(row | (asdict(times) if times else {})) + "\n")
+    """Append one line, to a file that another process may be adding to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row | (asdict(times) if times else {}))
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, f"{line}\n".encode())  # one write: lines of two processes never mix
+    finally:
+        os.close(handle)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of one results file; none where there is no such file.
+
+    Raises:
+        ValueError: a line is no JSON object; it is named.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: expected a JSON object, found {line[:40]!r}") from error
+    return rows

@@ -33,9 +33,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
 
-from benchmarks.ablation import append, read_results
 from benchmarks.drawn_figures import Exam, measure
-from benchmarks.measure import machine
+from benchmarks.measure import machine, read_rows, write_row
 from discovla.config import RunConfig, read_config
 from discovla.data.loader import LoaderShape, TrainLoader
 from discovla.data.manifest import read_manifest
@@ -128,7 +127,7 @@ def run_all(place: Place, runs: Sequence[tuple[Row, int]]) -> Iterator[dict[str,
     exam = None
     for row, seed in runs:
         name = identity(row, seed, place.more)
-        if name in {r.get("identity") for r in read_results(place.results)}:
+        if name in {r.get("identity") for r in read_rows(place.results)}:
             continue
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "run"
@@ -137,7 +136,7 @@ def run_all(place: Place, runs: Sequence[tuple[Row, int]]) -> Iterator[dict[str,
             exam = exam or Exam(manifest=place.manifest, data=config.data, image_size=64, judge_count=0)
             result = {"kind": "run", "name": row.name, "seed": seed, "identity": name, **usage}
             result |= _figures(directory, exam) | machine("cpu")
-        append(place.results, result)
+        write_row(place.results, result)
         yield result
 
 
@@ -215,7 +214,7 @@ def rates(place: Place, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """Train each row once and note its best figures on `val`; the test split is not looked at."""
     for row in rows:
         name = identity(row, 0, place.more)
-        if name in {r.get("identity") for r in read_results(place.results)}:
+        if name in {r.get("identity") for r in read_rows(place.results)}:
             continue
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "run"
@@ -227,7 +226,7 @@ def rates(place: Place, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             if x["kind"] == "val"
         ]
         result = {"kind": "rate", "name": row.name, "identity": name, "val": found, **machine("cpu")}
-        append(place.results, result)
+        write_row(place.results, result)
         yield result
 
 
@@ -355,7 +354,7 @@ def main(words: Sequence[str] | None = None) -> int:
         what.add_argument(f"--{name}", action="store_true")
     given = parser.parse_args(words)
     if given.table:
-        print(table(read_results(given.results)))
+        print(table(read_rows(given.results)))
         return 0
     if not re.fullmatch(r"\d+/[1-9]\d*", given.share):
         parser.error(f"--share: expected I/N, found {given.share!r}")
@@ -364,7 +363,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.costs:
         torch.set_num_threads(1)
         for result in costs(place):
-            append(place.results, result)
+            write_row(place.results, result)
             print(f"{result['name']}: {result['step_over_meanP']:.2f} of a meanP step", flush=True)
         return 0
     if given.rates:

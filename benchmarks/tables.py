@@ -17,17 +17,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
 
 from benchmarks import ablation, methods
-from benchmarks.ablation import read_results
+from benchmarks.measure import read_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "benchmarks/README.md")
 TABLES: dict[str, Callable[[], str]] = {
-    "ladder": lambda: ablation.table(read_results(ablation.RESULTS), "retrieval", ablation.LADDER),
-    "retrieval": lambda: ablation.table(read_results(ablation.RESULTS), "retrieval"),
-    "choices": lambda: ablation.table(read_results(ablation.RESULTS), "choices"),
-    "losses": lambda: ablation.table(read_results(ablation.RESULTS), "losses"),
-    "methods": lambda: methods.table(read_results(methods.RESULTS)),
-    "methods-short": lambda: methods.table(read_results(methods.RESULTS), methods.SHORT),
+    "ladder": lambda: ablation.table(read_rows(ablation.RESULTS), "retrieval", ablation.LADDER),
+    "retrieval": lambda: ablation.table(read_rows(ablation.RESULTS), "retrieval"),
+    "choices": lambda: ablation.table(read_rows(ablation.RESULTS), "choices"),
+    "losses": lambda: ablation.table(read_rows(ablation.RESULTS), "losses"),
+    "methods": lambda: methods.table(read_rows(methods.RESULTS)),
+    "methods-short": lambda: methods.table(read_rows(methods.RESULTS), methods.SHORT),
 }
 BLOCK = re.compile(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 

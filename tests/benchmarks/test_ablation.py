@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import ablation
-from benchmarks.ablation import LADDER, ROWS, Place, identity, plan, read_results, run_all, tables
+from benchmarks.ablation import LADDER, ROWS, Place, identity, plan, run_all, tables
 from benchmarks.drawn_figures import choices
+from benchmarks.measure import read_rows
 from discovla.batch import Embedding
 from discovla.data.probes import Probe
 from discovla.data.synthetic import WorldSizes, draw_world
@@ -38,7 +39,7 @@ def test_runs_are_measured_once_and_shown_in_the_tables(place):
     first = list(run_all(place, wanted))
     assert [r["name"] for r in first] == [r.name for r, _ in wanted]
     assert list(run_all(place, wanted)) == []
-    assert read_results(place.results) == json.loads(json.dumps(first))
+    assert read_rows(place.results) == json.loads(json.dumps(first))
     for result in first:
         assert result["figures"]["flip"] < 1e-5
         assert result["figures"]["probes"]["reversal"]["clip"] == 50
@@ -55,7 +56,7 @@ def test_the_command_runs_its_share_and_prints_tables(place, tmp_path, capsys):
     there = tmp_path / "new/results.jsonl"
     words = ["--manifest", place.manifest, "--cache", place.cache, "--results", there]
     assert ablation.main([*map(str, words), "--only", "zero-shot", "--share", "0/2", "--steps", "2"]) == 0
-    assert [r["name"] for r in read_results(there)] == ["zero-shot, mean pooling"]
+    assert [r["name"] for r in read_rows(there)] == ["zero-shot, mean pooling"]
     assert "zero-shot, mean pooling, seed 0: t2v R@1" in capsys.readouterr().out
     assert ablation.main(["--results", str(there), "--table"]) == 0
     assert "| zero-shot, mean pooling | 1 |" in capsys.readouterr().out

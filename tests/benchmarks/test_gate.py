@@ -7,13 +7,13 @@ import pytest
 from benchmarks.gate import (
     beside_baselines,
     earlier,
-    read_rows,
     regressions,
     report,
     table,
     targets,
     worth_choosing,
 )
+from benchmarks.measure import read_rows
 
 
 def row(name="a", impl="triton", ms=10.0, spread=0.1, **more):

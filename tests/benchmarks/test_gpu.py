@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from benchmarks import gpu
 from benchmarks.cases import case, timed_cases
-from benchmarks.gate import read_rows
+from benchmarks.measure import read_rows
 from benchmarks.peers import PEERS
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
 

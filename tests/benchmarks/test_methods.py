@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import methods
-from benchmarks.ablation import read_results
+from benchmarks.measure import read_rows
 from benchmarks.methods import PLAIN, RATES, ROWS, SEEDS, Place, costs, identity, rates, run_all, table
 from discovla.data.synthetic import WorldSizes, draw_world
 from discovla.towers.weights import DRAWN_CLIP
@@ -36,7 +36,7 @@ def test_no_two_runs_are_the_same():
 def test_a_run_is_measured_once_from_its_checkpoint(place):
     row = next(row for row in ROWS if row.name == "CLIP2Video, LoRA")
     (result,) = run_all(place, [(row, 0)])
-    assert read_results(place.results) == [json.loads(json.dumps(result))]
+    assert read_rows(place.results) == [json.loads(json.dumps(result))]
     assert list(run_all(place, [(row, 0)])) == []
     assert result["test"]["t2v"]["R@10"] == 100
     assert result["cpu_seconds"] > 1
