@@ -188,14 +188,24 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"{path}: expected a manifest, {error.strerror}") from error
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
-    """One line as a JSON object with the keys of a clip and no others."""
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """One line as a JSON object.
+
+    Raises:
+        ValueError: it is none; the message begins with `where`.
+    """
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    """One line as a JSON object with the keys of a clip and no others."""
+    row = json_object(line, where)
     missing = [key for key in _REQUIRED if key not in row]
     unknown = [key for key in row if key not in _REQUIRED + _OPTIONAL]
     if missing:

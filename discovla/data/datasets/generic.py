@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from discovla.data.datasets.annotated import VIDEO_SUFFIXES, Annotated
 from discovla.data.datasets.reading import read_text, rows
-from discovla.data.manifest import Clip
+from discovla.data.manifest import Clip, json_object
 
 _COLUMNS = ("video", "caption", "start", "end", "split")
 _KEYS = (*_COLUMNS, "captions")
@@ -164,12 +163,7 @@ def _number(value: Any, where: str) -> float | None:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     """One line with a video, what is said of it, and nothing unknown."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    row = json_object(line, where)
     unknown = [key for key in row if key not in _KEYS]
     if unknown:
         raise ValueError(f"{where}: unknown {', '.join(unknown)}; expected only {', '.join(_KEYS)}")
