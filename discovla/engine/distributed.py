@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,11 +12,14 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, it would hold the process group for good
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 GradScale = Literal["exact", "official"]
+
+_LET_GO = 0.1  # seconds; on an idle machine microseconds are enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,18 @@ def start(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30)) -
 
 
 def stop() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if one was joined.
+
+    A thread of gloo that still lets go of a tensor when the interpreter ends aborts the process, after all of
+    its work.  The threads end with the last reference to the group; where a model or DeepSpeed holds one,
+    they get the time that this takes.
+    """
     logging.disable(logging.NOTSET)
     if dist.is_initialized():
+        gloo = dist.get_backend() == "gloo"
         dist.destroy_process_group()
+        if gloo:
+            time.sleep(_LET_GO)
 
 
 def group_of_one(world: World) -> None:

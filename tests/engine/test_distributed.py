@@ -1,8 +1,11 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from discovla.engine.distributed import World, gather, start, stop
-from tests.engine.launch import run_jobs
+from tests.engine.launch import environment, run_jobs
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,27 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         start(device)
+
+
+ENDING = """
+import os
+from pathlib import Path
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from discovla.engine.distributed import group_of_one, start, stop
+world = start("cpu")
+group_of_one(world)
+def threads():
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+DistributedDataParallel(nn.Linear(2, 2))
+assert "pt_gloo_runloop" in threads()
+stop()
+assert "pt_gloo_runloop" not in threads(), threads()
+"""
+
+
+def test_no_thread_of_the_process_group_is_left_to_abort_the_process():
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING], env=environment(0, 1, 0), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
