@@ -18,14 +18,15 @@ from tests.data.watched_tasks import Unsendable, stopped, task
 
 
 def ended(pid: int, within: float = 5.0) -> bool:
-    """Whether a process is gone, or only waits to be counted."""
+    """Whether a process is gone, or only waits to be counted: its files are closed once no thread is left."""
     until = time.monotonic() + within
     while time.monotonic() < until:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            threads = os.listdir(f"/proc/{pid}/task")
         except FileNotFoundError:
             return True
-        if state == "Z":
+        if state == "Z" and len(threads) == 1:
             return True
         time.sleep(0.05)
     return False
