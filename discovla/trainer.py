@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -14,21 +13,11 @@ import torch
 
 from discovla.batch import BadClip, Batch
 from discovla.config import RunConfig
-from discovla.data.clips import check_captions
-from discovla.data.loader import DataConfig, LoaderShape, TrainLoader
-from discovla.data.manifest import Clip, check_clips
-from discovla.data.quarantine import Quarantine, without_quarantined
-from discovla.data.source import pixels, read_clips
+from discovla.data.loader import LoaderShape, TrainLoader
+from discovla.data.quarantine import Quarantine
 from discovla.data.stills import Stills
-from discovla.engine import checkpoint
-from discovla.engine.distributed import (
-    all_reduce_sum,
-    barrier,
-    gather_objects,
-    start,
-    stop,
-)
-from discovla.engine.log import METRICS, RunLog
+from discovla.engine.distributed import all_reduce_sum, gather_objects, start, stop
+from discovla.engine.log import RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
 from discovla.evaluate import Evaluation, evaluate
@@ -36,14 +25,13 @@ from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
+from discovla.saving import METHOD, Saving, load_trained, schedule, set_aside
+from discovla.splits import read_splits
 from discovla.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
-# what of the data decides which batches a run sees; the rest may change when it is resumed
-SEEN = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "context_length")
-SEEN += ("augment", "long_captions", "damaged")
 
 
 class Trainer:
@@ -52,7 +40,6 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.directory = config.directory
-        self.checkpoints = config.directory / "checkpoints"
 
     def run(self) -> Results | None:
         """Carry the run out.
@@ -81,20 +68,22 @@ class Trainer:
         """Everything that can fail before training does so here."""
         config = self.config
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.splits = _read_splits(config)
+        self.splits = read_splits(config)
         torch.manual_seed(config.seed)  # new parameters
         self.method = build(config.model, config.method)
-        self.fingerprint = self.method.fingerprint()
+        fingerprint = self.method.fingerprint()
         self.loader = self._loader()
         self.total = config.steps or config.epochs * self.loader.steps_per_epoch
-        self.found = self._found()
+        fixed = schedule(config, self.total, len(self.loader.source))
+        self.saving = Saving(config, self.world, fingerprint, fixed)
+        self.found = self.saving.find()
         if config.engine.precision == "bf16":
             self.method.compute_dtype = torch.bfloat16
             if not config.engine.bf16_parameters:
                 cast_frozen(self.method, torch.bfloat16)
         self.method.to(self.world.device)
         if not config.resume:
-            self._set_aside()
+            set_aside(self.directory, self.world)
         quarantine = self.directory / "quarantine.jsonl"
         clips = len(self.splits["train"]) if "train" in self.splits else len(self.loader.source)
         self.quarantine = Quarantine(quarantine, clips=clips, share=config.data.bad_clip_share)
@@ -117,17 +106,6 @@ class Trainer:
         if data.stills is not None:
             return TrainLoader(Stills(seed=config.seed, **data.stills.model_dump()), data, shape)
         return TrainLoader(self.splits["train"], data, shape)
-
-    def _set_aside(self) -> None:
-        """Keep what an earlier run left in the directory, under another name."""
-        if self.world.first and (self.checkpoints.exists() or (self.directory / METRICS).exists()):
-            number = next(n for n in itertools.count(1) if not _numbered(self.directory, n).exists())
-            self.directory.rename(_numbered(self.directory, number))
-            self.directory.mkdir()
-            logger.warning(
-                "%s: kept the earlier run as %s", self.directory, _numbered(self.directory, number)
-            )
-        barrier(self.world)
 
     def _before(self) -> Results:
         """Zero-shot figures on the test split: CLIP with mean pooling, and the method before training."""
@@ -228,7 +206,7 @@ class Trainer:
 
     def _clip_logit_scale(self) -> None:
         """Keep a trained logit scale below 100, in whatever copy the strategy holds."""
-        name = "method.logit_scale.log"
+        name = f"{METHOD}logit_scale.log"
         if name in self.strategy.trained and self.method.logit_scale.log.item() > LIMIT:
             state = self.strategy.trained_state()
             state[name] = state[name].clamp(max=LIMIT)
@@ -242,95 +220,32 @@ class Trainer:
         if "val" in self.splits and (whole or _every(config.evaluate_every, done)):
             better = self._validate(done)
         if whole or done == last or better is not None or _every(config.checkpoint_every, done):
-            self._save(done, better)
+            self.saving.save(self.strategy, done, better)
         self.log.resume_clock()
-
-    def _found(self) -> checkpoint.Checkpoint | None:
-        """The newest whole checkpoint, where the run is to go on from one.
-
-        Raises:
-            CheckpointError: it is that of another method or other weights.
-            ValueError: the run would go on otherwise than it began.
-        """
-        found = checkpoint.latest(self.checkpoints) if self.config.resume else None
-        step = None if found is None else found.step
-        steps = gather_objects(step, self.world)
-        if len(set(steps)) > 1:
-            raise ValueError(f"{self.checkpoints}: expected the same files for all processes, found {steps}")
-        if found is None:
-            return None
-        checkpoint.check_fingerprint(found.meta["fingerprint"], self.fingerprint, str(found.path))
-        # a checkpoint older than an option of the data began with its default
-        older = {f"data.{key}": DataConfig.model_fields[key].default for key in SEEN} | {"pixels": "decoded"}
-        for key, value in self._schedule().items():
-            began = found.meta["schedule"].get(key, older.get(key))
-            if value != began:
-                raise ValueError(f"{found.path}: {key}: the run began with {began!r}, found {value!r}")
-        return found
 
     def _resume(self) -> int:
         """Put back what the checkpoint holds; the step to go on from."""
         if self.found is None:
             return 0
         found, self.found = self.found, None
-        trained = {f"method.{name}": tensor for name, tensor in found.tensors["trained"].items()}
-        self.strategy.load_trained_state(trained)
-        self.strategy.load_optimizer_state(found.tensors["optimizer"])
-        if found.meta["better"] is not None and self.world.first:
-            known = checkpoint.best(self.checkpoints)  # the run may have ended before it wrote this down
-            if known is None or found.meta["better"] > known[1]:
-                checkpoint.set_best(self.checkpoints, found.path, found.meta["better"])
-        barrier(self.world)
+        self.saving.restore(found, self.strategy)
         logger.info("resuming at step %d of %d from %s", found.step, self.total, found.path)
         return found.step
-
-    def _schedule(self) -> dict[str, Any]:
-        """What the rest of an interrupted run depends on besides the method, by dotted key."""
-        config = self.config
-        fixed: dict[str, Any] = {"seed": config.seed, "batch_size": config.batch_size, "steps": self.total}
-        fixed |= {"training pairs": len(self.loader.source), "pixels": pixels(config.data)}
-        fixed |= {f"optim.{key}": value for key, value in config.optim.model_dump(mode="json").items()}
-        data = config.data.model_dump(mode="json")
-        return fixed | {f"data.{key}": data[key] for key in SEEN}
 
     def _validate(self, done: int) -> float | None:
         """Figures on the validation split; their score where it is the best so far."""
         with self.strategy.whole():
             figures = self._evaluate(self.method, "val")["raw"]
         self.log.evaluation(done, "val", figures)
-        score = figures["t2v"]["R@1"] + figures["v2t"]["R@1"]
-        known = checkpoint.best(self.checkpoints)
-        better = score if known is None or score > known[1] else None
-        return gather_objects(better, self.world)[0]  # on GPUs the last bits may differ between ranks
-
-    def _save(self, done: int, better: float | None) -> None:
-        """A checkpoint of `done` steps; `better` is its score where it is the best so far."""
-        trained, optimizer = self.strategy.trained_state(), self.strategy.optimizer_state()
-        if self.world.first:
-            tensors = {
-                "trained": {name.removeprefix("method."): tensor for name, tensor in trained.items()},
-                "optimizer": optimizer,
-            }
-            meta = {
-                "fingerprint": self.fingerprint,
-                "schedule": self._schedule(),
-                "better": better,
-                "config": json.loads(self.config.to_json()),
-            }
-            path = checkpoint.save(self.checkpoints, step=done, tensors=tensors, meta=meta)
-            if better is not None:
-                checkpoint.set_best(self.checkpoints, path, better)
-            checkpoint.keep(self.checkpoints, self.config.keep_checkpoints)
-        barrier(self.world)
+        return self.saving.better(figures["t2v"]["R@1"] + figures["v2t"]["R@1"])
 
     def _after(self, rows: Results) -> Results | None:
         """Figures of the selected step on the test split, beside those before training."""
-        selected = checkpoint.best(self.checkpoints) if "val" in self.splits else None
+        selected = self.saving.selected() if "val" in self.splits else None
         step = self.total
         if selected is not None:
-            kept = checkpoint.load(selected[0])
-            step = kept.step
-            self.strategy.load_trained_state({f"method.{n}": t for n, t in kept.tensors["trained"].items()})
+            step = selected.step
+            load_trained(self.strategy, selected)
         with self.strategy.whole():
             figures = self._evaluate(self.method, "test", rerank=True)
         name = f"{self.config.method.name}, step {step}"
@@ -345,7 +260,7 @@ def _groups(method: Method) -> list[ParameterGroup]:
     """The method's parameters with a rate or decay of their own, by their names in the train step."""
     return [
         ParameterGroup(
-            names=tuple(f"method.{name}" for name in group.names),
+            names=tuple(f"{METHOD}{name}" for name in group.names),
             lr_scale=group.lr_scale,
             weight_decay=group.weight_decay,
         )
@@ -362,26 +277,3 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _every(period: int | None, done: int) -> bool:
     return period is not None and done % period == 0
-
-
-def _numbered(directory: Path, number: int) -> Path:
-    return directory.with_name(f"{directory.name}.{number}")
-
-
-def _read_splits(config: RunConfig) -> dict[str, list[Clip]]:
-    """Checked clips of the splits a run uses; the test split is never trained on nor selected by."""
-    data = config.data
-    names = {"train": data.train_split, "val": data.val_split, "test": data.test_split}
-    if data.stills is not None:
-        del names["train"]
-    splits = {use: read_clips(data, name) for use, name in names.items() if name}
-    chosen = list(names.values())
-    if len(set(chosen)) < len(chosen):
-        raise ValueError(f"data: expected different splits to train, select and test on, found {chosen}")
-    if data.quarantine is not None and "train" in splits:
-        splits["train"] = without_quarantined(splits["train"], data.quarantine)
-    for use in ("val", "test"):
-        if use in splits:
-            check_clips(splits[use], files=data.shards is None)
-            check_captions(splits[use], data.context_length, long=data.long_captions)
-    return splits

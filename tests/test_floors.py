@@ -23,6 +23,8 @@ HIGH = {
     "faults": 6,
     "evaluate": 7,
     "runs": 7,
+    "saving": 7,
+    "splits": 7,
     "train_step": 7,
     "trainer": 8,
     "commands": 9,
