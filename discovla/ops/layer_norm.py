@@ -1,4 +1,4 @@
-"""Residual sum and layer norm in one op; gain and shift are folded into the matrix that follows."""
+"""Residual sum and layer norm in one op; its gain and shift, where there are any, are frozen."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from discovla.ops.blocks import expect_shape, wide
 from discovla.ops.dispatch import Impl, choose, kernel
+
+Affine = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +33,20 @@ def layer_norm(
     x: Tensor,
     update: Update | None = None,
     *,
+    affine: Affine | None = None,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """x' = x + u (+ bias + added), y = (x' - mean x') / sqrt(var x' + eps) over the last axis.
+    """x' = x + u (+ bias + added), y = (x' - mean x') / sqrt(var x' + eps) (gain + shift) over the last axis.
 
-    There is no gain and no shift: `fold_affine` puts frozen ones into the matrix that y is multiplied with.
     x' and the two numbers of a row are all that is kept for backward.
 
     Args:
         x: ... w, the residual stream; its dtype is that of x', whatever u has: float32 or the compute dtype.
         update: what is added first; None for nothing.
+        affine: gain and shift, w each, frozen, computed with in float32 at least; None for 1 and 0, where
+            `fold_affine` has put them into the matrix that y is multiplied with, or both train.
         eps: added to the variance.
         dtype: of y; that of u, or of x without one, unless given.
         impl: reference (plain torch), triton, or auto.
@@ -51,25 +55,26 @@ def layer_norm(
         x' (x itself without an update) and y, ... w.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a gain or shift that asks for a gradient.
         KernelUnavailable: the implementation asked for by name cannot run here.
     """
     dtype = dtype or (x if update is None else update.u).dtype
     if update is not None:
         _check(x, update)
-    chosen = choose("layer_norm", impl, x.device.type, operands=(x, *_tensors(update)))
+    gain, shift = checked_affine(affine, x)
+    chosen = choose("layer_norm", impl, x.device.type, operands=(x, *_tensors(update), gain, shift))
     if chosen == "reference":
-        return layer_norm_reference(x, update, eps, dtype)
+        return layer_norm_reference(x, update, affine, eps, dtype)
     u, bias, added, slots = _tensors(update)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     u = None if u is None else u.reshape(rows.shape).contiguous()
     added = None if u is None or added is None else added.to(u.dtype)
-    total, y, _ = _layer_norm(rows, u, bias, added, slots, eps, dtype)
+    total, y, _ = _layer_norm(rows, u, bias, added, slots, gain, shift, eps, dtype)
     return x if u is None else total.view(x.shape), y.view(x.shape)
 
 
 def layer_norm_reference(
-    x: Tensor, update: Update | None, eps: float, dtype: torch.dtype
+    x: Tensor, update: Update | None, affine: Affine | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The formula of `layer_norm`."""
     total = x
@@ -83,8 +88,20 @@ def layer_norm_reference(
             values = update.added[update.slots[chosen].long()].to(work)
             more = more.flatten(0, -2).index_add(0, chosen, values).view(x.shape)
         total = (x.to(work) + more).to(x.dtype)
-    y = F.layer_norm(total.to(wide(x)), x.shape[-1:], eps=eps)
+    gain, shift = (None, None) if affine is None else (part.to(wide(x)) for part in affine)
+    y = F.layer_norm(total.to(wide(x)), x.shape[-1:], gain, shift, eps)
     return total, y.to(dtype)
+
+
+def checked_affine(affine: Affine | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gain and shift as a kernel takes them; refused where they do not fit x (... w) or train."""
+    if affine is None:
+        return None, None
+    for name, part in zip(("gain", "shift"), affine, strict=True):
+        expect_shape(name, part, (x.shape[-1],))
+        if part.requires_grad:
+            raise ValueError(f"{name}: expected a frozen one, found one that asks for a gradient")
+    return affine[0].contiguous(), affine[1].contiguous()
 
 
 def fold_affine(weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,16 +138,19 @@ def _layer_norm(
     bias: Tensor | None,
     added: Tensor | None,
     slots: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x' (empty without u), y, and mean and 1 / deviation of every row, 2 r."""
     more = None if added is None or slots is None else (added.contiguous(), slots.contiguous())
-    return kernel("layer_norm").forward(x, u, bias, more, eps, dtype)
+    affine = None if gain is None or shift is None else (gain, shift)
+    return kernel("layer_norm").forward(x, u, bias, more, affine, (eps, dtype))
 
 
 @_layer_norm.register_fake
-def _(x, u, bias, added, slots, eps, dtype):
+def _(x, u, bias, added, slots, gain, shift, eps, dtype):
     total = x.new_empty(0) if u is None else torch.empty_like(x)
     return total, torch.empty_like(x, dtype=dtype), x.new_empty(2, len(x), dtype=wide(x))
 
@@ -141,6 +161,7 @@ def _layer_norm_backward(
     grad_of_sum: Tensor | None,
     x: Tensor,
     stats: Tensor,
+    gain: Tensor | None,
     slots: Tensor | None,
     added: int,
     dtype: torch.dtype,
@@ -148,36 +169,36 @@ def _layer_norm_backward(
     """Gradients by x, by u (of `dtype`; empty where it is that by x) and by what was added, n w."""
     other = None if grad_of_sum is None else grad_of_sum.contiguous()
     values = x.new_zeros(added, x.shape[1], dtype=dtype)
-    dx, du = kernel("layer_norm").backward(grad.contiguous(), other, x, stats, slots, values)
+    dx, du = kernel("layer_norm").backward((grad.contiguous(), other), x, stats, gain, slots, values)
     return dx, du, values
 
 
 @_layer_norm_backward.register_fake
-def _(grad, grad_of_sum, x, stats, slots, added, dtype):
+def _(grad, grad_of_sum, x, stats, gain, slots, added, dtype):
     du = x.new_empty(0) if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     return torch.empty_like(x), du, x.new_empty(added, x.shape[1], dtype=dtype)
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, u, bias, added, slots, _, _ = inputs
+    x, u, bias, added, slots, gain, _, _, _ = inputs
     total, _, stats = output
     ctx.set_materialize_grads(False)
     ctx.has_u, ctx.u_dtype = u is not None, x.dtype if u is None else u.dtype
     ctx.added, ctx.bias_dtype = 0 if added is None else len(added), None if bias is None else bias.dtype
-    ctx.save_for_backward(x if u is None else total, stats, slots)
+    ctx.save_for_backward(x if u is None else total, stats, gain, slots)
 
 
 def _differentiate(ctx, grad_of_sum, grad, _):
     """The statistics are for backward alone: nobody differentiates them."""
-    x, stats, slots = ctx.saved_tensors
+    x, stats, gain, slots = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(x)
     if not ctx.has_u:
         grad_of_sum = None
-    dx, du, added = _layer_norm_backward(grad, grad_of_sum, x, stats, slots, ctx.added, ctx.u_dtype)
+    dx, du, added = _layer_norm_backward(grad, grad_of_sum, x, stats, gain, slots, ctx.added, ctx.u_dtype)
     du = (dx if ctx.u_dtype == x.dtype else du) if ctx.has_u else None
     dbias = dx.sum(0, dtype=wide(dx)).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-    return dx, du, dbias, added if ctx.added else None, None, None, None
+    return dx, du, dbias, added if ctx.added else None, None, None, None, None, None
 
 
 _layer_norm.register_autograd(_differentiate, setup_context=_keep)

@@ -8,21 +8,28 @@ from torch import Tensor
 
 from discovla.ops.blocks import expect_shape, wide
 from discovla.ops.dispatch import Impl, choose, kernel
-from discovla.ops.layer_norm import Update, layer_norm_reference
+from discovla.ops.layer_norm import Affine, Update, checked_affine, layer_norm_reference
 
 
 def lora_norm(
-    x: Tensor, a: Tensor, u: Tensor | None = None, *, eps: float = 1e-5, impl: Impl = "auto"
+    x: Tensor,
+    a: Tensor,
+    u: Tensor | None = None,
+    *,
+    affine: Affine | None = None,
+    eps: float = 1e-5,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """x' = x + u and y as in `layer_norm`, and H = y aᵀ beside it: z = [y | H | 0].
 
-    Where a frozen gain g is folded into the projection, a must be a diag(g), and where a shift s is, the
-    projection's bias takes b a s: `lora_projection` gives W y + b H + bias.
+    `lora_projection` gives W y + b H + bias.  Where a frozen gain g is folded into W instead of given here, a
+    must be a diag(g), and where a shift s is, the projection's bias takes b a s.
 
     Args:
         x: ... w, the residual stream.
         a: k w, of LoRA, computed with in the dtype of z.
         u: ... w, what is added to the stream first; None for nothing.
+        affine: gain and shift of y, w each, frozen; None for 1 and 0.
         eps: added to the variance.
         impl: reference (plain torch), triton, or auto.
 
@@ -31,7 +38,7 @@ def lora_norm(
         rounded up to a power of two, 16 at least.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a gain or shift that asks for a gradient.
         KernelUnavailable: the implementation asked for by name cannot run here.
 
     Source: LoRA (arXiv 2106.09685).
@@ -40,18 +47,21 @@ def lora_norm(
     expect_shape("a", a, (len(a), x.shape[-1]))
     dtype = (x if u is None else u).dtype
     a = a.to(dtype).contiguous()
-    if choose("lora_norm", impl, x.device.type, operands=(x, a, u)) == "reference":
-        return lora_norm_reference(x, a, u, eps)
+    gain, shift = checked_affine(affine, x)
+    if choose("lora_norm", impl, x.device.type, operands=(x, a, u, gain, shift)) == "reference":
+        return lora_norm_reference(x, a, u, affine, eps)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     more = None if u is None else u.reshape(rows.shape).contiguous()
-    total, z, _ = _lora_norm(rows, a, more, eps)
+    total, z, _ = _lora_norm(rows, a, more, gain, shift, eps)
     return x if u is None else total.view(x.shape), z.view(*x.shape[:-1], z.shape[1])
 
 
-def lora_norm_reference(x: Tensor, a: Tensor, u: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def lora_norm_reference(
+    x: Tensor, a: Tensor, u: Tensor | None, affine: Affine | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """The formula of `lora_norm`."""
     update = None if u is None else Update(u=u)
-    total, y = layer_norm_reference(x, update, eps, a.dtype)
+    total, y = layer_norm_reference(x, update, affine, eps, a.dtype)
     low = y @ a.T  # ... k
     return total, torch.cat([y, F.pad(low, (0, _padding(len(a)) - len(a)))], dim=-1)
 
@@ -100,19 +110,25 @@ class _LoRAProjection(torch.autograd.Function):
         return grad @ both, None, None, grad.T @ low
 
 
+def _affine(gain: Tensor | None, shift: Tensor | None) -> Affine | None:
+    return None if gain is None or shift is None else (gain, shift)
+
+
 def _padding(rank: int) -> int:
     """Columns of z after y: a power of two, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 @torch.library.custom_op("discovla::lora_norm", mutates_args=())
-def _lora_norm(x: Tensor, a: Tensor, u: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _lora_norm(
+    x: Tensor, a: Tensor, u: Tensor | None, gain: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """x' (empty without u), z, and mean and 1 / deviation of every row, 2 r."""
-    return kernel("lora_norm").forward(x, u, a, eps, a.dtype)
+    return kernel("lora_norm").forward(x, u, a, _affine(gain, shift), eps)
 
 
 @_lora_norm.register_fake
-def _(x, a, u, eps):
+def _(x, a, u, gain, shift, eps):
     total = x.new_empty(0) if u is None else torch.empty_like(x)
     z = x.new_empty(len(x), x.shape[1] + _padding(len(a)), dtype=a.dtype)
     return total, z, x.new_empty(2, len(x), dtype=wide(x))
@@ -120,36 +136,44 @@ def _(x, a, u, eps):
 
 @torch.library.custom_op("discovla::lora_norm_backward", mutates_args=())
 def _lora_norm_backward(
-    grad: Tensor, grad_of_sum: Tensor | None, x: Tensor, stats: Tensor, a: Tensor
+    grad: Tensor,
+    grad_of_sum: Tensor | None,
+    x: Tensor,
+    stats: Tensor,
+    a: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, by u (empty where it is that by x) and by a, k w."""
     other = None if grad_of_sum is None else grad_of_sum.contiguous()
-    dx, du, parts = kernel("lora_norm").backward(grad.contiguous(), other, x, stats, a)
+    grads = grad.contiguous(), other
+    dx, du, parts = kernel("lora_norm").backward(grads, x, stats, a, _affine(gain, shift))
     return dx, du, parts.sum(0).to(a.dtype)
 
 
 @_lora_norm_backward.register_fake
-def _(grad, grad_of_sum, x, stats, a):
+def _(grad, grad_of_sum, x, stats, a, gain, shift):
     du = x.new_empty(0) if a.dtype == x.dtype else torch.empty_like(x, dtype=a.dtype)
     return torch.empty_like(x), du, torch.empty_like(a)
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, a, u, _ = inputs
+    x, a, u, gain, shift, _ = inputs
     total, _, stats = output
     ctx.set_materialize_grads(False)
     ctx.has_u = u is not None
-    ctx.save_for_backward(x if u is None else total, stats, a)
+    ctx.save_for_backward(x if u is None else total, stats, a, gain, shift)
 
 
 def _differentiate(ctx, grad_of_sum, grad, _):
     """The statistics are for backward alone: nobody differentiates them."""
-    x, stats, a = ctx.saved_tensors
+    x, stats, a, gain, shift = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros(len(x), x.shape[1] + _padding(len(a)), dtype=a.dtype, device=a.device)
-    dx, du, da = _lora_norm_backward(grad, grad_of_sum if ctx.has_u else None, x, stats, a)
+    more = grad_of_sum if ctx.has_u else None
+    dx, du, da = _lora_norm_backward(grad, more, x, stats, a, gain, shift)
     du = (dx if a.dtype == x.dtype else du) if ctx.has_u else None
-    return dx, da, du, None
+    return dx, da, du, None, None, None
 
 
 _lora_norm.register_autograd(_differentiate, setup_context=_keep)

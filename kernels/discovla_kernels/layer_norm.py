@@ -1,4 +1,4 @@
-"""Residual sum and layer norm without gain and shift, a row in registers from load to store."""
+"""Residual sum and layer norm, its gain and shift frozen, a row in registers from load to store."""
 
 from __future__ import annotations
 
@@ -24,12 +24,20 @@ def supports(*tensors: Tensor | None) -> str:
 
 
 @triton.jit
+def load_row(ptr, W, BLOCK_W: tl.constexpr, ACC: tl.constexpr):
+    """One row of W entries for every row of a tile, zeros beyond."""
+    w = tl.arange(0, BLOCK_W)
+    return tl.load(ptr + w, mask=w < W, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit
 def _layer_norm_forward(
-    x_ptr, u_ptr, bias_ptr, added_ptr, slot_ptr, sum_ptr, y_ptr, stat_ptr, R, W, eps,
-    HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, u_ptr, bias_ptr, added_ptr, slot_ptr, gain_ptr, shift_ptr, sum_ptr, y_ptr, stat_ptr, R, W, eps,
+    HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_AFFINE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x' = x + u + bias + added[slot], mu = mean x', r = 1 / sqrt(var x' + eps), y = (x' - mu) r.
+    """x' = x + u + bias + added[slot], mu = mean x', r = 1 / sqrt(var x' + eps), y = (x' - mu) r, and
+    with HAS_AFFINE y gain + shift.
 
     Tile: BLOCK_R whole rows in registers. x' is rounded to the dtype of x before it is normed, so that
     backward finds the same row. A slot of -1 adds nothing.
@@ -54,20 +62,24 @@ def _layer_norm_forward(
     mean = tl.sum(x, axis=1) / W
     centred = tl.where(here, x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / W + eps)
-    tl.store(y_ptr + place, centred * rstd[:, None], mask=here)
+    y = centred * rstd[:, None]
+    if HAS_AFFINE:
+        y = y * load_row(gain_ptr, W, BLOCK_W, ACC) + load_row(shift_ptr, W, BLOCK_W, ACC)
+    tl.store(y_ptr + place, y, mask=here)
     tl.store(stat_ptr + r, mean, mask=r < R)
     tl.store(stat_ptr + R + r, rstd, mask=r < R)
 
 
 @triton.jit
 def _layer_norm_backward(
-    dy_ptr, dsum_ptr, x_ptr, stat_ptr, slot_ptr, dx_ptr, du_ptr, dadded_ptr, R, W,
-    HAS_DSUM: tl.constexpr, HAS_DU: tl.constexpr, HAS_ADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr, ACC: tl.constexpr,
+    dy_ptr, dsum_ptr, x_ptr, stat_ptr, slot_ptr, gain_ptr, dx_ptr, du_ptr, dadded_ptr, R, W,
+    HAS_DSUM: tl.constexpr, HAS_DU: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_AFFINE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx = r (dy - mean(dy) - y mean(dy y)) + dx', y = (x' - mu) r; du = dx, dadded[slot] = dx.
 
-    Tile: BLOCK_R whole rows in registers. Rows do not meet, since there is no gain to sum a gradient for.
+    With a gain dy is that of y gain. Tile: BLOCK_R whole rows in registers. Rows do not meet, since the gain
+    is frozen: there is no gradient of it to sum.
     Traffic: dy, x' and dx' read, dx written, and du where its dtype is another.
     """
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -76,6 +88,8 @@ def _layer_norm_backward(
     mean = tl.load(stat_ptr + r, mask=r < R, other=0.0)[:, None]
     rstd = tl.load(stat_ptr + R + r, mask=r < R, other=0.0)[:, None]
     dy = tl.load(dy_ptr + place, mask=here, other=0.0).to(ACC)
+    if HAS_AFFINE:
+        dy *= load_row(gain_ptr, W, BLOCK_W, ACC)
     x = tl.load(x_ptr + place, mask=here, other=0.0).to(ACC)
     y = tl.where(here, (x - mean) * rstd, 0.0)
     slope = (tl.sum(dy * y, axis=1) / W)[:, None]
@@ -96,39 +110,51 @@ def forward(
     u: Tensor | None,
     bias: Tensor | None,
     added: tuple[Tensor, Tensor] | None,
-    eps: float,
-    dtype: torch.dtype,
+    affine: tuple[Tensor, Tensor] | None,
+    how: tuple[float, torch.dtype],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x' (empty without u), y and (mean, 1 / deviation) of r w rows; added: n w and its slot of each row."""
-    rows, width = x.shape
+    """x' (empty without u), y and (mean, 1 / deviation) of r w rows.
+
+    added: n w and its slot of each row.  affine: gain and shift.  how: epsilon, and the dtype of y.
+    """
+    (rows, width), (eps, dtype) = x.shape, how
     acc = torch.promote_types(x.dtype, torch.float32)
     total = x.new_empty(0) if u is None else torch.empty_like(x)
     y, stats = x.new_empty(rows, width, dtype=dtype), x.new_empty(2, rows, dtype=acc)
     values, slots = (x, x) if added is None else added
+    gain, shift = (x, x) if affine is None else affine
     tile = _tile(width)
     _layer_norm_forward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
-        x, x if u is None else u, x if bias is None else bias, values, slots, total, y, stats, rows, width,
-        eps, HAS_U=u is not None, HAS_BIAS=bias is not None, HAS_ADDED=added is not None,
-        ACC=accumulator(x), **tile,
+        x, x if u is None else u, x if bias is None else bias, values, slots, gain, shift, total, y, stats,
+        rows, width, eps, HAS_U=u is not None, HAS_BIAS=bias is not None, HAS_ADDED=added is not None,
+        HAS_AFFINE=affine is not None, ACC=accumulator(x), **tile,
     )  # fmt: skip
     return total, y, stats
 
 
 def backward(
-    grad: Tensor, grad_of_sum: Tensor | None, x: Tensor, stats: Tensor, slots: Tensor | None, added: Tensor
+    grads: tuple[Tensor, Tensor | None],
+    x: Tensor,
+    stats: Tensor,
+    gain: Tensor | None,
+    slots: Tensor | None,
+    added: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients by x and by u (empty where it is that by x); that by what was added goes into `added`.
 
-    x: the sum that was normed.  grad, added: in the dtype of u; `added` is empty where nothing was.
+    grads: by y, and by the sum.  x: the sum that was normed.  added: in the dtype of u; empty where nothing
+    was.
     """
+    grad, grad_of_sum = grads
     rows, width = x.shape
     dx = torch.empty_like(x)
     du = x.new_empty(0) if added.dtype == x.dtype else torch.empty_like(x, dtype=added.dtype)
     tile = _tile(width)
     _layer_norm_backward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
-        grad, x if grad_of_sum is None else grad_of_sum, x, stats, x if slots is None else slots, dx, du,
-        added, rows, width, HAS_DSUM=grad_of_sum is not None, HAS_DU=du.numel() > 0,
-        HAS_ADDED=slots is not None, ACC=accumulator(x), **tile,
+        grad, x if grad_of_sum is None else grad_of_sum, x, stats, x if slots is None else slots,
+        x if gain is None else gain, dx, du, added, rows, width, HAS_DSUM=grad_of_sum is not None,
+        HAS_DU=du.numel() > 0, HAS_ADDED=slots is not None, HAS_AFFINE=gain is not None, ACC=accumulator(x),
+        **tile,
     )  # fmt: skip
     return dx, du
 

@@ -1,4 +1,4 @@
-"""Residual sum, layer norm without gain, and the first half of LoRA, beside each other in one row."""
+"""Residual sum, frozen layer norm, and the first half of LoRA, beside each other in one row."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from discovla_kernels.layer_norm import load_row
 from discovla_kernels.layer_norm import supports as norm_supports
 from discovla_kernels.tiles import accumulator, precision
 
@@ -15,22 +16,22 @@ MAX_WIDTH = 1024
 PROGRAMS = 264  # of backward: two for each processor of an H200, each with a sum of its own
 
 
-def supports(x: Tensor, a: Tensor, u: Tensor | None) -> str:
+def supports(x: Tensor, a: Tensor, *others: Tensor | None) -> str:
     """Why the kernels do not take these tensors; empty where they do."""
     if len(a) > MAX_RANK or a.shape[1] > MAX_WIDTH:
         return f"expected rank and width of at most {MAX_RANK} and {MAX_WIDTH}, found {tuple(a.shape)}"
     if a.is_cuda and a.element_size() > 2 and a.shape[1] > MAX_WIDTH // 2:
         return f"expected float32 rows of at most {MAX_WIDTH // 2} in shared memory, found {a.shape[1]}"
-    return norm_supports(x, a, u)
+    return norm_supports(x, a, *others)
 
 
 @triton.jit
 def _lora_norm_forward(
-    x_ptr, u_ptr, a_ptr, sum_ptr, z_ptr, stat_ptr, R, W, RANK, eps, HAS_U: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_RANK: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    x_ptr, u_ptr, a_ptr, gain_ptr, shift_ptr, sum_ptr, z_ptr, stat_ptr, R, W, RANK, eps, HAS_U: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x' = x + u, y = (x' - mu) r as in `layer_norm`, z = [y | y Aᵀ | 0], A: rank w.
+    """x' = x + u, y = (x' - mu) r or y gain + shift as in `layer_norm`, z = [y | y Aᵀ | 0], A: rank w.
 
     Tile: BLOCK_R whole rows in registers; y is rounded to the dtype of z before it is multiplied. z has
     BLOCK_RANK columns after y, so that its rows stay aligned.
@@ -49,7 +50,10 @@ def _lora_norm_forward(
     mean = tl.sum(x, axis=1) / W
     centred = tl.where(here, x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / W + eps)
-    y = (centred * rstd[:, None]).to(z_ptr.dtype.element_ty)
+    y = centred * rstd[:, None]
+    if HAS_AFFINE:
+        y = y * load_row(gain_ptr, W, BLOCK_W, ACC) + load_row(shift_ptr, W, BLOCK_W, ACC)
+    y = y.to(z_ptr.dtype.element_ty)
     a = tl.load(
         a_ptr + rank[:, None] * W + w[None, :], mask=(rank < RANK)[:, None] & (w < W)[None, :], other=0.0
     )
@@ -63,14 +67,15 @@ def _lora_norm_forward(
 
 @triton.jit
 def _lora_norm_backward(
-    dz_ptr, dsum_ptr, x_ptr, stat_ptr, a_ptr, dx_ptr, du_ptr, da_ptr, R, W, RANK, HAS_DSUM: tl.constexpr,
-    HAS_DU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_RANK: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    dz_ptr, dsum_ptr, x_ptr, stat_ptr, a_ptr, gain_ptr, shift_ptr, dx_ptr, du_ptr, da_ptr, R, W, RANK,
+    HAS_DSUM: tl.constexpr, HAS_DU: tl.constexpr, HAS_AFFINE: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_RANK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dz = [dy' | U | -]; dy = dy' + U A, dA = Uᵀ y; dx = r (dy - mean(dy) - y mean(dy y)) + dx'; du = dx.
 
     Tile: BLOCK_R whole rows; a program takes every PROGRAMS-th tile and holds its sum of dA in registers, so
-    that the sums are few and added in one order. The padding of dz counts for nothing.
+    that the sums are few and added in one order. The padding of dz counts for nothing. With a gain y is
+    (x' - mu) r, in dA y gain + shift, and dy that of y gain.
     """
     w, rank = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_RANK)
     a = tl.load(
@@ -88,7 +93,12 @@ def _lora_norm_backward(
         dy = tl.dot(low, a, dy, input_precision=PRECISION, out_dtype=ACC)
         x = tl.load(x_ptr + place, mask=here, other=0.0).to(ACC)
         y = tl.where(here, (x - mean) * rstd, 0.0)
-        da = tl.dot(tl.trans(low), y.to(low.dtype), da, input_precision=PRECISION, out_dtype=ACC)
+        read = y
+        if HAS_AFFINE:
+            gain = load_row(gain_ptr, W, BLOCK_W, ACC)
+            dy *= gain
+            read = y * gain + load_row(shift_ptr, W, BLOCK_W, ACC)
+        da = tl.dot(tl.trans(low), read.to(low.dtype), da, input_precision=PRECISION, out_dtype=ACC)
         slope = (tl.sum(dy * y, axis=1) / W)[:, None]
         dx = rstd * (dy - (tl.sum(dy, axis=1) / W)[:, None] - y * slope)
         if HAS_DSUM:
@@ -107,37 +117,47 @@ def padding(rank: int) -> int:
 
 
 def forward(
-    x: Tensor, u: Tensor | None, a: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, u: Tensor | None, a: Tensor, affine: tuple[Tensor, Tensor] | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x' (empty without u), z, r (w + padding), and (mean, 1 / deviation) of rows; a: rank w, of `dtype`."""
+    """x' (empty without u), z, r (w + padding), and (mean, 1 / deviation) of rows.
+
+    a: rank w, of the dtype of z.  affine: gain and shift.
+    """
     (rows, width), rank = x.shape, len(a)
     acc = torch.promote_types(x.dtype, torch.float32)
     total = x.new_empty(0) if u is None else torch.empty_like(x)
-    z = x.new_empty(rows, width + padding(rank), dtype=dtype)
+    z = x.new_empty(rows, width + padding(rank), dtype=a.dtype)
+    gain, shift = (x, x) if affine is None else affine
     stats, tile = x.new_empty(2, rows, dtype=acc), _tile(width, rank)
     _lora_norm_forward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
-        x, x if u is None else u, a, total, z, stats, rows, width, rank, eps, HAS_U=u is not None,
-        PRECISION=precision(a), ACC=accumulator(x), **tile,
+        x, x if u is None else u, a, gain, shift, total, z, stats, rows, width, rank, eps,
+        HAS_U=u is not None, HAS_AFFINE=affine is not None, PRECISION=precision(a), ACC=accumulator(x),
+        **tile,
     )  # fmt: skip
     return total, z, stats
 
 
 def backward(
-    grad: Tensor, grad_of_sum: Tensor | None, x: Tensor, stats: Tensor, a: Tensor
+    grads: tuple[Tensor, Tensor | None],
+    x: Tensor,
+    stats: Tensor,
+    a: Tensor,
+    affine: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, by u in the dtype of `a` (empty where it is that by x), and by a, in parts to be added.
 
-    grad: by z, contiguous.  x: the sum that was normed.
+    grads: by z and by the sum, contiguous.  x: the sum that was normed.
     """
-    (rows, width), rank = x.shape, len(a)
+    (rows, width), rank, (grad, grad_of_sum) = x.shape, len(a), grads
+    gain, shift = (x, x) if affine is None else affine
     tile = _tile(width, rank)
     programs = max(1, min(PROGRAMS, triton.cdiv(rows, tile["BLOCK_R"])))
     dx, parts = torch.empty_like(x), stats.new_empty(programs, rank, width)
     du = x.new_empty(0) if a.dtype == x.dtype else torch.empty_like(x, dtype=a.dtype)
     _lora_norm_backward[(programs,)](
-        grad, x if grad_of_sum is None else grad_of_sum, x, stats, a, dx, du, parts, rows, width, rank,
-        HAS_DSUM=grad_of_sum is not None, HAS_DU=du.numel() > 0, PRECISION=precision(a),
-        ACC=accumulator(x), **tile,
+        grad, x if grad_of_sum is None else grad_of_sum, x, stats, a, gain, shift, dx, du, parts, rows, width,
+        rank, HAS_DSUM=grad_of_sum is not None, HAS_DU=du.numel() > 0, HAS_AFFINE=affine is not None,
+        PRECISION=precision(a), ACC=accumulator(x), **tile,
     )  # fmt: skip
     return dx, du, parts
 

@@ -75,16 +75,16 @@ def row_cases() -> list[Case]:
         (
             layer_norm._layer_norm_forward,
             HALF,
-            norm | {"HAS_U": True, "HAS_BIAS": True, "HAS_ADDED": True},
+            norm | {"HAS_U": True, "HAS_BIAS": True, "HAS_ADDED": True, "HAS_AFFINE": True},
         ),
         (
             layer_norm._layer_norm_backward,
             HALF,
-            norm | {"HAS_DSUM": True, "HAS_DU": True, "HAS_ADDED": True},
+            norm | {"HAS_DSUM": True, "HAS_DU": True, "HAS_ADDED": True, "HAS_AFFINE": True},
         ),
     ]
     for dtype, width in ((HALF, 768), (SINGLE, 512)):
-        lora = lora_norm._tile(width, 8)
+        lora = lora_norm._tile(width, 8) | {"HAS_AFFINE": True}
         cases += [(lora_norm._lora_norm_forward, dtype, lora | {"HAS_U": True})]
         cases += [(lora_norm._lora_norm_backward, dtype, lora | {"HAS_DSUM": True, "HAS_DU": True})]
     for dtype, gelu in ((HALF, False), (SINGLE, True)):

@@ -72,6 +72,38 @@ def test_values_and_gradients_are_those_of_the_formula(rows, parts, dtypes, impl
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtypes", STREAMS, ids=str)
+@pytest.mark.parametrize("parts", [1, 4], ids=["alone", "all"])
+def test_a_frozen_gain_and_shift_scale_what_is_normed(parts, dtypes, impl):
+    skip_what_no_gpu_kernel_takes(impl, dtypes[0])
+    x = leaves(7, 33, dtypes, parts)
+    affine = tuple(torch.randn(33, device=DEVICE).to(dtypes[1]) for _ in "gs")
+    truth = [leaf.detach().double().requires_grad_() for leaf in x]
+    total, y = layer_norm(truth[0], update(truth), impl="reference")
+    want = total, affine[0].double() * y + affine[1].double()
+    got = layer_norm(x[0], update(x), affine=affine, impl=impl)
+    budget = max(BUDGET[dtype] for dtype in dtypes)
+    for name, g, w in zip(("sum", "y"), got, want, strict=True):
+        assert_close(g, w, 2 * budget, name)
+    directions = [torch.randn(7, 33, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    wanted = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
+    found = torch.autograd.grad(
+        sum((g * d.to(g.dtype)).sum() for g, d in zip(got, directions, strict=True)), x
+    )
+    for name, g, w in zip(NAMES, found, wanted, strict=False):
+        assert_close(g, w, 4 * budget, name)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_gain_that_trains_or_does_not_fit_is_refused(impl):
+    x, one = torch.zeros(3, 4, device=DEVICE), torch.ones(4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"^shift: expected shape \(4,\), found \(3,\)"):
+        layer_norm(x, affine=(one, one[:3]), impl=impl)
+    with pytest.raises(ValueError, match=r"^gain: expected a frozen one, found one that asks for a gradient"):
+        layer_norm(x, affine=(one.clone().requires_grad_(), one), impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("which", [0, 1], ids=["sum", "y"])
 def test_one_result_alone_can_be_differentiated(which, impl):
     x = leaves(5, 12, (torch.float32, torch.float32), 2)
@@ -110,7 +142,7 @@ def test_the_op_is_registered_soundly():
     x = leaves(4, 5, (torch.float64, torch.float64), 4)
     more = update(x)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    arguments = (*x, more.slots, 1e-5, torch.float64)
+    arguments = (*x, more.slots, x[2].detach(), x[2].detach(), 1e-5, torch.float64)
     torch.library.opcheck(_layer_norm, arguments, test_utils=tests)
 
 

@@ -78,8 +78,9 @@ def test_programs_share_many_rows_among_them(impl, monkeypatch):
         assert_close(g, w, 2 * BUDGET[SINGLE], "gradient")
 
 
+@pytest.mark.parametrize("folded", [False, True], ids=["given", "folded"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_with_its_projection_it_is_norm_and_projection_and_lora(impl):
+def test_with_its_projection_it_is_norm_and_projection_and_lora(impl, folded):
     norm, linear, lora = (
         LayerNorm(12).to(DEVICE),
         torch.nn.Linear(12, 9).to(DEVICE),
@@ -91,10 +92,14 @@ def test_with_its_projection_it_is_norm_and_projection_and_lora(impl):
     trained = (x, lora.a, lora.b)
     y = norm(x)
     want = linear(y) + lora(y)
-    weight, bias = (t.detach() for t in fold_affine(linear.weight, linear.bias, norm.weight, norm.bias))
     gain, shift = norm.weight.detach(), norm.bias.detach()
-    _, z = lora_norm(x, lora.a * gain, impl=impl)
-    got = lora_projection(z, weight, bias, lora.b) + lora.b @ (lora.a @ shift)
+    if folded:
+        weight, bias = (t.detach() for t in fold_affine(linear.weight, linear.bias, gain, shift))
+        _, z = lora_norm(x, lora.a * gain, impl=impl)
+        got = lora_projection(z, weight, bias, lora.b) + lora.b @ (lora.a @ shift)
+    else:
+        _, z = lora_norm(x, lora.a, affine=(gain, shift), impl=impl)
+        got = lora_projection(z, linear.weight.detach(), linear.bias.detach(), lora.b)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     wanted, found = (torch.autograd.grad(out.sin().sum(), trained) for out in (want, got))
     for g, w in zip(found, wanted, strict=True):
@@ -114,7 +119,8 @@ def test_the_reference_and_the_projection_pass_gradcheck():
 
 def test_the_op_is_registered_soundly():
     skip_what_no_gpu_kernel_takes("triton", torch.float64)
-    arguments = (*leaves(4, (torch.float64, torch.float64)), 1e-5)
+    gain, shift = torch.randn(2, 33, dtype=torch.float64, device=DEVICE)
+    arguments = (*leaves(4, (torch.float64, torch.float64)), gain, shift, 1e-5)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(_lora_norm, arguments, test_utils=tests)
 
