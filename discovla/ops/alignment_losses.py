@@ -8,7 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from discovla.ops.blocks import ELEMENTS, EXCLUDED, expect_shape, wide
-from discovla.ops.contrastive import contrastive_streamed
+from discovla.ops.columns import Columns, column_losses
+from discovla.ops.contrastive import contrastive_columns, contrastive_streamed
 from discovla.ops.dispatch import Impl, choose
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import contrastive_loss, cosine_similarity
@@ -22,6 +23,7 @@ class AlignmentInputs:
 
     text, video: n d.  text_frames: n i d, frame captions.  video_frames: n j d, frames.
     text_mask, video_mask: n i and n j, bool, or None where every part counts.
+    columns: where each process has its own videos: what is of videos is v rows, of this one's.
     """
 
     text: Tensor
@@ -30,6 +32,7 @@ class AlignmentInputs:
     video_frames: Tensor
     text_mask: Tensor | None = None
     video_mask: Tensor | None = None
+    columns: Columns | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,33 +78,38 @@ def alignment_losses(
     """
     _expect_shapes(inputs, ignore)
     n, parts = len(inputs.text), inputs.text_frames.shape[1] * inputs.video_frames.shape[1]
+    pairs, columns = n * len(inputs.video), inputs.columns
     tensors = (inputs.text, inputs.video, inputs.text_frames, inputs.video_frames)
     masks = (inputs.text_mask, inputs.video_mask)
     chosen = choose(
         "alignment_losses",
         impl,
         inputs.text.device.type,
-        small=n * n * parts <= ELEMENTS,
+        small=pairs * parts <= ELEMENTS,
         operands=(inputs.text_frames, inputs.video_frames, inputs.text, inputs.video, *masks, ignore),
     )
     if chosen == "reference":
         return alignment_losses_reference(inputs, logit_scale, kl_norm, detach_teacher, ignore)
-    scale = logit_scale.to(wide(inputs.text))
-    losses, _ = contrastive_streamed(
-        *tensors, *masks, scale, ignore, kl_weight(kl_norm, n), detach_teacher, chosen
+    given = (*tensors, *masks, logit_scale.to(wide(inputs.text)), ignore)
+    how = (kl_weight(kl_norm, n), detach_teacher, chosen)
+    losses = (
+        contrastive_streamed(*given, *how)[0]
+        if columns is None
+        else contrastive_columns(given, columns, *how)
     )
     return AlignmentLosses(video=losses[0], frame=losses[1], distill=losses[2])
 
 
 def _expect_shapes(inputs: AlignmentInputs, ignore: Tensor | None) -> None:
-    """Refuse what does not belong to n samples."""
+    """Refuse what does not belong to n samples, or to n texts and a process's videos."""
     n, text, video = len(inputs.text), inputs.text_frames, inputs.video_frames
-    expect_shape("video", inputs.video, tuple(inputs.text.shape))
+    v = n if inputs.columns is None else len(inputs.video)
+    expect_shape("video", inputs.video, (v, inputs.text.shape[1]))
     expect_shape("text_frames", text, (n, *text.shape[1:]))
-    expect_shape("video_frames", video, (n, video.shape[1], text.shape[2]))
+    expect_shape("video_frames", video, (v, video.shape[1], text.shape[2]))
     expect_shape("text_mask", inputs.text_mask, tuple(text.shape[:2]))
     expect_shape("video_mask", inputs.video_mask, tuple(video.shape[:2]))
-    expect_shape("ignore", ignore, (n, n))
+    expect_shape("ignore", ignore, (n, v))
 
 
 def kl_weight(kl_norm: KLNorm, n: int) -> float:
@@ -121,6 +129,10 @@ def alignment_losses_reference(
     if ignore is not None:
         video = video.masked_fill(ignore, EXCLUDED)
     frame = _frame_logits(inputs, logit_scale, ignore, "reference")
+    if inputs.columns is not None:
+        how = {"kl_weight": kl_weight(kl_norm, len(video)), "detach_teacher": detach_teacher}
+        losses = column_losses(video, frame, inputs.columns, **how)
+        return AlignmentLosses(video=losses[0], frame=losses[1], distill=losses[2])
     frame, distill = _frame_losses(video, frame, kl_norm, detach_teacher)
     return AlignmentLosses(video=contrastive_loss(video), frame=frame, distill=distill)
 
@@ -138,12 +150,17 @@ def frame_alignment(
 
     Args:
         student: n n, the logits s S that a method scores its pairs with; `ignore` is already filled in.
+            With `inputs.columns` n v.
         inputs: as in `alignment_losses`; the pooled features are not looked at.
 
     Returns:
         Unweighted scalars: frame-level loss, distillation.
     """
     frame = _frame_logits(inputs, logit_scale, ignore, "auto")
+    if inputs.columns is not None:
+        how = {"kl_weight": kl_weight(kl_norm, len(student)), "detach_teacher": detach_teacher}
+        _, found, distill = column_losses(student, frame, inputs.columns, **how)
+        return found, distill
     return _frame_losses(student, frame, kl_norm, detach_teacher)
 
 

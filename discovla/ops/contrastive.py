@@ -7,7 +7,9 @@ What lives beside inputs, outputs and one block are those sums, 2 or 6 numbers a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from discovla.ops.blocks import (
     unit_rows,
     wide,
 )
+from discovla.ops.columns import Columns, merged_losses
 from discovla.ops.dispatch import kernel
 from discovla.ops.frame_similarity import part
 from discovla.ops.frame_similarity import tile_functions as frame_tiles
@@ -29,18 +32,22 @@ from discovla.ops.streamed import contrastive as streamed
 
 
 class Blocks:
-    """The similarity matrices of n pairs, made block by block: of pooled rows as they are, of unit frames."""
+    """The similarity matrices t v, made block by block: of pooled rows as they are, of unit frames.
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], impl: str, keep: bool) -> None:
+    Text `first` matches the first video, and the others match in order.
+    """
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], impl: str, keep: bool, first: int = 0) -> None:
         text, video, text_frames, video_frames, *self.masks, scale, self.ignore = tensors
         assert text is not None and video is not None and scale is not None
-        self.n, self.scale, self.keep = len(text), scale, keep
+        self.t, self.v, self.first, self.scale, self.keep = len(text), len(video), first, scale, keep
         self.tiles: ModuleType = kernel("info_nce") if impl == "triton" else streamed
-        self.dtype = multiplied_dtype(text, self.n**2)
+        self.dtype = multiplied_dtype(text, self.t * self.v)
         self.pooled = [(x, inverse_norms(x)) for x in (text, video)]
         frames = (text_frames, video_frames)
-        self.units = [None if x is None else unit_rows(x, self.n**2) for x in frames]
+        self.units = [None if x is None else unit_rows(x, self.t * self.v) for x in frames]
         self.has_frames = text_frames is not None
+        self.kinds = 3 if self.has_frames else 1  # numbers a row or column is summed up in
         self.frame_tiles = frame_tiles(impl)
         self.per_block = self.tiles.pairs_per_block(text[:0].to(self.dtype), keep=keep)
         if self.has_frames:
@@ -64,7 +71,7 @@ class Blocks:
 
     def walk(self):
         """Runs of rows, and the runs of columns across each."""
-        return pair_blocks(self.n, self.n, self.per_block)
+        return pair_blocks(self.t, self.v, self.per_block)
 
     def teacher(self, rows: slice, columns: slice):
         """What is found of a block's frame-level similarity, or None where there are no frames."""
@@ -84,7 +91,7 @@ class Blocks:
     def block(self, rows: slice, columns: slice, teacher: Tensor | None):
         """The arguments that every function on one block begins with."""
         ignore = None if self.ignore is None else self.ignore[rows, columns]
-        shift = columns.start - rows.start
+        shift = self.first + columns.start - rows.start
         return self.rows(0, rows), self.rows(1, columns), self.scale, teacher, ignore, shift
 
 
@@ -169,6 +176,22 @@ def merged(sums: Tensor, parts: Tensor) -> Tensor:
     return torch.stack([student, teacher, mean])
 
 
+def fill_sums(blocks: Blocks, sums: Sequence[Tensor]) -> Tensor:
+    """Put statistics of rows (k t) and columns (k v) into `sums`; logits of matching pairs by rows, m t."""
+    for side in sums:
+        side[:2], side[2:] = -torch.inf, 0
+    diagonal = blocks.scale.new_zeros(2 if blocks.has_frames else 1, blocks.t)
+    for rows, across in blocks.walk():
+        for columns in across:
+            found = blocks.teacher(rows, columns)
+            teacher = None if found is None else found.similarity
+            down, along, right = blocks.tiles.statistics(*blocks.block(rows, columns, teacher))
+            sums[0][:, rows] = merged(sums[0][:, rows], down)
+            sums[1][:, columns] = merged(sums[1][:, columns], along)
+            diagonal[:, rows] += right
+    return diagonal
+
+
 @torch.library.custom_op("discovla::contrastive_streamed", mutates_args=())
 def contrastive_streamed(
     text: Tensor,
@@ -186,18 +209,8 @@ def contrastive_streamed(
     """Losses (video-level, frame-level, distillation; 0 without frames) and all sums, 2 k n, for backward."""
     tensors = (text, video, text_frames, video_frames, text_mask, video_mask, scale, ignore)
     blocks = Blocks(tensors, impl, keep=False)
-    kinds = 3 if blocks.has_frames else 1
-    sums = scale.new_full((2, kinds, blocks.n), -torch.inf)
-    sums[:, 2:] = 0
-    diagonal = scale.new_zeros(2 if blocks.has_frames else 1, blocks.n)
-    for rows, across in blocks.walk():
-        for columns in across:
-            found = blocks.teacher(rows, columns)
-            teacher = None if found is None else found.similarity
-            down, along, right = blocks.tiles.statistics(*blocks.block(rows, columns, teacher))
-            sums[0, :, rows] = merged(sums[0, :, rows], down)
-            sums[1, :, columns] = merged(sums[1, :, columns], along)
-            diagonal[:, rows] += right
+    sums = scale.new_empty(2, blocks.kinds, blocks.t)
+    diagonal = fill_sums(blocks, (sums[0], sums[1]))
     losses = scale.new_zeros(3)
     losses[0] = sums[:, 0].mean() - diagonal[0].mean()
     if blocks.has_frames:
@@ -226,7 +239,8 @@ def _(
 @torch.library.custom_op("discovla::contrastive_streamed_backward", mutates_args=())
 def _contrastive_backward(
     grad: Tensor,
-    sums: Tensor,
+    row_sums: Tensor,
+    column_sums: Tensor,
     text: Tensor,
     video: Tensor,
     text_frames: Tensor | None,
@@ -238,11 +252,12 @@ def _contrastive_backward(
     kl_weight: float,
     detach_teacher: bool,
     impl: str,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by text, video, their frames (empty without) and the scale."""
+    """Gradients by text, video, their frames (empty without) and the scale; sums are of all videos."""
     tensors = (text, video, text_frames, video_frames, text_mask, video_mask, scale, ignore)
-    blocks = Blocks(tensors, impl, keep=True)
-    means = [1 / (2 * blocks.n), 1 / (2 * blocks.n), kl_weight / 2]
+    blocks = Blocks(tensors, impl, keep=True, first=first)
+    means = [1 / (2 * blocks.t), 1 / (2 * blocks.t), kl_weight / 2]
     weights = grad.to(scale.dtype) * scale.new_tensor(means)
     gradients = Gradients(blocks, tensors)
     for rows, across in blocks.walk():
@@ -250,7 +265,7 @@ def _contrastive_backward(
         for columns in across:
             found = blocks.teacher(rows, columns)
             block = blocks.block(rows, columns, None if found is None else found.similarity)
-            here = (sums[0, :, rows], sums[1, :, columns])
+            here = (row_sums[:, rows], column_sums[:, columns])
             dx, dy, slope = blocks.tiles.derivative(*block, here, weights, detach_teacher)
             gradients.scale += slope
             gradients.add_pooled(dx, rows, columns)
@@ -261,7 +276,9 @@ def _contrastive_backward(
 
 
 @_contrastive_backward.register_fake
-def _(grad, sums, text, video, text_frames, video_frames, text_mask, video_mask, scale, *rest):
+def _(
+    grad, row_sums, column_sums, text, video, text_frames, video_frames, text_mask, video_mask, scale, *rest
+):
     frames = [scale.new_empty(0) if x is None else torch.empty_like(x) for x in (text_frames, video_frames)]
     return torch.empty_like(text), torch.empty_like(video), *frames, torch.empty_like(scale)
 
@@ -273,11 +290,51 @@ def _keep(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, grad_of_sums):
     """`sums` are for backward alone: nobody differentiates them."""
+    sums, *tensors = ctx.saved_tensors
+    how = (ctx.kl_weight, ctx.detach_teacher, ctx.impl)
+    return *_gradients(grad, sums[0], sums[1], tensors, how, 0), None, None, None
+
+
+def _gradients(grad, row_sums, column_sums, tensors, how, first) -> tuple[Tensor | None, ...]:
+    """By text, video, text frames, video frames, masks, scale, ignore."""
     text, video, text_frames, video_frames, scale = _contrastive_backward(
-        grad, *ctx.saved_tensors, ctx.kl_weight, ctx.detach_teacher, ctx.impl
+        grad, row_sums, column_sums, *tensors, *how, first
     )
     frames = (text_frames, video_frames) if text_frames.numel() else (None, None)
-    return text, video, *frames, None, None, scale, None, None, None, None
+    return text, video, *frames, None, None, scale, None
 
 
 contrastive_streamed.register_autograd(_differentiate, setup_context=_keep)
+
+
+def contrastive_columns(
+    tensors: tuple[Tensor | None, ...], columns: Columns, kl_weight: float, detach_teacher: bool, impl: str
+) -> Tensor:
+    """Losses of whole matrices, 1 or 3, from the columns of one process.
+
+    Args:
+        tensors: text, video, text_frames, video_frames, text_mask, video_mask, scale, ignore, as in
+            `contrastive_streamed`; what is of videos has v rows, ignore is t v.
+    """
+    return _Columns.apply(columns, (kl_weight, detach_teacher, impl), *tensors)  # type: ignore[return-value]
+
+
+class _Columns(torch.autograd.Function):
+    """A `torch.library` op could not call what adds up over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Columns, how: tuple[float, bool, str], *tensors: Tensor | None) -> Tensor:
+        kl_weight, detach_teacher, impl = how
+        blocks = Blocks(tensors, impl, keep=False, first=columns.first)
+        rows, across = (blocks.scale.new_empty(blocks.kinds, count) for count in (blocks.t, blocks.v))
+        matched = fill_sums(blocks, (rows, across)).sum(1)
+        losses, rows = merged_losses(rows, across, matched, columns, kl_weight, detach_teacher)
+        ctx.first, ctx.how = columns.first, how
+        ctx.save_for_backward(rows, across, *tensors)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, across, *tensors = ctx.saved_tensors
+        grad = torch.nn.functional.pad(grads[0], (0, 3 - len(grads[0])))
+        return None, None, *_gradients(grad, rows, across, tensors, ctx.how, ctx.first)

@@ -7,12 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discovla.ops.blocks import ELEMENTS, EXCLUDED, expect_shape, wide
-from discovla.ops.contrastive import contrastive_streamed
+from discovla.ops.columns import Columns, column_losses
+from discovla.ops.contrastive import contrastive_columns, contrastive_streamed
 from discovla.ops.dispatch import Impl, choose
 
 
 def info_nce(
-    text: Tensor, video: Tensor, logit_scale: Tensor, *, ignore: Tensor | None = None, impl: Impl = "auto"
+    text: Tensor,
+    video: Tensor,
+    logit_scale: Tensor,
+    *,
+    ignore: Tensor | None = None,
+    columns: Columns | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Mean of both directions' cross-entropy of the matching pairs.
 
@@ -22,6 +29,7 @@ def info_nce(
         text, video: n d, un-normalised; row i of one belongs to row i of the other.
         logit_scale: scalar, s (not its logarithm).
         ignore: n n, bool, pairs left out of every softmax (same-video captions); never on the diagonal.
+        columns: where each process has its own videos: video v d and ignore n v are of this one.
         impl: reference (S in memory), torch (streamed over blocks of S, made again in backward), triton, or
             auto: the reference while S has at most 4 million entries and torch above.
 
@@ -34,21 +42,25 @@ def info_nce(
 
     Source: CLIP (arXiv 2103.00020), figure 3.
     """
-    expect_shape("video", video, tuple(text.shape))
-    expect_shape("ignore", ignore, (len(text), len(text)))
+    expect_shape("video", video, (len(text if columns is None else video), text.shape[1]))
+    expect_shape("ignore", ignore, (len(text), len(video)))
     small = len(text) * len(video) <= ELEMENTS
     chosen = choose("info_nce", impl, text.device.type, small=small, operands=(text, video, ignore))
     if chosen != "reference":
         given = (text, video, None, None, None, None, logit_scale.to(wide(text)), ignore)
+        if columns is not None:
+            return contrastive_columns(given, columns, 0.0, False, chosen)[0]
         losses, _ = contrastive_streamed(*given, 0.0, False, chosen)
         return losses[0]
-    return info_nce_reference(text, video, logit_scale, ignore)
+    return info_nce_reference(text, video, logit_scale, ignore, columns)
 
 
-def info_nce_reference(text: Tensor, video: Tensor, logit_scale: Tensor, ignore: Tensor | None) -> Tensor:
+def info_nce_reference(
+    text: Tensor, video: Tensor, logit_scale: Tensor, ignore: Tensor | None, columns: Columns | None = None
+) -> Tensor:
     """The formula of `info_nce`, with S in memory."""
     logits = logit_scale * cosine_similarity(text, video)  # t v
-    return contrastive_loss(logits if ignore is None else logits.masked_fill(ignore, EXCLUDED))
+    return contrastive_loss(logits if ignore is None else logits.masked_fill(ignore, EXCLUDED), columns)
 
 
 def cosine_similarity(text: Tensor, video: Tensor) -> Tensor:
@@ -58,7 +70,9 @@ def cosine_similarity(text: Tensor, video: Tensor) -> Tensor:
     return (text / text.norm(dim=-1, keepdim=True)) @ (video / video.norm(dim=-1, keepdim=True)).T
 
 
-def contrastive_loss(logits: Tensor) -> Tensor:
-    """The symmetric cross-entropy of `info_nce` on given logits, n n, diagonal right."""
+def contrastive_loss(logits: Tensor, columns: Columns | None = None) -> Tensor:
+    """The symmetric cross-entropy of `info_nce` on given logits, n n, diagonal right; or n v."""
+    if columns is not None:
+        return column_losses(logits, None, columns)[0]
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

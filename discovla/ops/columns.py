@@ -1,0 +1,93 @@
+"""A similarity matrix whose columns are shared out over processes, and its losses from each one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The columns of one process: all texts against its own videos.
+
+    first: the text that matches the first of these videos; the others match in order.
+    add: of tensors of one dtype, the sum of each over processes.  Every process computes the same loss from
+        it, so that a gradient passes as it is: what arrives at a process's tensors is the derivative by them.
+    largest: of one tensor, the elementwise maximum over processes, without gradient.
+    """
+
+    first: int
+    add: Callable[..., Sequence[Tensor]]
+    largest: Callable[[Tensor], Tensor]
+
+
+def column_losses(
+    student: Tensor,
+    teacher: Tensor | None,
+    columns: Columns,
+    *,
+    kl_weight: float = 0.0,
+    detach_teacher: bool = False,
+) -> Tensor:
+    """Symmetric cross-entropy; with a teacher also the teacher's, and the divergence from it, both ways.
+
+    Args:
+        student, teacher: logits t v, these columns of each.
+        kl_weight: w of `alignment_losses`.
+        detach_teacher: no gradient of the divergence into the teacher.
+
+    Returns:
+        1 or 3 losses of the whole matrices, on every process.
+    """
+    matrices = [student] if teacher is None else [student, teacher]
+    matched = torch.stack([x.diagonal(-columns.first).sum() for x in matrices])
+    rows, across = (_statistics(student, teacher, dim, detach_teacher) for dim in (1, 0))
+    return merged_losses(rows, across, matched, columns, kl_weight, detach_teacher)[0]
+
+
+def _statistics(student: Tensor, teacher: Tensor | None, dim: int, detach: bool) -> Tensor:
+    """Along `dim`, log-sum-exp; with a teacher its own too, and the mean of teacher - student under it."""
+    if teacher is None:
+        return student.logsumexp(dim)[None]
+    fixed = _fixed(teacher, detach)
+    mean = (fixed.softmax(dim) * (fixed - student)).sum(dim)
+    return torch.stack([student.logsumexp(dim), teacher.logsumexp(dim), mean])
+
+
+def merged_losses(
+    rows: Tensor, across: Tensor, matched: Tensor, columns: Columns, kl_weight: float, detach: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses from the statistics of one process's columns; two collectives, of 2 or 5 numbers a text.
+
+    Args:
+        rows: k t, of these columns' part of every row: log-sum-exp of the student, and where k = 3 of the
+            teacher and the mean difference under it.
+        across: k v, the same of every column, whole.
+        matched: m, sums of the logits of matching pairs; m = 2 with a teacher, else 1.
+        columns, kl_weight, detach: as in `column_losses`.
+
+    Returns:
+        The losses, 1 or 3, and the statistics k t of whole rows.
+    """
+    m, count = len(matched), 2 * rows.shape[1]
+    highest = columns.largest(rows[:m].detach())
+    weights = (rows[:m] - highest).exp()  # m t
+    own = across[:m].sum(1) - 2 * matched
+    if m == 1:
+        total, own = columns.add(weights, own)
+        whole = highest + total.log()
+        return (whole.sum(1) + own) / count, whole
+    differences = (across[2] - _fixed(across[1], detach) + across[0]).sum()
+    parts = torch.cat([weights, (_fixed(weights[1], detach) * rows[2])[None]])
+    total, own = columns.add(parts, torch.cat([own, differences[None]]))
+    whole, mean = highest + total[:m].log(), total[2] / _fixed(total[1], detach)
+    distill = kl_weight * ((mean - _fixed(whole[1], detach) + whole[0]).sum() + own[2]) / 2
+    losses = (whole.sum(1) + own[:m]) / count
+    return torch.cat([losses, distill[None]]), torch.cat([whole, mean[None]])
+
+
+def _fixed(x: Tensor, detach: bool) -> Tensor:
+    return x.detach() if detach else x
