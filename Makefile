@@ -29,7 +29,7 @@ train: install
 	deepspeed -q --num_accelerators $(PROCESSES) --master_port $(PORT) train.py $(CONFIG) $(ARGS)
 
 test: install
-	python -m pytest -q -m "not slow" $(ARGS)
+	python -m pytest -q -m "not slow" -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 install: $(VENV)/installed
 

@@ -19,6 +19,8 @@ from discovla.data.synthetic import WorldSizes, draw_world
 torchvision_cpu.install()  # tests import open_clip as their reference
 
 TESTS = Path(__file__).parent
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 # `torch.device("meta")` notes at its first use which functions it redirects: they must be torch's own then
 with torch.device("meta"):
     torch.empty(0)
