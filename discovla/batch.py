@@ -44,14 +44,18 @@ class Batch:
     def __len__(self) -> int:
         return self.text_ids.shape[0]
 
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of its rows; `bad` stays whole."""
+        return self.map(lambda x: x[rows])
+
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
         """The same batch with every tensor on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `change` applied to each tensor it has."""
+        given = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: change(x) for name, x in given.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +87,11 @@ class Embedding:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Embedding:
         """The embedding with `change` applied to each tensor it has."""
-        given = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        return replace(self, **{name: change(x) for name, x in given.items()})
+        return Embedding(**{name: change(x) for name, x in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors it has, by name."""
+        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

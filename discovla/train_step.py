@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from discovla.batch import Batch, Embedding, Losses
-from discovla.engine.distributed import GradScale, World, gather
+from discovla.engine.distributed import (
+    GradScale,
+    World,
+    add_over_ranks,
+    gather,
+    largest_over_ranks,
+    scale_gradient,
+    start_gather,
+)
 from discovla.methods.base import Method
+from discovla.ops.columns import Columns
 
 
 class TrainStep(nn.Module):
-    """Encode, gather over ranks, losses: the one module a strategy wraps."""
+    """Encode, and the losses of all ranks' pairs: the one module a strategy wraps.
+
+    Each of W ranks has the similarities of all texts to its own videos: texts are gathered while videos are
+    encoded, videos never.  Of such a block, 1/W of all pairs, a rank sums up what concerns its videos; what
+    concerns texts is put together over ranks, a few numbers each.  Loss and gradient are those of one process
+    with all pairs: a rank's gradient is W times its own part, so that a strategy's average over ranks is the
+    sum of the parts.  grad_scale = "official" leaves that of the embeddings 1/W, as released.
+    """
 
     def __init__(self, method: Method, world: World, grad_scale: GradScale) -> None:
         super().__init__()
@@ -19,13 +37,31 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of the global batch, of those of its rows whose clip could be read."""
-        text, video = self.method.encode(batch)
-        index = gather(batch.video_index, self.world)
-        text, video = self._gather(text), self._gather(video)
+        if self.world.size > 1:
+            return self._of_many(batch)
+        text, video = self.method.encode_texts(batch), self.method.encode_videos(batch)
+        index = batch.video_index
         if batch.valid is not None:
-            kept = gather(batch.valid, self.world)
-            text, video, index = text[kept], video[kept], index[kept]
+            text, video, index = text[batch.valid], video[batch.valid], index[batch.valid]
         return self.method.losses(text, video, same_video=index[:, None] == index)
 
-    def _gather(self, x: Embedding) -> Embedding:
-        return x.map(lambda tensor: gather(tensor, self.world, grad_scale=self.grad_scale))
+    def _of_many(self, batch: Batch) -> Losses:
+        """The same on each of several ranks, from its own columns of every similarity matrix."""
+        world, index, valid = self.world, batch.video_index, batch.valid
+        text = self._scaled(self.method.encode_texts(batch))
+        coming = {name: start_gather(x, world) for name, x in text.tensors().items()}
+        video = self._scaled(self.method.encode_videos(batch))
+        text, everyones = Embedding(**{name: wait() for name, wait in coming.items()}), gather(index, world)
+        first = world.rank * len(batch)
+        if valid is not None:
+            kept = gather(valid, world)
+            first = int(kept[:first].sum())
+            text, everyones, video, index = text[kept], everyones[kept], video[valid], index[valid]
+        columns = Columns(first=first, add=add_over_ranks, largest=largest_over_ranks)
+        losses = self.method.losses(text, video, same_video=everyones[:, None] == index, columns=columns)
+        return replace(losses, total=scale_gradient(losses.total, world.size))
+
+    def _scaled(self, x: Embedding) -> Embedding:
+        """The embedding, whose gradient alone is not made up for the average over ranks where official."""
+        factor = 1.0 if self.grad_scale == "exact" else 1 / self.world.size
+        return x.map(lambda tensor: scale_gradient(tensor, factor))

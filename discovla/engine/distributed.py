@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -92,28 +93,65 @@ def group_of_one(world: World) -> None:
         dist.init_process_group(_backend(world), store=store, rank=0, world_size=1)
 
 
-def gather(x: Tensor, world: World, *, grad_scale: GradScale = "exact") -> Tensor:
-    """Concatenate the ranks' tensors in rank order, differentiably.
+def gather(x: Tensor, world: World) -> Tensor:
+    """Concatenate the ranks' tensors in rank order, without gradient.
 
-    Every rank computes the whole loss from the result, so the gradient it receives is the whole one; its own
-    slice goes on. Averaged over W ranks that alone is 1/W of the gradient that one process would have found:
-    `official` leaves it so, as released; `exact` multiplies the slice by W.
+    Args:
+        x: n ..., any dtype, the same shape on every rank.
+
+    Returns:
+        (W n) ..., in x's dtype; x itself where W = 1.
+    """
+    return x if world.size == 1 else start_gather(x.detach(), world)()
+
+
+def start_gather(x: Tensor, world: World) -> Callable[[], Tensor]:
+    """Begin to concatenate the ranks' tensors, differentiably; what is returned waits and gives the result.
+
+    Each rank goes on with the result to its part of one loss.  Backward adds up the parts' gradients and
+    gives each rank its own rows: it begins where the result's gradient is known and is waited for where that
+    of x is asked for, so that what is computed between begin and wait runs beside it, forward and backward.
 
     Args:
         x: n ..., any dtype, the same shape on every rank. What is not floating point carries no gradient.
         world: of this process.
-        grad_scale: "exact" or "official".
-
-    Returns:
-        (W n) ..., in x's dtype; x itself where W = 1.
-
-    Source: DiscoVLA's released AllGather, read in the specification's section 5.
     """
     if world.size == 1:
-        return x
-    if not x.is_floating_point():
-        return _gather(x, world)
-    return _Gather.apply(x, world, float(world.size) if grad_scale == "exact" else 1.0)  # type: ignore[return-value]
+        return lambda: x
+    coming: list[Any] = []
+    own = _Wait.apply(x, coming) if x.requires_grad else x
+    wire = own.detach().contiguous()
+    wire = wire.view(torch.uint8) if x.dtype == torch.bool else wire  # gloo knows no bool
+    whole = wire.new_empty((world.size * len(wire), *wire.shape[1:]))
+    sent = _collective("all_gather_single", "all_gather_into_tensor")(whole, wire, async_op=True)
+
+    def wait() -> Tensor:
+        sent.wait()
+        found = whole.view(x.dtype)
+        return _Whole.apply(own, found, coming) if x.requires_grad else found  # type: ignore[return-value]
+
+    return wait
+
+
+def add_over_ranks(*tensors: Tensor) -> Sequence[Tensor]:
+    """The sum over ranks of each of these tensors of one dtype, in one all-reduce.
+
+    Every rank must compute the same loss of the sums: a gradient passes as it is, and is then the derivative
+    by this rank's tensors.
+    """
+    return _Add.apply(*tensors)  # type: ignore[return-value]
+
+
+def largest_over_ranks(x: Tensor) -> Tensor:
+    """The elementwise maximum over ranks, as a new tensor without gradient."""
+    x = x.detach().clone()
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is multiplied by `factor`."""
+    return x if factor == 1 or not x.requires_grad else _ScaleGradient.apply(x, factor)  # type: ignore[return-value]
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
@@ -139,26 +177,65 @@ def barrier(world: World) -> None:
         all_reduce_sum(torch.zeros(1, device=world.device), world).item()
 
 
-class _Gather(torch.autograd.Function):
-    """Concatenation over ranks; backward keeps this rank's slice, times `scale`."""
+class _Wait(torch.autograd.Function):
+    """The identity, whose gradient is still being added up over ranks when backward comes here."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, world: World, scale: float) -> Tensor:
-        ctx.rows, ctx.start, ctx.scale = x.shape[0], x.shape[0] * world.rank, scale
-        return _gather(x, world)
+    def forward(ctx: Any, x: Tensor, coming: list[Any]) -> Tensor:
+        ctx.coming = coming
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.coming.pop().wait()
+        return grads[0], None
+
+
+class _Whole(torch.autograd.Function):
+    """The gathered rows; backward starts to add up their gradients, of which `_Wait` takes this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, whole: Tensor, coming: list[Any]) -> Tensor:
+        ctx.shape, ctx.coming = own.shape, coming
+        return whole.view_as(whole)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0][ctx.start : ctx.start + ctx.rows] * ctx.scale, None, None
+        own = grads[0].new_empty(ctx.shape)
+        scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+        ctx.coming.append(scatter(own, grads[0].contiguous(), async_op=True))
+        return own, None, None
 
 
-def _gather(x: Tensor, world: World) -> Tensor:
-    """Concatenate x over ranks, outside of autograd."""
-    x = x.detach().contiguous()
-    wire = x.view(torch.uint8) if x.dtype == torch.bool else x  # gloo knows no bool
-    parts = [torch.empty_like(wire) for _ in range(world.size)]
-    dist.all_gather(parts, wire)
-    return torch.cat(parts).view(x.dtype)
+class _Add(torch.autograd.Function):
+    """Sums over ranks; backward is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        flat = torch.cat([x.reshape(-1) for x in tensors])
+        dist.all_reduce(flat)
+        parts = flat.split([x.numel() for x in tensors])
+        return tuple(part.view(x.shape).clone() for part, x in zip(parts, tensors, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def _collective(name: str, older: str) -> Callable[..., Any]:
+    """A collective of torch by the first of two names that it knows: 2.13 renamed them."""
+    return getattr(dist, name if hasattr(dist, name) else older)
 
 
 def _launched() -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ from discovla.nn.lora import LoRA
 from discovla.nn.temporal import FusionAttention
 from discovla.nn.transformer import Attention, Block
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
+from discovla.ops.columns import Columns
 from discovla.ops.info_nce import EXCLUDED, contrastive_loss, info_nce
 from discovla.ops.preprocess_frames import preprocess_frames
 from discovla.ops.token_similarity import TokenInputs, token_similarity
@@ -48,8 +49,8 @@ class TunedGroup:
 class VideoLosses:
     """A method's own loss of matching pairs.
 
-    total: scalar to minimise.  terms: what it is made of, unweighted.  logits: n n, what its pairs are scored
-    with, ignored ones filled in: the student of a distillation; None where that is the pooled cosine.
+    total: scalar to minimise.  terms: what it is made of, unweighted.  logits: n n (n v), what its pairs are
+    scored with, ignored ones filled in: the student of a distillation; None where that is the pooled cosine.
     """
 
     total: Tensor
@@ -143,12 +144,20 @@ class Method(nn.Module):
         """Start what is copied from CLIP; called once CLIP's weights (or random ones) are in place."""
 
     def encode(self, batch: Batch) -> tuple[Embedding, Embedding]:
-        """Both sides of a training batch; the text side has the frame captions' features where needed."""
+        """Both sides of a training batch."""
+        return self.encode_texts(batch), self.encode_videos(batch)
+
+    def encode_texts(self, batch: Batch) -> Embedding:
+        """The text side of a training batch, with the frame captions' features where needed."""
         text = self.encode_text(batch.text_ids, batch.text_mask)
-        video = self.encode_video(batch.frames, batch.frame_mask)
-        if self.needs_frame_captions:
-            text = replace(text, frames=self.encode_frame_captions(batch))
-        return text, video
+        if not self.needs_frame_captions:
+            return text
+        mask = batch.frame_mask if self.config.mask_padded_frames else None
+        return replace(text, frames=self.encode_frame_captions(batch), frame_mask=mask)
+
+    def encode_videos(self, batch: Batch) -> Embedding:
+        """The video side of a training batch."""
+        return self.encode_video(batch.frames, batch.frame_mask)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Embedding:
         """Captions from ids (n l, int64) and mask (n l, bool)."""
@@ -212,19 +221,28 @@ class Method(nn.Module):
         inputs = TokenInputs(text=text.tokens, video=video.tokens, text_mask=text.mask, video_mask=video.mask)
         return self.logit_scale() * token_similarity(inputs)
 
-    def losses(self, text: Embedding, video: Embedding, *, same_video: Tensor | None = None) -> Losses:
+    def losses(
+        self,
+        text: Embedding,
+        video: Embedding,
+        *,
+        same_video: Tensor | None = None,
+        columns: Columns | None = None,
+    ) -> Losses:
         """The method's own loss of n matching pairs, and with frame captions + alpha l_frm + beta l_dis.
 
         Args:
             text, video: n each, row i of one belongs to row i of the other.
             same_video: n n, bool, true where two samples show one clip.
+            columns: where each process has its own videos: video is v, same_video n v, of this one.
         """
         ignore = None
         if self.config.exclude_same_video and same_video is not None:
-            ignore = same_video.clone().fill_diagonal_(False)
-        inputs = self._alignment_inputs(text, video)
+            ignore = same_video.clone()
+            ignore.diagonal(0 if columns is None else -columns.first).fill_(False)
+        inputs = self._alignment_inputs(text, video, columns)
         if inputs is None:
-            own = self.video_losses(text, video, ignore)
+            own = self.video_losses(text, video, ignore, columns)
             return Losses(total=own.total, terms=_detached(own.terms))
         config, scale = self.config, self.logit_scale()
         how = {"kl_norm": config.kl_norm, "detach_teacher": config.detach_teacher, "ignore": ignore}
@@ -236,22 +254,30 @@ class Method(nn.Module):
                 loss.distill,
             )
         else:
-            own = self.video_losses(text, video, ignore)
+            own = self.video_losses(text, video, ignore, columns)
             assert own.logits is not None, "a method that does not score pooled features gives its logits"
             frame, distill = frame_alignment(own.logits, inputs, scale, **how)
         total = own.total + config.alpha * frame + config.beta * distill
         return Losses(total=total, terms=_detached({**own.terms, "frame": frame, "distill": distill}))
 
-    def video_losses(self, text: Embedding, video: Embedding, ignore: Tensor | None) -> VideoLosses:
-        """The method's own loss, without alignment; ignore: n n, bool, pairs left out of every softmax."""
+    def video_losses(
+        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: Columns | None = None
+    ) -> VideoLosses:
+        """The method's own loss, without alignment, of n pairs or of `columns`.
+
+        ignore: n n (or n v), bool, pairs left out of every softmax.
+        """
         if self.scores_pooled:
-            loss = info_nce(text.pooled, video.pooled, self.logit_scale(), ignore=ignore)
+            pooled = (text.pooled, video.pooled, self.logit_scale())
+            loss = info_nce(*pooled, ignore=ignore, columns=columns)
             return VideoLosses(total=loss, terms={"video": loss})
         logits = excluded(self.similarity(text, video), ignore)
-        loss = contrastive_loss(logits)
+        loss = contrastive_loss(logits, columns)
         return VideoLosses(total=loss, terms={"video": loss}, logits=logits)
 
-    def _alignment_inputs(self, text: Embedding, video: Embedding) -> AlignmentInputs | None:
+    def _alignment_inputs(
+        self, text: Embedding, video: Embedding, columns: Columns | None
+    ) -> AlignmentInputs | None:
         """What frame-level alignment compares; None where either side has no frames' features."""
         if text.frames is None or video.frames is None:
             return None
@@ -261,8 +287,9 @@ class Method(nn.Module):
             video=video.pooled,
             text_frames=text.frames,
             video_frames=video.frames,
-            text_mask=mask,
+            text_mask=mask if text.frame_mask is None else text.frame_mask,
             video_mask=mask,
+            columns=columns,
         )
 
     def pixels(self, frames: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from discovla.methods.base_released import by_name
 from discovla.nn.features import check_mask, masked_mean, unit
 from discovla.nn.temporal_heads import SoftVLAD, Table, Transformer
 from discovla.nn.transformer import BlockShape, LayerNorm
+from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
 from discovla.towers.architecture import Architecture
 
@@ -238,15 +239,18 @@ class CLIP2Video(Method):
             return whole, None
         return whole, self.logit_scale() * text.tokens[:, 0] @ video.tokens[:, 0].T
 
-    def video_losses(self, text: Embedding, video: Embedding, ignore: Tensor | None) -> VideoLosses:
+    def video_losses(
+        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: Columns | None = None
+    ) -> VideoLosses:
         """w l(S_glob) + (1 - w) l(S_TAB)."""
         whole, aligned = self.similarities(text, video)
         if aligned is None:
-            return super().video_losses(text, video, ignore)
+            return super().video_losses(text, video, ignore, columns)
         w = self.config.center_weight
         logits = [excluded(part, ignore) for part in (whole, aligned)]
         terms = {
-            name: contrastive_loss(part) for name, part in zip(("global", "aligned"), logits, strict=True)
+            name: contrastive_loss(part, columns)
+            for name, part in zip(("global", "aligned"), logits, strict=True)
         }
         total = w * terms["global"] + (1 - w) * terms["aligned"]
         return VideoLosses(total=total, terms=terms, logits=excluded(w * whole + (1 - w) * aligned, ignore))

@@ -24,6 +24,7 @@ from discovla.methods.base_config import MethodConfig
 from discovla.nn.decomposition import Decomposition, FeedForward
 from discovla.nn.features import check_mask, masked_mean, unit, widen
 from discovla.nn.stan import STAN, StanState
+from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
 from discovla.ops.preprocess_frames import preprocess_frames
 from discovla.ops.token_similarity import Padding, TokenInputs, token_similarity, token_training_similarity
@@ -231,14 +232,18 @@ class T2VParser(Method):
         )
         return scores / config.tau
 
-    def video_losses(self, text: Embedding, video: Embedding, ignore: Tensor | None) -> VideoLosses:
+    def video_losses(
+        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: Columns | None = None
+    ) -> VideoLosses:
         """NCE + diversity Div; NCE is the sum of both directions, Div the mean of both sides."""
         config = self.config
         logits = excluded(self.training_logits(text, video), ignore)
-        nce = 2 * contrastive_loss(logits)
-        div = (
-            diversity(_tokens(text)[:, -config.views :]) + diversity(_tokens(video)[:, -config.views :])
-        ) / 2
+        nce = 2 * contrastive_loss(logits, columns)
+        own = text if columns is None else text[columns.first :][: len(video)]
+        views = [_tokens(side)[:, -config.views :] for side in (own, video)]
+        div = (diversity(views[0], len(text)) + diversity(views[1], len(text))) / 2
+        if columns is not None:
+            (div,) = columns.add(div)
         total = nce + config.diversity_ratio * config.diversity * div
         return VideoLosses(total=total, terms={"nce": nce, "diversity": div}, logits=logits)
 
@@ -261,10 +266,12 @@ class T2VParser(Method):
         return found if tokens is None else {**found, "decomposition.tokens": tokens.flatten(0, 1)}
 
 
-def diversity(views: Tensor) -> Tensor:
-    """Mean cosine of two different views of one input: sum_(i != j) v̂_i · v̂_j / (n q (q - 1)), of n q d."""
-    n, q, _ = views.shape
-    views = unit(views)
+def diversity(views: Tensor, n: int) -> Tensor:
+    """Share in the mean cosine of two views of one of n inputs: sum_(i != j) v̂_i · v̂_j / (n q (q - 1)).
+
+    views: of some or all of the inputs, m q d.
+    """
+    q, views = views.shape[1], unit(views)
     return (views.sum(1).square().sum() - views.square().sum()) / (n * q * (q - 1))
 
 

@@ -12,12 +12,8 @@ from tests.engine.launch import environment, run_jobs
 def found(tmp_path_factory) -> dict:
     """The collectives' results on one process and on two."""
     folder = tmp_path_factory.mktemp("distributed")
-    jobs = [
-        {"case": "gather_values"},
-        {"case": "gather_gradient", "grad_scale": "exact"},
-        {"case": "gather_gradient", "grad_scale": "official"},
-    ]
-    keys = ("values", "exact", "official")
+    jobs = [{"case": "gather_values"}, {"case": "gather_gradient"}]
+    keys = ("values", "gradient")
     return {
         (key, size): result
         for size in (1, 2)
@@ -49,17 +45,13 @@ def test_one_process_gathers_itself(found):
     }
 
 
-def test_two_processes_compute_the_loss_of_one(found):
-    assert found["exact", 2]["loss"] == pytest.approx(found["exact", 1]["loss"], rel=1e-14)
+def test_parts_of_a_loss_add_up_to_that_of_one_process(found):
+    assert found["gradient", 2]["loss"] == pytest.approx(found["gradient", 1]["loss"], rel=1e-14)
 
 
-def test_the_exact_gradient_of_two_processes_is_that_of_one(found):
-    assert found["exact", 2]["gradient"] == pytest.approx(found["exact", 1]["gradient"], rel=1e-12)
-
-
-def test_the_official_gradient_of_two_processes_is_half_that_of_one(found):
-    halves = [g / 2 for g in found["official", 1]["gradient"]]
-    assert found["official", 2]["gradient"] == pytest.approx(halves, rel=1e-12)
+def test_gradients_of_parts_add_up_through_what_was_gathered(found):
+    wanted = found["gradient", 1]["gradient"]
+    assert found["gradient", 2]["gradient"] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_gather_is_the_identity_on_one_process():

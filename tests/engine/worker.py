@@ -13,10 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discovla.batch import Batch, Losses
-from discovla.engine.distributed import World, all_reduce_sum, gather, gather_objects, start, stop
+from discovla.engine.distributed import (
+    World,
+    add_over_ranks,
+    all_reduce_sum,
+    gather,
+    gather_objects,
+    largest_over_ranks,
+    scale_gradient,
+    start,
+    start_gather,
+    stop,
+)
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
 from discovla.engine.zero import EngineConfig
+from discovla.ops.columns import Columns
+from discovla.ops.info_nce import contrastive_loss
 
 BATCH = 8
 
@@ -27,7 +40,7 @@ class Pairs(nn.Module):
     def __init__(self, world: World, job: dict) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.world, self.grad_scale = world, job.get("grad_scale", "exact")
+        self.world = world
         self.dtype = torch.bfloat16 if job.get("bf16") or job.get("bf16_parameters") else torch.float32
         self.astray = bool(job.get("lopsided")) and world.first
         self.frozen = nn.Linear(3, 5).requires_grad_(False)
@@ -45,11 +58,18 @@ class Pairs(nn.Module):
         t, v = (
             self.encode(layer, x) for layer, x in zip((self.text, self.video), batch.chunk(2, 1), strict=True)
         )
-        t, v = (gather(F.normalize(x, dim=1), self.world, grad_scale=self.grad_scale) for x in (t, v))
+        t, v = (F.normalize(x, dim=1) for x in (t, v))
+        first, columns = self.world.rank * len(v), None
+        if self.world.size > 1:
+            t = start_gather(t, self.world)()
+            columns = Columns(first=first, add=add_over_ranks, largest=largest_over_ranks)
         logits = self.log_scale.exp() * t @ v.T
-        target = torch.arange(len(logits))
-        rows, columns = F.cross_entropy(logits, target), F.cross_entropy(logits.T, target)
-        return Losses(total=(rows + columns) / 2, terms={"t2v": rows, "v2t": columns})
+        total = contrastive_loss(logits, columns)
+        target = first + torch.arange(len(v))
+        columns_loss = F.cross_entropy(logits.T.detach(), target, reduction="sum")
+        columns_loss = all_reduce_sum(columns_loss, self.world) / len(t)
+        terms = {"t2v": 2 * total.detach() - columns_loss, "v2t": columns_loss}
+        return Losses(total=scale_gradient(total, self.world.size), terms=terms)
 
     def encode(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Compute in self.dtype whatever the weights are kept in."""
@@ -151,13 +171,16 @@ def gather_values(world: World, job: dict) -> dict:
 
 
 def gather_gradient(world: World, job: dict) -> dict:
-    """The averaged gradient of a linear encoder under a loss of the gathered, and the local loss."""
+    """The averaged gradient of a linear encoder under a loss of all pairs, and the loss."""
     torch.manual_seed(0)
     weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     x = torch.randn(BATCH, 4, dtype=torch.float64).chunk(world.size)[world.rank]
-    z = gather(F.normalize(x @ weight.T, dim=1), world, grad_scale=job["grad_scale"])
-    loss = (z @ z.T).exp().sum().log()
-    loss.backward()
+    own = F.normalize(x @ weight.T, dim=1)
+    wait = start_gather(own, world)
+    own = own * 2  # between begin and wait
+    part = (wait() @ own.T).exp().sum()
+    loss = (part if world.size == 1 else add_over_ranks(part)[0]).log()
+    scale_gradient(loss, world.size).backward()
     assert weight.grad is not None
     return {
         "loss": loss.item(),

@@ -1,0 +1,215 @@
+"""Train steps of every method on one process or several, in float64, and what they compute and send."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from discovla.batch import Batch
+from discovla.engine.distributed import World, gather_objects, start, stop
+from discovla.engine.strategy import average_gradients
+from discovla.methods import METHODS
+from discovla.methods.base import Method
+from discovla.testing import noise_batch, tiny_architecture
+from discovla.towers.weights import initialise
+from discovla.train_step import TrainStep
+from tests import runs  # its server of processes has everything imported
+from tests.engine.launch import LAUNCHER, free_port
+
+BATCH, FRAMES = 8, 3
+BAD = [1, 6, 7]  # of four ranks the last has no clip that can be read
+ALIGNED = {"alpha": 0.3, "beta": 0.5}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clip": {"name": "clip", "exclude_same_video": True},
+    "discovla": {"name": "discovla", "fused_vision_blocks": 1, "fused_text_blocks": 1},
+    "discovla, repaired": {
+        "name": "discovla",
+        "fused_vision_blocks": 1,
+        "fused_text_blocks": 1,
+        "mask_padded_frames": True,
+        "exclude_same_video": True,
+        "detach_teacher": True,
+        "kl_norm": "fixed",
+    },
+    "tokens": {"name": "clip", "similarity": "tokens", "exclude_same_video": True, **ALIGNED},
+    "seqTransf": {"name": "clip4clip", "head": "seqTransf", "head_layers": 1},
+    "tightTransf": {"name": "clip4clip", "head": "tightTransf", "head_layers": 1, **ALIGNED},
+    "clip2video": {"name": "clip2video", "head_layers": 1, "exclude_same_video": True, **ALIGNED},
+    "t2vparser": {
+        "name": "t2vparser",
+        "stan_layers": 1,
+        "decomposition_layers": 1,
+        "decomposition_heads": 2,
+        "exclude_same_video": True,
+        **ALIGNED,
+    },
+    "t2vparser, communicating": {
+        "name": "t2vparser",
+        "stan_layers": 1,
+        "decomposition_layers": 1,
+        "decomposition_heads": 2,
+        "communication": True,
+        "padding": "official",
+    },
+}
+
+
+def make(variant: str) -> Method:
+    """A tiny method without dropout, in float64, nothing of it zero."""
+    architecture = tiny_architecture()
+    config = VARIANTS[variant]
+    cls = METHODS[config["name"]]
+    torch.manual_seed(0)
+    method = cls(architecture, cls.Config(**config))
+    initialise(method, architecture, seed=0)
+    method.initialise_from_clip()
+    method.freeze()
+    with torch.no_grad():
+        for parameter in method.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    method.compute_dtype = torch.float64
+    return method.double().eval()
+
+
+def whole_batch(*, bad: bool) -> Batch:
+    """The batch of all ranks: two clips twice, padded frames, and rows that could not be read."""
+    made = noise_batch(tiny_architecture(), size=BATCH, frames=FRAMES)
+    text_mask, frame_mask, valid = (
+        made.text_mask.clone(),
+        made.frame_mask.clone(),
+        made.text_mask[:, 0].clone(),
+    )
+    text_mask[:, :2] = True
+    frame_mask[2, 2:] = frame_mask[5, 1:] = False
+    valid[BAD] = False
+    return replace(
+        made,
+        text_mask=text_mask,
+        frame_mask=frame_mask,
+        video_index=torch.tensor([0, 1, 2, 0, 4, 2, 6, 7]),
+        valid=valid if bad else None,
+    )
+
+
+def share(batch: Batch, world: World) -> Batch:
+    """A rank's rows."""
+    rows = len(batch) // world.size
+    return batch[slice(world.rank * rows, (world.rank + 1) * rows)]
+
+
+def take(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
+    """The loss, its terms and every gradient as a strategy averages it, on every rank the same."""
+    trained = {name: p for name, p in step.named_parameters() if p.requires_grad}
+    step.zero_grad()
+    losses = step(batch)
+    if trained:
+        losses.total.backward()
+    for p in trained.values():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if step.world.size > 1:
+        average_gradients(list(trained.values()), step.world.size)
+    grads = {name: p.grad.clone() for name, p in trained.items()}
+    return {"loss": losses.total.detach(), **losses.terms, **grads}
+
+
+def counted_losses(step: TrainStep, batch: Batch) -> int:
+    """Multiplications and additions of the forward of a step's losses on this rank, without its towers."""
+    found: list[int] = []
+    losses = step.method.losses
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False) as mode:
+            result = losses(*args, **kwargs)
+        found.append(mode.get_total_flops())
+        return result
+
+    step.method.losses = counted
+    step(batch)
+    del step.method.losses
+    return found[0]
+
+
+class Sent:
+    """Bytes that a rank sends in collectives, as rings send them: of an all-reduce 2 (W - 1) / W.
+
+    `order`: names of collectives as they begin, "waited: NAME" where the asynchronous ones are waited for.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.bytes, self.order = size, Counter(), []
+
+    def __enter__(self) -> Sent:
+        self.kept = {}
+        for name, payload in (
+            ("all_gather_single", lambda whole, own: self.size * own.nbytes),
+            ("reduce_scatter_single", lambda own, whole: whole.nbytes),
+            ("all_reduce", lambda x: 2 * x.nbytes),
+        ):
+            self.kept[name] = getattr(dist, name)
+            setattr(dist, name, self._counting(name, payload))
+        return self
+
+    def _counting(self, name: str, payload: Callable[..., int]) -> Callable[..., Any]:
+        def counted(*tensors: Tensor, **how: Any) -> Any:
+            self.bytes[name] += payload(*tensors) * (self.size - 1) // self.size
+            self.order.append(name)
+            return _Work(self.kept[name](*tensors, **how), lambda: self.order.append(f"waited: {name}"))
+
+        return counted
+
+    def __exit__(self, *error: object) -> None:
+        for name, function in self.kept.items():
+            setattr(dist, name, function)
+
+
+class _Work:
+    def __init__(self, work: Any, note: Callable[[], None]) -> None:
+        self.work, self.note = work, note
+
+    def wait(self) -> None:
+        self.note()
+        self.work.wait()
+
+
+def on_ranks(case: Callable[[World], Any], size: int, folder: Path) -> Any:
+    """What `case` (a function of a module) gives on the first of several ranks."""
+    server, port = multiprocessing.get_context("forkserver"), free_port()
+    arguments = [(case, rank, size, port, str(folder / f"of{size}.pt")) for rank in range(size)]
+    processes = [server.Process(target=_rank, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    for process in processes:
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * size
+    return torch.load(folder / f"of{size}.pt")
+
+
+def _rank(case: Callable[[World], Any], rank: int, size: int, port: int, path: str) -> None:
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    world = start("cpu")
+    found = case(world)
+    everyones = gather_objects(found["loss"], world)
+    assert all(one == found["loss"] for one in everyones), "every rank knows the same loss"
+    if world.first:
+        torch.save(found, path)
+    stop()
+
+
+assert runs

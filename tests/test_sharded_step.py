@@ -1,0 +1,112 @@
+"""A step on several processes, each with its own columns, is the step of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from discovla.engine.distributed import World
+from discovla.train_step import TrainStep
+from tests import steps
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+LOSS, GRADIENT = 1e-12, 1e-10
+SIZES = (2, pytest.param(4, marks=pytest.mark.slow))
+COUNTED, OFFICIAL = "discovla", "clip"
+
+
+def every_step(world: World) -> dict[Any, Any]:
+    """Losses and gradients of every variant with and without bad rows, official ones, work and bytes."""
+    found: dict[Any, Any] = {}
+    batches = {bad: steps.share(steps.whole_batch(bad=bad), world) for bad in (False, True)}
+    for variant in steps.VARIANTS:
+        step = TrainStep(steps.make(variant), world, "exact")
+        found |= {(variant, bad): steps.take(step, batch) for bad, batch in batches.items()}
+    found["official"] = steps.take(TrainStep(steps.make(OFFICIAL), world, "official"), batches[False])
+    losses = [result["loss"].item() for result in found.values()]
+    step = TrainStep(steps.make(COUNTED), world, "exact")
+    with steps.Sent(world.size) as sent:
+        noted(step.method.vision, "vision", sent.order)
+        step(batches[False]).total.backward()
+    found |= {"bytes": dict(sent.bytes), "order": list(sent.order)}
+    return {**found, "work": steps.counted_losses(step, batches[False]), "loss": losses}
+
+
+def noted(tower: nn.Module, name: str, order: list[str]) -> None:
+    """Note where a tower begins, and where its first gradient comes."""
+    tower.register_forward_pre_hook(lambda *_: order.append(f"{name}: forward"))
+    last = [p for p in tower.parameters() if p.requires_grad][-1]
+    last.register_hook(lambda _: order.append(f"{name}: backward"))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Callable[[int], dict[Any, Any]]:
+    """What `every_step` finds on one process and on many, each computed when it is first asked for."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return cache(lambda size: every_step(ALONE) if size == 1 else steps.on_ranks(every_step, size, folder))
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["whole", "ragged"])
+@pytest.mark.parametrize("variant", steps.VARIANTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_losses_and_gradients_are_those_of_one_process(found, size, variant, bad):
+    got, wanted = found(size)[variant, bad], found(1)[variant, bad]
+    assert got.keys() == wanted.keys()
+    assert abs(got["loss"] - wanted["loss"]) <= LOSS * abs(wanted["loss"])
+    largest = max(x.abs().max() for name, x in wanted.items() if name.startswith("method."))
+    for name, value in wanted.items():
+        # some gradients are zero by their nature, and then rounding alone
+        size = max(value.abs().max(), 1e-4 * largest) if name.startswith("method.") else 1
+        assert (got[name] - value).abs().max() <= GRADIENT * size, name
+
+
+def test_a_bad_row_would_have_been_seen(found):
+    for variant in steps.VARIANTS:
+        whole, ragged = (found(1)[variant, bad]["loss"] for bad in (False, True))
+        assert abs(whole - ragged) > 1e-3 * abs(whole)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_official_gradients_of_embeddings_alone_are_one_over_the_processes(found, size):
+    got, wanted = found(size)["official"], found(1)[OFFICIAL, False]
+    assert abs(got["loss"] - wanted["loss"]) <= LOSS * abs(wanted["loss"])
+    assert wanted["method.logit_scale.log"].abs() > 1e-4
+    for name, value in wanted.items():
+        factor = size if name.startswith(("method.vision", "method.text")) else 1
+        assert (factor * got[name] - value).abs().max() <= GRADIENT * max(1e-4, value.abs().max()), name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_has_its_share_of_the_work(found, size):
+    assert found(1)["work"] == size * found(size)["work"] > 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bytes_sent_are_those_of_the_formula(found, size):
+    """Per rank 2 (W - 1) b (D + F D) s of embeddings and their gradients and 10 (W - 1) / W B s of sums.
+
+    b texts of D numbers and their F frame captions a rank, B over all, s bytes a number.
+    """
+    dim, s, own = 16, 8, steps.BATCH // size
+    embeddings = 2 * (size - 1) * own * (dim + steps.FRAMES * dim) * s
+    sums = 10 * (size - 1) / size * steps.BATCH * s
+    sent = found(size)["bytes"]
+    assert sent.keys() == {"all_gather_single", "reduce_scatter_single", "all_reduce"}
+    assert sum(sent.values()) == pytest.approx(embeddings + sums, rel=0.05)
+    assert found(1)["bytes"] == {}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_texts_travel_while_videos_are_computed(found, size):
+    texts = 2  # tensors of the text side: pooled, frame captions
+    order = found(size)["order"]
+    begin, end = ["all_gather_single"] * texts, ["waited: all_gather_single"] * texts
+    assert order[: 2 * texts + 1] == [*begin, "vision: forward", *end]
+    begin, end = ["reduce_scatter_single"] * texts, ["waited: reduce_scatter_single"] * texts
+    assert order[-2 * texts - 1 :] == [*begin, "vision: backward", *end]
+    assert order.count("all_reduce") == 2
