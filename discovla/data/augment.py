@@ -10,7 +10,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from discovla.torchvision_cpu import install
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 _POLICY = "rand-m7-n4-mstd0.5-inc1"
 _GREY = (128, 128, 128)
 _LIGHT = 0.2  # largest change of brightness and of contrast, as a share
+_Step = tuple[Callable[..., Image.Image], tuple[Any, ...], dict[str, Any]]
 _CROP_AREA, _CROP_ASPECT, _CROP_TRIES = (0.08, 1.0), math.log(4 / 3), 10
 
 
@@ -36,8 +39,7 @@ def draw_randaugment(seed: str) -> Callable[[Image.Image], Image.Image]:
 
     Source: the released DiscoVLA code; the operations are timm's, Apache-2.0.
     """
-    with _random_state(seed):
-        steps = [step for op in random.choices(_policy().ops, k=_policy().num_layers) for step in _drawn(op)]
+    steps = randaugment_steps(seed)
 
     def augment(image: Image.Image) -> Image.Image:
         for function, arguments, options in steps:
@@ -45,6 +47,12 @@ def draw_randaugment(seed: str) -> Callable[[Image.Image], Image.Image]:
         return image
 
     return augment
+
+
+def randaugment_steps(seed: str) -> list[_Step]:
+    """The operations of `draw_randaugment` in order: timm's function, its arguments, its options."""
+    with _random_state(seed):
+        return [step for op in random.choices(_policy().ops, k=_policy().num_layers) for step in _drawn(op)]
 
 
 def draw_light(seed: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -66,6 +74,14 @@ def light_table(seed: str, middle: float) -> np.ndarray:
     brightness, contrast = (draws.uniform(1 - _LIGHT, 1 + _LIGHT) for _ in range(2))
     table = ((np.arange(256) - middle) * contrast + middle) * brightness
     return np.clip(np.rint(table), 0, 255).astype(np.uint8)
+
+
+def apply_table(frames: Tensor, table: np.ndarray) -> None:
+    """Put what a table makes of its 256 values in place of uint8 frames, where they are."""
+    if frames.is_cuda:
+        frames.copy_(torch.from_numpy(table).to(frames.device)[frames.int()])
+    else:
+        np.take(table, frames.numpy(), out=frames.numpy(), mode="clip")
 
 
 def draw_resized_crop(seed: str, size: int) -> Callable[[Image.Image], Image.Image]:
@@ -105,7 +121,7 @@ def crop_box(draws: random.Random, width: int, height: int) -> tuple[int, int, i
     return left, top, left + side, top + side
 
 
-def _drawn(op: Any) -> list[tuple[Callable[..., Image.Image], tuple[Any, ...], dict[str, Any]]]:
+def _drawn(op: Any) -> list[_Step]:
     """One operation with its arguments drawn, or nothing where the coin says so."""
     if random.random() > op.prob:
         return []

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from discovla.data.decode import Damaged, DecodeError
 from discovla.data.decoders import DecoderName, check_decoder
 from discovla.data.manifest import Clip
 from discovla.data.reading import Reader, Reading, resizing
-from discovla.data.samples import Pair, Sample, frame_texts
+from discovla.data.samples import Frames, Pair, Sample, frame_texts
 from discovla.data.sampling import Sampler, Sampling, Slice
 from discovla.data.shard_files import SUMMARY
 from discovla.data.shard_reader import Shards
@@ -50,6 +50,39 @@ class FrameSettings:
     decoder: DecoderName = "pyav"
     limit: float | None = None
 
+    def sampling_of(self, clip: Clip, seed: str | None = None) -> Sampling:
+        """Which frames of a clip to take; with a seed those of a training sample."""
+        return Sampling(
+            frames=self.frames,
+            sampler=self.sampling,
+            sample_rate=self.sample_rate,
+            divisor=self.sampling_divisor,
+            slice=self.sampling_slice,
+            start=clip.start,
+            end=clip.end,
+            seed=seed,
+        )
+
+
+class ClipReader(Protocol):
+    """What reads the frames of clips, or plans them.  It pickles, so that worker processes can have it."""
+
+    settings: FrameSettings
+
+    def sample(self, clip: Clip, augment: Augment | None = None, seed: str = "") -> tuple[Frames, int]:
+        """The frames of a clip with room for all that the model takes, and how many it has.
+
+        As testing takes them, or with an `augment` and a seed as training does.
+
+        Raises:
+            DecodeError: the clip gives none.
+        """
+        ...
+
+    def blank(self) -> Frames:
+        """What stands in the row of a clip that gives no frames; the row is marked not valid."""
+        ...
+
 
 class FrameReader:
     """Frames of clips at the size of the model, from the cache where they are there.
@@ -72,7 +105,7 @@ class FrameReader:
         Raises:
             DecodeError: the clip gives none.
         """
-        sampling = self._sampling(clip)
+        sampling = self.settings.sampling_of(clip)
         if self._cache is None:
             return self._decoded(clip, sampling)
         check_file(clip.video)
@@ -92,11 +125,16 @@ class FrameReader:
         Raises:
             DecodeError: the clip gives none.
         """
-        sampling = self._sampling(clip, seed)
+        sampling = self.settings.sampling_of(clip, seed)
         if augment in FULL_SIZE:
             return self._decoded(clip, sampling, augment, seed)
         frames = self._decoded(clip, sampling) if sampling.moves else self.read(clip)
         return draw_light(seed)(frames) if augment == "light" else frames
+
+    def sample(self, clip: Clip, augment: Augment | None = None, seed: str = "") -> tuple[np.ndarray, int]:
+        """As of `ClipReader`: f y x 3 uint8; what a clip lacks is black."""
+        frames = self.read(clip) if augment is None else self.read_augmented(clip, augment, seed)
+        return self.padded(frames), len(frames)
 
     def padded(self, frames: np.ndarray) -> np.ndarray:
         """Frames of a clip, f y x 3, what it lacks being black: placeholders that masks are to hide."""
@@ -107,20 +145,6 @@ class FrameReader:
         """What stands in the row of a clip that gives no frames; the row is marked not valid."""
         size = self.settings.image_size
         return np.zeros((self.settings.frames, size, size, 3), np.uint8)
-
-    def _sampling(self, clip: Clip, seed: str | None = None) -> Sampling:
-        """Which frames of a clip to take; with a seed those of a training sample."""
-        chosen = self.settings
-        return Sampling(
-            frames=chosen.frames,
-            sampler=chosen.sampling,
-            sample_rate=chosen.sample_rate,
-            divisor=chosen.sampling_divisor,
-            slice=chosen.sampling_slice,
-            start=clip.start,
-            end=clip.end,
-            seed=seed,
-        )
 
     def _spec(self, sampling: Sampling) -> tuple[object, ...]:
         """All that tells apart the frames that a cache may hold of one video."""
@@ -177,7 +201,7 @@ class ShardFrameReader(FrameReader):
         """
         seed = None if augment is None else ""
         size = None if augment in FULL_SIZE else self.settings.image_size
-        self._shards.check(clips, lambda clip: self._sampling(clip, seed), size=size)
+        self._shards.check(clips, lambda clip: self.settings.sampling_of(clip, seed), size=size)
 
     def _decoded(
         self, clip: Clip, sampling: Sampling, augment: Augment = "none", seed: str = ""
@@ -194,7 +218,7 @@ class ClipSource:
 
     clips: Sequence[Clip]
     pairs: Sequence[Pair]
-    reader: FrameReader
+    reader: ClipReader
     augment: Augment = "none"
     seed: int = 0
     frame_captions: bool = False
@@ -208,14 +232,14 @@ class ClipSource:
         clip = self.clips[pair.clip]
         bad = None
         try:
-            frames = self.reader.read_augmented(clip, self.augment, f"{self.seed}/{epoch}/{index}")
+            frames, shown = self.reader.sample(clip, self.augment, f"{self.seed}/{epoch}/{index}")
         except DecodeError as error:
-            frames = self.reader.blank()
+            frames, shown = self.reader.blank(), self.reader.settings.frames
             bad = BadClip(id=clip.id, video=str(clip.video), reason=error.reason)
         return Sample(
             text=clip.captions[pair.caption],
-            frames=self.reader.padded(frames),
-            shown=len(frames),
+            frames=frames,
+            shown=shown,
             frame_texts=frame_texts(clip, pair.caption) if self.frame_captions else None,
             video_index=pair.clip,
             bad=bad,

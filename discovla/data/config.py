@@ -38,10 +38,12 @@ class DataConfig(BaseModel):
     has no frame captions where the method needs them; damaged: with a clip that breaks off.
     bad_clip_share: largest share of clips found bad in training before it stops.  quarantine: list of clips
     that are not trained on, as `discovla doctor` writes it.
-    cache: folder for decoded frames; it serves everything but training with an augmentation that works on
-    frames of full size, or with a sampling that draws frames anew.
-    decoder: who decodes, see `Decoder`; `auto` measures on the first clips.  decode_seconds: how long a clip
-    may take before it counts as bad and its process is replaced.
+    cache: folder for decoded frames and for what is known of each file; the frames serve everything but
+    training with an augmentation that works on frames of full size, with a sampling that draws frames anew,
+    and all that `dali` decodes.
+    decoder: who decodes, see `Decoder`; `auto` measures on the first clips; `dali` makes the frames of a
+    batch at once, of files or of shards, on the GPU where there is one, see `DaliReader`.  decode_seconds:
+    how long a clip, or a batch of `dali`, may take before it counts as bad and its process is replaced.
     workers: processes that read, 0 reads in the training process.  stills: train on stills drawn in memory
     instead of the clips of the train_split.  resident: hold the frames of all training clips in memory, the
     host's (`cpu`, pinned where there is a GPU) or the GPU's; each process holds its own.
@@ -67,7 +69,7 @@ class DataConfig(BaseModel):
     bad_clip_share: float = Field(default=0.01, ge=0, le=1)
     quarantine: Path | None = None
     cache: Path | None = None
-    decoder: DecoderName = "pyav"
+    decoder: DecoderName | Literal["dali"] = "pyav"
     decode_seconds: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     workers: int = Field(default=2, ge=0)
     stills: StillsConfig | None = None

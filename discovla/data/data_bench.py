@@ -15,9 +15,14 @@ import numpy as np
 import torch
 
 from discovla.data import dali, torchcodec_frames
+from discovla.data.clips import FrameSettings
+from discovla.data.dali_frames import DaliFrames
+from discovla.data.dali_graph import CLIPS
+from discovla.data.dali_reader import DaliReader
 from discovla.data.decode import DecodeError
 from discovla.data.decoders import DecoderName
 from discovla.data.manifest import Clip
+from discovla.data.plans import Plan
 from discovla.data.reading import Reader, Reading
 from discovla.data.sampling import Sampling
 from discovla.data.shard_reader import open_shards
@@ -85,7 +90,7 @@ def bench(clips: Sequence[Clip], settings: BenchSettings, *, shards: str | None 
             yield _timed("pyav, first time", readings, read, settings.workers)
             yield _timed("pyav, known files", readings, read, settings.workers)
             yield _by_torchcodec(readings, read, settings)
-        yield _by_dali(readings, settings)
+        yield _by_dali(clips, settings, Path(folder))
     if shards is not None:
         yield _by_shards(shards, clips, readings)
 
@@ -101,34 +106,45 @@ def _by_torchcodec(readings: Sequence[Reading], read: Read, settings: BenchSetti
     return _timed("torchcodec, known files", asked, read, settings.workers)
 
 
-def _by_dali(readings: Sequence[Reading], settings: BenchSettings) -> BenchRow:
-    """All clips through DALI's graph, up to 16 at a time; each has been counted before."""
+def _by_dali(clips: Sequence[Clip], settings: BenchSettings, cache: Path) -> BenchRow:
+    """All clips through DALI's graph, some at a time; each has been counted before."""
     cuda = torch.cuda.is_available()
     name = f"dali on {'the GPU' if cuda else 'the CPU'}, known files"
     lacking = dali.missing()
     if lacking is not None:
         return BenchRow(name=name, reason=lacking)
-    source = dali.DaliFrames(
-        dali.DaliSettings(
-            batch_size=min(16, len(readings)),
-            frames=settings.frames,
-            image_size=settings.image_size,
-            cuda=cuda,
-            threads=settings.workers,
-            limit=settings.limit,
-            cache=readings[0].cache,
-        )
+    chosen = FrameSettings(
+        frames=settings.frames, image_size=settings.image_size, cache=cache, limit=settings.limit
     )
-    size = source.settings.batch_size
-    batches = [readings[first : first + size] for first in range(0, len(readings), size)]
-    source.read(batches[0])  # the graph is built by the first batch
+    reader = DaliReader(chosen, "none", threads=settings.workers)
+    graph = DaliFrames(reader.graph)
+    size = min(CLIPS, len(clips))
+    batches = [clips[first : first + size] for first in range(0, len(clips), size)]
+    _made(batches[0], reader, graph)  # the graph is built by the first batch
     begin = time.perf_counter()
-    found = [each for batch in batches for each in source.read(batch)[1]]
-    if cuda:
-        torch.cuda.synchronize()
+    found = [each for batch in batches for each in _made(batch, reader, graph)]
     seconds = time.perf_counter() - begin
-    source.close()
+    graph.close()
     return _row(name, found, seconds)
+
+
+def _made(clips: Sequence[Clip], reader: DaliReader, graph: DaliFrames) -> list[int | DecodeError]:
+    """How many frames of each clip DALI made, or why none."""
+    planned: list[Plan] = []
+    found: list[int | DecodeError] = []
+    for clip in clips:
+        try:
+            plan, shown = reader.sample(clip)
+        except DecodeError as error:
+            found.append(error)
+        else:
+            planned.append(plan)
+            found.append(shown)
+    rows = [row for row, each in enumerate(found) if isinstance(each, int)]
+    for row, plan, reason in zip(rows, planned, graph.read(planned)[1], strict=True):
+        if reason is not None:
+            found[row] = DecodeError(plan.path, reason)
+    return found
 
 
 def _by_shards(root: str, clips: Sequence[Clip], readings: Sequence[Reading]) -> BenchRow:

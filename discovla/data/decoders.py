@@ -22,7 +22,7 @@ from discovla.data.video import check_file
 
 logger = logging.getLogger(__name__)
 
-DecoderName = Literal["pyav", "torchcodec", "auto"]
+DecoderName = Literal["pyav", "torchcodec", "auto"]  # those that read one file after another
 Each = Callable[[Image.Image], np.ndarray]
 Images = dict[int, np.ndarray]
 

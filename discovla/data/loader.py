@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from discovla.batch import BadClip, Batch
-from discovla.data.clips import ClipSource, FrameReader
+from discovla.data.clips import ClipReader, ClipSource
 from discovla.data.config import DataConfig
+from discovla.data.dali_frames import DaliFrames
+from discovla.data.dali_reader import DaliReader
 from discovla.data.decode import DecodeError
 from discovla.data.manifest import Clip, check_clips
+from discovla.data.plans import Plan
 from discovla.data.resident import Resident
-from discovla.data.samples import Sample, Source
+from discovla.data.samples import Frames, Sample, Source
 from discovla.data.source import LoaderShape, clip_source, frame_reader
 from discovla.data.tokens import Tokenizer
 
@@ -76,9 +80,11 @@ class TrainLoader:
         tokenizer = Tokenizer(shape.context_length)
         self._steps = _Steps()
         self._loader = _loader(_Items(source), self._steps, _Collate(tokenizer), config.workers)
+        self._graph = _graph(source.reader) if isinstance(source, ClipSource) else None
         self._resident = None
         if config.resident != "none" and isinstance(source, ClipSource):
-            self._resident = Resident(source, _all_clips(source, config.workers), config.resident, tokenizer)
+            read = _finished(_all_clips(source, config.workers), self._graph)
+            self._resident = Resident(source, read, config.resident, tokenizer)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from its step `start` on.
@@ -94,7 +100,8 @@ class TrainLoader:
         firsts = (step * size + skipped for step in range(start, self.steps_per_epoch))
         self._steps.rows = [[(i, epoch) for i in order[first : first + share]] for first in firsts]
         if self._resident is None:
-            yield from (Batch(**fields) for fields in self._loader)
+            with closing(_finished(self._loader, self._graph)) as finished:
+                yield from (Batch(**fields) for fields in finished)
             return
         for row in self._steps.rows:
             yield Batch(**self._resident.batch([index for index, _ in row], epoch))
@@ -133,7 +140,9 @@ def video_batches(
     steps = _Steps([[(i, 0) for i in range(first, min(first + batch_size, high))] for first in firsts])
     source = _VideoSource(clips=clips, reader=reader)
     workers = min(config.workers, len(steps))
-    for fields in _loader(_Items(source), steps, _Collate(None), workers, persistent=False):
+    graph = _graph(reader)
+    loader = _loader(_Items(source), steps, _Collate(None), workers, persistent=False)
+    for fields in _finished(loader, graph):
         bad: tuple[BadClip, ...] = fields["bad"]
         if bad:
             named = "; ".join(f"{clip.id!r} ({clip.video}): {clip.reason}" for clip in bad)
@@ -141,6 +150,8 @@ def video_batches(
         yield VideoBatch(
             frames=fields["frames"], frame_mask=fields["frame_mask"], clip_index=fields["video_index"]
         )
+    if graph is not None:
+        graph.close()
 
 
 def text_batches(
@@ -157,7 +168,7 @@ class _VideoSource:
     """Each clip once, without a text."""
 
     clips: Sequence[Clip]
-    reader: FrameReader
+    reader: ClipReader
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -165,11 +176,23 @@ class _VideoSource:
     def sample(self, index: int, epoch: int) -> Sample:
         clip = self.clips[index]
         try:
-            frames = self.reader.read(clip)
-            return Sample(text="", frames=self.reader.padded(frames), video_index=index, shown=len(frames))
+            frames, shown = self.reader.sample(clip)
+            return Sample(text="", frames=frames, video_index=index, shown=shown)
         except DecodeError as error:
             bad = BadClip(id=clip.id, video=str(clip.video), reason=error.reason)
             return Sample(text="", frames=self.reader.blank(), video_index=index, bad=bad)
+
+
+def _graph(reader: ClipReader) -> DaliFrames | None:
+    """What makes the frames that a reader plans; None where it reads them itself."""
+    return DaliFrames(reader.graph) if isinstance(reader, DaliReader) else None
+
+
+def _finished(
+    batches: Iterable[dict[str, Any]], graph: DaliFrames | None
+) -> Generator[dict[str, Any], None, None]:
+    """Batches with their frames made, where they are planned."""
+    yield from batches if graph is None else graph.finished(batches)
 
 
 def _all_clips(source: ClipSource, workers: int) -> Iterable[dict[str, Any]]:
@@ -211,8 +234,8 @@ class _Collate:
     tokenizer: Tokenizer | None
 
     def __call__(self, rows: list[Sample]) -> dict[str, Any]:
-        frames = torch.from_numpy(np.stack([row.frames for row in rows]))  # b f y x c
-        f = frames.shape[1]
+        frames = _together([row.frames for row in rows])
+        f = frames[0].room if isinstance(frames, tuple) else frames.shape[1]
         shown = torch.tensor([f if row.shown is None else row.shown for row in rows])
         fields: dict[str, Any] = {
             "frames": frames,
@@ -227,9 +250,15 @@ class _Collate:
         stills = [row.frame_texts for row in rows if row.frame_texts is not None]
         if stills:
             ids, mask = self.tokenizer.encode([text for texts in stills for text in texts])
-            shape = (len(rows), frames.shape[1], self.tokenizer.context_length)
+            shape = (len(rows), f, self.tokenizer.context_length)
             fields["frame_text_ids"], fields["frame_text_mask"] = ids.view(shape), mask.view(shape)  # b f l
         return fields
+
+
+def _together(frames: Sequence[Frames]) -> Tensor | tuple[Plan, ...]:
+    """Frames of clips, b f y x c, or the plans of them."""
+    plans = tuple(each for each in frames if isinstance(each, Plan))
+    return plans or torch.from_numpy(np.stack([each for each in frames if not isinstance(each, Plan)]))
 
 
 def _loader(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from discovla.batch import BadClip
-from discovla.data.augment import light_table
+from discovla.data.augment import apply_table, light_table
 from discovla.data.clips import ClipSource
 from discovla.data.samples import frame_texts
 from discovla.data.tokens import Tokenizer
@@ -84,7 +84,7 @@ class Resident:
             self._bad |= dict(zip(failed, fields["bad"], strict=True))
         self._frames[rows.to(self._place)] = frames.to(self._place)
         self._shown[rows] = fields["frame_mask"].sum(1)
-        self._sums[rows] = frames.flatten(1).sum(1)  # what a clip lacks is black and adds nothing
+        self._sums[rows] = frames.flatten(1).sum(1).cpu()  # what a clip lacks is black and adds nothing
 
     def _gathered(self, clips: Tensor) -> Tensor:
         """The frames of clips, b f y x c, where the next step finds them soonest."""
@@ -95,11 +95,7 @@ class Resident:
     def _lighten(self, frames: Tensor, clip: int, seed: str) -> None:
         """`draw_light` on the frames of a clip, f y x c, where they are."""
         shown = frames[: int(self._shown[clip])]
-        table = light_table(seed, int(self._sums[clip]) / shown.numel())
-        if frames.is_cuda:
-            shown.copy_(torch.from_numpy(table).to(frames.device)[shown.int()])
-        else:
-            np.take(table, shown.numpy(), out=shown.numpy(), mode="clip")
+        apply_table(shown, light_table(seed, int(self._sums[clip]) / shown.numel()))
 
 
 class _Texts:

@@ -11,8 +11,11 @@ import numpy as np
 
 from discovla.batch import BadClip
 from discovla.data.manifest import Clip
+from discovla.data.plans import Plan
 
 logger = logging.getLogger(__name__)
+
+Frames = np.ndarray | Plan  # read, or still to be made
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,13 @@ class Pair:
 class Sample:
     """One training pair as it is read.
 
-    frames: uint8 RGB, f y x 3.  shown: how many of them the clip has, padding follows; None where it has all.
-    frame_texts: a still caption per frame, or None.  video_index: which clip of
-    the list.  bad: why the frames are placeholders, None where they are real.
+    frames: uint8 RGB, f y x 3, or the plan of them.  shown: how many of them the clip has, padding follows;
+    None where it has all.  frame_texts: a still caption per frame, or None.  video_index: which clip of the
+    list.  bad: why the frames are placeholders, None where they are real.
     """
 
     text: str
-    frames: np.ndarray
+    frames: Frames
     video_index: int
     shown: int | None = None
     frame_texts: tuple[str, ...] | None = None

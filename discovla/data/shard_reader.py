@@ -8,6 +8,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,19 @@ from discovla.data.sampling import Sampling
 from discovla.data.shard_files import CLIPS, FRAME, FRAMES, SUMMARY, VERSION, ShardSettings
 
 _GAP = 1 << 16  # bytes between two frames that are read along rather than asked for apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Frames of a clip as shards keep them.
+
+    content: of each of f' frames the bytes of a JPEG, or all of them raw, f' y x 3 uint8.  places: of each
+    frame sampled, which of these it is.  size: width and height.
+    """
+
+    content: tuple[bytes, ...] | np.ndarray
+    places: np.ndarray
+    size: tuple[int, int]
 
 
 class Shards:
@@ -83,6 +97,36 @@ class Shards:
             DecodeError: the clip gave none when the shards were made, they hold others, or they cannot be
                 read here and now.
         """
+        facts, numbers, places = self._chosen(clip, sampling, damaged)
+        try:
+            kept = self._images(facts, numbers)
+        except Unread as error:
+            raise DecodeError(clip.video, str(error)) from error
+        if each is not None:
+            kept = np.stack([each(Image.fromarray(image)) for image in kept])
+        return kept if len(places) == len(kept) else kept[places]
+
+    def encoded(self, clip: Clip, sampling: Sampling, *, damaged: Damaged = "refuse") -> Encoded:
+        """The sampled frames of a clip as they are kept, for others to decode.
+
+        Raises:
+            DecodeError: as `frames`.
+        """
+        facts, numbers, places = self._chosen(clip, sampling, damaged)
+        height, width = facts["shape"]
+        try:
+            if self.settings.format == "raw":
+                content: tuple[bytes, ...] | np.ndarray = self._images(facts, numbers)
+            else:
+                content = tuple(bytes(piece) for piece in self._pieces(facts, numbers)[1])
+        except Unread as error:
+            raise DecodeError(clip.video, str(error)) from error
+        return Encoded(content=content, places=places, size=(width, height))
+
+    def _chosen(
+        self, clip: Clip, sampling: Sampling, damaged: Damaged
+    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+        """What is known of a clip, the rows of the frames sampled, and of each frame which of those it is."""
         facts = self._facts.get(clip.id)
         if facts is None:
             raise DecodeError(clip.video, f"not in the shards {self.files.name(CLIPS)}")
@@ -96,13 +140,7 @@ class Shards:
         numbers, lacking = self._found(facts, chosen)
         if lacking:
             raise DecodeError(clip.video, f"{self.files.name(CLIPS)}: its shard has no frame {lacking[0]}")
-        try:
-            kept = self._images(facts, numbers)
-        except Unread as error:
-            raise DecodeError(clip.video, str(error)) from error
-        if each is not None:
-            kept = np.stack([each(Image.fromarray(image)) for image in kept])
-        return kept if len(places) == len(kept) else kept[places]
+        return facts, numbers, places
 
     def check(self, clips: Iterable[Clip], sampled: Callable[[Clip], Sampling], *, size: int | None) -> None:
         """Refuse, before anything is read, shards that hold other frames than those wanted.
@@ -145,6 +183,19 @@ class Shards:
 
     def _images(self, facts: dict[str, Any], numbers: np.ndarray) -> np.ndarray:
         """Frames as they are kept, f y x 3, by the numbers of their rows."""
+        rows, pieces, content = self._pieces(facts, numbers)
+        if self.settings.format == "jpeg":
+            tar = self._tars[facts["shard"]]
+            return np.stack([self._jpeg(tar, row, piece) for row, piece in zip(rows, pieces, strict=True)])
+        shape = (*facts["shape"], 3)
+        if len(content) == rows["size"].sum():  # one after another, in one run: nothing needs to be copied
+            return np.frombuffer(content, np.uint8).reshape(len(rows), *shape)
+        return np.stack([np.frombuffer(piece, np.uint8).reshape(shape) for piece in pieces])
+
+    def _pieces(
+        self, facts: dict[str, Any], numbers: np.ndarray
+    ) -> tuple[np.ndarray, list[memoryview], memoryview]:
+        """Rows by their numbers, the bytes of each, sums checked, and the last that were read in one run."""
         tar, rows = self._tars[facts["shard"]], self._rows[numbers]
         offsets, sizes = rows["offset"].tolist(), rows["size"].tolist()
         pieces: list[memoryview] = []
@@ -156,12 +207,7 @@ class Shards:
         if self._unseen[numbers].any():
             self._check_sums(tar, rows, pieces)
             self._unseen[numbers] = not self.files.stay
-        if self.settings.format == "jpeg":
-            return np.stack([self._jpeg(tar, row, piece) for row, piece in zip(rows, pieces, strict=True)])
-        shape = (*facts["shape"], 3)
-        if len(content) == sum(sizes):  # one after another, in one run: nothing needs to be copied
-            return np.frombuffer(content, np.uint8).reshape(len(rows), *shape)
-        return np.stack([np.frombuffer(piece, np.uint8).reshape(shape) for piece in pieces])
+        return rows, pieces, content
 
     def _check_sums(self, tar: str, rows: np.ndarray, pieces: Sequence[memoryview]) -> None:
         """Refuse bytes that are not those written."""

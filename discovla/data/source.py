@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from discovla.data.clips import (
     FULL_SIZE,
     Augment,
+    ClipReader,
     ClipSource,
     FrameReader,
     FrameSettings,
@@ -16,6 +17,7 @@ from discovla.data.clips import (
     check_captions,
 )
 from discovla.data.config import DataConfig
+from discovla.data.dali_reader import DaliReader
 from discovla.data.manifest import Clip, check_clips, read_manifest
 from discovla.data.samples import samples
 from discovla.data.sampling import Sampling
@@ -56,9 +58,10 @@ def read_clips(config: DataConfig, split: str | None) -> list[Clip]:
 
 def pixels(config: DataConfig) -> str:
     """Whose pixels a run sees: `decoded`, which raw shards give too, or what encoding them again left."""
-    if config.shards is None or (settings := open_shards(config.shards).settings).format == "raw":
-        return "decoded"
-    return f"jpeg, quality {settings.quality}"
+    kind = "decoded"
+    if config.shards is not None and (settings := open_shards(config.shards).settings).format == "jpeg":
+        kind = f"jpeg, quality {settings.quality}"
+    return f"{kind}, by dali" if _by_dali(config) else kind
 
 
 def clip_source(clips: Sequence[Clip], config: DataConfig, shape: LoaderShape) -> ClipSource:
@@ -86,7 +89,7 @@ def clip_source(clips: Sequence[Clip], config: DataConfig, shape: LoaderShape) -
 
 def frame_reader(
     clips: Sequence[Clip], config: DataConfig, image_size: int, augment: Augment | None
-) -> FrameReader:
+) -> ClipReader:
     """What reads the frames of clips, from their files or from shards.
 
     Args:
@@ -96,18 +99,31 @@ def frame_reader(
         ValueError: shards that hold other frames; and as `FrameReader`.
     """
     settings = _frame_settings(config, image_size)
-    if config.shards is None:
-        return FrameReader(settings)
-    reader = ShardFrameReader(settings, open_shards(config.shards))
-    reader.check(clips, augment)
-    return reader
+    shards = None if config.shards is None else open_shards(config.shards)
+    reader = None
+    if shards is not None:
+        settings = replace(settings, cache=None)
+        reader = ShardFrameReader(settings, shards)
+        reader.check(clips, augment)
+    if _by_dali(config):
+        return DaliReader(settings, augment or "none", threads=config.workers, shards=shards)
+    return reader or FrameReader(settings)
+
+
+def _by_dali(config: DataConfig) -> bool:
+    """Whether DALI makes the frames; raw ones of the model's size need no more than to be read."""
+    settings = None if config.shards is None else open_shards(config.shards).settings
+    ready = settings is not None and settings.format == "raw" and settings.size is not None
+    return config.decoder == "dali" and not ready
 
 
 def _say_what_the_cache_lacks(config: DataConfig) -> None:
     """Warn where there is a cache that training cannot use."""
     if config.cache is None or config.shards is not None:
         return
-    if config.augment in FULL_SIZE:
+    if config.decoder == "dali":
+        logger.warning("cache: decoder = 'dali' keeps what is known of each file there, but no frames")
+    elif config.augment in FULL_SIZE:
         logger.warning(
             "cache: augment = %r works on frames of full size, training decodes clips every time",
             config.augment,
@@ -130,6 +146,6 @@ def _frame_settings(config: DataConfig, image_size: int) -> FrameSettings:
         sampling_slice=config.sampling_slice,
         damaged=config.damaged,
         cache=config.cache,
-        decoder=config.decoder,
+        decoder="pyav" if config.decoder == "dali" else config.decoder,
         limit=config.decode_seconds,
     )

@@ -2,112 +2,166 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from discovla.data import dali
-from discovla.data.dali import TOLERANCE_MEAN, DaliFrames, DaliSettings, missing, unfit
+from discovla.data import dali_reader
+from discovla.data.clips import Augment, FrameReader, FrameSettings
+from discovla.data.dali import TOLERANCE_MEAN, DaliSettings, missing, unfit
+from discovla.data.dali_frames import DaliFrames
+from discovla.data.dali_reader import DaliReader
 from discovla.data.decode import DecodeError, tabulate
-from discovla.data.reading import Reading, read_frames
-from discovla.data.sampling import Sampling
+from discovla.data.manifest import Clip
+from discovla.data.plans import Plan, no_plan
+from discovla.data.watched import Worker
 from tests.data.odd_clips import odd_clip
+from tests.data.watched_tasks import hang_at
 
 LACKING = missing()
 with_dali = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
 SIZE = 32
-CUDA = pytest.param(True, marks=pytest.mark.gpu)
+SETTINGS = FrameSettings(frames=4, image_size=SIZE, sample_rate=10.0, limit=60.0)
+CPU = ["vp9.webm", "mjpeg.avi", "odd-size-vp9.webm", "vp8-without-duration.webm"]
+GPU = ["long-gop.mp4", "hevc-open-gop.mp4"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("odd")
-    names = ["vp9", "mjpeg", "odd-size-vp9", "vp8-without-duration", "long-gop", "turned", "hevc-open-gop"]
-    for name in names:
-        odd_clip(folder, name)
+    for name in [*CPU, *GPU, "turned"]:
+        odd_clip(folder, Path(name).stem)
     return folder
 
 
-def readings(folder: Path, *names: str, augment: str = "none", frames: int = 4) -> list[Reading]:
-    sampling = Sampling(frames=frames, sample_rate=10.0)
-    return [
-        Reading(path=folder / name, sampling=sampling, image_size=SIZE, augment=augment, seed=f"0/0/{n}")
-        for n, name in enumerate(names)
-    ]
+@pytest.fixture(scope="module")
+def graph() -> Iterator[DaliFrames]:
+    """One graph for all that is neither cut nor augmented."""
+    graph = DaliFrames(DaliReader(SETTINGS, "none").graph)
+    yield graph
+    graph.close()
 
 
-def read(asked: list[Reading], **changes) -> tuple[np.ndarray, list[int | DecodeError]]:
-    settings = DaliSettings(batch_size=len(asked), frames=4, image_size=SIZE, threads=1)
-    source = DaliFrames(replace(settings, **changes))
-    try:
-        frames, found = source.read(asked)
-        assert frames.device.type == ("cuda" if source.settings.cuda else "cpu")
-        return frames.cpu().numpy(), found
-    finally:
-        source.close()
+def clip(path: Path, **span: float) -> Clip:
+    return Clip(id=path.name, video=path, captions=("one",), split="train", **span)  # type: ignore[arg-type]
+
+
+def plan(path: Path, augment: Augment = "none", **span: float) -> Plan:
+    return DaliReader(SETTINGS, augment).sample(clip(path, **span), augment, "0/0/1")[0]
+
+
+def wanted(path: Path, augment: Augment = "none", **span: float) -> np.ndarray:
+    return FrameReader(replace(SETTINGS, limit=None)).read_augmented(clip(path, **span), augment, "0/0/1")
+
+
+def error(frames: np.ndarray, others: np.ndarray) -> float:
+    return float(np.abs(frames.astype(int) - others).mean())
+
+
+def assert_near(frames: np.ndarray, path: Path, augment: Augment = "none") -> None:
+    """Each frame is the one wanted, and nearer to it than to its neighbours."""
+    errors = [[error(a, b) for b in wanted(path, augment)] for a in frames]
+    assert np.diag(errors).max() <= TOLERANCE_MEAN, path.name
+    assert np.argmin(errors, 1).tolist() == [0, 1, 2, 3], path.name
+
+
+def assert_all_near(folder: Path, graph: DaliFrames, augment: Augment) -> None:
+    """Clips of all codecs that DALI reads here."""
+    names = CPU + (GPU if graph.settings.device is not None else [])
+    frames, reasons = graph.read([plan(folder / name, augment) for name in names])
+    assert frames.is_cuda == (graph.settings.device is not None)
+    assert reasons == [None] * len(names)
+    for name, found in zip(names, frames.cpu().numpy(), strict=True):
+        assert_near(found, folder / name, augment)
 
 
 @with_dali
-@pytest.mark.parametrize("crop", [False, True], ids=["middle", "crop"])
-@pytest.mark.parametrize("cuda", [False, CUDA], ids=["cpu", "gpu"])
-def test_golden_frames_are_those_of_pyav_within_the_tolerance(folder, crop, cuda):
-    names = ["vp9.webm", "mjpeg.avi", "odd-size-vp9.webm", "vp8-without-duration.webm"]
-    names += ["long-gop.mp4", "hevc-open-gop.mp4"] if cuda else []
-    asked = readings(folder, *names, augment="resized_crop" if crop else "none")
-    frames, found = read(asked, crop=crop, cuda=cuda)
-    assert found == [4] * len(names)
-    for name, got, reading in zip(names, frames, asked, strict=True):
-        wanted = read_frames(reading).astype(int)
-        errors = [[np.abs(a - b).mean() for b in wanted] for a in got.astype(int)]
-        assert np.diag(errors).max() <= TOLERANCE_MEAN, name
-        assert np.argmin(errors, 1).tolist() == [0, 1, 2, 3], name  # no neighbour in place of a frame
+def test_golden_frames_are_those_of_pyav_within_the_tolerance(folder, graph):
+    assert_all_near(folder, graph, "none")
 
 
 @with_dali
-def test_what_dali_cannot_do_exactly_is_named_and_the_others_are_read(folder, tmp_path):
+@pytest.mark.slow
+def test_golden_crops_are_those_of_pyav_within_the_tolerance(folder):
+    graph = DaliFrames(DaliReader(SETTINGS, "resized_crop").graph)
+    assert_all_near(folder, graph, "resized_crop")
+    graph.close()
+
+
+@with_dali
+def test_a_clip_that_repeats_frames_or_has_fewer_is_shown_as_it_is(folder, graph):
+    short, part = SETTINGS, replace(SETTINGS, sampling="clip4clip", sample_rate=1.0)
+    readers = [DaliReader(each, "none") for each in (short, part)]
+    span = {"start": 0.2, "end": 0.35}
+    plans = [reader.sample(clip(folder / "vp9.webm", **span))[0] for reader in readers]
+    frames, reasons = graph.read([*plans, no_plan(4)])
+    assert reasons == [None] * 3
+    for found, planned, settings in zip(frames.cpu().numpy(), plans, (short, part), strict=False):
+        known = FrameReader(replace(settings, limit=None)).read(clip(folder / "vp9.webm", **span))
+        assert len(planned.places) == len(known)
+        assert error(found[: len(known)], known) <= TOLERANCE_MEAN
+        assert not found[len(known) :].any()
+    assert len(plans[1].places) < 4 == len(plans[0].places) > len(plans[0].indices)
+    assert not frames[2].any()
+
+
+@with_dali
+def test_what_dali_cannot_do_exactly_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(dali_reader.torch.cuda, "is_available", lambda: False)
     (tmp_path / "text.mp4").write_text("no video")
-    asked = readings(folder, "vp9.webm", "long-gop.mp4", "none.mp4", "mjpeg.avi")
-    asked.append(replace(asked[0], path=tmp_path / "text.mp4"))
-    frames, found = read(asked)
-    assert (found[0], found[3]) == (4, 4)
-    assert [str(found[n]).partition(f"{asked[n].path}: ")[2] for n in (1, 2, 4)] == [
-        "cannot be read by decoder = 'dali': its codec is h264, DALI decodes mjpeg, vp8, vp9 on a CPU",
-        "there is no such file",
-        "not a video file (Invalid data found when processing input)",
-    ]
-    assert not frames[[1, 2, 4]].any()
+    paths = [folder / "long-gop.mp4", folder / "turned.mp4", folder / "none.mp4", tmp_path / "text.mp4"]
+    told = []
+    for path in paths:
+        with pytest.raises(DecodeError) as caught:
+            plan(path)
+        told.append(str(caught.value).partition(f"{path}: ")[2])
+    codec = "cannot be read by decoder = 'dali': its codec is h264, DALI decodes mjpeg, vp8, vp9 on a CPU"
+    none, text = "there is no such file", "not a video file (Invalid data found when processing input)"
+    assert told == [codec, codec, none, text]
 
 
 @with_dali
-def test_a_clip_that_ends_the_graph_is_named_and_the_others_are_read(folder, monkeypatch):
-    monkeypatch.setattr(dali, "unfit", lambda table, *, cuda: None)
-    asked = readings(folder, "vp9.webm", "long-gop.mp4", "mjpeg.avi")
-    frames, found = read(asked)
-    assert (found[0], found[2]) == (4, 4)
-    assert isinstance(found[1], DecodeError)
-    assert str(found[1]).startswith(f"{asked[1].path}: DALI: ")
-    assert "Failed to create video decoder" in str(found[1])
-    assert np.abs(frames[2].astype(int) - read_frames(asked[2])).mean() <= TOLERANCE_MEAN
+def test_a_clip_that_ends_the_graph_is_named_and_the_others_are_read(folder, graph, tmp_path):
+    planned = [plan(folder / name) for name in ("vp9.webm", "mjpeg.avi", "vp9.webm")]
+    text, gone = tmp_path / "text.webm", tmp_path / "gone.webm"
+    text.write_bytes(bytes(range(256)) * 8)  # no longer what it was when it was planned
+    plans = [planned[0], replace(planned[0], path=text), replace(planned[2], path=gone), planned[1]]
+    frames, reasons = graph.read(plans)
+    assert reasons[0] is reasons[3] is None
+    assert str(reasons[1]).startswith("DALI: ")
+    assert reasons[2] == "cannot be read: No such file or directory"
+    assert not frames[1:3].any()
+    assert_near(frames[0].cpu().numpy(), folder / "vp9.webm")
+    assert_near(frames[3].cpu().numpy(), folder / "mjpeg.avi")
 
 
 @with_dali
-def test_a_clip_with_fewer_frames_is_followed_by_black(folder):
-    asked = readings(folder, "vp9.webm", frames=3)
-    frames, found = read(asked)
-    assert found == [3]
-    assert not frames[0, 3].any()
-    assert np.abs(frames[0, :3].astype(int) - read_frames(asked[0])).mean() <= TOLERANCE_MEAN
+@pytest.mark.slow
+def test_a_graph_whose_process_was_killed_is_made_anew_and_gives_the_same(folder, graph):
+    plans = [plan(folder / "vp9.webm"), plan(folder / "mjpeg.avi")]
+    before, _ = graph.read(plans)
+    assert graph._worker._process is not None
+    os.kill(graph._worker._process.pid, signal.SIGKILL)
+    after, reasons = graph.read(plans[::-1])
+    assert reasons == [None, None]
+    assert after.flip(0).equal(before)
 
 
-@with_dali
-def test_a_graph_made_anew_gives_the_same(folder):
-    asked = readings(folder, "vp9.webm", "mjpeg.avi", augment="resized_crop")
-    first, _ = read(asked, crop=True)
-    again, _ = read(asked[::-1], crop=True)
-    assert np.array_equal(first, again[::-1])
+@pytest.mark.slow
+def test_a_clip_that_hangs_its_process_is_named_and_the_others_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("discovla.data.dali_frames.missing", lambda: None)
+    graph = DaliFrames(DaliSettings(frames=2, image_size=4, limit=0.5))
+    graph._worker = Worker(hang_at, limit=0.5)
+    plans = [replace(no_plan(2), id=name, indices=np.zeros(1, np.int32)) for name in ("fine", "hang", "good")]
+    frames, reasons = graph.read(plans)
+    assert reasons == [None, "not decoded: took longer than 0.5 s", None]
+    assert frames.flatten(1).any(1).tolist() == [True, False, True]
+    graph.close()
 
 
 def test_what_dali_would_read_otherwise_is_known(folder):
@@ -127,6 +181,9 @@ def test_what_dali_would_read_otherwise_is_known(folder):
 
 
 def test_dali_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(dali, "missing", lambda: "DALI is not installed")
+    for module in ("dali_reader", "dali_frames"):
+        monkeypatch.setattr(f"discovla.data.{module}.missing", lambda: "DALI is not installed")
     with pytest.raises(ValueError, match="decoder: DALI is not installed"):
-        DaliFrames(DaliSettings(batch_size=1, frames=1, image_size=8, cuda=torch.cuda.is_available()))
+        DaliFrames(DaliSettings(frames=1, image_size=8))
+    with pytest.raises(ValueError, match="decoder: DALI is not installed"):
+        DaliReader(SETTINGS, "none")

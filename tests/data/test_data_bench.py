@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from discovla.cli import main
 from discovla.data import dali, torchcodec_frames
@@ -47,7 +48,7 @@ def test_the_command_reads_the_clips_in_every_way_and_says_what_is_not_there(tmp
         ("pyav", 3, 1),  # of the clips 0 and 2, 0 being none
         ("pyav", 3, 1),
         ("torchcodec", 0, 0),
-        ("dali on the CPU" if not dali.torch.cuda.is_available() else "dali on the GPU", 0, 0),
+        ("dali on the CPU" if not torch.cuda.is_available() else "dali on the GPU", 0, 0),
         ("raw shards", 3, 1),
     ]
     printed = capsys.readouterr().out

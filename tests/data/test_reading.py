@@ -109,5 +109,5 @@ def test_frames_of_another_decoder_are_not_those_in_the_cache(counting, tmp_path
     for decoder in ("pyav", "torchcodec", "auto"):
         settings = FrameSettings(frames=2, image_size=16, cache=tmp_path, decoder=decoder)
         frame_reader = FrameReader(settings)
-        keys.add(frame_reader._cache.key(counting, frame_reader._spec(frame_reader._sampling(clip))))
+        keys.add(frame_reader._cache.key(counting, frame_reader._spec(settings.sampling_of(clip))))
     assert len(keys) == 3

@@ -8,6 +8,8 @@ import signal
 import time
 from typing import Any
 
+import numpy as np
+
 from discovla.data.examine import Request, examine
 
 
@@ -50,3 +52,14 @@ def examination(request: Request) -> dict[str, Any]:
     """What the doctor asks for, of files whose name says how their decoding ends."""
     task(request.path.stem)
     return examine(request)
+
+
+def hang_at(item: Any) -> tuple[np.ndarray, list[str | None]]:
+    """What a graph is asked for: white frames of every clip, but a clip of the id `hang`."""
+    if any(plan.id == "hang" for plan in item.plans):
+        task("hang")
+    size = item.settings.image_size
+    frames = np.zeros((len(item.plans), item.settings.frames, size, size, 3), np.uint8)
+    for row, plan in enumerate(item.plans):
+        frames[row] = 0 if plan.empty else 255
+    return frames, [None] * len(item.plans)

@@ -1,0 +1,144 @@
+"""Plans of clips for DALI's graph, from their files or from shards."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from discovla.data.augment import crop_box
+from discovla.data.cache import FrameCache
+from discovla.data.clips import FULL_SIZE, Augment, FrameSettings
+from discovla.data.dali import Content, DaliSettings, FullSize, missing, unfit
+from discovla.data.dali_augment import drawn_steps
+from discovla.data.decode import DecodeError, sampled, tabulate
+from discovla.data.manifest import Clip
+from discovla.data.pixels import fitted
+from discovla.data.plans import Plan, no_plan
+from discovla.data.sampling import Sampling
+from discovla.data.shard_reader import Shards
+from discovla.data.tables import FrameTable, FrameTables
+from discovla.data.video import check_file
+from discovla.data.watched import Lost, Worker
+
+
+class DaliReader:
+    """What `FrameReader` is, for clips whose frames are made a batch at a time: it plans them.
+
+    Which frames of a file to take is known once they have been counted, by PyAV, in a process that is
+    replaced where it does not survive it; the cache keeps that.  A file that DALI would read otherwise than
+    PyAV is refused by name.
+
+    It pickles, so that worker processes can have it.
+
+    Args:
+        augment: that of training; `none` for evaluation.
+        threads: of the graph.
+        shards: where frames come from, in place of the clips' files.
+
+    Raises:
+        ValueError: DALI is not there, or the cache cannot be written.
+    """
+
+    def __init__(
+        self, settings: FrameSettings, augment: Augment, *, threads: int = 1, shards: Shards | None = None
+    ) -> None:
+        lacking = missing()
+        if lacking is not None:
+            raise ValueError(f"decoder: {lacking}")
+        self.settings, self.shards = settings, shards
+        self.graph = _graph_settings(settings, augment, threads, shards)
+        self._tables = FrameTables(None if settings.cache is None else FrameCache(settings.cache, ".table"))
+        self._counter = None if settings.limit is None else Worker(tabulate, limit=settings.limit)
+
+    def sample(self, clip: Clip, augment: Augment | None = None, seed: str = "") -> tuple[Plan, int]:
+        """The plan of a clip's frames, as `FrameReader.sample`, and how many frames it has.
+
+        Raises:
+            DecodeError: the clip gives none, or DALI cannot read it.
+        """
+        sampling = self.settings.sampling_of(clip, None if augment is None else seed)
+        plan, size = self._of_file(clip, sampling) if self.shards is None else self._of_shards(clip, sampling)
+        if augment == "light":
+            plan = replace(plan, light=seed)
+        if not self.graph.sized:
+            plan = self._cut(plan, size, seed)
+        return plan, len(plan.places)
+
+    def blank(self) -> Plan:
+        """What stands in the row of a clip that gives no frames; the row is marked not valid."""
+        return no_plan(self.settings.frames)
+
+    def _of_file(self, clip: Clip, sampling: Sampling) -> tuple[Plan, tuple[int, int]]:
+        """Frames of a file, and their width and height."""
+        path = clip.video
+        check_file(path)
+        table = self._table(path)
+        indices = sampled(path, table, sampling, self.settings.damaged)
+        reason = unfit(table, cuda=self.graph.device is not None)
+        if reason is not None:
+            raise DecodeError(path, f"cannot be read by decoder = 'dali': {reason}")
+        chosen, places = np.unique(indices, return_inverse=True)
+        return self._plan(clip, chosen, places), table.size
+
+    def _of_shards(self, clip: Clip, sampling: Sampling) -> tuple[Plan, tuple[int, int]]:
+        """Frames in shards, and their width and height."""
+        assert self.shards is not None
+        kept = self.shards.encoded(clip, sampling, damaged=self.settings.damaged)
+        plan = self._plan(clip, np.arange(len(kept.content)), kept.places)
+        return replace(plan, content=kept.content), kept.size
+
+    def _plan(self, clip: Clip, indices: np.ndarray, places: np.ndarray) -> Plan:
+        return Plan(
+            id=clip.id,
+            path=clip.video,
+            room=self.settings.frames,
+            indices=indices.astype(np.int32),
+            places=places.astype(np.int64),
+        )
+
+    def _cut(self, plan: Plan, size: tuple[int, int], seed: str) -> Plan:
+        """A plan with how frames of this width and height become the model's."""
+        side = self.settings.image_size
+        if self.graph.augment == "resized_crop":
+            left, top, right, bottom = crop_box(random.Random(seed), *size)
+            return replace(plan, cut=(top, left), part=(bottom - top, right - left), size=(side, side))
+        (width, height), (left, top) = fitted(*size, side)
+        steps = drawn_steps(seed, size) if self.graph.augment == "randaugment" else ()
+        return replace(plan, cut=(top, left), part=(side, side), size=(height, width), steps=steps)
+
+    def _table(self, path: Path) -> FrameTable:
+        """The table of a file, counted where it is not known."""
+        table = self._tables.get(path)
+        if table is None:
+            try:
+                table = tabulate(path) if self._counter is None else self._counter(path)
+            except Lost as error:
+                raise DecodeError(path, f"not decoded: {error}") from error
+            self._tables.put(path, table)
+        return table
+
+
+def _graph_settings(
+    settings: FrameSettings, augment: Augment, threads: int, shards: Shards | None
+) -> DaliSettings:
+    """The graph that makes the frames planned."""
+    content: Content = "video"
+    if shards is not None:
+        content = "raw" if shards.settings.format == "raw" else "jpeg"
+    full: FullSize = "none"
+    if augment in FULL_SIZE:
+        full = "randaugment" if augment == "randaugment" else "resized_crop"
+    return DaliSettings(
+        content=content,
+        frames=settings.frames,
+        image_size=settings.image_size,
+        sized=shards is not None and shards.settings.size == settings.image_size,
+        augment=full,
+        device=torch.cuda.current_device() if torch.cuda.is_available() else None,
+        threads=max(1, threads),
+        limit=settings.limit or 300.0,
+    )

@@ -1,0 +1,58 @@
+"""What the frames of a clip are to be made from, where a graph makes those of a whole batch at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One operation of RandAugment, as a graph applies it to all frames of a clip.
+
+    kind: of `discovla.data.dali_augment`.  numbers: its arguments.  matrix: from a pixel of the result to one
+    of the frame, where it moves pixels.
+    """
+
+    kind: int
+    numbers: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    matrix: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The frames of one clip, before they are decoded.
+
+    id, path: of the clip.  room: frames that the model takes.  indices: f' int32, those to decode, ascending;
+    none where the clip gives none.  places: of each frame shown, which of those decoded it is.
+    content: of each of f' the bytes of a JPEG, or all of them raw, f' y x 3; None reads the file.
+    cut, part: y and x of the top left corner and size of what is cut out.  size: to which frames are resized.
+    steps: RandAugment's.  light: the seed of `draw_light`, None where it is not drawn.
+    """
+
+    id: str
+    path: Path
+    room: int
+    indices: np.ndarray
+    places: np.ndarray
+    content: tuple[bytes, ...] | np.ndarray | None = None
+    cut: Pair = (0, 0)
+    part: Pair = (0, 0)
+    size: Pair = (0, 0)
+    steps: tuple[Step, ...] = ()
+    light: str | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to decode: the row stays black."""
+        return len(self.indices) == 0
+
+
+def no_plan(room: int) -> Plan:
+    """What stands in the row of a clip that gives no frames."""
+    nothing = np.zeros(0, np.int32)
+    return Plan(id="", path=Path(), room=room, indices=nothing, places=nothing)
