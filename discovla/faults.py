@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -11,8 +12,17 @@ from discovla.data.decode import DecodeError
 
 EXPECTED = (ValueError, DecodeError, OSError, FloatingPointError)
 FAILED = 2  # exit status
+STOPPED = 75  # exit status of a run that a signal ended and that can go on: "try again later" of sysexits.h
 GRACE = 10.0  # seconds that ranks > 0 leave rank 0 to tell of the same fault, and the launcher to end them
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's words
+
+
+class LostProcess(Exception):
+    """Another process of the run is gone; the message names it."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it did, with all that it needs to go on."""
 
 
 def run_told(run: Callable[[], None], program: str) -> int:
@@ -20,26 +30,45 @@ def run_told(run: Callable[[], None], program: str) -> int:
 
     A fault on all ranks is told by the first: the others wait, and are ended by the launcher, which ends all
     processes once one has failed.  A fault on one rank alone is told by that rank, before it leaves the
-    collectives in which the others wait.
+    collectives in which the others wait.  That a process is lost is told by every other, at once.
 
     Returns:
-        The exit status, 0 or 2.
+        The exit status: 0, 2 where something is wrong, 75 where a signal stopped the run.
     """
     try:
         run()
         return 0
+    except Stopped as stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it to those who leave a moment later
+        if not _rank():
+            sys.stderr.write(f"{program}: {stopped}\n")
+        return STOPPED
+    except LostProcess as error:
+        tell(str(error), program)
+        return FAILED
     except EXPECTED as error:
         line = one_line(error)
     except RuntimeError as error:
-        if not _lost_process(error):
+        if not lost_connection(error):
             raise
         line = "another process of this run ended; its own message says why"
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
+    if _rank():
         time.sleep(GRACE)
+    tell(line, program)
+    return FAILED
+
+
+def tell(line: str, program: str) -> None:
+    """One line on stderr; ranks above the first say which they are."""
+    rank = _rank()
     sys.stderr.write(f"{program}: error{f' (rank {rank})' if rank else ''}: {line}\n")
     sys.stderr.flush()
-    return FAILED
+
+
+def end(line: str) -> None:
+    """End this process at once, from whichever thread, because the run cannot go on."""
+    tell(line, "train.py")
+    os._exit(FAILED)
 
 
 def one_line(error: Exception) -> str:
@@ -52,8 +81,12 @@ def one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def _lost_process(error: RuntimeError) -> bool:
+def lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone."""
     import torch.distributed as dist  # not every program has it loaded, and it takes seconds
 
     return isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

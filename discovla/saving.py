@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from discovla.config import RunConfig
 from discovla.data.loader import DataConfig
 from discovla.data.source import pixels
 from discovla.engine import checkpoint
+from discovla.engine.checkpoint_writer import CheckpointWriter
 from discovla.engine.distributed import World, barrier, gather_objects
 from discovla.engine.log import METRICS
+from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import Strategy
 
 logger = logging.getLogger(__name__)
@@ -26,6 +30,9 @@ METHOD = "method."  # where the method lies in what the strategy trains
 
 class Saving:
     """What a run reads from and writes to `directory/checkpoints`.
+
+    A checkpoint is copied to the CPU between two steps and written by a thread while training goes on; what
+    goes wrong in that is raised at the next step.
 
     Args:
         config: of the run.
@@ -40,6 +47,9 @@ class Saving:
         self.config, self.world = config, world
         self.fingerprint, self.schedule = fingerprint, schedule
         self.directory = config.directory / "checkpoints"
+        self.score: float | None = None  # of the best checkpoint
+        self.step: int | None = None  # of the newest checkpoint
+        self._writer = CheckpointWriter()
 
     def find(self) -> checkpoint.Checkpoint | None:
         """The newest whole checkpoint, where the run is to go on from one.
@@ -56,8 +66,9 @@ class Saving:
         if found is None:
             return None
         checkpoint.check_fingerprint(found.meta["fingerprint"], self.fingerprint, str(found.path))
-        # a checkpoint older than an option of the data began with its default
+        # a checkpoint older than an option began with its default
         older = {f"data.{key}": DataConfig.model_fields[key].default for key in SEEN} | {"pixels": "decoded"}
+        older |= {f"optim.{key}": field.default for key, field in OptimConfig.model_fields.items()}
         for key, value in self.schedule.items():
             began = found.meta["schedule"].get(key, older.get(key))
             if value != began:
@@ -68,21 +79,41 @@ class Saving:
         """Put back what a checkpoint holds."""
         load_trained(strategy, found)
         strategy.load_optimizer_state(found.tensors["optimizer"])
-        if found.meta["better"] is not None and self.world.first:
-            known = checkpoint.best(self.directory)  # the run may have ended before it wrote this down
-            if known is None or found.meta["better"] > known[1]:
-                checkpoint.set_best(self.directory, found.path, found.meta["better"])
+        self.step = found.step
+        if self.world.first:
+            checkpoint.reselect(self.directory, found.step)
+            known, better = checkpoint.best(self.directory), found.meta["better"]
+            # the run may have ended before it wrote this down
+            if better is not None and (known is None or better > known[1]):
+                checkpoint.set_best(self.directory, found.path, better)
         barrier(self.world)
+        known = checkpoint.best(self.directory)
+        self.score = None if known is None else known[1]
 
     def better(self, score: float) -> float | None:
         """The score, where it is the best so far."""
-        known = checkpoint.best(self.directory)
-        better = score if known is None or score > known[1] else None
-        return gather_objects(better, self.world)[0]  # on GPUs the last bits may differ between ranks
+        score = gather_objects(score, self.world)[0]  # on GPUs the last bits may differ between ranks
+        return score if self.score is None or score > self.score else None
 
-    def save(self, strategy: Strategy, done: int, better: float | None) -> None:
-        """A checkpoint of `done` steps; `better` is its score where it is the best so far."""
+    def save(self, strategy: Strategy, done: int, *, better: float | None, state: dict[str, Any]) -> float:
+        """Begin a checkpoint of `done` steps.
+
+        Args:
+            strategy: whose state it is.
+            better: its score, where that is the best so far.
+            state: what else the run needs to go on, plain JSON.
+
+        Returns:
+            Seconds that training was held up for it: copies, and the rest of a write before it.
+
+        Raises:
+            CheckpointError: of the write before.
+        """
+        began = time.perf_counter()
         trained, optimizer = strategy.trained_state(), strategy.optimizer_state()
+        self.step = done
+        if better is not None:
+            self.score = better
         if self.world.first:
             tensors = {
                 "trained": {name.removeprefix(METHOD): tensor for name, tensor in trained.items()},
@@ -92,18 +123,32 @@ class Saving:
                 "fingerprint": self.fingerprint,
                 "schedule": self.schedule,
                 "better": better,
+                "state": state,
                 "config": json.loads(self.config.to_json()),
             }
-            path = checkpoint.save(self.directory, step=done, tensors=tensors, meta=meta)
-            if better is not None:
-                checkpoint.set_best(self.directory, path, better)
-            checkpoint.keep(self.directory, self.config.keep_checkpoints)
+            self._writer.start(partial(self._write, done, tensors, meta))
+        return time.perf_counter() - began
+
+    def check(self) -> None:
+        """Raise the error of a write that has failed."""
+        self._writer.check()
+
+    def finish(self) -> None:
+        """Wait until everything is written, on every rank."""
+        self._writer.wait()
         barrier(self.world)
 
     def selected(self) -> checkpoint.Checkpoint | None:
         """The best checkpoint, where one was selected."""
         found = checkpoint.best(self.directory)
         return None if found is None else checkpoint.load(found[0])
+
+    def _write(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+        """A checkpoint, whether it is the best, and which are kept; in the writer's thread."""
+        path = checkpoint.save(self.directory, step=step, tensors=tensors, meta=meta)
+        if meta["better"] is not None:
+            checkpoint.set_best(self.directory, path, meta["better"])
+        checkpoint.keep(self.directory, self.config.keep_checkpoints)
 
 
 def load_trained(strategy: Strategy, found: checkpoint.Checkpoint) -> None:
@@ -121,7 +166,8 @@ def schedule(config: RunConfig, total: int, pairs: int) -> dict[str, Any]:
     """
     fixed: dict[str, Any] = {"seed": config.seed, "batch_size": config.batch_size, "steps": total}
     fixed |= {"training pairs": pairs, "pixels": pixels(config.data)}
-    fixed |= {f"optim.{key}": value for key, value in config.optim.model_dump(mode="json").items()}
+    optim = config.optim.model_dump(mode="json", exclude={"skip_nonfinite"})
+    fixed |= {f"optim.{key}": value for key, value in optim.items()}
     data = config.data.model_dump(mode="json")
     return fixed | {f"data.{key}": data[key] for key in SEEN}
 

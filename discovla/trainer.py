@@ -19,8 +19,12 @@ from discovla.data.stills import Stills
 from discovla.engine.distributed import all_reduce_sum, gather_objects, start, stop
 from discovla.engine.log import RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
+from discovla.engine.pace import Pace, slow
+from discovla.engine.signals import NAMES, StopSignals
 from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
+from discovla.engine.watch import SETTLE, Watch
 from discovla.evaluate import Evaluation, evaluate
+from discovla.faults import LostProcess, Stopped, end, lost_connection
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
@@ -40,6 +44,8 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.directory = config.directory
+        self.asked: str | None = None  # the signal that asked to stop
+        self.skipped = 0  # steps left out, for their gradients were not finite
 
     def run(self) -> Results | None:
         """Carry the run out.
@@ -49,20 +55,48 @@ class Trainer:
 
         Raises:
             ValueError, DecodeError, OSError, FloatingPointError: what stands in the way, in one line.
+            LostProcess: another process of the run is gone.
+            Stopped: a signal asked for it; a checkpoint holds every step taken.
         """
         self.world = start(self.config.engine.device)
-        # An error leaves the process group as it is: who waits for it in a collective shall be ended
-        # by the launcher, not by a lost connection before this process has said what is wrong.
+        self.watch = None
+        if self.world.size > 1:
+            self.watch = Watch(self.world, silence=self.config.engine.lost_after, end=end)
+        with StopSignals() as self.signals:
+            results = self._carried_out()
+        if self.watch is not None:
+            self.watch.close()
+        stop()
+        if self.asked is not None:
+            done = f"step {self.saving.step} of {self.total}"
+            raise Stopped(
+                f"stopped by {self.asked} after {done}, which is saved; resume=true goes on from there"
+            )
+        return results
+
+    def _carried_out(self) -> Results | None:
+        """All of the run; an error leaves the process group, and the watch's connection, as they are.
+
+        Who waits for this process in a collective shall be ended by the launcher, not by a lost connection
+        before this process has said what is wrong.
+        """
         try:
             self._prepare()
             rows = self._before()
-            results = self._after(rows) if self._train() else None
+            return self._after(rows) if self._train() else None
         except OSError as error:
             if error.errno is None or error.filename is not None:
                 raise
             raise OSError(error.errno, error.strerror, str(self.directory)) from error
-        stop()
-        return results
+        except RuntimeError as error:
+            if self.watch is not None and (self.watch.lost is not None or lost_connection(error)):
+                line = self.watch.line(SETTLE)
+                if line is not None:
+                    raise LostProcess(f"{line}; resume=true goes on from the newest checkpoint") from error
+            raise
+        finally:
+            if self.watch is not None:
+                self.watch.let_go()
 
     def _prepare(self) -> None:
         """Everything that can fail before training does so here."""
@@ -145,6 +179,8 @@ class Trainer:
             batch_size=config.batch_size,
             groups=_groups(self.method),
         )
+        towers = [self.method.vision, self.method.text]
+        self.pace = Pace(self.world, towers, every=config.engine.pace_every, name=self._name())
         self.strategy = make_strategy(TrainStep(self.method, self.world, config.engine.grad_scale), plan)
         first = self._resume()
         self.log = RunLog(self.directory, self.world, total=self.total, start=first)
@@ -154,12 +190,22 @@ class Trainer:
             if first == 0 and "val" in self.splits:
                 self._validate(0)  # where training starts from, and that every clip can be read
                 self.log.resume_clock()
-            for step, batch in self._batches(first, last):
-                self._step(step, batch)
-                self._after_step(step + 1, last)
+            self._steps(first, last)
+            self.saving.finish()
         finally:
             self.log.close()
-        return last == self.total
+        return last == self.total and self.asked is None
+
+    def _steps(self, first: int, last: int) -> None:
+        """Steps first .. last - 1, or until a signal asks to stop; a checkpoint holds all that were taken."""
+        for step, batch in self.pace.reading(self._batches(first, last)):
+            batch = self._agreed(step, batch)
+            if self.asked is not None:
+                if self.saving.step != step:
+                    self._save(step, None)
+                return
+            self._step(step, batch)
+            self._after_step(step + 1, last)
 
     def _batches(self, first: int, last: int) -> Iterator[tuple[int, Batch]]:
         """Steps first .. last - 1 with their batches, over epochs."""
@@ -181,22 +227,52 @@ class Trainer:
         # dropout and the like depend on (seed, step, rank) alone, so nothing random needs to be saved
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4_096 + self.world.rank)
         lr = learning_rate(step, self.total, self.config.optim)
-        losses = self.strategy(self._checked(step, batch).to(self.world.device))
-        if not losses.total.isfinite():
+        losses = self.strategy(batch.to(self.world.device))
+        guarded = self.config.optim.skip_nonfinite > 0
+        if not guarded and not losses.total.isfinite():
             raise FloatingPointError(f"step {step}: expected a finite loss, found {losses.total.item()}")
         self.strategy.backward(losses.total)
-        norm = self.strategy.step(lr)
-        self._clip_logit_scale()
-        values = {name: value.item() for name, value in {"loss": losses.total, **losses.terms}.items()}
-        values |= {"lr": lr, "grad_norm": norm}
+        values = {"lr": lr}
+        try:
+            values["grad_norm"] = self.strategy.step(lr)
+        except FloatingPointError as error:  # on every rank, for the norm is that of all
+            if not guarded:
+                raise
+            self._skip(step, error)
+        else:
+            self._clip_logit_scale()
+            terms = {name: value.item() for name, value in {"loss": losses.total, **losses.terms}.items()}
+            values = terms | values
+        if self.skipped:
+            values["skipped_steps"] = self.skipped
         if self.quarantine.known:
             values["bad_clips"] = len(self.quarantine.known)
         self.log.step(step, clips=self.config.batch_size, values=values)
 
-    def _checked(self, step: int, batch: Batch) -> Batch:
-        """The batch with its bad clips written down; `valid` is None where no rank has any."""
-        count = torch.tensor(len(batch.bad))
-        if not all_reduce_sum(count, self.world).item():
+    def _skip(self, step: int, error: FloatingPointError) -> None:
+        """Count a step that was left out.
+
+        Raises:
+            FloatingPointError: it is one too many.
+        """
+        self.skipped += 1
+        allowed = self.config.optim.skip_nonfinite
+        if self.skipped > allowed:
+            raise FloatingPointError(
+                f"step {step}: optim.skip_nonfinite: expected at most {allowed} steps to leave out, "
+                f"found one more: {error}"
+            ) from None
+        logger.warning("step %d left out, %d of at most %d: %s", step, self.skipped, allowed, error)
+
+    def _agreed(self, step: int, batch: Batch) -> Batch:
+        """The batch with its bad clips written down, and whether a signal asks to stop: alike on all ranks.
+
+        `valid` is None where no rank has a bad clip.  One sum over ranks, on the CPU, serves both.
+        """
+        self.saving.check()
+        counts = all_reduce_sum(torch.tensor([len(batch.bad), *self.signals.counts()]), self.world).tolist()
+        self.asked = next((name for name, count in zip(NAMES, counts[1:], strict=True) if count), None)
+        if not counts[0]:
             return replace(batch, valid=None)
         bad: list[BadClip] = [clip for share in gather_objects(batch.bad, self.world) for clip in share]
         self.quarantine.add(bad, write=self.world.first)
@@ -220,8 +296,17 @@ class Trainer:
         if "val" in self.splits and (whole or _every(config.evaluate_every, done)):
             better = self._validate(done)
         if whole or done == last or better is not None or _every(config.checkpoint_every, done):
-            self.saving.save(self.strategy, done, better)
+            self._save(done, better)
+        shares = self.pace.step()
+        for line in slow(shares) if shares else []:
+            logger.warning("step %d: %s", done, line)
+            self.log.event("slow", done, {"rank": line})
         self.log.resume_clock()
+
+    def _save(self, done: int, better: float | None) -> None:
+        """Begin a checkpoint of `done` steps; `better` is its score where it is the best so far."""
+        held = self.saving.save(self.strategy, done, better=better, state={"skipped": self.skipped})
+        self.log.event("checkpoint", done, {"held_seconds": held})
 
     def _resume(self) -> int:
         """Put back what the checkpoint holds; the step to go on from."""
@@ -229,8 +314,13 @@ class Trainer:
             return 0
         found, self.found = self.found, None
         self.saving.restore(found, self.strategy)
+        self.skipped = found.meta.get("state", {}).get("skipped", 0)
         logger.info("resuming at step %d of %d from %s", found.step, self.total, found.path)
         return found.step
+
+    def _name(self) -> str:
+        """Of this process, for messages."""
+        return str(self.watch.everyone[self.world.rank]) if self.watch is not None else "the only rank"
 
     def _validate(self, done: int) -> float | None:
         """Figures on the validation split; their score where it is the best so far."""

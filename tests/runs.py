@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -123,7 +124,8 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
 
     Args:
         fault: "kind:module:function:n": what befalls `rank` where it calls this function the n-th time:
-            "kill" is kill -9, "full" a full disk.
+            "kill" is kill -9, "stop" as if its machine were gone, "SIGTERM" and "SIGUSR1" these signals,
+            "full" a full disk, "nan" a result that is not a number; "drag" is slow from then on.
     """
     words = [str(word) for word in words]
     logs = [Path(words[0]).parent / f"output.{rank}.txt" for rank in range(size)]
@@ -141,9 +143,11 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
     return Job(processes, logs)
 
 
-def train(words: Sequence[object], *, size: int = 1, timeout: float = 90) -> Job:
-    """Run `train.py words` to its good end."""
-    job = start(words, size=size)
+def train(
+    words: Sequence[object], *, size: int = 1, timeout: float = 90, fault: str | None = None, rank: int = 0
+) -> Job:
+    """Run `train.py words` to its good end, whatever befalls `rank` on the way."""
+    job = start(words, size=size, fault=fault, rank=rank)
     status = job.wait(timeout)
     assert status == [0] * size, "\n".join(f"rank {r}: {status[r]}\n{job.output(r)}" for r in range(size))
     return job
@@ -169,14 +173,20 @@ def _arrange(kind: str, module: str, name: str, call: str) -> None:
     owner: Any = import_module(module)
     original: Callable[..., Any] = getattr(owner, name)
     calls = [0]
+    signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+    signals |= {name: signal.Signals[name] for name in ("SIGTERM", "SIGUSR1")}
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
-        if calls[0] == int(call) and kind == "kill":
-            os.kill(os.getpid(), 9)
-        if calls[0] == int(call) and kind == "full":
+        if kind == "drag" and calls[0] >= int(call):
+            time.sleep(0.05)
+        due = calls[0] == int(call)
+        if due and kind in signals:
+            os.kill(os.getpid(), signals[kind])
+        if due and kind == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        return result * float("nan") if due and kind == "nan" else result
 
     setattr(owner, name, counted)
 

@@ -143,6 +143,30 @@ def best(directory: Path | str) -> tuple[Path, float] | None:
     return path, score
 
 
+def reselect(directory: Path | str, step: int) -> None:
+    """Point to a checkpoint that can be read as the best, for a run that goes on from `step`.
+
+    Where the best was broken, or is of a step that will be taken again, the best of the whole checkpoints up
+    to `step` takes its place, by the score in its meta's "better"; where none has one, none is the best.
+
+    Raises:
+        CheckpointError: the disk refuses, or the record of the best is not readable.
+    """
+    directory = Path(directory)
+    known = best(directory)
+    if known is None or (_step(known[0]) <= step and is_whole(known[0])):
+        return
+    logger.warning("checkpoint no longer the best: %s is broken or newer than step %d", known[0], step)
+    whole = [path for path in _list(directory) if _step(path) <= step and is_whole(path)]
+    scores = [(_read_state(path)["meta"].get("better"), path) for path in whole]
+    scored = [(score, path) for score, path in scores if score is not None]
+    if scored:
+        score, path = max(scored)
+        set_best(directory, path, score)
+    else:
+        (directory / BEST).unlink()
+
+
 def keep(directory: Path | str, count: int) -> None:
     """Remove all but the newest `count` whole checkpoints and the best.
 
@@ -155,7 +179,7 @@ def keep(directory: Path | str, count: int) -> None:
         if whole >= max(1, count):
             if pointed is None or path != pointed[0]:
                 shutil.rmtree(path, ignore_errors=True)
-        elif _is_whole(path):
+        elif is_whole(path):
             whole += 1
 
 
@@ -266,7 +290,13 @@ def _list(directory: Path) -> list[Path]:
     return [path for path, match in sorted(found, key=lambda item: (int(item[1][2]), not item[1][1]))]
 
 
-def _is_whole(path: Path) -> bool:
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[2]) if match else -1
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a checkpoint is as it was written."""
     try:
         state = _read_state(path)
         for name, expected in state["files"].items():

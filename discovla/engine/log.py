@@ -128,6 +128,11 @@ class RunLog:
         for name, value in flatten(values).items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
+    def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Record what happened beside training after `step` steps: a checkpoint, a rank that is slow."""
+        if self.world.first:
+            self._write({"kind": kind, "step": step, **values, "seconds": time.monotonic() - self._began})
+
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
         if self.world.first:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from discovla.engine.optim import OptimConfig
 
@@ -24,6 +24,9 @@ class EngineConfig(BaseModel):
         only for full fine-tuning, with precision "bf16" and stage >= 1.
     grad_scale: "exact" makes the gradient of many processes that of one; "official" leaves it 1/W, as
         released.
+    lost_after: seconds without a sign of life after which a process counts as lost; one that ends is noticed
+        at once.
+    pace_every: steps between comparisons of the ranks' own time, which name those that hold the others up.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +37,8 @@ class EngineConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     bf16_parameters: bool = False
     grad_scale: Literal["exact", "official"] = "exact"
+    lost_after: float = Field(default=60.0, gt=10, allow_inf_nan=False)
+    pace_every: int = Field(default=100, ge=1)
 
     @model_validator(mode="after")
     def _bf16_parameters_need_zero(self) -> EngineConfig:

@@ -5,6 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,11 @@ from discovla.engine.checkpoint import (
     keep,
     latest,
     load,
+    reselect,
     save,
     set_best,
 )
+from discovla.engine.checkpoint_writer import CheckpointWriter
 from tests.engine.launch import ROOT
 
 TENSORS = {
@@ -264,3 +268,52 @@ def test_a_checkpoint_of_another_architecture_names_the_keys():
 
 def test_the_same_architecture_passes():
     check_fingerprint({"a": [1, 2]}, {"a": (1, 2)})
+
+
+def _scored(folder: Path, step: int, score: float | None) -> Path:
+    return _save(folder, step, meta={"better": score})
+
+
+def test_a_best_that_is_broken_gives_way_to_the_best_of_the_whole_ones(tmp_path, caplog):
+    paths = [
+        _scored(tmp_path, step, score) for step, score in ((1, 3.0), (2, 4.0), (3, None), (4, 5.0), (5, None))
+    ]
+    set_best(tmp_path, paths[3], 5.0)
+    reselect(tmp_path, 5)
+    assert best(tmp_path) == (paths[3], 5.0)
+    _flip(paths[3] / "trained.safetensors")
+    reselect(tmp_path, 5)
+    assert best(tmp_path) == (paths[1], 4.0)
+    assert "step-00000004 is broken or newer than step 5" in caplog.text
+
+
+def test_a_best_of_steps_to_be_taken_again_is_forgotten(tmp_path):
+    paths = [_scored(tmp_path, step, score) for step, score in ((2, None), (4, 5.0))]
+    set_best(tmp_path, paths[1], 5.0)
+    reselect(tmp_path, 2)
+    assert best(tmp_path) is None
+
+
+def test_a_writer_has_one_write_in_flight_and_raises_its_error_at_the_next_call():
+    writer, going, order = CheckpointWriter(), threading.Event(), []
+
+    def first() -> None:
+        going.wait(10)
+        order.append("first")
+
+    def broken() -> None:
+        raise CheckpointError("no room")
+
+    writer.start(first)
+    writer.check()  # still going on
+    assert order == []
+    threading.Timer(0.05, going.set).start()
+    writer.start(lambda: order.append("second"))
+    writer.wait()
+    assert order == ["first", "second"]
+    writer.start(broken)
+    with pytest.raises(CheckpointError, match="no room"):
+        for _ in range(1000):
+            writer.check()
+            time.sleep(0.005)
+    writer.wait()  # told once

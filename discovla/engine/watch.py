@@ -1,0 +1,219 @@
+"""Which of a run's processes is gone: each keeps a connection to the first, which closes with its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import selectors
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from discovla.engine.distributed import World, gather_objects
+
+logger = logging.getLogger(__name__)
+
+BEAT = 5.0  # seconds between signs of life
+SETTLE = 5.0  # seconds the main thread has to end by itself once a process is gone
+_JOIN = 60.0  # seconds for a process to connect
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """Who a rank is, for messages."""
+
+    rank: int
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, process {self.pid})"
+
+
+@dataclass(kw_only=True)
+class _Peer:
+    """The other end of a connection, what it has sent of a line, and when it was last heard."""
+
+    rank: int
+    connection: socket.socket
+    part: bytes = b""
+    heard: float = field(default_factory=time.monotonic)
+
+
+class Watch:
+    """Notices within moments that a process of the run has ended, and names it on every rank.
+
+    A process that is killed or crashes closes its connection; one whose machine is lost sends no sign of life
+    for `silence` seconds.  The first process tells all others.  A collective may wait for the lost rank for
+    half an hour or, on a GPU, forever: where the main thread has not said `let_go` within `SETTLE` seconds,
+    `end` is called, in another thread, with one line, and is to end the process.
+
+    Args:
+        world: of this process, of more than one.
+        silence: seconds without a sign of life, above `BEAT`.
+        end: ends this process, having said the line.
+    """
+
+    def __init__(self, world: World, *, silence: float, end: Callable[[str], None]) -> None:
+        self.world, self.silence, self._end = world, silence, end
+        self.lost: str | None = None
+        self._known, self._lock = threading.Event(), threading.Lock()
+        self._let_go = self._closed = False
+        self._peers: dict[int, _Peer] = {}
+        self._connect()
+        _close_in_children(self)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def line(self, wait: float) -> str | None:
+        """Who is gone, once it is known; None where nobody is within `wait` seconds."""
+        self._known.wait(wait)
+        return self.lost
+
+    def let_go(self) -> None:
+        """The main thread ends by itself, with a message of its own."""
+        with self._lock:
+            self._let_go = True
+
+    def close(self) -> None:
+        """Tell the others that this process ends as it should."""
+        self.let_go()
+        self._closed = True
+        self._send_all(b"bye\n")
+        self._thread.join(2 * BEAT)
+        for peer in list(self._peers.values()):
+            peer.connection.close()
+
+    def _connect(self) -> None:
+        """The first process listens, and everyone else connects to it."""
+        listener, port, word = None, 0, secrets.token_hex(16)
+        if self.world.first:
+            listener = _listen()
+            port = listener.getsockname()[1]
+        me = Process(rank=self.world.rank, host=socket.gethostname(), pid=os.getpid())
+        everyone = gather_objects((me, port, word), self.world)
+        self.everyone: list[Process] = [process for process, _, _ in everyone]
+        _, port, word = everyone[0]
+        if listener is None:
+            self._join(port, word)
+        else:
+            with listener:
+                self._accept(listener, word)
+
+    def _join(self, port: int, word: str) -> None:
+        """Connect to the first process."""
+        connection = socket.create_connection((_first_host(), port), timeout=_JOIN)
+        connection.sendall(f"{word} {self.world.rank}\n".encode())
+        connection.setblocking(False)
+        self._peers[0] = _Peer(rank=0, connection=connection)
+
+    def _accept(self, listener: socket.socket, word: str) -> None:
+        """Take the connections of all others; a stranger's is closed."""
+        listener.settimeout(_JOIN)
+        while len(self._peers) < self.world.size - 1:
+            connection, _ = listener.accept()
+            connection.settimeout(_JOIN)
+            with connection.makefile("rb") as file:
+                said = file.readline(100).split()
+            if len(said) != 2 or said[0] != word.encode():
+                connection.close()
+                continue
+            connection.setblocking(False)
+            self._peers[int(said[1])] = _Peer(rank=int(said[1]), connection=connection)
+
+    def _run(self) -> None:
+        """The thread: listen, give signs of life, and act where somebody is gone."""
+        last = 0.0
+        while not self._closed and self.lost is None and self._peers:
+            if time.monotonic() - last >= BEAT:
+                self._send_all(b".\n")
+                last = time.monotonic()
+            self._listen_once()
+        if self.lost is None:
+            return
+        self._known.set()
+        deadline = time.monotonic() + SETTLE
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            if self._let_go:
+                return
+        with self._lock:
+            if not self._let_go:
+                self._end(self.lost)
+
+    def _listen_once(self) -> None:
+        """Whatever comes within a moment, and who has not been heard for too long."""
+        with selectors.PollSelector() as selector:  # one without an object in the system that a fork shares
+            for peer in self._peers.values():
+                selector.register(peer.connection, selectors.EVENT_READ, peer)
+            ready = [key.data for key, _ in selector.select(0.2)]
+        for peer in ready:
+            if self.lost is None:
+                self._hear(peer)
+        silent = time.monotonic() - self.silence
+        for peer in list(self._peers.values()):
+            if self.lost is None and peer.heard < silent:
+                self._gone(peer.rank, f"gave no sign of life for {self.silence:g} seconds")
+
+    def _hear(self, peer: _Peer) -> None:
+        """Read what a peer sent; nothing at all means that its process has ended."""
+        try:
+            received = peer.connection.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            received = b""
+        if not received:
+            self._gone(peer.rank, "has ended")
+            return
+        peer.heard = time.monotonic()
+        *lines, peer.part = (peer.part + received).split(b"\n")
+        for line in lines:
+            if line == b"bye":
+                self._peers.pop(peer.rank).connection.close()
+                return
+            if line != b"." and self.lost is None:
+                rank, _, how = line.decode().partition(" ")
+                self._gone(int(rank), how)
+
+    def _gone(self, rank: int, how: str) -> None:
+        """A process is gone: the first one tells everybody."""
+        if self.world.first:
+            self._send_all(f"{rank} {how}\n".encode())
+        self.lost = f"{self.everyone[rank]} {how} before the run was over"
+
+    def _send_all(self, words: bytes) -> None:
+        """To all who are connected; who is gone is noticed in reading."""
+        for peer in list(self._peers.values()):
+            with suppress(OSError):
+                peer.connection.sendall(words)
+
+
+def _first_host() -> str:
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+
+def _listen() -> socket.socket:
+    """A free port at the address by which the others know this machine, or else at all of its addresses."""
+    try:
+        return socket.create_server((_first_host(), 0), backlog=1024)
+    except OSError:
+        return socket.create_server(("", 0), backlog=1024)
+
+
+def _close_in_children(watch: Watch) -> None:
+    """Processes forked to read data would keep the connection open when this one is gone."""
+    known = weakref.ref(watch)
+
+    def forget() -> None:
+        parent = known()
+        if parent is not None:
+            for peer in parent._peers.values():
+                peer.connection.close()
+
+    os.register_at_fork(after_in_child=forget)

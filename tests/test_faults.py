@@ -1,0 +1,191 @@
+"""What befalls a run: signals, lost and slow processes, broken checkpoints, gradients that are not finite."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from discovla.faults import STOPPED
+from tests import runs
+
+STEP = "discovla.trainer:learning_rate"  # called once a step
+PIXELS = "discovla.methods.base:preprocess_frames"  # twice for the figures before training, then once a step
+WRITE = "discovla.engine.checkpoint:_write_tensors"  # twice a checkpoint
+NOTICE = 30.0  # seconds in which all others have ended once a process has; 10 on a machine that is not busy
+SHORT = ("data.val_split=", "checkpoint_every=2")
+ZERO2 = ("engine.strategy=deepspeed", "engine.zero_stage=2")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, drawn) -> Path:
+    """The directory of a run on two processes that nothing befell."""
+    folder = tmp_path_factory.mktemp("whole")
+    runs.train([runs.write_config(folder, drawn), *SHORT], size=2)
+    return folder / "run"
+
+
+def assert_same(found: Path, wanted: Path) -> None:
+    """Every number two runs wrote of their steps is the same, and what they trained."""
+    assert runs.records(found) == runs.records(wanted)
+    ours, theirs = runs.tensors(found, 6), runs.tensors(wanted, 6)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (f"SIGTERM:{STEP}:4", "train.py: stopped by SIGTERM after step 4 of 6, which is saved"),
+        pytest.param(f"SIGUSR1:{STEP}:2", "stopped by SIGUSR1 after step 2 of 6", marks=pytest.mark.slow),
+        pytest.param(f"SIGTERM:{PIXELS}:1", "stopped by SIGTERM after step 0 of 6", marks=pytest.mark.slow),
+    ],
+    ids=["in a step", "warning of SLURM", "before training"],
+)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on(
+    fault, told, tmp_path, drawn, whole
+):
+    words = [runs.write_config(tmp_path, drawn), *SHORT]
+    job = runs.start(words, size=2, fault=fault, rank=1)
+    assert job.wait() == [STOPPED, STOPPED]
+    assert told in job.output().splitlines()[-1]
+    assert "error" not in job.output() + job.output(rank=1)
+    runs.train([*words, "resume=true"], size=2)
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path, drawn, whole):
+    words = [runs.write_config(tmp_path, drawn), *SHORT]
+    job = runs.start(words, size=2, fault=f"SIGTERM:{WRITE}:2")
+    assert job.wait() == [STOPPED, STOPPED]
+    kept = tmp_path / "run/checkpoints"
+    assert all(path.name.startswith("step-") for path in kept.iterdir()), list(kept.iterdir())
+    runs.train([*words, "resume=true"], size=2)
+    assert_same(tmp_path / "run", whole)
+
+
+def lost(rank: int, how: str) -> str:
+    return rf"error(?: \(rank \d\))?: rank {rank} \({re.escape(socket.gethostname())}, process \d+\) {how}"
+
+
+@pytest.mark.parametrize(
+    ("size", "rank"), [(2, 1), *(pytest.param(4, rank, marks=pytest.mark.slow) for rank in (0, 2))]
+)
+def test_every_other_rank_names_the_one_that_was_killed_and_ends(size, rank, tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), *SHORT]
+    job = runs.start(words, size=size, fault=f"kill:{STEP}:4", rank=rank)
+    job.processes[rank].join(90)
+    died = time.monotonic()
+    assert job.wait() == [-9 if r == rank else 2 for r in range(size)]
+    assert time.monotonic() - died < NOTICE
+    for other in set(range(size)) - {rank}:
+        lines = [line for line in job.output(other).splitlines() if "error" in line]
+        assert len(lines) == 1
+        assert re.search(lost(rank, "has ended before the run was over"), lines[0])
+    runs.train([*words, "resume=true"], size=size)
+    assert len(runs.losses(tmp_path / "run")) == 6
+
+
+@pytest.mark.slow
+def test_a_rank_that_gives_no_sign_of_life_is_named(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), "engine.lost_after=11"]
+    job = runs.start(words, size=2, fault=f"stop:{STEP}:2", rank=1)
+    job.processes[0].join(60)
+    job.processes[1].kill()
+    assert job.wait() == [2, -9]
+    assert re.search(lost(1, "gave no sign of life for 11 seconds"), job.output())
+
+
+def test_a_truncated_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, drawn, whole):
+    words = [runs.write_config(tmp_path, drawn), *SHORT]
+    runs.train([*words, "stop_at=4"], size=2)
+    broken = tmp_path / "run/checkpoints/step-00000004/trained.safetensors"
+    size = broken.stat().st_size
+    with broken.open("r+b") as file:
+        file.truncate(size // 2)
+    job = runs.train([*words, "resume=true"], size=2)
+    assert f"checkpoint passed over: {broken}: expected bytes {size}, found {size // 2}" in job.output()
+    assert "resuming at step 2 of 6" in job.output()
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [("engine.strategy=torch",), ZERO2], ids=["torch", "zero2"])
+def test_any_number_of_processes_goes_on_with_the_same_losses(way, tmp_path, drawn, whole):
+    config = runs.write_config(tmp_path, drawn)
+    first = tmp_path / "first"
+    runs.train([config, *SHORT, *way, "stop_at=2", f"directory={first}"], size=2)
+    for size in (1, 2, 4):
+        directory = tmp_path / f"on{size}"
+        directory.mkdir()
+        for path in first.rglob("*"):
+            if path.is_file() and "tensorboard" not in path.parts:
+                target = directory / path.relative_to(first)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+        runs.train([config, *SHORT, *way, "resume=true", f"directory={directory}"], size=size)
+        assert_close(runs.losses(directory), runs.losses(whole), rtol=1e-5, atol=0)
+
+
+def test_a_rank_that_holds_the_others_up_is_named(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), *SHORT, "steps=4", "engine.pace_every=4"]
+    job = runs.start(words, size=2, fault="drag:discovla.data.clips:draw_light:1", rank=1)
+    assert job.wait() == [0, 0]
+    (found,) = runs.records(tmp_path / "run", "slow")
+    name = rf"rank 1 \({re.escape(socket.gethostname())}, process \d+\)"
+    assert re.match(rf"{name} is slow: \d\.\d+ s a step by itself \(0\.[4-9]\d* to read, ", found["rank"])
+    assert f"step 4: {found['rank']}" in job.output()
+
+
+def ways() -> list:
+    """How to run: the slow ones are marked."""
+    zero = [("engine.strategy=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)]
+    slow = [pytest.param(zero[stage], marks=pytest.mark.slow, id=f"zero{stage}") for stage in (0, 1, 3)]
+    return [pytest.param(("engine.strategy=torch",), id="torch"), pytest.param(zero[2], id="zero2"), *slow]
+
+
+@pytest.mark.parametrize("way", ways())
+def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(way, tmp_path, drawn, left_out):
+    """As if the optimiser had not been asked in that step, also where the run is taken up again after it."""
+    words = [runs.write_config(tmp_path, drawn), *SHORT, *way, "optim.skip_nonfinite=1"]
+    runs.train([*words, "stop_at=4"], size=2, fault=f"nan:{PIXELS}:4", rank=1)
+    runs.train([*words, "resume=true"], size=2)
+    found = runs.records(tmp_path / "run")
+    assert [("loss" in record, record.get("skipped_steps", 0)) for record in found] == [
+        (True, 0),
+        (False, 1),
+        *[(True, 1)] * 4,
+    ]
+    losses = torch.tensor([record["loss"] for record in found if "loss" in record])
+    assert_close(losses, left_out, rtol=1e-5, atol=0)
+
+
+@pytest.fixture(scope="module")
+def left_out(tmp_path_factory, drawn) -> torch.Tensor:
+    """The losses of a run on one process that left out its second step."""
+    folder = tmp_path_factory.mktemp("left_out")
+    words = [runs.write_config(folder, drawn), *SHORT, "optim.skip_nonfinite=1"]
+    runs.train(words, fault=f"nan:{PIXELS}:4")
+    return torch.tensor([record["loss"] for record in runs.records(folder / "run") if "loss" in record])
+
+
+def test_one_gradient_too_many_that_is_not_finite_stops_the_run(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), *SHORT, "optim.skip_nonfinite=1"]
+    runs.train([*words, "stop_at=3"], fault=f"nan:{PIXELS}:4")
+    job = runs.start([*words, "resume=true"], fault=f"nan:{PIXELS}:1")
+    assert job.wait() == [2]
+    assert (
+        "step 3: optim.skip_nonfinite: expected at most 1 steps to leave out, found one more" in job.output()
+    )
+
+
+@pytest.mark.slow
+def test_without_the_guard_a_loss_that_is_not_finite_stops_the_run(tmp_path, drawn):
+    job = runs.start([runs.write_config(tmp_path, drawn), *SHORT], fault=f"nan:{PIXELS}:4")
+    assert job.wait() == [2]
+    assert "step 1: expected a finite loss, found nan" in job.output()
