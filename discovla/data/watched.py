@@ -233,7 +233,8 @@ def serve(descriptor: int) -> None:
     interpreter, that native code may hold, nor the process that started this one.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they go to all of a job's processes
+        signal.signal(number, signal.SIG_IGN)  # who started it ends it
     pipe = Connection(descriptor)
     try:
         work, limit = pipe.recv()
