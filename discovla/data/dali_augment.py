@@ -25,7 +25,7 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 def drawn_steps(seed: str, size: tuple[int, int]) -> tuple[Step, ...]:
     """The operations that `draw_randaugment` applies to frames of this width and height."""
-    return tuple(_step(function.__name__, words, size) for function, words, _ in randaugment_steps(seed))
+    return tuple(step_of(function.__name__, words, size) for function, words, _ in randaugment_steps(seed))
 
 
 def packed_steps(steps: Sequence[Step]) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def augmented(dali: Any, x: Any, fed: Mapping[str, Any], device: str) -> Any:
     return x
 
 
-def _step(name: str, words: tuple[Any, ...], size: tuple[int, int]) -> Step:
+def step_of(name: str, words: tuple[Any, ...], size: tuple[int, int]) -> Step:
     """One operation of timm by its name and arguments."""
     width, height = size
     match name, *words:
@@ -109,7 +109,8 @@ def _applied(dali: Any, x: Any, kind: Any, words: tuple[Any, Any]) -> Any:
         mean = dali.fn.reductions.mean(_luma(dali, x), axis_names="HW", keep_dims=True)
         x = _blended(dali, dali.math.floor(mean + 0.5), x, numbers[0])
     elif kind == SHARPEN:
-        x = _blended(dali, dali.fn.filter(x, dali.types.Constant(_SMOOTH)), x, numbers[0])
+        smooth = dali.fn.filter(x, dali.types.Constant(_SMOOTH), dtype=dali.types.FLOAT)
+        x = _blended(dali, dali.math.floor(smooth + 0.5), x, numbers[0])
     elif kind == STRETCH:
         x = _stretched(dali, x)
     elif kind == EQUALIZE:
@@ -131,7 +132,7 @@ def _inverted(dali: Any, x: Any) -> Any:
 
 
 def _blended(dali: Any, base: Any, x: Any, factor: Any) -> Any:
-    """x' = base + factor (x - base), cut off at whole numbers as PIL does."""
+    """x' = base + factor (x - base) with a base in floats, cut off at whole numbers as PIL does."""
     mixed = dali.math.floor(base + factor * (x - base))
     return dali.fn.cast(dali.math.clamp(mixed, 0.0, 255.0), dtype=dali.types.UINT8)
 
