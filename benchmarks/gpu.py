@@ -3,15 +3,17 @@
     python benchmarks/gpu.py                      everything, within ten minutes
     python benchmarks/gpu.py --suite check        only whether they are right
     python benchmarks/gpu.py --suite small        sizes up to 1024
+    python benchmarks/gpu.py --suite step         the towers' kernels, then training steps of every size
     python benchmarks/gpu.py --only frame         cases whose name has the word
     python benchmarks/gpu.py --gate               exit 1 where worse than the last results of the same GPU
     python benchmarks/gpu.py --table FILE         the table of a results file; needs no GPU
 
 One call: every kernel, Triton's and CUDA's, against the reference in float64; ceilings; times of the
 kernels, of torch (the same blocks in plain torch), reference (eager), the peers of peers.py and compiled (the
-reference under torch.compile). What is not installed, does not fit into memory or is not reached in time is
-in the results and in the table as such. Rows go to benchmarks/results/<gpu>/, one JSON a line. Without a GPU
-it says so and exits with 2. It exits with 1 if a kernel is wrong, and then times nothing.
+reference under torch.compile); then the training step of train_step.py. What is not installed, does not fit
+into memory or is not reached in time is in the results and in the table as such. Rows go to
+benchmarks/results/<gpu>/, one JSON a line. Without a GPU it says so and exits with 2. It exits with 1 if a
+kernel is wrong, and then times nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,9 @@ from benchmarks.measure import (
 )
 from benchmarks.peers import PEERS, Peer
 from benchmarks.tower_cases import checked_tower_cases, timed_tower_cases
+from benchmarks.train_step import MODELS, Contest
+from benchmarks.train_step import run as run_steps
+from benchmarks.train_step import show as show_step
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 
 # ‖error‖ / ‖truth‖ of values and of gradients. float32 is three TF32 products. Half-precision inputs are
@@ -56,6 +62,8 @@ LARGE = (4e-3, 8e-3)
 DEVICE = "cuda"
 SECONDS = 0.5  # of timing for each row, or what 50 calls take if that is not much more
 CHECKING = 0.6  # of the seconds there are, at most, before times are taken
+OPS = 0.8  # of the seconds there are, at most, before training steps are timed
+ROUNDS = 50  # of a training step, as many as its share of the time allows
 KERNELS = ("triton", "cuda")
 INTEGERS = ("rank_of_positive", "top_k")  # ops of which the result is compared for equality
 # The order they are timed in: what time may be too short for comes last.
@@ -260,6 +268,35 @@ def time_all(cases: Sequence[Case], path: Path, where: Row, deadline: float) -> 
     return rows
 
 
+def contests(suite: str) -> list[tuple[str, int]]:
+    """Models and pairs of the training steps of a suite, in order: what time may be too short for is last."""
+    if suite == "step":
+        return [(model, pairs) for pairs in (128, 1, 16, 512, 1024) for model in MODELS]
+    return [("ViT-B/32", 128), ("ViT-B/32", 1)] if suite == "full" else []
+
+
+def time_steps(suite: str, path: Path, where: Row, deadline: float, only: str = "") -> list[Row]:
+    """Training steps, all implementations in turns; each contest has its share of the time that is left."""
+    asked = [Contest(model=model, pairs=pairs, rounds=ROUNDS) for model, pairs in contests(suite)]
+    asked = [contest for contest in asked if only in contest.name]
+    ceilings = gpu_ceilings() if asked else {}
+    rows = []
+    for number, contest in enumerate(asked):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            found: list[Row] = [{"name": contest.name, "impl": "all", "op": "step", "left_out": "time is up"}]
+        else:
+            found = run_steps(replace(contest, seconds=left / (len(asked) - number) / 2), DEVICE)
+        for row in found:
+            if "ms_p50" in row:
+                row["frac_gemm"] = row["tflops_needed"] / ceilings["gemm_bf16"]
+            write_row(path, {**where, **row, "ceilings": ceilings})
+            show_step(row)
+        rows += found
+        torch.cuda.empty_cache()
+    return rows
+
+
 def timed(case: Case, impl: str | Peer, ceilings: dict[str, float]) -> Row:
     """Figures, or why there are none: a baseline that fails is a finding, one of ours an error."""
     try:
@@ -278,7 +315,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=["check", "small", "full"], default="full")
+    parser.add_argument("--suite", choices=["check", "small", "full", "step"], default="full")
     parser.add_argument("--only", default="", metavar="WORD", help="cases whose name holds this word")
     parser.add_argument("--seconds", type=float, default=570, help="when to stop, checks and times")
     parser.add_argument("--gate", action="store_true", help="exit 1 where worse than the last results")
@@ -302,14 +339,16 @@ def main(words: Sequence[str] | None = None) -> int:
     where = machine(DEVICE)
     path = results_file(where, "gpu")
     before = earlier(path.parent, where["time"])
-    checked = [*checked_cases(), *checked_tower_cases()]
+    checked = [*(checked_cases() if options.suite != "step" else []), *checked_tower_cases()]
     checked = [case for case in checked if options.only in case.name]
     if not check_all(checked, path, where, begin + share * options.seconds):
         return 1
-    if options.suite != "check":
+    if options.suite in ("small", "full"):
         timed_ones = [*timed_tower_cases(options.suite), *timed_cases(options.suite)]
         timed_ones = [case for case in timed_ones if options.only in case.name]
-        time_all(timed_ones, path, where, begin + options.seconds)
+        until = OPS if options.suite == "full" else 1.0
+        time_all(timed_ones, path, where, begin + until * options.seconds)
+    time_steps(options.suite, path, where, begin + options.seconds, options.only)
     rows = [row for row in read_rows(path) if row["time"] == where["time"]]
     print("", report(rows), sep="\n")
     worse = [line for row in rows for line in regressions(row, before.get((row["name"], row["impl"]), []))]

@@ -1,12 +1,16 @@
 """A DiscoVLA training step timed against the published one in plain PyTorch, on the same batch and weights.
 
     python benchmarks/train_step.py                            ViT-B/32, two pairs, seven rounds
-    python benchmarks/train_step.py --model ViT-B/16 --pairs 4 --rounds 9 --impl reference ours
+    python benchmarks/train_step.py --model ViT-B/16 --pairs 1 4 --rounds 9 --impl reference ours
+    python benchmarks/train_step.py --profile                  and where the time of each goes
+    python benchmarks/train_step.py --manifest clips.jsonl     each on batches that the loader brings
 
 The steps take turns, round by round, and a ratio is of two steps of one round: its median counts, for a
-shared machine's times vary by a factor of two and more.  Rows go to benchmarks/results/<device>/, one JSON a
-line: milliseconds by the clock and of the process's own CPU time; what the step keeps for backward; work as
-`step_work.py` counts it.  Parameters that train stay float32; `bf16` computes in bfloat16.
+shared machine's times vary by a factor of two and more.  With the loader each has its rounds one after the
+other, for workers read ahead.  Rows go to benchmarks/results/<device>/, one JSON a line: milliseconds by the
+clock and of the process's own CPU time; what the step keeps for backward; work as `step_work.py` counts it;
+kernels, or on a CPU the ops that would start one.  What is not there or does not fit has a row that says so.
+Parameters that train stay float32; `bf16` computes in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,171 +32,283 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks import step_inputs
-from benchmarks.measure import gpu_launches, machine, results_file, write_row
-from benchmarks.reference_step import ReferenceStep, compiled
-from benchmarks.step_inputs import bytes_kept, size_of
+from benchmarks.measure import gpu_ceilings, gpu_launches, machine, peak_tflops, results_file, write_row
+from benchmarks.step_impls import BASE, IMPLS, Step, make_step, unavailable
+from benchmarks.step_inputs import Launches, bytes_kept, size_of
+from benchmarks.step_profile import by_component
 from benchmarks.step_work import needed_flops, reference_flops
 from discovla.batch import Batch
-from discovla.engine.strategy import cast_frozen
+from discovla.data.config import DataConfig
+from discovla.data.loader import TrainLoader
+from discovla.data.source import LoaderShape, read_clips
 from discovla.methods.discovla import DiscoVLAConfig
+from discovla.towers.architecture import Architecture
 
-IMPLS = (
-    "reference",
-    "reference anomaly",
-    "reference bf16 sdpa",
-    "reference bf16 sdpa compiled",
-    "ours",
-    "ours bf16",
-)
-BASE = "reference"
+LENGTH = 32  # tokens of a padded caption
+LEAST = 3  # rounds, before time may be up
+MODELS = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
+# ms and GB of an H200 at 128 pairs
+TARGETS = {"ViT-B/32": (52.0, 17.0), "ViT-B/16": (192.0, None), "ViT-L/14": (830.0, None)}
+Row = dict[str, Any]
+Rounds = dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """What is timed: a model's name, pairs in a batch, frames of each, the steps that take turns, rounds."""
+    """What is timed.
+
+    pairs: in a batch.  frames: of each.  impls: the steps that take turns.  rounds: of timing, fewer where
+    `seconds` are over.  data: where batches are read from; None makes one of noise.  profile: whether a
+    further step of each is taken apart.
+    """
 
     model: str = "ViT-B/32"
     pairs: int = 2
     frames: int = 12
     impls: Sequence[str] = IMPLS
     rounds: int = 7
+    seconds: float = float("inf")
+    data: DataConfig | None = None
+    profile: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"step {self.model} b{self.pairs}" + (" with loader" if self.data else "")
 
 
-def run(contest: Contest, device: str) -> list[dict[str, Any]]:
-    """One row for each step, the reference's first; ratios are the reference's time over the step's.
+def run(contest: Contest, device: str, architecture: Architecture | None = None) -> list[Row]:
+    """One row for each step, in the order asked for; ratios are the reference's time over the step's.
+
+    Args:
+        architecture: another than that of contest.model.
 
     Raises:
-        ValueError: an unknown step, or one without the reference to compare it with.
+        ValueError: an unknown step.
     """
-    unknown = [name for name in contest.impls if name not in IMPLS]
-    if unknown or BASE not in contest.impls:
-        raise ValueError(f"impls: expected {BASE} and others of {', '.join(IMPLS)}, found {contest.impls}")
-    architecture = step_inputs.architecture(contest.model)
-    batch = step_inputs.noise(architecture, contest.pairs, frames=contest.frames)
+    architecture = architecture or step_inputs.architecture(contest.model)
+    batches = _batches(contest, architecture, device)
+    first = next(batches())
+    rows: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    for name in contest.impls:
+        rows[name] = {"name": contest.name, "impl": name, "op": "step"}
+        reason = unavailable(name, device)
+        try:
+            if not reason:
+                steps[name] = make_step(name, architecture, device)
+                steps[name].call(first)  # warms up
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        if reason:
+            steps.pop(name, None)
+            rows[name]["left_out"] = reason
+    take = _in_rows if contest.data else _in_turns
+    rounds = take(contest, steps, batches, device)
+    fixed = _fixed(contest, architecture, first)
+    for name, step in steps.items():
+        rows[name] |= fixed | _figures(rounds[name], rounds.get(BASE), contest)
+        rows[name] |= _counts(step, first, device) | _rates(rows[name], device)
+        if contest.profile:
+            rows[name]["profile_ms"] = by_component(lambda step=step: step.call(first), cuda=device == "cuda")
+    return list(rows.values())
+
+
+def _fixed(contest: Contest, architecture: Architecture, batch: Batch) -> Row:
+    """What is the same of all steps: sizes and the work by its closed forms."""
     size, config = size_of(batch), DiscoVLAConfig()
-    batch = batch.to(device)
-    names = [name for name in contest.impls if "compiled" not in name or device == "cuda"]
-    steps = {name: _step(name, architecture, batch, device) for name in names}
-    rounds = {name: [] for name in names}
-    for number in range(contest.rounds + 1):
-        for name in names if number % 2 else reversed(names):
-            found = _time(steps[name], device)
-            if number:  # the first warms up
-                rounds[name].append(found)
-    work = needed_flops(architecture, config, size), reference_flops(architecture, config, size)
-    fixed = {"op": "step", "model": contest.model, "pairs": contest.pairs, "frames": contest.frames}
-    rows = [
-        {"name": f"step {contest.model} b{contest.pairs}", "impl": name, **fixed}
-        | _figures(rounds[name], rounds[BASE], contest.pairs, work)
-        | {"caption_tokens": size.tokens, "caption_length": size.length, "threads": torch.get_num_threads()}
-        for name in names
-    ]
-    for row in rows:
-        row |= _counts(steps[row["impl"]], device)
-    return rows
+    return {
+        "model": contest.model,
+        "pairs": contest.pairs,
+        "frames": contest.frames,
+        "caption_tokens": size.tokens,
+        "caption_length": size.length,
+        "threads": torch.get_num_threads(),
+        "needed_tflop": needed_flops(architecture, config, size) / 1e12,
+        "reference_tflop": reference_flops(architecture, config, size) / 1e12,
+    }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """call: forward and backward.  forward: without backward.  parameters: what is there anyway."""
-
-    call: Callable[[], object]
-    forward: Callable[[], object]
-    parameters: list[torch.Tensor]
-
-
-def _step(name: str, architecture: Any, batch: Batch, device: str) -> _Step:
-    """The step of that name, with weights of its own, equal in all."""
-    dtype = torch.bfloat16 if "bf16" in name else torch.float32
-    if name.startswith("ours"):
-        model = step_inputs.method(architecture, dtype=dtype, device=device)
-        cast_frozen(model, dtype)
-        return _Step(
-            call=lambda: step_inputs.step(model, batch),
-            forward=lambda: model.losses(*model.encode(batch)),
-            parameters=list(model.parameters()),
+def _batches(contest: Contest, architecture: Architecture, device: str) -> Callable[[], Iterator[Batch]]:
+    """Batches on the device, without end: of noise one and the same, or by a loader started anew."""
+    if contest.data is None:
+        noise = step_inputs.noise(architecture, contest.pairs, frames=contest.frames, length=LENGTH).to(
+            device
         )
-    model = step_inputs.method(architecture, device=device)
-    reference = ReferenceStep(
-        model, sdpa="sdpa" in name, autocast=dtype if "bf16" in name else None, anomaly="anomaly" in name
+        return lambda: (noise for _ in count())
+    shape = LoaderShape(
+        batch_size=contest.pairs,
+        rank=0,
+        world_size=1,
+        seed=0,
+        image_size=architecture.image_size,
+        context_length=contest.data.context_length,
+        frame_captions=True,
     )
-    call = compiled(reference) if "compiled" in name else reference
-    weights = list(reference.weights.values())
-    return _Step(call=lambda: call(batch), forward=lambda: reference.losses(batch), parameters=weights)
+    loader = TrainLoader(read_clips(contest.data, contest.data.train_split), contest.data, shape)
+
+    def epochs() -> Iterator[Batch]:
+        for epoch in count():
+            yield from (batch.to(device) for batch in loader.epoch(epoch))
+
+    return epochs
 
 
-def _time(step: _Step, device: str) -> tuple[float, float]:
+def _in_turns(
+    contest: Contest, steps: dict[str, Step], batches: Callable[[], Iterator[Batch]], device: str
+) -> Rounds:
+    """Rounds in which every step is called once, forth and back."""
+    found: Rounds = {name: [] for name in steps}
+    begin, source = time.monotonic(), batches()
+    for number in range(contest.rounds):
+        if number >= LEAST and time.monotonic() - begin > contest.seconds:
+            break
+        batch = next(source)
+        for name in list(steps) if number % 2 else list(reversed(steps)):
+            found[name].append(_time(partial(steps[name].call, batch), device))
+    return found
+
+
+def _in_rows(
+    contest: Contest, steps: dict[str, Step], batches: Callable[[], Iterator[Batch]], device: str
+) -> Rounds:
+    """All rounds of a step, then those of the next; each waits for its batch."""
+    found: Rounds = {name: [] for name in steps}
+    for name, step in steps.items():
+        source = batches()
+        step.call(next(source))
+        for _ in range(contest.rounds):
+            found[name].append(_time(lambda step=step, source=source: step.call(next(source)), device))
+    return found
+
+
+def _time(call: Callable[[], object], device: str) -> tuple[float, float]:
     """Milliseconds of one call: by the clock, and of this process's CPU time."""
     wall, cpu = time.perf_counter(), time.process_time()
-    step.call()
+    call()
     if device == "cuda":
         torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)
 
 
 def _figures(
-    found: list[tuple[float, float]],
-    base: list[tuple[float, float]],
-    pairs: int,
-    work: tuple[float, float],
-) -> dict[str, Any]:
-    """Medians, spread, and ratios to the reference, round by round."""
+    found: list[tuple[float, float]], base: list[tuple[float, float]] | None, contest: Contest
+) -> Row:
+    """Medians, spread, and ratios to the reference where that was timed, round by round."""
     wall = sorted(ms for ms, _ in found)
-    middle = statistics.median(wall)
-    ratios = [[b[kind] / f[kind] for b, f in zip(base, found, strict=True)] for kind in (0, 1)]
-    return {
-        "ms_p50": middle,
+    row: Row = {
+        "ms_p50": statistics.median(wall),
         "ms_p20": wall[int(0.2 * (len(wall) - 1))],
         "ms_p80": wall[int(0.8 * (len(wall) - 1))],
         "cpu_ms_p50": statistics.median(ms for _, ms in found),
         "n": len(found),
-        "ratio_p50": statistics.median(ratios[0]),
-        "cpu_ratio_p50": statistics.median(ratios[1]),
-        "ratios": [round(ratio, 3) for ratio in ratios[0]],
-        "cpu_ratios": [round(ratio, 3) for ratio in ratios[1]],
-        "samples_s": 1000 * pairs / middle,
-        "tflops_needed": work[0] / middle / 1e9,
-        "tflops_ref": work[1] / middle / 1e9,
     }
+    # what workers read ahead comes at once, the rest late: with a loader the mean counts
+    row["samples_s"] = 1000 * contest.pairs / (statistics.fmean(wall) if contest.data else row["ms_p50"])
+    if base is not None:
+        for kind, name in enumerate(("ratio", "cpu_ratio")):
+            ratios = [b[kind] / f[kind] for b, f in zip(base, found, strict=True)]
+            row[f"{name}_p50"] = statistics.median(ratios)
+            row[f"{name}s"] = [round(ratio, 3) for ratio in ratios]
+    return row
 
 
-def _counts(step: _Step, device: str) -> dict[str, Any]:
-    """What is kept for backward, and on a GPU its peak and launches."""
-    counts: dict[str, Any] = {"kept_mb": bytes_kept(step.forward, step.parameters) / 1e6}
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        counts["launches"] = gpu_launches(step.call)
-        counts["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return counts
+def _counts(step: Step, batch: Batch, device: str) -> Row:
+    """What is kept for backward; on a GPU peak and launches, on a CPU the ops that would start a kernel."""
+    found: Row = {"kept_mb": bytes_kept(lambda: step.forward(batch), step.parameters) / 1e6}
+    if device == "cpu":
+        with Launches() as launches:
+            step.call(batch)
+        return found | {"dispatched": launches.count}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    own = sum(x.numel() * x.element_size() for x in step.parameters)
+    found["launches"] = gpu_launches(lambda: step.call(batch))
+    found["peak_gb"] = (torch.cuda.max_memory_allocated() - before + own) / 1e9  # others' weights left out
+    return found | {"extra_gb": found["peak_gb"]}
 
 
-def show(row: dict[str, Any]) -> None:
+def _rates(row: Row, device: str) -> Row:
+    """TFLOP/s on needed and on reference work, on a GPU MFU on both and the targets of an H200."""
+    found: Row = {
+        "tflops_needed": 1000 * row["needed_tflop"] / row["ms_p50"],
+        "tflops_ref": 1000 * row["reference_tflop"] / row["ms_p50"],
+    }
+    if device == "cpu":
+        return found
+    if peak := peak_tflops(torch.cuda.get_device_name()):
+        found |= {"mfu": found["tflops_needed"] / peak, "mfu_ref": found["tflops_ref"] / peak}
+    if row["name"].endswith(" b128"):
+        found["target_ms"], found["target_gb"] = TARGETS.get(row["model"], (None, None))
+    return found
+
+
+def show(row: Row) -> None:
+    """One line, and the profile below it."""
+    if "left_out" in row:
+        print(f"{row['name']} {row['impl']}: left out: {row['left_out']}", flush=True)
+        return
+    ratio = (
+        f"{row['ratio_p50']:6.2f}x ({row['cpu_ratio_p50']:.2f}x of CPU time)" if "ratio_p50" in row else ""
+    )
     print(
         f"{row['name']} {row['impl']:30} {row['ms_p50']:10.1f} ms  {row['samples_s']:8.2f} pairs/s "
-        f"{row['ratio_p50']:6.2f}x ({row['cpu_ratio_p50']:.2f}x of CPU time)  {row['kept_mb']:9.1f} MB kept",
+        f"{ratio}  {row['kept_mb']:9.1f} MB kept",
         flush=True,
     )
+    spent = row.get("profile_ms", {})
+    for name, ms in spent.items():
+        print(f"    {name:34} {ms:10.1f} ms {ms / sum(spent.values()):6.1%}", flush=True)
 
 
-def main() -> None:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--model", choices=["ViT-B/32", "ViT-B/16", "ViT-L/14"], default="ViT-B/32")
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=["ViT-B/32"])
     parser.add_argument("--pairs", type=int, nargs="+", default=[2])
+    parser.add_argument("--frames", type=int, default=12)
     parser.add_argument("--impl", nargs="+", choices=IMPLS, default=list(IMPLS))
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    parser.add_argument("--rounds", type=int, help="7 on a CPU, 50 on a GPU")
+    parser.add_argument("--profile", action="store_true", help="take one more step of each apart")
+    parser.add_argument("--manifest", type=Path, help="clips with frame captions, for batches by the loader")
+    parser.add_argument("--cache", type=Path, help="folder of decoded frames, with --manifest")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read, with --manifest")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Time every model at every size."""
+    options = parse(words)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    where = machine(device)
+    where = machine(device) | ({"ceilings": gpu_ceilings()} if device == "cuda" else {})
     path = results_file(where, "train-step")
-    for pairs in options.pairs:
-        contest = Contest(model=options.model, pairs=pairs, impls=options.impl, rounds=options.rounds)
+    data = None
+    if options.manifest:
+        data = DataConfig(
+            manifest=options.manifest,
+            frames=options.frames,
+            cache=options.cache,
+            workers=options.workers,
+            context_length=LENGTH,
+        )
+    for model, pairs in ((model, pairs) for model in options.model for pairs in options.pairs):
+        contest = Contest(
+            model=model,
+            pairs=pairs,
+            frames=options.frames,
+            impls=options.impl,
+            rounds=options.rounds or (50 if device == "cuda" else 7),
+            data=data,
+            profile=options.profile,
+        )
         for row in run(contest, device):
             write_row(path, {**where, **row})
             show(row)
+    print(f"results: {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,6 +42,7 @@ def run(monkeypatch, checked, timed, *words) -> int:
     monkeypatch.setattr(gpu, "timed_cases", lambda suite: timed)
     monkeypatch.setattr(gpu, "checked_tower_cases", lambda: [])
     monkeypatch.setattr(gpu, "timed_tower_cases", lambda suite: [])
+    monkeypatch.setattr(gpu, "contests", lambda suite: [])
     return gpu.main(words)
 
 
@@ -99,6 +100,34 @@ def test_the_table_of_a_results_file_needs_no_gpu(on_cpu, monkeypatch, capsys):
     capsys.readouterr()
     assert gpu.main(["--table", str(on_cpu)]) == 0
     assert "- compiled, 1 rows: time is up (info_nce step 5x5 D=8 float32 first)" in capsys.readouterr().out
+
+
+def test_training_steps_are_in_the_results_with_their_target(on_cpu, monkeypatch, capsys):
+    def steps(contest, device):
+        asked.append(contest.seconds)
+        row = {"name": contest.name, "op": "step", "tflops_needed": 50.0, "extra_gb": 16.0, "kept_mb": 1.0}
+        row |= {"launches": 500, "target_ms": 52.0, "samples_s": 2000.0}
+        times = {"reference": 900.0, "ours bf16": 60.0}
+        return [row | {"impl": x, "ms_p50": t, "ms_p20": t, "ms_p80": t} for x, t in times.items()]
+
+    asked = []
+    monkeypatch.setattr(gpu, "run_steps", steps)
+    monkeypatch.setattr(gpu, "checked_tower_cases", lambda: [])
+    assert gpu.main(["--suite", "step", "--only", " b1", "--seconds", "1000"]) == 0
+    assert len(asked) == 12 and asked[0] < asked[-1], "1, 16, 128, 1024 pairs; the last may take what is left"
+    said = capsys.readouterr().out
+    assert "| step ViT-L/14 b1024 | ours bf16 | 60.000 |" in said
+    assert "step ViT-B/32 b128 (ours bf16): 60 ms, target 52: missed by 15%" in said
+    assert "step ViT-B/32 b128: ours bf16 is 15.00 x as fast as reference, the best baseline" in said
+    assert {row["frac_gemm"] for row in read_rows(on_cpu)} == {0.5}
+
+
+def test_a_training_step_that_time_is_too_short_for_is_named(on_cpu):
+    rows = gpu.time_steps("full", on_cpu, {"time": "now"}, deadline=0.0)
+    assert [(row["name"], row["left_out"]) for row in rows] == [
+        ("step ViT-B/32 b128", "time is up"),
+        ("step ViT-B/32 b1", "time is up"),
+    ]
 
 
 def test_small_sizes_and_every_target_are_timed():

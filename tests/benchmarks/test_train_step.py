@@ -1,0 +1,128 @@
+"""The benchmark of a training step at a size that takes no time."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from benchmarks import peft_step, step_impls, step_inputs, train_step
+from benchmarks.peft_step import PeftStep
+from benchmarks.reference_step import ReferenceStep
+from benchmarks.step_impls import IMPLS
+from benchmarks.step_profile import component
+from benchmarks.train_step import Contest, run
+from discovla.data.config import DataConfig
+from discovla.testing import relative_error
+from discovla.towers.architecture import Architecture, TowerShape
+
+
+@pytest.fixture
+def architecture() -> Architecture:
+    tower = TowerShape(width=32, layers=4, heads=2, mlp_width=64)
+    return dataclasses.replace(
+        step_inputs.architecture("ViT-B/32"),
+        embed_dim=16, image_size=32, patch_size=16, vision=tower, text=tower,
+    )  # fmt: skip
+
+
+def test_every_step_has_figures_or_says_why_not(architecture):
+    rows = run(Contest(rounds=3, frames=2), "cpu", architecture)
+    assert [row["impl"] for row in rows] == list(IMPLS)
+    timed = {row["impl"]: row for row in rows if "left_out" not in row}
+    assert {"reference", "reference anomaly", "reference bf16 sdpa", "ours", "ours bf16"} <= timed.keys()
+    assert "GPUs" in next(row for row in rows if "compiled" in row["impl"])["left_out"]
+    for row in timed.values():
+        assert row["n"] == len(row["ratios"]) == 3 and row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        assert row["samples_s"] == pytest.approx(2000 / row["ms_p50"])
+        assert row["tflops_needed"] * row["ms_p50"] / 1000 == pytest.approx(row["needed_tflop"])
+        assert row["kept_mb"] > 0 and row["dispatched"] > 100
+    assert timed["reference"]["ratios"] == [1.0] * 3
+    assert timed["ours"]["needed_tflop"] < timed["ours"]["reference_tflop"]
+    assert timed["ours bf16"]["kept_mb"] < timed["ours"]["kept_mb"] < timed["reference"]["kept_mb"]
+
+
+def test_what_does_not_fit_is_left_out_and_the_rest_timed(architecture, monkeypatch):
+    def full(name, *rest):
+        if name == "reference":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        return make(name, *rest)
+
+    make = step_impls.make_step
+    monkeypatch.setattr(train_step, "make_step", full)
+    reference, ours = run(Contest(rounds=1, frames=2, impls=["reference", "ours"]), "cpu", architecture)
+    assert reference["left_out"] == "CUDA out of memory."
+    assert ours["n"] == 1 and "ratios" not in ours
+
+
+def test_rounds_end_when_time_is_up_and_a_step_is_taken_apart(architecture, capsys):
+    contest = Contest(rounds=50, seconds=0, frames=2, impls=["ours"], profile=True)
+    (row,) = run(contest, "cpu", architecture)
+    assert row["n"] == train_step.LEAST
+    assert {"products", "attention", "low-rank products", "layer norms"} <= row["profile_ms"].keys()
+    train_step.show(row)
+    assert re.search(r"low-rank products +\d+\.\d ms +\d+\.\d%", capsys.readouterr().out)
+
+
+def test_batches_of_the_loader_are_timed_with_their_wait(architecture, drawn):
+    data = DataConfig(manifest=drawn, frames=8, workers=0)
+    contest = Contest(rounds=2, impls=["reference", "ours"], data=data, frames=8)
+    reference, ours = run(contest, "cpu", architecture)
+    assert reference["name"] == "step ViT-B/32 b2 with loader" and ours["n"] == 2
+    assert ours["caption_tokens"] < 32 and ours["samples_s"] <= 2000 / ours["ms_p20"]
+
+
+def test_an_unknown_step_is_refused(architecture):
+    with pytest.raises(ValueError, match=r"impl: expected one of reference, .*, found 'theirs'"):
+        run(Contest(impls=["theirs"]), "cpu", architecture)
+
+
+def test_absent_peft_is_one_line(monkeypatch):
+    monkeypatch.setattr(peft_step.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
+    assert step_impls.unavailable("peft", "cpu") == (
+        "peft not installed: pip install --no-deps peft transformers accelerate tokenizers"
+    )
+
+
+@pytest.mark.slow
+def test_peft_computes_the_published_step(architecture):
+    if reason := peft_step.absent():
+        pytest.skip(reason)
+    method = step_inputs.method(architecture).double()
+    batch = step_inputs.noise(architecture, 3, frames=2)
+    plain, other = ReferenceStep(method), PeftStep(method)
+    assert relative_error(other(batch)["total"], plain(batch)["total"]) <= 1e-12
+    name = "vision.blocks.1.attention"
+    down, up = (
+        [other.trained[f"{name}.{part}.lora_{kind}.default.weight"].grad for part in "qkv"] for kind in "AB"
+    )
+    assert relative_error(sum(down), plain.trained[f"{name}.lora.a"].grad) <= 1e-10
+    assert relative_error(torch.cat(up), plain.trained[f"{name}.lora.b"].grad) <= 1e-10
+    assert other.trained.keys() - plain.trained.keys() == {
+        f"{side}.blocks.{layer}.attention.{part}.lora_{kind}.default.weight"
+        for side in ("vision", "text")
+        for layer in range(4)
+        for part in "qkv"
+        for kind in "AB"
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "want"),
+    [
+        ("aten::addmm", [[96], [40, 32], [32, 96]], "products"),
+        ("aten::mm", [[40, 32], [32, 8]], "low-rank products"),
+        ("aten::bmm", [[4, 5, 16], [4, 16, 5]], "attention"),
+        ("aten::native_layer_norm", [[40, 32]], "layer norms"),
+        ("aten::silu_backward", [[40, 32]], "activations"),
+        ("aten::add_", [[40, 32], [40, 32]], "sums and products of elements"),
+        ("aten::_to_copy", [], "copies, casts, rows"),
+        ("autograd::engine::evaluate_function: AddmmBackward0", [], "other"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", (), "products"),
+        ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>", (), "sums and products"
+         " of elements"),
+        ("Memcpy DtoD (Device -> Device)", (), "copies, casts, rows"),
+    ],
+)  # fmt: skip
+def test_ops_and_kernels_have_their_component(name, shapes, want):
+    assert component(name, shapes) == want
