@@ -1,9 +1,10 @@
 """Damaged videos through the doctor and the loader: none may crash, hang or leave a process behind.
 
-    python benchmarks/fuzz_videos.py --count 500 [--sources DIR] [--out results/cpu/fuzz-videos.jsonl]
+    python benchmarks/fuzz_videos.py --count 500 [--sources DIR] [--decoders pyav torchcodec dali]
+        [--out benchmarks/results/cpu/fuzz-videos.jsonl]
 
 Each file is a whole clip with bytes of its header or anywhere changed, cut off, or torn out.  What the doctor
-says of it must be what the loader does with it.
+says of it must be what the loader does with it, by each decoder: the same frames, or none and the reason.
 """
 
 from __future__ import annotations
@@ -12,24 +13,41 @@ import argparse
 import json
 import random
 import resource
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
+
+from benchmarks.measure import machine, write_row
+from discovla.data.clips import FrameSettings
+from discovla.data.dali import TOLERANCE_MEAN
+from discovla.data.dali_frames import DaliFrames
+from discovla.data.dali_reader import DaliReader
 from discovla.data.decode import DecodeError
+from discovla.data.decoders import DecoderName
 from discovla.data.doctor import Checks, Diagnosis, diagnose
 from discovla.data.manifest import Clip
 from discovla.data.reading import Reader, Reading
 from discovla.data.sampling import Sampling
+from discovla.data.torchcodec_frames import TOLERANCE
 
 HEADER = 1500  # bytes at either end, where indexes and headers are
 KINDS = {"mp4": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "mkv": "mjpeg", "ts": "libx264"}
 SAMPLING = Sampling(frames=4)
+SIZE = 16
+OTHERWISE = "cannot be read by decoder ="  # what a decoder says of a file that it would read otherwise
+TOLERANCES = {"torchcodec": TOLERANCE, "dali": TOLERANCE_MEAN}
+
+Read = Callable[[Clip], np.ndarray]
 
 
 def draw_sources(folder: Path) -> list[Path]:
@@ -78,22 +96,76 @@ def write_mutated(sources: Sequence[Path], folder: Path, count: int, seed: int =
     return clips
 
 
-def disagreements(found: Diagnosis, clips: Sequence[Clip], seconds: float) -> list[str]:
-    """Clips of which the loader does something other than the doctor says, time limits apart."""
+@contextmanager
+def read_by_file(decoder: DecoderName, seconds: float) -> Iterator[Read]:
+    """What the loader reads of a clip, in a process that is replaced where it is lost."""
+    reader = Reader(seconds)
+    try:
+        yield lambda clip: reader(
+            Reading(path=clip.video, sampling=SAMPLING, image_size=SIZE, decoder=decoder)
+        )
+    finally:
+        reader.close()
+
+
+@contextmanager
+def read_by_dali(seconds: float) -> Iterator[Read]:
+    """What DALI's graph makes of a clip."""
+    reader = DaliReader(FrameSettings(frames=SAMPLING.frames, image_size=SIZE, limit=seconds), "none")
+    graph = DaliFrames(reader.graph)
+
+    def read(clip: Clip) -> np.ndarray:
+        plan, shown = reader.sample(clip)
+        frames, (reason,) = graph.read([plan])
+        if reason is not None:
+            raise DecodeError(clip.video, f"{OTHERWISE}: {reason}")
+        return frames[0, :shown].cpu().numpy()
+
+    try:
+        yield read
+    finally:
+        graph.close()
+
+
+def disagreements(
+    found: Diagnosis, clips: Sequence[Clip], seconds: float, decoder: str = "pyav"
+) -> tuple[list[str], int]:
+    """Clips that the loader treats otherwise than the doctor says, time limits apart.
+
+    Another decoder than PyAV may refuse a file, which is counted, but may not give other frames of it.
+    """
     reasons = {name: reason for name, _, reason in found.broken}
     slow = {name for name, reason in reasons.items() if reason.startswith("decoding it took longer")}
-    told = []
-    reader = Reader(seconds)
-    for clip in (clip for clip in clips if clip.id not in slow):
-        try:
-            frames = reader(Reading(path=clip.video, sampling=SAMPLING, image_size=16))
-            reason = None if frames.shape == (SAMPLING.frames, 16, 16, 3) else f"shape {frames.shape}"
-        except DecodeError as error:
-            reason = error.reason
-        if reason != reasons.get(clip.id):
-            told.append(f"{clip.id}: the doctor says {reasons.get(clip.id)!r}, the loader {reason!r}")
-    reader.close()
-    return told
+    told, refused = [], 0
+    with ExitStack() as stack:
+        readers = {"pyav": stack.enter_context(read_by_file("pyav", seconds))}
+        if decoder == "dali":
+            readers["dali"] = stack.enter_context(read_by_dali(seconds))
+        elif decoder == "torchcodec":
+            readers[decoder] = stack.enter_context(read_by_file("torchcodec", seconds))
+        for clip in (clip for clip in clips if clip.id not in slow):
+            frames, reason = _read(readers[decoder], clip)
+            if decoder != "pyav" and OTHERWISE in reason:
+                refused += 1
+            elif reason != (reasons.get(clip.id) or ""):
+                told.append(f"{clip.id}: the doctor says {reasons.get(clip.id)!r}, the loader {reason!r}")
+            elif decoder != "pyav" and frames is not None:
+                wanted, _ = _read(readers["pyav"], clip)
+                error = float(np.abs(frames.astype(int) - wanted).mean())
+                if error > TOLERANCES[decoder]:
+                    told.append(f"{clip.id}: other frames by {decoder}, mean difference {error:.1f}")
+    return told, refused
+
+
+def _read(read: Read, clip: Clip) -> tuple[np.ndarray | None, str]:
+    """The frames of a clip, or why there are none; those of the sources are never black."""
+    try:
+        frames = read(clip)
+    except DecodeError as error:
+        return None, error.reason
+    if frames.shape != (SAMPLING.frames, SIZE, SIZE, 3):
+        return None, f"shape {frames.shape}"
+    return (frames, "") if frames.any((1, 2, 3)).all() else (None, "a black frame")
 
 
 def main() -> None:
@@ -104,6 +176,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="that a file may take")
     parser.add_argument("--sources", type=Path, help="whole clips to damage; default: small ones, drawn")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--decoders", nargs="+", choices=["pyav", *TOLERANCES], default=["pyav"])
     parser.add_argument("--out", type=Path, help="JSONL to append the row to")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -122,14 +195,18 @@ def main() -> None:
             "verdicts": Counter(file["kind"] for file in found.files),
             "past_the_limit": sum(reason.startswith("decoding it took") for _, _, reason in found.broken),
             "crashed": sum(reason.startswith("decoding it its process") for _, _, reason in found.broken),
-            "disagreements": disagreements(found, clips, arguments.seconds),
+            **{f"by {name}": _judged(found, clips, arguments.seconds, name) for name in arguments.decoders},
             "doctor_seconds": round(spent, 1),
             "largest_process_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         }
     print(json.dumps(row, indent=1))
     if arguments.out:
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        write_row(arguments.out, row | machine("cpu"))
+
+
+def _judged(found: Diagnosis, clips: Sequence[Clip], seconds: float, decoder: str) -> dict[str, Any]:
+    told, refused = disagreements(found, clips, seconds, decoder)
+    return {"disagreements": told, "refused by it alone": refused}
 
 
 def _draw(path: Path, codec: str) -> Path:

@@ -77,12 +77,12 @@ class Decoder:
         images: dict[int, np.ndarray] = {}
         table = self.tables.get(path)
         if table is None:
-            images, table = scan(path, None if self.chosen == "torchcodec" else sampling, each, None)
+            images, table = scan(path, sampling, each, None)
             self.tables.put(path, table)
         indices = sampled(path, table, sampling, damaged)
         if self.chosen is None:
             images = self._tried(path, table, sampling, indices, each)
-        elif not images.keys() >= set(indices):
+        elif self.chosen == "torchcodec" or not images.keys() >= set(indices):
             images = self._images(path, table, sampling, indices, each)
         return described(images, indices, table)
 

@@ -12,9 +12,10 @@ import numpy as np
 from av.video.format import VideoFormat
 from PIL import Image
 
-from discovla.data.tables import FrameTable
+from discovla.data.tables import FrameTable, checksum
 
 TOLERANCE = 2  # levels: equal but for MPEG-4 part 2, whose transform FFmpeg's versions round differently
+_ROUNDED = ("mpeg4",)
 
 
 class Unfit(Exception):
@@ -50,7 +51,9 @@ def unfit(table: FrameTable) -> str | None:
 def read_torchcodec(
     path: Path, table: FrameTable, indices: Sequence[int], each: Callable[[Image.Image], np.ndarray]
 ) -> dict[int, np.ndarray]:
-    """Frames of a file by torchcodec, checked by number and time against its table.
+    """Frames of a file by torchcodec, checked by number, time and checksum against its table.
+
+    What versions of FFmpeg make of broken pictures differs: only the checksums tell.
 
     Args:
         path, table, indices, each: as of `read_entering`.
@@ -75,7 +78,10 @@ def read_torchcodec(
                 raise Unfit(
                     f"torchcodec has frame {index} at {frame.pts_seconds:.4f} s, not at {seconds:.4f}"
                 )
-            images[index] = each(Image.fromarray(frame.data.numpy()))
+            image = Image.fromarray(frame.data.numpy())
+            if table.codec not in _ROUNDED and table.sums.get(index) not in (None, checksum(image)):
+                raise Unfit(f"torchcodec has another frame {index}")
+            images[index] = each(image)
     except (RuntimeError, ValueError, IndexError) as error:
         raise Unfit(f"torchcodec: {str(error).strip().splitlines()[0]}") from error
     return images

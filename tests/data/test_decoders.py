@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,18 @@ def test_a_file_that_goes_astray_is_decoded_whole_and_said_once(counting, caplog
         assert same(decoder.read(counting, TEN, np.asarray), wanted)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"{counting}: decoded whole each time: entered at a key frame, frame 4 is not" in caplog.text
+
+
+@torchcodec
+def test_torchcodec_refuses_a_file_of_which_it_gives_other_frames(counting):
+    decoder = Decoder("torchcodec")
+    for _ in range(2):  # also when the file is met again
+        decoder.read(counting, TEN, np.asarray)
+        table = decoder.tables.get(counting)
+        assert set(table.sums) >= {0, 4, 19}
+    decoder.tables.put(counting, replace(table, sums=table.sums | {4: 1}))
+    with pytest.raises(DecodeError, match="by decoder = 'torchcodec': torchcodec has another frame 4"):
+        decoder.read(counting, TEN, np.asarray)
 
 
 def test_tables_take_bounded_memory(counting, tmp_path, monkeypatch):

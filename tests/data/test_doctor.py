@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fuzz_videos import SAMPLING, disagreements, draw_sources, write_mutated
+from benchmarks.fuzz_videos import HEADER, SAMPLING, disagreements, draw_sources, write_mutated
 from discovla.cli import main
-from discovla.data import doctor
+from discovla.data import dali, doctor, torchcodec_frames
 from discovla.data.doctor import Checks, Diagnosis, diagnose
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.quarantine import Quarantine, without_quarantined
@@ -179,7 +179,7 @@ def test_a_record_of_something_else_is_refused(folder, tmp_path):
 KILLED = """
 import os
 from pathlib import Path
-from discovla.data import doctor
+from discovla.data import dali, doctor, torchcodec_frames
 from discovla.data.manifest import read_manifest
 from discovla.data.sampling import Sampling
 watched = doctor.watched
@@ -274,13 +274,38 @@ def test_a_run_given_the_list_meets_no_bad_clip(drawn, tmp_path):
     assert not (tmp_path / "run/quarantine.jsonl").exists()
 
 
-def test_damaged_files_neither_crash_nor_hang_it_and_the_loader_agrees(tmp_path):
-    clips = write_mutated(draw_sources(tmp_path / "sources"), tmp_path / "clips", 60, seed=7)
-    checks = Checks(sampling=SAMPLING, seconds=20)
-    found = diagnose(clips, tmp_path / "out", checks)
+def assert_judged(folder: Path, sources: list[Path], count: int, decoder: str = "pyav") -> Diagnosis:
+    """Damaged copies of clips get one of three verdicts, and frames or the reason of the doctor."""
+    clips = write_mutated(sources, folder / "clips", count, seed=7)
+    found = diagnose(clips, folder / "out", Checks(sampling=SAMPLING, seconds=20))
     assert {row["kind"] for row in found.files} == {"ok", "damaged", "refused"}
-    assert disagreements(found, clips, 20) == []
+    assert disagreements(found, clips, 20, decoder)[0] == []
     assert children() == set()
+    return found
+
+
+def test_damaged_files_neither_crash_nor_hang_it_and_the_loader_agrees(tmp_path):
+    assert_judged(tmp_path, draw_sources(tmp_path / "sources"), 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["pyav", "torchcodec", "dali"])
+def test_damaged_files_give_no_other_frames_by_any_decoder(decoder, tmp_path):
+    lacking = {"torchcodec": torchcodec_frames.missing, "dali": dali.missing}.get(decoder, lambda: None)()
+    if lacking is not None:
+        pytest.skip(lacking)
+    sources = draw_sources(tmp_path / "sources")
+    if decoder == "dali":  # what it decodes on a CPU
+        sources = [path for path in sources if path.suffix in (".webm", ".mkv")]
+    assert_judged(tmp_path, sources, 150, decoder)
+
+
+@pytest.mark.slow
+def test_realdata_damaged_files_neither_crash_nor_hang_it_and_the_loader_agrees(realdata, tmp_path):
+    whole = [path for path in sorted((realdata / "videos").iterdir()) if not path.name.startswith("broken")]
+    small = [path for path in whole if HEADER < path.stat().st_size < 300_000]
+    assert small
+    assert_judged(tmp_path, small, 60)
 
 
 def test_realdata_every_file_gets_its_facts(realdata, tmp_path):
