@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from discovla.batch import Batch, Embedding, Losses
 from discovla.engine.distributed import (
@@ -28,18 +32,33 @@ class TrainStep(nn.Module):
     concerns texts is put together over ranks, a few numbers each.  Loss and gradient are those of one process
     with all pairs: a rank's gradient is W times its own part, so that a strategy's average over ranks is the
     sum of the parts.  grad_scale = "official" leaves that of the embeddings 1/W, as released.
+
+    With accumulate > 1 a rank encodes its clips in so many parts and keeps of each the embeddings alone; once
+    the gradients of those are known, backward encodes part after part again, from the random state it had.
+
+    Raises:
+        ValueError: accumulate > 1 and a method whose embeddings depend on the rest of the batch.
+
+    Source: gradient caching as in Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup
+    (arXiv 2101.06983), here in one graph, so that every parameter's gradient comes once.
     """
 
-    def __init__(self, method: Method, world: World, grad_scale: GradScale) -> None:
+    def __init__(self, method: Method, world: World, grad_scale: GradScale, accumulate: int = 1) -> None:
         super().__init__()
-        self.method, self.world = method, world
+        if accumulate > 1 and method.sees_batch:
+            raise ValueError(
+                f"engine.accumulate: expected 1 with {method.sees_batch}, by which embeddings depend on the "
+                f"rest of the batch, found {accumulate}"
+            )
+        self.method, self.world, self.accumulate = method, world, accumulate
         self.grad_scale: GradScale = grad_scale
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of the global batch, of those of its rows whose clip could be read."""
         if self.world.size > 1:
             return self._of_many(batch)
-        text, video = self.method.encode_texts(batch), self.method.encode_videos(batch)
+        text = self._encoded(self.method.encode_texts, batch)
+        video = self._encoded(self.method.encode_videos, batch)
         index = batch.video_index
         if batch.valid is not None:
             text, video, index = text[batch.valid], video[batch.valid], index[batch.valid]
@@ -48,9 +67,9 @@ class TrainStep(nn.Module):
     def _of_many(self, batch: Batch) -> Losses:
         """The same on each of several ranks, from its own columns of every similarity matrix."""
         world, index, valid = self.world, batch.video_index, batch.valid
-        text = self._scaled(self.method.encode_texts(batch))
+        text = self._scaled(self._encoded(self.method.encode_texts, batch))
         coming = {name: start_gather(x, world) for name, x in text.tensors().items()}
-        video = self._scaled(self.method.encode_videos(batch))
+        video = self._scaled(self._encoded(self.method.encode_videos, batch))
         text, everyones = Embedding(**{name: wait() for name, wait in coming.items()}), gather(index, world)
         first = world.rank * len(batch)
         if valid is not None:
@@ -61,7 +80,21 @@ class TrainStep(nn.Module):
         losses = self.method.losses(text, video, same_video=everyones[:, None] == index, columns=columns)
         return replace(losses, total=scale_gradient(losses.total, world.size))
 
+    def _encoded(self, encode: Callable[[Batch], Embedding], batch: Batch) -> Embedding:
+        """One side of the batch, part by part."""
+        if self.accumulate == 1:
+            return encode(batch)
+        bounds = [len(batch) * part // self.accumulate for part in range(self.accumulate + 1)]
+        parts = [_again(encode, batch[start:stop]).tensors() for start, stop in pairwise(bounds)]
+        return Embedding(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
     def _scaled(self, x: Embedding) -> Embedding:
         """The embedding, whose gradient alone is not made up for the average over ranks where official."""
         factor = 1.0 if self.grad_scale == "exact" else 1 / self.world.size
         return x.map(lambda tensor: scale_gradient(tensor, factor))
+
+
+def _again(encode: Callable[[Batch], Embedding], batch: Batch) -> Embedding:
+    """encode(batch), of which nothing is kept for backward, which encodes once more."""
+    # an argument tells which device's random state to keep; stopping early would skip hooks of modules
+    return checkpoint(lambda _: encode(batch), batch.text_ids, use_reentrant=False, early_stop=False)

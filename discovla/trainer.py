@@ -181,7 +181,8 @@ class Trainer:
         )
         towers = [self.method.vision, self.method.text]
         self.pace = Pace(self.world, towers, every=config.engine.pace_every, name=self._name())
-        self.strategy = make_strategy(TrainStep(self.method, self.world, config.engine.grad_scale), plan)
+        how = (config.engine.grad_scale, config.engine.accumulate)
+        self.strategy = make_strategy(TrainStep(self.method, self.world, *how), plan)
         first = self._resume()
         self.log = RunLog(self.directory, self.world, total=self.total, start=first)
         last = min(self.total, config.stop_at or self.total)

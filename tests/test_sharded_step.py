@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from discovla.engine.distributed import World
 from discovla.train_step import TrainStep
@@ -17,6 +17,7 @@ from tests import steps
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 LOSS, GRADIENT = 1e-12, 1e-10
 SIZES = (2, pytest.param(4, marks=pytest.mark.slow))
+ACCUMULATE = {1: 3, 2: 3, 4: 2}  # of 8, 4 and 2 clips a rank
 COUNTED, OFFICIAL = "discovla", "clip"
 
 
@@ -27,6 +28,8 @@ def every_step(world: World) -> dict[Any, Any]:
     for variant in steps.VARIANTS:
         step = TrainStep(steps.make(variant), world, "exact")
         found |= {(variant, bad): steps.take(step, batch) for bad, batch in batches.items()}
+        step = TrainStep(step.method, world, "exact", accumulate=ACCUMULATE[world.size])
+        found["accumulated", variant] = steps.take(step, batches[True])
     found["official"] = steps.take(TrainStep(steps.make(OFFICIAL), world, "official"), batches[False])
     losses = [result["loss"].item() for result in found.values()]
     step = TrainStep(steps.make(COUNTED), world, "exact")
@@ -55,7 +58,17 @@ def found(tmp_path_factory) -> Callable[[int], dict[Any, Any]]:
 @pytest.mark.parametrize("variant", steps.VARIANTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_losses_and_gradients_are_those_of_one_process(found, size, variant, bad):
-    got, wanted = found(size)[variant, bad], found(1)[variant, bad]
+    check(found(size)[variant, bad], found(1)[variant, bad])
+
+
+@pytest.mark.parametrize("variant", steps.VARIANTS)
+@pytest.mark.parametrize("size", (1, *SIZES))
+def test_parts_encoded_twice_give_the_step_of_the_whole_batch(found, size, variant):
+    check(found(size)["accumulated", variant], found(1)[variant, True])
+
+
+def check(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Loss, terms and gradients are the same."""
     assert got.keys() == wanted.keys()
     assert abs(got["loss"] - wanted["loss"]) <= LOSS * abs(wanted["loss"])
     largest = max(x.abs().max() for name, x in wanted.items() if name.startswith("method."))

@@ -44,6 +44,11 @@ class StepPlan:
             raise ValueError(
                 f"batch_size: expected a multiple of the {self.world.size} processes, found {self.batch_size}"
             )
+        clips, parts = self.batch_size // self.world.size, self.engine.accumulate
+        if parts > clips:
+            raise ValueError(
+                f"engine.accumulate: expected at most the {clips} clips of a process, found {parts}"
+            )
 
 
 class Strategy(ABC):

@@ -24,6 +24,8 @@ class EngineConfig(BaseModel):
         only for full fine-tuning, with precision "bf16" and stage >= 1.
     grad_scale: "exact" makes the gradient of many processes that of one; "official" leaves it 1/W, as
         released.
+    accumulate: parts in which a process encodes its clips of a step. Above 1, activations are kept for one
+        part at a time and computed again in backward; loss and gradient stay those of the whole batch.
     lost_after: seconds without a sign of life after which a process counts as lost; one that ends is noticed
         at once.
     pace_every: steps between comparisons of the ranks' own time, which name those that hold the others up.
@@ -37,6 +39,7 @@ class EngineConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     bf16_parameters: bool = False
     grad_scale: Literal["exact", "official"] = "exact"
+    accumulate: int = Field(default=1, ge=1)
     lost_after: float = Field(default=60.0, gt=10, allow_inf_nan=False)
     pace_every: int = Field(default=100, ge=1)
 

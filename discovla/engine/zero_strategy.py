@@ -51,6 +51,11 @@ class DeepSpeedStrategy(Strategy):
         super().__init__(module, plan)
         trained = trained_size(module)
         self.stage = choose_stage(plan.engine, trained, plan.world.size)
+        if self.stage == 3 and plan.engine.accumulate > 1:
+            raise ValueError(
+                "engine.accumulate: expected 1 with zero_stage 3, which does not gather parameters for a "
+                f"second pass inside backward, found {plan.engine.accumulate}"
+            )
         if plan.engine.bf16_parameters:
             _check_full_fine_tuning(module, trained)
         self.shell = _Shell(self.module, list(self.trained.values()) if self.stage in (1, 2) else [])

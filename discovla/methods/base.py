@@ -136,6 +136,11 @@ class Method(nn.Module):
         return self.config.similarity == "pooled"
 
     @property
+    def sees_batch(self) -> str:
+        """The option by which embeddings depend on the rest of the batch; empty where they do not."""
+        return ""
+
+    @property
     def needs_words(self) -> bool:
         """Whether `embed_text` is given a feature of every word."""
         return self.config.similarity == "tokens"

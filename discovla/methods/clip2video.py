@@ -168,6 +168,10 @@ class CLIP2Video(Method):
         return self.vlad is None
 
     @property
+    def sees_batch(self) -> str:
+        return "method.mask_mode = 'official'" if self.config.mask_mode == "official" else ""
+
+    @property
     def needs_words(self) -> bool:
         return self.vlad is not None
 

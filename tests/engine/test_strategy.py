@@ -22,6 +22,7 @@ WAYS = {
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
 }
+IN_PARTS = ("torch", "zero0", "zero1", "zero2")
 SOURCES = [(way, size) for way in WAYS for size in (1, 2)]
 
 
@@ -46,6 +47,8 @@ def runs(tmp_path_factory) -> dict:
             job = {"stage": stage, "bf16_parameters": True}
             jobs += [{**job, "save_at": HALF, "save": name}, {**job, "first": HALF, "load": name}]
             keys += [(stage, size, "short"), (stage, size, "short resumed")]
+        jobs += [{"case": "accumulate", **WAYS[way]} for way in IN_PARTS]
+        keys += [(way, size, "accumulate") for way in IN_PARTS]
         jobs += [{"case": "overflow", **job} for job in WAYS.values()]
         keys += [(way, size, "overflow") for way in WAYS]
         lopsided = {way: job for way, job in WAYS.items() if way != "zero3"}
@@ -182,6 +185,19 @@ def test_the_terms_of_the_loss_keep_their_names(runs, way, size):
         assert (terms["t2v"] + terms["v2t"]) / 2 == pytest.approx(total, rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("way", IN_PARTS)
+def test_steps_encoded_in_parts_are_those_of_the_whole_batch(runs, way, size):
+    whole, parts = (runs[way, size, "accumulate"][key] for key in ("whole", "parts"))
+    _close(parts["losses"], whole["losses"], 1e-5)
+    _close(parts["norms"], whole["norms"], 1e-5)
+    _close(whole["losses"], runs["torch", 1, "accumulate"]["whole"]["losses"], 1e-5)
+    assert parts["state"].keys() == whole["state"].keys()
+    for name, values in whole["state"].items():  # four steps of at most 0.001
+        found = torch.tensor(parts["state"][name])
+        torch.testing.assert_close(found, torch.tensor(values), rtol=1e-5, atol=1e-6)
+
+
 class _Line(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -257,6 +273,11 @@ def test_deepspeeds_bf16_mode_is_refused_for_adapters():
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="full fine-tuning, found 6 of 96 parameters trained"):
         make_strategy(module, StepPlan(engine=engine, optim=OptimConfig(), world=world, batch_size=2))
+
+
+def test_parts_at_stage_3_are_refused():
+    with pytest.raises(ValueError, match=r"engine\.accumulate: expected 1 with zero_stage 3, .* found 2"):
+        _line(engine=EngineConfig(zero_stage=3, accumulate=2, device="cpu"))
 
 
 @pytest.mark.parametrize(

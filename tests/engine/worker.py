@@ -5,6 +5,7 @@ Jobs run one after the other in one process group. Rank 0 writes one result for 
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,8 +29,12 @@ from discovla.engine.distributed import (
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
 from discovla.engine.zero import EngineConfig
+from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
+from discovla.testing import noise_batch, tiny_architecture
+from discovla.towers.weights import initialise
+from discovla.train_step import TrainStep
 
 BATCH = 8
 
@@ -188,7 +193,32 @@ def gather_gradient(world: World, job: dict) -> dict:
     }
 
 
+def accumulate(world: World, job: dict) -> dict:
+    """Losses, norms and trained states of four steps of a tiny CLIP, encoded whole and in parts."""
+    found = []
+    engine = EngineConfig(strategy=job.get("strategy", "deepspeed"), zero_stage=job.get("stage", 0))
+    optim = OptimConfig(clip_grad_norm=0.5, name="adamw")
+    for parts in (1, 3):
+        torch.manual_seed(0)
+        method = DiscoVLA(tiny_architecture(), DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1))
+        initialise(method, tiny_architecture(), seed=0)
+        method.freeze()
+        plan = StepPlan(engine=engine, optim=optim, world=world, batch_size=BATCH)
+        strategy = make_strategy(TrainStep(method, world, "exact", parts), plan)
+        losses, norms = [], []
+        for step in range(4):
+            batch = replace(noise_batch(tiny_architecture(), size=BATCH, seed=step), valid=None)
+            rows = BATCH // world.size
+            losses.append(strategy(batch[world.rank * rows : (world.rank + 1) * rows]).total)
+            strategy.backward(losses[-1])
+            norms.append(strategy.step(1e-3))
+        state = {name: x.flatten().tolist() for name, x in strategy.trained_state().items()}
+        found.append({"losses": [x.item() for x in losses], "norms": norms, "state": state})
+    return {"whole": found[0], "parts": found[1]}
+
+
 CASES = {
+    "accumulate": accumulate,
     "train": train,
     "overflow": overflow,
     "gather_values": gather_values,
