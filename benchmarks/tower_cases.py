@@ -98,7 +98,7 @@ def _captions(n: int, device: torch.device) -> Packing:
     """Lengths from 6 to 18, 12 on average."""
     lengths = torch.arange(n, device=device) * 5 % (TOKENS + 1) + TOKENS // 2
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Packing(offsets=ends.int(), longest=TOKENS // 2 + TOKENS)
+    return Packing(offsets=ends.int(), longest=TOKENS // 2 + TOKENS, count=int(ends[-1]))
 
 
 @cache

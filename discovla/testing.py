@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from discovla.batch import Batch
-from discovla.nn.transformer import Activation
+from discovla.ops.mlp import Activation
 from discovla.towers.architecture import Architecture, TowerShape
 
 

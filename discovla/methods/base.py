@@ -21,7 +21,6 @@ from discovla.nn.transformer import Attention, Block
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
 from discovla.ops.columns import Columns
 from discovla.ops.info_nce import EXCLUDED, contrastive_loss, info_nce
-from discovla.ops.preprocess_frames import preprocess_frames
 from discovla.ops.token_similarity import TokenInputs, token_similarity
 from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.text import TextTower
@@ -298,8 +297,8 @@ class Method(nn.Module):
         )
 
     def pixels(self, frames: Tensor) -> Tensor:
-        """Normalised pixels in the compute dtype, b f c y x."""
-        return preprocess_frames(frames, dtype=self.compute_dtype)
+        """Normalised pixels in the compute dtype, as the vision tower takes them."""
+        return self.vision.pixels(frames, dtype=self.compute_dtype)
 
     def freeze(self) -> None:
         """Let gradients flow into the declared parameters only.

@@ -26,7 +26,6 @@ from discovla.nn.features import check_mask, masked_mean, unit, widen
 from discovla.nn.stan import STAN, StanState
 from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
-from discovla.ops.preprocess_frames import preprocess_frames
 from discovla.ops.token_similarity import Padding, TokenInputs, token_similarity, token_training_similarity
 from discovla.towers.architecture import Architecture
 from discovla.towers.hugging_face import from_hugging_face, without_prefixes
@@ -151,7 +150,7 @@ class T2VParser(Method):
     def pixels(self, frames: Tensor) -> Tensor:
         if self.config.pixel_statistics == "clip":
             return super().pixels(frames)
-        return preprocess_frames(frames, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=self.compute_dtype)
+        return self.vision.pixels(frames, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=self.compute_dtype)
 
     def encode_frames(self, frames: Tensor, mask: Tensor) -> Tensor:
         """Features of frames, b f d, with what STAN read of the whole video added before projection."""

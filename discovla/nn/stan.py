@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from discovla.nn.features import masked_mean
-from discovla.nn.transformer import Attention, Block, BlockShape, LayerNorm, Linear, Sequences
+from discovla.nn.sequences import Sequences
+from discovla.nn.transformer import Attention, Block, BlockShape, LayerNorm, Linear
 
 FRAMES = 64  # rows of the time table
 DROP_PATH = 0.1  # rate of the last layer; the first has 0, those between lie on a line

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from discovla.nn.autograd import recomputed
+from discovla.nn.sequences import Sequences
 from discovla.nn.transformer import (
     Attention,
     BlockShape,
     LayerNorm,
     Linear,
-    Sequences,
     attend,
     join_heads,
     quick_gelu,
 )
+from discovla.ops.adapter import adapter
 from discovla.ops.attention import attention
+from discovla.ops.dispatch import Impl
+from discovla.ops.temporal_fusion import Groups, temporal_fusion
 
 FRAME_POSITIONS = 128  # rows of a table of frame positions
 
@@ -37,6 +40,10 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(quick_gelu(self.down(x)))
+
+    def chain(self, x: Tensor, impl: Impl) -> Tensor:
+        """`forward` by the op."""
+        return adapter(x, *self.down.weights(x.dtype), *self.up.weights(x.dtype), impl=impl)
 
 
 class FusionAttention(Attention):
@@ -79,6 +86,29 @@ class FusionAttention(Attention):
         fused = self.adapter(sequences.read(local)) + self.out(group)
         rows = local.flatten(0, -2).index_copy(0, sequences.ends(x.shape[1]), fused)
         return rows.view(x.shape)
+
+    def chain(
+        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not sequences.group:
+            return super().chain(rows, norm, sequences, impl)
+        x, z = self.normed(rows, norm, impl)
+        if sequences.pruned:
+            attend_read = partial(self.attend_read_of_group, sequences)
+            q, kv = self.projected_read(z, sequences, norm)
+            local, group = recomputed(attend_read, q, kv, self.frame_position)
+            return sequences.read(x), self.adapter.chain(self.out(local), impl) + self.out(group), None
+        groups = Groups(
+            heads=self.heads,
+            readout=sequences.ends(x.shape[1]).unflatten(0, (-1, sequences.group)),
+            packing=sequences.packing,
+            causal=sequences.causal,
+            key_mask=sequences.of_rows(sequences.key_mask),
+            group_mask=sequences.of_rows(sequences.fusion_key_mask),
+        )
+        qkv = self.projected(z, norm)
+        update, own = temporal_fusion(qkv, groups, position=self.frame_position, impl=impl)
+        return x, self.out(update), self.adapter.chain(self.out(own.flatten(0, 1)), impl)
 
     def attend_of_group(
         self, sequences: Sequences, qkv: Tensor, position: Tensor | None

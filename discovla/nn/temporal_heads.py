@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.transformer import Block, BlockShape, LayerNorm, Linear, Sequences, quick_gelu
+from discovla.nn.sequences import Sequences
+from discovla.nn.transformer import Block, BlockShape, LayerNorm, Linear, quick_gelu
 from discovla.ops.soft_vlad import soft_vlad
 
 M = TypeVar("M", bound=nn.Module)

@@ -1,121 +1,30 @@
-"""Pre-norm transformer blocks on sequences: the parts every tower and head is made of."""
+"""Pre-norm transformer blocks on sequences: the parts every tower and head is made of.
+
+A block is computed in one of two ways that `ops.dispatch` chooses between: in plain torch with backwards of
+its own (`nn.autograd`), or as a chain of ops, all of one implementation.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovla.nn.autograd import (
-    SLOPE,
-    normed_lora_projection,
-    pad_rows,
-    quick_gelu_mlp,
-    recomputed,
-    take_rows,
-)
+from discovla.nn.autograd import SLOPE, normed_lora_projection, quick_gelu_mlp, recomputed
 from discovla.nn.lora import LoRA
+from discovla.nn.memory import again
+from discovla.nn.sequences import Rows, Sequences
 from discovla.ops.attention import attention
-
-Activation = Literal["quick_gelu", "gelu"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packing:
-    """Where the t real tokens of n sequences are, whose rows are stored end to end without padding.
-
-    places: n l, int64, the row of each token, l the longest sequence; at padding that of the last token.
-    real: n l, bool, false at padding, which comes last.
-    rows: t, int64, the inverse of places: where in the flattened n l each row's token is.
-    """
-
-    places: Tensor
-    real: Tensor
-    rows: Tensor
-
-    @staticmethod
-    def of(kept: Tensor) -> Packing:
-        """Of the tokens to keep, n k, bool, one in each sequence at least."""
-        lengths = kept.sum(1)
-        place = torch.arange(int(lengths.max()), device=kept.device)
-        starts = lengths.cumsum(0) - lengths
-        places = starts[:, None] + torch.minimum(place, lengths[:, None] - 1)
-        real = place < lengths[:, None]
-        return Packing(places=places, real=real, rows=real.flatten().nonzero()[:, 0])
-
-    def to(self, device: torch.device) -> Packing:
-        """The same on `device`."""
-        return Packing(places=self.places.to(device), real=self.real.to(device), rows=self.rows.to(device))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sequences:
-    """What blocks must know of the n sequences of l tokens they are given: as n l w, or packed as t w.
-
-    causal: a token sees itself and earlier ones only.
-    key_mask: n l, or n h l with one for each head, bool, true on tokens that may be seen; None where all may.
-    group: how many neighbouring sequences (frames) make one sample whose parts look at each other in fusion
-        blocks; 0 where every sequence stands alone.
-    readout: n, int64, the row of each sequence that is read at the end (CLS or EOT).
-    fusion_key_mask: n l, bool, the tokens that may be seen across the group.
-    packing: where rows are packed; n l, also of the masks, is then its own.
-    pruned: the block is the last: it gives the rows that are read alone, n w.
-    """
-
-    causal: bool = False
-    key_mask: Tensor | None = None
-    group: int = 0
-    readout: Tensor | None = None
-    fusion_key_mask: Tensor | None = None
-    packing: Packing | None = None
-    pruned: bool = False
-
-    def last(self) -> Sequences:
-        """The same for the last block, of which only readout rows are needed."""
-        return replace(self, pruned=True)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """Rows as n l w."""
-        return x if self.packing is None else pad_rows(x, self.packing.places, self.packing.rows)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        """The inverse of `pad`."""
-        return x if self.packing is None else take_rows(x.flatten(0, 1), self.packing.rows)
-
-    def ends(self, length: int) -> Tensor:
-        """n, int64: where the readout row of each sequence is among all rows; length: l of rows n l w."""
-        if self.readout is None:
-            raise ValueError("sequences.readout: expected the row to read of each sequence, got None")
-        if self.packing is not None:
-            return self.packing.places.gather(1, self.readout[:, None])[:, 0]
-        return torch.arange(0, len(self.readout) * length, length, device=self.readout.device) + self.readout
-
-    def read(self, x: Tensor) -> Tensor:
-        """The readout rows n w of all rows; of a pruned block's output, which has no others, itself."""
-        ends = self.ends(x.shape[1])
-        if x.dim() == 2 and len(x) == len(ends):
-            return x
-        return take_rows(x.flatten(0, -2), ends)
-
-    @property
-    def keys(self) -> Tensor | None:
-        """key_mask as scores n h l l are masked: n 1|h 1 l."""
-        mask = self.key_mask
-        return None if mask is None else (mask[:, None] if mask.dim() == 2 else mask)[:, :, None]
-
-    def seen_by_readout(self, length: int) -> Tensor | None:
-        """n 1|h 1 l, bool: the keys that the readout rows may see; None where they may see all."""
-        if not self.causal:
-            return self.keys
-        assert self.readout is not None, "who asks has readout rows"
-        earlier = torch.arange(length, device=self.readout.device) <= self.readout[:, None]
-        earlier = earlier[:, None, None]  # n 1 1 l
-        return earlier if self.keys is None else self.keys & earlier
+from discovla.ops.dispatch import Impl, choose
+from discovla.ops.layer_norm import Update, layer_norm
+from discovla.ops.lora_norm import lora_norm, lora_projection
+from discovla.ops.mlp import Activation, MLPWeights, mlp
+from discovla.ops.short_attention import short_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +71,16 @@ class LayerNorm(nn.LayerNorm):
         y = F.layer_norm(x.to(work), self.normalized_shape, weight.to(work), bias.to(work), self.eps)
         return y.to(x.dtype)
 
+    def of_sum(self, x: Tensor, update: Update | None, impl: Impl) -> tuple[Tensor, Tensor]:
+        """x + update and its norm, by the op."""
+        if frozen(self):
+            return layer_norm(
+                x, update, affine=(self.weight, self.bias), eps=self.eps, dtype=x.dtype, impl=impl
+            )
+        work = torch.promote_types(x.dtype, torch.float32)
+        total, y = layer_norm(x, update, eps=self.eps, dtype=work, impl=impl)
+        return total, torch.addcmul(self.bias.to(work), y, self.weight.to(work)).to(x.dtype)
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x), OpenAI CLIP's activation."""
@@ -196,7 +115,56 @@ class Attention(nn.Module):
             return self.out(
                 recomputed(partial(self.attend_read, sequences), *self.project_read(x, sequences, norm))
             )
-        return self.out(recomputed(partial(self.attend, sequences), self.project(x, norm)))
+        return self.out(self.attend_rows(self.project(x, norm), sequences, chosen(x, sequences)))
+
+    def chain(
+        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`forward` of the norm of x + u by ops.
+
+        Args:
+            rows: x, and u or None.
+
+        Returns:
+            x + u and its update, n l w or t w; what besides is to be added to readout rows, n w, or None.
+            In a pruned block readout rows alone.
+        """
+        x, z = self.normed(rows, norm, impl)
+        if not sequences.pruned:
+            return x, self.out(self.attend_rows(self.projected(z, norm), sequences, impl)), None
+        read = recomputed(partial(self.attend_read, sequences), *self.projected_read(z, sequences, norm))
+        return sequences.read(x), self.out(read), None
+
+    def normed(
+        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, impl: Impl
+    ) -> tuple[Tensor, Tensor]:
+        """x + u, and its norm as `projected` takes it."""
+        x, u = rows
+        if self.lora is None or not frozen(norm, self.qkv):
+            return norm.of_sum(x, None if u is None else Update(u=u), impl)
+        return lora_norm(x, self.lora.a, u, affine=(norm.weight, norm.bias), eps=norm.eps, impl=impl)
+
+    def projected(self, z: Tensor, norm: LayerNorm, outputs: slice | None = None) -> Tensor:
+        """Queries, keys and values of rows that `normed` gave, or those `outputs` of them."""
+        if self.lora is None or not frozen(norm, self.qkv):
+            return self.project_normed(z, outputs)
+        weight, bias = self.qkv.weights(z.dtype)
+        parts = (weight, bias, self.lora.b)
+        return lora_projection(z, *(parts if outputs is None else (part[outputs] for part in parts)))
+
+    def projected_read(self, z: Tensor, sequences: Sequences, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+        """`project_read` of rows that `normed` gave."""
+        width = self.qkv.in_features
+        queries = self.projected(sequences.read(z), norm, slice(0, width))
+        return queries, self.projected(z, norm, slice(width, 3 * width))
+
+    def attend_rows(self, qkv: Tensor, sequences: Sequences, impl: Impl) -> Tensor:
+        """`attend`, of which q, k and v alone are kept for backward; masks of single heads have no kernel."""
+        mask = sequences.key_mask
+        if impl == "torch" or (mask is not None and mask.dim() == 3):
+            return recomputed(partial(self.attend, sequences), qkv)
+        seen, packing, causal = sequences.of_rows(mask), sequences.packing, sequences.causal
+        return short_attention(qkv, self.heads, packing=packing, causal=causal, key_mask=seen, impl=impl)
 
     def project(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
         """Queries, keys and values of every row, side by side: as x, but 3 w wide."""
@@ -205,8 +173,12 @@ class Attention(nn.Module):
             return normed_lora_projection(
                 x, (norm.weight, norm.bias, norm.eps), self.qkv.weights(x.dtype), lora
             )
-        y = x if norm is None else norm(x)
-        return self.qkv(y) if self.lora is None else self.qkv(y) + self.lora(y)
+        return self.project_normed(x if norm is None else norm(x))
+
+    def project_normed(self, y: Tensor, outputs: slice | None = None) -> Tensor:
+        """The projection of normed rows with its update added, or those `outputs` of it."""
+        qkv = self.qkv(y, outputs)
+        return qkv if self.lora is None else qkv + self.lora(y, outputs)
 
     def project_read(
         self, x: Tensor, sequences: Sequences, norm: LayerNorm | None = None
@@ -214,12 +186,8 @@ class Attention(nn.Module):
         """Queries of the readout rows, n w; keys and values of every row, side by side."""
         y = x if norm is None else norm(x)
         width = x.shape[-1]
-        parts = (sequences.read(y), slice(0, width)), (y, slice(width, 3 * width))
-        q, kv = (self.qkv(rows, part) for rows, part in parts)
-        if self.lora is None:
-            return q, kv
-        low_q, low_kv = (self.lora(rows, part) for rows, part in parts)
-        return q + low_q, kv + low_kv
+        queries = self.project_normed(sequences.read(y), slice(0, width))
+        return queries, self.project_normed(y, slice(width, 3 * width))
 
     def attend(self, sequences: Sequences, qkv: Tensor) -> Tensor:
         """Attention within each sequence of what `project` gives, before the output projection."""
@@ -260,12 +228,19 @@ class MLP(nn.Module):
         super().__init__()
         self.up = Linear(shape.width, shape.mlp_width)
         self.down = Linear(shape.mlp_width, shape.width)
+        self.kind: Activation = shape.activation
         self.activation = ACTIVATIONS[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation is quick_gelu and frozen(self.up, self.down):
             return quick_gelu_mlp(x, self.up.weights(x.dtype), self.down.weights(x.dtype))
         return self.down(self.activation(self.up(x)))
+
+    def chain(self, x: Tensor, impl: Impl) -> Tensor:
+        """`forward` by the op."""
+        up, down = self.up.weights(x.dtype), self.down.weights(x.dtype)
+        weights = MLPWeights(up=up[0], up_bias=up[1], down=down[0], down_bias=down[1])
+        return mlp(x, weights, activation=self.kind, impl=impl)
 
 
 class Block(nn.Module):
@@ -278,7 +253,57 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(shape.width, eps=shape.eps)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, x: Rows, sequences: Sequences) -> Rows:
+        """The rows after the block; as x and what is still to be added to it where that is `deferred`."""
+        impl = chosen(x[0] if isinstance(x, tuple) else x, sequences)
+        rows, update = x if isinstance(x, tuple) else (x, None)
+        attend, feed = partial(self.attend, sequences, impl), partial(self.feed, sequences, impl)
+        match sequences.memory:
+            case "recompute_mlp":
+                return again(added(feed), *attend(rows, update))
+            case "recompute_projections":
+                return again(added(feed), *again(attend, rows, update))
+            case "recompute_blocks":
+                return again(lambda rows, update: added(feed)(*attend(rows, update)), rows, update)
+        x, update = feed(*attend(rows, update))
+        return (x, update) if sequences.deferred and impl != "torch" else x + update
+
+    def attend(
+        self, sequences: Sequences, impl: Impl, x: Tensor, u: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x + u, attention's update of it, and what besides is to be added to its readout rows or None."""
+        if impl != "torch":
+            return self.attention.chain((x, u), self.ln_1, sequences, impl)
+        x = x if u is None else x + u
         update = self.attention(x, sequences, self.ln_1)
-        x = (sequences.read(x) if sequences.pruned else x) + update
-        return x + self.mlp(self.ln_2(x))
+        return (sequences.read(x) if sequences.pruned else x), update, None
+
+    def feed(
+        self, sequences: Sequences, impl: Impl, x: Tensor, update: Tensor, more: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of what `attend` gives, and the MLP's update of it."""
+        if impl == "torch":
+            x = x + update
+            return x, self.mlp(self.ln_2(x))
+        slots = None if more is None else sequences.slots(x)
+        x, y = self.ln_2.of_sum(x, Update(u=update, added=more, slots=slots), impl)
+        return x, self.mlp.chain(y, impl)
+
+
+def added(feed: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """The sum of the two that `feed` gives."""
+
+    def total(*parts: Tensor | None) -> Tensor:
+        x, update = feed(*parts)
+        return x + update
+
+    return total
+
+
+def chosen(x: Tensor, sequences: Sequences) -> Impl:
+    """What computes blocks on these rows.
+
+    Raises:
+        KernelUnavailable: the implementation asked for by name cannot run here.
+    """
+    return cast(Impl, choose("block", sequences.impl, x.device.type, operands=(x,)))

@@ -18,12 +18,15 @@ from discovla.ops.cuda import library
 logger = logging.getLogger(__name__)
 
 Impl = Literal["auto", "reference", "torch", "triton", "cuda"]
+# what a transformer block keeps for backward, see `nn.memory`
+Memory = Literal["auto", "keep", "recompute_mlp", "recompute_projections", "recompute_blocks"]
 
 # op -> implementations that exist, and the one `auto` takes on each device
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "adapter": ("reference", "triton"),
     "frame_patches": ("reference", "triton"),
     "attention": ("reference", "torch"),
+    "block": ("reference", "torch", "triton"),
     "alignment_losses": ("reference", "torch", "triton"),
     "frame_similarity": ("reference", "torch", "triton", "cuda"),
     "info_nce": ("reference", "torch", "triton"),
@@ -45,6 +48,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 # op -> the file of discovla_kernels that has its kernels
 KERNELS: dict[str, str] = {
     "adapter": "adapter",
+    "block": "layer_norm",
     "preprocess_frames": "preprocess_frames",
     "frame_patches": "preprocess_frames",
     "alignment_losses": "frame_similarity",
@@ -66,6 +70,7 @@ KERNELS: dict[str, str] = {
 # on one, "cuda" becomes "triton" for what it measured as faster.
 AUTO: dict[str, dict[str, str]] = {
     "attention": {"cpu": "torch", "cuda": "torch"},
+    "block": {"cpu": "torch", "cuda": "torch", "meta": "torch"},
     "alignment_losses": {"cpu": "torch", "cuda": "torch"},
     "frame_similarity": {"cpu": "torch", "cuda": "torch"},
     "info_nce": {"cpu": "torch", "cuda": "torch"},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from discovla.ops.attention import attention
@@ -14,31 +16,48 @@ from discovla.ops.dispatch import Impl, choose, kernel
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How n sequences of different lengths lie end to end in r rows.
+    """How n sequences of different lengths lie end to end in r rows, without padding.
 
     offsets: n + 1, int32, on the device of the rows: the first row of each sequence, and r.
-    longest: at least the rows of any sequence.
+    longest: l, at least the rows of any sequence.
+    count: r.
     """
 
     offsets: Tensor
     longest: int
+    count: int
 
-    def padded(self, rows: Tensor) -> Tensor:
-        """r ... to n l ..., l = longest; places without a row hold some other row."""
-        return rows[self.places()[0]]
+    @staticmethod
+    def of(kept: Tensor) -> Packing:
+        """Of the tokens to keep of padded sequences, n k, bool; on the CPU, or a GPU is waited for."""
+        lengths = kept.sum(1)
+        offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return Packing(offsets=offsets, longest=int(lengths.max()), count=int(offsets[-1]))
 
-    def unpadded(self, places: Tensor, rows: int) -> Tensor:
-        """The inverse of `padded`: n l ... to r ..., r = rows."""
-        row = torch.arange(rows, device=self.offsets.device)
-        owner = torch.searchsorted(self.offsets, row, right=True) - 1
-        return places[owner, row - self.offsets[owner]]
+    def to(self, device: torch.device | str) -> Packing:
+        """The same on `device`."""
+        return replace(self, offsets=self.offsets.to(device, non_blocking=True))
 
-    def places(self) -> tuple[Tensor, Tensor]:
-        """The row of every place of n x longest (0 where there is none), and whether there is one."""
+    @cached_property
+    def lengths(self) -> Tensor:
+        """n 1, int32."""
+        return self.offsets.diff()[:, None]
+
+    @cached_property
+    def real(self) -> Tensor:
+        """n l, bool, false at padding, which comes last."""
+        return torch.arange(self.longest, device=self.offsets.device) < self.lengths
+
+    @cached_property
+    def places(self) -> Tensor:
+        """n l, int64, the row at each place; at padding that of the last one before it."""
         place = torch.arange(self.longest, device=self.offsets.device)
-        rows = self.offsets[:-1, None] + place  # n l
-        real = rows < self.offsets[1:, None]
-        return rows * real, real
+        return (self.offsets[:-1, None] + torch.minimum(place, self.lengths - 1)).long()
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """r, int64, the inverse of `places`: where in the flattened n l each row is."""
+        return self.real.flatten().nonzero_static(size=self.count)[:, 0]
 
 
 def short_attention(
@@ -92,10 +111,10 @@ def short_attention_reference(
     impl: str = "reference",
 ) -> Tensor:
     """The formula of `short_attention`, of packed sequences padded to the longest; impl: of `attention`."""
-    seen, shape = key_mask, qkv.shape
+    seen = key_mask
     if packing is not None:
-        qkv, real = packing.padded(qkv), packing.places()[1]
-        seen = real if key_mask is None else packing.padded(key_mask) & real
+        qkv, real = qkv[packing.places], packing.real
+        seen = real if key_mask is None else key_mask[packing.places] & real
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # 3 n h l c
     if seen is None:
         out = attention(q, k, v, causal=causal, impl=_impl(impl))
@@ -105,7 +124,7 @@ def short_attention_reference(
         some = pairs.any(-1, keepdim=True)
         out = attention(q, k, v, mask=pairs | ~some, impl=_impl(impl)) * some
     out = out.transpose(1, 2).flatten(2)  # n l w
-    return out if packing is None else packing.unpadded(out, shape[0])
+    return out if packing is None else out.flatten(0, 1)[packing.rows]
 
 
 def expect_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -130,6 +149,8 @@ def _check(qkv: Tensor, heads: int, packing: Packing | None, key_mask: Tensor | 
     if packing is not None and (packing.offsets.dtype != torch.int32 or packing.offsets.ndim != 1):
         found = f"{packing.offsets.dtype} of shape {tuple(packing.offsets.shape)}"
         raise ValueError(f"packing.offsets: expected one axis of int32, found {found}")
+    if packing is not None and packing.count != len(qkv):
+        raise ValueError(f"packing.count: expected the {len(qkv)} rows there are, found {packing.count}")
     return width
 
 

@@ -82,8 +82,8 @@ def temporal_fusion_reference(
     rows, queries = local.flatten(0, -2), qkv.flatten(0, -2)[readout]  # b f 3w
     seen = groups.group_mask
     if packing is not None:
-        real = packing.places()[1]
-        qkv, seen = packing.padded(qkv), real if seen is None else packing.padded(seen) & real
+        real = packing.real
+        qkv, seen = qkv[packing.places], real if seen is None else seen[packing.places] & real
     b, f = readout.shape
     k, v = qkv.unflatten(-1, (3, -1)).unflatten(0, (b, f)).unbind(-2)[1:]  # b f l w
     k = k if position is None else k + position[:f, None].to(k.dtype)
@@ -91,7 +91,7 @@ def temporal_fusion_reference(
     k, v = (x.flatten(1, 2).unflatten(-1, (groups.heads, -1)).transpose(1, 2) for x in (k, v))  # b h (f l) c
     some, mask = torch.ones((), dtype=torch.bool, device=qkv.device), None
     if seen is not None:
-        mask = seen.view(b, 1, 1, -1)
+        mask = seen.reshape(b, 1, 1, -1)
         some = mask.any(-1, keepdim=True)
         mask = mask | ~some
     read = attention(q, k, v, mask=mask, impl="torch" if impl == "torch" else "reference") * some

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from discovla.nn.transformer import Activation, BlockShape
+from discovla.nn.transformer import BlockShape
+from discovla.ops.mlp import Activation
 
 
 @dataclass(frozen=True, kw_only=True)

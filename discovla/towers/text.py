@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from discovla.nn.autograd import take_rows
-from discovla.nn.transformer import Block, LayerNorm, Packing, Sequences
+from discovla.nn.sequences import Sequences
+from discovla.nn.transformer import Block, LayerNorm
+from discovla.ops.dispatch import Impl, Memory
+from discovla.ops.short_attention import Packing
 from discovla.towers.architecture import Architecture
 from discovla.towers.vision import MakeBlock
 
 
 class TextTower(nn.Module):
-    """embed -> blocks -> project; a caption is read at its end-of-text token, the largest id."""
+    """embed -> blocks -> project; a caption is read at its end-of-text token, the largest id.
+
+    `impl` and `memory` say how blocks are computed; see `ops.dispatch`.
+    """
+
+    impl: Impl = "auto"
+    memory: Memory = "keep"
 
     def __init__(self, architecture: Architecture, make_block: MakeBlock | None = None) -> None:
         super().__init__()
@@ -44,19 +54,15 @@ class TextTower(nn.Module):
         Raises:
             ValueError: the mask leaves an end-of-text token out.
         """
-        end = ids.argmax(-1)
+        at_end = ids.argmax(-1, keepdim=True)
+        plain = Sequences(causal=True, group=group, readout=at_end[:, 0], impl=self.impl, memory=self.memory)
         if mask is None:
-            return Sequences(causal=True, group=group, readout=end)
-        rank = mask.to(ids.device).cumsum(1)
-        at_end = end[:, None]
-        # meta tensors, with which work is counted, hold nothing to look at
-        if not ids.is_meta and not mask.gather(1, at_end).all():
-            raise ValueError("mask: expected true at the end-of-text token of each caption")
+            return plain
         packing = Packing.of(mask).to(ids.device)
-        readout = rank.gather(1, at_end)[:, 0] - 1
-        return Sequences(
-            causal=True, group=group, readout=readout, fusion_key_mask=packing.real, packing=packing
-        )
+        mask = mask.to(ids.device, non_blocking=True)
+        _expect_ends(mask.gather(1, at_end))
+        readout = mask.cumsum(1).gather(1, at_end)[:, 0] - 1
+        return replace(plain, readout=readout, fusion_key_mask=packing.real, packing=packing)
 
     @overload
     def forward(
@@ -94,7 +100,8 @@ class TextTower(nn.Module):
         Args:
             ids: n l, int64.  mask: n l, bool, true on real tokens; padding is neither seen nor computed, and
                 its words are those of some real token.  None leaves the causal mask alone, as CLIP has it:
-                rows of padding, which come last, see padding then.
+                rows of padding, which come last, see padding then.  A mask on the CPU beside ids on a GPU
+                spares waiting for it: how many tokens there are is read from the mask.
             group: how many neighbouring captions make one sample in fusion blocks; 0 for none.
             dtype: to compute in.
         """
@@ -103,13 +110,25 @@ class TextTower(nn.Module):
         sequences = self.sequences(ids, mask, group)
         x = self.embed(ids, dtype)
         if mask is not None:
-            x = take_rows(x.flatten(0, 1), mask.flatten().nonzero()[:, 0].to(ids.device))  # t w
+            kept = mask.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
+            x = take_rows(x.flatten(0, 1), kept)  # t w
+        inner = sequences.inner()
         for block in self.blocks[:-1]:
-            x = block(x, sequences)
+            x = block(x, inner)
+        x = self.project(self.blocks[-1](x, sequences.last(pruned=not words)))
         if not words:
-            return self.project(self.blocks[-1](x, sequences.last()))
-        rows = self.project(self.blocks[-1](x, sequences))
-        pooled = sequences.read(rows)
+            return x
+        pooled = sequences.read(x)
         if mask is not None:
-            rows = rows[(mask.flatten().cumsum(0) - 1).view(ids.shape)]
-        return pooled, rows
+            places = (mask.flatten().cumsum(0) - 1).view(ids.shape)
+            x = x[places.to(ids.device, non_blocking=True)]
+        return pooled, x
+
+
+def _expect_ends(real: Tensor) -> None:
+    """Refuse a mask that leaves an end-of-text token out; on a GPU without waiting for it."""
+    message = "mask: expected true at the end-of-text token of each caption"
+    if real.is_cuda:
+        torch.ops.aten._assert_async.msg(real.all(), message)
+    elif not real.is_meta and not real.all():  # meta tensors, with which work is counted, hold nothing
+        raise ValueError(message)

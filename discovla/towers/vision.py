@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovla.nn.transformer import Block, LayerNorm, Sequences
+from discovla.nn.sequences import Sequences
+from discovla.nn.transformer import Block, LayerNorm
+from discovla.ops.dispatch import Impl, Memory, choose
+from discovla.ops.frame_patches import frame_patches
+from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD, preprocess_frames
 from discovla.towers.architecture import Architecture
 
 MakeBlock = Callable[[int], Block]
@@ -18,8 +23,11 @@ class VisionTower(nn.Module):
     """embed -> blocks -> project.
 
     A method may swap blocks through `make_block(layer)`, or walk `blocks` itself between `embed` and
-    `project`.
+    `project`.  `impl` and `memory` say how blocks are computed; see `ops.dispatch`.
     """
+
+    impl: Impl = "auto"
+    memory: Memory = "keep"
 
     def __init__(self, architecture: Architecture, make_block: MakeBlock | None = None) -> None:
         super().__init__()
@@ -34,14 +42,40 @@ class VisionTower(nn.Module):
         self.ln_post = LayerNorm(shape.width)
         self.projection = nn.Parameter(torch.empty(shape.width, architecture.embed_dim))
 
+    def pixels(
+        self,
+        frames: Tensor,
+        *,
+        mean: tuple[float, ...] = CLIP_MEAN,
+        std: tuple[float, ...] = CLIP_STD,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Normalised frames as `embed` takes them: b f c y x, or where a kernel cuts them b f p (c y x).
+
+        Args: as of `ops.preprocess_frames`.
+        """
+        impl = choose("block", self.impl, frames.device.type)
+        if impl == "torch" or frames.is_floating_point():
+            return preprocess_frames(frames, mean=mean, std=std, dtype=dtype)
+        expected = (self.image_size, self.image_size, 3)
+        if frames.shape[2:] != expected:
+            raise ValueError(f"frames: expected b x f x {expected}, got {tuple(frames.shape)}")
+        rows = frame_patches(
+            frames, self.patch_size, statistics=(mean, std), dtype=dtype, impl=cast(Impl, impl)
+        )
+        return rows.unflatten(0, frames.shape[:2])
+
     def embed(self, frames: Tensor) -> Tensor:
-        """Normalised frames n c y x to tokens n p w, the class token first."""
-        expected = (3, self.image_size, self.image_size)
-        if frames.shape[1:] != expected:
-            raise ValueError(f"frames: expected n x {expected}, got {tuple(frames.shape)}")
-        dtype = frames.dtype
-        patches = F.conv2d(frames, self.patch_embedding.to(dtype), stride=self.patch_size)  # n w y x
-        patches = patches.flatten(2).transpose(1, 2)
+        """Normalised frames n c y x, or their patches n p (c y x), to tokens n p w, the class token first."""
+        dtype, kernel = frames.dtype, self.patch_embedding.to(frames.dtype)
+        if frames.dim() == 3:
+            patches = F.linear(frames, kernel.flatten(1))  # n p w
+        else:
+            expected = (3, self.image_size, self.image_size)
+            if frames.shape[1:] != expected:
+                raise ValueError(f"frames: expected n x {expected}, got {tuple(frames.shape)}")
+            patches = F.conv2d(frames, kernel, stride=self.patch_size)  # n w y x
+            patches = patches.flatten(2).transpose(1, 2)
         cls = self.class_embedding.to(dtype).expand(len(frames), 1, -1)
         x = torch.cat([cls, patches], dim=1) + self.position_embedding.to(dtype)  # n p w
         return self.ln_pre(x)
@@ -57,16 +91,18 @@ class VisionTower(nn.Module):
         """
         n, tokens, _ = frames.shape
         seen = None if frame_mask is None else frame_mask.flatten()[:, None].expand(n, tokens)
+        readout = torch.zeros(n, dtype=torch.long, device=frames.device)
         return Sequences(
-            group=group, readout=torch.zeros(n, dtype=torch.long, device=frames.device), fusion_key_mask=seen
+            group=group, readout=readout, fusion_key_mask=seen, impl=self.impl, memory=self.memory
         )
 
     def forward(self, frames: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """Frame features b f d of normalised frames b f c y x; frames meet in fusion blocks only."""
+        """Frame features b f d of what `pixels` gives; frames meet in fusion blocks only."""
         b, f = frames.shape[:2]
         x = self.embed(frames.flatten(0, 1))
         sequences = self.sequences(x, f, frame_mask)
+        inner = sequences.inner()
         for block in self.blocks[:-1]:
-            x = block(x, sequences)
+            x = block(x, inner)
         cls = self.blocks[-1](x, sequences.last())  # n w
         return self.project(cls).unflatten(0, (b, f))

@@ -11,7 +11,8 @@ from discovla.nn.autograd import (
     take_rows,
 )
 from discovla.nn.lora import LoRA
-from discovla.nn.transformer import LayerNorm, Linear, Packing
+from discovla.nn.transformer import LayerNorm, Linear
+from discovla.ops.short_attention import Packing
 
 DTYPES = [
     pytest.param(torch.float64, 1e-12, id="fp64"),

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from discovla.nn.sequences import Sequences
 from discovla.nn.temporal import FRAME_POSITIONS, FusionAttention
 from discovla.nn.temporal_heads import LSTM, PairScorer, Table, Transformer
-from discovla.nn.transformer import Block, BlockShape, Sequences
+from discovla.nn.transformer import Block, BlockShape
 
 SHAPE = BlockShape(width=16, heads=4, mlp_width=64, eps=1e-12)
 

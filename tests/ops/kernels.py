@@ -22,13 +22,20 @@ def skip_what_no_gpu_kernel_takes(impl: str, dtype: torch.dtype) -> None:
         pytest.skip("kernels on a GPU take no float64")
 
 
-def force(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
-    """Let every op that has `impl` take it where it would choose itself, on a model on the CPU."""
+def force(monkeypatch: pytest.MonkeyPatch, impl: str, *, blocks: bool = False) -> None:
+    """Let every op that has `impl` take it where it would choose itself, on a model on the CPU.
+
+    blocks: also those of towers and heads, which take the interpreter long.
+    """
     if impl in ("triton", "cuda") and DEVICE == "cuda":
         pytest.skip("the model lies on the CPU, and kernels are compiled here")
     choose = dispatch._automatic
+
+    def named(op: str) -> tuple[str, ...]:
+        return dispatch.IMPLEMENTATIONS[op] if blocks or op != "block" else ()
+
     monkeypatch.setattr(
         dispatch,
         "_automatic",
-        lambda op, *rest: impl if impl in dispatch.IMPLEMENTATIONS[op] else choose(op, *rest),
+        lambda op, *rest: impl if impl in named(op) else choose(op, *rest),
     )

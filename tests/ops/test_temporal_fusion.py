@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from discovla.nn.sequences import Sequences
 from discovla.nn.temporal import FusionAttention
-from discovla.nn.transformer import BlockShape, Sequences
+from discovla.nn.transformer import BlockShape
 from discovla.ops.adapter import adapter
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 from discovla.ops.layer_norm import Update, layer_norm
@@ -60,7 +61,7 @@ class Case:
         packing = None
         if self.packed:
             offsets = torch.tensor([*self.starts, sum(self.flat)], dtype=torch.int32, device=DEVICE)
-            packing = Packing(offsets=offsets, longest=max(self.flat))
+            packing = Packing(offsets=offsets, longest=max(self.flat), count=sum(self.flat))
         return Groups(
             heads=HEADS,
             readout=self.readout,

@@ -1,0 +1,94 @@
+"""Blocks as chains of ops against blocks in plain torch: the same losses and gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from discovla.batch import Batch
+from discovla.methods import METHODS
+from discovla.methods.base import Method
+from discovla.nn.sequences import Sequences
+from discovla.nn.transformer import Block, BlockShape
+from discovla.ops.dispatch import Impl, KernelUnavailable
+from discovla.testing import noise_batch, relative_error, tiny_architecture
+from discovla.towers.weights import initialise
+
+FUSED = {"fused_vision_blocks": 1, "fused_text_blocks": 1}
+CASES = {
+    "published": ("discovla", {**FUSED, "lora_rank": 3}, "quick_gelu"),
+    "every block fused, positions, masks": (
+        "discovla",
+        {
+            "fused_vision_blocks": 2,
+            "fused_text_blocks": 2,
+            "frame_position": True,
+            "mask_padded_frames": True,
+        },
+        "gelu",
+    ),
+    "fine-tuned in full": ("discovla", {**FUSED, "tune": "full"}, "quick_gelu"),
+    "frozen": ("discovla", {**FUSED, "tune": "frozen"}, "gelu"),
+    "words": ("clip", {"similarity": "tokens", "tune": "lora"}, "quick_gelu"),
+    "branch": ("t2vparser", {"stan_layers": 1, "decomposition_layers": 1}, "quick_gelu"),
+}
+
+
+def made(case: str, dtype: torch.dtype) -> tuple[Method, Batch]:
+    """A small model in which everything that trains has a gradient, and a batch with padded frames."""
+    name, options, activation = CASES[case]
+    architecture = tiny_architecture(activation)
+    method = METHODS[name](architecture, METHODS[name].Config(**options)).eval()
+    initialise(method, architecture, seed=0)
+    method.initialise_from_clip()
+    method.freeze()
+    with torch.no_grad():
+        for p in method.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    method.compute_dtype = dtype
+    real = torch.tensor([[True, True], [True, False], [True, True]])
+    return method.to(dtype), replace(noise_batch(architecture, size=3, frames=2), frame_mask=real)
+
+
+def results(method: Method, batch: Batch, impl: Impl) -> dict[str, torch.Tensor]:
+    """The loss and the gradient of all that trains."""
+    method.vision.impl = method.text.impl = impl
+    method.zero_grad()
+    loss = method.losses(*method.encode(batch)).total
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad for n, p in method.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_those_of_plain_torch(case):
+    method, batch = made(case, torch.float64)
+    want, got = (results(method, batch, impl) for impl in ("torch", "reference"))
+    assert got.keys() == want.keys() and len(want) > 4
+    for name, value in want.items():
+        assert relative_error(got[name], value) <= 1e-9 or value.abs().max() < 1e-12, name
+
+
+@pytest.mark.parametrize("case", ["every block fused, positions, masks"])
+def test_losses_and_gradients_of_the_kernels_are_those_of_plain_torch(case):
+    method, batch = made(case, torch.float64)
+    want, got = (results(method, batch[:2], impl) for impl in ("torch", "triton"))
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert relative_error(got[name], value) <= 1e-9, name
+
+
+def test_masks_of_single_heads_are_taken():
+    block = Block(BlockShape(width=8, heads=2, mlp_width=16)).double()
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    mask = torch.rand(3, 2, 4) < 0.5
+    mask[..., 0] = True
+    want, got = (block(x, Sequences(key_mask=mask, impl=impl)) for impl in ("torch", "reference"))
+    torch.testing.assert_close(got, want)
+
+
+def test_an_impl_that_cannot_run_is_refused(monkeypatch):
+    method, batch = made("published", torch.float32)
+    method.vision.impl = "triton"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(KernelUnavailable, match="block: impl='triton': it needs a CUDA device, or TRITON_"):
+        method.encode_videos(batch)
