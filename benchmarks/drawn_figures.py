@@ -22,7 +22,7 @@ from discovla.data.tokens import Tokenizer
 from discovla.methods.base import Method
 from discovla.methods.discovla import DiscoVLA
 from discovla.ops.frame_similarity import frame_similarity
-from discovla.retrieval.embed import embed_texts, embed_videos
+from discovla.retrieval.embed import embed_texts, embed_videos, evaluating
 from discovla.retrieval.metrics import retrieval_metrics
 
 SPLITS = ("val", "test", "siblings")
@@ -162,6 +162,6 @@ def _texts(method: Method, texts: Sequence[str]) -> Embedding:
     return embed_texts(method, text_batches(texts, method.architecture.context_length, 500), "cpu")
 
 
-@torch.no_grad()
 def _scores(method: Method, text: Embedding, video: Embedding) -> Tensor:
-    return method.similarity(text, video)
+    with evaluating(method):
+        return method.similarity(text, video)

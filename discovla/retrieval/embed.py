@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import torch
@@ -72,11 +73,18 @@ def in_order(shares: Sequence[tuple[Tensor, Embedding]], count: int) -> Embeddin
 def _embed(
     method: Method, encode: Callable[[Tensor, Tensor], Embedding], batches: Inputs, device: torch.device | str
 ) -> Embedding:
+    with evaluating(method):
+        return concatenate([_kept(encode(x.to(device), mask.to(device))) for x, mask in batches])
+
+
+@contextmanager
+def evaluating(method: Method) -> Iterator[None]:
+    """In evaluation mode and without gradients; the method returns to the mode it was in."""
     mode = method.training
     method.eval()
     try:
         with torch.no_grad():
-            return concatenate([_kept(encode(x.to(device), mask.to(device))) for x, mask in batches])
+            yield
     finally:
         method.train(mode)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from discovla.batch import Embedding
 from discovla.methods.base import Method
 from discovla.ops.rank_of_positive import rank_of_positive
+from discovla.retrieval.embed import evaluating
 from discovla.retrieval.metrics import Ranks, best_of_groups, checked_groups, require_finite
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -49,12 +50,15 @@ class Tiles:
 
 
 def similarity_tile(method: Method, text: Embedding, video: Embedding, device: torch.device | str) -> TileOf:
-    """The function that makes a tile of `method.similarity` on `device`, as a float array on the CPU."""
+    """The function that makes a tile of `method.similarity` on `device`, as a float array on the CPU.
 
-    @torch.no_grad()
+    It scores in evaluation mode, in whichever mode the method is.
+    """
+
     def tile(texts: Array, videos: slice) -> Array:
         rows = text[torch.from_numpy(texts)].to(device)
-        return method.similarity(rows, video[videos].to(device)).cpu().numpy()
+        with evaluating(method):
+            return method.similarity(rows, video[videos].to(device)).cpu().numpy()
 
     return tile
 

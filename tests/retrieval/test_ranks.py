@@ -4,6 +4,7 @@ import torch
 
 from discovla.batch import Embedding
 from discovla.methods.clip import CLIP, CLIPConfig
+from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
 from discovla.retrieval.metrics import dual_softmax, text_to_video_ranks, video_to_text_ranks
 from discovla.retrieval.ranks import (
     Tiles,
@@ -13,6 +14,7 @@ from discovla.retrieval.ranks import (
     streamed_ranks,
 )
 from discovla.testing import tiny_architecture
+from discovla.towers.weights import initialise
 
 
 def tile_of(matrix):
@@ -122,3 +124,19 @@ def test_a_pooled_feature_that_is_not_finite_is_named():
     text[1, 2] = torch.nan
     with pytest.raises(ValueError, match="expected finite rows that are not 0, found row 1"):
         pooled_ranks(text, torch.randn(3, 4))
+
+
+def test_a_method_in_training_is_scored_without_its_dropout():
+    config = CLIP4ClipConfig(head="tightTransf", head_layers=1)
+    method = CLIP4Clip(tiny_architecture(), config)
+    initialise(method, method.architecture, seed=0)
+    width = method.architecture.embed_dim
+    text = Embedding(pooled=torch.randn(3, width))
+    video = Embedding(
+        pooled=torch.randn(4, width), tokens=torch.randn(4, 2, width), mask=torch.ones(4, 2) > 0
+    )
+    with torch.no_grad():
+        expected = method.eval().similarity(text, video).numpy()
+    tile = similarity_tile(method.train(), text, video, "cpu")
+    np.testing.assert_array_equal(tile(np.arange(3), slice(0, 4)), expected)
+    assert method.training
