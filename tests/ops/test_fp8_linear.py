@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from discovla.ops.fp8_linear import FP8, fp8_lacks, fp8_linear, quantise_rows, quantise_weight
+from discovla.testing import relative_error
+
+HALF_ULP, SMALLEST = 2.0**-4, 2.0**-9  # of e4m3: relative rounding error, and the least number
+
+
+def made(t: int = 7, o: int = 48, i: int = 32, dtype: torch.dtype = torch.float32):
+    """Rows and a weight whose rows are of very different sizes, and a bias."""
+    x = torch.randn(t, i, dtype=dtype) * torch.logspace(-4, 4, t, dtype=dtype)[:, None]
+    return x, torch.randn(o, i, dtype=dtype) * torch.logspace(-3, 3, o, dtype=dtype)[:, None], torch.randn(o)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_weight_is_rounded_once_by_output_and_is_exact_in_bfloat16(dtype):
+    _, weight, _ = made(dtype=dtype)
+    found = quantise_weight(weight)
+    assert found.bits.dtype == torch.uint8 and found.plain.dtype == dtype
+    plain = found.bits.view(FP8).double() * found.scale.double()[:, None]
+    assert torch.equal(found.plain.double(), plain)
+    assert torch.equal(found.plain.to(torch.bfloat16).double(), plain)
+    error = (plain - weight.double()).abs()
+    assert (error <= HALF_ULP * weight.double().abs() + found.scale[:, None] * SMALLEST / 2).all()
+    filled = found.bits.view(FP8).float().abs().amax(1)
+    assert (filled >= 208).all() and (filled <= 448).all(), "the range of FP8 is used"
+    again = quantise_weight(found.plain)
+    assert torch.equal(again.plain, found.plain), "what is rounded stays"
+
+
+def test_rows_of_all_sizes_are_rounded_alike_and_zeros_stay():
+    x, _, _ = made()
+    x[3] = 0
+    q, scale = quantise_rows(x)
+    assert ((q.float() * scale - x).abs() <= HALF_ULP * x.abs() + scale * SMALLEST).all()
+    assert torch.equal(q[3].float(), torch.zeros(32)) and (q.float().abs().amax(1)[[0, 6]] == 448).all()
+    assert quantise_rows(torch.tensor([[float("nan"), 1.0]]))[0].float().isnan().any(), "a NaN is not hidden"
+
+
+def test_the_product_is_that_of_the_rounded_numbers_and_near_the_true_one():
+    x, weight, bias = made(t=64, i=256)
+    rounded = quantise_weight(weight)
+    q, scale = quantise_rows(x)
+    want = (q.double() * scale.double()) @ rounded.plain.double().T + bias.double()
+    got = fp8_linear(x, rounded, bias, impl="reference")
+    bound = x.abs().double() @ weight.abs().double().T
+    assert ((got - want).abs() <= 1e-6 * bound + 1e-6).all()
+    assert ((got - (x @ weight.T + bias)).abs() <= 0.14 * bound + 1e-6).all()
+    assert 0.01 < relative_error(got - bias, (x.double() @ weight.double().T)) < 0.06
+
+
+def test_gradients_are_those_of_the_rounded_weight_and_of_nothing_else():
+    x, weight, bias = made(dtype=torch.float64)
+    x.requires_grad_()
+    rounded = quantise_weight(weight)
+    grad = torch.randn(7, 48, dtype=torch.float64)
+    fp8_linear(x, rounded, bias).backward(grad)
+    assert torch.equal(x.grad, grad @ rounded.plain)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fp8_linear(x, rounded, bias)
+    assert [t.shape for t in kept] == [rounded.plain.shape], "nothing of the rows is kept"
+
+
+def test_outputs_can_be_left_out():
+    x, weight, bias = made()
+    rounded = quantise_weight(weight)
+    part = fp8_linear(x[:, None], rounded[16:32], bias[16:32])
+    assert torch.equal(part[:, 0], fp8_linear(x, rounded, bias)[:, 16:32])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_product_in_fp8_is_the_reference(device):
+    if reason := fp8_lacks(torch.device(device)):
+        pytest.skip(reason)
+    x, weight, bias = (part.to(device, torch.bfloat16) for part in made(t=33))
+    rounded = quantise_weight(weight)
+    want, got = (fp8_linear(x, rounded, bias, impl=impl) for impl in ("reference", "torch"))
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, want) <= 2**-8
+
+
+def test_a_gpu_without_fp8_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    assert fp8_lacks(torch.device("cuda")) == (
+        "expected a GPU of compute capability 9.0 (Hopper) or later, found NVIDIA A100 with 8.0"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert fp8_lacks(torch.device("cuda"), (64, 40)) == (
+        "expected widths that are multiples of 16, found a weight of 64 x 40"
+    )
+    assert fp8_lacks(torch.device("cuda"), (64, 48)) == fp8_lacks(torch.device("cpu"), (64, 40)) == ""
+
+
+def test_bad_shapes_and_a_bias_that_trains_are_refused():
+    x, weight, bias = made()
+    rounded = quantise_weight(weight)
+    with pytest.raises(ValueError, match=r"x: expected shape \(7, 32\), found \(7, 31\)"):
+        fp8_linear(x[:, :31], rounded, bias)
+    with pytest.raises(ValueError, match="bias: expected a frozen one"):
+        fp8_linear(x, rounded, bias.requires_grad_())
