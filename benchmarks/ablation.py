@@ -168,8 +168,8 @@ def adapted(row: Row, config: RunConfig) -> tuple[Method, dict[str, float]]:
         return build(config.model, config.method), {}
     run = Run(config, row.logit_scale)
     run.run()
-    lines = (config.directory / "metrics.jsonl").read_text().splitlines()[-10:]
-    records = [json.loads(line) for line in lines]
+    lines = (config.directory / "metrics.jsonl").read_text().splitlines()
+    records = [record for line in lines if (record := json.loads(line))["kind"] == "train"][-10:]
     terms = [name for name in ("video", "frame", "distill", "grad_norm") if name in records[0]]
     return run.method, {name: sum(r[name] for r in records) / len(records) for name in terms}
 
