@@ -125,14 +125,18 @@ def read_by_dali(seconds: float) -> Iterator[Read]:
         yield read
     finally:
         graph.close()
+        reader.close()
 
 
 def disagreements(
-    found: Diagnosis, clips: Sequence[Clip], seconds: float, decoder: str = "pyav"
+    found: Diagnosis, clips: Sequence[Clip], seconds: float, decoder: str = "pyav", *, lit: bool = False
 ) -> tuple[list[str], int]:
     """Clips that the loader treats otherwise than the doctor says, time limits apart.
 
     Another decoder than PyAV may refuse a file, which is counted, but may not give other frames of it.
+
+    Args:
+        lit: whether a black frame is one that was not decoded, as the sources have none.
     """
     reasons = {name: reason for name, _, reason in found.broken}
     slow = {name for name, reason in reasons.items() if reason.startswith("decoding it took longer")}
@@ -149,6 +153,8 @@ def disagreements(
                 refused += 1
             elif reason != (reasons.get(clip.id) or ""):
                 told.append(f"{clip.id}: the doctor says {reasons.get(clip.id)!r}, the loader {reason!r}")
+            elif lit and frames is not None and not frames.any((1, 2, 3)).all():
+                told.append(f"{clip.id}: a black frame by {decoder}")
             elif decoder != "pyav" and frames is not None:
                 wanted, _ = _read(readers["pyav"], clip)
                 error = float(np.abs(frames.astype(int) - wanted).mean())
@@ -158,14 +164,14 @@ def disagreements(
 
 
 def _read(read: Read, clip: Clip) -> tuple[np.ndarray | None, str]:
-    """The frames of a clip, or why there are none; those of the sources are never black."""
+    """The frames of a clip, or why there are none."""
     try:
         frames = read(clip)
     except DecodeError as error:
         return None, error.reason
     if frames.shape != (SAMPLING.frames, SIZE, SIZE, 3):
         return None, f"shape {frames.shape}"
-    return (frames, "") if frames.any((1, 2, 3)).all() else (None, "a black frame")
+    return frames, ""
 
 
 def main() -> None:
@@ -195,7 +201,7 @@ def main() -> None:
             "verdicts": Counter(file["kind"] for file in found.files),
             "past_the_limit": sum(reason.startswith("decoding it took") for _, _, reason in found.broken),
             "crashed": sum(reason.startswith("decoding it its process") for _, _, reason in found.broken),
-            **{f"by {name}": _judged(found, clips, arguments.seconds, name) for name in arguments.decoders},
+            **{f"by {name}": _judged(found, clips, arguments, name) for name in arguments.decoders},
             "doctor_seconds": round(spent, 1),
             "largest_process_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         }
@@ -204,8 +210,10 @@ def main() -> None:
         write_row(arguments.out, row | machine("cpu"))
 
 
-def _judged(found: Diagnosis, clips: Sequence[Clip], seconds: float, decoder: str) -> dict[str, Any]:
-    told, refused = disagreements(found, clips, seconds, decoder)
+def _judged(
+    found: Diagnosis, clips: Sequence[Clip], arguments: argparse.Namespace, decoder: str
+) -> dict[str, Any]:
+    told, refused = disagreements(found, clips, arguments.seconds, decoder, lit=arguments.sources is None)
     return {"disagreements": told, "refused by it alone": refused}
 
 

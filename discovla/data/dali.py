@@ -18,6 +18,7 @@ GPU_CODECS = CPU_CODECS | {"h264", "hevc", "mpeg4", "av1"}
 # Mean of the differences, in levels.  DALI interpolates the colours of 4:2:0 video where FFmpeg repeats them,
 # which shows at edges between colours; resizing alone differs by up to 2 levels.
 TOLERANCE_MEAN = 3.0
+OTHER_COLOUR = 16.0  # levels by which the mean colour of a frame differs where it is another picture
 
 Content = Literal["video", "jpeg", "raw"]
 FullSize = Literal["none", "resized_crop", "randaugment"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from discovla.data.augment import apply_table, light_table
-from discovla.data.dali import DaliSettings
+from discovla.data.dali import OTHER_COLOUR, DaliSettings
 from discovla.data.dali_augment import augmented, packed_steps
 from discovla.data.plans import Plan
 
@@ -109,20 +109,27 @@ class Graph:
             return
         for row, samples in clips:
             parts = [next(outputs) for _ in samples]
-            yield row, torch.stack(parts) if self.settings.content == "jpeg" else parts[0]
+            if self.settings.content == "jpeg":
+                yield row, torch.stack([frames for frames, _ in parts])
+                continue
+            frames, means = parts[0]
+            other = None if means is None else _other(samples[0], means)
+            yield row, other or frames
 
-    def _outputs(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """One run of the graph: f y x 3 of each sample, y x 3 of a JPEG."""
+    def _outputs(self, samples: Sequence[Sample]) -> list[tuple[Tensor, np.ndarray | None]]:
+        """One run of the graph: f y x 3 of each sample, y x 3 of a JPEG; of video mean colours too, f 3."""
         feed_ndarray = importlib.import_module("nvidia.dali.plugin.pytorch").feed_ndarray
         for name in inputs(self.settings):
             layout = "FHWC" if name == "content" and self.settings.content == "raw" else ""
             self._pipeline.feed_input(name, [sample[name] for sample in samples], layout=layout)
-        (batch,) = self._pipeline.run()
+        batch, *means = self._pipeline.run()
+        colours = means[0].as_cpu() if means else None
         stream = None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
         found = []
         for row in range(len(samples)):
             frames = torch.empty(batch[row].shape(), dtype=torch.uint8, device=self.device)
-            found.append(feed_ndarray(batch[row], frames, cuda_stream=stream))
+            feed_ndarray(batch[row], frames, cuda_stream=stream)
+            found.append((frames, None if colours is None else np.array(colours[row])))
         return found
 
 
@@ -141,7 +148,7 @@ def inputs(settings: DaliSettings) -> tuple[str, ...]:
 
 
 def build_pipeline(settings: DaliSettings) -> Any:
-    """A graph whose inputs are `inputs`; its output are the frames of each sample."""
+    """A graph that is fed `inputs` and gives the frames of each sample, of video their colours too."""
     dali = importlib.import_module("nvidia.dali")
     define = dali.pipeline_def(_nodes, enable_conditionals=settings.augment == "randaugment")
     per_clip = settings.frames if settings.content == "jpeg" else 1
@@ -161,11 +168,13 @@ def _nodes(dali: Any, settings: DaliSettings) -> Any:
     """The nodes of a graph."""
     fed = {name: _input(dali, settings, name) for name in inputs(settings)}
     frames = _decoded(dali.fn, settings, fed)
+    means = dali.fn.reductions.mean(frames, axis_names="HW") if settings.content == "video" else None
     if settings.sized:
         return frames
     if settings.augment == "randaugment":
         frames = augmented(dali, frames, fed, "cpu" if settings.device is None else "gpu")
-    return _fitted(dali, frames, fed, crop=settings.augment == "resized_crop")
+    frames = _fitted(dali, frames, fed, crop=settings.augment == "resized_crop")
+    return frames if means is None else (frames, means)
 
 
 def _input(dali: Any, settings: DaliSettings, name: str) -> Any:
@@ -209,6 +218,7 @@ def _loaded(plan: Plan) -> list[Sample] | str:
         "cut": np.array(plan.cut, np.int32),
         "part": np.array(plan.part, np.int32),
         "size": np.array(plan.size, np.float32),
+        "means": np.full((len(plan.indices), 3), np.nan, np.float32) if plan.means is None else plan.means,
         **packed_steps(plan.steps),
     }
     if isinstance(plan.content, tuple):
@@ -219,6 +229,16 @@ def _loaded(plan: Plan) -> list[Sample] | str:
         return [{"content": np.fromfile(plan.path, np.uint8), **shared}]
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
+
+
+def _other(sample: Sample, means: np.ndarray) -> str | None:
+    """Why frames with these mean colours, f 3, are not those planned, or None."""
+    far = np.nan_to_num(np.abs(means - sample["means"])).max(1)
+    if far.max() <= OTHER_COLOUR:
+        return None
+    index, levels = sample["indices"][far.argmax()], far.max()
+    what = f"it makes another picture of frame {index}, its mean colour {levels:.0f} levels off"
+    return f"cannot be read by decoder = 'dali': {what}"
 
 
 def _reason(error: RuntimeError) -> str:

@@ -14,7 +14,7 @@ from discovla.data.cache import FrameCache
 from discovla.data.clips import FULL_SIZE, Augment, FrameSettings
 from discovla.data.dali import Content, DaliSettings, FullSize, missing, unfit
 from discovla.data.dali_augment import drawn_steps
-from discovla.data.decode import DecodeError, sampled, tabulate
+from discovla.data.decode import DecodeError, look_through, sampled
 from discovla.data.manifest import Clip
 from discovla.data.pixels import fitted
 from discovla.data.plans import Plan, no_plan
@@ -52,7 +52,7 @@ class DaliReader:
         self.settings, self.shards = settings, shards
         self.graph = _graph_settings(settings, augment, threads, shards)
         self._tables = FrameTables(None if settings.cache is None else FrameCache(settings.cache, ".table"))
-        self._counter = None if settings.limit is None else Worker(tabulate, limit=settings.limit)
+        self._counter = None if settings.limit is None else Worker(look_through, limit=settings.limit)
 
     def sample(self, clip: Clip, augment: Augment | None = None, seed: str = "") -> tuple[Plan, int]:
         """The plan of a clip's frames, as `FrameReader.sample`, and how many frames it has.
@@ -72,17 +72,24 @@ class DaliReader:
         """What stands in the row of a clip that gives no frames; the row is marked not valid."""
         return no_plan(self.settings.frames)
 
+    def close(self) -> None:
+        """End the process that counts frames."""
+        if self._counter is not None:
+            self._counter.close()
+
     def _of_file(self, clip: Clip, sampling: Sampling) -> tuple[Plan, tuple[int, int]]:
         """Frames of a file, and their width and height."""
         path = clip.video
         check_file(path)
-        table = self._table(path)
+        table = self._table(path, sampling)
         indices = sampled(path, table, sampling, self.settings.damaged)
         reason = unfit(table, cuda=self.graph.device is not None)
         if reason is not None:
             raise DecodeError(path, f"cannot be read by decoder = 'dali': {reason}")
         chosen, places = np.unique(indices, return_inverse=True)
-        return self._plan(clip, chosen, places), table.size
+        unknown = (np.nan,) * 3
+        means = np.array([table.means.get(index, unknown) for index in chosen.tolist()], np.float32)
+        return replace(self._plan(clip, chosen, places), means=means), table.size
 
     def _of_shards(self, clip: Clip, sampling: Sampling) -> tuple[Plan, tuple[int, int]]:
         """Frames in shards, and their width and height."""
@@ -110,12 +117,13 @@ class DaliReader:
         steps = drawn_steps(seed, size) if self.graph.augment == "randaugment" else ()
         return replace(plan, cut=(top, left), part=(side, side), size=(height, width), steps=steps)
 
-    def _table(self, path: Path) -> FrameTable:
-        """The table of a file, counted where it is not known."""
+    def _table(self, path: Path, sampling: Sampling) -> FrameTable:
+        """The table of a file, counted where it is not known, with what the frames sampled look like."""
         table = self._tables.get(path)
         if table is None:
             try:
-                table = tabulate(path) if self._counter is None else self._counter(path)
+                item = (path, sampling)
+                table = look_through(item) if self._counter is None else self._counter(item)
             except Lost as error:
                 raise DecodeError(path, f"not decoded: {error}") from error
             self._tables.put(path, table)

@@ -125,6 +125,7 @@ def _by_dali(clips: Sequence[Clip], settings: BenchSettings, cache: Path) -> Ben
     found = [each for batch in batches for each in _made(batch, reader, graph)]
     seconds = time.perf_counter() - begin
     graph.close()
+    reader.close()
     return _row(name, found, seconds)
 
 

@@ -14,7 +14,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from discovla.data.sampling import Sampling
-from discovla.data.tables import DraftTable, FrameTable, checksum, displayed
+from discovla.data.tables import DraftTable, FrameTable, displayed
 from discovla.data.video import DecodeError, is_cut_off, opened, words
 
 Damaged = Literal["refuse", "use"]
@@ -119,6 +119,16 @@ def tabulate(path: Path) -> FrameTable:
     return scan(path, None, np.asarray, 0)[1]
 
 
+def look_through(item: tuple[Path, Sampling]) -> FrameTable:
+    """Decode a file to its end, keeping its table, which knows the frames sampled from others.
+
+    Raises:
+        DecodeError: it does not open.
+    """
+    path, sampling = item
+    return scan(path, sampling, np.asarray, None)[1]
+
+
 def scan(
     path: Path, sampling: Sampling | None, each: Callable[[Image.Image], np.ndarray], count: int | None
 ) -> tuple[dict[int, np.ndarray], FrameTable]:
@@ -139,7 +149,7 @@ def scan(
                 for frame in packet.decode():
                     if draft.saw_frame(frame) in wanted:
                         image = displayed(frame, draft.size)
-                        draft.sums[draft.count - 1] = checksum(image)
+                        draft.saw_image(image)
                         images[draft.count - 1] = each(image)
         except FFmpegError as error:
             draft.problem = words(error) + (" (the file is cut off)" if is_cut_off(path) else "")

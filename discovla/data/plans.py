@@ -29,6 +29,7 @@ class Plan:
 
     id, path: of the clip.  room: frames that the model takes.  indices: f' int32, those to decode, ascending;
     none where the clip gives none.  places: of each frame shown, which of those decoded it is.
+    means: f' 3 float32, the mean colour of each in levels, NaN where it is not known.
     content: of each of f' the bytes of a JPEG, or all of them raw, f' y x 3; None reads the file.
     cut, part: y and x of the top left corner and size of what is cut out.  size: to which frames are resized.
     steps: RandAugment's.  light: the seed of `draw_light`, None where it is not drawn.
@@ -39,6 +40,7 @@ class Plan:
     room: int
     indices: np.ndarray
     places: np.ndarray
+    means: np.ndarray | None = None
     content: tuple[bytes, ...] | np.ndarray | None = None
     cut: Pair = (0, 0)
     part: Pair = (0, 0)

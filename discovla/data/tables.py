@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from av.packet import Packet
@@ -19,8 +20,10 @@ from PIL import Image
 
 from discovla.data.cache import FrameCache
 
-_VERSION = "frame table 2"
+_VERSION = "frame table 3"
 _KEPT = 32 << 20  # bytes of tables that a process keeps, of about 10,000 clips of 15 s
+
+Colour = tuple[float, float, float]
 
 _QUARTER_TURNS = {
     90: Image.Transpose.ROTATE_90,
@@ -39,8 +42,8 @@ class FrameTable:
     times: of each frame in ticks, None where the file has none.  keys: frames after which nothing depends on
     what came before, each with the time of decoding to seek.  codec, pixels: the stream's codec and pixel
     format.  packets: that hold something.  turned: whether frames are shown turned.  steady: whether size and
-    format are those of the first frame throughout.  sums: checksums of some frames.  sequential: whether
-    other frames came where the file was entered at a key frame.
+    format are those of the first frame throughout.  sums, means: checksums and mean colours of some frames.
+    sequential: whether other frames came where the file was entered at a key frame.
     """
 
     count: int
@@ -58,6 +61,7 @@ class FrameTable:
     turned: bool
     steady: bool
     sums: dict[int, int]
+    means: dict[int, Colour]
     sequential: bool = False
 
     @property
@@ -107,6 +111,7 @@ class DraftTable:
     steady: bool = True
     times: list[int | None] = field(default_factory=list)
     sums: dict[int, int] = field(default_factory=dict)
+    means: dict[int, Colour] = field(default_factory=dict)
     entries: list[tuple[int, int]] = field(default_factory=list)  # times of showing and decoding
     intra: set[int | None] = field(default_factory=set)  # times of showing
 
@@ -142,6 +147,11 @@ class DraftTable:
         self.count += 1
         return self.count - 1
 
+    def saw_image(self, image: Image.Image) -> None:
+        """Note what tells the last frame from another."""
+        red, green, blue = np.asarray(image).mean((0, 1)).round(2).tolist()
+        self.sums[self.count - 1], self.means[self.count - 1] = checksum(image), (red, green, blue)
+
     def table(self) -> FrameTable:
         """The table of what was decoded."""
         index_of = {time: index for index, time in enumerate(self.times)}
@@ -163,6 +173,7 @@ class DraftTable:
             turned=self.turned,
             steady=self.steady,
             sums=dict(self.sums),
+            means=dict(self.means),
         )
 
 
@@ -213,10 +224,12 @@ def packed(table: FrameTable) -> bytes:
 def unpacked(content: bytes) -> FrameTable:
     """The table in bytes."""
     fields = json.loads(content)
-    pairs = {"keys": tuple((index, time) for index, time in fields["keys"])}
+    pairs: dict[str, Any] = {"keys": tuple((index, time) for index, time in fields["keys"])}
     for name in ("size", "tick", "times"):
         pairs[name] = tuple(fields[name])
-    return FrameTable(**(fields | pairs | {"sums": {int(i): s for i, s in fields["sums"].items()}}))
+    pairs["sums"] = {int(i): each for i, each in fields["sums"].items()}
+    pairs["means"] = {int(i): tuple(each) for i, each in fields["means"].items()}
+    return FrameTable(**(fields | pairs))
 
 
 def checksum(image: Image.Image) -> int:

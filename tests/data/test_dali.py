@@ -141,6 +141,20 @@ def test_a_clip_that_ends_the_graph_is_named_and_the_others_are_read(folder, gra
 
 
 @with_dali
+def test_another_picture_than_the_one_planned_is_refused(folder, graph):
+    first, second = plan(folder / "vp9.webm"), plan(folder / "mjpeg.avi")
+    assert first.means is not None
+    assert np.isfinite(first.means).all()
+    means = first.means + np.array([0, 80, 0], np.float32) * (first.indices[:, None] == first.indices[2])
+    frames, reasons = graph.read([replace(first, means=means), second])
+    what = f"it makes another picture of frame {first.indices[2]}, its mean colour "
+    assert str(reasons[0]).startswith(f"cannot be read by decoder = 'dali': {what}")
+    assert not frames[0].any()
+    assert reasons[1] is None
+    assert_near(frames[1].cpu().numpy(), folder / "mjpeg.avi")
+
+
+@with_dali
 @pytest.mark.slow
 def test_a_graph_whose_process_was_killed_is_made_anew_and_gives_the_same(folder, graph):
     plans = [plan(folder / "vp9.webm"), plan(folder / "mjpeg.avi")]
