@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from discovla.methods.discovla import DiscoVLAConfig
+from discovla.nn.memory import WIDTHS
+from discovla.ops.dispatch import Memory
 from discovla.towers.architecture import Architecture, TowerShape
 
 
@@ -113,13 +115,16 @@ def needed_flops(a: Architecture, config: DiscoVLAConfig, size: StepSize) -> flo
     return sum(one.flops(pruned=True) for one in passes) + projections + _patches(a, size) + similarities
 
 
-def kept_bytes(a: Architecture, config: DiscoVLAConfig, size: StepSize, element: int) -> float:
+def kept_bytes(
+    a: Architecture, config: DiscoVLAConfig, size: StepSize, element: int, memory: Memory = "keep"
+) -> float:
     """What our blocks keep for backward at most: 9 widths a token and layer, of `element` bytes.
 
-    These are the block's input, q, k and v, the input of its MLP and what that hides, four widths.
+    These are the block's input, q, k and v, the input of its MLP and what that hides, four widths; other
+    modes of memory keep 5, 2 and 1.
     """
     passes = _passes(a, config, size, packed=True)
-    return sum(9 * element * one.tower.width * one.tower.layers * one.rows for one in passes)
+    return sum(WIDTHS[memory] * element * one.tower.width * one.tower.layers * one.rows for one in passes)
 
 
 def _patches(a: Architecture, size: StepSize) -> float:

@@ -23,12 +23,14 @@ from discovla.engine.pace import Pace, slow
 from discovla.engine.signals import NAMES, StopSignals
 from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
 from discovla.engine.watch import SETTLE, Watch
+from discovla.engine.zero import EngineConfig
 from discovla.evaluate import Evaluation, evaluate
 from discovla.faults import LostProcess, Stopped, end, lost_connection
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
+from discovla.ops.dispatch import KernelUnavailable, choose
 from discovla.saving import METHOD, Saving, load_trained, schedule, set_aside
 from discovla.splits import read_splits
 from discovla.train_step import TrainStep
@@ -116,6 +118,7 @@ class Trainer:
             if not config.engine.bf16_parameters:
                 cast_frozen(self.method, torch.bfloat16)
         self.method.to(self.world.device)
+        compute_as(self.method, config.engine, self.world.device)
         if not config.resume:
             set_aside(self.directory, self.world)
         quarantine = self.directory / "quarantine.jsonl"
@@ -345,6 +348,21 @@ class Trainer:
         if self.world.first:
             _write_json(self.directory / "results.json", rows)
         return rows if self.world.first else None
+
+
+def compute_as(method: Method, engine: EngineConfig, device: torch.device) -> None:
+    """Let the towers' blocks be computed as the config says.
+
+    Raises:
+        ValueError: the implementation it names cannot run here, with the reason.
+    """
+    like = torch.empty(1, dtype=method.compute_dtype, device=device)
+    try:
+        choose("block", engine.impl, device.type, operands=(like,))
+    except KernelUnavailable as error:
+        raise ValueError(f"engine.impl: {error}") from None
+    for tower in (method.vision, method.text):
+        tower.impl, tower.memory = engine.impl, engine.memory
 
 
 def _groups(method: Method) -> list[ParameterGroup]:

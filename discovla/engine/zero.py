@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from discovla.engine.optim import OptimConfig
+from discovla.ops.dispatch import Memory
 
 LARGE = 100_000_000  # trained parameters; above, splitting the optimiser's 8 bytes for each is worth it
 LARGEST_BUCKET = 50_000_000  # elements that travel, and are buffered, at once
@@ -22,6 +23,11 @@ class EngineConfig(BaseModel):
     precision: "fp32"; "bf16": frozen weights and compute in bf16, trained parameters in fp32.
     bf16_parameters: DeepSpeed's own bf16 mode, which casts trained parameters too and keeps fp32 masters;
         only for full fine-tuning, with precision "bf16" and stage >= 1.
+    impl: what computes the blocks of the towers: "torch" plainly, "triton" by the kernels, "reference" by
+        their formulas. "auto" takes what has been found fastest on the device.
+    memory: what these blocks keep of a token for backward, in widths of the tower: "keep" 9,
+        "recompute_mlp" 5, "recompute_projections" 2, "recompute_blocks" 1, for more and more work; "auto"
+        takes the first that the free memory of a GPU holds, and on a CPU "keep".
     grad_scale: "exact" makes the gradient of many processes that of one; "official" leaves it 1/W, as
         released.
     accumulate: parts in which a process encodes its clips of a step. Above 1, activations are kept for one
@@ -38,6 +44,8 @@ class EngineConfig(BaseModel):
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     bf16_parameters: bool = False
+    impl: Literal["auto", "reference", "torch", "triton"] = "auto"
+    memory: Memory = "auto"
     grad_scale: Literal["exact", "official"] = "exact"
     accumulate: int = Field(default=1, ge=1)
     lost_after: float = Field(default=60.0, gt=10, allow_inf_nan=False)

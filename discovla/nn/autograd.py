@@ -126,7 +126,8 @@ def normed_lora_projection(
     y is normalised again for the gradient by a.
 
     Args:
-        x: ... w.  norm: weight, bias, epsilon.  linear: W (o w), bias.  lora: a (r w), b (o r).
+        x: ... w.  norm: weight, bias, epsilon.  linear: W (o w), bias.  lora: a (r w), b (o r); these four
+            are of the dtype of y and of the result.
     """
     return _NormedLoRAProjection.apply(x, *norm, *linear, *lora)
 
@@ -144,7 +145,7 @@ class _NormedLoRAProjection(Function):
         a: Tensor,
         b: Tensor,
     ) -> Tensor:
-        y, mean, rstd = _normalise(x, gamma, beta, eps)
+        y, mean, rstd = _normalise(x, gamma, beta, eps, w.dtype)
         low = y @ a.T  # t r
         ctx.eps = eps
         ctx.save_for_backward(x, mean, rstd, low, gamma, beta, w, a, b)
@@ -157,7 +158,7 @@ class _NormedLoRAProjection(Function):
         x, mean, rstd, low, gamma, beta, w, a, b = ctx.saved_tensors
         grad = grad.flatten(0, -2)
         small = grad @ _transposed(b).T  # t r
-        y, _, _ = _normalise(x, gamma, beta, ctx.eps)
+        y, _, _ = _normalise(x, gamma, beta, ctx.eps, w.dtype)
         grad_a, grad_b = small.T @ y, (low.T @ grad).T
         if not ctx.needs_input_grad[0]:
             return *[None] * 6, grad_a, grad_b
@@ -171,12 +172,14 @@ class _NormedLoRAProjection(Function):
         return grad_x.to(x.dtype), *[None] * 5, grad_a, grad_b
 
 
-def _normalise(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the layer norm, t w in x's dtype, with mean and 1 / deviation; float32 arithmetic at least."""
+def _normalise(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the layer norm, t w in `dtype`, with mean and 1 / deviation; float32 arithmetic at least."""
     work = torch.promote_types(x.dtype, torch.float32)
     shape = [x.shape[-1]]
     y, mean, rstd = torch.native_layer_norm(x.to(work), shape, gamma.to(work), beta.to(work), eps)
-    return y.to(x.dtype).flatten(0, -2), mean, rstd
+    return y.to(dtype).flatten(0, -2), mean, rstd
 
 
 def _transposed(b: Tensor) -> Tensor:

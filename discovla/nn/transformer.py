@@ -21,6 +21,7 @@ from discovla.nn.memory import again
 from discovla.nn.sequences import Rows, Sequences
 from discovla.ops.attention import attention
 from discovla.ops.dispatch import Impl, choose
+from discovla.ops.fp8_linear import FP8Weight, fp8_linear
 from discovla.ops.layer_norm import Update, layer_norm
 from discovla.ops.lora_norm import lora_norm, lora_projection
 from discovla.ops.mlp import Activation, MLPWeights, mlp
@@ -43,14 +44,33 @@ class BlockShape:
 
 
 class Linear(nn.Linear):
-    """A linear map that computes in its input's dtype, whatever its weights are stored in."""
+    """A linear map that computes in its input's dtype, whatever its weights are stored in.
+
+    A frozen one may be told to multiply in FP8: `nn.precision`.
+    """
+
+    fp8_bits: Tensor | None
+    fp8_scale: Tensor | None
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("fp8_bits", None, persistent=False)
+        self.register_buffer("fp8_scale", None, persistent=False)
 
     def forward(self, input: Tensor, outputs: slice | None = None) -> Tensor:
         """outputs: those that are wanted, where not all are."""
-        weight, bias = self.weights(input.dtype)
-        if outputs is not None:
-            weight, bias = weight[outputs], bias[outputs]
-        return F.linear(input, weight, bias)
+        fp8, bias = self.fp8, self.bias if outputs is None else self.bias[outputs]
+        if fp8 is not None:
+            return fp8_linear(input, fp8 if outputs is None else fp8[outputs], bias)
+        weight = self.weight if outputs is None else self.weight[outputs]
+        return F.linear(input, weight.to(input.dtype), bias.to(input.dtype))
+
+    @property
+    def fp8(self) -> FP8Weight | None:
+        """The weight as it is multiplied in FP8, if it is; `weight` then holds the same numbers."""
+        if self.fp8_bits is None or self.fp8_scale is None:
+            return None
+        return FP8Weight(bits=self.fp8_bits, scale=self.fp8_scale, plain=self.weight)
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias in `dtype`."""
@@ -58,7 +78,9 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32 at least; the result has the input's dtype."""
+    """Layer norm in float32 at least; the result has the input's dtype, or `compute` where that is set."""
+
+    compute: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.promote_types(input.dtype, torch.float32) == input.dtype:
@@ -69,17 +91,17 @@ class LayerNorm(nn.LayerNorm):
         """The norm in float32 at least."""
         work = torch.promote_types(x.dtype, torch.float32)
         y = F.layer_norm(x.to(work), self.normalized_shape, weight.to(work), bias.to(work), self.eps)
-        return y.to(x.dtype)
+        return y.to(self.compute or x.dtype)
 
     def of_sum(self, x: Tensor, update: Update | None, impl: Impl) -> tuple[Tensor, Tensor]:
         """x + update and its norm, by the op."""
+        dtype = self.compute or x.dtype
         if frozen(self):
-            return layer_norm(
-                x, update, affine=(self.weight, self.bias), eps=self.eps, dtype=x.dtype, impl=impl
-            )
+            affine = self.weight, self.bias
+            return layer_norm(x, update, affine=affine, eps=self.eps, dtype=dtype, impl=impl)
         work = torch.promote_types(x.dtype, torch.float32)
         total, y = layer_norm(x, update, eps=self.eps, dtype=work, impl=impl)
-        return total, torch.addcmul(self.bias.to(work), y, self.weight.to(work)).to(x.dtype)
+        return total, torch.addcmul(self.bias.to(work), y, self.weight.to(work)).to(dtype)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -140,13 +162,15 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x + u, and its norm as `projected` takes it."""
         x, u = rows
-        if self.lora is None or not frozen(norm, self.qkv):
+        if self.lora is None or not plain(norm, self.qkv):
             return norm.of_sum(x, None if u is None else Update(u=u), impl)
+        if u is None and norm.compute is not None:
+            u = torch.zeros_like(x, dtype=norm.compute)  # the op takes the dtype of its result from it
         return lora_norm(x, self.lora.a, u, affine=(norm.weight, norm.bias), eps=norm.eps, impl=impl)
 
     def projected(self, z: Tensor, norm: LayerNorm, outputs: slice | None = None) -> Tensor:
         """Queries, keys and values of rows that `normed` gave, or those `outputs` of them."""
-        if self.lora is None or not frozen(norm, self.qkv):
+        if self.lora is None or not plain(norm, self.qkv):
             return self.project_normed(z, outputs)
         weight, bias = self.qkv.weights(z.dtype)
         parts = (weight, bias, self.lora.b)
@@ -168,10 +192,11 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, norm: LayerNorm | None = None) -> Tensor:
         """Queries, keys and values of every row, side by side: as x, but 3 w wide."""
-        if self.lora is not None and norm is not None and frozen(norm, self.qkv):
-            lora = self.lora.a.to(x.dtype), self.lora.b.to(x.dtype)
+        if self.lora is not None and norm is not None and plain(norm, self.qkv):
+            dtype = norm.compute or x.dtype
+            lora = self.lora.a.to(dtype), self.lora.b.to(dtype)
             return normed_lora_projection(
-                x, (norm.weight, norm.bias, norm.eps), self.qkv.weights(x.dtype), lora
+                x, (norm.weight, norm.bias, norm.eps), self.qkv.weights(dtype), lora
             )
         return self.project_normed(x if norm is None else norm(x))
 
@@ -211,6 +236,11 @@ def frozen(*modules: nn.Module) -> bool:
     return not any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
 
 
+def plain(*modules: nn.Module) -> bool:
+    """Whether one op may compute with their weights and others': they are frozen, and none is in FP8."""
+    return frozen(*modules) and not any(isinstance(m, Linear) and m.fp8 is not None for m in modules)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
     """Attention within each sequence, n h l c."""
     return attention(q, k, v, mask=sequences.keys, causal=sequences.causal)
@@ -232,19 +262,24 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.activation is quick_gelu and frozen(self.up, self.down):
+        if self.activation is quick_gelu and plain(self.up, self.down):
             return quick_gelu_mlp(x, self.up.weights(x.dtype), self.down.weights(x.dtype))
         return self.down(self.activation(self.up(x)))
 
     def chain(self, x: Tensor, impl: Impl) -> Tensor:
-        """`forward` by the op."""
+        """`forward` by the op, which knows no FP8."""
+        if self.up.fp8 is not None or self.down.fp8 is not None:
+            return self(x)
         up, down = self.up.weights(x.dtype), self.down.weights(x.dtype)
         weights = MLPWeights(up=up[0], up_bias=up[1], down=down[0], down_bias=down[1])
         return mlp(x, weights, activation=self.kind, impl=impl)
 
 
 class Block(nn.Module):
-    """x + attention(ln_1 x), then x + mlp(ln_2 x), on n l w or packed t w; a pruned one gives n w."""
+    """x + attention(ln_1 x), then x + mlp(ln_2 x), on n l w or packed t w; a pruned one gives n w.
+
+    Where its layer norms have a `compute` dtype, x is float32 at least and what is added to it is of that.
+    """
 
     def __init__(self, shape: BlockShape, attention: Attention | None = None) -> None:
         super().__init__()
@@ -257,6 +292,8 @@ class Block(nn.Module):
         """The rows after the block; as x and what is still to be added to it where that is `deferred`."""
         impl = chosen(x[0] if isinstance(x, tuple) else x, sequences)
         rows, update = x if isinstance(x, tuple) else (x, None)
+        if self.ln_1.compute is not None:
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         attend, feed = partial(self.attend, sequences, impl), partial(self.feed, sequences, impl)
         match sequences.memory:
             case "recompute_mlp":

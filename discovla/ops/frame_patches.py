@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from discovla.ops.dispatch import Impl, choose, kernel
-from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD, preprocess_frames_reference
+from discovla.ops.dispatch import Impl, choose
+from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD, patches, preprocess_frames_reference
 
 CENTRE = 128  # of a byte: what is left of it is exact in bfloat16
 
@@ -47,7 +47,7 @@ def frame_patches(
         scale = tuple(1 / (255 * s) for s in statistics[1])
         shift = tuple(-m / s for m, s in zip(*statistics, strict=True))
     pixels, size = frames.flatten(0, 1).contiguous(), (patch_size, patch_size)
-    return kernel("frame_patches").patches(pixels, size, scale, shift, dtype)
+    return patches(pixels, size, scale, shift, dtype)
 
 
 def frame_patches_reference(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def preprocess_frames(
         scale = tuple(1 / (255 * s) for s in std)
         shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
         pixels, size = frames.flatten(0, 1).contiguous(), (frames.shape[2], frames.shape[3])
-        whole = kernel("preprocess_frames").patches(pixels, size, scale, shift, dtype)  # n 1 (c y x)
+        whole = patches(pixels, size, scale, shift, dtype)  # n 1 (c y x)
         return whole.view(*frames.shape[:2], frames.shape[4], *size)
     return preprocess_frames_reference(frames, mean, std, dtype)
 
@@ -58,3 +60,18 @@ def preprocess_frames_reference(
     scale = torch.tensor([1 / (255 * s) for s in std], dtype=work, device=frames.device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=work, device=frames.device)
     return torch.addcmul(shift, frames.to(work), scale).to(dtype).permute(0, 1, 4, 2, 3)  # b f c y x
+
+
+@torch.library.custom_op("discovla::patches", mutates_args=())
+def patches(
+    frames: Tensor, size: Sequence[int], scale: Sequence[float], shift: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """scale x + shift of every channel: n y x c, uint8, contiguous, to n p (c py px), size: py, px."""
+    sizes = tuple(size), tuple(scale), tuple(shift)
+    return kernel("preprocess_frames").patches(frames, *sizes, dtype)
+
+
+@patches.register_fake
+def _(frames, size, scale, shift, dtype):
+    n, y, x, c = frames.shape
+    return frames.new_empty(n, y // size[0] * (x // size[1]), c * size[0] * size[1], dtype=dtype)

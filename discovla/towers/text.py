@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from discovla.nn.autograd import take_rows
+from discovla.nn.memory import MemoryPlan
 from discovla.nn.sequences import Sequences
 from discovla.nn.transformer import Block, LayerNorm
 from discovla.ops.dispatch import Impl, Memory
@@ -20,11 +21,11 @@ from discovla.towers.vision import MakeBlock
 class TextTower(nn.Module):
     """embed -> blocks -> project; a caption is read at its end-of-text token, the largest id.
 
-    `impl` and `memory` say how blocks are computed; see `ops.dispatch`.
+    `impl` and `memory` say how blocks are computed; see `ops.dispatch` and `nn.memory`.
     """
 
     impl: Impl = "auto"
-    memory: Memory = "keep"
+    memory: Memory = "auto"
 
     def __init__(self, architecture: Architecture, make_block: MakeBlock | None = None) -> None:
         super().__init__()
@@ -34,6 +35,7 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.position_embedding = nn.Parameter(torch.empty(architecture.context_length, shape.width))
         self.blocks = nn.ModuleList(make_block(layer) for layer in range(shape.layers))
+        self.plan = MemoryPlan(shape.layers)
         self.ln_final = LayerNorm(shape.width)
         self.projection = nn.Parameter(torch.empty(shape.width, architecture.embed_dim))
 
@@ -55,7 +57,7 @@ class TextTower(nn.Module):
             ValueError: the mask leaves an end-of-text token out.
         """
         at_end = ids.argmax(-1, keepdim=True)
-        plain = Sequences(causal=True, group=group, readout=at_end[:, 0], impl=self.impl, memory=self.memory)
+        plain = Sequences(causal=True, group=group, readout=at_end[:, 0], impl=self.impl)
         if mask is None:
             return plain
         packing = Packing.of(mask).to(ids.device)
@@ -112,6 +114,7 @@ class TextTower(nn.Module):
         if mask is not None:
             kept = mask.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
             x = take_rows(x.flatten(0, 1), kept)  # t w
+        sequences = replace(sequences, memory=self.plan.of(self.memory, x))
         inner = sequences.inner()
         for block in self.blocks[:-1]:
             x = block(x, inner)

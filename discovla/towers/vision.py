@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from discovla.nn.memory import MemoryPlan
 from discovla.nn.sequences import Sequences
 from discovla.nn.transformer import Block, LayerNorm
 from discovla.ops.dispatch import Impl, Memory, choose
@@ -23,11 +24,12 @@ class VisionTower(nn.Module):
     """embed -> blocks -> project.
 
     A method may swap blocks through `make_block(layer)`, or walk `blocks` itself between `embed` and
-    `project`.  `impl` and `memory` say how blocks are computed; see `ops.dispatch`.
+    `project`.  `impl` and `memory` say how blocks are computed; see `ops.dispatch` and
+    `nn.memory`.
     """
 
     impl: Impl = "auto"
-    memory: Memory = "keep"
+    memory: Memory = "auto"
 
     def __init__(self, architecture: Architecture, make_block: MakeBlock | None = None) -> None:
         super().__init__()
@@ -39,6 +41,7 @@ class VisionTower(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1 + architecture.patches, shape.width))
         self.ln_pre = LayerNorm(shape.width)
         self.blocks = nn.ModuleList(make_block(layer) for layer in range(shape.layers))
+        self.plan = MemoryPlan(shape.layers)
         self.ln_post = LayerNorm(shape.width)
         self.projection = nn.Parameter(torch.empty(shape.width, architecture.embed_dim))
 
@@ -93,7 +96,11 @@ class VisionTower(nn.Module):
         seen = None if frame_mask is None else frame_mask.flatten()[:, None].expand(n, tokens)
         readout = torch.zeros(n, dtype=torch.long, device=frames.device)
         return Sequences(
-            group=group, readout=readout, fusion_key_mask=seen, impl=self.impl, memory=self.memory
+            group=group,
+            readout=readout,
+            fusion_key_mask=seen,
+            impl=self.impl,
+            memory=self.plan.of(self.memory, frames),
         )
 
     def forward(self, frames: Tensor, frame_mask: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from discovla.batch import Batch
 from discovla.data.tokens import Tokenizer
 from discovla.engine.strategy import cast_frozen
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
+from discovla.nn.memory import WIDTHS
 from discovla.testing import noise_batch, random_captions, relative_error, tiny_architecture
 from discovla.towers.architecture import Architecture
 
@@ -185,6 +186,19 @@ def test_work_is_its_closed_form_at_small_sizes(layers):
     needed = needed_flops(architecture, method.config, size)
     empty = method.to("meta")
     assert flops(lambda: meta_step(empty, meta_batch(batch))) == pytest.approx(needed, rel=0.005)
+
+
+@pytest.mark.parametrize("memory", [mode for mode in WIDTHS if mode != "keep"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_every_mode_of_memory_keeps_its_widths_a_token_and_layer(impl, memory, meta_device):
+    method, batch = published("ViT-B/32", meta_device)
+    for tower in (method.vision, method.text):
+        tower.impl, tower.memory = impl, memory
+    kept = bytes_kept(lambda: meta_step(method, meta_batch(batch), backward=False), list(method.parameters()))
+    size, element = size_of(batch), torch.float32.itemsize
+    assert kept == pytest.approx(
+        kept_bytes(method.architecture, method.config, size, element, memory), rel=0.05
+    )
 
 
 @pytest.mark.parametrize(("dtype", "less"), [(torch.float32, 2), (torch.bfloat16, 4)], ids=["fp32", "bf16"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from discovla.batch import Batch
+from discovla.engine.zero import EngineConfig
 from discovla.methods import METHODS
 from discovla.methods.base import Method
 from discovla.nn.sequences import Sequences
@@ -13,6 +14,7 @@ from discovla.nn.transformer import Block, BlockShape
 from discovla.ops.dispatch import Impl, KernelUnavailable
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.towers.weights import initialise
+from discovla.trainer import compute_as
 
 FUSED = {"fused_vision_blocks": 1, "fused_text_blocks": 1}
 CASES = {
@@ -92,3 +94,17 @@ def test_an_impl_that_cannot_run_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(KernelUnavailable, match="block: impl='triton': it needs a CUDA device, or TRITON_"):
         method.encode_videos(batch)
+
+
+def test_a_run_says_what_computes_the_blocks_and_what_they_keep(monkeypatch):
+    method, _ = made("published", torch.float32)
+    cpu = torch.device("cpu")
+    compute_as(method, EngineConfig(impl="triton", memory="recompute_mlp"), cpu)
+    for tower in (method.vision, method.text):
+        assert (tower.impl, tower.memory) == ("triton", "recompute_mlp")
+    method.compute_dtype = torch.bfloat16
+    with pytest.raises(ValueError, match=r"^engine\.impl: block: .* interpreter computes bfloat16 wrongly"):
+        compute_as(method, EngineConfig(impl="triton"), cpu)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"^engine\.impl: block: impl='triton': it needs a CUDA device"):
+        compute_as(method, EngineConfig(impl="triton"), cpu)
