@@ -1,0 +1,40 @@
+"""Which numbers the blocks of a model compute with, where that is not one dtype throughout."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from discovla.nn.transformer import Block, Linear, frozen
+from discovla.ops.fp8_linear import fp8_lacks, quantise_weight
+
+
+def widen_residual(module: nn.Module, compute: torch.dtype) -> None:
+    """Let the blocks of a tower add up their updates in float32, and compute these in `compute`."""
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.ln_1.compute = block.ln_2.compute = compute
+
+
+def quantise_frozen(module: nn.Module, device: torch.device) -> int:
+    """Let every frozen linear layer of a model multiply in FP8 on `device`.
+
+    Its `weight` is rounded to what FP8 holds, once and for good; parameters that train stay as they are.
+
+    Returns:
+        How many layers there are.
+
+    Raises:
+        ValueError: there are none, or the device cannot; the message is one line.
+    """
+    layers = {name: x for name, x in module.named_modules() if isinstance(x, Linear) and frozen(x)}
+    if not layers:
+        raise ValueError("fp8: expected frozen linear layers, found none (method.tune = 'lora' has them)")
+    for name, layer in layers.items():
+        if reason := fp8_lacks(device, (layer.out_features, layer.in_features)):
+            raise ValueError(f"fp8: {name}: {reason}")
+    for layer in layers.values():
+        rounded = quantise_weight(layer.weight)
+        layer.weight.data = rounded.plain
+        layer.fp8_bits, layer.fp8_scale = rounded.bits, rounded.scale
+    return len(layers)
