@@ -31,6 +31,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--sample-rate", type=float, default=1.0, metavar="R", help="frames a second")
     damaged = "whether files that break off are broken; default: %(default)s"
     parser.add_argument("--damaged", choices=get_args(Damaged), default="refuse", help=damaged)
+    cache = (
+        "data.cache of the run to come, whose first visit of each file is then made already; default: that of"
+        " --config"
+    )
+    parser.add_argument("--cache", type=Path, metavar="DIR", help=cache)
     seconds = "that a file may take before its process is ended; default: %(default)g"
     parser.add_argument("--seconds", type=float, default=300.0, metavar="S", help=seconds)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
@@ -63,9 +68,10 @@ def _checks(arguments: argparse.Namespace) -> Checks:
         frames=arguments.frames, sampler=arguments.sampling, sample_rate=arguments.sample_rate
     )
     damaged: Damaged = arguments.damaged
+    cache: Path | None = arguments.cache
     if arguments.config is not None:
         data = read_config(arguments.config).data
-        damaged = data.damaged
+        damaged, cache = data.damaged, cache or data.cache
         sampling = Sampling(
             frames=data.frames,
             sampler=data.sampling,
@@ -73,4 +79,10 @@ def _checks(arguments: argparse.Namespace) -> Checks:
             divisor=data.sampling_divisor,
             slice=data.sampling_slice,
         )
-    return Checks(sampling=sampling, damaged=damaged, seconds=arguments.seconds, workers=arguments.workers)
+    return Checks(
+        sampling=sampling,
+        damaged=damaged,
+        seconds=arguments.seconds,
+        workers=arguments.workers,
+        cache=cache,
+    )

@@ -27,13 +27,15 @@ class Checks:
     """How clips are examined.
 
     sampling: what a run takes of a clip; its span is the clip's own.  damaged: whether a file that breaks off
-    is refused or used.  seconds: that a file may take, all its clips together.  workers: processes.
+    is refused or used.  seconds: that a file may take, all its clips together.  workers: processes.  cache:
+    `data.cache` of a run, whose first visit of each file is made by the examination; None leaves it to it.
     """
 
     sampling: Sampling
     damaged: Damaged = "refuse"
     seconds: float = 300.0
     workers: int = 2
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,7 @@ def _requests(clips: Sequence[Clip], checks: Checks) -> dict[Path, Request]:
     for clip in clips:
         parts.setdefault(clip.video, []).append(replace(checks.sampling, start=clip.start, end=clip.end))
     return {
-        path: Request(path=path, samplings=tuple(samplings), damaged=checks.damaged)
+        path: Request(path=path, samplings=tuple(samplings), damaged=checks.damaged, cache=checks.cache)
         for path, samplings in parts.items()
     }
 
@@ -155,7 +157,8 @@ def _key(request: Request, checks: Checks) -> str:
         state = (stat.st_size, stat.st_mtime_ns)
     except OSError:
         state = None
-    text = repr((str(request.path), state, request.samplings, request.damaged, checks.seconds))
+    cache = () if checks.cache is None else (str(checks.cache),)
+    text = repr((str(request.path), state, request.samplings, request.damaged, checks.seconds, *cache))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
 

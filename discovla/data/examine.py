@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import numpy as np
 from av.error import FFmpegError
 from PIL import Image
 
+from discovla.data.cache import FrameCache
 from discovla.data.decode import Damaged
 from discovla.data.decoders import Decoder
 from discovla.data.sampling import Sampling
-from discovla.data.tables import FrameTable
+from discovla.data.tables import FrameTable, FrameTables
 from discovla.data.video import DecodeError, opened
 
 VARIABLE = 1.5  # a gap between frames longer than the shortest by this factor makes the rate variable
@@ -26,12 +28,14 @@ VARIABLE = 1.5  # a gap between frames longer than the shortest by this factor m
 class Request:
     """A file and what is taken from it.
 
-    samplings: of the clips that are parts of it.  damaged: as of `decode`.
+    samplings: of the clips that are parts of it.  damaged: as of `decode`.  cache: folder in which its table
+    is left, so that a run with this cache need not count its frames.
     """
 
     path: Path
     samplings: tuple[Sampling, ...]
     damaged: Damaged = "refuse"
+    cache: Path | None = None
 
 
 def examine(request: Request) -> dict[str, Any]:
@@ -56,6 +60,8 @@ def examine(request: Request) -> dict[str, Any]:
             "reason": next(filter(None, reasons), "it does not open"),
             "clips": reasons,
         }
+    if request.cache is not None:
+        _kept(request.cache).put(request.path, table)
     kind, reason = "ok", ""
     if table.count == 0:
         kind, reason = "refused", table.nothing()
@@ -63,6 +69,12 @@ def examine(request: Request) -> dict[str, Any]:
         kind, reason = "damaged", table.broken()
     found = {"kind": kind, "reason": reason, "clips": reasons, **_header(request.path), **_frames(table)}
     return found | {"unusual": _oddities(found) if table.count else []}
+
+
+@lru_cache(maxsize=1)
+def _kept(cache: Path) -> FrameTables:
+    """The tables of a cache."""
+    return FrameTables(FrameCache(cache, ".table"))
 
 
 def _oddities(found: Mapping[str, Any]) -> list[str]:

@@ -12,15 +12,19 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.fuzz_videos import HEADER, SAMPLING, disagreements, draw_sources, write_mutated
 from discovla.cli import main
-from discovla.data import dali, doctor, torchcodec_frames
+from discovla.data import dali, decoders, doctor, torchcodec_frames
+from discovla.data.cache import FrameCache
+from discovla.data.decode import DecodeError
 from discovla.data.doctor import Checks, Diagnosis, diagnose
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.quarantine import Quarantine, without_quarantined
 from discovla.data.sampling import Sampling
+from discovla.data.tables import FrameTables
 from tests import runs
 from tests.data.odd_clips import KINDS, Kind, odd_clip
 from tests.data.test_watched import children, ended
@@ -168,6 +172,23 @@ def test_files_that_have_not_changed_are_not_opened_again(folder, tmp_path, monk
     asked.clear()
     diagnose(clips, tmp_path / "out", Checks(sampling=Sampling(frames=5), seconds=20, workers=1))
     assert len(asked) == 4
+
+
+def test_a_run_with_its_cache_need_not_count_the_frames_of_any_file(folder, tmp_path, monkeypatch):
+    videos = [tmp_path / name for name in ("counting.mp4", "cut.mp4")]
+    for video in videos:
+        video.write_bytes((folder / video.name).read_bytes())
+    write_manifest(tmp_path / "m.jsonl", [clip(video) for video in videos])
+    words = ["doctor", str(tmp_path / "m.jsonl"), "--workers", "1", "--frames", "4"]
+    assert main(words) == main([*words, "--cache", str(tmp_path / "cache")]) == 0
+    monkeypatch.setattr(decoders, "scan", None)
+    decoder = decoders.Decoder("pyav", FrameTables(FrameCache(tmp_path / "cache", ".table")))
+    assert decoder.read(videos[0], Sampling(frames=4), np.asarray).count == 20
+    with pytest.raises(DecodeError, match="damaged: "):
+        decoder.read(videos[1], Sampling(frames=4), np.asarray)
+    table = decoder.tables.get(videos[0])
+    assert table is not None
+    assert set(table.sums) == set(table.means) == set(Sampling(frames=4).indices(20, 10.0))
 
 
 def test_a_record_of_something_else_is_refused(folder, tmp_path):
