@@ -7,10 +7,21 @@ import logging
 from collections.abc import Sequence
 
 from discovla import __version__
-from discovla.commands import caption, data_bench, doctor, draw, evaluate, export, frames, prepare, shard
+from discovla.commands import (
+    caption,
+    data_bench,
+    doctor,
+    draw,
+    evaluate,
+    export,
+    frames,
+    prepare,
+    shard,
+    zero,
+)
 from discovla.faults import run_told
 
-COMMANDS = (frames, prepare, doctor, caption, shard, data_bench, draw, evaluate, export)
+COMMANDS = (frames, prepare, doctor, caption, shard, data_bench, draw, evaluate, export, zero)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

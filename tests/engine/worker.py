@@ -3,6 +3,7 @@
 Jobs run one after the other in one process group. Rank 0 writes one result for each job.
 """
 
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -29,6 +30,7 @@ from discovla.engine.distributed import (
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
 from discovla.engine.zero import EngineConfig
+from discovla.engine.zero_strategy import load_deepspeed
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
@@ -217,7 +219,58 @@ def accumulate(world: World, job: dict) -> dict:
     return {"whole": found[0], "parts": found[1]}
 
 
+def held(world: World, job: dict) -> dict:
+    """Bytes of the distinct tensors a strategy holds: after a step, and at most in its backward pass."""
+    load_deepspeed(world)
+    gc.collect()
+    gc.freeze()  # what is there before is not looked at
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(300, 300, bias=False).requires_grad_(False), *_trained_layers())
+    engine = EngineConfig(zero_stage=job["stage"])
+    plan = StepPlan(engine=engine, optim=OptimConfig(), world=world, batch_size=world.size)
+    strategy = make_strategy(_Mean(module), plan)
+    most = [0]
+
+    def look(_: Tensor) -> None:
+        most[0] = max(most[0], _held())
+
+    for param in strategy.trained.values():
+        param.register_post_accumulate_grad_hook(look)
+    for _ in range(2):
+        loss = strategy(_batch(torch.ones(1, 300))).total
+        strategy.backward(loss)
+        del loss
+        strategy.step(0.1)
+    gc.collect()
+    return {"after": _held(), "most": most[0]}
+
+
+class _Mean(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, batch: Batch) -> Losses:
+        return Losses(total=self.layers(batch.frames).square().mean(), terms={})
+
+
+def _trained_layers() -> list[nn.Module]:
+    return [nn.Linear(300, 300, bias=False) for _ in range(8)]
+
+
+def _held() -> int:
+    """Bytes of all storages of tensors that Python knows, and of their gradients."""
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor):
+            for x in (thing, thing.grad if thing.is_leaf else None):
+                if x is not None and not x.is_meta:
+                    found[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+    return sum(found.values())
+
+
 CASES = {
+    "held": held,
     "accumulate": accumulate,
     "train": train,
     "overflow": overflow,

@@ -1,0 +1,88 @@
+"""Memory of a training step on one GPU, in closed form: by ZeRO stage, and by what the towers keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from discovla.engine.zero import LARGEST_BUCKET, EngineConfig, choose_stage
+
+FULL = 4  # bytes of a float32
+MOST_LIVE = 1_000_000_000  # elements that DeepSpeed's stage 3 keeps gathered at once, its default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is trained by how many processes.
+
+    frozen, trained: elements of parameters.  world_size: processes.
+    """
+
+    frozen: int
+    trained: int
+    world_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLayers:
+    """What goes through a tower on one process in a step: rows (tokens) of `width` numbers, `layers` deep."""
+
+    rows: float
+    width: int
+    layers: int
+
+
+def state_bytes(config: EngineConfig, sizes: Sizes) -> dict[str, int]:
+    """Bytes that one process holds for parameters, gradients and the optimiser, by part.
+
+    With F frozen and T trained elements of f and t bytes on W processes, and buckets of B elements:
+
+        stage   parameters      masters   moments   gradients at most          gathered
+        0       f F + t T       0         8 T       t T, and again for W > 1   0
+        1       f F + t T       4 T / W   8 T / W   t (T + B)                  0
+        2       f F + t T       4 T / W   8 T / W   t min(T, T / W + B)        0
+        3       (f F + t T)/W   4 T / W   8 T / W   t (T / W + B)              f F + t T for W > 1
+
+    Masters are there in float32 too: DeepSpeed's optimiser holds a slice of its own.  Stage 3 gathers at most
+    a thousand million elements at once, by DeepSpeed's default.
+
+    Args:
+        config: of the engine; plain torch is stage 0.
+        sizes: of the run.
+    """
+    w, trained = sizes.world_size, sizes.trained
+    stage = choose_stage(config, trained, w) if config.strategy == "deepspeed" else 0
+    short = config.bf16_parameters
+    t = 2 if short else FULL
+    f = FULL if config.precision == "fp32" else 2
+    bucket = min(LARGEST_BUCKET, trained)
+    whole, part = f * sizes.frozen + t * trained, _share(trained, w)
+    gradients = {
+        0: t * trained * (2 if w > 1 else 1),
+        1: t * (trained + bucket),
+        2: t * min(trained, part + bucket),
+        3: t * (part + bucket),
+    }[stage]
+    live = min(1.0, MOST_LIVE / max(1, sizes.frozen + trained)) if stage == 3 and w > 1 else 0.0
+    return {
+        "parameters": _share(whole, w) if stage == 3 else whole,
+        "masters": 0 if stage == 0 else FULL * part,
+        "moments": 2 * FULL * (trained if stage == 0 else part),
+        "gradients": gradients,
+        "gathered": round(whole * live),
+    }
+
+
+def activation_bytes(towers: list[TokenLayers], *, widths: float, element: int, parts: int = 1) -> int:
+    """Bytes that the towers keep for backward: `widths` numbers a row, layer and unit of width.
+
+    Args:
+        towers: what goes through each.
+        widths: kept of a row in a layer, over its width.
+        element: bytes of a number.
+        parts: in which a process encodes its clips; one part's is kept at a time.
+    """
+    return round(sum(widths * element * x.rows * x.width * x.layers for x in towers) / parts)
+
+
+def _share(elements: int, world_size: int) -> int:
+    return -(-elements // world_size)

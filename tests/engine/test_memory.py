@@ -1,0 +1,60 @@
+"""The closed form of a GPU's memory is what strategies hold."""
+
+import pytest
+
+from discovla.engine.memory import Sizes, TokenLayers, activation_bytes, state_bytes
+from discovla.engine.zero import EngineConfig
+from tests.engine.launch import run_jobs
+
+LAYER = 300 * 300  # elements of each layer of the worker's module: one frozen, eight trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_strategies_hold_is_what_is_predicted_at_every_stage(size, tmp_path):
+    found = run_jobs([{"case": "held", "stage": stage} for stage in range(4)], tmp_path, size=size)
+    for stage, held in enumerate(found):
+        sizes = Sizes(frozen=LAYER, trained=8 * LAYER, world_size=size)
+        parts = state_bytes(EngineConfig(zero_stage=stage), sizes)
+        # at stage 3 the slices of gradients and their bucket stay
+        between = sum(parts.values()) - parts["gathered"] - (0 if stage == 3 else parts["gradients"])
+        # and DeepSpeed may keep what it gathered for the next step
+        assert 0.99 * between <= held["after"] <= 1.01 * (between + parts["gathered"]), stage
+        # a flat copy of the gradients, and a gathered layer, may be gone before anyone looks
+        assert 0.7 * sum(parts.values()) <= held["most"] <= 1.01 * sum(parts.values()), stage
+
+
+def test_stages_split_what_they_are_to_split():
+    sizes = {w: Sizes(frozen=10, trained=1000, world_size=w) for w in (1, 8)}
+    parts = {
+        stage: [state_bytes(EngineConfig(zero_stage=stage), sizes[w]) for w in (1, 8)] for stage in range(4)
+    }
+    assert parts[0][0] == {
+        "parameters": 4040,
+        "masters": 0,
+        "moments": 8000,
+        "gradients": 4000,
+        "gathered": 0,
+    }
+    assert parts[0][1] == {**parts[0][0], "gradients": 8000}
+    for stage in (1, 2, 3):
+        alone, many = parts[stage]
+        assert (alone["masters"], many["masters"]) == (4000, 500)
+        assert (alone["moments"], many["moments"]) == (8000, 1000)
+    assert parts[3][1]["parameters"] == parts[3][0]["parameters"] / 8
+    assert parts[3][1]["gathered"] == 4040 and parts[3][0]["gathered"] == 0
+
+
+def test_short_dtypes_halve_what_they_are_of():
+    sizes = Sizes(frozen=10, trained=1000, world_size=1)
+    adapters = state_bytes(EngineConfig(precision="bf16", zero_stage=1), sizes)
+    full = state_bytes(EngineConfig(precision="bf16", bf16_parameters=True, zero_stage=1), sizes)
+    assert (adapters["parameters"], full["parameters"]) == (20 + 4000, 20 + 2000)
+    assert (adapters["masters"], full["masters"]) == (4000, 4000)
+
+
+def test_activations_are_those_of_one_part():
+    tower = TokenLayers(rows=100, width=8, layers=3)
+    whole = activation_bytes([tower, tower], widths=9, element=2)
+    assert whole == 2 * 9 * 2 * 100 * 8 * 3
+    assert activation_bytes([tower, tower], widths=9, element=2, parts=4) == whole / 4

@@ -1,0 +1,78 @@
+"""`discovla zero` prints the settings a run would give DeepSpeed, and what a GPU will hold."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.step_inputs import bytes_kept
+from discovla.cli import main
+from discovla.commands.zero import predicted, sketch
+from discovla.config import parse_config
+from discovla.engine.memory import Sizes
+from discovla.engine.zero import zero_json
+from discovla.methods import build
+from discovla.testing import noise_batch
+from tests.engine.launch import ROOT
+
+CONFIG = str(ROOT / "configs/discovla_msrvtt.toml")
+TOWER = {"width": 192, "layers": 6, "mlp_ratio": 4.0}
+ARCHITECTURE = {
+    "embed_dim": 64,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 112, "patch_size": 16, "head_width": 64, **TOWER},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "heads": 3, **TOWER},
+}
+
+
+def test_the_settings_printed_are_those_a_run_takes(capsys):
+    assert main(["zero", CONFIG, "engine.zero_stage=2", "--gpus", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sizes = found["parameters"]
+    assert (sizes["trained"], sizes["world_size"]) == (561_200, 4)  # as the release trains at ViT-B/32
+    config = parse_config({"directory": "x", "method": {"name": "discovla"}, "data": {"manifest": "y"}})
+    engine = config.engine.model_copy(update={"zero_stage": 2})
+    settings = zero_json(engine, config.optim, micro_batch=32, world_size=4, trained=561_200)
+    assert found["deepspeed"] == settings
+    assert set(found["bytes"]) == {"parameters", "masters", "moments", "gradients", "gathered", "activations"}
+
+
+def test_the_table_ends_with_the_total(capsys):
+    assert main(["zero", CONFIG]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    settings = json.loads("\n".join(lines[: lines.index("}") + 1]))
+    assert settings["zero_optimization"]["stage"] == 0
+    sizes = {name: float(size.replace(",", "")) for name, size in map(str.split, lines[-7:])}
+    total = sizes.pop("total")
+    assert total == pytest.approx(sum(sizes.values()), abs=0.5)
+
+
+def test_a_number_of_gpus_that_does_not_divide_the_batch_is_refused(capsys):
+    assert main(["zero", CONFIG, "--gpus", "3"]) == 2
+    assert "--gpus: expected a number that divides batch_size = 128, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_activations_are_predicted_from_above_and_by_less_than_a_third(tune, tmp_path):
+    (tmp_path / "sizes.json").write_text(json.dumps(ARCHITECTURE))
+    config = parse_config(
+        {
+            "directory": "x",
+            "batch_size": 2,
+            "model": {"architecture": str(tmp_path / "sizes.json"), "pretrained": "random"},
+            "method": {"name": "discovla", "tune": tune, "fused_vision_blocks": 1, "fused_text_blocks": 1},
+            "data": {"manifest": "y", "frames": 3, "context_length": 16},
+        }
+    )
+    method = build(config.model, config.method)
+    assert {n: p.shape for n, p in sketch(config).named_parameters()} == {
+        n: p.shape for n, p in method.named_parameters()
+    }
+    batch = replace(noise_batch(method.architecture, size=2), valid=None)
+    full = {name: torch.ones_like(getattr(batch, name)) for name in ("text_mask", "frame_text_mask")}
+    batch = replace(batch, **full)  # captions as long as they may be
+    kept = bytes_kept(lambda: method.encode(batch), list(method.parameters()))
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    sizes = Sizes(frozen=0, trained=trained, world_size=1)
+    assert kept <= predicted(config, method, sizes)["activations"] <= 4 / 3 * kept
