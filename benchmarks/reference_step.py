@@ -77,7 +77,7 @@ class ReferenceStep:
         self, text: Tensor, frame_text: Tensor, frames: Tensor, mask: Tensor, scale: Tensor
     ) -> dict[str, Tensor]:
         text, frame_text, frames = _unit(text), _unit(frame_text), _unit(frames)
-        weight = mask.to(frames.dtype)[..., None]
+        weight = mask.to(frames)[..., None]
         video = _unit((frames * weight).sum(1) / weight.sum(1))
         student = text @ video.T  # t v
         pairs = torch.einsum("atd,bvd->abtv", frame_text, frames)
@@ -121,6 +121,7 @@ class ReferenceStep:
         fused = self.config.fused_vision_blocks if side == "vision" else self.config.fused_text_blocks
         within, across = None, None
         if mask is not None:
+            mask = mask.to(x.device)
             causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
             within, across = _additive(causal & mask[:, None], x), _additive(mask, x)
         for layer in range(layers):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,23 +104,6 @@ def step(model: DiscoVLA, batch: Batch) -> Losses:
         parameter.grad = None
     losses = model.losses(*model.encode(batch))
     losses.total.backward()
-    return losses
-
-
-def meta_batch(batch: Batch) -> Batch:
-    """The batch without values, but for the masks of captions, which tell how they are packed."""
-    kept = {"text_mask": batch.text_mask, "frame_text_mask": batch.frame_text_mask}
-    return replace(batch.to("meta"), **kept)
-
-
-def meta_step(model: DiscoVLA, batch: Batch, *, backward: bool = True) -> Losses:
-    """`step` on meta tensors, whose masks nobody can look at; all frames are real."""
-    text = model.encode_text(batch.text_ids, batch.text_mask)
-    frames = model.encode_frames(batch.frames, batch.frame_mask)
-    text = replace(text, frames=model.encode_frame_captions(batch))
-    losses = model.losses(text, model.embed_video(frames, batch.frame_mask))
-    if backward:
-        losses.total.backward()
     return losses
 
 

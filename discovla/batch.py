@@ -49,8 +49,9 @@ class Batch:
         return self.map(lambda x: x[rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """The same batch with every tensor on `device`."""
-        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+        """The same batch on `device`, but for masks, which are looked at where no GPU is waited for."""
+        kept = {name: getattr(self, name) for name in ("text_mask", "frame_mask", "frame_text_mask")}
+        return replace(self.map(lambda x: x.to(device, non_blocking=non_blocking)), **kept)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `change` applied to each tensor it has."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from discovla.batch import Batch, Embedding, Losses
 from discovla.methods.base_config import MethodConfig
-from discovla.nn.features import check_mask, masked_mean, unit, widen
+from discovla.nn.features import check_mask, masked_mean, on, unit, widen
 from discovla.nn.logit_scale import LogitScale
 from discovla.nn.lora import LoRA
 from discovla.nn.temporal import FusionAttention
@@ -156,24 +156,26 @@ class Method(nn.Module):
         text = self.encode_text(batch.text_ids, batch.text_mask)
         if not self.needs_frame_captions:
             return text
-        mask = batch.frame_mask if self.config.mask_padded_frames else None
-        return replace(text, frames=self.encode_frame_captions(batch), frame_mask=mask)
+        frames = self.encode_frame_captions(batch)
+        mask = on(frames.device, batch.frame_mask) if self.config.mask_padded_frames else None
+        return replace(text, frames=frames, frame_mask=mask)
 
     def encode_videos(self, batch: Batch) -> Embedding:
         """The video side of a training batch."""
         return self.encode_video(batch.frames, batch.frame_mask)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Embedding:
-        """Captions from ids (n l, int64) and mask (n l, bool)."""
+        """Captions from ids (n l, int64) and mask (n l, bool; best on the CPU, see `TextTower`)."""
         check_mask("caption", mask)
         if not self.needs_words:
             return self.embed_text(widen(self.text(ids, mask, dtype=self.compute_dtype)), None, mask)
         pooled, words = self.text(ids, mask, dtype=self.compute_dtype, words=True)
-        return self.embed_text(widen(pooled), widen(words), mask)
+        return self.embed_text(widen(pooled), widen(words), on(ids.device, mask))
 
     def encode_video(self, frames: Tensor, mask: Tensor) -> Embedding:
         """Videos from frames (b f y x c uint8, or b f c y x normalised) and mask (b f, bool)."""
         check_mask("video", mask)
+        mask = on(frames.device, mask)
         return self.embed_video(self.encode_frames(frames, mask), mask)
 
     def encode_frames(self, frames: Tensor, mask: Tensor) -> Tensor:

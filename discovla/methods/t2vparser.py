@@ -22,7 +22,7 @@ from discovla.batch import Embedding
 from discovla.methods.base import Method, VideoLosses, excluded
 from discovla.methods.base_config import MethodConfig
 from discovla.nn.decomposition import Decomposition, FeedForward
-from discovla.nn.features import check_mask, masked_mean, unit, widen
+from discovla.nn.features import check_mask, masked_mean, on, unit, widen
 from discovla.nn.stan import STAN, StanState
 from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
@@ -178,7 +178,7 @@ class T2VParser(Method):
     def encode_text(self, ids: Tensor, mask: Tensor) -> Embedding:
         check_mask("caption", mask)
         pooled, words = self.text(ids, self.seen(mask), dtype=self.compute_dtype, words=True)
-        return self.embed_text(widen(pooled), widen(words), mask)
+        return self.embed_text(widen(pooled), widen(words), on(ids.device, mask))
 
     def embed_text(self, pooled: Tensor, words: Tensor | None, mask: Tensor) -> Embedding:
         """tokens: words and views of captions, n k d; mask: n k."""

@@ -22,11 +22,29 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
+def on(device: torch.device, mask: Tensor) -> Tensor:
+    """The mask on a device, which is not waited for."""
+    return mask.to(device, non_blocking=True)
+
+
+def expect(found: Tensor, message: str) -> None:
+    """Refuse what is not all true (bool); a GPU stops at it later, so that it is not waited for."""
+    if found.is_cuda:
+        torch.ops.aten._assert_async.msg(found.all(), message)
+    elif not found.is_meta and not found.all():  # meta tensors, with which work is counted, hold nothing
+        raise ValueError(message)
+
+
 def check_mask(what: str, mask: Tensor, *, prefix: bool = False) -> None:
     """Refuse rows of a mask (n k, bool) without a true entry, whose feature would not be a number.
 
-    prefix: refuse real entries that come after padding, too.
+    prefix: refuse real entries that come after padding, too.  The row is named of a mask on the CPU.
     """
+    if mask.device.type != "cpu":
+        expect(mask.any(1), f"{what}: expected at least one entry that is no padding in each mask")
+        if prefix:
+            expect(mask[:, :-1] | ~mask[:, 1:], f"{what}: expected padding at the end only, found it before")
+        return
     empty = ~mask.any(1)
     if empty.any():
         row = int(empty.nonzero()[0])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from discovla.nn.autograd import take_rows
+from discovla.nn.features import expect, on
 from discovla.nn.memory import MemoryPlan
 from discovla.nn.sequences import Sequences
 from discovla.nn.transformer import Block, LayerNorm
@@ -61,8 +62,8 @@ class TextTower(nn.Module):
         if mask is None:
             return plain
         packing = Packing.of(mask).to(ids.device)
-        mask = mask.to(ids.device, non_blocking=True)
-        _expect_ends(mask.gather(1, at_end))
+        mask = on(ids.device, mask)
+        expect(mask.gather(1, at_end), "mask: expected true at the end-of-text token of each caption")
         readout = mask.cumsum(1).gather(1, at_end)[:, 0] - 1
         return replace(plain, readout=readout, fusion_key_mask=packing.real, packing=packing)
 
@@ -126,12 +127,3 @@ class TextTower(nn.Module):
             places = (mask.flatten().cumsum(0) - 1).view(ids.shape)
             x = x[places.to(ids.device, non_blocking=True)]
         return pooled, x
-
-
-def _expect_ends(real: Tensor) -> None:
-    """Refuse a mask that leaves an end-of-text token out; on a GPU without waiting for it."""
-    message = "mask: expected true at the end-of-text token of each caption"
-    if real.is_cuda:
-        torch.ops.aten._assert_async.msg(real.all(), message)
-    elif not real.is_meta and not real.all():  # meta tensors, with which work is counted, hold nothing
-        raise ValueError(message)

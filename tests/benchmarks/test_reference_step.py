@@ -8,7 +8,7 @@ from torch.utils._device import _device_constructors
 
 from benchmarks import step_inputs
 from benchmarks.reference_step import ReferenceStep
-from benchmarks.step_inputs import Launches, bytes_kept, flops, meta_batch, meta_step, size_of
+from benchmarks.step_inputs import Launches, bytes_kept, flops, size_of, step
 from benchmarks.step_work import kept_bytes, needed_flops, reference_flops
 from discovla.batch import Batch
 from discovla.data.tokens import Tokenizer
@@ -169,7 +169,7 @@ def test_work_is_its_closed_form_and_a_share_of_the_published(name, share, meta_
     method, batch = published(name, meta_device)
     architecture, size = method.architecture, size_of(batch)
     needed, whole = (form(architecture, method.config, size) for form in (needed_flops, reference_flops))
-    assert flops(lambda: meta_step(method, meta_batch(batch))) == pytest.approx(needed, rel=0.005)
+    assert flops(lambda: step(method, batch.to("meta"))) == pytest.approx(needed, rel=0.005)
     assert flops(lambda: ReferenceStep(method)(batch.to("meta"))) == pytest.approx(whole, rel=0.005)
     assert needed / whole <= share
 
@@ -185,7 +185,12 @@ def test_work_is_its_closed_form_at_small_sizes(layers):
     assert flops(lambda: reference(batch)) == pytest.approx(whole, rel=0.005)
     needed = needed_flops(architecture, method.config, size)
     empty = method.to("meta")
-    assert flops(lambda: meta_step(empty, meta_batch(batch))) == pytest.approx(needed, rel=0.005)
+    assert flops(lambda: step(empty, batch.to("meta"))) == pytest.approx(needed, rel=0.005)
+
+
+def loss(method: DiscoVLA, batch: Batch) -> torch.Tensor:
+    """Forward alone."""
+    return method.losses(*method.encode(batch)).total
 
 
 @pytest.mark.parametrize("memory", [mode for mode in WIDTHS if mode != "keep"])
@@ -194,7 +199,7 @@ def test_every_mode_of_memory_keeps_its_widths_a_token_and_layer(impl, memory, m
     method, batch = published("ViT-B/32", meta_device)
     for tower in (method.vision, method.text):
         tower.impl, tower.memory = impl, memory
-    kept = bytes_kept(lambda: meta_step(method, meta_batch(batch), backward=False), list(method.parameters()))
+    kept = bytes_kept(lambda: loss(method, batch.to("meta")), list(method.parameters()))
     size, element = size_of(batch), torch.float32.itemsize
     assert kept == pytest.approx(
         kept_bytes(method.architecture, method.config, size, element, memory), rel=0.05
@@ -204,12 +209,12 @@ def test_every_mode_of_memory_keeps_its_widths_a_token_and_layer(impl, memory, m
 @pytest.mark.parametrize(("dtype", "less"), [(torch.float32, 2), (torch.bfloat16, 4)], ids=["fp32", "bf16"])
 def test_what_is_kept_for_backward_is_nine_widths_a_token_and_layer(dtype, less, meta_device):
     method, batch = published("ViT-B/32", meta_device)
-    meta = meta_batch(batch)
+    meta = batch.to("meta")
     reference = ReferenceStep(method)
-    whole = bytes_kept(lambda: reference.losses(batch.to("meta")), list(reference.weights.values()))
+    whole = bytes_kept(lambda: reference.losses(meta), list(reference.weights.values()))
     method.compute_dtype = dtype
     cast_frozen(method, dtype)
-    kept = bytes_kept(lambda: meta_step(method, meta, backward=False), list(method.parameters()))
+    kept = bytes_kept(lambda: loss(method, meta), list(method.parameters()))
     limit = kept_bytes(method.architecture, method.config, size_of(batch), dtype.itemsize)
     assert kept <= 1.05 * limit
     assert whole >= less * kept
