@@ -21,7 +21,7 @@ from discovla.engine.log import RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.pace import Pace, slow
 from discovla.engine.signals import NAMES, StopSignals
-from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
+from discovla.engine.strategy import StepPlan, make_strategy
 from discovla.engine.watch import SETTLE, Watch
 from discovla.engine.zero import EngineConfig
 from discovla.evaluate import Evaluation, evaluate
@@ -31,6 +31,7 @@ from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
 from discovla.ops.dispatch import KernelUnavailable, choose
+from discovla.precision import set_precision
 from discovla.saving import METHOD, Saving, load_trained, schedule, set_aside
 from discovla.splits import read_splits
 from discovla.train_step import TrainStep
@@ -113,10 +114,7 @@ class Trainer:
         fixed = schedule(config, self.total, len(self.loader.source))
         self.saving = Saving(config, self.world, fingerprint, fixed)
         self.found = self.saving.find()
-        if config.engine.precision == "bf16":
-            self.method.compute_dtype = torch.bfloat16
-            if not config.engine.bf16_parameters:
-                cast_frozen(self.method, torch.bfloat16)
+        set_precision(self.method, config.engine, self.world.device)
         self.method.to(self.world.device)
         compute_as(self.method, config.engine, self.world.device)
         if not config.resume:

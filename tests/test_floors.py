@@ -21,6 +21,7 @@ LOW = {  # room -> the rooms it may import beside itself
 HIGH = {
     "config": 6,
     "faults": 6,
+    "precision": 6,
     "evaluate": 7,
     "runs": 7,
     "saving": 7,
