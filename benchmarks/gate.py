@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.measure import read_rows
 
 Row = dict[str, Any]
-OURS = ("triton", "cuda", "torch", "ours", "ours bf16")
+OURS = ("triton", "cuda", "torch", "ours", "ours bf16", "ours bf16 triton", "ours fp8")
 RUNS = 5  # earlier ones that a new one is compared with
 MS, MEMORY, ERROR = 1.05, 1.02, 2.0  # how much worse than the best of them counts
 WORTH = 1.15  # how much faster than Triton a CUDA kernel has to be, at two sizes at least
@@ -54,11 +54,10 @@ def _line(row: Row, what: str, now: float, then: float) -> str:
 
 
 def targets(rows: Iterable[Row]) -> list[str]:
-    """For each case with a target, the best of our impls beside it."""
+    """For each case with a target, the best of our impls that have it."""
     lines = []
-    for name, group in _cases(rows).items():
-        ours = [row for row in group if row["impl"] in OURS]
-        goals = {key: ours[0].get(f"target_{key}") for key in ("ms", "gb")} if ours else {}
+    for name, ours in _with_one_target(rows):
+        goals = {key: ours[0].get(f"target_{key}") for key in ("ms", "gb")}
         wanted = {key: goal for key, goal in goals.items() if goal}
         if not wanted:
             continue
@@ -71,6 +70,15 @@ def targets(rows: Iterable[Row]) -> list[str]:
         ]
         lines.append(f"{name} ({best['impl']}): " + "; ".join(parts))
     return lines
+
+
+def _with_one_target(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Timed rows of ours, by the name of their case and by what they are to reach."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if "ms_p50" in row and row["impl"] in OURS:
+            found.setdefault((row["name"], row.get("target_ms"), row.get("target_gb")), []).append(row)
+    return [(key[0], group) for key, group in found.items()]
 
 
 def beside_baselines(rows: Iterable[Row]) -> list[str]:

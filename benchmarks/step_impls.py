@@ -11,8 +11,10 @@ from benchmarks import peft_step, step_inputs
 from benchmarks.peft_step import PeftStep
 from benchmarks.reference_step import ReferenceStep, compiled
 from discovla.batch import Batch, Losses
-from discovla.engine.strategy import cast_frozen
+from discovla.engine.zero import EngineConfig
 from discovla.methods.discovla import DiscoVLA
+from discovla.ops.fp8_linear import fp8_lacks
+from discovla.precision import set_precision
 from discovla.towers.architecture import Architecture
 
 BASE = "reference"
@@ -25,6 +27,8 @@ IMPLS = (
     "peft bf16 sdpa",
     "ours",
     "ours bf16",
+    "ours bf16 triton",
+    "ours fp8",
 )
 
 
@@ -41,9 +45,14 @@ def unavailable(name: str, device: str) -> str:
     """Why an implementation is not timed here, in one line; empty where it can be."""
     if name.startswith("peft"):
         return peft_step.absent()
-    if "compiled" in name and device == "cpu":
-        return "torch.compile's fastest mode is timed on GPUs alone"
-    return ""
+    gpus = {
+        "compiled": "torch.compile's fastest mode is timed on GPUs alone",
+        "triton": "its kernels run on GPUs",
+        "fp8": "a CPU has no product in FP8, it is emulated there",
+    }
+    if device == "cpu":
+        return next((reason for word, reason in gpus.items() if word in name), "")
+    return fp8_lacks(torch.device(device)) if "fp8" in name else ""
 
 
 def make_step(name: str, architecture: Architecture, device: str) -> Step:
@@ -67,9 +76,11 @@ def make_step(name: str, architecture: Architecture, device: str) -> Step:
 
 
 def _ours(name: str, architecture: Architecture, device: str) -> Step:
-    dtype = torch.bfloat16 if "bf16" in name else torch.float32
-    model = step_inputs.method(architecture, dtype=dtype, device=device)
-    cast_frozen(model, dtype)
+    model = step_inputs.method(architecture, device=device)
+    precision = next((word for word in ("bf16", "fp8") if word in name), "fp32")
+    set_precision(model, EngineConfig(precision=precision), torch.device(device))
+    if "triton" in name:
+        model.vision.impl = model.text.impl = "triton"
     return Step(
         call=lambda batch: step_inputs.step(model, batch),
         forward=lambda batch: _losses(model, batch),

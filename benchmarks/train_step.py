@@ -10,7 +10,8 @@ shared machine's times vary by a factor of two and more.  With the loader each h
 other, for workers read ahead.  Rows go to benchmarks/results/<device>/, one JSON a line: milliseconds by the
 clock and of the process's own CPU time; what the step keeps for backward; work as `step_work.py` counts it;
 kernels, or on a CPU the ops that would start one.  What is not there or does not fit has a row that says so.
-Parameters that train stay float32; `bf16` computes in bfloat16.
+Parameters that train stay float32; `bf16` computes in bfloat16, `fp8` multiplies frozen weights in 8 bits,
+`triton` takes the kernels where the rest takes what `auto` has found fastest.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ LEAST = 3  # rounds, before time may be up
 MODELS = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
 # ms and GB of an H200 at 128 pairs
 TARGETS = {"ViT-B/32": (52.0, 17.0), "ViT-B/16": (192.0, None), "ViT-L/14": (830.0, None)}
+FP8_TARGETS = {"ViT-B/32": (36.0, None)}
 Row = dict[str, Any]
 Rounds = dict[str, list[tuple[float, float]]]
 
@@ -238,7 +240,8 @@ def _rates(row: Row, device: str) -> Row:
     if peak := peak_tflops(torch.cuda.get_device_name()):
         found |= {"mfu": found["tflops_needed"] / peak, "mfu_ref": found["tflops_ref"] / peak}
     if row["name"].endswith(" b128"):
-        found["target_ms"], found["target_gb"] = TARGETS.get(row["model"], (None, None))
+        targets = FP8_TARGETS if "fp8" in row["impl"] else TARGETS
+        found["target_ms"], found["target_gb"] = targets.get(row["model"], (None, None))
     return found
 
 
