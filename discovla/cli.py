@@ -15,13 +15,14 @@ from discovla.commands import (
     evaluate,
     export,
     frames,
+    preflight,
     prepare,
     shard,
     zero,
 )
 from discovla.faults import run_told
 
-COMMANDS = (frames, prepare, doctor, caption, shard, data_bench, draw, evaluate, export, zero)
+COMMANDS = (frames, prepare, doctor, caption, shard, data_bench, draw, evaluate, export, zero, preflight)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
