@@ -78,7 +78,8 @@ def make_step(name: str, architecture: Architecture, device: str) -> Step:
 def _ours(name: str, architecture: Architecture, device: str) -> Step:
     model = step_inputs.method(architecture, device=device)
     precision = next((word for word in ("bf16", "fp8") if word in name), "fp32")
-    set_precision(model, EngineConfig(precision=precision), torch.device(device))
+    config = EngineConfig.model_validate({"precision": precision})
+    set_precision(model, config, torch.device(device))
     if "triton" in name:
         model.vision.impl = model.text.impl = "triton"
     return Step(
