@@ -254,11 +254,8 @@ class Method(nn.Module):
         how = {"kl_norm": config.kl_norm, "detach_teacher": config.detach_teacher, "ignore": ignore}
         if self.scores_pooled:
             loss = alignment_losses(inputs, scale, **how)
-            own, frame, distill = (
-                VideoLosses(total=loss.video, terms={"video": loss.video}),
-                loss.frame,
-                loss.distill,
-            )
+            own = VideoLosses(total=loss.video, terms={"video": loss.video})
+            frame, distill = loss.frame, loss.distill
         else:
             own = self.video_losses(text, video, ignore, columns)
             assert own.logits is not None, "a method that does not score pooled features gives its logits"
@@ -296,6 +293,7 @@ class Method(nn.Module):
             text_mask=mask if text.frame_mask is None else text.frame_mask,
             video_mask=mask,
             columns=columns,
+            group=self.config.frame_group,
         )
 
     def pixels(self, frames: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ class MethodConfig(BaseModel):
         captions of the frames are needed.
     kl_norm: "official" divides the distillation by n², so its weight per row falls with the batch; "fixed"
         weighs it as n = 128 does, at any batch.
+    frame_group: frames are compared, and teach, among so many neighbouring samples of a batch alone, which
+        bounds the work on large ones.  None compares all.
     detach_teacher: no gradient of the distillation into the frame-level similarity.
     mask_padded_frames: padded frames are not seen in fusion and frame similarity.
     exclude_same_video: captions of one clip are no negatives of each other.
@@ -50,6 +52,7 @@ class MethodConfig(BaseModel):
     alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     beta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     kl_norm: KLNorm = "official"
+    frame_group: int | None = Field(default=None, ge=2)
     detach_teacher: bool = False
     mask_padded_frames: bool = True
     exclude_same_video: bool = False

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from discovla.ops.blocks import ELEMENTS, EXCLUDED, expect_shape, wide
-from discovla.ops.columns import Columns, column_losses
+from discovla.ops.columns import ALL, Columns, column_losses, merged_losses, placed, statistics
 from discovla.ops.contrastive import contrastive_columns, contrastive_streamed
 from discovla.ops.dispatch import Impl, choose
 from discovla.ops.frame_similarity import frame_similarity
-from discovla.ops.info_nce import contrastive_loss, cosine_similarity
+from discovla.ops.info_nce import contrastive_loss, cosine_similarity, info_nce
 
 KLNorm = Literal["official", "fixed"]
 
@@ -24,6 +25,7 @@ class AlignmentInputs:
     text, video: n d.  text_frames: n i d, frame captions.  video_frames: n j d, frames.
     text_mask, video_mask: n i and n j, bool, or None where every part counts.
     columns: where each process has its own videos: what is of videos is v rows, of this one's.
+    group: how many neighbouring samples frames are compared among; None for all.
     """
 
     text: Tensor
@@ -33,6 +35,7 @@ class AlignmentInputs:
     text_mask: Tensor | None = None
     video_mask: Tensor | None = None
     columns: Columns | None = None
+    group: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,8 @@ def alignment_losses(
     S = cosine of (text, video);  G = `frame_similarity` of the frames;
     P = softmax_rows(s G), Q = softmax_rows(s S);  K = w sum_ij P (log P - log Q);
     w = 100 / n² (official: the weight per row falls as 1/n) or 100 / (128 n) (fixed: equal at n = 128, free
-    of n).
+    of n).  With groups of m neighbouring samples G, P and the Q of K are of pairs inside a group alone, and
+    w = 100 / (m n) or 100 / (128 n): the mean over groups of what each would have as a batch of its own.
 
     Args:
         inputs: the embeddings and masks.
@@ -79,6 +83,12 @@ def alignment_losses(
     _expect_shapes(inputs, ignore)
     n, parts = len(inputs.text), inputs.text_frames.shape[1] * inputs.video_frames.shape[1]
     pairs, columns = n * len(inputs.video), inputs.columns
+    how = {"kl_norm": kl_norm, "detach_teacher": detach_teacher, "ignore": ignore}
+    if _grouped(inputs):
+        pooled = (inputs.text, inputs.video, logit_scale)
+        video = info_nce(*pooled, ignore=ignore, columns=columns, impl=impl)
+        frame, distill = _losses_of_groups(None, inputs, logit_scale, **how)
+        return AlignmentLosses(video=video, frame=frame, distill=distill)
     tensors = (inputs.text, inputs.video, inputs.text_frames, inputs.video_frames)
     masks = (inputs.text_mask, inputs.video_mask)
     chosen = choose(
@@ -156,12 +166,64 @@ def frame_alignment(
     Returns:
         Unweighted scalars: frame-level loss, distillation.
     """
+    if _grouped(inputs):
+        how = {"kl_norm": kl_norm, "detach_teacher": detach_teacher, "ignore": ignore}
+        return _losses_of_groups(student, inputs, logit_scale, **how)
     frame = _frame_logits(inputs, logit_scale, ignore, "auto")
     if inputs.columns is not None:
         how = {"kl_weight": kl_weight(kl_norm, len(student)), "detach_teacher": detach_teacher}
         _, found, distill = column_losses(student, frame, inputs.columns, **how)
         return found, distill
     return _frame_losses(student, frame, kl_norm, detach_teacher)
+
+
+def _grouped(inputs: AlignmentInputs) -> bool:
+    return inputs.group is not None and inputs.group < len(inputs.text)
+
+
+def _losses_of_groups(
+    student: Tensor | None,
+    inputs: AlignmentInputs,
+    scale: Tensor,
+    *,
+    kl_norm: KLNorm,
+    detach_teacher: bool,
+    ignore: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Frame-level loss and distillation inside groups; the student is pooled cosines where none is given."""
+    n, v, columns, group = len(inputs.text), len(inputs.video), inputs.columns or ALL, inputs.group
+    assert group is not None, "asked for"
+    start, end = columns.first // group * group, columns.first + v
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    # one group at least, be it empty: every process must reach the same tensors in backward
+    for first in range(start, max(end, start + 1), group):
+        rows = slice(first, min(first + group, n))
+        own = slice(max(first - columns.first, 0), min(first + group, end) - columns.first)
+        left_out = None if ignore is None else ignore[rows, own]
+        part = _part(inputs, rows, own)
+        frame = _frame_logits(part, scale, left_out, "auto")
+        logits = scale * cosine_similarity(part.text, part.video) if student is None else student[rows, own]
+        logits = logits if left_out is None else logits.masked_fill(left_out, EXCLUDED)
+        found.append(statistics(logits, frame, columns.first + own.start - first, detach_teacher))
+    rows, across, matched = (list(parts) for parts in zip(*found, strict=True))
+    of_rows = placed(torch.cat(rows, dim=1), start, n)
+    weight = 100 / (group * n) if kl_norm == "official" else kl_weight(kl_norm, n)
+    sums = (torch.cat(across, dim=1), torch.stack(matched).sum(0))
+    _, frame, distill = merged_losses(of_rows, *sums, columns, weight, detach_teacher)[0]
+    return frame, distill
+
+
+def _part(inputs: AlignmentInputs, rows: slice, own: slice) -> AlignmentInputs:
+    """Some of the texts and some of the videos."""
+    masks = (inputs.text_mask, inputs.video_mask)
+    return AlignmentInputs(
+        text=inputs.text[rows],
+        video=inputs.video[own],
+        text_frames=inputs.text_frames[rows],
+        video_frames=inputs.video_frames[own],
+        text_mask=None if masks[0] is None else masks[0][rows],
+        video_mask=None if masks[1] is None else masks[1][own],
+    )
 
 
 def _frame_logits(inputs: AlignmentInputs, scale: Tensor, ignore: Tensor | None, impl: Impl) -> Tensor:

@@ -24,6 +24,9 @@ class Columns:
     largest: Callable[[Tensor], Tensor]
 
 
+ALL = Columns(first=0, add=lambda *tensors: tensors, largest=torch.Tensor.detach)  # of the only process
+
+
 def column_losses(
     student: Tensor,
     teacher: Tensor | None,
@@ -42,13 +45,29 @@ def column_losses(
     Returns:
         1 or 3 losses of the whole matrices, on every process.
     """
+    sums = statistics(student, teacher, columns.first, detach_teacher)
+    return merged_losses(*sums, columns, kl_weight, detach_teacher)[0]
+
+
+def statistics(
+    student: Tensor, teacher: Tensor | None, first: int, detach: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `merged_losses` takes of logits t v, where text `first` matches the first video."""
     matrices = [student] if teacher is None else [student, teacher]
-    matched = torch.stack([x.diagonal(-columns.first).sum() for x in matrices])
-    rows, across = (_statistics(student, teacher, dim, detach_teacher) for dim in (1, 0))
-    return merged_losses(rows, across, matched, columns, kl_weight, detach_teacher)[0]
+    matched = torch.stack([x.diagonal(-first).sum() for x in matrices])
+    return _along(student, teacher, 1, detach), _along(student, teacher, 0, detach), matched
 
 
-def _statistics(student: Tensor, teacher: Tensor | None, dim: int, detach: bool) -> Tensor:
+def placed(rows: Tensor, start: int, count: int) -> Tensor:
+    """Statistics k t of some neighbouring texts among those of `count`, of which the others have nothing."""
+    before, after = (
+        rows.new_full((len(rows), n), -torch.inf) for n in (start, count - start - rows.shape[1])
+    )
+    before[2:] = after[2:] = 0
+    return torch.cat([before, rows, after], dim=1)
+
+
+def _along(student: Tensor, teacher: Tensor | None, dim: int, detach: bool) -> Tensor:
     """Along `dim`, log-sum-exp; with a teacher its own too, and the mean of teacher - student under it."""
     if teacher is None:
         return student.logsumexp(dim)[None]

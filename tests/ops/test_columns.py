@@ -1,6 +1,6 @@
 """Losses put together from the columns of several processes (threads here) are those of whole matrices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -107,9 +107,14 @@ def _weighed(losses: list[Tensor], weights: list[float]) -> Tensor:
 
 
 def inputs(
-    x: list[Tensor], own: slice, columns: Columns | None, masks: tuple[Tensor, ...]
+    x: list[Tensor],
+    own: slice,
+    columns: Columns | None,
+    masks: Sequence[Tensor],
+    group: int | None = None,
 ) -> AlignmentInputs:
     return AlignmentInputs(
+        group=group,
         text=x[0],
         video=x[1][own],
         text_frames=x[2],
@@ -169,6 +174,45 @@ def test_any_logits_are_taught_by_columns_as_by_whole_matrices(split, detach):
     check(losses, SPLITS[split])
 
 
+@pytest.mark.parametrize("taught", ["pooled", "other logits"])
+@pytest.mark.parametrize("detach", [False, True], ids=["taught both ways", "detached teacher"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_groups_of_columns_are_those_of_whole_matrices(split, detach, taught):
+    *masks, ignore = masks_and_ignore()
+
+    def losses(x, own, columns):
+        how = {"detach_teacher": detach, "ignore": ignore[:, own]}
+        given = inputs(x, own, columns, masks, group=4)
+        if taught == "pooled":
+            found = alignment_losses(given, x[4], **how)
+            return [found.video, found.frame, found.distill]
+        student = x[4] * cosine_similarity(x[0], x[1][own]) ** 3
+        return list(frame_alignment(student.masked_fill(ignore[:, own], -1e9), given, x[4], **how))
+
+    check(losses, SPLITS[split])
+
+
+@pytest.mark.parametrize("kl_norm", ["official", "fixed"])
+def test_groups_are_batches_of_their_own(kl_norm):
+    *masks, ignore = masks_and_ignore()
+    x, n, groups = leaves(), 8, (slice(0, 4), slice(4, 8))
+    x = [leaf[:n] if leaf.dim() else leaf for leaf in x]
+    masks = [mask[:n] for mask in masks]
+    how = {"kl_norm": kl_norm, "ignore": ignore[:n, :n]}
+    found = alignment_losses(inputs(x, slice(None), None, masks, group=4), x[4], **how)
+    wanted = []
+    for group in groups:
+        part = [leaf[group] if leaf.dim() else leaf for leaf in x]
+        given = inputs(part, slice(None), None, [mask[group] for mask in masks])
+        wanted.append(alignment_losses(given, x[4], kl_norm=kl_norm, ignore=ignore[group, group]))
+    whole = alignment_losses(inputs(x, slice(None), None, masks), x[4], **how)
+    assert found.video.item() == pytest.approx(whole.video.item(), rel=1e-12)
+    for name in ("frame", "distill"):
+        mean = sum(getattr(loss, name).item() for loss in wanted) / 2
+        assert getattr(found, name).item() == pytest.approx(mean, rel=1e-12)
+        assert getattr(whole, name).item() != pytest.approx(mean, rel=1e-3)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_sigmoid_loss_of_columns_is_that_of_the_whole_matrix(impl, split):
@@ -195,13 +239,14 @@ def alone(first: int) -> Columns:
     return Columns(first=first, add=lambda *own: own, largest=lambda x: x)
 
 
-def block(n: int, videos: int) -> Callable[[str], None]:
+def block(n: int, videos: int, group: int | None = None) -> Callable[[str], None]:
     """Forward and backward of the alignment losses of n texts and these many videos."""
     shapes = [(n, 16), (videos, 16), (n, 4, 16), (videos, 4, 16)]
     x = [torch.randn(shape, requires_grad=True) for shape in shapes]
 
     def run(impl: str) -> None:
-        given = AlignmentInputs(text=x[0], video=x[1], text_frames=x[2], video_frames=x[3], columns=alone(0))
+        of = {"text": x[0], "video": x[1], "text_frames": x[2], "video_frames": x[3]}
+        given = AlignmentInputs(**of, columns=alone(0), group=group)
         found = alignment_losses(given, torch.tensor(9.0), impl=impl)
         (found.video + found.frame + found.distill).backward()
 
@@ -218,6 +263,17 @@ def test_work_and_memory_of_a_rank_fall_as_one_over_their_number():
     assert work[1] == 3 * 2 * n * n * 16 * (1 + 4 * 4)  # a product and its two derivatives, of both matrices
     assert [work[1] / work[size] for size in (2, 4)] == [2, 4]
     assert [memory[1] / memory[size] for size in (2, 4)] == pytest.approx([2, 4], rel=0.05)
+
+
+def test_groups_bound_the_work_on_frames():
+    def work(**how):
+        with FlopCounterMode(display=False) as counted:
+            block(256, 64, **how)("reference")
+        return counted.get_total_flops()
+
+    pooled, frames = (3 * 2 * 256 * 64 * 16 * parts for parts in (1, 4 * 4))
+    assert work() == pooled + frames
+    assert work(group=32) == pooled + (pooled + frames) / 8  # the student once more, inside groups
 
 
 def test_streamed_columns_need_memory_for_embeddings_alone(monkeypatch):
