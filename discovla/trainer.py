@@ -361,6 +361,7 @@ def compute_as(method: Method, engine: EngineConfig, device: torch.device) -> No
         raise ValueError(f"engine.impl: {error}") from None
     for tower in (method.vision, method.text):
         tower.impl, tower.memory = engine.impl, engine.memory
+    method.text.distinct = engine.distinct_captions
 
 
 def _groups(method: Method) -> list[ParameterGroup]:

@@ -30,6 +30,8 @@ class EngineConfig(BaseModel):
     memory: what these blocks keep of a token for backward, in widths of the tower: "keep" 9,
         "recompute_mlp" 5, "recompute_projections" 2, "recompute_blocks" 1, for more and more work; "auto"
         takes the first that the free memory of a GPU holds, and on a CPU "keep".
+    distinct_captions: let identical captions pass as one what no other caption is seen in: the same numbers,
+        for less work where captions of neighbouring frames repeat.
     grad_scale: "exact" makes the gradient of many processes that of one; "official" leaves it 1/W, as
         released.
     accumulate: parts in which a process encodes its clips of a step. Above 1, activations are kept for one
@@ -49,6 +51,7 @@ class EngineConfig(BaseModel):
     bf16_parameters: bool = False
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
     memory: Memory = "auto"
+    distinct_captions: bool = False
     grad_scale: Literal["exact", "official"] = "exact"
     accumulate: int = Field(default=1, ge=1)
     lost_after: float = Field(default=60.0, gt=10, allow_inf_nan=False)

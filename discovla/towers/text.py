@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,15 @@ from discovla.towers.vision import MakeBlock
 class TextTower(nn.Module):
     """embed -> blocks -> project; a caption is read at its end-of-text token, the largest id.
 
-    `impl` and `memory` say how blocks are computed; see `ops.dispatch` and `nn.memory`.
+    `impl` and `memory` say how blocks are computed; see `ops.dispatch` and `nn.memory`.  With `distinct`
+    identical captions pass the blocks below the first that fuses as one; on a GPU they are waited for.  Off
+    unless asked for: of the frame captions of the drawn world 3.5 % repeat within a clip, and 5.0 % within
+    128 clips.
     """
 
     impl: Impl = "auto"
     memory: Memory = "auto"
+    distinct: bool = False
 
     def __init__(self, architecture: Architecture, make_block: MakeBlock | None = None) -> None:
         super().__init__()
@@ -110,16 +114,12 @@ class TextTower(nn.Module):
         """
         if mask is None and not words and not group:
             mask = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(-1)[:, None]
+        if self.distinct and mask is not None and not words:
+            return self._distinct(ids, mask, group, dtype)
         sequences = self.sequences(ids, mask, group)
-        x = self.embed(ids, dtype)
-        if mask is not None:
-            kept = mask.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
-            x = take_rows(x.flatten(0, 1), kept)  # t w
-        sequences = replace(sequences, memory=self.plan.of(self.memory, x))
-        inner = sequences.inner()
-        for block in self.blocks[:-1]:
-            x = block(x, inner)
-        x = self.project(self.blocks[-1](x, sequences.last(pruned=not words)))
+        x = self.project(
+            self._through(self.blocks, self._rows(ids, mask, dtype), sequences, pruned=not words)
+        )
         if not words:
             return x
         pooled = sequences.read(x)
@@ -127,3 +127,42 @@ class TextTower(nn.Module):
             places = (mask.flatten().cumsum(0) - 1).view(ids.shape)
             x = x[places.to(ids.device, non_blocking=True)]
         return pooled, x
+
+    def _rows(self, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Embedded tokens n l w, or packed t w."""
+        x = self.embed(ids, dtype)
+        if mask is None:
+            return x
+        kept = mask.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
+        return take_rows(x.flatten(0, 1), kept)
+
+    def _through(self, blocks: nn.ModuleList, x: Tensor, sequences: Sequences, *, pruned: bool) -> Tensor:
+        """Rows after some of the blocks; pruned: the readout rows alone."""
+        sequences = replace(sequences, memory=self.plan.of(self.memory, x))
+        inner = sequences.inner()
+        for block in blocks[:-1]:
+            x = block(x, inner)
+        return blocks[-1](x, sequences.last(pruned=pruned))
+
+    def _distinct(self, ids: Tensor, mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+        """Features n d of captions, the same ones going together as far as no caption sees another."""
+        fusing = [group > 0 and cast(Block, block).attention.fuses for block in self.blocks]
+        below = fusing.index(True) if any(fusing) else len(fusing)
+        first, of = distinct_rows(torch.where(on(ids.device, mask), ids, -1))
+        few_ids, few_mask = ids[first], mask[first.to(mask.device)]
+        few, x = self.sequences(few_ids, few_mask), self._rows(few_ids, few_mask, dtype)
+        if below == len(fusing):
+            return self.project(self._through(self.blocks, x, few, pruned=True)).index_select(0, of)
+        x = self._through(self.blocks[:below], x, few, pruned=False) if below else x
+        every = self.sequences(ids, mask, group)
+        assert few.packing is not None and every.packing is not None, "they have masks"
+        rows = few.packing.places[of].flatten()[every.packing.rows]
+        x = self._through(self.blocks[below:], x.index_select(0, rows), every, pruned=True)
+        return self.project(x)
+
+
+def distinct_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of n rows the first of each kind, u, and for every row which of those it is, n; int64."""
+    kinds, of = x.unique(dim=0, return_inverse=True)
+    every = torch.arange(len(x), device=x.device)
+    return every.new_full((len(kinds),), len(x)).scatter_reduce_(0, of, every, "amin"), of

@@ -99,7 +99,8 @@ def test_an_impl_that_cannot_run_is_refused(monkeypatch):
 def test_a_run_says_what_computes_the_blocks_and_what_they_keep(monkeypatch):
     method, _ = made("published", torch.float32)
     cpu = torch.device("cpu")
-    compute_as(method, EngineConfig(impl="triton", memory="recompute_mlp"), cpu)
+    compute_as(method, EngineConfig(impl="triton", memory="recompute_mlp", distinct_captions=True), cpu)
+    assert method.text.distinct
     for tower in (method.vision, method.text):
         assert (tower.impl, tower.memory) == ("triton", "recompute_mlp")
     method.compute_dtype = torch.bfloat16

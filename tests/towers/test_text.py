@@ -1,8 +1,11 @@
 import pytest
 import torch
 
-from discovla.testing import noise_batch, tiny_architecture
-from discovla.towers.text import TextTower
+from discovla.batch import Batch
+from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
+from discovla.testing import noise_batch, relative_error, tiny_architecture
+from discovla.towers.text import TextTower, distinct_rows
+from tests.nn.test_chain import results
 
 
 @pytest.fixture
@@ -32,3 +35,54 @@ def test_without_a_mask_only_padding_sees_padding(tower):
 def test_a_caption_longer_than_the_positions_is_refused(tower):
     with pytest.raises(ValueError, match="ids: expected at most 12 tokens, got 13"):
         tower(torch.ones(1, 13, dtype=torch.long), None)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("fused", [0, 1, 2])
+def test_identical_captions_that_pass_as_one_change_nothing(fused, impl):
+    method = made_fusing(fused)
+    method.text.impl = impl
+    batch = repeated(noise_batch(method.architecture, size=3, frames=4))
+    want = results(method, batch, impl)
+    method.text.distinct = True
+    got = results(method, batch, impl)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert relative_error(got[name], value) < 1e-11, name
+
+
+def test_identical_captions_are_computed_once_below_the_first_block_that_fuses():
+    method = made_fusing(1)
+    method.text.distinct = True
+    batch = repeated(noise_batch(method.architecture, size=3, frames=4))
+    rows: list[int] = []
+    for block in method.text.blocks:
+        block.register_forward_hook(lambda block, inputs, output: rows.append(len(inputs[0])))
+    method.encode_frame_captions(batch)
+    mask = batch.frame_text_mask
+    assert rows == [int(mask[:, 0].sum() + mask[0, 3].sum()), int(mask.sum())]
+
+
+def test_the_first_row_of_each_kind_is_found():
+    first, of = distinct_rows(torch.tensor([[3, 1, -1], [2, 1, 0], [3, 1, -1], [2, 1, 0], [3, 1, 1]]))
+    assert sorted(first.tolist()) == [0, 1, 4] and first[of].tolist() == [0, 1, 0, 1, 4]
+
+
+def made_fusing(fused: int) -> DiscoVLA:
+    config = DiscoVLAConfig(lora_rank=3, fused_vision_blocks=1, fused_text_blocks=fused)
+    method = DiscoVLA(tiny_architecture(), config)
+    with torch.no_grad():
+        for name, p in method.named_parameters():
+            p.normal_(std=0.15).add_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
+    method.freeze()
+    method.compute_dtype = torch.float64
+    return method.double()
+
+
+def repeated(batch: Batch) -> Batch:
+    """One caption for all frames of a clip, but for the last frame of the first."""
+    last = batch.frame_text_ids[0, 3].clone(), batch.frame_text_mask[0, 3].clone()
+    for x, other in zip((batch.frame_text_ids, batch.frame_text_mask), last, strict=True):
+        x[:] = x[:, :1].clone()
+        x[0, 3] = other
+    return batch
