@@ -20,6 +20,8 @@ from discovla.towers.weights import initialise
 SOT, EOT = 49406, 49407
 # ops that start no kernel though they are no views
 STILL = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty"}
+# ops of our own that start more than one kernel
+SEVERAL = {"mlp": 2, "lora_norm_backward": 2}
 WORDS = (6, 15)  # of a caption; with start and end 12 tokens on average
 
 
@@ -146,5 +148,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = any(isinstance(x, Tensor) for x in (out if isinstance(out, tuple | list) else [out]))
-        self.count += tensors and not func.is_view and func.overloadpacket.__name__ not in STILL
+        name = func.overloadpacket.__name__
+        if tensors and not func.is_view and name not in STILL:
+            self.count += SEVERAL.get(name, 1) if func.namespace == "discovla" else 1
         return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,16 +100,25 @@ class _LoRAProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z: Tensor, weight: Tensor, bias: Tensor, b: Tensor) -> Tensor:
         (_, width), rank = weight.shape, b.shape[1]
-        both = F.pad(torch.cat([weight, b], dim=1), (0, z.shape[1] - width - rank))  # o (w + p)
         ctx.save_for_backward(weight, b, z[:, width : width + rank].clone())
-        ctx.padding = z.shape[1] - width - rank
-        return F.linear(z, both, bias)
+        return F.linear(z, _augmented(weight, b), bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor]:
         weight, b, low = ctx.saved_tensors
-        both = F.pad(torch.cat([weight, b], dim=1), (0, ctx.padding))
-        return grad @ both, None, None, grad.T @ low
+        return grad @ _augmented(weight, b), None, None, grad.T @ low
+
+
+def _augmented(weight: Tensor, b: Tensor) -> Tensor:
+    """[W | B | 0], o (w + p), in one launch."""
+    columns = _padding(b.shape[1]) - b.shape[1]
+    return torch.cat([weight, b, _zeros(len(b), columns, b.dtype, b.device)], dim=1)
+
+
+@cache
+def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Columns that nobody writes to: of a projection, less than a hundredth of it."""
+    return torch.zeros(rows, columns, dtype=dtype, device=device)
 
 
 def _affine(gain: Tensor | None, shift: Tensor | None) -> Affine | None:

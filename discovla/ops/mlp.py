@@ -115,6 +115,7 @@ def _(grad, down, h, activation):
 
 def _keep(ctx, inputs, output) -> None:
     x, up, _, down, _, ctx.activation, _ = inputs
+    ctx.set_materialize_grads(False)  # of h, four widths of zeros
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, up, down, output[1])
 
 

@@ -175,12 +175,16 @@ def _(
 
 def _keep(ctx, inputs, output) -> None:
     *tensors, ctx.heads, ctx.length, ctx.causal = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[2:])
 
 
 def _differentiate(ctx, grad, own_grad, *_):
     """What the readout rows read is kept for backward alone: nobody differentiates it."""
-    sizes = (ctx.heads, ctx.length, ctx.causal)
+    sizes, (qkv, readout) = (ctx.heads, ctx.length, ctx.causal), ctx.saved_tensors[:2]
+    width = qkv.shape[1] // 3
+    grad = qkv.new_zeros(len(qkv), width) if grad is None else grad
+    own_grad = qkv.new_zeros(readout.numel(), width) if own_grad is None else own_grad
     dqkv, dposition = _temporal_fusion_backward(grad, own_grad, *ctx.saved_tensors, *sizes)
     position = ctx.saved_tensors[5]
     dposition = None if position is None else dposition.sum(0).to(position.dtype)
