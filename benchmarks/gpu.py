@@ -4,6 +4,7 @@
     python benchmarks/gpu.py --suite check        only whether they are right
     python benchmarks/gpu.py --suite small        sizes up to 1024
     python benchmarks/gpu.py --suite step         the towers' kernels, then training steps of every size
+    python benchmarks/gpu.py --suite data         no kernels: frames a second of DALI and of all other ways
     python benchmarks/gpu.py --only frame         cases whose name has the word
     python benchmarks/gpu.py --gate               exit 1 where worse than the last results of the same GPU
     python benchmarks/gpu.py --table FILE         the table of a results file; needs no GPU
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.cases import Case, checked_cases, timed_cases
 from benchmarks.gate import earlier, regressions, report
+from benchmarks.gpu_data import measure_data
 from benchmarks.measure import (
     Times,
     extra_gpu_bytes,
@@ -315,7 +317,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=["check", "small", "full", "step"], default="full")
+    parser.add_argument("--suite", choices=["check", "small", "full", "step", "data"], default="full")
     parser.add_argument("--only", default="", metavar="WORD", help="cases whose name holds this word")
     parser.add_argument("--seconds", type=float, default=570, help="when to stop, checks and times")
     parser.add_argument("--gate", action="store_true", help="exit 1 where worse than the last results")
@@ -337,6 +339,9 @@ def main(words: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     share = 1.0 if options.suite == "check" else CHECKING
     where = machine(DEVICE)
+    if options.suite == "data":
+        measure_data(results_file(where, "data"), where)
+        return 0
     path = results_file(where, "gpu")
     before = earlier(path.parent, where["time"])
     checked = [*(checked_cases() if options.suite != "step" else []), *checked_tower_cases()]

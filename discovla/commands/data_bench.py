@@ -23,8 +23,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--image-size", type=int, default=224, metavar="N", help=size)
     workers = "processes that decode, default: %(default)s"
     parser.add_argument("--workers", type=int, default=2, metavar="N", help=workers)
-    shards = "shards made from the manifest, to be read as well"
-    parser.add_argument("--shards", metavar="DIR", help=shards)
+    shards = "shards made from the manifest, to be read as well; may be given more than once"
+    parser.add_argument("--shards", metavar="DIR", action="append", help=shards)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, one JSON a line")
     parser.set_defaults(run=_data_bench)
 
@@ -39,7 +39,7 @@ def _data_bench(arguments: argparse.Namespace) -> None:
     settings = BenchSettings(
         frames=arguments.num_frames, image_size=arguments.image_size, workers=arguments.workers
     )
-    rows = list(bench(clips[::step][: arguments.clips], settings, shards=arguments.shards))
+    rows = list(bench(clips[::step][: arguments.clips], settings, shards=arguments.shards or ()))
     print(table(rows))
     if arguments.json is not None:
         lines = [json.dumps(asdict(row) | {"rate": row.rate}) for row in rows]

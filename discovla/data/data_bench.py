@@ -25,7 +25,7 @@ from discovla.data.manifest import Clip
 from discovla.data.plans import Plan
 from discovla.data.reading import Reader, Reading
 from discovla.data.sampling import Sampling
-from discovla.data.shard_reader import open_shards
+from discovla.data.shard_reader import Shards, open_shards
 
 # Frames a second on one H200: the samples a second that the performance plan aims at (batch 128, bf16) times
 # the 12 frames of each. Targets, none of them measured.
@@ -64,12 +64,14 @@ class BenchRow:
 Read = Callable[[Reading], np.ndarray]
 
 
-def bench(clips: Sequence[Clip], settings: BenchSettings, *, shards: str | None = None) -> Iterator[BenchRow]:
+def bench(
+    clips: Sequence[Clip], settings: BenchSettings, *, shards: Sequence[str] = ()
+) -> Iterator[BenchRow]:
     """Read the same frames of the same clips in every way that is there, one way after the other.
 
     Args:
         clips: each is read twice by PyAV and once in every other way.
-        shards: a folder of shards made from the clips, to be read as well.
+        shards: folders of shards made from the clips, to be read as well.
 
     Raises:
         ValueError: there are no clips, or no such shards.
@@ -91,8 +93,11 @@ def bench(clips: Sequence[Clip], settings: BenchSettings, *, shards: str | None 
             yield _timed("pyav, known files", readings, read, settings.workers)
             yield _by_torchcodec(readings, read, settings)
         yield _by_dali(clips, settings, Path(folder))
-    if shards is not None:
-        yield _by_shards(shards, clips, readings)
+    for root in shards:
+        yield _by_shards(root, clips, readings)
+        source = open_shards(root)
+        if source.settings.format == "jpeg":
+            yield _by_dali(clips, settings, None, source)
 
 
 def _by_torchcodec(readings: Sequence[Reading], read: Read, settings: BenchSettings) -> BenchRow:
@@ -106,17 +111,19 @@ def _by_torchcodec(readings: Sequence[Reading], read: Read, settings: BenchSetti
     return _timed("torchcodec, known files", asked, read, settings.workers)
 
 
-def _by_dali(clips: Sequence[Clip], settings: BenchSettings, cache: Path) -> BenchRow:
-    """All clips through DALI's graph, some at a time; each has been counted before."""
-    cuda = torch.cuda.is_available()
-    name = f"dali on {'the GPU' if cuda else 'the CPU'}, known files"
+def _by_dali(
+    clips: Sequence[Clip], settings: BenchSettings, cache: Path | None, shards: Shards | None = None
+) -> BenchRow:
+    """All clips through DALI's graph, some at a time: files, each counted before, or JPEG in shards."""
+    where = "the GPU" if torch.cuda.is_available() else "the CPU"
+    name = f"dali on {where}, {'known files' if shards is None else 'jpeg shards'}"
     lacking = dali.missing()
     if lacking is not None:
         return BenchRow(name=name, reason=lacking)
     chosen = FrameSettings(
         frames=settings.frames, image_size=settings.image_size, cache=cache, limit=settings.limit
     )
-    reader = DaliReader(chosen, "none", threads=settings.workers)
+    reader = DaliReader(chosen, "none", threads=settings.workers, shards=shards)
     graph = DaliFrames(reader.graph)
     size = min(CLIPS, len(clips))
     batches = [clips[first : first + size] for first in range(0, len(clips), size)]

@@ -1,0 +1,27 @@
+"""The table of all ways to the frames, in small and on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.gpu_data import measure_data
+from benchmarks.measure import read_rows
+from discovla.data import dali
+
+
+@pytest.mark.slow
+def test_every_way_is_measured_or_says_why_not(tmp_path, capsys):
+    found = measure_data(tmp_path / "rows.jsonl", {"device": "x"}, clips=5, seconds=0.5, workers=1)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert len(rows) == len(found) == 14  # seven ways, two kinds of clips
+    names = [row.name.replace("GPU", "CPU") for row in found[:7]]
+    assert names[:3] == ["pyav, first time", "pyav, known files", "torchcodec, known files"]
+    last = ["dali on the CPU, known files", "raw shards, 1 process", "jpeg shards, 1 process"]
+    assert names[3:] == [*last, "dali on the CPU, jpeg shards"]
+    for row in rows:
+        if "pyav" in row["way"] or "1 process" in row["way"]:
+            assert (row["bad"], row["frames"]) == (0, 60)
+        assert row["rate"] > 0 or row["reason"]
+    if dali.missing() is None:
+        assert found[6].frames == 60
+    assert "demand, a target on 1 H200" in capsys.readouterr().out
