@@ -21,6 +21,8 @@ from discovla.data.manifest import Clip
 from discovla.data.plans import Plan, no_plan
 from discovla.data.watched import Worker
 from tests.data.odd_clips import odd_clip
+from tests.data.test_decode import expected_verdict, realdata_videos
+from tests.data.test_decoders import eval_rate
 from tests.data.watched_tasks import hang_at
 
 LACKING = missing()
@@ -59,13 +61,13 @@ def wanted(path: Path, augment: Augment = "none", **span: float) -> np.ndarray:
     return FrameReader(replace(SETTINGS, limit=None)).read_augmented(clip(path, **span), augment, "0/0/1")
 
 
-def error(frames: np.ndarray, others: np.ndarray) -> float:
+def error_of(frames: np.ndarray, others: np.ndarray) -> float:
     return float(np.abs(frames.astype(int) - others).mean())
 
 
 def assert_near(frames: np.ndarray, path: Path, augment: Augment = "none") -> None:
     """Each frame is the one wanted, and nearer to it than to its neighbours."""
-    errors = [[error(a, b) for b in wanted(path, augment)] for a in frames]
+    errors = [[error_of(a, b) for b in wanted(path, augment)] for a in frames]
     assert np.diag(errors).max() <= TOLERANCE_MEAN, path.name
     assert np.argmin(errors, 1).tolist() == [0, 1, 2, 3], path.name
 
@@ -94,6 +96,29 @@ def test_golden_crops_are_those_of_pyav_within_the_tolerance(folder):
 
 
 @with_dali
+@pytest.mark.slow
+def test_realdata_frames_are_those_of_pyav_or_the_file_is_refused(realdata, graph):
+    read, refused = [], 0
+    for path, facts in realdata_videos(realdata):
+        rate = (facts.get("video") or {}).get("avg_rate")
+        settings = replace(SETTINGS, sample_rate=1.0 if rate and eval_rate(rate) > 1 else 0.1)
+        try:
+            planned, _ = DaliReader(settings, "none").sample(clip(path))
+        except DecodeError as error:
+            otherwise = "cannot be read by decoder = 'dali'" in error.reason
+            assert otherwise == (expected_verdict(facts) == "ok"), path
+            refused += 1
+            continue
+        frames, reasons = graph.read([planned])
+        if reasons == [None]:
+            known = FrameReader(replace(settings, limit=None)).read(clip(path))
+            assert error_of(frames[0].cpu().numpy(), known) <= TOLERANCE_MEAN, path
+            read.append(path.name)
+    assert refused
+    assert len(read) >= 5, read
+
+
+@with_dali
 def test_a_clip_that_repeats_frames_or_has_fewer_is_shown_as_it_is(folder, graph):
     short, part = SETTINGS, replace(SETTINGS, sampling="clip4clip", sample_rate=1.0)
     readers = [DaliReader(each, "none") for each in (short, part)]
@@ -104,7 +129,7 @@ def test_a_clip_that_repeats_frames_or_has_fewer_is_shown_as_it_is(folder, graph
     for found, planned, settings in zip(frames.cpu().numpy(), plans, (short, part), strict=False):
         known = FrameReader(replace(settings, limit=None)).read(clip(folder / "vp9.webm", **span))
         assert len(planned.places) == len(known)
-        assert error(found[: len(known)], known) <= TOLERANCE_MEAN
+        assert error_of(found[: len(known)], known) <= TOLERANCE_MEAN
         assert not found[len(known) :].any()
     assert len(plans[1].places) < 4 == len(plans[0].places) > len(plans[0].indices)
     assert not frames[2].any()
