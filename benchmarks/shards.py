@@ -1,6 +1,6 @@
 """Frames of clips from shards beside decoding the clips, and what the loader adds to either.
 
-    python benchmarks/shards.py [--rounds 15] [--seconds 15] [--clips 4] [--out FILE]
+    python benchmarks/shards.py [--rounds 15] [--seconds 15] [--clips 4] [--kinds short-gop] [--out FILE]
 
 Clips of 320x240 with a key frame every 250 frames and every 12 are drawn and encoded as `benchmarks/data.py`
 does, and made into raw and JPEG shards of 12 frames of 224x224. Each round reads every clip once in each way,
@@ -143,14 +143,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each clip")
     parser.add_argument("--clips", type=int, default=4, help="of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=GOPS, default=list(GOPS), help="default: all")
     parser.add_argument("--out", type=Path, help="default: a new file of benchmarks/results/cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     where = machine("cpu")
     out = arguments.out or results_file(where, "shards")
-    for kind, gop in GOPS.items():
+    for kind in arguments.kinds:
         with tempfile.TemporaryDirectory() as folder:
-            manifest = drawn(Path(folder), gop, arguments.clips, arguments.seconds)
+            manifest = drawn(Path(folder), GOPS[kind], arguments.clips, arguments.seconds)
             subjects = {
                 "reading": reading_ways(manifest),
                 "loader": loading_ways(manifest, None),
