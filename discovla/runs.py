@@ -38,7 +38,7 @@ def open_run(path: Path | str) -> Run:
     config = parse_config(found.meta["config"], str(found.path / checkpoint.STATE))
     method = build(config.model, config.method)
     checkpoint.check_fingerprint(found.meta["fingerprint"], method.fingerprint(), str(found.path))
-    method.load_trained_state(found.tensors["trained"])
+    method.load_trained_state(checkpoint.evaluated(found))
     return Run(config=config, method=method, step=found.step)
 
 

@@ -6,14 +6,18 @@ import itertools
 import json
 import logging
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from discovla.config import RunConfig
 from discovla.data.loader import DataConfig
 from discovla.data.source import pixels
 from discovla.engine import checkpoint
+from discovla.engine.average import Average
 from discovla.engine.checkpoint_writer import CheckpointWriter
 from discovla.engine.distributed import World, barrier, gather_objects
 from discovla.engine.log import METRICS
@@ -26,6 +30,14 @@ logger = logging.getLogger(__name__)
 SEEN = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "context_length")
 SEEN += ("augment", "long_captions", "damaged")
 METHOD = "method."  # where the method lies in what the strategy trains
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trains:
+    """What trains: the strategy, and the average of its parameters where there is one."""
+
+    strategy: Strategy
+    average: Average | None
 
 
 class Saving:
@@ -75,9 +87,12 @@ class Saving:
                 raise ValueError(f"{found.path}: {key}: the run began with {began!r}, found {value!r}")
         return found
 
-    def restore(self, found: checkpoint.Checkpoint, strategy: Strategy) -> None:
+    def restore(self, found: checkpoint.Checkpoint, trains: Trains) -> None:
         """Put back what a checkpoint holds."""
-        load_trained(strategy, found)
+        strategy = trains.strategy
+        load_trained(strategy, found.tensors["trained"])
+        if trains.average is not None:
+            trains.average.load({f"{METHOD}{name}": x for name, x in found.tensors["average"].items()})
         strategy.load_optimizer_state(found.tensors["optimizer"])
         self.step = found.step
         if self.world.first:
@@ -95,11 +110,11 @@ class Saving:
         score = gather_objects(score, self.world)[0]  # on GPUs the last bits may differ between ranks
         return score if self.score is None or score > self.score else None
 
-    def save(self, strategy: Strategy, done: int, *, better: float | None, state: dict[str, Any]) -> float:
+    def save(self, trains: Trains, done: int, *, better: float | None, state: dict[str, Any]) -> float:
         """Begin a checkpoint of `done` steps.
 
         Args:
-            strategy: whose state it is.
+            trains: what is saved.
             better: its score, where that is the best so far.
             state: what else the run needs to go on, plain JSON.
 
@@ -110,15 +125,14 @@ class Saving:
             CheckpointError: of the write before.
         """
         began = time.perf_counter()
-        trained, optimizer = strategy.trained_state(), strategy.optimizer_state()
+        trained, optimizer = trains.strategy.trained_state(), trains.strategy.optimizer_state()
         self.step = done
         if better is not None:
             self.score = better
         if self.world.first:
-            tensors = {
-                "trained": {name.removeprefix(METHOD): tensor for name, tensor in trained.items()},
-                "optimizer": optimizer,
-            }
+            tensors = {"trained": _of_method(trained), "optimizer": optimizer}
+            if trains.average is not None:
+                tensors["average"] = _of_method(trains.average.state())
             meta = {
                 "fingerprint": self.fingerprint,
                 "schedule": self.schedule,
@@ -151,9 +165,14 @@ class Saving:
         checkpoint.keep(self.directory, self.config.keep_checkpoints)
 
 
-def load_trained(strategy: Strategy, found: checkpoint.Checkpoint) -> None:
-    """Put the trained parameters of a checkpoint into what the strategy trains."""
-    strategy.load_trained_state({f"{METHOD}{name}": x for name, x in found.tensors["trained"].items()})
+def load_trained(strategy: Strategy, trained: dict[str, Tensor]) -> None:
+    """Put a method's trained parameters into what the strategy trains."""
+    strategy.load_trained_state({f"{METHOD}{name}": x for name, x in trained.items()})
+
+
+def _of_method(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state of what the strategy trains by the method's names."""
+    return {name.removeprefix(METHOD): x for name, x in state.items()}
 
 
 def schedule(config: RunConfig, total: int, pairs: int) -> dict[str, Any]:

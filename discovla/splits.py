@@ -1,12 +1,16 @@
-"""The clips a run uses: read, checked, and never the same for two purposes."""
+"""The clips a run uses: read, checked, never the same for two purposes, and made to training batches."""
 
 from __future__ import annotations
 
 from discovla.config import RunConfig
 from discovla.data.clips import check_captions
+from discovla.data.loader import LoaderShape, TrainLoader
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.quarantine import without_quarantined
 from discovla.data.source import read_clips
+from discovla.data.stills import Stills
+from discovla.engine.distributed import World
+from discovla.methods.base import Method
 
 
 def read_splits(config: RunConfig) -> dict[str, list[Clip]]:
@@ -26,3 +30,24 @@ def read_splits(config: RunConfig) -> dict[str, list[Clip]]:
             check_clips(splits[use], files=data.shards is None)
             check_captions(splits[use], data.context_length, long=data.long_captions)
     return splits
+
+
+def train_loader(
+    config: RunConfig, method: Method, splits: dict[str, list[Clip]], world: World
+) -> TrainLoader:
+    """Training batches, once the clips they come from have been checked."""
+    data, longest = config.data, method.architecture.context_length
+    if data.context_length > longest:
+        raise ValueError(f"data.context_length: expected at most {longest}, found {data.context_length}")
+    shape = LoaderShape(
+        batch_size=config.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        image_size=method.architecture.image_size,
+        context_length=data.context_length,
+        frame_captions=method.needs_frame_captions,
+    )
+    if data.stills is not None:
+        return TrainLoader(Stills(seed=config.seed, **data.stills.model_dump()), data, shape)
+    return TrainLoader(splits["train"], data, shape)

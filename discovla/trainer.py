@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 
 from discovla.batch import BadClip, Batch
 from discovla.config import RunConfig
-from discovla.data.loader import LoaderShape, TrainLoader
 from discovla.data.quarantine import Quarantine
-from discovla.data.stills import Stills
+from discovla.engine.average import make_average
+from discovla.engine.checkpoint import evaluated
 from discovla.engine.distributed import all_reduce_sum, gather_objects, start, stop
 from discovla.engine.log import RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
@@ -32,8 +33,8 @@ from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
 from discovla.ops.dispatch import KernelUnavailable, choose
 from discovla.precision import set_precision
-from discovla.saving import METHOD, Saving, load_trained, schedule, set_aside
-from discovla.splits import read_splits
+from discovla.saving import METHOD, Saving, Trains, load_trained, schedule, set_aside
+from discovla.splits import read_splits, train_loader
 from discovla.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # new parameters
         self.method = build(config.model, config.method)
         fingerprint = self.method.fingerprint()
-        self.loader = self._loader()
+        self.loader = train_loader(config, self.method, self.splits, self.world)
         self.total = config.steps or config.epochs * self.loader.steps_per_epoch
         fixed = schedule(config, self.total, len(self.loader.source))
         self.saving = Saving(config, self.world, fingerprint, fixed)
@@ -122,25 +123,6 @@ class Trainer:
         quarantine = self.directory / "quarantine.jsonl"
         clips = len(self.splits["train"]) if "train" in self.splits else len(self.loader.source)
         self.quarantine = Quarantine(quarantine, clips=clips, share=config.data.bad_clip_share)
-
-    def _loader(self) -> TrainLoader:
-        """Training batches, once the clips they come from have been checked."""
-        config, data = self.config, self.config.data
-        longest = self.method.architecture.context_length
-        if data.context_length > longest:
-            raise ValueError(f"data.context_length: expected at most {longest}, found {data.context_length}")
-        shape = LoaderShape(
-            batch_size=config.batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            seed=config.seed,
-            image_size=self.method.architecture.image_size,
-            context_length=data.context_length,
-            frame_captions=self.method.needs_frame_captions,
-        )
-        if data.stills is not None:
-            return TrainLoader(Stills(seed=config.seed, **data.stills.model_dump()), data, shape)
-        return TrainLoader(self.splits["train"], data, shape)
 
     def _before(self) -> Results:
         """Zero-shot figures on the test split: CLIP with mean pooling, and the method before training."""
@@ -184,6 +166,7 @@ class Trainer:
         self.pace = Pace(self.world, towers, every=config.engine.pace_every, name=self._name())
         how = (config.engine.grad_scale, config.engine.accumulate)
         self.strategy = make_strategy(TrainStep(self.method, self.world, *how), plan)
+        self.average = make_average(self.strategy, config.optim.ema)
         first = self._resume()
         self.log = RunLog(self.directory, self.world, total=self.total, start=first)
         last = min(self.total, config.stop_at or self.total)
@@ -243,6 +226,8 @@ class Trainer:
             self._skip(step, error)
         else:
             self._clip_logit_scale()
+            if self.average is not None:
+                self.average.update()
             terms = {name: value.item() for name, value in {"loss": losses.total, **losses.terms}.items()}
             values = terms | values
         if self.skipped:
@@ -307,7 +292,8 @@ class Trainer:
 
     def _save(self, done: int, better: float | None) -> None:
         """Begin a checkpoint of `done` steps; `better` is its score where it is the best so far."""
-        held = self.saving.save(self.strategy, done, better=better, state={"skipped": self.skipped})
+        trains = Trains(strategy=self.strategy, average=self.average)
+        held = self.saving.save(trains, done, better=better, state={"skipped": self.skipped})
         self.log.event("checkpoint", done, {"held_seconds": held})
 
     def _resume(self) -> int:
@@ -315,7 +301,7 @@ class Trainer:
         if self.found is None:
             return 0
         found, self.found = self.found, None
-        self.saving.restore(found, self.strategy)
+        self.saving.restore(found, Trains(strategy=self.strategy, average=self.average))
         self.skipped = found.meta.get("state", {}).get("skipped", 0)
         logger.info("resuming at step %d of %d from %s", found.step, self.total, found.path)
         return found.step
@@ -326,7 +312,7 @@ class Trainer:
 
     def _validate(self, done: int) -> float | None:
         """Figures on the validation split; their score where it is the best so far."""
-        with self.strategy.whole():
+        with self.strategy.whole(), nullcontext() if self.average is None else self.average.in_place():
             figures = self._evaluate(self.method, "val")["raw"]
         self.log.evaluation(done, "val", figures)
         return self.saving.better(figures["t2v"]["R@1"] + figures["v2t"]["R@1"])
@@ -337,7 +323,9 @@ class Trainer:
         step = self.total
         if selected is not None:
             step = selected.step
-            load_trained(self.strategy, selected)
+            load_trained(self.strategy, evaluated(selected))
+        elif self.average is not None:
+            self.strategy.load_trained_state(self.average.state())
         with self.strategy.whole():
             figures = self._evaluate(self.method, "test", rerank=True)
         name = f"{self.config.method.name}, step {step}"

@@ -36,7 +36,7 @@ class Checkpoint:
     """What a checkpoint holds.
 
     step: optimiser steps taken.
-    tensors: by part ("trained", "optimizer"), then by name.
+    tensors: by part ("trained", "optimizer", and "average" where there is one), then by name.
     meta: anything JSON; its "fingerprint" says what the tensors belong to.
     """
 
@@ -108,6 +108,11 @@ def latest(directory: Path | str) -> Checkpoint | None:
         except CheckpointError as error:
             logger.warning("checkpoint passed over: %s", error)
     return None
+
+
+def evaluated(found: Checkpoint) -> dict[str, Tensor]:
+    """The trained parameters that were evaluated and are to be used: their average, where there is one."""
+    return found.tensors.get("average", found.tensors["trained"])
 
 
 def set_best(directory: Path | str, path: Path, score: float) -> None:

@@ -25,6 +25,8 @@ class OptimConfig(BaseModel):
     schedule: "cosine" to 0 after the warm-up, "warmup_cosine" (CLIP4Clip's: the cosine of the whole run from
         where the warm-up ends), "constant", or "t2vparser" (from 5 % through the warm-up, then ten cycles
         that end at the peak).
+    ema: decay of an exponential moving average of what is trained, which is then evaluated, selected and
+        exported in its place; None for none.  Below zero_stage 3.
     skip_nonfinite: steps of a run whose gradient is not finite that are left out, and counted, before it
         stops; 0 stops at the first.
     """
@@ -40,6 +42,7 @@ class OptimConfig(BaseModel):
     clip_tensor_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
     warmup: float = Field(default=0.1, ge=0, le=1)
     schedule: Literal["cosine", "warmup_cosine", "constant", "t2vparser"] = "cosine"
+    ema: float | None = Field(default=None, gt=0, lt=1)
     skip_nonfinite: int = Field(default=0, ge=0)
 
 
