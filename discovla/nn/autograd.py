@@ -89,7 +89,9 @@ class _PadRows(Function):
         return grad.flatten(0, 1).index_select(0, rows), None, None
 
 
-def quick_gelu_mlp(x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor]) -> Tensor:
+def quick_gelu_mlp(
+    x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], *, needed: bool = True
+) -> Tensor:
     """down(q(up x)) with q(h) = h sigmoid(1.702 h), for frozen weights: no gradient but that by x.
 
     With u = 1.702 h, q(h) = silu(u) / 1.702: both factors go into the products, and in
@@ -97,15 +99,18 @@ def quick_gelu_mlp(x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Ten
 
     Args:
         x: ... w.  up, down: weight and bias of each linear map, in the dtype of x.
+        needed: whether the result is read; else its numbers are any, and only u is computed.
     """
-    return _QuickGELUMLP.apply(x, *up, *down)
+    return _QuickGELUMLP.apply(x, *up, *down, needed)
 
 
 class _QuickGELUMLP(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, needed: bool) -> Tensor:
         u = torch.addmm(b1, x.flatten(0, -2), w1.T, alpha=SLOPE, beta=SLOPE)
         ctx.save_for_backward(u, w1, w2)
+        if not needed:
+            return torch.empty_like(x)
         return torch.addmm(b2, F.silu(u), w2.T, alpha=1 / SLOPE).view(x.shape)
 
     @staticmethod
@@ -114,7 +119,7 @@ class _QuickGELUMLP(Function):
         u, w1, w2 = ctx.saved_tensors
         hidden = grad.flatten(0, -2) @ w2
         torch.ops.aten.silu_backward.grad_input(hidden, u, grad_input=hidden)
-        return (hidden @ w1).view(grad.shape), None, None, None, None
+        return (hidden @ w1).view(grad.shape), *[None] * 5
 
 
 def normed_lora_projection(

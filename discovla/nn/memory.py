@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ WIDTHS: dict[Memory, int] = {
 SHARE = 0.8  # of the free memory that a tower may fill
 
 
+_AGAIN: ContextVar[bool] = ContextVar("_AGAIN", default=False)
+
+
 def again(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
     """function(*inputs), of which backward computes again what it needs; the inputs alone are kept.
 
@@ -30,7 +35,27 @@ def again(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(
+        function,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), _computing_again()),
+    )
+
+
+def computed_again() -> bool:
+    """Whether this is what `again` computes in backward, where nobody reads the last result of a block."""
+    return _AGAIN.get()
+
+
+@contextmanager
+def _computing_again() -> Iterator[None]:
+    token = _AGAIN.set(True)
+    try:
+        yield
+    finally:
+        _AGAIN.reset(token)
 
 
 def choose_memory(needed: int, free: int) -> Memory:

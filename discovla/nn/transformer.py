@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from discovla.nn.autograd import SLOPE, normed_lora_projection, quick_gelu_mlp, recomputed
 from discovla.nn.lora import LoRA
-from discovla.nn.memory import again
+from discovla.nn.memory import again, computed_again
 from discovla.nn.sequences import Rows, Sequences
 from discovla.ops.attention import attention
 from discovla.ops.dispatch import Impl, choose
@@ -263,7 +263,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation is quick_gelu and plain(self.up, self.down):
-            return quick_gelu_mlp(x, self.up.weights(x.dtype), self.down.weights(x.dtype))
+            weights = self.up.weights(x.dtype), self.down.weights(x.dtype)
+            return quick_gelu_mlp(x, *weights, needed=not computed_again())
         return self.down(self.activation(self.up(x)))
 
     def chain(self, x: Tensor, impl: Impl) -> Tensor:
@@ -272,7 +273,7 @@ class MLP(nn.Module):
             return self(x)
         up, down = self.up.weights(x.dtype), self.down.weights(x.dtype)
         weights = MLPWeights(up=up[0], up_bias=up[1], down=down[0], down_bias=down[1])
-        return mlp(x, weights, activation=self.kind, impl=impl)
+        return mlp(x, weights, activation=self.kind, needed=not computed_again(), impl=impl)
 
 
 class Block(nn.Module):

@@ -30,7 +30,12 @@ class MLPWeights:
 
 
 def mlp(
-    x: Tensor, weights: MLPWeights, *, activation: Activation = "quick_gelu", impl: Impl = "auto"
+    x: Tensor,
+    weights: MLPWeights,
+    *,
+    activation: Activation = "quick_gelu",
+    needed: bool = True,
+    impl: Impl = "auto",
 ) -> Tensor:
     """down act(up x + up_bias) + down_bias.
 
@@ -41,6 +46,7 @@ def mlp(
         x: ... w.
         weights: computed with in the dtype of x.
         activation: quick_gelu, h sigmoid(1.702 h), or gelu, h Phi(h).
+        needed: whether the result is read; else its numbers are any, and the kernel computes h alone.
         impl: reference (plain torch), triton, or auto.
 
     Returns:
@@ -57,7 +63,7 @@ def mlp(
         return mlp_reference(x, up, up_bias, down, down_bias, activation)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, up, up_bias, down, down_bias))
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return _mlp(rows, up, up_bias, down, down_bias, activation, keep)[0].view(x.shape)
+    return _mlp(rows, up, up_bias, down, down_bias, activation, keep, needed)[0].view(x.shape)
 
 
 def mlp_reference(
@@ -91,14 +97,15 @@ def _mlp(
     down_bias: Tensor,
     activation: str,
     keep: bool,
+    needed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The result, r w, and h, r m, for backward; empty unless `keep`."""
+    """The result, r w, of any numbers unless `needed`, and h, r m, for backward; empty unless `keep`."""
     h, g = kernel("mlp").hidden(x, up, up_bias.contiguous(), activation == "gelu", keep)
-    return F.linear(g, down, down_bias), h
+    return F.linear(g, down, down_bias) if needed else torch.empty_like(x), h
 
 
 @_mlp.register_fake
-def _(x, up, up_bias, down, down_bias, activation, keep):
+def _(x, up, up_bias, down, down_bias, activation, keep, needed):
     return torch.empty_like(x), x.new_empty(len(x), len(up)) if keep else x.new_empty(0)
 
 
@@ -114,7 +121,7 @@ def _(grad, down, h, activation):
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, up, _, down, _, ctx.activation, _ = inputs
+    x, up, _, down, _, ctx.activation, _, _ = inputs
     ctx.set_materialize_grads(False)  # of h, four widths of zeros
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, up, down, output[1])
 
@@ -132,7 +139,7 @@ def _differentiate(ctx, grad, _):
         wider = h.to(wide(h))
         g = F.gelu(wider) if ctx.activation == "gelu" else wider * torch.sigmoid(1.702 * wider)
         ddown = grad.T @ g.to(h.dtype)
-    return dx, dup, dup_bias, ddown, _column_sums(grad) if needs[4] else None, None, None
+    return dx, dup, dup_bias, ddown, _column_sums(grad) if needs[4] else None, None, None, None
 
 
 def _column_sums(x: Tensor) -> Tensor:

@@ -208,6 +208,18 @@ def test_every_mode_of_memory_keeps_its_widths_a_token_and_layer(impl, memory, m
     )
 
 
+@pytest.mark.parametrize(
+    ("memory", "more"),
+    [("recompute_mlp", 0.17), ("recompute_projections", 0.31), ("recompute_blocks", 0.34)],
+)
+def test_a_mode_of_memory_computes_again_what_it_must_alone(memory, more, meta_device):
+    """8, 14 and 16 of the 48 squared widths a token takes in a block: one product of the MLP is spared."""
+    method, batch = published("ViT-B/32", meta_device)
+    needed = needed_flops(method.architecture, method.config, size_of(batch))
+    method.vision.memory = method.text.memory = memory
+    assert flops(lambda: step(method, batch.to("meta"))) <= (1 + more) * needed
+
+
 @pytest.mark.parametrize(("dtype", "less"), [(torch.float32, 2), (torch.bfloat16, 4)], ids=["fp32", "bf16"])
 def test_what_is_kept_for_backward_is_nine_widths_a_token_and_layer(dtype, less, meta_device):
     method, batch = published("ViT-B/32", meta_device)

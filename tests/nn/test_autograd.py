@@ -52,6 +52,17 @@ def test_a_frozen_mlp_is_quick_gelu_between_two_maps(dtype, limit, rows):
     compare(lambda: quick_gelu_mlp(x, up.weights(dtype), down.weights(dtype)), want, [x], limit)
 
 
+def test_an_mlp_whose_result_is_not_read_has_its_gradient():
+    up, down = Linear(6, 24).requires_grad_(False), Linear(24, 6).requires_grad_(False)
+    x = torch.randn(5, 6, requires_grad=True)
+    weights = up.weights(x.dtype), down.weights(x.dtype)
+    grads = [
+        torch.autograd.grad(quick_gelu_mlp(x, *weights, needed=needed), x, torch.ones(5, 6))[0]
+        for needed in (True, False)
+    ]
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize(("dtype", "limit"), DTYPES)
 @pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
 def test_a_projection_with_lora_is_norm_then_map_then_update(dtype, limit, first):

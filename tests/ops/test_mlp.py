@@ -103,7 +103,7 @@ def test_the_op_is_registered_soundly():
     skip_what_no_gpu_kernel_takes("triton", torch.float64)
     x = leaves(4, 5, 6, torch.float64)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(_mlp, (*x, "gelu", True), test_utils=tests)
+    torch.library.opcheck(_mlp, (*x, "gelu", True, True), test_utils=tests)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -117,3 +117,12 @@ def test_what_does_not_fit_is_refused_by_name(impl):
                 call(wrong, "gelu", impl)
     with pytest.raises(ValueError, match=r"^activation: expected quick_gelu or gelu, found 'relu'"):
         call(x, "relu", impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_result_that_is_not_read_has_the_same_gradients(impl):
+    x = leaves(7, 12, 20, torch.float32)
+    weights = MLPWeights(up=x[1], up_bias=x[2], down=x[3], down_bias=x[4])
+    outs = [mlp(x[0], weights, needed=needed, impl=impl) for needed in (True, False)]
+    grads = [torch.autograd.grad(out, x, torch.ones_like(out)) for out in outs]
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
