@@ -119,12 +119,21 @@ def _groups(n: int, rows: int, heads: int, packed: bool, device: torch.device) -
     )
 
 
+@cache
+def _affine(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A frozen gain and shift, as the towers' norms have them."""
+    gain, shift = _frozen(((width,), (width,)), device)
+    return 1 + gain, shift
+
+
 def _layer_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-    return layer_norm(leaves[0], Update(u=leaves[1]), impl=impl)
+    affine = _affine(leaves[0].shape[-1], leaves[0].device)
+    return layer_norm(leaves[0], Update(u=leaves[1]), affine=affine, impl=impl)
 
 
 def _lora_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-    return lora_norm(leaves[0], leaves[2], leaves[1], impl=impl)
+    affine = _affine(leaves[0].shape[-1], leaves[0].device)
+    return lora_norm(leaves[0], leaves[2], leaves[1], affine=affine, impl=impl)
 
 
 def _mlp(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:

@@ -79,6 +79,14 @@ def test_losses_and_gradients_of_the_kernels_are_those_of_plain_torch(case):
         assert relative_error(got[name], value) <= 1e-9, name
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_frames_of_another_size_are_refused(impl):
+    method, batch = made("published", torch.float32)
+    method.vision.impl = impl
+    with pytest.raises(ValueError, match=r"^frames: expected .*3"):
+        method.encode_videos(replace(batch, frames=batch.frames[:, :, :8]))
+
+
 def test_masks_of_single_heads_are_taken():
     block = Block(BlockShape(width=8, heads=2, mlp_width=16)).double()
     x = torch.randn(3, 4, 8, dtype=torch.float64)
