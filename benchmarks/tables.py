@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
 
-from benchmarks import ablation, methods, step_table
+from benchmarks import ablation, curves, methods, step_table
 from benchmarks.measure import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "losses": lambda: ablation.table(read_rows(ablation.RESULTS), "losses"),
     "methods": lambda: methods.table(read_rows(methods.RESULTS)),
     "methods-short": lambda: methods.table(read_rows(methods.RESULTS), methods.SHORT),
+    "precision": lambda: curves.table(read_rows(curves.RESULTS)),
     "train-step": lambda: step_table.table(step_table.newest()),
     "train-step-runs": lambda: step_table.where(step_table.newest()),
 }

@@ -165,6 +165,7 @@ def _in_turns(
         if number >= LEAST and time.monotonic() - begin > contest.seconds:
             break
         batch = next(source)
+        print(f"{contest.name}: round {number + 1} of {contest.rounds}", file=sys.stderr, flush=True)
         for name in list(steps) if number % 2 else list(reversed(steps)):
             found[name].append(_time(partial(steps[name].call, batch), device))
     return found
