@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -110,15 +108,10 @@ class _LoRAProjection(torch.autograd.Function):
 
 
 def _augmented(weight: Tensor, b: Tensor) -> Tensor:
-    """[W | B | 0], o (w + p), in one launch."""
+    """[W | B | -], o (w + p), in one launch: where z is 0, and its gradient not read, any numbers do."""
     columns = _padding(b.shape[1]) - b.shape[1]
-    return torch.cat([weight, b, _zeros(len(b), columns, b.dtype, b.device)], dim=1)
-
-
-@cache
-def _zeros(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Columns that nobody writes to: of a projection, less than a hundredth of it."""
-    return torch.zeros(rows, columns, dtype=dtype, device=device)
+    rest = weight[:, :columns] if columns <= weight.shape[1] else weight.new_zeros(len(b), columns)
+    return torch.cat([weight, b, rest], dim=1)
 
 
 def _affine(gain: Tensor | None, shift: Tensor | None) -> Affine | None:
