@@ -2,10 +2,11 @@
 
     python benchmarks/faults.py --kills 20 --ranks 2       20 kills -9 of a random rank at random times
 
-Each kill hits a random rank of a small training run at a random moment of its start or its steps; then every
-other process must end by itself within --limit seconds, with one line that names the lost rank, and the run
-is started again with resume=true.  In the end its losses must be those of a run that nothing befell, bit for
-bit.  One row a kill, and one of the whole, go to --out, one JSON a line.
+Each kill hits a random rank of a small training run up to five steps after it was taken up; then
+every other process must end by itself within --limit seconds, with one line that names the lost rank, and the
+run is started again with resume=true.  In the end its losses must be those of a run that nothing befell, bit
+for bit.  One row a kill, and one of the whole, go to --out, one JSON a line.  A process that dies before all
+have come together is left to the launcher, which ends the others; none is used here.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ WORDS = (
     "seed=3",
     "batch_size=16",
     "evaluate_every=20",
-    "checkpoint_every=5",
+    "checkpoint_every=2",
     "model.pretrained=random",
     "method.lora_rank=2",
     "method.fused_vision_blocks=1",
@@ -115,11 +116,20 @@ def steps_of(place: Place, name: str) -> int:
     return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
 
 
+def written_since(place: Place, name: str, moment: float) -> bool:
+    """Whether the processes of a run have come together and begun with its steps since then."""
+    path = place.folder / name / "metrics.jsonl"
+    return path.exists() and path.stat().st_mtime > moment
+
+
 def kill_once(place: Place, ranks: int, draw: random.Random, limit: float) -> dict[str, Any]:
     """Start the run, kill a rank at some step and moment, and see how the others end."""
+    begun = time.time()
     processes, logs = start(place, "killed", ranks)
-    target, pause = draw.randrange(place.steps), draw.uniform(0, 0.3)
-    rank = draw.randrange(ranks)
+    more, pause, rank = draw.randrange(5), draw.uniform(0, 0.3), draw.randrange(ranks)
+    while not written_since(place, "killed", begun) and all(process.is_alive() for process in processes):
+        time.sleep(0.005)
+    target = steps_of(place, "killed") + more
     while steps_of(place, "killed") < target and all(process.is_alive() for process in processes):
         time.sleep(0.005)
     time.sleep(pause)
@@ -170,7 +180,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kill ranks of a run at random and compare its end.")
     parser.add_argument("--kills", type=int, default=20, metavar="N")
     parser.add_argument("--ranks", type=int, default=2, metavar="W")
-    parser.add_argument("--steps", type=int, default=30, metavar="N")
+    parser.add_argument("--steps", type=int, default=60, metavar="N")
     parser.add_argument("--strategy", choices=("torch", "deepspeed"), default="torch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=60.0, metavar="S", help="for the others to end")
