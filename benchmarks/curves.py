@@ -153,17 +153,17 @@ def table(rows: Sequence[Row]) -> str:
     heads = ("precision", "captions", "frames", "frame captions", "loss", "gradients")
     heads += ("loss of the first step", "of all steps, mean", f"of the last {LAST}, mean")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    base = by_kind["curve"].get("fp32")
+    base = by_kind["curve"].get("fp32", {}).get("losses")
     for precision in PRECISIONS:
-        found, run = by_kind["errors"].get(precision), by_kind["curve"].get(precision)
-        if found is None or run is None or base is None:
+        if (found := by_kind["errors"].get(precision)) is None:
             continue
         names = ("captions", "frames", "frame_captions", "loss", "gradients")
         cells = [precision, *(f"{found[name]:.1e}" for name in names)]
-        if precision == "fp32":
+        run = by_kind["curve"].get(precision)
+        if run is None or base is None or precision == "fp32":
             cells += ["-"] * 3
         else:
-            apart = difference(run["losses"], base["losses"])
+            apart = difference(run["losses"], base)
             cells += [f"{apart['first']:.2%}", f"{apart['mean']:.2%}", f"{apart['end']:+.2%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
