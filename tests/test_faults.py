@@ -15,7 +15,7 @@ from discovla.faults import STOPPED
 from tests import runs
 
 STEP = "discovla.trainer:learning_rate"  # called once a step
-PIXELS = "discovla.methods.base:preprocess_frames"  # twice for the figures before training, then once a step
+PIXELS = "discovla.towers.vision:preprocess_frames"  # twice for the figures before training, then once a step
 WRITE = "discovla.engine.checkpoint:_write_tensors"  # twice a checkpoint
 NOTICE = 30.0  # seconds in which all others have ended once a process has; 10 on a machine that is not busy
 SHORT = ("data.val_split=", "checkpoint_every=2")
