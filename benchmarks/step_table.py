@@ -62,6 +62,9 @@ def _contest(row: Row) -> tuple[str, str]:
 
 
 def _times(row: Row) -> list[str]:
+    """Milliseconds of a GPU alone: those of a noisy CPU say more about its neighbours than about a step."""
+    if row["device"] == "cpu":
+        return [row["name"].removeprefix("step "), row["impl"], ABSENT, ABSENT]
     span = f"{row['ms_p50']:,.0f} ({row['ms_p20']:,.0f}-{row['ms_p80']:,.0f})"
     return [row["name"].removeprefix("step "), row["impl"], span, f"{row['samples_s']:.2f}"]
 
@@ -80,7 +83,7 @@ def _counts(row: Row) -> list[str]:
         work = row["needed_tflop" if row["impl"].startswith("ours") else "reference_tflop"]
     return [
         ABSENT if work is None else f"{work:.3g}",
-        ABSENT if work is None else f"{1000 * work / row['ms_p50']:.3g}",
+        ABSENT if work is None or row["device"] == "cpu" else f"{1000 * work / row['ms_p50']:.3g}",
         f"{row['mfu']:.1%}" if "mfu" in row else ABSENT,
         f"{row['kept_mb']:,.0f}",
         f"{row['peak_gb']:.1f}" if "peak_gb" in row else ABSENT,

@@ -2,7 +2,7 @@ import json
 
 from benchmarks import step_table
 
-MACHINE = {"device": "cpu", "torch": "2.13", "commit": "abc", "dirty": False, "threads": 1}
+MACHINE = {"device": "H200", "torch": "2.13", "commit": "abc", "dirty": False, "threads": 1}
 COUNTS = {"needed_tflop": 0.4, "reference_tflop": 0.5, "kept_mb": 1234.5, "dispatched": 1900, "n": 3}
 
 
@@ -33,6 +33,12 @@ def test_each_ratio_is_the_median_over_rounds_and_names_its_baseline():
     assert lines[-1] == "- peft of step ViT-B/32 b2: absent"
 
 
+def test_of_a_cpu_there_are_ratios_and_counts_alone():
+    head, _, *lines = step_table.table([row | {"device": "cpu"} for row in ROWS]).splitlines()
+    assert head.startswith("| step | implementation | times as fast as reference |")
+    assert lines[1] == "| ViT-B/32 b2 | reference anomaly | 0.80x | 1.00x | 0.5 | 1,234 | 1,900 |"
+
+
 def test_a_step_without_its_reference_has_no_ratio():
     alone = {key: value for key, value in ROWS[2].items() if key != "ratios"}
     assert "times as fast" not in step_table.table([alone])
@@ -50,5 +56,5 @@ def test_the_last_run_of_each_contest_counts(tmp_path):
 
 def test_the_machine_of_a_run_is_said_once():
     assert step_table.where(ROWS) == (
-        "- step ViT-B/32 b2: cpu, 1 thread, torch 2.13, median of 3 rounds, commit abc"
+        "- step ViT-B/32 b2: H200, 1 thread, torch 2.13, median of 3 rounds, commit abc"
     )
