@@ -93,11 +93,9 @@ def reading_ways(manifest: Path) -> dict[str, Call]:
 def loading_ways(manifest: Path, limit: float | None) -> dict[str, Call]:
     """The clips by their reader alone, and by the loader around it."""
     clips = read_manifest(manifest)
-    source = ClipSource(
-        clips=clips,
-        pairs=samples(clips, frame_captions=False, missing="error"),
-        reader=FrameReader(FrameSettings(frames=FRAMES, image_size=SIZE, limit=limit)),
-    )
+    reader = FrameReader(FrameSettings(frames=FRAMES, image_size=SIZE, limit=limit))
+    pairs = samples(clips, frame_captions=False, missing="error")
+    source = ClipSource(clips=clips, pairs=pairs, reader=reader)
     shape = LoaderShape(
         batch_size=len(clips),
         rank=0,
@@ -109,7 +107,7 @@ def loading_ways(manifest: Path, limit: float | None) -> dict[str, Call]:
     )
     loader = TrainLoader(source, DataConfig(manifest=manifest, workers=0), shape)
     return {
-        "decode": lambda: [source.reader.read(clip) for clip in clips],
+        "decode": lambda: [reader.read(clip) for clip in clips],
         "loader": lambda: list(loader.epoch(0)),
     }
 
