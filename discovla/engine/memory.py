@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from discovla.engine.zero import LARGEST_BUCKET, EngineConfig, choose_stage
 
 FULL = 4  # bytes of a float32
+FROZEN = {"fp32": FULL, "bf16": 2, "fp8": 3}  # bytes of a frozen element; FP8 keeps its 16-bit ones too
 MOST_LIVE = 1_000_000_000  # elements that DeepSpeed's stage 3 keeps gathered at once, its default
 
 
@@ -53,7 +54,7 @@ def state_bytes(config: EngineConfig, sizes: Sizes) -> dict[str, int]:
     stage = choose_stage(config, trained, w) if config.strategy == "deepspeed" else 0
     short = config.bf16_parameters
     t = 2 if short else FULL
-    f = FULL if config.precision == "fp32" else 2
+    f = FROZEN[config.precision]
     bucket = min(LARGEST_BUCKET, trained)
     whole, part = f * sizes.frozen + t * trained, _share(trained, w)
     gradients = {

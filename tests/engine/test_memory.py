@@ -53,6 +53,11 @@ def test_short_dtypes_halve_what_they_are_of():
     assert (adapters["masters"], full["masters"]) == (4000, 4000)
 
 
+def test_frozen_weights_in_fp8_lie_beside_those_in_bf16():
+    sizes = Sizes(frozen=10**6, trained=0, world_size=1)
+    assert state_bytes(EngineConfig(precision="fp8"), sizes)["parameters"] == 3 * 10**6
+
+
 def test_activations_are_those_of_one_part():
     tower = TokenLayers(rows=100, width=8, layers=3)
     whole = activation_bytes([tower, tower], widths=9, element=2)
