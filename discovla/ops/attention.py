@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from discovla.ops.dispatch import Impl, choose
+
+HALVES = (torch.bfloat16, torch.float16)
+CHUNK = 4_000_000  # scores that backward holds at once on a CPU: 16 MB
 
 
 def attention(
@@ -27,6 +34,8 @@ def attention(
     if causal and mask is not None:
         mask = mask & _causal(q.shape[-2], k.shape[-2], q.device)
         causal = False
+    if chosen == "torch" and q.device.type == "cpu" and q.dtype in HALVES:
+        return _HalfOnCPU.apply(q, k, v, mask, causal)
     if chosen == "torch":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return attention_reference(q, k, v, mask=mask, causal=causal)
@@ -49,6 +58,49 @@ def attention_reference(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ v
+
+
+class _HalfOnCPU(Function):
+    """torch's fused forward; of its backward, which is slow in 16 bits on a CPU, the products alone.
+
+    Scores, softmax and its gradient are in float32, the other four products in the dtype of q.
+    Kept: q, k and v.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        ctx.save_for_backward(q, k, v, _causal(q.shape[-2], k.shape[-2], q.device) if causal else mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, mask = ctx.saved_tensors
+        if mask is not None:
+            mask = mask.expand(*q.shape[:-1], k.shape[-2])
+        at_once = max(1, CHUNK // (q[0, ..., 0].numel() * k.shape[-2]))
+        parts = [slice(first, first + at_once) for first in range(0, len(q), at_once)]
+        found = [
+            _half_gradients(q[part], k[part], v[part], None if mask is None else mask[part], grad[part])
+            for part in parts
+        ]
+        dq, dk, dv = found[0] if len(parts) == 1 else map(torch.cat, zip(*found, strict=True))
+        return dq, dk, dv, None, None
+
+
+def _half_gradients(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By q, k, v: dS k / sqrt(c), dSᵀ q / sqrt(c), Pᵀ do, with dS = P (dP - sum P dP) and dP = do vᵀ."""
+    scale = q.shape[-1] ** -0.5
+    scores = (q.float() * scale) @ k.float().mT  # n h i j
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    p = scores.softmax(-1)
+    dv = p.to(q.dtype).mT @ grad
+    dp = (grad @ v.mT).float()
+    ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale).to(q.dtype)
+    return ds @ k, ds.mT @ q, dv
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:

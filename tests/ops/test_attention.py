@@ -1,8 +1,13 @@
+import importlib
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from discovla.ops.attention import attention
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
+
+attention_module = importlib.import_module("discovla.ops.attention")
 
 SIZES = [1, 7, 63, 130]
 
@@ -45,6 +50,29 @@ def test_values_and_gradients_are_those_of_the_formula(impl, size, masked, causa
     torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=2e-5)
     for x, t in zip((q, k, v), truth, strict=True):
         torch.testing.assert_close(x.grad.double(), t.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("masked", "causal"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("chunk", [1, attention_module.CHUNK], ids=["one-by-one", "at-once"])
+def test_in_16_bits_gradients_are_as_close_as_those_of_torch(dtype, masked, causal, chunk, monkeypatch):
+    monkeypatch.setattr(attention_module, "CHUNK", chunk)
+    mask = torch.arange(63) < torch.tensor([[30], [63]])[:, None, None] if masked else None
+    leaves = [(2 * x.detach()).to(dtype).requires_grad_() for x in inputs(63, torch.float32)]
+    truth = [x.detach().double().requires_grad_() for x in leaves]
+    seen = torch.ones(63, 63, dtype=torch.bool)
+    seen = (seen.tril() if causal else seen) & (True if mask is None else mask)
+    want = F.scaled_dot_product_attention(*truth, attn_mask=seen)
+    direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wanted = torch.autograd.grad(want, truth, direction.double())
+    fused = torch.autograd.grad(F.scaled_dot_product_attention(*leaves, attn_mask=seen), leaves, direction)
+    got = attention(*leaves, mask=mask, causal=causal)
+    for name, own, torchs, true in zip(
+        "qkv", torch.autograd.grad(got, leaves, direction), fused, wanted, strict=True
+    ):
+        assert own.dtype == dtype
+        assert (own.double() - true).norm() <= 1.2 * (torchs.double() - true).norm(), name
+        assert (own.double() - true).norm() <= 4e-3 * true.norm(), name
 
 
 def test_the_reference_passes_gradcheck():
