@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import urllib3
 from urllib3.exceptions import HTTPError
 
+from discovla.data.retry import PASSING, Passing, Tries
+
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5  # of a request
-PAUSE = 0.2  # seconds before the second of them, twice as long before each further one
+TRIES = Tries(count=5, wait=0.2)  # of a request
 _TIMEOUT = urllib3.Timeout(connect=10, read=60)
 _OPEN_FILES = 64
-_FOR_NOW = (408, 425, 429, 500, 502, 503, 504)  # what servers answer who may answer otherwise a moment later
 
 
 class Unread(Exception):
@@ -151,46 +152,55 @@ class HttpFiles:
 
     def _tried(self, file: str, headers: dict[str, str], status: int) -> bytes:
         """The body of an answer, asked for until it comes or there is no more hope."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return self._asked(file, headers, status)
-            except (HTTPError, OSError) as error:
-                reason = _words(error)
-            if attempt < ATTEMPTS:
-                logger.warning("%s: %s, attempt %d of %d", self.name(file), reason, attempt, ATTEMPTS)
-                time.sleep(PAUSE * 2 ** (attempt - 1))
-        raise Unread(f"{self.name(file)}: not read in {ATTEMPTS} attempts: {reason}")
+        name = self.name(file)
+        try:
+            return TRIES.of(
+                lambda: self._asked(file, headers, status), lambda why: logger.warning("%s: %s", name, why)
+            )
+        except Passing as error:
+            raise Unread(f"{name}: not read in {TRIES.count} attempts: {error}") from error
 
     def _asked(self, file: str, headers: dict[str, str], status: int) -> bytes:
         """The body of one answer.
 
         Raises:
-            HTTPError, OSError: it did not come whole, or the server asks to come back.
+            Passing: it did not come whole, or the server asks to come back.
             Unread: the answer is another and will stay so.
         """
         if self._pool is None or self._owner != os.getpid():  # connections do not survive a fork
             self._pool, self._owner = urllib3.PoolManager(maxsize=4), os.getpid()
         # frames are compressed as far as they will be, and a range of something recoded would be another
         headers = headers | {"Accept-Encoding": "identity"}
-        answer = self._pool.request(
-            "GET",
-            self.name(file) + self._query,
-            headers=headers,
-            timeout=_TIMEOUT,
-            retries=False,
-            preload_content=False,
-        )
+        name = self.name(file)
         try:
-            if answer.status in _FOR_NOW:
-                raise HTTPError(f"the server answers {answer.status}")
-            if answer.status != status:
-                raise Unread(f"{self.name(file)}: {_refusal(answer.status, status)}")
-            return answer.read()
-        except BaseException:
-            answer.close()  # what is left of its body is not read
-            raise
-        finally:
-            answer.release_conn()
+            answer = self._pool.request(
+                "GET",
+                name + self._query,
+                headers=headers,
+                timeout=_TIMEOUT,
+                retries=False,
+                preload_content=False,
+            )
+            with _let_go(answer):
+                if answer.status in PASSING:
+                    raise Passing(f"the server answers {answer.status}")
+                if answer.status != status:
+                    raise Unread(f"{name}: {_refusal(answer.status, status)}")
+                return answer.read()
+        except (HTTPError, OSError) as error:
+            raise Passing(_words(error)) from error
+
+
+@contextmanager
+def _let_go(answer: urllib3.BaseHTTPResponse) -> Iterator[None]:
+    """Give the connection of an answer back, or close it where its body was not read."""
+    try:
+        yield
+    except BaseException:
+        answer.close()
+        raise
+    finally:
+        answer.release_conn()
 
 
 def _refusal(found: int, wanted: int) -> str:

@@ -6,7 +6,6 @@ import base64
 import http.client
 import io
 import json
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -18,9 +17,7 @@ import numpy as np
 from PIL import Image
 
 from discovla.data.captioners import PROMPT, Asking, Failed, said
-
-_BUSY = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another try
-_LONGEST_WAIT = 60.0
+from discovla.data.retry import PASSING, Passing, Tries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +71,30 @@ class EndpointCaptioner:
 
     def _caption(self, image: np.ndarray) -> str | Failed:
         """The caption of one picture."""
+        server = self.server
         body = json.dumps(self._question(image)).encode()
-        reason = ""
-        for number in range(self.server.tries):
-            if number:
-                time.sleep(min(self.server.wait * 2 ** (number - 1), _LONGEST_WAIT))
-            try:
-                return said(_answer(self._post(body)))
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code} {_told(error)}".strip()
-                if error.code not in _BUSY:
-                    raise ValueError(f"{self.server.url}: {self.name}: {reason}") from error
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                # Of ValueErrors only an answer that is none: a cut-off one most often.
-                reason = f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
-        return Failed(reason=f"{self.server.url} failed {self.server.tries} times, the last time: {reason}")
+        try:
+            return Tries(count=server.tries, wait=server.wait).of(lambda: said(self._asked(body)))
+        except Passing as error:
+            return Failed(reason=f"{server.url} failed {server.tries} times, the last time: {error}")
+
+    def _asked(self, body: bytes) -> str:
+        """The text of one answer.
+
+        Raises:
+            Passing: it did not come, or cut off.
+            ValueError: the server refuses what is asked of it.
+        """
+        try:
+            content = self._post(body)
+        except urllib.error.HTTPError as error:
+            reason = f"HTTP {error.code} {_told(error)}".strip()
+            if error.code not in PASSING:
+                raise ValueError(f"{self.server.url}: {self.name}: {reason}") from error
+            raise Passing(reason) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise Passing(f"{type(error).__name__}: {getattr(error, 'reason', None) or error}") from error
+        return _answer(content)
 
     def _question(self, image: np.ndarray) -> dict[str, Any]:
         """The picture and the prompt in OpenAI's form."""
@@ -118,14 +124,15 @@ def _answer(content: bytes) -> str:
     """The text of an answer.
 
     Raises:
-        ValueError: it is none.
+        Passing: it is none, being cut off most often.
     """
     try:
         text = json.loads(content)["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"expected choices[0].message.content, found {content[:80]!r}") from error
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        found = f"found {content[:80]!r} ({type(error).__name__}: {error})"
+        raise Passing(f"expected choices[0].message.content, {found}") from error
     if not isinstance(text, str):
-        raise ValueError(f"expected a text in the answer, found {content[:80]!r}")
+        raise Passing(f"expected a text in the answer, found {content[:80]!r}")
     return text
 
 

@@ -16,6 +16,7 @@ from discovla.data import byte_ranges
 from discovla.data.decode import DecodeError, decode_each
 from discovla.data.manifest import read_manifest
 from discovla.data.pixels import fit
+from discovla.data.retry import Tries
 from discovla.data.sampling import Sampling
 from discovla.data.shard_reader import Shards
 from tests.data.shard_server import served
@@ -222,7 +223,7 @@ def test_few_files_are_held_open(copied, monkeypatch):
 
 @pytest.fixture
 def no_pause(monkeypatch):
-    monkeypatch.setattr(byte_ranges, "PAUSE", 0.0)
+    monkeypatch.setattr(byte_ranges, "TRIES", Tries(count=5, wait=0.0))
 
 
 def test_frames_come_over_http_as_from_the_folder(made):
