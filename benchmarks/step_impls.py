@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import peft_step, step_inputs
 from benchmarks.peft_step import PeftStep
+from benchmarks.product_step import ProductStep
 from benchmarks.reference_step import ReferenceStep, compiled
 from discovla.batch import Batch, Losses
 from discovla.engine.zero import EngineConfig
@@ -29,6 +30,8 @@ IMPLS = (
     "ours bf16",
     "ours bf16 triton",
     "ours fp8",
+    "products alone",
+    "products alone bf16",
 )
 
 
@@ -65,6 +68,10 @@ def make_step(name: str, architecture: Architecture, device: str) -> Step:
         raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, found {name!r}")
     if name.startswith("ours"):
         return _ours(name, architecture, device)
+    if name.startswith("products"):
+        dtype = torch.bfloat16 if "bf16" in name else torch.float32
+        products = ProductStep(architecture, dtype=dtype, device=device)
+        return Step(call=products, forward=products, parameters=[])
     how = {"sdpa": "sdpa" in name, "autocast": torch.bfloat16 if "bf16" in name else None}
     model = step_inputs.method(architecture, device=device)
     if name.startswith("peft"):

@@ -77,9 +77,9 @@ def _ratio(row: Row, base: Row | None) -> str:
 
 
 def _counts(row: Row) -> list[str]:
-    """Counted figures; peft's work has no closed form here."""
+    """Counted figures; peft's work has no closed form here, and products alone are not all of a step's."""
     work = None
-    if not row["impl"].startswith("peft"):
+    if not row["impl"].startswith(("peft", "products")):
         work = row["needed_tflop" if row["impl"].startswith("ours") else "reference_tflop"]
     return [
         ABSENT if work is None else f"{work:.3g}",

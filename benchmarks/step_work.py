@@ -7,6 +7,7 @@ for the rows that are read, no gradient of what is frozen, attention computed ag
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from discovla.methods.discovla import DiscoVLAConfig
@@ -113,6 +114,24 @@ def needed_flops(a: Architecture, config: DiscoVLAConfig, size: StepSize) -> flo
     projections = sum(2 * 2 * one.n * one.tower.width * a.embed_dim for one in passes)
     similarities = 3 * 2 * size.pairs**2 * (1 + size.frames**2) * a.embed_dim
     return sum(one.flops(pruned=True) for one in passes) + projections + _patches(a, size) + similarities
+
+
+def blocks(a: Architecture, config: DiscoVLAConfig, size: StepSize) -> Iterator[tuple[int, int, int, bool]]:
+    """The products of our step with frozen weights of its blocks, of which `needed_flops` counts most.
+
+    Yields rows, inputs, outputs, and whether there is a gradient by the input.
+    """
+    for one in _passes(a, config, size, packed=True):
+        w, m, every = one.tower.width, one.tower.mlp_width, round(one.rows)
+        for layer in range(one.tower.layers):
+            inner, n = layer > 0, every
+            if layer == one.tower.layers - 1:
+                n = one.n
+                yield every, w, 2 * w, inner
+                yield n, w, w, inner
+            else:
+                yield every, w, 3 * w, inner
+            yield from ((n, w, w, True), (n, w, m, True), (n, m, w, True))
 
 
 def kept_bytes(
