@@ -13,7 +13,7 @@ from discovla.config import read_config
 from discovla.data.decode import Damaged
 from discovla.data.doctor import Checks, diagnose
 from discovla.data.manifest import read_manifest
-from discovla.data.sampling import Sampler, Sampling
+from discovla.data.sampling import Sampler, Sampling, sampling_of
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -72,13 +72,7 @@ def _checks(arguments: argparse.Namespace) -> Checks:
     if arguments.config is not None:
         data = read_config(arguments.config).data
         damaged, cache = data.damaged, cache or data.cache
-        sampling = Sampling(
-            frames=data.frames,
-            sampler=data.sampling,
-            sample_rate=data.sample_rate,
-            divisor=data.sampling_divisor,
-            slice=data.sampling_slice,
-        )
+        sampling = sampling_of(data)
     return Checks(
         sampling=sampling,
         damaged=damaged,

@@ -23,7 +23,7 @@ from discovla.config import RunConfig, read_config
 from discovla.data.config import DataConfig
 from discovla.data.decode import DecodeError
 from discovla.data.manifest import Clip, check_clips
-from discovla.data.sampling import Sampling
+from discovla.data.sampling import sampling_of
 from discovla.data.shard_reader import open_shards
 from discovla.data.source import read_clips
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, start, stop
@@ -150,13 +150,7 @@ def _read_one(clips: Sequence[Clip], data: DataConfig) -> None:
     """Read the frames of the first of these clips that gives any; DecodeError where none does."""
     assert data.shards is not None
     shards = open_shards(data.shards)
-    sampling = Sampling(
-        frames=data.frames,
-        sampler=data.sampling,
-        sample_rate=data.sample_rate,
-        divisor=data.sampling_divisor,
-        slice=data.sampling_slice,
-    )
+    sampling = sampling_of(data)
     for number, clip in enumerate(clips, 1):
         try:
             shards.frames(clip, sampling, None, damaged=data.damaged)

@@ -18,7 +18,7 @@ from discovla.data.decoders import DecoderName, check_decoder
 from discovla.data.manifest import Clip
 from discovla.data.reading import Reader, Reading, resizing
 from discovla.data.samples import Frames, Pair, Sample, frame_texts
-from discovla.data.sampling import Sampler, Sampling, Slice
+from discovla.data.sampling import Sampler, Sampling, Slice, sampling_of
 from discovla.data.shard_files import SUMMARY
 from discovla.data.shard_reader import Shards
 from discovla.data.tokens import Tokenizer
@@ -49,19 +49,6 @@ class FrameSettings:
     cache: Path | None = None
     decoder: DecoderName = "pyav"
     limit: float | None = None
-
-    def sampling_of(self, clip: Clip, seed: str | None = None) -> Sampling:
-        """Which frames of a clip to take; with a seed those of a training sample."""
-        return Sampling(
-            frames=self.frames,
-            sampler=self.sampling,
-            sample_rate=self.sample_rate,
-            divisor=self.sampling_divisor,
-            slice=self.sampling_slice,
-            start=clip.start,
-            end=clip.end,
-            seed=seed,
-        )
 
 
 class ClipReader(Protocol):
@@ -105,7 +92,7 @@ class FrameReader:
         Raises:
             DecodeError: the clip gives none.
         """
-        sampling = self.settings.sampling_of(clip)
+        sampling = sampling_of(self.settings, clip)
         if self._cache is None:
             return self._decoded(clip, sampling)
         check_file(clip.video)
@@ -125,7 +112,7 @@ class FrameReader:
         Raises:
             DecodeError: the clip gives none.
         """
-        sampling = self.settings.sampling_of(clip, seed)
+        sampling = sampling_of(self.settings, clip, seed)
         if augment in FULL_SIZE:
             return self._decoded(clip, sampling, augment, seed)
         frames = self._decoded(clip, sampling) if sampling.moves else self.read(clip)
@@ -201,7 +188,7 @@ class ShardFrameReader(FrameReader):
         """
         seed = None if augment is None else ""
         size = None if augment in FULL_SIZE else self.settings.image_size
-        self._shards.check(clips, lambda clip: self.settings.sampling_of(clip, seed), size=size)
+        self._shards.check(clips, lambda clip: sampling_of(self.settings, clip, seed), size=size)
 
     def _decoded(
         self, clip: Clip, sampling: Sampling, augment: Augment = "none", seed: str = ""

@@ -18,7 +18,7 @@ from discovla.data.decode import DecodeError, look_through, sampled
 from discovla.data.manifest import Clip
 from discovla.data.pixels import fitted
 from discovla.data.plans import Plan, no_plan
-from discovla.data.sampling import Sampling
+from discovla.data.sampling import Sampling, sampling_of
 from discovla.data.shard_reader import Shards
 from discovla.data.tables import FrameTable, FrameTables
 from discovla.data.video import check_file
@@ -60,7 +60,7 @@ class DaliReader:
         Raises:
             DecodeError: the clip gives none, or DALI cannot read it.
         """
-        sampling = self.settings.sampling_of(clip, None if augment is None else seed)
+        sampling = sampling_of(self.settings, clip, None if augment is None else seed)
         plan, size = self._of_file(clip, sampling) if self.shards is None else self._of_shards(clip, sampling)
         if augment == "light":
             plan = replace(plan, light=seed)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
+
+from discovla.data.manifest import Clip
 
 Sampler = Literal["discovla", "clip4clip", "clip2video", "t2vparser"]
 Slice = Literal["even", "first", "last"]
@@ -85,6 +87,39 @@ class Sampling:
             case "t2vparser":
                 return segment_indices(count, rate, self.frames, span=span, draws=draws)
         raise ValueError(f"sampler: expected one of {', '.join(get_args(Sampler))}, got {self.sampler!r}")
+
+
+class SamplingSettings(Protocol):
+    """What says which frames to take, under the names that a config has for the fields of `Sampling`."""
+
+    @property
+    def frames(self) -> int: ...
+
+    @property
+    def sampling(self) -> Sampler: ...
+
+    @property
+    def sample_rate(self) -> float: ...
+
+    @property
+    def sampling_divisor(self) -> int: ...
+
+    @property
+    def sampling_slice(self) -> Slice: ...
+
+
+def sampling_of(settings: SamplingSettings, clip: Clip | None = None, seed: str | None = None) -> Sampling:
+    """Which frames of a clip to take, of a whole file without one; with a seed those of a training sample."""
+    return Sampling(
+        frames=settings.frames,
+        sampler=settings.sampling,
+        sample_rate=settings.sample_rate,
+        divisor=settings.sampling_divisor,
+        slice=settings.sampling_slice,
+        start=None if clip is None else clip.start,
+        end=None if clip is None else clip.end,
+        seed=seed,
+    )
 
 
 def frame_indices(

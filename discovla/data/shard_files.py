@@ -32,7 +32,7 @@ from PIL import Image
 
 from discovla.data.decode import Damaged
 from discovla.data.manifest import Clip
-from discovla.data.sampling import Sampler, Sampling, Slice
+from discovla.data.sampling import Sampler, Sampling, Slice, sampling_of
 from discovla.data.tokens import Tokenizer
 
 VERSION = 1
@@ -83,16 +83,8 @@ class ShardSettings:
 
     def taken(self, clip: Clip) -> Sampling:
         """Which frames of a clip are in the shards."""
-        chosen = KeptSampling if self.keep == "candidates" else Sampling
-        return chosen(
-            frames=self.frames,
-            sampler=self.sampling,
-            sample_rate=self.sample_rate,
-            divisor=self.sampling_divisor,
-            slice=self.sampling_slice,
-            start=clip.start,
-            end=clip.end,
-        )
+        sampling = sampling_of(self, clip)
+        return KeptSampling(**asdict(sampling)) if self.keep == "candidates" else sampling
 
 
 class KeptSampling(Sampling):

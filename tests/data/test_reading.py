@@ -14,12 +14,12 @@ import pytest
 from discovla.data import clips, decoders
 from discovla.data.clips import FrameReader, FrameSettings
 from discovla.data.decode import DecodeError, decode_each
-from discovla.data.loader import DataConfig, LoaderShape, TrainLoader
+from discovla.data.loader import DataConfig, TrainLoader
 from discovla.data.manifest import Clip
 from discovla.data.pixels import fit
 from discovla.data.reading import Reader, Reading, read_frames
-from discovla.data.sampling import Sampling
-from tests.data.conftest import movie
+from discovla.data.sampling import Sampling, sampling_of
+from tests.data.conftest import loader_shape, movie
 from tests.data.odd_clips import odd_clip
 
 
@@ -82,9 +82,7 @@ def test_a_loader_marks_a_clip_that_takes_too_long(tmp_path, workers):
     paths = [movie(tmp_path / f"{name}.mp4", 60, size=(256, 256)) for name in "ab"]
     pairs = [Clip(id=path.stem, video=path, captions=("one",), split="train") for path in paths]
     config = DataConfig(manifest=tmp_path, frames=2, workers=workers, decode_seconds=0.002)
-    shape = LoaderShape(
-        batch_size=2, rank=0, world_size=1, seed=0, image_size=16, context_length=8, frame_captions=False
-    )
+    shape = loader_shape()
     (batch,) = TrainLoader(pairs, config, shape).epoch(0)
     assert not batch.valid.any()
     assert {bad.reason for bad in batch.bad} == {"not decoded: took longer than 0.002 s"}
@@ -109,5 +107,5 @@ def test_frames_of_another_decoder_are_not_those_in_the_cache(counting, tmp_path
     for decoder in ("pyav", "torchcodec", "auto"):
         settings = FrameSettings(frames=2, image_size=16, cache=tmp_path, decoder=decoder)
         frame_reader = FrameReader(settings)
-        keys.add(frame_reader._cache.key(counting, frame_reader._spec(settings.sampling_of(clip))))
+        keys.add(frame_reader._cache.key(counting, frame_reader._spec(sampling_of(settings, clip))))
     assert len(keys) == 3
