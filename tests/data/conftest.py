@@ -10,6 +10,8 @@ import av
 import numpy as np
 import pytest
 
+from discovla.data.source import LoaderShape
+
 STEP = 8  # grey levels between one frame and the next, well above what encoding changes
 
 
@@ -46,6 +48,20 @@ def movie(
             container.mux(stream.encode(av.VideoFrame.from_ndarray(draw(i, height, width), format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def loader_shape(**changes) -> LoaderShape:
+    """Batches of two small clips for one process, but for the changes."""
+    fields = {
+        "batch_size": 2,
+        "rank": 0,
+        "world_size": 1,
+        "seed": 3,
+        "image_size": 16,
+        "context_length": 12,
+        "frame_captions": False,
+    }
+    return LoaderShape(**(fields | changes))
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from discovla.data.clips import ClipSource, FrameReader, FrameSettings, check_captions
-from discovla.data.loader import DataConfig, LoaderShape, TrainLoader
+from discovla.data.loader import DataConfig, TrainLoader
 from discovla.data.manifest import Clip
 from discovla.data.samples import Pair
-from tests.data.conftest import movie, numbers
+from tests.data.conftest import loader_shape, movie, numbers
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +113,7 @@ def test_what_changes_full_frames_beside_a_cache_says_that_it_decodes_every_time
     config = DataConfig(
         manifest=tmp_path / "m", frames=2, augment=augment, cache=tmp_path / "cache", workers=0
     )
-    shape = LoaderShape(
-        batch_size=2, rank=0, world_size=1, seed=0, image_size=16, context_length=8, frame_captions=False
-    )
+    shape = loader_shape()
     next(TrainLoader([clip], config, shape).epoch(0))
     assert "training decodes clips every time" in caplog.text
     assert not list((tmp_path / "cache").rglob("*.frames"))
@@ -181,9 +179,7 @@ def test_jitter_beside_a_cache_says_that_it_decodes_every_time(clip, tmp_path, c
     config = DataConfig(
         manifest=tmp_path / "m", frames=2, sampling="t2vparser", cache=tmp_path / "cache", workers=0
     )
-    shape = LoaderShape(
-        batch_size=2, rank=0, world_size=1, seed=0, image_size=16, context_length=8, frame_captions=False
-    )
+    shape = loader_shape()
     next(TrainLoader([clip], config, shape).epoch(0))
     assert "sampling = 't2vparser' draws frames anew in each epoch, training decodes" in caplog.text
 

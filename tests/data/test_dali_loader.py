@@ -14,12 +14,13 @@ from discovla.batch import Batch
 from discovla.data.cache import FrameCache
 from discovla.data.dali import TOLERANCE_MEAN, missing
 from discovla.data.decode import DecodeError
-from discovla.data.loader import DataConfig, LoaderShape, TrainLoader, video_batches
+from discovla.data.loader import DataConfig, TrainLoader, video_batches
 from discovla.data.manifest import Clip, write_manifest
 from discovla.data.shard_files import ShardSettings
 from discovla.data.shards import ShardJob, write_shards
 from discovla.data.source import pixels, read_clips
 from discovla.data.tables import FrameTables
+from tests.data.conftest import loader_shape
 from tests.data.odd_clips import odd_clip
 
 LACKING = missing()
@@ -68,21 +69,8 @@ def config(world: Path, **changes) -> DataConfig:
     return DataConfig(**(fields | {"decoder": "dali"} | changes))
 
 
-def shape(**changes) -> LoaderShape:
-    fields = {
-        "batch_size": 3,
-        "rank": 0,
-        "world_size": 1,
-        "seed": 3,
-        "image_size": SIZE,
-        "context_length": 12,
-        "frame_captions": False,
-    }
-    return LoaderShape(**(fields | changes))
-
-
 def loader(data: DataConfig, **changes) -> TrainLoader:
-    return TrainLoader(read_clips(data, "train"), data, shape(**changes))
+    return TrainLoader(read_clips(data, "train"), data, loader_shape(**({"batch_size": 3} | changes)))
 
 
 def assert_near(found: list[Batch], wanted: list[Batch], refused: tuple[int, ...] = ()) -> int:

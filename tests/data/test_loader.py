@@ -25,7 +25,7 @@ from discovla.data.loader import (
 from discovla.data.manifest import Clip
 from discovla.data.samples import Sample
 from discovla.data.tokens import Tokenizer
-from tests.data.conftest import STEP, movie
+from tests.data.conftest import STEP, loader_shape, movie
 
 COUNT = 7  # clips, of two captions each
 
@@ -55,16 +55,7 @@ def config(**changes) -> DataConfig:
 
 
 def shape(**changes) -> LoaderShape:
-    fields = {
-        "batch_size": 4,
-        "rank": 0,
-        "world_size": 1,
-        "seed": 3,
-        "image_size": 16,
-        "context_length": 12,
-        "frame_captions": False,
-    }
-    return LoaderShape(**(fields | changes))
+    return loader_shape(**({"batch_size": 4} | changes))
 
 
 def same(a: Batch, b: Batch) -> bool:

@@ -10,9 +10,10 @@ import torch
 from discovla.batch import Batch
 from discovla.data import resident
 from discovla.data.decode import DecodeError
-from discovla.data.loader import DataConfig, LoaderShape, TrainLoader, video_batches
+from discovla.data.loader import DataConfig, TrainLoader, video_batches
 from discovla.data.manifest import read_manifest
 from discovla.data.source import read_clips
+from tests.data.conftest import loader_shape
 from tests.data.shard_world import FRAMES, SIZE, make_manifest, make_shards
 
 FIELDS = ("text_ids", "text_mask", "frames", "frame_mask", "video_index", "valid")
@@ -42,21 +43,8 @@ def config(world: Path, **changes) -> DataConfig:
     return DataConfig(**(fields | changes))
 
 
-def shape(**changes) -> LoaderShape:
-    fields = {
-        "batch_size": 2,
-        "rank": 0,
-        "world_size": 1,
-        "seed": 3,
-        "image_size": SIZE,
-        "context_length": 12,
-        "frame_captions": False,
-    }
-    return LoaderShape(**(fields | changes))
-
-
 def batches(data: DataConfig, *, epoch: int = 1, start: int = 0, **changes) -> list[Batch]:
-    loader = TrainLoader(read_clips(data, "train"), data, shape(**changes))
+    loader = TrainLoader(read_clips(data, "train"), data, loader_shape(**changes))
     return list(loader.epoch(epoch, start=start))
 
 
