@@ -30,13 +30,15 @@ with_dali = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
 SIZE = 32
 SETTINGS = FrameSettings(frames=4, image_size=SIZE, sample_rate=10.0, limit=60.0)
 CPU = ["vp9.webm", "mjpeg.avi", "odd-size-vp9.webm", "vp8-without-duration.webm"]
+CPU += ["edit-skips-gop.mp4", "edit-delays-start-vp9.mp4"]
+SKIPPING = "edit-skips-start-vp9.mp4"
 GPU = ["long-gop.mp4", "hevc-open-gop.mp4"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("odd")
-    for name in [*CPU, *GPU, "turned"]:
+    for name in [*CPU, *GPU, SKIPPING, "turned"]:
         odd_clip(folder, Path(name).stem)
     return folder
 
@@ -210,6 +212,7 @@ def test_what_dali_would_read_otherwise_is_known(folder):
     cases = {
         "shown turned": tabulate(folder / "turned.mp4"),
         "packets": replace(table, packets=41),
+        "30 packets, which DALI takes for frames, and 27 frames decode": tabulate(folder / SKIPPING),
         "stream is number 1": replace(table, stream=1),
         "8 bits": replace(table, pixels="yuv420p10le"),
         "breaks off": replace(table, problem="cut"),

@@ -18,13 +18,15 @@ from discovla.data.sampling import Sampling
 from discovla.data.tables import FrameTables
 from discovla.data.torchcodec_frames import TOLERANCE, missing
 from tests.data.conftest import movie, numbers
-from tests.data.odd_clips import KINDS, odd_clip
+from tests.data.odd_clips import KINDS, odd_clip, picture
 from tests.data.test_decode import expected_verdict, realdata_videos
 
 LACKING = missing()
 torchcodec = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
 TEN = Sampling(frames=10, sample_rate=10.0)
 INEXACT = {"odd-size-vp9", "ten-bit", "intra-refresh", "mpeg4-b-frames", "transport-stream"}
+INEXACT |= {"edit-skips-start", "edit-skips-start-vp9"}
+EDITED = [name for name, kind in KINDS.items() if kind.skipped or kind.delayed]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -46,6 +48,23 @@ def test_golden_pyav_gives_the_same_frames_each_time(odd):
     wanted = decode_each(odd, TEN, np.asarray)
     decoder = Decoder("pyav")
     assert all(same(decoder.read(odd, TEN, np.asarray), wanted) for _ in range(3))
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_golden_an_edit_list_leaves_out_and_delays_what_it_says(name, tmp_path):
+    kind, shown = KINDS[name], KINDS[name].shown
+    seconds = [(kind.times(i) - kind.skipped + kind.delayed) / kind.ticks for i in shown]
+    pictures = np.stack([picture(i, *kind.size)[::4, ::4] for i in range(kind.count)]).astype(int)
+    decoder = Decoder("pyav")
+    path = odd_clip(tmp_path, name)
+    for start in (0, 0, 9, 14):  # counted, then entered in its middle too
+        sampling = Sampling(frames=len(shown) - start, sample_rate=10.0, start=start / 10)
+        found = decoder.read(path, sampling, np.asarray)
+        assert (found.count, found.indices) == (len(shown), tuple(range(start, len(shown))))
+        assert found.seconds == pytest.approx(seconds[start:], abs=1e-4)
+        small = found.frames[:, ::4, ::4]
+        nearest = [int(np.abs(pictures - frame).mean((1, 2, 3)).argmin()) for frame in small]
+        assert nearest == shown[start:]
 
 
 @torchcodec
