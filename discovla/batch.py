@@ -53,6 +53,19 @@ class Batch:
         kept = {name: getattr(self, name) for name in ("text_mask", "frame_mask", "frame_text_mask")}
         return replace(self.map(lambda x: x.to(device, non_blocking=non_blocking)), **kept)
 
+    def frame_captions(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask of the still captions, b f l.
+
+        Raises:
+            ValueError: there are none.
+        """
+        ids, mask = self.frame_text_ids, self.frame_text_mask
+        if ids is None or mask is None:
+            raise ValueError(
+                "batch: expected frame captions (method.alpha or method.beta is not 0), found none"
+            )
+        return ids, mask
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `change` applied to each tensor it has."""
         given = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}

@@ -153,10 +153,15 @@ class Method(nn.Module):
 
     def encode_texts(self, batch: Batch) -> Embedding:
         """The text side of a training batch, with the frame captions' features where needed."""
-        text = self.encode_text(batch.text_ids, batch.text_mask)
+        ids, seen = batch.text_ids, batch.text_mask
         if not self.needs_frame_captions:
-            return text
-        frames = self.encode_frame_captions(batch)
+            return self.encode_text(ids, seen)
+        if self.needs_words:
+            text, frames = self.encode_text(ids, seen), self.encode_frame_captions(batch)
+        else:
+            check_mask("caption", seen)
+            pooled, frames = self.text.together((ids, seen), batch.frame_captions(), self.compute_dtype)
+            text, frames = self.embed_text(widen(pooled), None, seen), widen(frames)
         mask = on(frames.device, batch.frame_mask) if self.config.mask_padded_frames else None
         return replace(text, frames=frames, frame_mask=mask)
 
@@ -185,11 +190,7 @@ class Method(nn.Module):
 
     def encode_frame_captions(self, batch: Batch) -> Tensor:
         """Features of the frame captions, b f d, fused over the captions of each sample."""
-        ids, mask = batch.frame_text_ids, batch.frame_text_mask
-        if ids is None or mask is None:
-            raise ValueError(
-                "batch: expected frame captions (method.alpha or method.beta is not 0), found none"
-            )
+        ids, mask = batch.frame_captions()
         b, f = ids.shape[:2]
         features = self.text(ids.flatten(0, 1), mask.flatten(0, 1), group=f, dtype=self.compute_dtype)
         return widen(features).unflatten(0, (b, f))

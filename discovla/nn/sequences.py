@@ -23,6 +23,7 @@ class Sequences:
     key_mask: n l, or n h l with one for each head, bool, true on tokens that may be seen; None where all may.
     group: how many neighbouring sequences (frames) make one sample whose parts look at each other in fusion
         blocks; 0 where every sequence stands alone.
+    alone: how many sequences stand alone all the same; they come before the groups.
     readout: n, int64, the row of each sequence that is read at the end (CLS or EOT).
     fusion_key_mask: n l, bool, the tokens that may be seen across the group.
     packing: where rows are packed; n l, also of the masks, is then its own.
@@ -35,6 +36,7 @@ class Sequences:
     causal: bool = False
     key_mask: Tensor | None = None
     group: int = 0
+    alone: int = 0
     readout: Tensor | None = None
     fusion_key_mask: Tensor | None = None
     packing: Packing | None = None
@@ -69,10 +71,10 @@ class Sequences:
         return torch.arange(0, len(self.readout) * length, length, device=self.readout.device) + self.readout
 
     def slots(self, x: Tensor) -> Tensor:
-        """Of each row of x (n l w or t w) the sequence whose readout row it is, int32; -1 where of none."""
+        """Of each row of x (n l w or t w) the grouped sequence whose readout row it is, int32; -1 of none."""
         rows = x[..., 0].numel()
         if rows not in self.known:
-            ends = self.ends(x.shape[1])
+            ends = self.ends(x.shape[1])[self.alone :]
             order = torch.arange(len(ends), dtype=torch.int32, device=x.device)
             none = torch.full((rows,), -1, dtype=torch.int32, device=x.device)
             self.known[rows] = none.index_copy_(0, ends, order)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.autograd import recomputed
+from discovla.nn.autograd import recomputed, take_rows
 from discovla.nn.sequences import Sequences
 from discovla.nn.transformer import (
     Attention,
@@ -55,8 +55,8 @@ class FusionAttention(Attention):
         A(o_f[rho_f]) + out(softmax(q_f[rho_f] Kᵀ / sqrt(c) + log fusion_key_mask) V)
 
     with A the `Adapter`; the other rows keep o_f.  The adapter has no skip and starts at zero, so an
-    untrained readout row holds the global attention alone.  Sequences that stand alone (group 0) take the
-    ordinary path.
+    untrained readout row holds the global attention alone.  Sequences that stand alone (`Sequences.alone`,
+    or all where group is 0) keep o_f.
 
     The map above is blind to the order of the group's sequences.  With `positions` the keys that `read_group`
     sees of sequence f are K_f + frame_position[f], a table of our own that starts at zero.
@@ -79,13 +79,13 @@ class FusionAttention(Attention):
             attend_read = partial(self.attend_read_of_group, sequences)
             q, kv = self.project_read(x, sequences, norm)
             local, group = recomputed(attend_read, q, kv, self.frame_position)
-            return self.adapter(self.out(local)) + self.out(group)
+            local, grouped = self.out(local).tensor_split([sequences.alone])
+            return beside(local, self.adapter(grouped) + self.out(group))
         attend = partial(self.attend_of_group, sequences)
         local, group = recomputed(attend, self.project(x, norm), self.frame_position)
-        local = self.out(local)
-        fused = self.adapter(sequences.read(local)) + self.out(group)
-        rows = local.flatten(0, -2).index_copy(0, sequences.ends(x.shape[1]), fused)
-        return rows.view(x.shape)
+        rows, ends = self.out(local).flatten(0, -2), sequences.ends(x.shape[1])[sequences.alone :]
+        fused = self.adapter(take_rows(rows, ends)) + self.out(group)
+        return rows.index_copy(0, ends, fused).view(x.shape)
 
     def chain(
         self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
@@ -97,10 +97,13 @@ class FusionAttention(Attention):
             attend_read = partial(self.attend_read_of_group, sequences)
             q, kv = self.projected_read(z, sequences, norm)
             local, group = recomputed(attend_read, q, kv, self.frame_position)
-            return sequences.read(x), self.adapter.chain(self.out(local), impl) + self.out(group), None
+            local, grouped = self.out(local).tensor_split([sequences.alone])
+            fused = self.adapter.chain(grouped, impl) + self.out(group)
+            return sequences.read(x), beside(local, fused), None
         groups = Groups(
             heads=self.heads,
-            readout=sequences.ends(x.shape[1]).unflatten(0, (-1, sequences.group)),
+            readout=sequences.ends(x.shape[1])[sequences.alone :].unflatten(0, (-1, sequences.group)),
+            alone=sequences.alone,
             packing=sequences.packing,
             causal=sequences.causal,
             key_mask=sequences.of_rows(sequences.key_mask),
@@ -113,29 +116,31 @@ class FusionAttention(Attention):
     def attend_of_group(
         self, sequences: Sequences, qkv: Tensor, position: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Every row within its sequence, as `project` gave them, and each readout row in its group, n w."""
+        """Every row within its sequence, as `project` gave them, and readout rows in their groups, n w."""
         q, k, v = self.split(sequences.pad(qkv))  # n h l c
         local = sequences.unpad(join_heads(attend(q, k, v, sequences)))
         assert sequences.readout is not None, "rows were read by it"
-        queries = q[torch.arange(len(q), device=q.device), :, sequences.readout]  # n h c
+        q, k, v = (part[sequences.alone :] for part in (q, k, v))
+        queries = q[torch.arange(len(q), device=q.device), :, sequences.readout[sequences.alone :]]  # n h c
         return local, self.read_group(queries, k, v, sequences, position)
 
     def attend_read_of_group(
         self, sequences: Sequences, q: Tensor, kv: Tensor, position: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Each readout row within its sequence and in its group, n w, of what `project_read` gave."""
-        k, v = self.split(sequences.pad(kv))
-        queries = q.unflatten(-1, (self.heads, -1))  # n h c
+        """Each readout row within its sequence, and those of groups in their group; of `project_read`."""
+        k, v = (part[sequences.alone :] for part in self.split(sequences.pad(kv)))
+        queries = q[sequences.alone :].unflatten(-1, (self.heads, -1))  # n h c
         return self.attend_read(sequences, q, kv), self.read_group(queries, k, v, sequences, position)
 
     def read_group(
         self, queries: Tensor, k: Tensor, v: Tensor, sequences: Sequences, position: Tensor | None = None
     ) -> Tensor:
-        """Each sequence's query (n h c) over the tokens of its whole group, n w before the output projection.
+        """Each grouped sequence's query (n h c) over the tokens of its whole group, n w before projection.
 
         position: rows to add to the keys of the frames of a group, f' w with f' >= f.
         """
         group, mask = sequences.group, sequences.fusion_key_mask
+        mask = None if mask is None else mask[sequences.alone :]
         if position is not None:
             k = k + self.position_of(position, group, len(k)).to(k.dtype)
         read = attention(
@@ -152,6 +157,11 @@ class FusionAttention(Attention):
             raise ValueError(f"frames: expected at most {len(position)} with positions, got {group}")
         table = position[:group].unflatten(-1, (self.heads, -1))  # f h c
         return table.repeat(sequences // group, 1, 1)[:, :, None]
+
+
+def beside(alone: Tensor, grouped: Tensor) -> Tensor:
+    """Rows of sequences that stand alone, if any, and after them those of groups."""
+    return torch.cat([alone, grouped]) if len(alone) else grouped
 
 
 def _join(x: Tensor, group: int) -> Tensor:

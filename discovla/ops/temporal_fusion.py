@@ -15,12 +15,13 @@ from discovla.ops.short_attention import Packing, expect_mask, short_attention_r
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """n = b f sequences in b groups of neighbours: the frames of a video, or the captions of its frames.
+    """b f of n sequences in b groups of neighbours: the frames of a video, or the captions of its frames.
 
     readout: b f, int64: among all rows (n l flattened, or r), the one of each sequence that sees its group.
     packing: where the sequences are in r rows; None where all have l of n l.
     causal, key_mask: within a sequence, as in `short_attention`.
     group_mask: n l (or r), bool, true on rows that may be seen across the group; None where all may.
+    alone: how many sequences come before the groups and have none; attention within them is all they get.
     """
 
     heads: int
@@ -29,6 +30,7 @@ class Groups:
     causal: bool = False
     key_mask: Tensor | None = None
     group_mask: Tensor | None = None
+    alone: int = 0
 
 
 def temporal_fusion(
@@ -68,7 +70,8 @@ def temporal_fusion(
         return temporal_fusion_reference(qkv, groups, position, chosen)
     rows = qkv.reshape(-1, qkv.shape[-1]).contiguous()
     readout = groups.readout.contiguous()
-    arguments = (rows, readout, offsets, *masks, position, groups.heads, length, groups.causal)
+    sizes = (groups.heads, length, groups.causal, groups.alone)
+    arguments = (rows, readout, offsets, *masks, position, *sizes)
     out, own, _, _ = _temporal_fusion(*arguments)
     return out.view(shape), own.unflatten(0, readout.shape)
 
@@ -85,6 +88,7 @@ def temporal_fusion_reference(
         real = packing.real
         qkv, seen = qkv[packing.places], real if seen is None else seen[packing.places] & real
     b, f = readout.shape
+    qkv, seen = qkv[groups.alone :], None if seen is None else seen[groups.alone :]
     k, v = qkv.unflatten(-1, (3, -1)).unflatten(0, (b, f)).unbind(-2)[1:]  # b f l w
     k = k if position is None else k + position[:f, None].to(k.dtype)
     q = queries.unflatten(-1, (3, groups.heads, -1))[:, :, 0].transpose(1, 2)  # b h f c
@@ -107,9 +111,10 @@ def _check(qkv: Tensor, groups: Groups, position: Tensor | None) -> tuple[int, .
         wanted = f"{'n l' if packing is None else 'r'} 3w, w a multiple of {groups.heads} heads"
         raise ValueError(f"qkv: expected {wanted}, found {tuple(qkv.shape)}")
     n = len(qkv) if packing is None else len(packing.offsets) - 1
-    if groups.readout.ndim != 2 or groups.readout.numel() != n or groups.readout.dtype != torch.int64:
-        found = f"{groups.readout.dtype} of shape {tuple(groups.readout.shape)}"
-        raise ValueError(f"readout: expected int64, b f of {n} sequences, found {found}")
+    grouped, readout = n - groups.alone, groups.readout
+    if readout.ndim != 2 or readout.numel() != grouped or readout.dtype != torch.int64:
+        found = f"{readout.dtype} of shape {tuple(readout.shape)}"
+        raise ValueError(f"readout: expected int64, b f of {grouped} sequences, found {found}")
     expect_mask("key_mask", groups.key_mask, tuple(qkv.shape[:-1]))
     expect_mask("group_mask", groups.group_mask, tuple(qkv.shape[:-1]))
     frames = groups.readout.shape[1]
@@ -130,14 +135,15 @@ def _temporal_fusion(
     heads: int,
     length: int,
     causal: bool,
+    alone: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows r w, own n w; for backward what the readout rows read, n w, and its log-sum-exp, n h."""
     others = (offsets, key_mask, group_mask, position)
-    return kernel("temporal_fusion").forward(qkv, readout, others, heads, length, causal)
+    return kernel("temporal_fusion").forward(qkv, readout, others, (heads, length, causal, alone))
 
 
 @_temporal_fusion.register_fake
-def _(qkv, readout, offsets, key_mask, group_mask, position, heads, length, causal):
+def _(qkv, readout, offsets, key_mask, group_mask, position, heads, length, causal, alone):
     n, width = readout.numel(), qkv.shape[1] // 3
     out, own = qkv.new_empty(len(qkv), width), qkv.new_empty(n, width)
     return out, own, qkv.new_empty(n, width, dtype=wide(qkv)), qkv.new_empty(n, heads, dtype=wide(qkv))
@@ -158,37 +164,40 @@ def _temporal_fusion_backward(
     heads: int,
     length: int,
     causal: bool,
+    alone: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients by the rows and, of each group, by the positions, b f w (empty without)."""
     others, grads = (offsets, key_mask, group_mask, position), (grad.contiguous(), own_grad.contiguous())
-    sizes = (heads, length, causal)
+    sizes = (heads, length, causal, alone)
     return kernel("temporal_fusion").backward(grads, qkv, readout, others, (read, lse), sizes)
 
 
 @_temporal_fusion_backward.register_fake
 def _(
-    grad, own_grad, qkv, readout, offsets, key_mask, group_mask, position, read, lse, heads, length, causal
-):
+    grad, own_grad, qkv, readout, offsets, key_mask, group_mask, position, read, lse, heads, length, causal,
+    alone,
+):  # fmt: skip
     shape = (0, 0) if position is None else readout.shape
     return torch.empty_like(qkv), qkv.new_empty(*shape, qkv.shape[1] // 3, dtype=wide(qkv))
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.heads, ctx.length, ctx.causal = inputs
+    *tensors, heads, length, causal, alone = inputs
+    ctx.sizes = heads, length, causal, alone
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output[2:])
 
 
 def _differentiate(ctx, grad, own_grad, *_):
     """What the readout rows read is kept for backward alone: nobody differentiates it."""
-    sizes, (qkv, readout) = (ctx.heads, ctx.length, ctx.causal), ctx.saved_tensors[:2]
+    qkv, readout = ctx.saved_tensors[:2]
     width = qkv.shape[1] // 3
     grad = qkv.new_zeros(len(qkv), width) if grad is None else grad
     own_grad = qkv.new_zeros(readout.numel(), width) if own_grad is None else own_grad
-    dqkv, dposition = _temporal_fusion_backward(grad, own_grad, *ctx.saved_tensors, *sizes)
+    dqkv, dposition = _temporal_fusion_backward(grad, own_grad, *ctx.saved_tensors, *ctx.sizes)
     position = ctx.saved_tensors[5]
     dposition = None if position is None else dposition.sum(0).to(position.dtype)
-    return dqkv, None, None, None, None, dposition, None, None, None
+    return dqkv, None, None, None, None, dposition, None, None, None, None
 
 
 _temporal_fusion.register_autograd(_differentiate, setup_context=_keep)

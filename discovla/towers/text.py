@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Literal, cast, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discovla.nn.autograd import take_rows
@@ -17,6 +18,8 @@ from discovla.ops.dispatch import Impl, Memory
 from discovla.ops.short_attention import Packing
 from discovla.towers.architecture import Architecture
 from discovla.towers.vision import MakeBlock
+
+Tokens = tuple[Tensor, Tensor]  # ids, int64, and the mask of real ones, bool
 
 
 class TextTower(nn.Module):
@@ -55,14 +58,14 @@ class TextTower(nn.Module):
         """Rows of width w to joint features of width d."""
         return self.ln_final(x) @ self.projection.to(x.dtype)
 
-    def sequences(self, ids: Tensor, mask: Tensor | None, group: int = 0) -> Sequences:
+    def sequences(self, ids: Tensor, mask: Tensor | None, group: int = 0, alone: int = 0) -> Sequences:
         """What the blocks must know of the captions, packed without what `mask` leaves out.
 
         Raises:
             ValueError: the mask leaves an end-of-text token out.
         """
         at_end = ids.argmax(-1, keepdim=True)
-        plain = Sequences(causal=True, group=group, readout=at_end[:, 0], impl=self.impl)
+        plain = Sequences(causal=True, group=group, alone=alone, readout=at_end[:, 0], impl=self.impl)
         if mask is None:
             return plain
         packing = Packing.of(mask).to(ids.device)
@@ -78,6 +81,7 @@ class TextTower(nn.Module):
         mask: Tensor | None,
         *,
         group: int = 0,
+        alone: int = 0,
         dtype: torch.dtype = torch.float32,
         words: Literal[False] = False,
     ) -> Tensor: ...
@@ -89,6 +93,7 @@ class TextTower(nn.Module):
         mask: Tensor | None,
         *,
         group: int = 0,
+        alone: int = 0,
         dtype: torch.dtype = torch.float32,
         words: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
@@ -99,6 +104,7 @@ class TextTower(nn.Module):
         mask: Tensor | None,
         *,
         group: int = 0,
+        alone: int = 0,
         dtype: torch.dtype = torch.float32,
         words: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -110,13 +116,14 @@ class TextTower(nn.Module):
                 rows of padding, which come last, see padding then.  A mask on the CPU beside ids on a GPU
                 spares waiting for it: how many tokens there are is read from the mask.
             group: how many neighbouring captions make one sample in fusion blocks; 0 for none.
+            alone: how many captions come before those and have no group; without words.
             dtype: to compute in.
         """
         if mask is None and not words and not group:
             mask = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(-1)[:, None]
         if self.distinct and mask is not None and not words:
-            return self._distinct(ids, mask, group, dtype)
-        sequences = self.sequences(ids, mask, group)
+            return self._distinct(ids, mask, (group, alone), dtype)
+        sequences = self.sequences(ids, mask, group, alone)
         x = self.project(
             self._through(self.blocks, self._rows(ids, mask, dtype), sequences, pruned=not words)
         )
@@ -127,6 +134,19 @@ class TextTower(nn.Module):
             places = (mask.flatten().cumsum(0) - 1).view(ids.shape)
             x = x[places.to(ids.device, non_blocking=True)]
         return pooled, x
+
+    def together(
+        self, captions: Tokens, grouped: Tokens, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Features n d of captions and b f d of others that fuse in groups of f, in one pass.
+
+        Args:
+            captions: ids and mask, n l, as in `forward`.  grouped: the same, b f l.
+        """
+        count, (b, f) = len(captions[0]), grouped[0].shape[:2]
+        ids, mask = joined(captions, (grouped[0].flatten(0, 1), grouped[1].flatten(0, 1)))
+        features = self(ids, mask, group=f, alone=count, dtype=dtype)
+        return features[:count], features[count:].unflatten(0, (b, f))
 
     def _rows(self, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Embedded tokens n l w, or packed t w."""
@@ -144,9 +164,12 @@ class TextTower(nn.Module):
             x = block(x, inner)
         return blocks[-1](x, sequences.last(pruned=pruned))
 
-    def _distinct(self, ids: Tensor, mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-        """Features n d of captions, the same ones going together as far as no caption sees another."""
-        fusing = [group > 0 and cast(Block, block).attention.fuses for block in self.blocks]
+    def _distinct(self, ids: Tensor, mask: Tensor, groups: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Features n d of captions, the same ones going together as far as no caption sees another.
+
+        groups: `group` and `alone` of `forward`.
+        """
+        fusing = [groups[0] > 0 and cast(Block, block).attention.fuses for block in self.blocks]
         below = fusing.index(True) if any(fusing) else len(fusing)
         first, of = distinct_rows(torch.where(on(ids.device, mask), ids, -1))
         few_ids, few_mask = ids[first], mask[first.to(mask.device)]
@@ -154,11 +177,21 @@ class TextTower(nn.Module):
         if below == len(fusing):
             return self.project(self._through(self.blocks, x, few, pruned=True)).index_select(0, of)
         x = self._through(self.blocks[:below], x, few, pruned=False) if below else x
-        every = self.sequences(ids, mask, group)
+        every = self.sequences(ids, mask, *groups)
         assert few.packing is not None and every.packing is not None, "they have masks"
         rows = few.packing.places[of].flatten()[every.packing.rows]
         x = self._through(self.blocks[below:], x.index_select(0, rows), every, pruned=True)
         return self.project(x)
+
+
+def joined(captions: Tokens, others: Tokens) -> Tokens:
+    """Two lots of captions as one, those of fewer places padded: ids n l, masks n l."""
+    length = max(captions[0].shape[1], others[0].shape[1])
+    ids, masks = (
+        torch.cat([F.pad(x, (0, length - x.shape[1])) if x.shape[1] < length else x for x in parts])
+        for parts in zip(captions, others, strict=True)
+    )
+    return ids, masks
 
 
 def distinct_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from discovla_kernels.attention_tiles import (
 from discovla_kernels.short_attention import supports as attention_supports
 from discovla_kernels.tiles import LOWEST
 
+Sizes = tuple[int, int, bool, int]  # heads, length, causal, sequences that stand alone
 MAX_FRAMES = 64  # of a group: a query of each lives in registers
 
 
@@ -37,6 +38,17 @@ def supports(qkv: Tensor, readout: Tensor, *others: Tensor | None) -> str:
         if reason := attention_supports(qkv, other, None):
             return reason
     return ""
+
+
+@triton.jit
+def _members(program, ALONE, F):
+    """Of a program its first sequence and how many it has, and of the readout rows the first and how many.
+
+    ALONE programs of one sequence, which has no such row, come before groups of F.
+    """
+    p = program.to(tl.int64)
+    group, alone = tl.maximum(p - ALONE, 0), p < ALONE
+    return tl.where(alone, p, ALONE + group * F), tl.where(alone, 1, F), group * F, tl.where(alone, 0, F)
 
 
 @triton.jit
@@ -54,30 +66,31 @@ def _moved(
 @triton.jit
 def _temporal_fusion_forward(
     qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, out_ptr, own_ptr, read_ptr,
-    lse_ptr, LENGTH, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
+    lse_ptr, LENGTH, ALONE, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """o_f = softmax(q_f k_fᵀ / sqrt(c)) v_f of every frame f; g_f = softmax(q_f[rho_f] Kᵀ / sqrt(c)) V.
 
     K, V: keys (with the frames' positions) and values of all frames of a group; rho_f: the readout row.
-    out holds o_f, but g_f in the readout rows; own holds o_f[rho_f].
+    out holds o_f, but g_f in the readout rows; own holds o_f[rho_f]. The first ALONE sequences have no group.
     Tile: a group and head; frame after frame, BLOCK queries x BLOCK keys as in short attention, and with the
     last tile of queries, which passes over all keys of a frame, the BLOCK_F readout rows see the same tile of
     keys. Registers: beside short attention's, the readout queries and their online softmax.
     Traffic: 3 c read and c written a row, as short attention alone; a readout row writes c + 1 more of ACC
     for backward: `_temporal_fusion_backward`.
     """
-    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), _members(tl.program_id(0), ALONE, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, out_ptr, own_ptr, c = qkv_ptr + h * C, out_ptr + h * C, own_ptr + h * C, tl.arange(0, BLOCK_C)
-    ends = tl.load(readout_ptr + b * F + slot, mask=slot < F, other=0)
-    ends_q = load_rows(q_ptr, ends, slot < F, 3 * width, C, BLOCK_C)
+    ends = tl.load(readout_ptr + g + slot, mask=slot < asking, other=0)
+    ends_q = load_rows(q_ptr, ends, slot < asking, 3 * width, C, BLOCK_C)
     top_g, total_g = tl.full((BLOCK_F,), LOWEST, dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
     out_g = tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
-    for f in range(0, F):
-        start, length = sequence(offsets_ptr, b * F + f, LENGTH, HAS_OFFSETS)
-        readout = tl.load(readout_ptr + b * F + f) - start
+    for f in range(0, count):
+        start, length = sequence(offsets_ptr, first_s + f, LENGTH, HAS_OFFSETS)
+        readout = tl.load(readout_ptr + g + f, mask=f < asking, other=-1)
+        readout = tl.where(f < asking, readout - start, -1)
         for first in range(0, length, BLOCK):
             i = first + place
             q = load_rows(q_ptr, start + i, i < length, 3 * width, C, BLOCK_C)
@@ -93,7 +106,7 @@ def _temporal_fusion_forward(
                 if first + BLOCK >= length:
                     k_g = _moved(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
                     seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
-                    seen_g = seen_g & (slot < F)[:, None]
+                    seen_g = seen_g & (slot < asking)[:, None]
                     top_g, total_g, out_g = attend_more(
                         ends_q, k_g, v, seen_g, scale, top_g, total_g, out_g, PRECISION, ACC
                     )
@@ -101,11 +114,11 @@ def _temporal_fusion_forward(
             store_rows(out_ptr, start + i, (i < length) & (i != readout), width, C, out, BLOCK_C)
             here = (readout >= first) & (readout < first + BLOCK)
             own = tl.sum(tl.where((i == readout)[:, None], out, 0.0), axis=0)
-            tl.store(own_ptr + (b * F + f) * width + c, own, mask=(c < C) & here)
+            tl.store(own_ptr + (g + f) * width + c, own, mask=(c < C) & here)
     out_g /= tl.where(total_g == 0, 1.0, total_g)[:, None]
-    store_rows(out_ptr, ends, slot < F, width, C, out_g, BLOCK_C)
-    store_rows(read_ptr + h * C, b * F + slot, slot < F, width, C, out_g, BLOCK_C)
-    tl.store(lse_ptr + (b * F + slot) * H + h, log_of(top_g, total_g), mask=slot < F)
+    store_rows(out_ptr, ends, slot < asking, width, C, out_g, BLOCK_C)
+    store_rows(read_ptr + h * C, g + slot, slot < asking, width, C, out_g, BLOCK_C)
+    tl.store(lse_ptr + (g + slot) * H + h, log_of(top_g, total_g), mask=slot < asking)
 
 
 @triton.jit
@@ -123,8 +136,8 @@ def _group_gradients(
 @triton.jit
 def _temporal_fusion_backward(
     qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, grad_ptr, own_grad_ptr,
-    read_ptr, group_lse_ptr, dqkv_ptr, dposition_ptr, lse_ptr, mean_ptr, LENGTH, F, H, C, scale,
-    HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr,
+    read_ptr, group_lse_ptr, dqkv_ptr, dposition_ptr, lse_ptr, mean_ptr, LENGTH, ALONE, F, H, C,
+    scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr,
     HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -134,19 +147,20 @@ def _temporal_fusion_backward(
     dq[rho] = dS K over all frames, added in registers to what the readout row gets within its frame.
     dposition: sum over a frame's keys of dSᵀ q[rho], for each group by itself.
     """
-    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), _members(tl.program_id(0), ALONE, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, grad_ptr, dq_ptr, c = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C, tl.arange(0, BLOCK_C)
-    ends = tl.load(readout_ptr + b * F + slot, mask=slot < F, other=0)
-    ends_q = load_rows(q_ptr, ends, slot < F, 3 * width, C, BLOCK_C)
-    ends_do = load_rows(grad_ptr, ends, slot < F, width, C, BLOCK_C)
-    read = load_rows(read_ptr + h * C, b * F + slot, slot < F, width, C, BLOCK_C)
+    ends = tl.load(readout_ptr + g + slot, mask=slot < asking, other=0)
+    ends_q = load_rows(q_ptr, ends, slot < asking, 3 * width, C, BLOCK_C)
+    ends_do = load_rows(grad_ptr, ends, slot < asking, width, C, BLOCK_C)
+    read = load_rows(read_ptr + h * C, g + slot, slot < asking, width, C, BLOCK_C)
     ends_mean, ends_dq = tl.sum(read * ends_do.to(ACC), axis=1), tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
-    ends_lse = tl.load(group_lse_ptr + (b * F + slot) * H + h, mask=slot < F, other=0.0)
-    for f in range(0, F):
-        start, length = sequence(offsets_ptr, b * F + f, LENGTH, HAS_OFFSETS)
-        readout = tl.load(readout_ptr + b * F + f) - start
-        own_ptr = own_grad_ptr + (b * F + f) * width + h * C
+    ends_lse = tl.load(group_lse_ptr + (g + slot) * H + h, mask=slot < asking, other=0.0)
+    for f in range(0, count):
+        start, length = sequence(offsets_ptr, first_s + f, LENGTH, HAS_OFFSETS)
+        readout = tl.load(readout_ptr + g + f, mask=f < asking, other=-1)
+        readout = tl.where(f < asking, readout - start, -1)
+        own_ptr = own_grad_ptr + (g + f) * width + h * C
         moved = tl.zeros((BLOCK_C,), dtype=ACC)
         own = tl.zeros((BLOCK_C,), dtype=ACC)
         if not ONE:
@@ -175,7 +189,8 @@ def _temporal_fusion_backward(
                     readout, H, C, scale, True, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
                 )  # fmt: skip
             k_g = _moved(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
-            seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :] & (slot < F)[:, None]
+            seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
+            seen_g = seen_g & (slot < asking)[:, None]
             ends_dq, dk, dv, more = _group_gradients(
                 ends_q, k_g, v, ends_do, seen_g, scale, ends_lse, ends_mean, ends_dq, dk, dv, PRECISION, ACC
             )
@@ -184,26 +199,28 @@ def _temporal_fusion_backward(
             store_rows(dq_ptr + 2 * width, start + j, real, 3 * width, C, dv, BLOCK_C)
         ends_dq += tl.where((slot == f)[:, None], own[None, :], 0.0)
         if HAS_POSITION:
-            tl.store(dposition_ptr + (b * F + f) * width + h * C + c, moved, mask=c < C)
-    store_rows(dq_ptr, ends, slot < F, 3 * width, C, ends_dq, BLOCK_C)
+            tl.store(dposition_ptr + (g + f) * width + h * C + c, moved, mask=(c < C) & (f < asking))
+    store_rows(dq_ptr, ends, slot < asking, 3 * width, C, ends_dq, BLOCK_C)
 
 
 def forward(
-    qkv: Tensor, readout: Tensor, others: tuple[Tensor | None, ...], heads: int, length: int, causal: bool
+    qkv: Tensor, readout: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs r w, own n w, and for backward what readout rows read, n w, and its log-sum-exp, n h.
 
     qkv: r 3w, contiguous.  readout: b f, int64, rows.  others: offsets n + 1, int32, of sequences of up to
     `length` rows (None: all have it), key mask and group mask r, positions f w; each may be None.
+    sizes: heads, length, causal, and how many sequences stand alone before the groups.
     """
+    heads, length, _, alone = sizes
     rows, width = len(qkv), qkv.shape[1] // 3
     acc, n = torch.promote_types(qkv.dtype, torch.float32), readout.numel()
     out, own = qkv.new_empty(rows, width), qkv.new_empty(n, width)
     read, lse = qkv.new_empty(n, width, dtype=acc), qkv.new_empty(n, heads, dtype=acc)
-    pointers, tile = _launch(qkv, readout, others, heads, length, causal)
+    pointers, tile = _launch(qkv, readout, others, sizes)
     del tile["ONE"]
-    _temporal_fusion_forward[(len(readout), heads)](
-        *pointers, out, own, read, lse, length, readout.shape[1], heads, width // heads,
+    _temporal_fusion_forward[(alone + len(readout), heads)](
+        *pointers, out, own, read, lse, length, alone, readout.shape[1], heads, width // heads,
         (width // heads) ** -0.5, **tile,
     )  # fmt: skip
     return out, own, read, lse
@@ -215,33 +232,32 @@ def backward(
     readout: Tensor,
     others: tuple[Tensor | None, ...],
     kept: tuple[Tensor, Tensor],
-    sizes: tuple[int, int, bool],
+    sizes: Sizes,
 ) -> tuple[Tensor, Tensor]:
     """Gradients by the packed rows and, of each group, by the positions (b f w; empty without).
 
-    grads: by outputs and own, contiguous.  kept: the last two results of `forward`.  sizes: heads, length,
-    causal.
+    grads: by outputs and own, contiguous.  kept: the last two results of `forward`.  The others: as there.
     """
-    (rows, width), (heads, length, _) = qkv.shape, sizes
+    (rows, width), (heads, length, _, alone) = qkv.shape, sizes
     width //= 3
     acc = torch.promote_types(qkv.dtype, torch.float32)
-    pointers, tile = _launch(qkv, readout, others, *sizes)
+    pointers, tile = _launch(qkv, readout, others, sizes)
     dposition = qkv.new_empty(*(readout.shape if tile["HAS_POSITION"] else (0, 0)), width, dtype=acc)
     lse, mean = (qkv.new_empty(0 if tile["ONE"] else rows, heads, dtype=acc) for _ in range(2))
     dqkv = torch.empty_like(qkv)
     tile["num_warps"] = 8 if tile["BLOCK"] == 64 else 4  # four would spill
-    _temporal_fusion_backward[(len(readout), heads)](
-        *pointers, *grads, *kept, dqkv, dposition, lse, mean, length, readout.shape[1], heads, width // heads,
-        (width // heads) ** -0.5, **tile,
+    _temporal_fusion_backward[(alone + len(readout), heads)](
+        *pointers, *grads, *kept, dqkv, dposition, lse, mean, length, alone, readout.shape[1], heads,
+        width // heads, (width // heads) ** -0.5, **tile,
     )  # fmt: skip
     return dqkv, dposition
 
 
 def _launch(
-    qkv: Tensor, readout: Tensor, others: tuple[Tensor | None, ...], heads: int, length: int, causal: bool
+    qkv: Tensor, readout: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes
 ) -> tuple[tuple[Tensor, ...], dict[str, object]]:
     """What both kernels begin with, and their constants."""
-    offsets, mask, group_mask, position = others
+    (offsets, mask, group_mask, position), (heads, length, causal, _) = others, sizes
     pointers = (
         qkv,
         qkv if offsets is None else offsets,

@@ -22,9 +22,13 @@ HEADS, CHANNELS = 2, 5
 
 @dataclass(frozen=True)
 class Case:
-    """Groups of sequences: lengths of the sequences of each group, all equal unless packed."""
+    """Groups of sequences: lengths of the sequences of each group, all equal unless packed.
+
+    alone: of those before them, which have no group.
+    """
 
     lengths: list[list[int]]
+    alone: tuple[int, ...] = ()
     packed: bool = False
     causal: bool = False
     masked: bool = False
@@ -32,7 +36,7 @@ class Case:
 
     @property
     def flat(self) -> list[int]:
-        return [length for group in self.lengths for length in group]
+        return [*self.alone, *(length for group in self.lengths for length in group)]
 
     @property
     def starts(self) -> list[int]:
@@ -44,7 +48,7 @@ class Case:
         ends = [
             first + (length - 1) * self.causal for first, length in zip(self.starts, self.flat, strict=True)
         ]
-        return torch.tensor(ends, device=DEVICE).view(len(self.lengths), -1)
+        return torch.tensor(ends, device=DEVICE)[len(self.alone) :].view(len(self.lengths), -1)
 
     def masks(self) -> tuple[Tensor | None, Tensor | None]:
         """Keys seen within a sequence: all but every third; across a group: none of its second sequence."""
@@ -69,6 +73,7 @@ class Case:
             causal=self.causal,
             key_mask=masks[0],
             group_mask=masks[1],
+            alone=len(self.alone),
         )
 
     def leaves(self, dtype: torch.dtype) -> list[Tensor]:
@@ -93,8 +98,9 @@ def plain(case: Case, leaves: list[Tensor]) -> list[Tensor]:
     frames, moved = len(case.lengths[0]), k
     owner = torch.repeat_interleave(torch.tensor(case.flat)).to(DEVICE)  # the sequence of each row
     if case.position:
-        moved = k + leaves[1][owner % frames].unflatten(-1, (HEADS, CHANNELS))
+        moved = k + leaves[1][(owner - len(case.alone)) % frames].unflatten(-1, (HEADS, CHANNELS))
     key_mask, group_mask = case.masks()
+    group_of = (owner - len(case.alone)).div(frames, rounding_mode="floor")
     place, readout = torch.arange(len(q), device=DEVICE), case.readout.flatten()
 
     def attend(i: int, keys: Tensor, seen: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ def plain(case: Case, leaves: list[Tensor]) -> list[Tensor]:
         return attend(i, k, seen if key_mask is None else seen & key_mask)
 
     def across(i: int) -> Tensor:
-        seen = owner // frames == owner[i] // frames
+        seen = (group_of == group_of[i]) & (owner >= len(case.alone))
         return attend(i, moved, seen if group_mask is None else seen & group_mask)
 
     ends = set(readout.tolist())
@@ -126,8 +132,13 @@ CASES = {
     "captions": Case([[3, 1, 12], [5, 2, 7]], packed=True, causal=True, position=True),
     "long-captions": Case([[5, 70]], packed=True, causal=True),
     "masked-captions": Case([[3, 9, 4]], packed=True, causal=True, masked=True),
+    "captions-alone": Case([[3, 1], [2, 7]], (5, 8, 1), packed=True, causal=True, masked=True, position=True),
+    "frames-alone": Case([[66, 66]], (66,)),
 }
-RUNS = [(name, torch.float64 if name in ("frames-of-70", "captions") else torch.float32) for name in CASES]
+RUNS = [
+    (name, torch.float64 if name in ("frames-of-70", "captions", "captions-alone") else torch.float32)
+    for name in CASES
+]
 RUNS += [("padded-frames", torch.float16)]
 
 
@@ -203,7 +214,7 @@ def test_twice_the_same_is_bitwise_the_same():
 
 
 def test_the_reference_passes_gradcheck():
-    case = Case([[2, 3]], packed=True, causal=True, masked=True, position=True)
+    case = Case([[2, 3]], (2,), packed=True, causal=True, masked=True, position=True)
     assert torch.autograd.gradcheck(
         lambda *x: tuple(case.run(list(x), "reference")), case.leaves(torch.float64)
     )
@@ -211,11 +222,11 @@ def test_the_reference_passes_gradcheck():
 
 def test_the_op_is_registered_soundly():
     skip_what_no_gpu_kernel_takes("triton", torch.float64)
-    case = Case([[2, 3]], packed=True, causal=True, masked=True, position=True)
+    case = Case([[2, 3]], (2,), packed=True, causal=True, masked=True, position=True)
     x, position = case.leaves(torch.float64)
     offsets = case.groups().packing.offsets
     position = position.detach()[:2].requires_grad_()
-    arguments = (x, case.readout, offsets, *case.masks(), position, HEADS, 3, True)
+    arguments = (x, case.readout, offsets, *case.masks(), position, HEADS, 3, True, 1)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(_temporal_fusion, arguments, test_utils=tests)
 

@@ -37,6 +37,28 @@ def test_a_caption_longer_than_the_positions_is_refused(tower):
         tower(torch.ones(1, 13, dtype=torch.long), None)
 
 
+@pytest.mark.parametrize("distinct", [False, True])
+@pytest.mark.parametrize(
+    ("impl", "fused"), [("torch", 0), ("torch", 1), ("torch", 2), ("reference", 2), ("triton", 2)]
+)
+def test_captions_of_both_kinds_that_pass_together_are_as_those_that_pass_apart(impl, fused, distinct):
+    method = made_fusing(fused)
+    tower, batch = method.text, repeated(noise_batch(method.architecture, size=3, frames=4))
+    tower.impl, tower.distinct = impl, distinct
+    captions = batch.text_ids[:, :9], batch.text_mask[:, :9]  # padded to another length than the others
+    captions[0][:, 8], captions[1][:] = batch.text_ids.max(), True
+    others = batch.frame_captions()
+    got = [x.flatten(0, -2) for x in tower.together(captions, others, torch.float64)]
+    want = [tower(*captions, dtype=torch.float64)]
+    want += [tower(*(x.flatten(0, 1) for x in others), group=4, dtype=torch.float64)]
+    weights = [torch.randn_like(x) for x in want]
+    names, parameters = zip(*((n, p) for n, p in tower.named_parameters() if p.requires_grad), strict=True)
+    sums = [sum((x * w).sum() for x, w in zip(side, weights, strict=True)) for side in (got, want)]
+    grads = [torch.autograd.grad(x, parameters) for x in sums]
+    for name, a, b in zip(("captions", "frames", *names), (*got, *grads[0]), (*want, *grads[1]), strict=True):
+        assert relative_error(a, b) <= 1e-10, name
+
+
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("fused", [0, 1, 2])
 def test_identical_captions_that_pass_as_one_change_nothing(fused, impl):
