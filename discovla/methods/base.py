@@ -24,7 +24,7 @@ from discovla.ops.info_nce import EXCLUDED, contrastive_loss, info_nce
 from discovla.ops.token_similarity import TokenInputs, token_similarity
 from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.text import TextTower
-from discovla.towers.vision import MakeBlock, VisionTower
+from discovla.towers.vision import MakeBlock, Pixels, VisionTower
 from discovla.towers.weights import clip_names, openai_name, openai_weights
 
 # parameters of CLIP before its first blocks, which CLIP4Clip's recipe leaves as they are
@@ -297,8 +297,8 @@ class Method(nn.Module):
             group=self.config.frame_group,
         )
 
-    def pixels(self, frames: Tensor) -> Tensor:
-        """Normalised pixels in the compute dtype, as the vision tower takes them."""
+    def pixels(self, frames: Tensor) -> Pixels:
+        """Frames as the vision tower takes them, in the compute dtype."""
         return self.vision.pixels(frames, dtype=self.compute_dtype)
 
     def freeze(self) -> None:

@@ -29,6 +29,7 @@ from discovla.ops.info_nce import contrastive_loss
 from discovla.ops.token_similarity import Padding, TokenInputs, token_similarity, token_training_similarity
 from discovla.towers.architecture import Architecture
 from discovla.towers.hugging_face import from_hugging_face, without_prefixes
+from discovla.towers.vision import Pixels
 
 # ImageNet's, as the released configuration has them (its last deviation has one digit more than usual)
 IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -147,7 +148,7 @@ class T2VParser(Method):
         """A mask of what is real, n k, or None where padding counts as real."""
         return mask if self.config.padding == "masked" else None
 
-    def pixels(self, frames: Tensor) -> Tensor:
+    def pixels(self, frames: Tensor) -> Pixels:
         if self.config.pixel_statistics == "clip":
             return super().pixels(frames)
         return self.vision.pixels(frames, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=self.compute_dtype)

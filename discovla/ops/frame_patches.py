@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from discovla.ops.dispatch import Impl, choose
-from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD, patches, preprocess_frames_reference
+from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.preprocess_frames import (
+    CLIP_MEAN,
+    CLIP_STD,
+    numbers,
+    patches,
+    preprocess_frames_reference,
+)
 
 CENTRE = 128  # of a byte: what is left of it is exact in bfloat16
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in [0, 1]
 
 
 def frame_patches(
     frames: Tensor,
     patch_size: int,
     *,
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = (CLIP_MEAN, CLIP_STD),
+    statistics: Statistics | None = (CLIP_MEAN, CLIP_STD),
     dtype: torch.dtype = torch.float32,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -53,7 +62,7 @@ def frame_patches(
 def frame_patches_reference(
     frames: Tensor,
     patch_size: int,
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None,
+    statistics: Statistics | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The formula of `frame_patches`."""
@@ -66,30 +75,59 @@ def frame_patches_reference(
 
 
 def fold_normalisation(
-    weight: Tensor, *, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
+    weight: Tensor,
+    *,
+    statistics: Statistics = (CLIP_MEAN, CLIP_STD),
+    dtype: torch.dtype | None = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """W' and b' with W' (x - 128) + b' = W ((x / 255 - mean) / std), x a byte.
 
     W' = W / (255 std), b' = sum W (128 / 255 - mean) / std.  Bytes less 128 are exact in bfloat16 and, around
-    zero, lose less to the rounding of W' than bytes do.
+    zero, lose less to the rounding of W' than bytes do.  The weight is a constant.
 
     Args:
         weight: w c y x, of a patch embedding.
-        mean, std: of each channel, in [0, 1].
+        statistics: mean and std of each channel, in [0, 1].
+        dtype: of the result, to which it is rounded once; None for that of `weight`.
+        impl: reference (plain torch, float64), triton (one launch, float32 at least), or auto.
 
     Returns:
-        w (c y x) and w, computed in float64, in the dtype of `weight`.
+        w (c y x) and w.
+
+    Raises:
+        ValueError: statistics of other channels.
+        KernelUnavailable: the implementation asked for by name cannot run here.
     """
-    wide = weight.double()
-    scale = torch.tensor([1 / s for s in std], dtype=wide.dtype, device=wide.device)[:, None, None]
-    offset = torch.tensor([CENTRE / 255 - m for m in mean], dtype=wide.dtype, device=wide.device)
-    bias = (wide * scale * offset[:, None, None]).flatten(1).sum(1)
-    return (wide * scale / 255).flatten(1).to(weight.dtype), bias.to(weight.dtype)
+    mean, std = statistics
+    if {len(mean), len(std)} != {weight.shape[1]}:
+        raise ValueError(f"statistics: expected {weight.shape[1]} means and deviations, found {statistics}")
+    weight, dtype = weight.detach().contiguous(), dtype or weight.dtype
+    scale, offset = [1 / (255 * s) for s in std], [CENTRE - 255 * m for m in mean]
+    operands = (weight, weight.new_empty(1, dtype=dtype))
+    if choose("frame_patches", impl, weight.device.type, operands=operands) == "triton":
+        return _folded(weight, scale, offset, dtype)
+    factors = numbers([*scale, *offset], torch.float64, weight.device).view(2, -1, 1)
+    out = weight.double().flatten(2) * factors[0]  # w c (y x)
+    return out.flatten(1).to(dtype), (out * factors[1]).flatten(1).sum(1).to(dtype)
 
 
-def _check(
-    frames: Tensor, patch_size: int, statistics: tuple[tuple[float, ...], tuple[float, ...]] | None
-) -> None:
+@torch.library.custom_op("discovla::folded", mutates_args=())
+def _folded(
+    weight: Tensor, scale: Sequence[float], offset: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """scale W of every channel, w c y x to w (c y x), and the sum of offset times that, w."""
+    return kernel("frame_patches").folded(weight, tuple(scale), tuple(offset), dtype)
+
+
+@_folded.register_fake
+def _(weight, scale, offset, dtype):
+    return weight.new_empty(weight.shape[0], weight[0].numel(), dtype=dtype), weight.new_empty(
+        len(weight), dtype=dtype
+    )
+
+
+def _check(frames: Tensor, patch_size: int, statistics: Statistics | None) -> None:
     if frames.dtype != torch.uint8 or frames.ndim != 5:
         found = f"{frames.dtype} of shape {tuple(frames.shape)}"
         raise ValueError(f"frames: expected uint8, b f y x c, found {found}")

@@ -57,9 +57,14 @@ def preprocess_frames_reference(
 ) -> Tensor:
     """The formula of `preprocess_frames`."""
     work = torch.promote_types(dtype, torch.float32)
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=work, device=frames.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=work, device=frames.device)
+    scale = numbers([1 / (255 * s) for s in std], work, frames.device)
+    shift = numbers([-m / s for m, s in zip(mean, std, strict=True)], work, frames.device)
     return torch.addcmul(shift, frames.to(work), scale).to(dtype).permute(0, 1, 4, 2, 3)  # b f c y x
+
+
+def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A few numbers side by side, written on the device: a copy from the host waits for a GPU."""
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 @torch.library.custom_op("discovla::patches", mutates_args=())

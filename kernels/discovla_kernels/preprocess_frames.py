@@ -1,4 +1,4 @@
-"""Bytes of decoded frames to the rows that a patch embedding multiplies, in one pass."""
+"""Bytes of decoded frames to the rows that a patch embedding multiplies, and the embedding to suit them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from discovla_kernels.tiles import accumulator, unsupported
 
 
-def supports(frames: Tensor, like: Tensor) -> str:
-    """Why the kernel does not make these frames into the dtype of `like`; empty where it does."""
-    return unsupported(frames, like)
+def supports(source: Tensor, like: Tensor) -> str:
+    """Why no kernel makes these frames, or this weight, into the dtype of `like`; empty where one does."""
+    return unsupported(source) or unsupported(like)
 
 
 @triton.jit
@@ -52,3 +52,36 @@ def patches(
         frames, out, y, x, *size, SCALE=scale, SHIFT=shift, C=c, BLOCK=block, ACC=accumulator(out)
     )
     return out
+
+
+@triton.jit
+def _fold_normalisation_forward(
+    weight_ptr, out_ptr, bias_ptr, AREA, SCALE: tl.constexpr, OFFSET: tl.constexpr, C: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """out[w, c, p] = SCALE_c weight[w, c, p], and bias[w] = sum over c and p of OFFSET_c out[w, c, p].
+
+    Tile: the row of one output, channel by channel; the sum is of `out` before it is rounded.
+    """
+    w, place = tl.program_id(0), tl.arange(0, BLOCK)
+    here, start = place < AREA, w.to(tl.int64) * C * AREA
+    total = tl.zeros((BLOCK,), ACC)
+    for c in tl.static_range(C):
+        folded = tl.load(weight_ptr + start + c * AREA + place, mask=here, other=0).to(ACC) * SCALE[c]
+        tl.store(out_ptr + start + c * AREA + place, folded, mask=here)
+        total += folded * OFFSET[c]
+    tl.store(bias_ptr + w, tl.sum(total))
+
+
+def folded(
+    weight: Tensor, scale: tuple[float, ...], offset: tuple[float, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """W' = scale W, w (c y x), and sum offset W', w, for a weight w c y x."""
+    w, c, y, x = weight.shape
+    out, bias = weight.new_empty(w, c * y * x, dtype=dtype), weight.new_empty(w, dtype=dtype)
+    wider = out.new_empty(0, dtype=torch.promote_types(weight.dtype, dtype))
+    _fold_normalisation_forward[(w,)](
+        weight, out, bias, y * x, SCALE=scale, OFFSET=offset, C=c, BLOCK=triton.next_power_of_2(y * x),
+        ACC=accumulator(wider),
+    )  # fmt: skip
+    return out, bias

@@ -97,6 +97,8 @@ def row_cases() -> list[Case]:
             for kernel in (adapter._adapter_forward, adapter._adapter_backward)
         ]
     colours = {"SCALE": (0.1, 0.2, 0.3), "SHIFT": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
+    folding = {"SCALE": (0.1, 0.2, 0.3), "OFFSET": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
+    cases += [(preprocess_frames._fold_normalisation_forward, HALF, folding)]
     return [*cases, (preprocess_frames._preprocess_frames_forward, HALF, colours)]
 
 

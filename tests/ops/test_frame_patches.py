@@ -38,10 +38,25 @@ def test_rows_times_a_flat_patch_embedding_are_its_convolution(size, dtype, impl
 def test_a_folded_patch_embedding_gives_the_same_on_bytes_less_128(size, impl):
     frames, patch = bytes_of(*size), size[0]
     weight = torch.randn(4, 3, patch, patch, dtype=torch.float64, device=DEVICE)
-    folded, bias = fold_normalisation(weight)
+    folded, bias = fold_normalisation(weight, impl="reference")
     rows = frame_patches(frames, patch, statistics=None, dtype=torch.float16, impl=impl)
     want = frame_patches(frames, patch, dtype=torch.float64, impl="reference") @ weight.flatten(1).T
     torch.testing.assert_close(rows.double() @ folded.T + bias, want, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+@pytest.mark.parametrize("patch", [1, 7, 16])
+def test_every_implementation_folds_alike(patch, dtype, impl):
+    skip_what_no_gpu_kernel_takes(impl, dtype)
+    wide = torch.randn(5, 3, patch, patch, dtype=torch.float64, device=DEVICE)
+    want = fold_normalisation(wide, impl="reference")
+    for stored, made in ((dtype, None), (torch.float32, dtype)):
+        got = fold_normalisation(wide.to(stored), dtype=made, impl=impl)
+        for x, y in zip(got, want, strict=True):
+            limit = max(BUDGET[dtype], BUDGET[stored])
+            assert x.dtype == dtype and x.shape == y.shape
+            assert (x.double() - y).abs().max() <= 4 * limit * y.abs().max()
 
 
 def test_bytes_less_128_are_exact_in_bfloat16():
@@ -70,6 +85,7 @@ def test_what_does_not_fit_is_refused_by_name(impl):
         ("frames: expected uint8, b f y x c, found", lambda: frame_patches(frames.float(), 2, impl=impl)),
         ("frames: expected uint8, b f y x c, found", lambda: frame_patches(frames[0], 2, impl=impl)),
         ("frames: expected sides .* of 4, found 4 x 6", lambda: frame_patches(frames, 4, impl=impl)),
+        ("statistics: expected 4 means", lambda: fold_normalisation(torch.ones(2, 4, 1, 1), impl=impl)),
         ("statistics: expected 3 means", lambda: frame_patches(frames, 2, statistics=half, impl=impl)),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
