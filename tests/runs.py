@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -125,6 +127,7 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
     Args:
         fault: "kind:module:function:n": what befalls `rank` where it calls this function the n-th time:
             "kill" is kill -9, "stop" as if its machine were gone, "SIGTERM" and "SIGUSR1" these signals,
+            "tree" a SIGTERM to it and to all that it started, as the DeepSpeed launcher sends it,
             "full" a full disk, "nan" a result that is not a number; "drag" is slow from then on.
     """
     words = [str(word) for word in words]
@@ -183,6 +186,10 @@ def _arrange(kind: str, module: str, name: str, call: str) -> None:
         due = calls[0] == int(call)
         if due and kind in signals:
             os.kill(os.getpid(), signals[kind])
+        if due and kind == "tree":
+            this = psutil.Process()
+            pids = [str(process.pid) for process in (*this.children(recursive=True), this)]
+            subprocess.run(["kill", "-TERM", *pids], check=True)  # from without
         if due and kind == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         result = original(*args, **kwargs)

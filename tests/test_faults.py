@@ -58,6 +58,16 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on(
     assert_same(tmp_path / "run", whole)
 
 
+def test_a_signal_to_a_rank_and_its_readers_is_obeyed_by_the_rank(tmp_path, drawn, whole):
+    words = [runs.write_config(tmp_path, drawn), *SHORT, "data.workers=2"]
+    job = runs.start(words, size=2, fault=f"tree:{STEP}:4", rank=1)
+    assert job.wait() == [STOPPED, STOPPED], job.output() + job.output(rank=1)
+    assert "train.py: stopped by SIGTERM after step 4 of 6, which is saved" in job.output()
+    assert "error" not in job.output() + job.output(rank=1)
+    runs.train([*words, "resume=true"], size=2)
+    assert_same(tmp_path / "run", whole)
+
+
 @pytest.mark.slow
 def test_a_signal_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path, drawn, whole):
     words = [runs.write_config(tmp_path, drawn), *SHORT]

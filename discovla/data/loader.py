@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -265,6 +269,7 @@ def _loader(
     items: _Items, steps: _Steps, collate: _Collate, workers: int, *, persistent: bool = True
 ) -> Iterable[dict[str, Any]]:
     """torch's loader over given steps, in order, with pinned memory where there is a GPU."""
+    forks = workers > 0 and multiprocessing.get_start_method() == "forkserver"
     return DataLoader(
         items,
         batch_sampler=steps,
@@ -272,6 +277,26 @@ def _loader(
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_spared_signals,
+        # the server that would fork them, Python's choice from 3.14 on, dies of a launcher's SIGTERM
+        multiprocessing_context="fork" if forks else None,
         # Its own generator: drawn from the global one, the workers' seeds would shift a resumed run.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _spared_signals(_: int) -> None:
+    """Let a process that reads obey the one that started it alone.
+
+    Launchers send SIGTERM to all processes of a job; that which trains has its readers end once it is done.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, name="signals", daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """End this process where the one that started it asks for it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
