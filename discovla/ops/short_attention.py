@@ -28,10 +28,15 @@ class Packing:
     count: int
 
     @staticmethod
-    def of(kept: Tensor) -> Packing:
-        """Of the tokens to keep of padded sequences, n k, bool; on the CPU, or a GPU is waited for."""
+    def of(kept: Tensor, count: int | None = None) -> Packing:
+        """Of the tokens to keep of padded sequences, n k, bool; on the CPU, or a GPU is waited for.
+
+        count: how many they are, where that is known: then nobody waits, and `longest` is k.
+        """
         lengths = kept.sum(1)
         offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        if count is not None:
+            return Packing(offsets=offsets, longest=kept.shape[1], count=count)
         return Packing(offsets=offsets, longest=int(lengths.max()), count=int(offsets[-1]))
 
     def to(self, device: torch.device | str) -> Packing:

@@ -14,6 +14,7 @@ from discovla.nn.features import expect, on
 from discovla.nn.memory import MemoryPlan
 from discovla.nn.sequences import Sequences
 from discovla.nn.transformer import Block, LayerNorm
+from discovla.ops.buckets import Rows, widened
 from discovla.ops.dispatch import Impl, Memory
 from discovla.ops.short_attention import Packing
 from discovla.towers.architecture import Architecture
@@ -28,7 +29,8 @@ class TextTower(nn.Module):
     `impl` and `memory` say how blocks are computed; see `ops.dispatch` and `nn.memory`.  With `distinct`
     identical captions pass the blocks below the first that fuses as one; on a GPU they are waited for.  Off
     unless asked for: of the frame captions of the drawn world 3.5 % repeat within a clip, and 5.0 % within
-    128 clips.
+    128 clips.  `rows` may settle how many rows packed captions take, see `ops.buckets`: what is more than
+    their tokens nobody sees.
     """
 
     impl: Impl = "auto"
@@ -40,6 +42,7 @@ class TextTower(nn.Module):
         shape = architecture.text
         make_block = make_block or (lambda layer: Block(shape.block(architecture.activation)))
         table = torch.empty(architecture.vocab_size, shape.width)  # its own start imports torch._dynamo
+        self.rows: Rows = {}
         self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.position_embedding = nn.Parameter(torch.empty(architecture.context_length, shape.width))
         self.blocks = nn.ModuleList(make_block(layer) for layer in range(shape.layers))
@@ -68,11 +71,20 @@ class TextTower(nn.Module):
         plain = Sequences(causal=True, group=group, alone=alone, readout=at_end[:, 0], impl=self.impl)
         if mask is None:
             return plain
-        packing = Packing.of(mask).to(ids.device)
-        mask = on(ids.device, mask)
+        kept, count = self._kept(mask)
+        packing = Packing.of(kept, count).to(ids.device)
+        kept, mask = on(ids.device, kept), on(ids.device, mask)
         expect(mask.gather(1, at_end), "mask: expected true at the end-of-text token of each caption")
-        readout = mask.cumsum(1).gather(1, at_end)[:, 0] - 1
-        return replace(plain, readout=readout, fusion_key_mask=packing.real, packing=packing)
+        readout = kept.cumsum(1).gather(1, at_end)[:, 0] - 1
+        seen = packing.real
+        if count is not None:  # real tokens come before the others that are kept
+            seen = torch.arange(packing.longest, device=ids.device) < mask.sum(1, keepdim=True)
+        return replace(plain, readout=readout, fusion_key_mask=seen, packing=packing)
+
+    def _kept(self, mask: Tensor) -> tuple[Tensor, int | None]:
+        """Which tokens n l are computed, and how many where `rows` settles that."""
+        count = self.rows.get((len(mask), mask.shape[1]))
+        return (mask, None) if count is None else (widened(mask, count), count)
 
     @overload
     def forward(
@@ -131,7 +143,7 @@ class TextTower(nn.Module):
             return x
         pooled = sequences.read(x)
         if mask is not None:
-            places = (mask.flatten().cumsum(0) - 1).view(ids.shape)
+            places = (self._kept(mask)[0].flatten().cumsum(0) - 1).view(ids.shape)
             x = x[places.to(ids.device, non_blocking=True)]
         return pooled, x
 
@@ -153,8 +165,10 @@ class TextTower(nn.Module):
         x = self.embed(ids, dtype)
         if mask is None:
             return x
-        kept = mask.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
-        return take_rows(x.flatten(0, 1), kept)
+        kept, count = self._kept(mask)
+        flat = kept.flatten()
+        places = flat.nonzero() if count is None else flat.nonzero_static(size=count)
+        return take_rows(x.flatten(0, 1), places[:, 0].to(ids.device, non_blocking=True))
 
     def _through(self, blocks: nn.ModuleList, x: Tensor, sequences: Sequences, *, pruned: bool) -> Tensor:
         """Rows after some of the blocks; pruned: the readout rows alone."""
