@@ -21,11 +21,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from discovla.batch import Embedding
-from discovla.methods.base import Method
+from discovla.methods.base import Method, VideoLosses, excluded
 from discovla.methods.base_config import MethodConfig
 from discovla.methods.base_released import by_name
 from discovla.nn.features import check_mask, masked_mean, unit
 from discovla.nn.temporal_heads import LSTM, PairScorer, Table, Transformer
+from discovla.ops.columns import Columns
+from discovla.ops.info_nce import contrastive_loss
 from discovla.towers.architecture import Architecture
 
 log = logging.getLogger(__name__)
@@ -133,8 +135,23 @@ class CLIP4Clip(Method):
 
     def similarity(self, text: Embedding, video: Embedding) -> Tensor:
         """Logits t v; of tightTransf block by block of pairs, which training computes again in backward."""
-        if not self.tight:
-            return super().similarity(text, video)
+        return self._scores(text, video, len(video)) if self.tight else super().similarity(text, video)
+
+    def video_losses(
+        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: Columns | None = None
+    ) -> VideoLosses:
+        if not self.tight or columns is None:
+            return super().video_losses(text, video, ignore, columns)
+        most = int(columns.largest(torch.tensor(len(video))))
+        logits = excluded(self._scores(text, video, most), ignore)
+        loss = contrastive_loss(logits, columns)
+        return VideoLosses(total=loss, terms={"video": loss}, logits=logits)
+
+    def _scores(self, text: Embedding, video: Embedding, most: int) -> Tensor:
+        """tightTransf's logits t v, in as many blocks as the process with the `most` videos needs.
+
+        ZeRO's stage 3 gathers the scorer's parameters for each block, from all processes at once.
+        """
         frames, mask = video.tokens, video.mask
         assert frames is not None and mask is not None, "embedded by this head"
         t, v = len(text), len(video)
@@ -143,7 +160,7 @@ class CLIP4Clip(Method):
         def score(pairs: Tensor) -> Tensor:
             return self.scorer(text.pooled[pairs // v], frames[pairs % v], mask[pairs % v])
 
-        blocks = torch.arange(t * v, device=frames.device).split(size)
+        blocks = torch.arange(t * v, device=frames.device).tensor_split(max(1, -(-t * most // size)))
         if len(blocks) > 1 and torch.is_grad_enabled():
             scores = [checkpoint(score, pairs, use_reentrant=False) for pairs in blocks]
         else:

@@ -12,6 +12,7 @@ from discovla.methods import clip4clip
 from discovla.methods.base_released import load_released
 from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
 from discovla.nn.features import unit
+from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
 from discovla.testing import noise_batch, tiny_architecture
 from discovla.towers.architecture import TowerShape
@@ -101,6 +102,20 @@ def test_blocks_of_pairs_score_like_all_pairs_at_once(monkeypatch):
         assert x.grad is not None
         found += [scores, x.grad]
     torch.testing.assert_close(found[2:], found[:2], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("own", [0, 1, 3])
+def test_processes_score_as_many_blocks_whatever_clips_they_could_read(monkeypatch, own):
+    method, calls = tiny("tightTransf"), []
+    method.scorer.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(clip4clip, "HIDDEN", 1500)
+    text, video = method.encode(noise_batch(method.architecture, size=5))
+    columns = Columns(first=0, add=lambda *x: x, largest=lambda x: x.clamp(min=4))
+    method.video_losses(text, video[:own], None, columns)
+    most = len(calls)
+    calls.clear()
+    method.video_losses(text, video[:4], None, columns)
+    assert most == len(calls) > 1
 
 
 def test_a_tight_head_drops_out_in_training_only():
