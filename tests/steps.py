@@ -77,10 +77,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(variant: str) -> Method:
-    """A tiny method without dropout, in float64, nothing of it zero."""
+def make(variant: str | dict[str, Any]) -> Method:
+    """A tiny method without dropout, in float64, nothing of it zero; a name of VARIANTS or such a config."""
     architecture = tiny_architecture()
-    config = VARIANTS[variant]
+    config = VARIANTS[variant] if isinstance(variant, str) else variant
     cls = METHODS[config["name"]]
     torch.manual_seed(0)
     method = cls(architecture, cls.Config(**config))

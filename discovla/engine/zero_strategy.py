@@ -138,8 +138,19 @@ class DeepSpeedStrategy(Strategy):
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
-        with self.zero.GatheredParameters(list(self.module.parameters()), enabled=self.stage == 3):
+        if self.stage < 3:
             yield self.module
+            return
+        # its hooks would let go of parameters and gather them anew, with every rank, at each call of a module
+        hooks = self.engine.optimizer.parameter_offload
+        with self.zero.GatheredParameters(list(self.module.parameters())):
+            for hook in (*hooks.forward_hooks, *hooks.backward_hooks):
+                hook.remove()
+            hooks.forward_hooks, hooks.backward_hooks = [], []
+            try:
+                yield self.module
+            finally:
+                hooks._register_deepspeed_module(hooks.module)
 
     def _flat(self) -> list[Tensor]:
         """The tensors the optimiser really updates on this rank."""
