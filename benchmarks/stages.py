@@ -97,12 +97,12 @@ def differences(found: dict[int, float], wanted: dict[int, float]) -> dict[str, 
 
 
 def ends(folder: Path) -> dict[str, Any]:
-    """R@1 and R@5 of the selected step both ways, and the commit that ran."""
+    """R@1 and R@5 of the selected step both ways, and the commit of the run."""
     rows = json.loads((folder / "results.json").read_text())
     name, figures = next((n, f) for n, f in rows.items() if ", step " in n and "+" not in n)
     commit = json.loads((folder / "versions.json").read_text())["git_commit"]
     short = {way: {k: figures[way][k] for k in ("R@1", "R@5")} for way in ("t2v", "v2t")}
-    return {"selected": name, **short, "ran": commit}
+    return {"selected": name, **short, "commit": commit[:7]}
 
 
 def main() -> None:
@@ -116,8 +116,9 @@ def main() -> None:
         runs = (args.runs or Path(folder)).resolve()
         contest = Contest(runs=runs, processes=args.processes, stages=args.stages, words=args.words)
         where = machine("cpu")
+        del where["dirty"]  # a run kept from before was not of this tree
         for row in contest.rows():
-            write_row(results_file(where, "stages"), row | where)
+            write_row(results_file(where | row, "stages"), where | row)
             print(json.dumps(row), flush=True)
 
 
