@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -44,7 +45,7 @@ class Sequences:
     impl: Impl = "auto"
     memory: Memory = "keep"
     deferred: bool = False
-    known: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    known: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def inner(self) -> Sequences:
         """The same for the blocks of a tower before its last."""
@@ -66,28 +67,42 @@ class Sequences:
         """n, int64: where the readout row of each sequence is among all rows; length: l of rows n l w."""
         if self.readout is None:
             raise ValueError("sequences.readout: expected the row to read of each sequence, got None")
+        return self._once(f"ends of {length}", lambda: self._ends(self.readout, length))
+
+    def _ends(self, readout: Tensor, length: int) -> Tensor:
         if self.packing is not None:
-            return self.packing.places.gather(1, self.readout[:, None])[:, 0]
-        return torch.arange(0, len(self.readout) * length, length, device=self.readout.device) + self.readout
+            return self.packing.offsets[:-1] + readout
+        return torch.arange(0, len(readout) * length, length, device=readout.device) + readout
 
     def slots(self, x: Tensor) -> Tensor:
-        """Of each row of x (n l w or t w) the grouped sequence whose readout row it is, int32; -1 of none."""
-        rows = x[..., 0].numel()
-        if rows not in self.known:
+        """Of each row of x (n l w or t w) the grouped sequence whose readout row it is, int32; < 0 of none.
+
+        In a pruned block x is n w.
+        """
+        rows, device = x[..., 0].numel(), x.device
+        if self.pruned:
+            return torch.arange(-self.alone, rows - self.alone, dtype=torch.int32, device=device)
+
+        def find() -> Tensor:
             ends = self.ends(x.shape[1])[self.alone :]
-            order = torch.arange(len(ends), dtype=torch.int32, device=x.device)
-            none = torch.full((rows,), -1, dtype=torch.int32, device=x.device)
-            self.known[rows] = none.index_copy_(0, ends, order)
-        return self.known[rows]
+            order = torch.arange(len(ends), dtype=torch.int32, device=device)
+            return torch.full((rows,), -1, dtype=torch.int32, device=device).index_copy_(0, ends, order)
+
+        return self._once("slots", find)
+
+    def _once(self, name: str, find: Callable[[], Tensor]) -> Tensor:
+        """What `find` gives, found once for all blocks."""
+        if name not in self.known:
+            self.known[name] = find()
+        return self.known[name]
 
     def read(self, x: Rows) -> Tensor:
         """The readout rows n w of all rows; of a pruned block's output, which has no others, itself."""
         if isinstance(x, tuple):
             return self.read(x[0]) + self.read(x[1])
-        ends = self.ends(x.shape[1])
-        if x.dim() == 2 and len(x) == len(ends):
+        if x.dim() == 2 and self.readout is not None and len(x) == len(self.readout):
             return x
-        return take_rows(x.flatten(0, -2), ends)
+        return take_rows(x.flatten(0, -2), self.ends(x.shape[1]))
 
     @property
     def keys(self) -> Tensor | None:

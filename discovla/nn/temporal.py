@@ -94,12 +94,9 @@ class FusionAttention(Attention):
             return super().chain(rows, norm, sequences, impl)
         x, z = self.normed(rows, norm, impl)
         if sequences.pruned:
-            attend_read = partial(self.attend_read_of_group, sequences)
             q, kv = self.projected_read(z, sequences, norm)
-            local, group = recomputed(attend_read, q, kv, self.frame_position)
-            local, grouped = self.out(local).tensor_split([sequences.alone])
-            fused = self.adapter.chain(grouped, impl) + self.out(group)
-            return sequences.read(x), beside(local, fused), None
+            update, own = self.read_rows(q, kv, sequences, impl, self.frame_position)
+            return sequences.read(x), self.out(update), self.adapter.chain(self.out(own), impl)
         groups = Groups(
             heads=self.heads,
             readout=sequences.ends(x.shape[1])[sequences.alone :].unflatten(0, (-1, sequences.group)),

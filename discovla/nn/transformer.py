@@ -25,6 +25,7 @@ from discovla.ops.fp8_linear import FP8Weight, fp8_linear
 from discovla.ops.layer_norm import Update, layer_norm
 from discovla.ops.lora_norm import lora_norm, lora_projection
 from discovla.ops.mlp import Activation, MLPWeights, mlp
+from discovla.ops.readout_attention import Readout, readout_attention
 from discovla.ops.short_attention import short_attention
 
 
@@ -154,8 +155,8 @@ class Attention(nn.Module):
         x, z = self.normed(rows, norm, impl)
         if not sequences.pruned:
             return x, self.out(self.attend_rows(self.projected(z, norm), sequences, impl)), None
-        read = recomputed(partial(self.attend_read, sequences), *self.projected_read(z, sequences, norm))
-        return sequences.read(x), self.out(read), None
+        q, kv = self.projected_read(z, sequences, norm)
+        return sequences.read(x), self.out(self.read_rows(q, kv, sequences, impl)[0]), None
 
     def normed(
         self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, impl: Impl
@@ -181,6 +182,25 @@ class Attention(nn.Module):
         width = self.qkv.in_features
         queries = self.projected(sequences.read(z), norm, slice(0, width))
         return queries, self.projected(z, norm, slice(width, 3 * width))
+
+    def read_rows(
+        self, q: Tensor, kv: Tensor, sequences: Sequences, impl: Impl, position: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`readout_attention` of what `projected_read` gave; masks of single heads have no kernel."""
+        mask = sequences.key_mask
+        if mask is not None and mask.dim() == 3:
+            return recomputed(partial(self.attend_read, sequences), q, kv), q[:0]
+        readout = Readout(
+            heads=self.heads,
+            ends=sequences.ends(kv.shape[1]),
+            group=sequences.group if self.fuses else 0,
+            alone=sequences.alone,
+            packing=sequences.packing,
+            causal=sequences.causal,
+            key_mask=sequences.of_rows(mask),
+            group_mask=sequences.of_rows(sequences.fusion_key_mask),
+        )
+        return readout_attention(q, kv, readout, position=position, impl=impl)
 
     def attend_rows(self, qkv: Tensor, sequences: Sequences, impl: Impl) -> Tensor:
         """`attend`, of which q, k and v alone are kept for backward; masks of single heads have no kernel."""

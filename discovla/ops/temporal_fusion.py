@@ -87,21 +87,29 @@ def temporal_fusion_reference(
     if packing is not None:
         real = packing.real
         qkv, seen = qkv[packing.places], real if seen is None else seen[packing.places] & real
-    b, f = readout.shape
-    qkv, seen = qkv[groups.alone :], None if seen is None else seen[groups.alone :]
-    k, v = qkv.unflatten(-1, (3, -1)).unflatten(0, (b, f)).unbind(-2)[1:]  # b f l w
+    width = local.shape[-1]
+    seen = None if seen is None else seen[groups.alone :].unflatten(0, readout.shape)
+    pairs = qkv[groups.alone :, :, width:].unflatten(0, readout.shape)  # b f l 2w
+    read = read_groups(queries[..., :width], pairs, seen, position, groups.heads, impl)
+    out = rows.index_copy(0, readout.flatten(), read.flatten(0, 1))
+    return out.view(local.shape), rows[readout]
+
+
+def read_groups(
+    q: Tensor, kv: Tensor, seen: Tensor | None, position: Tensor | None, heads: int, impl: str
+) -> Tensor:
+    """What queries b f w read of all rows of their group, kv: b f l 2w, b f w; seen: b f l, bool."""
+    (b, f), (k, v) = q.shape[:2], kv.unflatten(-1, (2, -1)).unbind(-2)  # b f l w
     k = k if position is None else k + position[:f, None].to(k.dtype)
-    q = queries.unflatten(-1, (3, groups.heads, -1))[:, :, 0].transpose(1, 2)  # b h f c
-    k, v = (x.flatten(1, 2).unflatten(-1, (groups.heads, -1)).transpose(1, 2) for x in (k, v))  # b h (f l) c
-    some, mask = torch.ones((), dtype=torch.bool, device=qkv.device), None
+    k, v = (x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (k, v))  # b h (f l) c
+    some, mask = torch.ones((), dtype=torch.bool, device=q.device), None
     if seen is not None:
         mask = seen.reshape(b, 1, 1, -1)
         some = mask.any(-1, keepdim=True)
         mask = mask | ~some
+    q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # b h f c
     read = attention(q, k, v, mask=mask, impl="torch" if impl == "torch" else "reference") * some
-    read = read.transpose(1, 2).flatten(2)  # b f w
-    out = rows.index_copy(0, readout.flatten(), read.flatten(0, 1))
-    return out.view(local.shape), rows[readout]
+    return read.transpose(1, 2).flatten(2)
 
 
 def _check(qkv: Tensor, groups: Groups, position: Tensor | None) -> tuple[int, ...]:

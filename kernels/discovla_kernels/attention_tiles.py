@@ -185,6 +185,41 @@ def key_gradients(
     return dk, dv
 
 
+@triton.jit
+def members(program, ALONE, F):
+    """Of a program its first sequence and how many it has, and of the readout rows the first and how many.
+
+    ALONE programs of one sequence, which has no such row, come before groups of F.
+    """
+    p = program.to(tl.int64)
+    group, alone = tl.maximum(p - ALONE, 0), p < ALONE
+    return tl.where(alone, p, ALONE + group * F), tl.where(alone, 1, F), group * F, tl.where(alone, 0, F)
+
+
+@triton.jit
+def moved_keys(
+    k, position_ptr, f, width, C, HAS_POSITION: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
+):
+    """Keys of frame f as readout rows of the group see them."""
+    if HAS_POSITION:
+        c = tl.arange(0, BLOCK_C)
+        position = tl.load(position_ptr + f * width + c, mask=c < C, other=0.0).to(ACC)
+        k = (k.to(ACC) + position[None, :]).to(k.dtype)
+    return k
+
+
+@triton.jit
+def group_gradients(
+    q, k, v, do, seen, scale, lse, mean, dq, dk, dv, PRECISION: tl.constexpr, ACC: tl.constexpr
+):
+    """Adds what readout rows q send to a tile of keys and values, and back to them; sums it over the keys."""
+    p, ds = slopes(q, k, v, do, seen, scale, lse, mean, PRECISION, ACC)
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION, out_dtype=ACC)
+    more = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
+    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+    return dq, dk + more, dv, tl.sum(more, axis=0)
+
+
 def settings(qkv: Tensor, channels: int, length: int) -> dict[str, object]:
     """Tile sizes for sequences of up to `length` rows: one tile where it holds a whole sequence."""
     block = min(64, max(16, triton.next_power_of_2(length)))

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from discovla_kernels.attention_tiles import (
     attend_more,
+    group_gradients,
     key_gradients,
     load_gradients,
     load_rows,
     log_of,
     mask_pointer,
+    members,
+    moved_keys,
     query_gradients,
     sequence,
     settings,
-    slopes,
     store_rows,
     visible,
     visible_pairs,
@@ -41,29 +43,6 @@ def supports(qkv: Tensor, readout: Tensor, *others: Tensor | None) -> str:
 
 
 @triton.jit
-def _members(program, ALONE, F):
-    """Of a program its first sequence and how many it has, and of the readout rows the first and how many.
-
-    ALONE programs of one sequence, which has no such row, come before groups of F.
-    """
-    p = program.to(tl.int64)
-    group, alone = tl.maximum(p - ALONE, 0), p < ALONE
-    return tl.where(alone, p, ALONE + group * F), tl.where(alone, 1, F), group * F, tl.where(alone, 0, F)
-
-
-@triton.jit
-def _moved(
-    k, position_ptr, f, width, C, HAS_POSITION: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
-):
-    """Keys of frame f as readout rows of the group see them."""
-    if HAS_POSITION:
-        c = tl.arange(0, BLOCK_C)
-        position = tl.load(position_ptr + f * width + c, mask=c < C, other=0.0).to(ACC)
-        k = (k.to(ACC) + position[None, :]).to(k.dtype)
-    return k
-
-
-@triton.jit
 def _temporal_fusion_forward(
     qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, out_ptr, own_ptr, read_ptr,
     lse_ptr, LENGTH, ALONE, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -80,7 +59,7 @@ def _temporal_fusion_forward(
     Traffic: 3 c read and c written a row, as short attention alone; a readout row writes c + 1 more of ACC
     for backward: `_temporal_fusion_backward`.
     """
-    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), _members(tl.program_id(0), ALONE, F)
+    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), members(tl.program_id(0), ALONE, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, out_ptr, own_ptr, c = qkv_ptr + h * C, out_ptr + h * C, own_ptr + h * C, tl.arange(0, BLOCK_C)
     ends = tl.load(readout_ptr + g + slot, mask=slot < asking, other=0)
@@ -104,7 +83,7 @@ def _temporal_fusion_forward(
                 seen = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL)
                 top, total, out = attend_more(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
                 if first + BLOCK >= length:
-                    k_g = _moved(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                    k_g = moved_keys(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
                     seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
                     seen_g = seen_g & (slot < asking)[:, None]
                     top_g, total_g, out_g = attend_more(
@@ -122,18 +101,6 @@ def _temporal_fusion_forward(
 
 
 @triton.jit
-def _group_gradients(
-    q, k, v, do, seen, scale, lse, mean, dq, dk, dv, PRECISION: tl.constexpr, ACC: tl.constexpr
-):
-    """Adds what readout rows q send to a tile of keys and values, and back to them; sums it over the keys."""
-    p, ds = slopes(q, k, v, do, seen, scale, lse, mean, PRECISION, ACC)
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION, out_dtype=ACC)
-    more = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
-    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
-    return dq, dk + more, dv, tl.sum(more, axis=0)
-
-
-@triton.jit
 def _temporal_fusion_backward(
     qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, grad_ptr, own_grad_ptr,
     read_ptr, group_lse_ptr, dqkv_ptr, dposition_ptr, lse_ptr, mean_ptr, LENGTH, ALONE, F, H, C,
@@ -147,7 +114,7 @@ def _temporal_fusion_backward(
     dq[rho] = dS K over all frames, added in registers to what the readout row gets within its frame.
     dposition: sum over a frame's keys of dSᵀ q[rho], for each group by itself.
     """
-    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), _members(tl.program_id(0), ALONE, F)
+    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), members(tl.program_id(0), ALONE, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, grad_ptr, dq_ptr, c = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C, tl.arange(0, BLOCK_C)
     ends = tl.load(readout_ptr + g + slot, mask=slot < asking, other=0)
@@ -188,10 +155,10 @@ def _temporal_fusion_backward(
                     q_ptr, mask_ptr, grad_ptr, own_ptr, lse_ptr + h, mean_ptr + h, k, v, other, start, length,
                     readout, H, C, scale, True, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
                 )  # fmt: skip
-            k_g = _moved(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+            k_g = moved_keys(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
             seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
             seen_g = seen_g & (slot < asking)[:, None]
-            ends_dq, dk, dv, more = _group_gradients(
+            ends_dq, dk, dv, more = group_gradients(
                 ends_q, k_g, v, ends_do, seen_g, scale, ends_lse, ends_mean, ends_dq, dk, dv, PRECISION, ACC
             )
             moved += more

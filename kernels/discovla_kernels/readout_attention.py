@@ -1,0 +1,229 @@
+"""Attention of one query a sequence: within its sequence, and over all sequences of its group."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from discovla_kernels.attention_tiles import (
+    attend_more,
+    group_gradients,
+    load_rows,
+    log_of,
+    mask_pointer,
+    measure_more,
+    members,
+    moved_keys,
+    sequence,
+    settings,
+    store_rows,
+    visible,
+)
+from discovla_kernels.short_attention import supports as attention_supports
+from discovla_kernels.tiles import LOWEST
+
+Sizes = tuple[int, int, bool, int, int]  # heads, length, causal, sequences that stand alone, group (0: none)
+MAX_FRAMES = 64  # of a group: a query of each lives in registers
+
+
+def supports(q: Tensor, kv: Tensor, group: int, *others: Tensor | None) -> str:
+    """Why the kernels do not take queries n h c and rows ... 2 h c; empty where they do."""
+    if group > MAX_FRAMES:
+        return f"expected groups of at most {MAX_FRAMES} frames, found {group}"
+    for other in (kv, *others):
+        if reason := attention_supports(q, other, None):
+            return reason
+    return ""
+
+
+@triton.jit
+def _seen(mask_ptr, ends_ptr, s, start, j, length, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Which keys j of sequence s its own query may see."""
+    if CAUSAL:
+        length = (tl.load(ends_ptr + s) - start + 1).to(tl.int32)
+    return visible(mask_ptr, start, j, length, HAS_MASK)[None, :]
+
+
+@triton.jit
+def _readout_attention_forward(
+    q_ptr, kv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, ends_ptr, position_ptr, out_ptr, own_ptr, LENGTH,
+    ALONE, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr,
+    HAS_POSITION: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """o_f = softmax(q_f k_fᵀ / sqrt(c)) v_f of sequence f, g_f = softmax(q_f Kᵀ / sqrt(c)) V of its group.
+
+    K, V: keys (with the frames' positions) and values of all sequences of the group. out holds g_f, or o_f of
+    the first ALONE sequences, which have no group; own holds the others' o_f.
+    Tile: a group, or a sequence alone, and a head; its queries, a row of BLOCK_F each, stay in registers with
+    two online softmaxes, and every tile of BLOCK keys is read once: all rows see it for g, row f for o.
+    Traffic: 2 c read a row, c read and 2 c written a sequence. Backward: `_readout_attention_backward`.
+    """
+    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), members(tl.program_id(0), ALONE, F)
+    width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
+    kv_ptr, position_ptr = kv_ptr + h * C, position_ptr + h * C
+    q = load_rows(q_ptr + h * C, first_s + slot, slot < count, width, C, BLOCK_C)
+    top, total = tl.full((BLOCK_F,), LOWEST, dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
+    top_g, total_g = tl.full((BLOCK_F,), LOWEST, dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
+    out, out_g = tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC), tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
+    for f in range(0, count):
+        start, length = sequence(offsets_ptr, first_s + f, LENGTH, HAS_OFFSETS)
+        for other in range(0, length, BLOCK):
+            j = other + place
+            k = load_rows(kv_ptr, start + j, j < length, 2 * width, C, BLOCK_C)
+            v = load_rows(kv_ptr + width, start + j, j < length, 2 * width, C, BLOCK_C)
+            seen = _seen(mask_ptr, ends_ptr, first_s + f, start, j, length, HAS_MASK, CAUSAL)
+            seen = seen & (slot == f)[:, None]
+            top, total, out = attend_more(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
+            if GROUPED:
+                k = moved_keys(k, position_ptr, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                seen = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
+                seen = seen & (slot < asking)[:, None]
+                top_g, total_g, out_g = attend_more(
+                    q, k, v, seen, scale, top_g, total_g, out_g, PRECISION, ACC
+                )
+    out /= tl.where(total == 0, 1.0, total)[:, None]
+    out_g /= tl.where(total_g == 0, 1.0, total_g)[:, None]
+    rows = tl.where((slot < asking)[:, None], out_g, out)
+    store_rows(out_ptr + h * C, first_s + slot, slot < count, width, C, rows, BLOCK_C)
+    store_rows(own_ptr + h * C, g + slot, slot < asking, width, C, out, BLOCK_C)
+
+
+@triton.jit
+def _readout_attention_backward(
+    q_ptr, kv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, ends_ptr, position_ptr, grad_ptr, own_grad_ptr,
+    dq_ptr, dkv_ptr, dposition_ptr, LENGTH, ALONE, F, H, C, scale, HAS_OFFSETS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, GROUPED: tl.constexpr,
+    CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """P made again; dS = P (dO vᵀ - D) / sqrt(c), D = sum_j P (dO vᵀ); dq = dS k, dk = dSᵀ q, dv = Pᵀ dO.
+
+    Twice: of each sequence for its own query, and of the group. Tile: as forward, which keeps nothing: one
+    pass over the keys for the log-sum-exps and D of all queries, in registers, and one for the gradients.
+    dposition: sum over a sequence's keys of the group's dSᵀ q.
+    """
+    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), members(tl.program_id(0), ALONE, F)
+    width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
+    kv_ptr, dkv_ptr, position_ptr, c = (
+        kv_ptr + h * C,
+        dkv_ptr + h * C,
+        position_ptr + h * C,
+        tl.arange(0, BLOCK_C),
+    )
+    q = load_rows(q_ptr + h * C, first_s + slot, slot < count, width, C, BLOCK_C)
+    rows = load_rows(grad_ptr + h * C, first_s + slot, slot < count, width, C, BLOCK_C)
+    own = load_rows(own_grad_ptr + h * C, g + slot, slot < asking, width, C, BLOCK_C)
+    do = tl.where((slot < asking)[:, None], own, rows)
+    top, total = tl.full((BLOCK_F,), LOWEST, dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
+    top_g, total_g = tl.full((BLOCK_F,), LOWEST, dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
+    mean, mean_g = tl.zeros((BLOCK_F,), dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
+    for f in range(0, count):
+        start, length = sequence(offsets_ptr, first_s + f, LENGTH, HAS_OFFSETS)
+        for other in range(0, length, BLOCK):
+            j = other + place
+            k = load_rows(kv_ptr, start + j, j < length, 2 * width, C, BLOCK_C)
+            v = load_rows(kv_ptr + width, start + j, j < length, 2 * width, C, BLOCK_C)
+            seen = _seen(mask_ptr, ends_ptr, first_s + f, start, j, length, HAS_MASK, CAUSAL)
+            seen = seen & (slot == f)[:, None]
+            top, total, mean = measure_more(q, k, v, do, seen, scale, top, total, mean, PRECISION, ACC)
+            if GROUPED:
+                k = moved_keys(k, position_ptr, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                seen = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
+                seen = seen & (slot < asking)[:, None]
+                top_g, total_g, mean_g = measure_more(
+                    q, k, v, rows, seen, scale, top_g, total_g, mean_g, PRECISION, ACC
+                )
+    lse, mean = log_of(top, total), mean / tl.where(total == 0, 1.0, total)
+    lse_g, mean_g = log_of(top_g, total_g), mean_g / tl.where(total_g == 0, 1.0, total_g)
+    dq = tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
+    for f in range(0, count):
+        start, length = sequence(offsets_ptr, first_s + f, LENGTH, HAS_OFFSETS)
+        moved = tl.zeros((BLOCK_C,), dtype=ACC)
+        for other in range(0, length, BLOCK):
+            j = other + place
+            dk, dv = tl.zeros((BLOCK, BLOCK_C), dtype=ACC), tl.zeros((BLOCK, BLOCK_C), dtype=ACC)
+            k = load_rows(kv_ptr, start + j, j < length, 2 * width, C, BLOCK_C)
+            v = load_rows(kv_ptr + width, start + j, j < length, 2 * width, C, BLOCK_C)
+            seen = _seen(mask_ptr, ends_ptr, first_s + f, start, j, length, HAS_MASK, CAUSAL)
+            seen = seen & (slot == f)[:, None]
+            dq, dk, dv, _ = group_gradients(q, k, v, do, seen, scale, lse, mean, dq, dk, dv, PRECISION, ACC)
+            if GROUPED:
+                k = moved_keys(k, position_ptr, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                seen = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
+                seen = seen & (slot < asking)[:, None]
+                dq, dk, dv, more = group_gradients(
+                    q, k, v, rows, seen, scale, lse_g, mean_g, dq, dk, dv, PRECISION, ACC
+                )
+                moved += more
+            store_rows(dkv_ptr, start + j, j < length, 2 * width, C, dk, BLOCK_C)
+            store_rows(dkv_ptr + width, start + j, j < length, 2 * width, C, dv, BLOCK_C)
+        if HAS_POSITION:
+            tl.store(dposition_ptr + (g + f) * width + h * C + c, moved, mask=(c < C) & (f < asking))
+    store_rows(dq_ptr + h * C, first_s + slot, slot < count, width, C, dq, BLOCK_C)
+
+
+def forward(
+    q: Tensor, kv: Tensor, ends: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes
+) -> tuple[Tensor, Tensor]:
+    """Outputs n w, and within their sequences those of sequences in groups, n' w.
+
+    q: n w.  kv: r 2w.  ends: n, int64, rows.  others: offsets n + 1, int32, of sequences of up to `length`
+    rows (None: all have it), key mask and group mask r, positions f w; each may be None. All contiguous.
+    """
+    out = torch.empty_like(q)
+    own = q.new_empty(len(q) - sizes[3] if sizes[4] else 0, q.shape[1])
+    grid, pointers, numbers, constants = _launch(q, kv, ends, others, sizes)
+    _readout_attention_forward[grid](*pointers, out, own, *numbers, **constants)
+    return out, own
+
+
+def backward(
+    grads: tuple[Tensor, Tensor],
+    q: Tensor,
+    kv: Tensor,
+    ends: Tensor,
+    others: tuple[Tensor | None, ...],
+    sizes: Sizes,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by queries, by rows, and of each group by the positions (n' w; empty without).
+
+    grads: by both results of `forward`, contiguous.  The others: as there.
+    """
+    dq, dkv = torch.empty_like(q), torch.empty_like(kv)
+    acc = torch.promote_types(q.dtype, torch.float32)
+    grid, pointers, numbers, constants = _launch(q, kv, ends, others, sizes)
+    places = len(q) - sizes[3] if constants["HAS_POSITION"] else 0
+    dposition = q.new_empty(places, q.shape[1], dtype=acc)
+    _readout_attention_backward[grid](*pointers, *grads, dq, dkv, dposition, *numbers, **constants)
+    return dq, dkv, dposition
+
+
+def _launch(q: Tensor, kv: Tensor, ends: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes):
+    """Grid, what both kernels begin with, their numbers and their constants."""
+    (offsets, mask, group_mask, position), (heads, length, causal, alone, group) = others, sizes
+    alone, channels = alone if group else len(q), q.shape[1] // heads
+    pointers = (
+        q,
+        kv,
+        q if offsets is None else offsets,
+        mask_pointer(mask, q),
+        mask_pointer(group_mask, q),
+        ends,
+        q if position is None else position,
+    )
+    constants = settings(q, channels, length) | {
+        "HAS_OFFSETS": offsets is not None,
+        "HAS_MASK": mask is not None,
+        "HAS_GROUP_MASK": group_mask is not None,
+        "HAS_POSITION": position is not None,
+        "GROUPED": group > 0,
+        "CAUSAL": causal,
+        "BLOCK_F": max(16, triton.next_power_of_2(max(1, group))),
+    }
+    del constants["ONE"]
+    group = max(1, group)
+    numbers = (length, alone, group, heads, channels, channels**-0.5)
+    return (alone + (len(q) - alone) // group, heads), pointers, numbers, constants
