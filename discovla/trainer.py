@@ -16,11 +16,13 @@ from discovla.batch import BadClip, Batch
 from discovla.config import RunConfig
 from discovla.data.quarantine import Quarantine
 from discovla.engine.average import make_average
+from discovla.engine.capture import check_capture, make_capture
 from discovla.engine.checkpoint import evaluated
-from discovla.engine.distributed import all_reduce_sum, gather_objects, start, stop
+from discovla.engine.distributed import World, all_reduce_sum, gather_objects, start, stop
 from discovla.engine.log import RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.pace import Pace, slow
+from discovla.engine.rendezvous import Met
 from discovla.engine.signals import NAMES, StopSignals
 from discovla.engine.strategy import StepPlan, make_strategy
 from discovla.engine.watch import SETTLE, Watch
@@ -62,10 +64,15 @@ class Trainer:
             LostProcess: another process of the run is gone.
             Stopped: a signal asked for it; a checkpoint holds every step taken.
         """
-        self.world = start(self.config.engine.device)
-        self.watch = None
-        if self.world.size > 1:
-            self.watch = Watch(self.world, silence=self.config.engine.lost_after, end=end)
+        self.watch: Watch | None = None
+        engine = self.config.engine
+        try:
+            self.world = start(engine.device, within=engine.join_within, met=self._begin_watch)
+        except RuntimeError as error:
+            lost = self._lost(error)
+            if lost is None:
+                raise
+            raise lost from error
         with StopSignals() as self.signals:
             results = self._carried_out()
         if self.watch is not None:
@@ -93,19 +100,30 @@ class Trainer:
                 raise
             raise OSError(error.errno, error.strerror, str(self.directory)) from error
         except RuntimeError as error:
-            if self.watch is not None and (self.watch.lost is not None or lost_connection(error)):
-                line = self.watch.line(SETTLE)
-                if line is not None:
-                    raise LostProcess(f"{line}; resume=true goes on from the newest checkpoint") from error
-            raise
+            lost = self._lost(error)
+            if lost is None:
+                raise
+            raise lost from error
         finally:
             if self.watch is not None:
                 self.watch.let_go()
+
+    def _begin_watch(self, world: World, met: Met) -> None:
+        self.watch = Watch(world, met, silence=self.config.engine.lost_after, end=end)
+
+    def _lost(self, error: RuntimeError) -> LostProcess | None:
+        """Which process is gone, where an error comes of that."""
+        if self.watch is not None and (self.watch.lost is not None or lost_connection(error)):
+            line = self.watch.line(SETTLE)
+            if line is not None:
+                return LostProcess(f"{line}; resume=true goes on from the newest checkpoint")
+        return None
 
     def _prepare(self) -> None:
         """Everything that can fail before training does so here."""
         config = self.config
         self.directory.mkdir(parents=True, exist_ok=True)
+        check_capture(config.engine, self.world)
         self.splits = read_splits(config)
         torch.manual_seed(config.seed)  # new parameters
         self.method = build(config.model, config.method)
@@ -164,8 +182,10 @@ class Trainer:
         )
         towers = [self.method.vision, self.method.text]
         self.pace = Pace(self.world, towers, every=config.engine.pace_every, name=self._name())
-        how = (config.engine.grad_scale, config.engine.accumulate)
-        self.strategy = make_strategy(TrainStep(self.method, self.world, *how), plan)
+        how = (config.engine.grad_scale, config.engine.accumulate, config.engine.wire)
+        step = TrainStep(self.method, self.world, *how)
+        self.strategy = make_strategy(step, plan)
+        step.recorded = make_capture(step.losses, self.strategy.trained.values(), config.engine, self.world)
         self.average = make_average(self.strategy, config.optim.ema)
         first = self._resume()
         self.log = RunLog(self.directory, self.world, total=self.total, start=first)

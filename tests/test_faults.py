@@ -101,6 +101,27 @@ def test_every_other_rank_names_the_one_that_was_killed_and_ends(size, rank, tmp
     assert len(runs.losses(tmp_path / "run")) == 6
 
 
+MET = "expected {} processes to come together within 4 s, found "
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "where", "told"),
+    [
+        (3, 1, "discovla.trainer:start", MET.format(3) + "2 of them: rank 1 did not come"),
+        (2, 0, "discovla.trainer:start", MET.format(2) + "nobody who listens at 127.0.0.1:"),
+        (3, 2, "discovla.engine.distributed:_backend", ""),
+    ],
+    ids=["before it came", "the first before it came", "once it came"],
+)
+def test_a_rank_that_dies_before_all_are_together_is_named(size, rank, where, told, tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), "engine.join_within=4"]
+    job = runs.start(words, size=size, fault=f"kill:{where}:1", rank=rank)
+    assert job.wait(45) == [-9 if r == rank else 2 for r in range(size)]
+    for other in set(range(size)) - {rank}:
+        (line,) = [line for line in job.output(other).splitlines() if "error" in line]
+        assert told in line if told else re.search(lost(rank, "has ended before the run was over"), line)
+
+
 @pytest.mark.slow
 def test_a_rank_that_gives_no_sign_of_life_is_named(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "engine.lost_after=11"]

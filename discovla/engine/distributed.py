@@ -16,9 +16,12 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # imported later, it would hold the process group for good
 from torch import Tensor
 
+from discovla.engine.rendezvous import Met, meet
+
 logger = logging.getLogger(__name__)
 
 GradScale = Literal["exact", "official"]
+Wire = Literal["compute", "fp32"]
 
 _LET_GO = 0.1  # seconds; on an idle machine microseconds are enough
 
@@ -41,25 +44,40 @@ class World:
         return self.rank == 0
 
 
-def start(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30)) -> World:
+def start(
+    device: str = "auto",
+    *,
+    timeout: timedelta = timedelta(minutes=30),
+    within: float | None = None,
+    met: Callable[[World, Met], None] | None = None,
+) -> World:
     """Join the processes that a launcher started (deepspeed, torchrun), or be the only one.
 
     Args:
         device: "auto" (GPU where there is one), "cpu", "cuda".
         timeout: of every collective; a rank that died is noticed after it at the latest.
+        within: seconds for all processes to come; default: as `timeout`.
+        met: called once all have come and before they wait for each other in anything else.
 
     Returns:
         The world. Ranks > 0 are silenced: their log records below ERROR and their warnings are dropped.
 
     Raises:
         ValueError: half of a launcher's variables, or fewer GPUs than processes on this machine.
+        TimeoutError: not all processes have come; says which.
     """
     rank, size, local_rank = _launched()
     world = World(rank=rank, size=size, local_rank=local_rank, device=_device(device, local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(_backend(world), timeout=timeout)
+        found = meet(rank, size, timeout.total_seconds() if within is None else within)
+        if met is not None:
+            met(world, found)
+        found.store.set_timeout(timeout)
+        dist.init_process_group(
+            _backend(world), store=found.store, rank=rank, world_size=size, timeout=timeout
+        )
     if not world.first:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
@@ -105,7 +123,7 @@ def gather(x: Tensor, world: World) -> Tensor:
     return x if world.size == 1 else start_gather(x.detach(), world)()
 
 
-def start_gather(x: Tensor, world: World) -> Callable[[], Tensor]:
+def start_gather(x: Tensor, world: World, wire: torch.dtype | None = None) -> Callable[[], Tensor]:
     """Begin to concatenate the ranks' tensors, differentiably; what is returned waits and gives the result.
 
     Each rank goes on with the result to its part of one loss.  Backward adds up the parts' gradients and
@@ -115,20 +133,24 @@ def start_gather(x: Tensor, world: World) -> Callable[[], Tensor]:
     Args:
         x: n ..., any dtype, the same shape on every rank. What is not floating point carries no gradient.
         world: of this process.
+        wire: what wider floating point travels in, rounded once on each way; gradients are added up in x's
+            dtype.  None: everything travels as it is.
     """
     if world.size == 1:
         return lambda: x
-    coming: list[Any] = []
+    short = wire if wire is not None and x.is_floating_point() and wire.itemsize < x.itemsize else None
+    coming: list[Callable[[], Any]] = []
     own = _Wait.apply(x, coming) if x.requires_grad else x
-    wire = own.detach().contiguous()
-    wire = wire.view(torch.uint8) if x.dtype == torch.bool else wire  # gloo knows no bool
-    whole = wire.new_empty((world.size * len(wire), *wire.shape[1:]))
-    sent = _collective("all_gather_single", "all_gather_into_tensor")(whole, wire, async_op=True)
+    rows = own.detach().to(short or x.dtype).contiguous()
+    rows = rows.view(torch.uint8) if x.dtype == torch.bool else rows  # gloo knows no bool
+    everyones = [rows.new_empty((world.size * len(rows), *rows.shape[1:]))]
+    sent = _collective("all_gather_single", "all_gather_into_tensor")(everyones[0], rows, async_op=True)
 
     def wait() -> Tensor:
         sent.wait()
-        found = whole.view(x.dtype)
-        return _Whole.apply(own, found, coming) if x.requires_grad else found  # type: ignore[return-value]
+        found = everyones.pop()
+        found = found.view(x.dtype) if short is None else found.to(x.dtype)
+        return _Whole.apply(own, found, coming, short) if x.requires_grad else found  # type: ignore[return-value]
 
     return wait
 
@@ -181,30 +203,48 @@ class _Wait(torch.autograd.Function):
     """The identity, whose gradient is still being added up over ranks when backward comes here."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, coming: list[Any]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, coming: list[Callable[[], Any]]) -> Tensor:
         ctx.coming = coming
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.coming.pop().wait()
+        ctx.coming.pop()()
         return grads[0], None
 
 
 class _Whole(torch.autograd.Function):
-    """The gathered rows; backward starts to add up their gradients, of which `_Wait` takes this rank's."""
+    """The gathered rows; backward starts to add up their gradients, of which `_Wait` takes this rank's.
+
+    In a short dtype ranks exchange their parts, as many bytes, and each adds up its own rows: on the way from
+    rank to rank the sum would be rounded W - 1 times.
+    """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, whole: Tensor, coming: list[Any]) -> Tensor:
-        ctx.shape, ctx.coming = own.shape, coming
+    def forward(
+        ctx: Any, own: Tensor, whole: Tensor, coming: list[Callable[[], Any]], short: torch.dtype | None
+    ) -> Tensor:
+        ctx.shape, ctx.coming, ctx.short = own.shape, coming, short
         return whole.view_as(whole)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         own = grads[0].new_empty(ctx.shape)
-        scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
-        ctx.coming.append(scatter(own, grads[0].contiguous(), async_op=True))
-        return own, None, None
+        if ctx.short is None:
+            scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+            ctx.coming.append(scatter(own, grads[0].contiguous(), async_op=True).wait)
+            return own, None, None, None
+        parts = grads[0].to(ctx.short).contiguous()
+        received = torch.empty_like(parts)
+        sent = dist.all_to_all_single(received, parts, async_op=True)
+        assert sent is not None
+
+        def add() -> None:
+            sent.wait()
+            torch.sum(received.view(-1, *ctx.shape), 0, dtype=own.dtype, out=own)
+
+        ctx.coming.append(add)
+        return own, None, None, None
 
 
 class _Add(torch.autograd.Function):

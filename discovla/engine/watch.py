@@ -10,29 +10,19 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from discovla.engine.distributed import World, gather_objects
+from discovla.engine.distributed import World
+from discovla.engine.rendezvous import Met, Process, until
 
 logger = logging.getLogger(__name__)
 
 BEAT = 5.0  # seconds between signs of life
 SETTLE = 5.0  # seconds the main thread has to end by itself once a process is gone
-_JOIN = 60.0  # seconds for a process to connect
-
-
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """Who a rank is, for messages."""
-
-    rank: int
-    host: str
-    pid: int
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.host}, process {self.pid})"
+_JOIN = 60.0  # seconds for a process that has come to connect
+_KEY = "discovla/watch"  # of where the first process listens
 
 
 @dataclass(kw_only=True)
@@ -55,17 +45,22 @@ class Watch:
 
     Args:
         world: of this process, of more than one.
+        met: all processes, before they have waited for each other in anything else.
         silence: seconds without a sign of life, above `BEAT`.
         end: ends this process, having said the line.
+
+    Raises:
+        TimeoutError: another process has come, but does not connect; says which.
     """
 
-    def __init__(self, world: World, *, silence: float, end: Callable[[str], None]) -> None:
+    def __init__(self, world: World, met: Met, *, silence: float, end: Callable[[str], None]) -> None:
         self.world, self.silence, self._end = world, silence, end
+        self.everyone = met.everyone
         self.lost: str | None = None
         self._known, self._lock = threading.Event(), threading.Lock()
         self._let_go = self._closed = False
         self._peers: dict[int, _Peer] = {}
-        self._connect()
+        self._connect(met)
         _close_in_children(self)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -89,21 +84,18 @@ class Watch:
         for peer in list(self._peers.values()):
             peer.connection.close()
 
-    def _connect(self) -> None:
+    def _connect(self, met: Met) -> None:
         """The first process listens, and everyone else connects to it."""
-        listener, port, word = None, 0, secrets.token_hex(16)
         if self.world.first:
-            listener = _listen()
-            port = listener.getsockname()[1]
-        me = Process(rank=self.world.rank, host=socket.gethostname(), pid=os.getpid())
-        everyone = gather_objects((me, port, word), self.world)
-        self.everyone: list[Process] = [process for process, _, _ in everyone]
-        _, port, word = everyone[0]
-        if listener is None:
-            self._join(port, word)
-        else:
-            with listener:
+            with _listen() as listener:
+                word = secrets.token_hex(16)
+                met.store.set(_KEY, f"{listener.getsockname()[1]} {word}")
                 self._accept(listener, word)
+            return
+        if not until(lambda: met.store.check([_KEY]), _JOIN):
+            raise TimeoutError(_silent(met.everyone[:1]))
+        port, word = met.store.get(_KEY).decode().split()
+        self._join(int(port), word)
 
     def _join(self, port: int, word: str) -> None:
         """Connect to the first process."""
@@ -114,12 +106,15 @@ class Watch:
 
     def _accept(self, listener: socket.socket, word: str) -> None:
         """Take the connections of all others; a stranger's is closed."""
-        listener.settimeout(_JOIN)
+        deadline = time.monotonic() + _JOIN
         while len(self._peers) < self.world.size - 1:
-            connection, _ = listener.accept()
-            connection.settimeout(_JOIN)
-            with connection.makefile("rb") as file:
-                said = file.readline(100).split()
+            try:
+                listener.settimeout(max(0.1, deadline - time.monotonic()))
+                connection, _ = listener.accept()
+            except TimeoutError:
+                others = [one for one in self.everyone[1:] if one.rank not in self._peers]
+                raise TimeoutError(_silent(others)) from None
+            said = _first_line(connection)
             if len(said) != 2 or said[0] != word.encode():
                 connection.close()
                 continue
@@ -192,6 +187,19 @@ class Watch:
         for peer in list(self._peers.values()):
             with suppress(OSError):
                 peer.connection.sendall(words)
+
+
+def _silent(processes: Sequence[Process]) -> str:
+    """That these have come and then do no more."""
+    return f"expected a connection within {_JOIN:g} s, found none of {', '.join(map(str, processes))}"
+
+
+def _first_line(connection: socket.socket) -> list[bytes]:
+    """The words of the first line that comes; none where none comes within seconds."""
+    connection.settimeout(BEAT)
+    with suppress(OSError), connection.makefile("rb") as file:
+        return file.readline(100).split()
+    return []
 
 
 def _first_host() -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from discovla.engine.distributed import Wire
 from discovla.engine.optim import OptimConfig
 from discovla.ops.dispatch import Memory
 
@@ -33,10 +34,16 @@ class EngineConfig(BaseModel):
         "keep".
     distinct_captions: let identical captions pass as one what no other caption is seen in: the same numbers,
         for less work where captions of neighbouring frames repeat.
+    capture: "graph" records a step and its backward as a CUDA graph for every shape of batch, which is then
+        one launch; captions take up to 5 % more rows, so that few shapes come.  On one process; steps with
+        clips that could not be read, and the first of a shape, are taken as by "none".
     grad_scale: "exact" makes the gradient of many processes that of one; "official" leaves it 1/W, as
         released.
+    wire: what embeddings and their gradients travel between processes in: "compute" in the dtype the towers
+        compute in, 2 bytes a number below precision "fp32", "fp32" never in less than 4.  Sums are made in 4.
     accumulate: parts in which a process encodes its clips of a step. Above 1, activations are kept for one
         part at a time and computed again in backward; loss and gradient stay those of the whole batch.
+    join_within: seconds for all processes of the run to come together, before those that came give up.
     lost_after: seconds without a sign of life after which a process counts as lost; one that ends is noticed
         at once.
     pace_every: steps between comparisons of the ranks' own time, which name those that hold the others up.
@@ -53,8 +60,11 @@ class EngineConfig(BaseModel):
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
     memory: Memory = "auto"
     distinct_captions: bool = False
+    capture: Literal["none", "graph"] = "none"
     grad_scale: Literal["exact", "official"] = "exact"
+    wire: Wire = "compute"
     accumulate: int = Field(default=1, ge=1)
+    join_within: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     lost_after: float = Field(default=60.0, gt=10, allow_inf_nan=False)
     pace_every: int = Field(default=100, ge=1)
 
@@ -67,6 +77,19 @@ class EngineConfig(BaseModel):
                 "bf16_parameters: expected strategy deepspeed, precision bf16 and zero_stage >= 1, found "
                 f"{self.strategy}, {self.precision} and {self.zero_stage}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _captured_steps_keep_their_shape(self) -> EngineConfig:
+        for key, plain in (
+            ("accumulate", (1,)),
+            ("distinct_captions", (False,)),
+            ("zero_stage", ("auto", 0)),
+            ("bf16_parameters", (False,)),
+            ("impl", ("auto", "torch", "triton")),
+        ):
+            if self.capture == "graph" and (found := getattr(self, key)) not in plain:
+                raise ValueError(f"capture: expected 'none' with {key} = {found!r}, found 'graph'")
         return self
 
     @model_validator(mode="after")
