@@ -1,12 +1,14 @@
 """Kill processes of a run again and again: do the others end and name them, is the end as if never killed.
 
     python benchmarks/faults.py --kills 20 --ranks 2       20 kills -9 of a random rank at random times
+    python benchmarks/faults.py --kills 6 --ranks 4 --strategy deepspeed --zero-stage 3 --early 0.3
 
 Each kill hits a random rank of a small training run up to five steps after it was taken up; then
 every other process must end by itself within --limit seconds, with one line that names the lost rank, and the
 run is started again with resume=true.  In the end its losses must be those of a run that nothing befell, bit
-for bit.  One row a kill, and one of the whole, go to --out, one JSON a line.  A process that dies before all
-have come together is left to the launcher, which ends the others; none is used here.
+for bit.  One row a kill, and one of the whole, go to --out, one JSON a line.  With --early that share of the
+kills falls upon a rank that starts: also before all have come together, of which the others tell that it did
+not come.
 """
 
 from __future__ import annotations
@@ -51,19 +53,21 @@ WORDS = (
     "method.fused_text_blocks=1",
     "data.workers=0",
     "engine.device=cpu",
+    "engine.join_within=20",
     "resume=true",
 )
 ROOT = Path(__file__).parents[1]
+STARTING = 4.0  # seconds in which a rank starts on a machine that is busy
 SERVER = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A small world and where runs on it go."""
+    """A small world, where runs on it go, and how they run."""
 
     folder: Path
     manifest: Path
-    strategy: str
+    engine: tuple[str, ...]
     steps: int
 
     def words(self, name: str) -> list[str]:
@@ -73,10 +77,9 @@ class Place:
             "model.architecture": self.folder / "sizes.json",
             "data.manifest": self.manifest,
             "data.cache": self.folder / "cache",
-            "engine.strategy": self.strategy,
             "steps": self.steps,
         }
-        return [*WORDS, *(f"{key}={value}" for key, value in given.items())]
+        return [*WORDS, *self.engine, *(f"{key}={value}" for key, value in given.items())]
 
 
 def start(place: Place, name: str, ranks: int) -> tuple[list[Any], list[Path]]:
@@ -122,16 +125,25 @@ def written_since(place: Place, name: str, moment: float) -> bool:
     return path.exists() and path.stat().st_mtime > moment
 
 
-def kill_once(place: Place, ranks: int, draw: random.Random, limit: float) -> dict[str, Any]:
-    """Start the run, kill a rank at some step and moment, and see how the others end."""
+def wait_for_a_step(place: Place, processes: Sequence[Any], more: int) -> None:
+    """Until the processes have come together, begun with their steps and taken some, or one has ended."""
     begun = time.time()
-    processes, logs = start(place, "killed", ranks)
-    more, pause, rank = draw.randrange(5), draw.uniform(0, 0.3), draw.randrange(ranks)
     while not written_since(place, "killed", begun) and all(process.is_alive() for process in processes):
         time.sleep(0.005)
     target = steps_of(place, "killed") + more
     while steps_of(place, "killed") < target and all(process.is_alive() for process in processes):
         time.sleep(0.005)
+
+
+def kill_once(place: Place, ranks: int, draw: random.Random, *, limit: float, early: float) -> dict[str, Any]:
+    """Start the run, kill a rank at some step and moment, and see how the others end."""
+    processes, logs = start(place, "killed", ranks)
+    more, pause, rank = draw.randrange(5), draw.uniform(0, 0.3), draw.randrange(ranks)
+    starting = draw.random() < early
+    if starting:
+        pause = draw.uniform(0, STARTING)
+    else:
+        wait_for_a_step(place, processes, more)
     time.sleep(pause)
     step = steps_of(place, "killed")
     processes[rank].kill()
@@ -147,9 +159,12 @@ def kill_once(place: Place, ranks: int, draw: random.Random, limit: float) -> di
         process.join()
     # a run that was over before the blow has nobody to name
     finished = all(processes[r].exitcode == 0 for r in others)
-    named = all(re.search(rf"error.*: rank {rank} \(.*\) has ended", logs[r].read_text()) for r in others)
+    gone = rf"rank {rank} (\(.*\) has ended|did not come|at .* ended before)"
+    told = re.compile(rf"error.*: .*({gone}|found none of .*rank {rank} )")
+    named = all(told.search(logs[r].read_text()) for r in others)
     return {
         "kind": "kill",
+        "starting": starting,
         "rank": rank,
         "after step": step,
         "seconds": round(seconds, 2),
@@ -182,10 +197,16 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=2, metavar="W")
     parser.add_argument("--steps", type=int, default=60, metavar="N")
     parser.add_argument("--strategy", choices=("torch", "deepspeed"), default="torch")
+    parser.add_argument("--zero-stage", choices=range(4), type=int, help="of deepspeed, default: auto")
+    early = "share of kills while the ranks start"
+    parser.add_argument("--early", type=float, default=0.0, metavar="SHARE", help=early)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=60.0, metavar="S", help="for the others to end")
     parser.add_argument("--out", type=Path, help="file of results; default: one of the day and commit")
     given = parser.parse_args(words)
+    engine = [f"engine.strategy={given.strategy}"]
+    if given.zero_stage is not None:
+        engine.append(f"engine.zero_stage={given.zero_stage}")
     where = machine("cpu")
     out, draw = given.out or results_file(where, "faults"), random.Random(given.seed)
     SERVER.set_forkserver_preload(["train", "discovla.engine.zero_strategy", "torch._dynamo"])
@@ -195,11 +216,11 @@ def main(words: Sequence[str] | None = None) -> int:
         manifest = draw_world(
             folder / "world", sizes=WorldSizes(train=24, val=6, test=8, siblings=0), workers=1
         )
-        place = Place(folder=folder, manifest=manifest, strategy=given.strategy, steps=given.steps)
+        place = Place(folder=folder, manifest=manifest, engine=tuple(engine), steps=given.steps)
         expected = whole(place, "whole", given.ranks)
         wrong = 0
         for number in range(given.kills):
-            row = kill_once(place, given.ranks, draw, given.limit)
+            row = kill_once(place, given.ranks, draw, limit=given.limit, early=given.early)
             wrong += bool(row["hung"]) or not (row["named"] or row["finished"])
             print(f"kill {number + 1}: {row}", flush=True)
             write_row(out, {"name": "faults", **vars(given) | {"out": None}, **row, **where})
