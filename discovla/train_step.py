@@ -21,6 +21,7 @@ from discovla.engine.distributed import (
     start_gather,
 )
 from discovla.methods.base import Method
+from discovla.ops.buckets import Rows
 from discovla.ops.columns import Columns
 
 
@@ -52,9 +53,18 @@ class TrainStep(nn.Module):
             )
         self.method, self.world, self.accumulate = method, world, accumulate
         self.grad_scale: GradScale = grad_scale
+        self.recorded: Callable[[Batch], Losses] | None = None  # what runs `losses` instead, if any
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of the global batch, of those of its rows whose clip could be read."""
+        return self.losses(batch) if self.recorded is None else self.recorded(batch)
+
+    def losses(self, batch: Batch, rows: Rows | None = None) -> Losses:
+        """The same, by no recording.
+
+        rows: how many packed captions take, where that is settled; see `ops.buckets`.
+        """
+        self.method.text.rows = rows or {}
         if self.world.size > 1:
             return self._of_many(batch)
         text = self._encoded(self.method.encode_texts, batch)

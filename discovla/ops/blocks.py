@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -74,3 +74,8 @@ def through_unit(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
 def product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """x y, added up and returned in `dtype`."""
     return x @ y if x.dtype == dtype else torch.mm(x, y, out_dtype=dtype)
+
+
+def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A few numbers side by side, written on the device: a copy from the host waits for a GPU."""
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])

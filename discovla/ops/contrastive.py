@@ -17,6 +17,7 @@ from torch import Tensor
 from discovla.ops.blocks import (
     inverse_norms,
     multiplied_dtype,
+    numbers,
     pair_blocks,
     product,
     row_runs,
@@ -258,7 +259,7 @@ def _contrastive_backward(
     tensors = (text, video, text_frames, video_frames, text_mask, video_mask, scale, ignore)
     blocks = Blocks(tensors, impl, keep=True, first=first)
     means = [1 / (2 * blocks.t), 1 / (2 * blocks.t), kl_weight / 2]
-    weights = grad.to(scale.dtype) * scale.new_tensor(means)
+    weights = grad.to(scale.dtype) * numbers(means, scale.dtype, scale.device)
     gradients = Gradients(blocks, tensors)
     for rows, across in blocks.walk():
         gradients.start(rows)

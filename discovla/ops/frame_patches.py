@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from discovla.ops.blocks import numbers
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.preprocess_frames import (
     CLIP_MEAN,
     CLIP_STD,
-    numbers,
     patches,
     preprocess_frames_reference,
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from discovla.ops.blocks import numbers
 from discovla.ops.dispatch import Impl, choose, kernel
 
 # OpenAI CLIP's pixel statistics, RGB in [0, 1]
@@ -60,11 +61,6 @@ def preprocess_frames_reference(
     scale = numbers([1 / (255 * s) for s in std], work, frames.device)
     shift = numbers([-m / s for m, s in zip(mean, std, strict=True)], work, frames.device)
     return torch.addcmul(shift, frames.to(work), scale).to(dtype).permute(0, 1, 4, 2, 3)  # b f c y x
-
-
-def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A few numbers side by side, written on the device: a copy from the host waits for a GPU."""
-    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 @torch.library.custom_op("discovla::patches", mutates_args=())

@@ -1,0 +1,228 @@
+"""Recorded steps: the numbers of steps as they are, from the buffers alone, for few shapes."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from discovla.batch import Batch, Losses
+from discovla.engine.capture import Capture, check_capture, make_capture, record_graph
+from discovla.engine.distributed import World
+from discovla.engine.zero import EngineConfig
+from discovla.ops import dispatch
+from discovla.testing import noise_batch, relative_error, tiny_architecture
+from discovla.train_step import TrainStep
+from tests import steps
+from tests.engine.recorder import Rerun
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def recorded(step: TrainStep, **options) -> tuple[Capture, Rerun]:
+    """The step, recorded by a rerun of it."""
+    trained = [p for p in step.parameters() if p.requires_grad]
+    recorder = Rerun(lambda: [*step.parameters(), *step.buffers(), *capture.buffers.values()])
+    capture = step.recorded = Capture(step.losses, trained, recorder, **options)
+    return capture, recorder
+
+
+def made(variant: str = "discovla", **options) -> tuple[TrainStep, Capture, Rerun]:
+    step = TrainStep(steps.make(variant), ALONE, "exact")
+    return step, *recorded(step, **options)
+
+
+def batch(seed: int = 0, size: int = 4) -> Batch:
+    return replace(noise_batch(tiny_architecture(), size=size, seed=seed), valid=None)
+
+
+def plainly(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
+    kept, step.recorded = step.recorded, None
+    found = steps.take(step, batch)
+    step.recorded = kept
+    return found
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert relative_error(got[name], value) <= 1e-10 or value.abs().max() < 1e-12, name
+
+
+QUICK = ("discovla", "tokens", "clip2video", "t2vparser")
+EVERY = [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in steps.VARIANTS]
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_losses_and_gradients_are_those_of_the_step_from_the_buffers_alone(variant):
+    step, _, recorder = made(variant, fewest=64)
+    for seed in (0, 1, 2, 1):  # other captions and frames, of the same number of rows
+        assert_same(steps.take(step, batch(seed)), plainly(step, batch(seed)))
+    assert recorder.recorded == 1 and recorder.replayed == 3
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", EVERY)
+def test_on_a_device_that_cannot_be_read_a_step_is_recorded_all_the_same(variant, impl, monkeypatch):
+    for choices in dispatch.AUTO.values():
+        monkeypatch.setitem(choices, "meta", choices["cuda"])
+    step = TrainStep(steps.make(variant).float().to("meta"), ALONE, "exact")
+    step.method.compute_dtype = torch.float32
+    step.method.vision.impl = step.method.text.impl = impl
+    capture, recorder = recorded(step)
+    recorder.run = lambda function: function()
+    for _ in range(3):
+        step(batch().to("meta")).total.backward()
+    assert recorder.replayed == 2
+    (one,) = capture.recordings.values()
+    assert all(x.is_meta for x in capture.buffers.values())
+    assert one.batch.text_mask.is_meta and one.batch.frames.is_meta
+
+
+def test_a_shape_is_recorded_when_it_comes_again_and_rows_of_captions_are_part_of_it():
+    step, capture, recorder = made(fewest=8)
+    for count, (seed, size) in enumerate([(0, 4), (1, 4), (0, 3), (0, 4), (0, 3)]):
+        assert recorder.recorded == max(0, count - 3)
+        assert_same(steps.take(step, batch(seed, size)), plainly(step, batch(seed, size)))
+    assert len(capture.recordings) == recorder.recorded == 2
+    assert len(capture.buffers) == 14, "seven of each size, whatever the rows"
+
+
+def test_of_many_shapes_the_one_not_used_for_longest_gives_way(caplog):
+    step, capture, recorder = made(most=2)
+    sizes = [2, 2, 3, 3, 2, 4, 4, 2, 3]
+    with caplog.at_level(logging.WARNING):
+        for size in sizes:
+            assert_same(steps.take(step, batch(size=size)), plainly(step, batch(size=size)))
+            assert len(capture.recordings) <= 2
+    assert recorder.recorded == 4, "3 gave way to 4, and took the place of 4"
+    assert caplog.text.count("batches of more than 2 shapes") == 1
+
+
+def test_bad_clips_and_evaluation_take_the_step_as_it_is(caplog):
+    step, _, recorder = made()
+    whole = batch()
+    for _ in range(2):
+        step(whole)
+    bad = replace(whole, valid=torch.tensor([True, False, True, True]))
+    for _ in range(3):
+        assert_same(steps.take(step, bad), plainly(step, bad))
+    want = plainly(step, whole)["loss"]
+    with torch.no_grad():
+        assert relative_error(step(whole).total, want) <= 1e-12
+    assert recorder.recorded == recorder.replayed == 1
+    assert caplog.text.count("clips that could not be read") == 1
+
+
+def test_what_changes_in_place_is_seen_by_the_next_replay():
+    step, _, _ = made()
+    for _ in range(2):
+        steps.take(step, batch())
+    with torch.no_grad():
+        for p in step.parameters():
+            p.mul_(1.1)
+    assert_same(steps.take(step, batch()), plainly(step, batch()))
+
+
+def test_results_outlast_the_next_replay_but_backward_must_come_before():
+    step, _, _ = made()
+    step(batch())
+    first, kept = step(batch(0)), plainly(step, batch(0))
+    first.total.backward(retain_graph=True)
+    trained = next(p for p in step.parameters() if p.requires_grad)
+    assert trained.grad is not None
+    gradient = trained.grad.clone()
+    second = step(batch(1))
+    assert relative_error(first.total, kept["loss"]) <= 1e-10
+    assert not torch.equal(first.total, second.total)
+    for name, term in first.terms.items():
+        assert relative_error(term, kept[name]) <= 1e-10
+    assert torch.equal(gradient, trained.grad)
+    with pytest.raises(RuntimeError, match=r"engine\.capture: expected the backward of a step before the ne"):
+        first.total.backward()
+
+
+def test_gradients_follow_what_the_loss_is_multiplied_by_and_parameters_without_stay_without():
+    used, unused = (torch.nn.Parameter(torch.tensor([2.0, 3.0])) for _ in range(2))
+
+    def step(given: Batch, rows: object) -> Losses:
+        return Losses(total=(used * given.frame_mask.sum()).sum(), terms={})
+
+    capture = Capture(step, [used, unused], Rerun(lambda: [used, unused, *capture.buffers.values()]))
+    for _ in range(2):
+        used.grad = None
+        (capture(batch()).total * 3).backward()
+        assert used.grad is not None and used.grad.tolist() == [36.0, 36.0] and unused.grad is None
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"accumulate": 2}, "accumulate = 2"),
+        ({"distinct_captions": True}, "distinct_captions = True"),
+        ({"impl": "reference"}, "impl = 'reference'"),
+        ({"zero_stage": 3}, "zero_stage = 3"),
+        ({"zero_stage": 1}, "zero_stage = 1"),
+        ({"bf16_parameters": True, "precision": "bf16"}, "bf16_parameters = True"),
+    ],
+)
+def test_settings_by_which_a_step_cannot_be_recorded_are_refused(options, found):
+    with pytest.raises(ValueError, match=f"capture: expected 'none' with {found}, found 'graph'"):
+        EngineConfig(capture="graph", **options)
+    assert EngineConfig(**options).capture == "none"
+
+
+def test_several_processes_and_a_device_without_graphs_are_refused():
+    engine = EngineConfig(capture="graph")
+    with pytest.raises(ValueError, match=r"^engine\.capture: expected 'none' on a cpu, found 'graph'$"):
+        make_capture(lambda batch, rows: Losses(total=torch.ones(()), terms={}), [], engine, ALONE)
+    two = replace(ALONE, size=2, device=torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"^engine\.capture: expected 'none' on 2 processes, found 'graph'$"):
+        check_capture(engine, two)
+    check_capture(EngineConfig(), two)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("variant", steps.VARIANTS)
+def test_a_graph_gives_the_losses_and_gradients_of_the_step(variant, impl):
+    """t2vparser trains with dropout: with the same seed its graph drops the same."""
+    world = replace(ALONE, device=torch.device("cuda", torch.cuda.current_device()))
+    step = TrainStep(steps.make(variant).float().cuda(), world, "exact")
+    step.method.compute_dtype = torch.float32
+    step.method.train()
+    step.method.vision.impl = step.method.text.impl = impl
+    trained = [p for p in step.parameters() if p.requires_grad]
+    capture = step.recorded = Capture(step.losses, trained, record_graph(world.device))
+    for number, seed in enumerate((0, 1, 2, 1)):
+        given = batch(seed).to("cuda")
+        torch.manual_seed(seed)
+        found = steps.take(step, given)
+        torch.manual_seed(seed)
+        wanted = plainly(step, given)
+        assert len(capture.recordings) == (number > 0)
+        for name, value in wanted.items():
+            assert relative_error(found[name], value) <= 1e-4 or value.abs().max() < 1e-6, name
+
+
+@pytest.mark.gpu
+def test_a_replay_waits_for_nothing_and_takes_no_more_memory():
+    world = replace(ALONE, device=torch.device("cuda", torch.cuda.current_device()))
+    step = TrainStep(steps.make("discovla").float().cuda(), world, "exact")
+    step.method.compute_dtype = torch.float32
+    trained = [p for p in step.parameters() if p.requires_grad]
+    step.recorded = Capture(step.losses, trained, record_graph(world.device))
+    given = batch().to("cuda").map(lambda x: x if x.is_cuda else x.pin_memory())
+    for _ in range(3):
+        step(given).total.backward()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            step(given).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= held
