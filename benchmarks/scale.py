@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ from discovla.train_step import TrainStep
 
 WORLDS = tuple(2**k for k in range(11))
 SUMS = 5  # numbers a text has summed over ranks: of the statistics of two matrices, both ways
-FLOAT = 4  # bytes: embeddings, sums and gradients travel in float32
+FLOAT = 4  # bytes: sums and gradients travel in float32, embeddings in what the towers compute in
 COUNTED = {"all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor"}
-COUNTED |= {"all_reduce"}
+COUNTED |= {"all_reduce", "all_to_all_single"}
 PAIRS, FRAMES = 8, 3  # of all processes together, of the runs that are counted
 
 
@@ -52,6 +52,7 @@ class Model:
     """Sizes that decide what a step sends and computes; the defaults are DiscoVLA at ViT-B/32.
 
     pairs: of one GPU.  dim: of an embedding.  frames: a clip's, each with a caption that travels too.
+    wire: bytes of a number of an embedding, or of its gradient, on its way between GPUs: 2 in bf16.
     trained, frozen: parameters.  tokens, width, layers: of the vision tower for one frame; the text tower
     counts with 12 tokens a caption, at two thirds of that width.
     """
@@ -59,6 +60,7 @@ class Model:
     pairs: int = 128
     dim: int = 512
     frames: int = 12
+    wire: int = 2
     trained: int = 561_200
     frozen: int = 151_000_000
     tokens: int = 50
@@ -86,11 +88,11 @@ def sent_bytes(model: Model, world_size: int) -> dict[str, float]:
     """Bytes that a rank sends in a step, all collectives as rings.
 
     Of W ranks with b pairs each and B in all: texts and their frames' captions, (1 + F) D numbers a pair, and
-    their gradients back, (W - 1) b (1 + F) D each; which clip a pair shows, 8 bytes; 5 sums a text, twice
-    (W - 1) / W B; gradients of T parameters, twice (W - 1) / W T.
+    their gradients back, (W - 1) b (1 + F) D each, of `wire` bytes; which clip a pair shows, 8 bytes; in
+    float32, 5 sums a text, twice (W - 1) / W B, and gradients of T parameters, twice (W - 1) / W T.
     """
     w, b = world_size, model.pairs
-    embeddings = (w - 1) * b * (1 + model.frames) * model.dim * FLOAT
+    embeddings = (w - 1) * b * (1 + model.frames) * model.dim * model.wire
     ring = 2 * (w - 1) / w
     return {
         "gather": embeddings + (w - 1) * b * 8,
@@ -170,13 +172,17 @@ def table(model: Model, rates: Rates) -> str:
     return "\n".join([*lines, "eff*: the loss's operations, which grow with B, counted as work"])
 
 
-def counted(world_size: int) -> tuple[Model, Counter[str]]:
-    """The sizes of a real step on CPU processes, and the bytes that its first rank sent, by collective."""
+def counted(world_size: int, wire: int) -> tuple[Model, Counter[str]]:
+    """The sizes of a real step on CPU processes, and the bytes that its first rank sent, by collective.
+
+    wire: bytes of a number of an embedding: 2 where towers compute in bf16, else 4.
+    """
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     port = str(20_000 + os.getpid() % 20_000)
     ranks = [
-        context.Process(target=_rank, args=(rank, world_size, port, answers)) for rank in range(world_size)
+        context.Process(target=_rank, args=(rank, world_size, wire, (port, answers)))
+        for rank in range(world_size)
     ]
     for process in ranks:
         process.start()
@@ -187,8 +193,9 @@ def counted(world_size: int) -> tuple[Model, Counter[str]]:
     return answers.get()
 
 
-def _rank(rank: int, size: int, port: str, answers: Any) -> None:
+def _rank(rank: int, size: int, wire: int, where: tuple[str, Any]) -> None:
     """One process: a step of a tiny DiscoVLA, whose collectives are counted."""
+    port, answers = where
     if size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -197,6 +204,7 @@ def _rank(rank: int, size: int, port: str, answers: Any) -> None:
     method = DiscoVLA(architecture, DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1))
     initialise(method, architecture, seed=0)
     method.freeze()
+    method.compute_dtype = torch.bfloat16 if wire == 2 else torch.float32
     engine = EngineConfig(strategy="torch")
     plan = StepPlan(engine=engine, optim=OptimConfig(), world=world, batch_size=PAIRS)
     strategy = make_strategy(TrainStep(method, world, "exact"), plan)
@@ -206,7 +214,8 @@ def _rank(rank: int, size: int, port: str, answers: Any) -> None:
     with counting(size) as sent:
         strategy.backward(strategy(batch).total)
         strategy.step(1e-3)
-    model = Model(pairs=own, dim=architecture.embed_dim, frames=FRAMES, trained=trained_size(method))
+    model = Model(pairs=own, dim=architecture.embed_dim, frames=FRAMES, wire=wire)
+    model = replace(model, trained=trained_size(method))
     stop()
     if rank == 0:
         answers.put((model, sent))
@@ -222,7 +231,7 @@ def counting(size: int) -> Iterator[Counter[str]]:
         @functools.wraps(call)
         def counts(*tensors: Any, **options: Any) -> Any:
             given = tensors[0] if name == "all_reduce" else tensors[1]
-            factor = size - 1 if name.startswith("all_gather") else (size - 1) / size
+            factor = size - 1 if name.startswith("all_gather") else (size - 1) / size  # of an exchange too
             factor *= 2 if name == "all_reduce" else 1
             sent[name] += round(factor * given.numel() * given.element_size())
             return call(*tensors, **options)
@@ -251,7 +260,7 @@ def main(words: Sequence[str] | None = None) -> int:
     where = machine("cpu")
     out = given["out"] or results_file(where, "scale")
     if given["count"]:
-        right = [_check(w, where, out) for w in given["count"]]
+        right = [_check(w, wire, where, out) for w in given["count"] for wire in (4, 2)]
         return 0 if all(right) else 1
     rates = Rates(**{name: given[name] for name in asdict(Rates())})
     model = Model(**{name: given[name] for name in asdict(Model())})
@@ -263,13 +272,14 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(world_size: int, where: dict[str, Any], out: Path) -> bool:
+def _check(world_size: int, wire: int, where: dict[str, Any], out: Path) -> bool:
     """Count a run, say how far the formula is off, and whether that is at most 5 %."""
-    model, sent = counted(world_size)
+    model, sent = counted(world_size, wire)
     predicted, found = sum(sent_bytes(model, world_size).values()), sum(sent.values())
     off = abs(predicted - found) / found if found else predicted
     print(
-        f"{world_size} processes: {found:,} bytes sent by a rank, predicted {predicted:,.0f}, off {off:.2%}"
+        f"{world_size} processes, {wire} bytes a number of embeddings: {found:,} bytes sent by a rank, "
+        f"predicted {predicted:,.0f}, off {off:.2%}"
     )
     row = {"name": "scale", "kind": "counted", "world_size": world_size, "sent": dict(sent)}
     write_row(out, row | {"predicted": predicted, "off": off, "model": asdict(model), **where})

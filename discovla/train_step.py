@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from discovla.batch import Batch, Embedding, Losses
 from discovla.engine.distributed import (
     GradScale,
+    Wire,
     World,
     add_over_ranks,
     gather,
@@ -32,7 +33,8 @@ class TrainStep(nn.Module):
     encoded, videos never.  Of such a block, 1/W of all pairs, a rank sums up what concerns its videos; what
     concerns texts is put together over ranks, a few numbers each.  Loss and gradient are those of one process
     with all pairs: a rank's gradient is W times its own part, so that a strategy's average over ranks is the
-    sum of the parts.  grad_scale = "official" leaves that of the embeddings 1/W, as released.
+    sum of the parts.  grad_scale = "official" leaves that of the embeddings 1/W, as released.  What is
+    gathered, and its gradient, travels in the method's compute dtype, or with wire = "fp32" as it is.
 
     With accumulate > 1 a rank encodes its clips in so many parts and keeps of each the embeddings alone; once
     the gradients of those are known, backward encodes part after part again, from the random state it had.
@@ -44,7 +46,14 @@ class TrainStep(nn.Module):
     (arXiv 2101.06983), here in one graph, so that every parameter's gradient comes once.
     """
 
-    def __init__(self, method: Method, world: World, grad_scale: GradScale, accumulate: int = 1) -> None:
+    def __init__(
+        self,
+        method: Method,
+        world: World,
+        grad_scale: GradScale,
+        accumulate: int = 1,
+        wire: Wire = "compute",
+    ) -> None:
         super().__init__()
         if accumulate > 1 and method.sees_batch:
             raise ValueError(
@@ -53,6 +62,7 @@ class TrainStep(nn.Module):
             )
         self.method, self.world, self.accumulate = method, world, accumulate
         self.grad_scale: GradScale = grad_scale
+        self.wire: Wire = wire
         self.recorded: Callable[[Batch], Losses] | None = None  # what runs `losses` instead, if any
 
     def forward(self, batch: Batch) -> Losses:
@@ -78,7 +88,8 @@ class TrainStep(nn.Module):
         """The same on each of several ranks, from its own columns of every similarity matrix."""
         world, index, valid = self.world, batch.video_index, batch.valid
         text = self._scaled(self._encoded(self.method.encode_texts, batch))
-        coming = {name: start_gather(x, world) for name, x in text.tensors().items()}
+        wire = self.method.compute_dtype if self.wire == "compute" else None
+        coming = {name: start_gather(x, world, wire) for name, x in text.tensors().items()}
         video = self._scaled(self._encoded(self.method.encode_videos, batch))
         text, everyones = Embedding(**{name: wait() for name, wait in coming.items()}), gather(index, world)
         first = world.rank * len(batch)

@@ -167,6 +167,7 @@ class Sent:
         for name, payload in (
             ("all_gather_single", lambda whole, own: self.size * own.nbytes),
             ("reduce_scatter_single", lambda own, whole: whole.nbytes),
+            ("all_to_all_single", lambda got, sent: sent.nbytes),
             ("all_reduce", lambda x: 2 * x.nbytes),
         ):
             self.kept[name] = getattr(dist, name)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from discovla.engine.distributed import World
+from discovla.batch import Batch
+from discovla.engine.distributed import Wire, World, start_gather
 from discovla.train_step import TrainStep
 from tests import steps
 
@@ -37,7 +38,31 @@ def every_step(world: World) -> dict[Any, Any]:
         noted(step.method.vision, "vision", sent.order)
         step(batches[False]).total.backward()
     found |= {"bytes": dict(sent.bytes), "order": list(sent.order)}
-    return {**found, "work": steps.counted_losses(step, batches[False]), "loss": losses}
+    found["work"] = steps.counted_losses(step, batches[False])
+    for wire in ("compute", "fp32"):
+        found["bf16", wire], found["bf16 bytes", wire] = in_bf16(world, batches[True], wire)
+    return {**found, "sum": sum_of_short_parts(world), "loss": losses}
+
+
+def in_bf16(world: World, batch: Batch, wire: Wire) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """A step whose towers compute in bf16, and the bytes it sends."""
+    step = TrainStep(steps.make(COUNTED).float(), world, "exact", wire=wire)
+    step.method.compute_dtype = torch.bfloat16
+    with steps.Sent(world.size) as sent:
+        step(batch).total.backward()
+    return steps.take(step, batch), dict(sent.bytes)
+
+
+def sum_of_short_parts(world: World) -> tuple[Tensor, Tensor]:
+    """The gradient of rows that travelled in bf16, and the same of all ranks' parts, added up here."""
+    generator = torch.Generator().manual_seed(1)
+    parts = torch.randn(world.size, 3 * world.size, 5, generator=generator)
+    own = torch.ones(3, 5, requires_grad=True)
+    whole = start_gather(own, world, torch.bfloat16)()
+    (whole * parts[world.rank]).sum().backward()
+    wanted = parts.bfloat16().float().sum(0).chunk(world.size)[world.rank]
+    assert own.grad is not None
+    return own.grad, wanted
 
 
 def noted(tower: nn.Module, name: str, order: list[str]) -> None:
@@ -112,6 +137,33 @@ def test_bytes_sent_are_those_of_the_formula(found, size):
     assert sent.keys() == {"all_gather_single", "reduce_scatter_single", "all_reduce"}
     assert sum(sent.values()) == pytest.approx(embeddings + sums, rel=0.05)
     assert found(1)["bytes"] == {}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_in_bf16_embeddings_and_their_gradients_travel_in_half_the_bytes(found, size):
+    dim, own = 16, steps.BATCH // size
+    embeddings = (size - 1) * own * (dim + steps.FRAMES * dim)
+    short, full = (found(size)["bf16 bytes", wire] for wire in ("compute", "fp32"))
+    assert full["reduce_scatter_single"] == 4 * embeddings
+    assert short["all_to_all_single"] == 2 * embeddings
+    assert full["all_gather_single"] - short["all_gather_single"] == 2 * embeddings
+    assert short["all_reduce"] == full["all_reduce"]
+    assert "reduce_scatter_single" not in short
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_bf16_towers_give_travels_in_bf16_without_loss(found, size):
+    short, full = (found(size)["bf16", wire] for wire in ("compute", "fp32"))
+    assert short["loss"] == full["loss"]
+    for name, value in full.items():
+        if name.startswith("method."):  # parts are rounded to 8 bits, which flips roundings of the towers
+            assert (short[name] - value).norm() <= 2**-6 * value.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_that_travel_in_bf16_are_added_up_in_fp32(found, size):
+    got, wanted = found(size)["sum"]
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
