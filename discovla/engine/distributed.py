@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 GradScale = Literal["exact", "official"]
 Wire = Literal["compute", "fp32"]
-Wire = Literal["compute", "fp32"]
 
 _LET_GO = 0.1  # seconds; on an idle machine microseconds are enough
 

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from discovla.engine.distributed import Wire
-from discovla.engine.distributed import Wire
 from discovla.engine.optim import OptimConfig
 from discovla.ops.dispatch import Memory
 
@@ -42,8 +41,6 @@ class EngineConfig(BaseModel):
         released.
     wire: what embeddings and their gradients travel between processes in: "compute" in the dtype the towers
         compute in, 2 bytes a number below precision "fp32", "fp32" never in less than 4.  Sums are made in 4.
-    wire: what embeddings and their gradients travel between processes in: "compute" in the dtype the towers
-        compute in, 2 bytes a number below precision "fp32", "fp32" never in less than 4.  Sums are made in 4.
     accumulate: parts in which a process encodes its clips of a step. Above 1, activations are kept for one
         part at a time and computed again in backward; loss and gradient stay those of the whole batch.
     join_within: seconds for all processes of the run to come together, before those that came give up.
@@ -65,7 +62,6 @@ class EngineConfig(BaseModel):
     distinct_captions: bool = False
     capture: Literal["none", "graph"] = "none"
     grad_scale: Literal["exact", "official"] = "exact"
-    wire: Wire = "compute"
     wire: Wire = "compute"
     accumulate: int = Field(default=1, ge=1)
     join_within: float = Field(default=300.0, gt=0, allow_inf_nan=False)
