@@ -12,11 +12,14 @@ from benchmarks.peft_step import PeftStep
 from benchmarks.product_step import ProductStep
 from benchmarks.reference_step import ReferenceStep, compiled
 from discovla.batch import Batch, Losses
+from discovla.engine.capture import make_capture
+from discovla.engine.distributed import World
 from discovla.engine.zero import EngineConfig
 from discovla.methods.discovla import DiscoVLA
 from discovla.ops.fp8_linear import fp8_lacks
 from discovla.precision import set_precision
 from discovla.towers.architecture import Architecture
+from discovla.train_step import TrainStep
 
 BASE = "reference"
 IMPLS = (
@@ -30,6 +33,9 @@ IMPLS = (
     "ours bf16",
     "ours bf16 triton",
     "ours fp8",
+    "ours bf16 captured",
+    "ours bf16 triton captured",
+    "ours fp8 captured",
     "products alone",
     "products alone bf16",
 )
@@ -37,11 +43,16 @@ IMPLS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """call: forward and backward.  forward: the losses alone.  parameters: what is there anyway."""
+    """call: forward and backward.  forward: the losses alone.  parameters: what is there anyway.
+
+    calls: until it runs as it will.  anew: forgets what these have recorded.
+    """
 
     call: Callable[[Batch], object]
     forward: Callable[[Batch], object]
     parameters: list[torch.Tensor]
+    calls: int = 1
+    anew: Callable[[], None] = lambda: None
 
 
 def unavailable(name: str, device: str) -> str:
@@ -52,6 +63,7 @@ def unavailable(name: str, device: str) -> str:
         "compiled": "torch.compile's fastest mode is timed on GPUs alone",
         "triton": "its kernels run on GPUs",
         "fp8": "a CPU has no product in FP8, it is emulated there",
+        "captured": "CUDA graphs are recorded on GPUs",
     }
     if device == "cpu":
         return next((reason for word, reason in gpus.items() if word in name), "")
@@ -89,6 +101,15 @@ def _ours(name: str, architecture: Architecture, device: str) -> Step:
     set_precision(model, config, torch.device(device))
     if "triton" in name:
         model.vision.impl = model.text.impl = "triton"
+    if "captured" in name:
+        captured = _Captured(model, torch.device(device))
+        return Step(
+            call=captured,
+            forward=captured.step.losses,
+            parameters=list(model.parameters()),
+            calls=2,
+            anew=captured.anew,
+        )
     return Step(
         call=lambda batch: step_inputs.step(model, batch),
         forward=lambda batch: _losses(model, batch),
@@ -98,3 +119,23 @@ def _ours(name: str, architecture: Architecture, device: str) -> Step:
 
 def _losses(model: DiscoVLA, batch: Batch) -> Losses:
     return model.losses(*model.encode(batch))
+
+
+class _Captured:
+    """Our step as engine.capture = "graph" takes it."""
+
+    def __init__(self, model: DiscoVLA, device: torch.device) -> None:
+        self.step = TrainStep(model, World(rank=0, size=1, local_rank=0, device=device), "exact")
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.anew()
+
+    def anew(self) -> None:
+        """Forget what was recorded."""
+        engine = EngineConfig(capture="graph")
+        self.capture = make_capture(self.step.losses, self.trained, engine, self.step.world)
+
+    def __call__(self, batch: Batch) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
+        assert self.capture is not None, "the config asks for it"
+        self.capture(batch).total.backward()

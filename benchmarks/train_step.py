@@ -11,7 +11,8 @@ other, for workers read ahead.  Rows go to benchmarks/results/<device>/, one JSO
 clock and of the process's own CPU time; what the step keeps for backward; work as `step_work.py` counts it;
 kernels, or on a CPU the ops that would start one.  What is not there or does not fit has a row that says so.
 Parameters that train stay float32; `bf16` computes in bfloat16, `fp8` multiplies frozen weights in 8 bits,
-`triton` takes the kernels where the rest takes what `auto` has found fastest.
+`triton` takes the kernels where the rest takes what `auto` has found fastest, `captured` replays the step
+as a CUDA graph: with the loader some of its rounds are those that record a shape.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def run(contest: Contest, device: str, architecture: Architecture | None = None)
         try:
             if not reason:
                 steps[name] = make_step(name, architecture, device)
-                steps[name].call(first)  # warms up
+                for _ in range(steps[name].calls):  # warms up
+                    steps[name].call(first)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
         if reason:
@@ -178,7 +180,8 @@ def _in_rows(
     found: Rounds = {name: [] for name in steps}
     for name, step in steps.items():
         source = batches()
-        step.call(next(source))
+        for _ in range(step.calls):
+            step.call(next(source))
         for _ in range(contest.rounds):
             found[name].append(_time(lambda step=step, source=source: step.call(next(source)), device))
     return found
@@ -222,9 +225,12 @@ def _counts(step: Step, batch: Batch, device: str) -> Row:
         with Launches() as launches:
             step.call(batch)
         return found | {"dispatched": launches.count}
+    step.anew()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     own = sum(x.numel() * x.element_size() for x in step.parameters)
+    for _ in range(step.calls):
+        step.call(batch)
     found["launches"] = gpu_launches(lambda: step.call(batch))
     found["peak_gb"] = (torch.cuda.max_memory_allocated() - before + own) / 1e9  # others' weights left out
     return found | {"extra_gb": found["peak_gb"]}

@@ -15,9 +15,11 @@ from benchmarks.step_profile import component
 from benchmarks.step_work import needed_flops
 from benchmarks.train_step import Contest, run
 from discovla.data.config import DataConfig
+from discovla.engine.capture import Capture
 from discovla.methods.discovla import DiscoVLAConfig
 from discovla.testing import relative_error
 from discovla.towers.architecture import Architecture, TowerShape
+from tests.engine.recorder import Unwatched
 
 
 @pytest.fixture
@@ -35,7 +37,8 @@ def test_every_step_has_figures_or_says_why_not(architecture):
     timed = {row["impl"]: row for row in rows if "left_out" not in row}
     assert {"reference", "reference anomaly", "reference bf16 sdpa", "ours", "ours bf16"} <= timed.keys()
     assert {row["impl"] for row in rows if "GPU" in row.get("left_out", "")} == {
-        *("reference bf16 sdpa compiled", "ours bf16 triton")
+        *("reference bf16 sdpa compiled", "ours bf16 triton"),
+        *("ours bf16 captured", "ours bf16 triton captured"),
     }
     for row in timed.values():
         assert row["n"] == len(row["ratios"]) == 3 and row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
@@ -68,6 +71,29 @@ def test_rounds_end_when_time_is_up_and_a_step_is_taken_apart(architecture, caps
     assert {"products", "attention", "low-rank products", "layer norms"} <= row["profile_ms"].keys()
     train_step.show(row)
     assert re.search(r"low-rank products +\d+\.\d ms +\d+\.\d%", capsys.readouterr().out)
+
+
+def test_a_captured_step_is_warm_once_its_shape_has_been_recorded(architecture, monkeypatch):
+    """As on a GPU, where a recorder of graphs stands for the one that runs the step again."""
+    monkeypatch.setattr(train_step, "unavailable", lambda *_: "")
+    recorders = []
+
+    def again(step, trained, *_):
+        recorders.append(Unwatched())
+        return Capture(step, trained, recorders[-1])
+
+    monkeypatch.setattr(step_impls, "make_capture", again)
+    (row,) = run(Contest(rounds=3, frames=2, impls=["ours bf16 captured"]), "cpu", architecture)
+    assert row["n"] == 3 and "left_out" not in row
+    (recorder,) = recorders
+    assert recorder.recorded == 1 and recorder.replayed == 1 + 3 + 1, "warm-up, rounds, counts"
+
+
+@pytest.mark.gpu
+def test_steps_are_timed_on_a_gpu(architecture):
+    names = ["reference", "ours bf16", "ours bf16 captured"]
+    rows = run(Contest(rounds=3, frames=2, impls=names), "cuda", architecture)
+    assert all(row["launches"] > 0 and row["peak_gb"] > 0 for row in rows)
 
 
 def test_batches_of_the_loader_are_timed_with_their_wait(architecture, drawn):

@@ -83,6 +83,18 @@ class Rerun:
         return losses, gradients
 
 
+class Unwatched(Rerun):
+    """The same, of whatever the function touches."""
+
+    def __init__(self) -> None:
+        super().__init__(tuple)
+
+    def run(self, function: Callable[[], Found]) -> Found:
+        losses, gradients = function()
+        losses.total.detach_()
+        return losses, gradients
+
+
 def results(found: Found) -> list[Tensor]:
     """All tensors that a step gives."""
     losses, gradients = found

@@ -15,7 +15,7 @@ from discovla.ops import dispatch
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.train_step import TrainStep
 from tests import steps
-from tests.engine.recorder import Rerun
+from tests.engine.recorder import Rerun, Unwatched
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -70,8 +70,9 @@ def test_on_a_device_that_cannot_be_read_a_step_is_recorded_all_the_same(variant
     step = TrainStep(steps.make(variant).float().to("meta"), ALONE, "exact")
     step.method.compute_dtype = torch.float32
     step.method.vision.impl = step.method.text.impl = impl
-    capture, recorder = recorded(step)
-    recorder.run = lambda function: function()
+    recorder = Unwatched()
+    trained = [p for p in step.parameters() if p.requires_grad]
+    capture = step.recorded = Capture(step.losses, trained, recorder)
     for _ in range(3):
         step(batch().to("meta")).total.backward()
     assert recorder.replayed == 2
