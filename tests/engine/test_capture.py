@@ -7,14 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from discovla import trainer
 from discovla.batch import Batch, Losses
+from discovla.config import read_config
+from discovla.engine import capture
 from discovla.engine.capture import Capture, check_capture, make_capture, record_graph
 from discovla.engine.distributed import World
+from discovla.engine.optim import OptimConfig
+from discovla.engine.strategy import StepPlan, make_strategy
 from discovla.engine.zero import EngineConfig
 from discovla.ops import dispatch
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.train_step import TrainStep
-from tests import steps
+from discovla.trainer import Trainer
+from tests import runs, steps
 from tests.engine.recorder import Rerun, Unwatched
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -23,9 +29,9 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 def recorded(step: TrainStep, **options) -> tuple[Capture, Rerun]:
     """The step, recorded by a rerun of it."""
     trained = [p for p in step.parameters() if p.requires_grad]
-    recorder = Rerun(lambda: [*step.parameters(), *step.buffers(), *capture.buffers.values()])
-    capture = step.recorded = Capture(step.losses, trained, recorder, **options)
-    return capture, recorder
+    recorder = Rerun(lambda: [*step.parameters(), *step.buffers(), *made.buffers.values()])
+    made = step.recorded = Capture(step.losses, trained, recorder, **options)
+    return made, recorder
 
 
 def made(variant: str = "discovla", **options) -> tuple[TrainStep, Capture, Rerun]:
@@ -72,31 +78,31 @@ def test_on_a_device_that_cannot_be_read_a_step_is_recorded_all_the_same(variant
     step.method.vision.impl = step.method.text.impl = impl
     recorder = Unwatched()
     trained = [p for p in step.parameters() if p.requires_grad]
-    capture = step.recorded = Capture(step.losses, trained, recorder)
+    step.recorded = held = Capture(step.losses, trained, recorder)
     for _ in range(3):
         step(batch().to("meta")).total.backward()
     assert recorder.replayed == 2
-    (one,) = capture.recordings.values()
-    assert all(x.is_meta for x in capture.buffers.values())
+    (one,) = held.recordings.values()
+    assert all(x.is_meta for x in held.buffers.values())
     assert one.batch.text_mask.is_meta and one.batch.frames.is_meta
 
 
 def test_a_shape_is_recorded_when_it_comes_again_and_rows_of_captions_are_part_of_it():
-    step, capture, recorder = made(fewest=8)
+    step, held, recorder = made(fewest=8)
     for count, (seed, size) in enumerate([(0, 4), (1, 4), (0, 3), (0, 4), (0, 3)]):
         assert recorder.recorded == max(0, count - 3)
         assert_same(steps.take(step, batch(seed, size)), plainly(step, batch(seed, size)))
-    assert len(capture.recordings) == recorder.recorded == 2
-    assert len(capture.buffers) == 14, "seven of each size, whatever the rows"
+    assert len(held.recordings) == recorder.recorded == 2
+    assert len(held.buffers) == 14, "seven of each size, whatever the rows"
 
 
 def test_of_many_shapes_the_one_not_used_for_longest_gives_way(caplog):
-    step, capture, recorder = made(most=2)
+    step, held, recorder = made(most=2)
     sizes = [2, 2, 3, 3, 2, 4, 4, 2, 3]
     with caplog.at_level(logging.WARNING):
         for size in sizes:
             assert_same(steps.take(step, batch(size=size)), plainly(step, batch(size=size)))
-            assert len(capture.recordings) <= 2
+            assert len(held.recordings) <= 2
     assert recorder.recorded == 4, "3 gave way to 4, and took the place of 4"
     assert caplog.text.count("batches of more than 2 shapes") == 1
 
@@ -150,10 +156,10 @@ def test_gradients_follow_what_the_loss_is_multiplied_by_and_parameters_without_
     def step(given: Batch, rows: object) -> Losses:
         return Losses(total=(used * given.frame_mask.sum()).sum(), terms={})
 
-    capture = Capture(step, [used, unused], Rerun(lambda: [used, unused, *capture.buffers.values()]))
+    held = Capture(step, [used, unused], Rerun(lambda: [used, unused, *held.buffers.values()]))
     for _ in range(2):
         used.grad = None
-        (capture(batch()).total * 3).backward()
+        (held(batch()).total * 3).backward()
         assert used.grad is not None and used.grad.tolist() == [36.0, 36.0] and unused.grad is None
 
 
@@ -184,6 +190,54 @@ def test_several_processes_and_a_device_without_graphs_are_refused():
     check_capture(EngineConfig(), two)
 
 
+@pytest.mark.slow
+def test_a_run_takes_the_steps_that_it_takes_unrecorded(tmp_path, drawn, monkeypatch):
+    recorder = Unwatched()
+    for module in (capture, trainer):
+        monkeypatch.setattr(module, "check_capture", lambda *_: None)
+    monkeypatch.setattr(capture, "record_graph", lambda device: recorder)
+    path = runs.write_config(tmp_path, drawn)
+    for name in ("none", "graph"):
+        Trainer(read_config(path, [f"engine.capture={name}", f"directory={tmp_path}/{name}"])).run()
+    assert 1 <= recorder.recorded <= recorder.replayed <= 5
+    found, wanted = (runs.records(tmp_path / name) for name in ("graph", "none"))
+    for key in ("loss", "grad_norm"):
+        ours, theirs = (torch.tensor([record[key] for record in every]) for every in (found, wanted))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+
+
+def every_strategy(world: World) -> dict:
+    """Losses and trained parameters after four steps, by plain torch and DeepSpeed, recorded or not."""
+    found: dict = {}
+    for name in ("torch", "deepspeed"):
+        for how in ("eager", "recorded"):
+            step = TrainStep(steps.make("discovla").float(), world, "exact")
+            step.method.compute_dtype = torch.float32
+            engine = EngineConfig.model_validate({"strategy": name, "device": "cpu"})
+            plan = StepPlan(engine=engine, optim=OptimConfig(), world=world, batch_size=4)
+            strategy = make_strategy(step, plan)
+            if how == "recorded":
+                step.recorded = Capture(step.losses, tuple(strategy.trained.values()), Unwatched())
+            losses = []
+            for number in range(4):
+                total = strategy(batch(number)).total
+                losses.append(total.item())
+                strategy.backward(total)
+                strategy.step(1e-3)
+            found[name, how] = {"losses": torch.tensor(losses), **strategy.trained_state()}
+    return {"loss": [x["losses"].tolist() for x in found.values()], "found": found}
+
+
+@pytest.mark.slow
+def test_every_strategy_takes_recorded_steps(tmp_path):
+    found = steps.on_ranks(every_strategy, 1, tmp_path)["found"]
+    wanted = found["torch", "eager"]
+    assert wanted["losses"][3] != wanted["losses"][2]
+    for key, values in found.items():
+        for name, value in values.items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5, msg=f"{key} {name}")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("variant", steps.VARIANTS)
@@ -195,14 +249,14 @@ def test_a_graph_gives_the_losses_and_gradients_of_the_step(variant, impl):
     step.method.train()
     step.method.vision.impl = step.method.text.impl = impl
     trained = [p for p in step.parameters() if p.requires_grad]
-    capture = step.recorded = Capture(step.losses, trained, record_graph(world.device))
+    held = step.recorded = Capture(step.losses, trained, record_graph(world.device))
     for number, seed in enumerate((0, 1, 2, 1)):
         given = batch(seed).to("cuda")
         torch.manual_seed(seed)
         found = steps.take(step, given)
         torch.manual_seed(seed)
         wanted = plainly(step, given)
-        assert len(capture.recordings) == (number > 0)
+        assert len(held.recordings) == (number > 0)
         for name, value in wanted.items():
             assert relative_error(found[name], value) <= 1e-4 or value.abs().max() < 1e-6, name
 
