@@ -21,7 +21,7 @@ SOT, EOT = 49406, 49407
 # ops that start no kernel though they are no views
 STILL = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty"}
 # ops of our own that start more than one kernel
-SEVERAL = {"mlp": 2, "lora_norm_backward": 2}
+SEVERAL = {"mlp": 2}
 WORDS = (6, 15)  # of a caption; with start and end 12 tokens on average
 
 

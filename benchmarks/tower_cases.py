@@ -133,7 +133,7 @@ def _layer_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
 
 def _lora_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     affine = _affine(leaves[0].shape[-1], leaves[0].device)
-    return lora_norm(leaves[0], leaves[2], leaves[1], affine=affine, impl=impl)
+    return lora_norm(leaves[0], leaves[2], leaves[1], affine=affine, impl=impl)[:2]
 
 
 def _mlp(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from discovla.nn.autograd import pad_rows, take_rows
 from discovla.ops.dispatch import Impl, Memory
+from discovla.ops.lora_norm import LoRAWeights
 from discovla.ops.short_attention import Packing
 
 # rows n l w or packed t w; of a chain of ops also with what is still to be added to them, of the same shape
@@ -32,6 +33,7 @@ class Sequences:
     impl: of the blocks, a choice of `ops.dispatch`.
     memory: what a block keeps for backward; "auto" is "keep".
     deferred: a chain of ops may leave its last sum to the block that follows.
+    lora: of blocks' attention, what ops need of its update, where that was put together for all of them.
     """
 
     causal: bool = False
@@ -45,6 +47,7 @@ class Sequences:
     impl: Impl = "auto"
     memory: Memory = "keep"
     deferred: bool = False
+    lora: Mapping[nn.Module, LoRAWeights] = field(default_factory=dict, repr=False, compare=False)
     known: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def inner(self) -> Sequences:
@@ -67,7 +70,8 @@ class Sequences:
         """n, int64: where the readout row of each sequence is among all rows; length: l of rows n l w."""
         if self.readout is None:
             raise ValueError("sequences.readout: expected the row to read of each sequence, got None")
-        return self._once(f"ends of {length}", lambda: self._ends(self.readout, length))
+        readout = self.readout
+        return self._once(f"ends of {length}", lambda: self._ends(readout, length))
 
     def _ends(self, readout: Tensor, length: int) -> Tensor:
         if self.packing is not None:

@@ -92,10 +92,9 @@ class FusionAttention(Attention):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if not sequences.group:
             return super().chain(rows, norm, sequences, impl)
-        x, z = self.normed(rows, norm, impl)
+        x, parts = self.projections(rows, norm, sequences, impl)
         if sequences.pruned:
-            q, kv = self.projected_read(z, sequences, norm)
-            update, own = self.read_rows(q, kv, sequences, impl, self.frame_position)
+            update, own = self.read_rows(parts, sequences, impl, self.frame_position)
             return sequences.read(x), self.out(update), self.adapter.chain(self.out(own), impl)
         groups = Groups(
             heads=self.heads,
@@ -106,8 +105,7 @@ class FusionAttention(Attention):
             key_mask=sequences.of_rows(sequences.key_mask),
             group_mask=sequences.of_rows(sequences.fusion_key_mask),
         )
-        qkv = self.projected(z, norm)
-        update, own = temporal_fusion(qkv, groups, position=self.frame_position, impl=impl)
+        update, own = temporal_fusion(parts[0], groups, position=self.frame_position, impl=impl)
         return x, self.out(update), self.adapter.chain(self.out(own.flatten(0, 1)), impl)
 
     def attend_of_group(

@@ -6,8 +6,8 @@ its own (`nn.autograd`), or as a chain of ops, all of one implementation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -23,7 +23,13 @@ from discovla.ops.attention import attention
 from discovla.ops.dispatch import Impl, choose
 from discovla.ops.fp8_linear import FP8Weight, fp8_linear
 from discovla.ops.layer_norm import Update, layer_norm
-from discovla.ops.lora_norm import lora_norm, lora_projection
+from discovla.ops.lora_norm import (
+    LoRAWeights,
+    lora_norm,
+    lora_projection,
+    lora_weights,
+    read_lora_projection,
+)
 from discovla.ops.mlp import Activation, MLPWeights, mlp
 from discovla.ops.readout_attention import Readout, readout_attention
 from discovla.ops.short_attention import short_attention
@@ -152,42 +158,49 @@ class Attention(nn.Module):
             x + u and its update, n l w or t w; what besides is to be added to readout rows, n w, or None.
             In a pruned block readout rows alone.
         """
-        x, z = self.normed(rows, norm, impl)
+        x, parts = self.projections(rows, norm, sequences, impl)
         if not sequences.pruned:
-            return x, self.out(self.attend_rows(self.projected(z, norm), sequences, impl)), None
-        q, kv = self.projected_read(z, sequences, norm)
-        return sequences.read(x), self.out(self.read_rows(q, kv, sequences, impl)[0]), None
+            return x, self.out(self.attend_rows(parts[0], sequences, impl)), None
+        return sequences.read(x), self.out(self.read_rows(parts, sequences, impl)[0]), None
 
-    def normed(
-        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, impl: Impl
-    ) -> tuple[Tensor, Tensor]:
-        """x + u, and its norm as `projected` takes it."""
-        x, u = rows
-        if self.lora is None or not plain(norm, self.qkv):
-            return norm.of_sum(x, None if u is None else Update(u=u), impl)
-        if u is None and norm.compute is not None:
-            u = torch.zeros_like(x, dtype=norm.compute)  # the op takes the dtype of its result from it
-        return lora_norm(x, self.lora.a, u, affine=(norm.weight, norm.bias), eps=norm.eps, impl=impl)
+    def projections(
+        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x + u, and what `project` gives of its norm; in a pruned block what `project_read` gives."""
+        (x, u), width = rows, self.qkv.in_features
+        if not self.updated_by_op(norm):
+            x, y = norm.of_sum(x, None if u is None else Update(u=u), impl)
+            if not sequences.pruned:
+                return x, (self.project_normed(y),)
+            queries = self.project_normed(sequences.read(y), slice(0, width))
+            return x, (queries, self.project_normed(y, slice(width, 3 * width)))
+        weights = sequences.lora.get(self)
+        if weights is None:
+            weights = self.lora_weights([self], norm.compute or x.dtype, x[..., 0].numel(), impl)[0]
+        affine, eps = (norm.weight, norm.bias), norm.eps
+        x, z, low = lora_norm(x, weights.a, u, affine=affine, eps=eps, dtype=norm.compute, impl=impl)
+        if not sequences.pruned:
+            return x, (lora_projection(z, low, weights),)
+        return x, read_lora_projection(z, low, weights, sequences.ends(x.shape[1]))
 
-    def projected(self, z: Tensor, norm: LayerNorm, outputs: slice | None = None) -> Tensor:
-        """Queries, keys and values of rows that `normed` gave, or those `outputs` of them."""
-        if self.lora is None or not plain(norm, self.qkv):
-            return self.project_normed(z, outputs)
-        weight, bias = self.qkv.weights(z.dtype)
-        parts = (weight, bias, self.lora.b)
-        return lora_projection(z, *(parts if outputs is None else (part[outputs] for part in parts)))
+    def updated_by_op(self, norm: LayerNorm) -> bool:
+        """Whether `lora_norm` and `lora_projection` compute the projection of the norm's rows."""
+        return self.lora is not None and plain(norm, self.qkv)
 
-    def projected_read(self, z: Tensor, sequences: Sequences, norm: LayerNorm) -> tuple[Tensor, Tensor]:
-        """`project_read` of rows that `normed` gave."""
-        width = self.qkv.in_features
-        queries = self.projected(sequences.read(z), norm, slice(0, width))
-        return queries, self.projected(z, norm, slice(width, 3 * width))
+    @staticmethod
+    def lora_weights(
+        parts: Sequence[Attention], dtype: torch.dtype, rows: int, impl: Impl
+    ) -> list[LoRAWeights]:
+        """What the ops take of the updates of several blocks, put together at once; they all have one."""
+        loras = [(part.lora.a, part.lora.b) for part in parts if part.lora is not None]
+        linears = [part.qkv.weights(dtype) for part in parts]
+        return lora_weights(linears, loras, rows=rows, dtype=dtype, impl=impl)
 
     def read_rows(
-        self, q: Tensor, kv: Tensor, sequences: Sequences, impl: Impl, position: Tensor | None = None
+        self, parts: tuple[Tensor, ...], sequences: Sequences, impl: Impl, position: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`readout_attention` of what `projected_read` gave; masks of single heads have no kernel."""
-        mask = sequences.key_mask
+        """`readout_attention` of what `projections` gave; masks of single heads have no kernel."""
+        (q, kv), mask = parts, sequences.key_mask
         if mask is not None and mask.dim() == 3:
             return recomputed(partial(self.attend_read, sequences), q, kv), q[:0]
         readout = Readout(
@@ -356,6 +369,17 @@ def added(feed: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
         return x + update
 
     return total
+
+
+def prepared(sequences: Sequences, blocks: Iterable[nn.Module], x: Tensor) -> Sequences:
+    """The same for rows x of these blocks, whose updates are put together once where ops compute them."""
+    impl = chosen(x, sequences)
+    blocks = [b for b in blocks if isinstance(b, Block) and b.attention.updated_by_op(b.ln_1)]
+    if impl == "torch" or not blocks:
+        return sequences
+    parts, dtype = [block.attention for block in blocks], blocks[0].ln_1.compute or x.dtype
+    weights = Attention.lora_weights(parts, dtype, x[..., 0].numel(), impl)
+    return replace(sequences, lora=dict(zip(parts, weights, strict=True)))
 
 
 def chosen(x: Tensor, sequences: Sequences) -> Impl:

@@ -73,7 +73,8 @@ def readout_attention(
     masks = [None if m is None else m.flatten() for m in (readout.key_mask, readout.group_mask)]
     position = None if position is None or not readout.group else position[: readout.group].contiguous()
     heads = q.unflatten(-1, (readout.heads, -1)), kv.unflatten(-1, (2, readout.heads, -1))
-    operands = (*heads, readout.group, readout.ends, offsets, *masks)
+    members = readout.ends[readout.first :].unflatten(0, (-1, max(1, readout.group)))
+    operands = (*heads, members, offsets, *masks)
     chosen = choose("readout_attention", impl, q.device.type, operands=operands)
     if chosen != "triton":
         return readout_attention_reference(q, kv, readout, position, chosen)

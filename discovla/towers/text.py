@@ -13,7 +13,7 @@ from discovla.nn.autograd import take_rows
 from discovla.nn.features import expect, on
 from discovla.nn.memory import MemoryPlan
 from discovla.nn.sequences import Sequences
-from discovla.nn.transformer import Block, LayerNorm
+from discovla.nn.transformer import Block, LayerNorm, prepared
 from discovla.ops.buckets import Rows, widened
 from discovla.ops.dispatch import Impl, Memory
 from discovla.ops.short_attention import Packing
@@ -172,7 +172,7 @@ class TextTower(nn.Module):
 
     def _through(self, blocks: nn.ModuleList, x: Tensor, sequences: Sequences, *, pruned: bool) -> Tensor:
         """Rows after some of the blocks; pruned: the readout rows alone."""
-        sequences = replace(sequences, memory=self.plan.of(self.memory, x))
+        sequences = prepared(replace(sequences, memory=self.plan.of(self.memory, x)), blocks, x)
         inner = sequences.inner()
         for block in blocks[:-1]:
             x = block(x, inner)

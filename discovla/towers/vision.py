@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from discovla.nn.memory import MemoryPlan
 from discovla.nn.sequences import Sequences
-from discovla.nn.transformer import Block, LayerNorm
+from discovla.nn.transformer import Block, LayerNorm, prepared
 from discovla.ops.dispatch import Impl, Memory, choose
 from discovla.ops.frame_patches import Statistics, fold_normalisation, frame_patches
 from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD, preprocess_frames
@@ -151,7 +151,7 @@ class VisionTower(nn.Module):
         """Frame features b f d of what `pixels` gives; frames meet in fusion blocks only."""
         b, f = frames.shape[:2]
         x = self.embed(frames.flatten(0, 1))
-        sequences = self.sequences(x, f, frame_mask)
+        sequences = prepared(self.sequences(x, f, frame_mask), self.blocks, x)
         inner = sequences.inner()
         for block in self.blocks[:-1]:
             x = block(x, inner)

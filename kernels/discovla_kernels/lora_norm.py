@@ -13,29 +13,38 @@ from discovla_kernels.tiles import accumulator, precision
 
 MAX_RANK = 64  # of an update: its part of a tile lives in registers
 MAX_WIDTH = 1024
+BLOCK_R = 16  # rows of a tile
 PROGRAMS = 264  # of backward: two for each processor of an H200, each with a sum of its own
 
 
-def supports(x: Tensor, a: Tensor, *others: Tensor | None) -> str:
-    """Why the kernels do not take these tensors; empty where they do."""
-    if len(a) > MAX_RANK or a.shape[1] > MAX_WIDTH:
-        return f"expected rank and width of at most {MAX_RANK} and {MAX_WIDTH}, found {tuple(a.shape)}"
-    if a.is_cuda and a.element_size() > 2 and a.shape[1] > MAX_WIDTH // 2:
-        return f"expected float32 rows of at most {MAX_WIDTH // 2} in shared memory, found {a.shape[1]}"
-    return norm_supports(x, a, *others)
+def supports(x: Tensor, a: Tensor, z: Tensor, *others: Tensor | None) -> str:
+    """Why the kernels do not take these tensors, a: p k w, z: of its dtype; empty where they do."""
+    rank, width = a.shape[1:]
+    if rank > MAX_RANK or width > MAX_WIDTH:
+        return f"expected rank and width of at most {MAX_RANK} and {MAX_WIDTH}, found {(rank, width)}"
+    if z.is_cuda and z.element_size() > 2 and width > MAX_WIDTH // 2:
+        return f"expected float32 rows of at most {MAX_WIDTH // 2} in shared memory, found {width}"
+    return norm_supports(x, a, z, *others)
+
+
+def programs(rows: int) -> int:
+    """How many programs of backward share so many rows, each with a sum of a's gradient."""
+    return max(1, min(PROGRAMS, triton.cdiv(rows, BLOCK_R)))
 
 
 @triton.jit
 def _lora_norm_forward(
-    x_ptr, u_ptr, a_ptr, gain_ptr, shift_ptr, sum_ptr, z_ptr, stat_ptr, R, W, RANK, eps, HAS_U: tl.constexpr,
-    HAS_AFFINE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_RANK: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, u_ptr, a_ptr, gain_ptr, shift_ptr, sum_ptr, z_ptr, low_ptr, stat_ptr, R, W, RANK, eps,
+    HAS_U: tl.constexpr, HAS_AFFINE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """x' = x + u, y = (x' - mu) r or y gain + shift as in `layer_norm`, z = [y | y Aᵀ | 0], A: rank w.
 
+    low: y Aᵀ by itself, since backward of the projection needs it without y.
+
     Tile: BLOCK_R whole rows in registers; y is rounded to the dtype of z before it is multiplied. z has
     BLOCK_RANK columns after y, so that its rows stay aligned.
-    Traffic: as `layer_norm`, and BLOCK_RANK entries written a row; A comes from L2.
+    Traffic: as `layer_norm`, and BLOCK_RANK + RANK entries written a row; A comes from L2.
     Backward: `_lora_norm_backward`.
     """
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -57,10 +66,11 @@ def _lora_norm_forward(
     a = tl.load(
         a_ptr + rank[:, None] * W + w[None, :], mask=(rank < RANK)[:, None] & (w < W)[None, :], other=0.0
     )
-    low = tl.dot(y, tl.trans(a), input_precision=PRECISION, out_dtype=ACC)
+    low = tl.dot(y, tl.trans(a.to(y.dtype)), input_precision=PRECISION, out_dtype=ACC)
     z_ptrs = z_ptr + r[:, None] * (W + BLOCK_RANK)
     tl.store(z_ptrs + w[None, :], y, mask=here)
     tl.store(z_ptrs + W + rank[None, :], low, mask=(r < R)[:, None])
+    tl.store(low_ptr + r[:, None] * RANK + rank[None, :], low, mask=(r < R)[:, None] & (rank < RANK)[None, :])
     tl.store(stat_ptr + r, mean, mask=r < R)
     tl.store(stat_ptr + R + r, rstd, mask=r < R)
 
@@ -73,7 +83,7 @@ def _lora_norm_backward(
 ):  # fmt: skip
     """dz = [dy' | U | -]; dy = dy' + U A, dA = Uᵀ y; dx = r (dy - mean(dy) - y mean(dy y)) + dx'; du = dx.
 
-    Tile: BLOCK_R whole rows; a program takes every PROGRAMS-th tile and holds its sum of dA in registers, so
+    Tile: BLOCK_R whole rows; of p programs one takes every p-th tile and holds its sum of dA in registers, so
     that the sums are few and added in one order. The padding of dz counts for nothing. With a gain y is
     (x' - mu) r, in dA y gain + shift, and dy that of y gain.
     """
@@ -81,6 +91,7 @@ def _lora_norm_backward(
     a = tl.load(
         a_ptr + rank[:, None] * W + w[None, :], mask=(rank < RANK)[:, None] & (w < W)[None, :], other=0.0
     )
+    a = a.to(dz_ptr.dtype.element_ty)
     da = tl.zeros((BLOCK_RANK, BLOCK_W), dtype=ACC)
     for tile in range(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.num_programs(0)):
         r = (tile * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -117,24 +128,28 @@ def padding(rank: int) -> int:
 
 
 def forward(
-    x: Tensor, u: Tensor | None, a: Tensor, affine: tuple[Tensor, Tensor] | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x' (empty without u), z, r (w + padding), and (mean, 1 / deviation) of rows.
+    x: Tensor,
+    u: Tensor | None,
+    a: Tensor,
+    affine: tuple[Tensor, Tensor] | None,
+    how: tuple[float, torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x' (empty without u), z, r (w + padding), y aᵀ by itself, r rank, and (mean, 1 / deviation) of rows.
 
-    a: rank w, of the dtype of z.  affine: gain and shift.
+    a: rank w.  affine: gain and shift.  how: epsilon, and the dtype of z.
     """
-    (rows, width), rank = x.shape, len(a)
+    (rows, width), rank, (eps, dtype) = x.shape, len(a), how
     acc = torch.promote_types(x.dtype, torch.float32)
     total = x.new_empty(0) if u is None else torch.empty_like(x)
-    z = x.new_empty(rows, width + padding(rank), dtype=a.dtype)
+    z, low = (x.new_empty(rows, columns, dtype=dtype) for columns in (width + padding(rank), rank))
     gain, shift = (x, x) if affine is None else affine
     stats, tile = x.new_empty(2, rows, dtype=acc), _tile(width, rank)
     _lora_norm_forward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
-        x, x if u is None else u, a, gain, shift, total, z, stats, rows, width, rank, eps,
-        HAS_U=u is not None, HAS_AFFINE=affine is not None, PRECISION=precision(a), ACC=accumulator(x),
+        x, x if u is None else u, a, gain, shift, total, z, low, stats, rows, width, rank, eps,
+        HAS_U=u is not None, HAS_AFFINE=affine is not None, PRECISION=precision(z), ACC=accumulator(x),
         **tile,
     )  # fmt: skip
-    return total, z, stats
+    return total, z, low, stats
 
 
 def backward(
@@ -144,27 +159,27 @@ def backward(
     a: Tensor,
     affine: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, by u in the dtype of `a` (empty where it is that by x), and by a, in parts to be added.
+    """Gradients by x, by u in the dtype of z (empty where it is that by x), and by a, in parts to be added.
 
-    grads: by z and by the sum, contiguous.  x: the sum that was normed.
+    grads: by z and by the sum, contiguous.  x: the sum that was normed.  a: p rank w, p times the same: there
+    are p programs, and parts.
     """
-    (rows, width), rank, (grad, grad_of_sum) = x.shape, len(a), grads
+    (rows, width), (count, rank), (grad, grad_of_sum) = x.shape, a.shape[:2], grads
     gain, shift = (x, x) if affine is None else affine
     tile = _tile(width, rank)
-    programs = max(1, min(PROGRAMS, triton.cdiv(rows, tile["BLOCK_R"])))
-    dx, parts = torch.empty_like(x), stats.new_empty(programs, rank, width)
-    du = x.new_empty(0) if a.dtype == x.dtype else torch.empty_like(x, dtype=a.dtype)
-    _lora_norm_backward[(programs,)](
+    dx, parts = torch.empty_like(x), stats.new_empty(count, rank, width)
+    du = x.new_empty(0) if grad.dtype == x.dtype else torch.empty_like(x, dtype=grad.dtype)
+    _lora_norm_backward[(count,)](
         grad, x if grad_of_sum is None else grad_of_sum, x, stats, a, gain, shift, dx, du, parts, rows, width,
         rank, HAS_DSUM=grad_of_sum is not None, HAS_DU=du.numel() > 0, HAS_AFFINE=affine is not None,
-        PRECISION=precision(a), ACC=accumulator(x), **tile,
+        PRECISION=precision(grad), ACC=accumulator(x), **tile,
     )  # fmt: skip
     return dx, du, parts
 
 
 def _tile(width: int, rank: int) -> dict[str, int]:
     return {
-        "BLOCK_R": 16,
+        "BLOCK_R": BLOCK_R,
         "BLOCK_W": max(16, triton.next_power_of_2(width)),
         "BLOCK_RANK": padding(rank),
         "num_warps": 16,

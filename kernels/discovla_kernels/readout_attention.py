@@ -28,11 +28,11 @@ Sizes = tuple[int, int, bool, int, int]  # heads, length, causal, sequences that
 MAX_FRAMES = 64  # of a group: a query of each lives in registers
 
 
-def supports(q: Tensor, kv: Tensor, group: int, *others: Tensor | None) -> str:
-    """Why the kernels do not take queries n h c and rows ... 2 h c; empty where they do."""
-    if group > MAX_FRAMES:
-        return f"expected groups of at most {MAX_FRAMES} frames, found {group}"
-    for other in (kv, *others):
+def supports(q: Tensor, kv: Tensor, members: Tensor, *others: Tensor | None) -> str:
+    """Why the kernels do not take queries n h c and rows ... 2 h c in groups b f; empty where they do."""
+    if members.shape[1] > MAX_FRAMES:
+        return f"expected groups of at most {MAX_FRAMES} frames, found {members.shape[1]}"
+    for other in (kv, members, *others):
         if reason := attention_supports(q, other, None):
             return reason
     return ""

@@ -1,12 +1,20 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from discovla.nn.lora import LoRA
 from discovla.nn.transformer import LayerNorm
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 from discovla.ops.layer_norm import fold_affine
-from discovla.ops.lora_norm import _lora_norm, lora_norm, lora_projection
+from discovla.ops.lora_norm import (
+    LoRAWeights,
+    _lora_norm,
+    lora_norm,
+    lora_projection,
+    lora_weights,
+    read_lora_projection,
+)
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 IMPLS = IMPLEMENTATIONS["lora_norm"]
@@ -44,6 +52,8 @@ def test_values_and_gradients_are_those_of_the_formula(rows, stream, dtype, impl
     want, got = lora_norm(*truth, impl="reference"), lora_norm(*x, impl=impl)
     assert (got[0].dtype, got[1].dtype) == (stream, dtype)
     budget = max(BUDGET[stream], BUDGET[dtype])
+    assert torch.equal(got[2], got[1][:, 33:36]) and not got[2].requires_grad
+    want, got = want[:2], got[:2]
     for name, g, w in zip(("sum", "z"), got, want, strict=True):
         assert_close(g, w, budget, name)
     wanted = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
@@ -57,7 +67,7 @@ def test_values_and_gradients_are_those_of_the_formula(rows, stream, dtype, impl
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_need_be_added(impl):
     x, a, _ = leaves(7, (SINGLE, SINGLE))
-    total, z = lora_norm(x, a, impl=impl)
+    total, z, _ = lora_norm(x, a, impl=impl)
     assert total is x
     want = lora_norm(x.double(), a.double(), impl="reference")[1]
     assert_close(z, want, BUDGET[SINGLE], "z")
@@ -78,6 +88,36 @@ def test_programs_share_many_rows_among_them(impl, monkeypatch):
         assert_close(g, w, 2 * BUDGET[SINGLE], "gradient")
 
 
+def of_one(weight: Tensor, bias: Tensor, lora: LoRA) -> LoRAWeights:
+    """The weights of one projection."""
+    given = [(weight, bias)], [(lora.a, lora.b)]
+    return lora_weights(*given, rows=10, dtype=weight.dtype, impl="reference")[0]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weights_put_together_have_the_gradients_of_each(impl, monkeypatch):
+    monkeypatch.setattr("discovla_kernels.lora_norm.PROGRAMS", 3)
+    linears = [(torch.randn(6, 5, device=DEVICE), torch.randn(6, device=DEVICE)) for _ in range(2)]
+    loras = [LoRA(5, 6, 3).to(DEVICE) for _ in range(2)]
+    x = torch.randn(70, 5, device=DEVICE)
+    ends = torch.tensor([7, 0, 69], device=DEVICE)
+    for lora in loras:
+        torch.nn.init.normal_(lora.b)
+    factors = [(lora.a, lora.b) for lora in loras]
+    trained = [factor for pair in factors for factor in pair]
+    y = F.layer_norm(x, (5,))
+    first, second = (F.linear(y, w, bias) + lora(y) for (w, bias), lora in zip(linears, loras, strict=True))
+    want = [first, second[ends, :2], second[:, 2:]]
+    every = lora_weights(linears, factors, rows=70, dtype=torch.float32, impl=impl)
+    one, other = (lora_norm(x, weights.a, impl=impl)[1:] for weights in every)
+    got = [lora_projection(*one, every[0]), *read_lora_projection(*other, every[1], ends)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    found, wanted = (torch.autograd.grad(sum(o.sin().sum() for o in out), trained) for out in (got, want))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("folded", [False, True], ids=["given", "folded"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_with_its_projection_it_is_norm_and_projection_and_lora(impl, folded):
@@ -95,11 +135,11 @@ def test_with_its_projection_it_is_norm_and_projection_and_lora(impl, folded):
     gain, shift = norm.weight.detach(), norm.bias.detach()
     if folded:
         weight, bias = (t.detach() for t in fold_affine(linear.weight, linear.bias, gain, shift))
-        _, z = lora_norm(x, lora.a * gain, impl=impl)
-        got = lora_projection(z, weight, bias, lora.b) + lora.b @ (lora.a @ shift)
+        _, z, low = lora_norm(x, lora.a * gain, impl=impl)
+        got = lora_projection(z, low, of_one(weight, bias, lora)) + lora.b @ (lora.a @ shift)
     else:
-        _, z = lora_norm(x, lora.a, affine=(gain, shift), impl=impl)
-        got = lora_projection(z, linear.weight.detach(), linear.bias.detach(), lora.b)
+        _, z, low = lora_norm(x, lora.a, affine=(gain, shift), impl=impl)
+        got = lora_projection(z, low, of_one(linear.weight.detach(), linear.bias.detach(), lora))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     wanted, found = (torch.autograd.grad(out.sin().sum(), trained) for out in (want, got))
     for g, w in zip(found, wanted, strict=True):
@@ -112,32 +152,55 @@ def test_the_reference_and_the_projection_pass_gradcheck():
     b = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
 
     def call(x: Tensor, a: Tensor, u: Tensor, b: Tensor) -> Tensor:
-        return lora_projection(lora_norm(x, a, u, impl="reference")[1], weight, bias, b)
+        weights = lora_weights([(weight, bias)], [(a, b)], rows=3, dtype=x.dtype, impl="reference")[0]
+        return lora_projection(*lora_norm(x, weights.a, u, impl="reference")[1:], weights)
 
     assert torch.autograd.gradcheck(call, [x.cpu(), a.cpu(), u.cpu(), b])
+
+
+def test_the_projection_of_read_rows_passes_gradcheck():
+    x, a, u = (leaf.cpu() for leaf in leaves(3, (torch.float64, torch.float64), width=5, rank=2))
+    weight, bias = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    b = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    ends = torch.tensor([2, 0])
+
+    def call(x: Tensor, a: Tensor, u: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        weights = lora_weights([(weight, bias)], [(a, b)], rows=3, dtype=x.dtype, impl="reference")[0]
+        return read_lora_projection(*lora_norm(x, weights.a, u, impl="reference")[1:], weights, ends)
+
+    assert torch.autograd.gradcheck(call, [x, a, u, b])
 
 
 def test_the_op_is_registered_soundly():
     skip_what_no_gpu_kernel_takes("triton", torch.float64)
     gain, shift = torch.randn(2, 33, dtype=torch.float64, device=DEVICE)
-    arguments = (*leaves(4, (torch.float64, torch.float64)), gain, shift, 1e-5)
+    x, a, u = leaves(4, (torch.float64, torch.float64))
+    a = a.detach()[None].clone().requires_grad_()
+    arguments = (x, a, u, gain, shift, 1e-5, torch.float64)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(_lora_norm, arguments, test_utils=tests)
 
 
 def test_what_does_not_fit_is_refused_by_name():
     x, a, u = leaves(3, (SINGLE, SINGLE))
-    z, weight, bias, b = torch.zeros(3, 49), torch.zeros(4, 33), torch.zeros(4), torch.zeros(4, 3)
+    weight, bias, b = torch.zeros(4, 33), torch.zeros(4), torch.zeros(4, 3)
+
+    def weights(bias=bias, b=b):
+        return lora_weights([(weight, bias)], [(a, b)], rows=3, dtype=SINGLE)[0]
+
+    z, low = torch.zeros(3, 49), torch.zeros(3, 3)
     for name, call in (
         ("u", lambda: lora_norm(x, a, u[:2])),
         ("a", lambda: lora_norm(x, a[:, :3])),
-        ("z", lambda: lora_projection(z[:, :-1], weight, bias, b)),
-        ("bias", lambda: lora_projection(z, weight, bias[:2], b)),
-        ("b", lambda: lora_projection(z, weight, bias, b[:2])),
+        ("z", lambda: lora_projection(z[:, :-1], low, weights())),
+        ("low", lambda: lora_projection(z, low[:, :2], weights())),
+        ("bias", lambda: weights(bias[:2])),
+        ("b", lambda: weights(b=b[:2])),
     ):
         with pytest.raises(ValueError, match=f"^{name}: expected shape"):
             call()
     with pytest.raises(ValueError, match=r"^weight, bias: expected frozen ones"):
-        lora_projection(z, weight.requires_grad_(), bias, b)
+        weight.requires_grad_()
+        weights()
     with pytest.raises(KernelUnavailable, match="rank and width of at most 64 and 1024"):
         lora_norm(x, torch.zeros(65, 33, device=DEVICE), impl="triton")
