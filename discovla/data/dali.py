@@ -58,7 +58,7 @@ def unfit(table: FrameTable, *, cuda: bool) -> str | None:
         return f"its codec is {table.codec}, DALI decodes {', '.join(sorted(codecs))} on {where}"
     if not table.ordered:
         return "it breaks off, changes its size or has frames without ascending times"
-    if table.turned:
+    if table.turn:
         return "its frames are shown turned, which DALI does not do"
     if table.packets != table.count:
         return f"it has {table.packets} packets, which DALI takes for frames, and {table.count} frames decode"

@@ -218,6 +218,7 @@ def _loaded(plan: Plan) -> list[Sample] | str:
         "cut": np.array(plan.cut, np.int32),
         "part": np.array(plan.part, np.int32),
         "size": np.array(plan.size, np.float32),
+        "spread": np.array(plan.spread, np.float32),
         "means": np.full((len(plan.indices), 3), np.nan, np.float32) if plan.means is None else plan.means,
         **packed_steps(plan.steps),
     }
@@ -234,7 +235,7 @@ def _loaded(plan: Plan) -> list[Sample] | str:
 def _other(sample: Sample, means: np.ndarray) -> str | None:
     """Why frames with these mean colours, f 3, are not those planned, or None."""
     far = np.nan_to_num(np.abs(means - sample["means"])).max(1)
-    if far.max() <= OTHER_COLOUR:
+    if far.max() <= OTHER_COLOUR + sample["spread"]:
         return None
     index, levels = sample["indices"][far.argmax()], far.max()
     what = f"it makes another picture of frame {index}, its mean colour {levels:.0f} levels off"

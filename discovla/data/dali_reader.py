@@ -88,8 +88,8 @@ class DaliReader:
             raise DecodeError(path, f"cannot be read by decoder = 'dali': {reason}")
         chosen, places = np.unique(indices, return_inverse=True)
         unknown = (np.nan,) * 3
-        means = np.array([table.means.get(index, unknown) for index in chosen.tolist()], np.float32)
-        return replace(self._plan(clip, chosen, places), means=means), table.size
+        means = np.array([table.mean(index) or unknown for index in chosen.tolist()], np.float32)
+        return replace(self._plan(clip, chosen, places), means=means, spread=table.spread), table.size
 
     def _of_shards(self, clip: Clip, sampling: Sampling) -> tuple[Plan, tuple[int, int]]:
         """Frames in shards, and their width and height."""

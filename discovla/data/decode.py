@@ -120,19 +120,27 @@ def tabulate(path: Path) -> FrameTable:
 
 
 def look_through(item: tuple[Path, Sampling]) -> FrameTable:
-    """Decode a file to its end, keeping its table, which knows the frames sampled from others.
+    """Decode a file to its end, keeping its table, which tells each frame from others.
 
     Raises:
         DecodeError: it does not open.
     """
     path, sampling = item
-    return scan(path, sampling, np.asarray, None)[1]
+    return scan(path, sampling, np.asarray, None, prints=True)[1]
 
 
 def scan(
-    path: Path, sampling: Sampling | None, each: Callable[[Image.Image], np.ndarray], count: int | None
+    path: Path,
+    sampling: Sampling | None,
+    each: Callable[[Image.Image], np.ndarray],
+    count: int | None,
+    *,
+    prints: bool = False,
 ) -> tuple[dict[int, np.ndarray], FrameTable]:
     """Decode the whole file, keeping the frames sampled where `count` frames decode; None is a guess.
+
+    Args:
+        prints: whether the table is to tell each frame from others.
 
     Returns: frames by index, those of another count where the guess was wrong, and the table of all.
 
@@ -141,7 +149,7 @@ def scan(
     """
     images: dict[int, np.ndarray] = {}
     with opened(path) as (container, stream):
-        draft = DraftTable.of(stream)
+        draft = DraftTable.of(stream, prints=prints)
         wanted = _wanted(sampling, _guess(path, stream) if count is None else count, draft.rate)
         try:
             for packet in container.demux(stream):

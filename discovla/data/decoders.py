@@ -77,7 +77,7 @@ class Decoder:
         images: dict[int, np.ndarray] = {}
         table = self.tables.get(path)
         if table is None:
-            images, table = scan(path, sampling, each, None)
+            images, table = scan(path, sampling, each, None, prints=True)
             self.tables.put(path, table)
         indices = sampled(path, table, sampling, damaged)
         if self.chosen is None:

@@ -29,7 +29,8 @@ class Plan:
 
     id, path: of the clip.  room: frames that the model takes.  indices: f' int32, those to decode, ascending;
     none where the clip gives none.  places: of each frame shown, which of those decoded it is.
-    means: f' 3 float32, the mean colour of each in levels, NaN where it is not known.
+    means: f' 3 float32, the mean colour of each in levels, NaN where it is not known.  spread: by how many
+    levels it may be off.
     content: of each of f' the bytes of a JPEG, or all of them raw, f' y x 3; None reads the file.
     cut, part: y and x of the top left corner and size of what is cut out.  size: to which frames are resized.
     steps: RandAugment's.  light: the seed of `draw_light`, None where it is not drawn.
@@ -41,6 +42,7 @@ class Plan:
     indices: np.ndarray
     places: np.ndarray
     means: np.ndarray | None = None
+    spread: float = 0.0
     content: tuple[bytes, ...] | np.ndarray | None = None
     cut: Pair = (0, 0)
     part: Pair = (0, 0)

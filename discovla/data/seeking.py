@@ -13,7 +13,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
 
-from discovla.data.tables import FrameTable, checksum, displayed
+from discovla.data.tables import FrameTable, displayed
 from discovla.data.video import opened, words
 
 
@@ -44,7 +44,7 @@ def read_entering(
         for key, group in groupby(wanted, table.key_of):
             for index, frame in _found(container, stream, table, key, list(group)):
                 image = displayed(frame, table.size)
-                if table.sums.get(index) not in (None, checksum(image)):
+                if table.differs(index, image):
                     raise Astray(f"frame {index} is not the one it was")
                 images[index] = each(image)
     return images

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import zlib
+import math
+import struct
 from bisect import bisect_right
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +20,13 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from discovla.data.cache import FrameCache
+from discovla.data.fingerprints import UNKNOWN, Colour, Fingerprint, Fingerprints, fingerprint, spread
 
-_VERSION = "frame table 3"
-_KEPT = 32 << 20  # bytes of tables that a process keeps, of about 10,000 clips of 15 s
-
-Colour = tuple[float, float, float]
+_VERSION = "frame table 4"
+_KEPT = 64 << 20  # bytes of tables that a process keeps, of about 10,000 clips of 15 s
+_LENGTH = struct.Struct("<I")  # of what a packed table says in words; its times, checksums and colours follow
+_COMPARED = 4  # frames of a file whose mean colour is taken in another way too
+_NO_TIME = np.iinfo(np.int64).min
 
 _QUARTER_TURNS = {
     90: Image.Transpose.ROTATE_90,
@@ -41,9 +44,11 @@ class FrameTable:
     early, or None.  stream: index in the file.  tick: seconds of a unit of time, numerator and denominator.
     times: of each frame in ticks, None where the file has none.  keys: frames after which nothing depends on
     what came before, each with the time of decoding to seek.  codec, pixels: the stream's codec and pixel
-    format.  packets: that hold something.  turned: whether frames are shown turned.  steady: whether size and
-    format are those of the first frame throughout.  sums, means: checksums and mean colours of some frames.
-    sequential: whether other frames came where the file was entered at a key frame.
+    format.  packets: that hold something.  turn: degrees counterclockwise by which frames are shown turned.
+    steady: whether size and format are those of the first frame throughout.  sums: checksum of each frame,
+    `UNKNOWN` where there is none.  means: of each frame with a checksum three bytes, its colour.  spread: by
+    how many levels that may be off.  sequential: whether other frames came where the file was entered at a
+    key frame.
     """
 
     count: int
@@ -58,10 +63,11 @@ class FrameTable:
     codec: str
     pixels: str
     packets: int
-    turned: bool
+    turn: int
     steady: bool
-    sums: dict[int, int]
-    means: dict[int, Colour]
+    sums: tuple[int, ...]
+    means: bytes
+    spread: float
     sequential: bool = False
 
     @property
@@ -71,6 +77,24 @@ class FrameTable:
         ascending = all(a < b for a, b in pairwise(known))
         whole = self.problem is None and self.steady and not self.sequential
         return whole and len(known) == self.count and ascending
+
+    def mean(self, index: int) -> Colour | None:
+        """The mean colour of a frame in levels, None where it is not known."""
+        if index >= len(self.sums) or self.sums[index] == UNKNOWN:
+            return None
+        red, green, blue = self.means[3 * index : 3 * index + 3]
+        return red, green, blue
+
+    def differs(self, index: int, image: Image.Image, tolerance: int = 0) -> bool:
+        """Whether an image is known to be another than a frame, of whose pixels it is `tolerance` off."""
+        mean = self.mean(index)
+        if mean is None:
+            return False
+        found = fingerprint(image, self.turn)
+        if not tolerance:
+            return found.checksum != self.sums[index]
+        off = np.abs(np.subtract(found.mean, mean))
+        return float(off.max()) > tolerance + 0.5  # means are kept as whole numbers
 
     def key_of(self, index: int) -> int:
         """The place in `keys` of the last one at or before a frame, -1 where there is none."""
@@ -103,21 +127,26 @@ class DraftTable:
     tick: tuple[int, int]
     codec: str
     packets: int = 0
-    turned: bool = False
+    turn: int = 0
     count: int = 0
     size: tuple[int, int] = (0, 0)
     problem: str | None = None
     pixels: str = ""
     steady: bool = True
     times: list[int | None] = field(default_factory=list)
-    sums: dict[int, int] = field(default_factory=dict)
-    means: dict[int, Colour] = field(default_factory=dict)
+    prints: Fingerprints | None = None
+    seen: dict[int, Fingerprint] = field(default_factory=dict)  # of frames that were converted whole
+    spread: float = 0.0
     entries: list[tuple[int, int]] = field(default_factory=list)  # times of showing and decoding
     intra: set[int | None] = field(default_factory=set)  # times of showing
 
     @staticmethod
-    def of(stream: VideoStream) -> DraftTable:
-        """What the header of a stream says."""
+    def of(stream: VideoStream, *, prints: bool) -> DraftTable:
+        """What the header of a stream says.
+
+        Args:
+            prints: whether to note what tells each frame from others.
+        """
         tick = stream.time_base or Fraction(0)
         return DraftTable(
             rate=float(stream.average_rate or 0) or None,
@@ -125,6 +154,7 @@ class DraftTable:
             stream=stream.index,
             tick=(tick.numerator, tick.denominator),
             codec=stream.codec.canonical_name,
+            prints=Fingerprints() if prints else None,
         )
 
     def saw_packet(self, packet: Packet) -> None:
@@ -135,11 +165,13 @@ class DraftTable:
 
     def saw_frame(self, frame: VideoFrame) -> int:
         """Count a frame and give its index."""
-        self.turned |= _turn(frame) != 0
+        kind = (displayed_size(frame), frame.format.name, _turn(frame))
         if self.count == 0:
-            self.size, self.pixels = displayed_size(frame), frame.format.name
+            self.size, self.pixels, self.turn = kind
         elif self.steady:
-            self.steady = (self.size, self.pixels) == (displayed_size(frame), frame.format.name)
+            self.steady = (self.size, self.pixels, self.turn) == kind
+        if self.prints is not None and self.steady:
+            self.prints.add(frame)
         # The pictures from which a refresh begins are marked as key frames too, but build on earlier ones.
         if frame.key_frame and frame.pict_type == PictureType.I:
             self.intra.add(frame.pts)
@@ -148,15 +180,21 @@ class DraftTable:
         return self.count - 1
 
     def saw_image(self, image: Image.Image) -> None:
-        """Note what tells the last frame from another."""
-        red, green, blue = np.asarray(image).mean((0, 1)).round(2).tolist()
-        self.sums[self.count - 1], self.means[self.count - 1] = checksum(image), (red, green, blue)
+        """Note how the last frame is displayed."""
+        if self.prints is None:
+            return
+        found = self.seen[self.count - 1] = fingerprint(image, self.turn)
+        if len(self.seen) <= _COMPARED:
+            self.spread = max(self.spread, spread(image, found))
 
     def table(self) -> FrameTable:
         """The table of what was decoded."""
         index_of = {time: index for index, time in enumerate(self.times)}
         entered = (entry for entry in self.entries if entry[0] in self.intra)
         keys = sorted((index_of[shown], decoded) for shown, decoded in entered)
+        prints = [] if self.prints is None or not self.steady else self.prints.all()
+        known = [each or self.seen.get(index) for index, each in enumerate(prints)]
+        colours = [(0.0, 0.0, 0.0) if each is None else each.mean for each in known]
         return FrameTable(
             count=self.count,
             rate=self.rate,
@@ -170,10 +208,11 @@ class DraftTable:
             codec=self.codec,
             pixels=self.pixels,
             packets=self.packets,
-            turned=self.turned,
+            turn=self.turn,
             steady=self.steady,
-            sums=dict(self.sums),
-            means=dict(self.means),
+            sums=tuple(UNKNOWN if each is None else each.checksum for each in known),
+            means=np.rint(np.array(colours)).astype(np.uint8).tobytes(),
+            spread=math.ceil(self.spread),
         )
 
 
@@ -218,23 +257,27 @@ class FrameTables:
 
 def packed(table: FrameTable) -> bytes:
     """A table as bytes."""
-    return json.dumps(asdict(table), separators=(",", ":")).encode()
+    words = {name: value for name, value in vars(table).items() if name not in ("times", "sums", "means")}
+    text = json.dumps(words, separators=(",", ":")).encode()
+    times = np.array([_NO_TIME if time is None else time for time in table.times], "<i8")
+    parts = (text, times.tobytes(), np.array(table.sums, "<u4").tobytes(), table.means)
+    return _LENGTH.pack(len(text)) + b"".join(parts)
 
 
 def unpacked(content: bytes) -> FrameTable:
     """The table in bytes."""
-    fields = json.loads(content)
+    end = _LENGTH.size + _LENGTH.unpack_from(content)[0]
+    fields = json.loads(content[_LENGTH.size : end])
+    times = np.frombuffer(content, "<i8", fields["count"], end).tolist()
+    end += 8 * len(times)
+    number = (len(content) - end) // 7
     pairs: dict[str, Any] = {"keys": tuple((index, time) for index, time in fields["keys"])}
-    for name in ("size", "tick", "times"):
+    for name in ("size", "tick"):
         pairs[name] = tuple(fields[name])
-    pairs["sums"] = {int(i): each for i, each in fields["sums"].items()}
-    pairs["means"] = {int(i): tuple(each) for i, each in fields["means"].items()}
+    pairs["times"] = tuple(None if time == _NO_TIME else time for time in times)
+    pairs["sums"] = tuple(np.frombuffer(content, "<u4", number, end).tolist())
+    pairs["means"] = content[end + 4 * number :]
     return FrameTable(**(fields | pairs))
-
-
-def checksum(image: Image.Image) -> int:
-    """A checksum of every eighth row: what is lost of a picture is lost by blocks of at least eight."""
-    return zlib.crc32(np.asarray(image)[::8].tobytes())
 
 
 def displayed_size(frame: VideoFrame) -> tuple[int, int]:

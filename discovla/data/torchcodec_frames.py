@@ -12,7 +12,7 @@ import numpy as np
 from av.video.format import VideoFormat
 from PIL import Image
 
-from discovla.data.tables import FrameTable, checksum
+from discovla.data.tables import FrameTable
 
 TOLERANCE = 2  # levels: equal but for MPEG-4 part 2, whose transform FFmpeg's versions round differently
 _ROUNDED = ("mpeg4",)
@@ -79,7 +79,7 @@ def read_torchcodec(
                     f"torchcodec has frame {index} at {frame.pts_seconds:.4f} s, not at {seconds:.4f}"
                 )
             image = Image.fromarray(frame.data.numpy())
-            if table.codec not in _ROUNDED and table.sums.get(index) not in (None, checksum(image)):
+            if table.differs(index, image, TOLERANCE if table.codec in _ROUNDED else 0):
                 raise Unfit(f"torchcodec has another frame {index}")
             images[index] = each(image)
     except (RuntimeError, ValueError, IndexError) as error:

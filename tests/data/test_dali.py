@@ -169,9 +169,16 @@ def test_a_clip_that_ends_the_graph_is_named_and_the_others_are_read(folder, gra
 
 @with_dali
 def test_another_picture_than_the_one_planned_is_refused(folder, graph):
-    first, second = plan(folder / "vp9.webm"), plan(folder / "mjpeg.avi")
+    reader = DaliReader(SETTINGS, "none")
+    reader.sample(clip(folder / "vp9.webm"))  # the first visit
+    first, second = (
+        reader.sample(clip(folder / "vp9.webm", start=0.7, end=1.9))[0],
+        plan(folder / "mjpeg.avi"),
+    )
+    reader.close()
     assert first.means is not None
-    assert np.isfinite(first.means).all()
+    assert np.isfinite(first.means).all()  # of frames that it did not sample
+    assert np.diff(first.means, axis=0).any()
     means = first.means + np.array([0, 80, 0], np.float32) * (first.indices[:, None] == first.indices[2])
     frames, reasons = graph.read([replace(first, means=means), second])
     what = f"it makes another picture of frame {first.indices[2]}, its mean colour "

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from discovla.data import decoders
+from discovla.data import decoders, seeking, torchcodec_frames
 from discovla.data.cache import FrameCache
 from discovla.data.decode import Decoded, DecodeError, decode_each
 from discovla.data.decoders import TRIED, Decoder
@@ -42,6 +45,10 @@ def same(found: Decoded, wanted: Decoded, tolerance: int = 0) -> bool:
 
 def near(found: Decoded, wanted: Decoded, tolerance: int) -> bool:
     return int(np.abs(found.frames.astype(int) - wanted.frames).max()) <= tolerance
+
+
+def changed(sums: tuple[int, ...], *places: int) -> tuple[int, ...]:
+    return tuple(1 if place in places else each for place, each in enumerate(sums))
 
 
 def test_golden_pyav_gives_the_same_frames_each_time(odd):
@@ -151,9 +158,7 @@ def test_a_file_that_goes_astray_is_decoded_whole_and_said_once(counting, caplog
     decoder = Decoder("pyav")
     wanted = decoder.read(counting, TEN, np.asarray)
     table = decoder.tables.get(counting)
-    table.sums[9] = 1
-    table.sums[4] = 1
-    decoder.tables.put(counting, table)
+    decoder.tables.put(counting, replace(table, sums=changed(table.sums, 9, 4)))
     for _ in range(3):
         assert same(decoder.read(counting, TEN, np.asarray), wanted)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -166,10 +171,46 @@ def test_torchcodec_refuses_a_file_of_which_it_gives_other_frames(counting):
     for _ in range(2):  # also when the file is met again
         decoder.read(counting, TEN, np.asarray)
         table = decoder.tables.get(counting)
-        assert set(table.sums) >= {0, 4, 19}
-    decoder.tables.put(counting, replace(table, sums=table.sums | {4: 1}))
+    decoder.tables.put(counting, replace(table, sums=changed(table.sums, 4)))
     with pytest.raises(DecodeError, match="by decoder = 'torchcodec': torchcodec has another frame 4"):
         decoder.read(counting, TEN, np.asarray)
+
+
+class Astray:
+    """torchcodec, but giving the pixels of the frame before in place of those of odd frames."""
+
+    def __init__(self, path: str, **options) -> None:
+        self.real = importlib.import_module("torchcodec.decoders").VideoDecoder(path, **options)
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+    def get_frame_at(self, index: int) -> SimpleNamespace:
+        data, told = self.real.get_frame_at(index - index % 2).data, self.real.get_frame_at(index)
+        return SimpleNamespace(data=data, pts_seconds=told.pts_seconds)
+
+
+@torchcodec
+def test_torchcodec_is_checked_on_frames_that_the_first_visit_did_not_sample(counting, monkeypatch):
+    first, later = (Sampling(frames=1, sample_rate=10.0, start=at / 10, end=at / 10) for at in (4, 7))
+    decoder = Decoder("torchcodec")
+    assert decoder.read(counting, first, np.asarray).indices == (4,)
+    monkeypatch.setattr(torchcodec_frames, "_decoders", lambda: SimpleNamespace(VideoDecoder=Astray))
+    assert decoder.read(counting, first, np.asarray).indices == (4,)
+    with pytest.raises(DecodeError, match="torchcodec has another frame 7"):
+        decoder.read(counting, later, np.asarray)
+    auto = Decoder("auto", decoder.tables)
+    auto.chosen = "torchcodec"
+    assert same(auto.read(counting, later, np.asarray), decode_each(counting, later, np.asarray))
+
+
+def test_pyav_is_checked_on_frames_that_the_first_visit_did_not_sample(counting, monkeypatch, caplog):
+    first, later = (Sampling(frames=1, sample_rate=10.0, start=at / 10, end=at / 10) for at in (4, 7))
+    decoder = Decoder("pyav")
+    decoder.read(counting, first, np.asarray)
+    monkeypatch.setattr(seeking, "displayed", lambda frame, size: Image.new("RGB", size))
+    assert same(decoder.read(counting, later, np.asarray), decode_each(counting, later, np.asarray))
+    assert "entered at a key frame, frame 7 is not the one it was" in caplog.text
 
 
 def test_tables_take_bounded_memory(counting, tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ def test_a_run_with_its_cache_need_not_count_the_frames_of_any_file(folder, tmp_
         decoder.read(videos[1], Sampling(frames=4), np.asarray)
     table = decoder.tables.get(videos[0])
     assert table is not None
-    assert set(table.sums) == set(table.means) == set(Sampling(frames=4).indices(20, 10.0))
+    assert all(table.mean(index) for index in range(20))  # so that whatever is sampled later is checked
 
 
 def test_a_record_of_something_else_is_refused(folder, tmp_path):
