@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -39,7 +38,6 @@ def run_told(run: Callable[[], None], program: str) -> int:
         run()
         return 0
     except Stopped as stopped:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it to those who leave a moment later
         if not _rank():
             sys.stderr.write(f"{program}: {stopped}\n")
         return STOPPED

@@ -23,7 +23,7 @@ from discovla.engine.log import RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.pace import Pace, slow
 from discovla.engine.rendezvous import Met
-from discovla.engine.signals import NAMES, StopSignals
+from discovla.engine.signals import REASONS, StopSignals
 from discovla.engine.strategy import StepPlan, make_strategy
 from discovla.engine.watch import SETTLE, Watch
 from discovla.engine.zero import EngineConfig
@@ -50,7 +50,7 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.directory = config.directory
-        self.asked: str | None = None  # the signal that asked to stop
+        self.asked: str | None = None  # what asked to stop
         self.skipped = 0  # steps left out, for their gradients were not finite
 
     def run(self) -> Results | None:
@@ -75,9 +75,11 @@ class Trainer:
             raise lost from error
         with StopSignals() as self.signals:
             results = self._carried_out()
-        if self.watch is not None:
-            self.watch.close()
-        stop()
+            if self.watch is not None:
+                self.watch.close()
+            stop()
+            if self.asked is not None:
+                self.signals.ignore()
         if self.asked is not None:
             done = f"step {self.saving.step} of {self.total}"
             raise Stopped(
@@ -278,7 +280,7 @@ class Trainer:
         """
         self.saving.check()
         counts = all_reduce_sum(torch.tensor([len(batch.bad), *self.signals.counts()]), self.world).tolist()
-        self.asked = next((name for name, count in zip(NAMES, counts[1:], strict=True) if count), None)
+        self.asked = next((name for name, count in zip(REASONS, counts[1:], strict=True) if count), None)
         if not counts[0]:
             return replace(batch, valid=None)
         bad: list[BadClip] = [clip for share in gather_objects(batch.bad, self.world) for clip in share]

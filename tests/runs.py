@@ -125,8 +125,9 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
     """Start `train.py words` as `size` ranks.
 
     Args:
-        fault: "kind:module:function:n": what befalls `rank` where it calls this function the n-th time:
-            "kill" is kill -9, "stop" as if its machine were gone, "SIGTERM" and "SIGUSR1" these signals,
+        fault: "kind:module:function:n", or several: what befalls `rank` at the n-th call of this function:
+            "kill" is kill -9, "stop" as if its machine were gone, "SIGTERM" and "SIGUSR1" these signals
+            ("SIGTERM^2" to the process that started the one that started it),
             "tree" a SIGTERM to it and to all that it started, as the DeepSpeed launcher sends it,
             "full" a full disk, "nan" a result that is not a number; "drag" is slow from then on.
     """
@@ -167,7 +168,8 @@ def _rank(words: list[str], log: str, env: dict[str, str], fault: str | None) ->
     torch.set_num_threads(1)
     faults.GRACE = 0.3  # no launcher is waiting to end the others
     if fault is not None:
-        _arrange(*fault.split(":"))
+        for one in fault.split():
+            _arrange(*one.split(":"))
     sys.exit(import_module("train").main(words))
 
 
@@ -178,6 +180,9 @@ def _arrange(kind: str, module: str, name: str, call: str) -> None:
     calls = [0]
     signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
     signals |= {name: signal.Signals[name] for name in ("SIGTERM", "SIGUSR1")}
+    kind, _, above = kind.partition("^")
+    this = psutil.Process()
+    target = this.parents()[int(above) - 1].pid if above else this.pid
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -185,9 +190,8 @@ def _arrange(kind: str, module: str, name: str, call: str) -> None:
             time.sleep(0.05)
         due = calls[0] == int(call)
         if due and kind in signals:
-            os.kill(os.getpid(), signals[kind])
+            os.kill(target, signals[kind])
         if due and kind == "tree":
-            this = psutil.Process()
             pids = [str(process.pid) for process in (*this.children(recursive=True), this)]
             subprocess.run(["kill", "-TERM", *pids], check=True)  # from without
         if due and kind == "full":

@@ -17,6 +17,7 @@ from tests import runs
 STEP = "discovla.trainer:learning_rate"  # called once a step
 PIXELS = "discovla.towers.vision:preprocess_frames"  # twice for the figures before training, then once a step
 WRITE = "discovla.engine.checkpoint:_write_tensors"  # twice a checkpoint
+LEAVING = "SIGTERM:discovla.trainer:stop:1"  # as a launcher sends it to those that end after another
 NOTICE = 30.0  # seconds in which all others have ended once a process has; 10 on a machine that is not busy
 SHORT = ("data.val_split=", "checkpoint_every=2")
 ZERO2 = ("engine.strategy=deepspeed", "engine.zero_stage=2")
@@ -40,7 +41,7 @@ def assert_same(found: Path, wanted: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (f"SIGTERM:{STEP}:4", "train.py: stopped by SIGTERM after step 4 of 6, which is saved"),
+        (f"SIGTERM:{STEP}:4 {LEAVING}", "train.py: stopped by SIGTERM after step 4 of 6, which is saved"),
         pytest.param(f"SIGUSR1:{STEP}:2", "stopped by SIGUSR1 after step 2 of 6", marks=pytest.mark.slow),
         pytest.param(f"SIGTERM:{PIXELS}:1", "stopped by SIGTERM after step 0 of 6", marks=pytest.mark.slow),
     ],

@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 from tests import runs
 from tests.engine.launch import LAUNCHER, ROOT, free_port
@@ -102,3 +104,69 @@ def test_torchrun_checks_the_machine_trains_and_keeps_a_log_of_each_rank(tmp_pat
     logs = sorted((tmp_path / "logs").rglob("stdout.log"))
     assert [path.parent.name for path in logs] == ["0", "1"]
     assert "text to video" in logs[0].read_text()
+
+
+STRUCK = """
+import os, sys
+from train import main
+from tests.runs import _arrange
+if os.environ["RANK"] == "0":
+    _arrange(*os.environ["FAULT"].split(":"))
+sys.exit(main(sys.argv[1:]))
+"""
+STEP, WRITE = "discovla.trainer:learning_rate", "discovla.engine.checkpoint:_write_tensors"
+
+
+def struck(launcher: list, fault: str, words: list, folder: Path) -> tuple[int, str]:
+    """Status and output of a run that a fault befalls under a launcher; no process of it is left."""
+    (folder / "struck.py").write_text(STRUCK)
+    command = [str(word) for word in (*launcher, folder / "struck.py", *words)]
+    with (folder / "output.txt").open("w+") as output:
+        env = environment(folder, FAULT=fault)
+        job = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
+        status = job.wait(120)
+        deadline = time.monotonic() + 30
+        while left := [
+            p for p in psutil.process_iter(["cmdline"]) if command[-1] in (p.info["cmdline"] or [])
+        ]:
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.1)
+        output.seek(0)
+        return status, output.read()
+
+
+@pytest.mark.slow
+def test_launchers_that_are_asked_to_end_leave_a_run_that_goes_on_bit_for_bit(tmp_path, drawn):
+    schedule = ("data.val_split=", "steps=8", "checkpoint_every=3", "data.workers=2")
+    words = [runs.write_config(tmp_path, drawn), *schedule]
+    runs.train([*words, f"directory={tmp_path}/whole"], size=2)
+    words += ["resume=true", f"directory={tmp_path}/run"]
+    deepspeed = ["deepspeed", "-q", "--num_accelerators", 2, "--master_port", free_port()]
+    # of a rank, in the middle of a step: all end with the status that says so
+    status, output = struck(deepspeed, f"SIGTERM:{STEP}:2", words, tmp_path)
+    assert "train.py: stopped by SIGTERM after step 2 of 8, which is saved" in output
+    assert status == 75, output
+    # of the command, in the middle of a save: it dies at once, and the ranks see that it has
+    status, output = struck(deepspeed, f"SIGTERM^2:{WRITE}:1", words, tmp_path)
+    stopped = re.search(r"stopped by the end of its launcher after step ([345]) of 8, which is saved", output)
+    assert stopped, output
+    assert status == -signal.SIGTERM
+    # of torchrun, by the warning of SLURM
+    handled = re.search(r'--signals-to-handle "(\S+)"', (ROOT / "launch/torchrun.sh").read_text())
+    assert handled
+    torchrun = [
+        "torchrun",
+        "--signals-to-handle",
+        handled[1],
+        "--nproc-per-node",
+        2,
+        "--master-port",
+        free_port(),
+    ]
+    status, output = struck(torchrun, f"SIGUSR1^1:{STEP}:1", words, tmp_path)
+    assert f"stopped by SIGUSR1 after step {int(stopped[1]) + 1} of 8, which is saved" in output
+    assert status == 1, output
+    runs.train(words, size=2)
+    assert runs.records(tmp_path / "run") == runs.records(tmp_path / "whole")
+    ours, theirs = (runs.tensors(tmp_path / name, 8) for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
