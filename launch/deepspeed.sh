@@ -8,5 +8,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 hostfile=${HOSTFILE:-launch/hostfile}
 logs=${LOGS:-logs/$(date +%Y%m%d-%H%M%S)}
-deepspeed --hostfile "$hostfile" --no_local_rank --module discovla.cli preflight "$1"
+deepspeed --hostfile "$hostfile" --no_local_rank --module discovla.cli preflight "$@"
 exec deepspeed --hostfile "$hostfile" --enable_each_rank_log "$logs" train.py "$@" resume=true
