@@ -22,9 +22,9 @@ def set_precision(method: Method, engine: EngineConfig, device: torch.device) ->
     if engine.residual == "fp32":
         for tower in (method.vision, method.text):
             widen_residual(tower, torch.bfloat16)
-    if engine.precision == "fp8":
+    if engine.precision.startswith("fp8"):
         try:
-            quantise_frozen(method, device)
+            quantise_frozen(method, device, backward=engine.precision == "fp8_backward")
         except ValueError as error:
             raise ValueError(f"engine.precision: {error}") from None
     if not engine.bf16_parameters:

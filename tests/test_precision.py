@@ -19,7 +19,7 @@ def made(**options) -> CLIP4Clip:
     return method
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "fp8_backward"])
 @pytest.mark.parametrize("residual", ["bf16", "fp32"])
 def test_a_precision_is_what_towers_compute_in(precision, residual):
     method = made(tune="lora")
@@ -29,7 +29,8 @@ def test_a_precision_is_what_towers_compute_in(precision, residual):
     for p in method.parameters():
         assert p.dtype == (torch.bfloat16 if short and not p.requires_grad else torch.float32)
     layers = [x for x in method.modules() if isinstance(x, Linear)]
-    assert {layer.fp8 is not None for layer in layers} == {precision == "fp8"}
+    assert {layer.fp8 is not None for layer in layers} == {precision.startswith("fp8")}
+    assert {layer.fp8_transposed is not None for layer in layers} == {precision == "fp8_backward"}
     wide = {x.ln_2.compute for x in method.modules() if isinstance(x, Block)}
     assert wide == {torch.bfloat16 if short and residual == "fp32" else None}
 
@@ -42,8 +43,11 @@ def test_what_cannot_be_in_fp8_is_one_line_that_names_the_key(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(ValueError, match=r"^engine\.precision: fp8: vision.*Hopper.*NVIDIA A100 with 8\.0$"):
         set_precision(made(tune="lora"), config, torch.device("cuda"))
-    with pytest.raises(ValueError, match="precision: expected 'fp32' or 'bf16' at zero_stage 3, found 'fp8'"):
-        EngineConfig(precision="fp8", zero_stage=3)
+    for precision in ("fp8", "fp8_backward"):
+        with pytest.raises(
+            ValueError, match=f"expected 'fp32' or 'bf16' at zero_stage 3, found '{precision}'"
+        ):
+            EngineConfig.model_validate({"precision": precision, "zero_stage": 3})
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from discovla.engine.zero import LARGEST_BUCKET, EngineConfig, choose_stage
 
 FULL = 4  # bytes of a float32
-FROZEN = {"fp32": FULL, "bf16": 2, "fp8": 3}  # bytes of a frozen element; FP8 keeps its 16-bit ones too
+# bytes of a frozen element; FP8 keeps its 16-bit ones too, and both ways the 8-bit ones twice
+FROZEN = {"fp32": FULL, "bf16": 2, "fp8": 3, "fp8_backward": 4}
 MOST_LIVE = 1_000_000_000  # elements that DeepSpeed's stage 3 keeps gathered at once, its default
 
 

@@ -22,7 +22,8 @@ class EngineConfig(BaseModel):
     zero_stage: what DeepSpeed splits over ranks: 0 nothing, 1 optimiser state, 2 and gradients, 3 and
         parameters. "auto" is 0 up to 100 million trained parameters or on one process, else 1.
     precision: "fp32"; "bf16": frozen weights and compute in bf16, trained parameters in fp32; "fp8": as that,
-        but frozen linear layers multiply in 8 bits: for GPUs of Hopper and later, emulated on a CPU.
+        but frozen linear layers multiply in 8 bits: for GPUs of Hopper and later, emulated on a CPU;
+        "fp8_backward": the gradients that pass them too, for one more byte a frozen weight.
     residual: what blocks add up their updates in, where precision is not "fp32".
     bf16_parameters: DeepSpeed's own bf16 mode, which casts trained parameters too and keeps fp32 masters;
         only for full fine-tuning, with precision "bf16" and stage >= 1.
@@ -54,7 +55,7 @@ class EngineConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     strategy: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8", "fp8_backward"] = "fp32"
     residual: Literal["bf16", "fp32"] = "bf16"
     bf16_parameters: bool = False
     impl: Literal["auto", "reference", "torch", "triton"] = "auto"
@@ -94,8 +95,10 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fp8_weights_are_whole(self) -> EngineConfig:
-        if self.precision == "fp8" and self.zero_stage == 3:
-            raise ValueError("precision: expected 'fp32' or 'bf16' at zero_stage 3, found 'fp8'")
+        if self.precision.startswith("fp8") and self.zero_stage == 3:
+            raise ValueError(
+                f"precision: expected 'fp32' or 'bf16' at zero_stage 3, found {self.precision!r}"
+            )
         return self
 
 

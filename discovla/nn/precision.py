@@ -16,10 +16,11 @@ def widen_residual(module: nn.Module, compute: torch.dtype) -> None:
             block.ln_1.compute = block.ln_2.compute = compute
 
 
-def quantise_frozen(module: nn.Module, device: torch.device) -> int:
-    """Let every frozen linear layer of a model multiply in FP8 on `device`.
+def quantise_frozen(module: nn.Module, device: torch.device, *, backward: bool = False) -> int:
+    """Let every frozen linear layer of a model multiply in FP8 on `device`; with `backward` both ways.
 
     Its `weight` is rounded to what FP8 holds, once and for good; parameters that train stay as they are.
+    Beside it lies the same in one byte a number, for both ways in two.
 
     Returns:
         How many layers there are.
@@ -34,7 +35,8 @@ def quantise_frozen(module: nn.Module, device: torch.device) -> int:
         if reason := fp8_lacks(device, (layer.out_features, layer.in_features)):
             raise ValueError(f"fp8: {name}: {reason}")
     for layer in layers.values():
-        rounded = quantise_weight(layer.weight)
+        rounded = quantise_weight(layer.weight, backward=backward)
         layer.weight.data = rounded.plain
         layer.fp8_bits, layer.fp8_scale = rounded.bits, rounded.scale
+        layer.fp8_transposed = rounded.transposed
     return len(layers)

@@ -58,11 +58,12 @@ class Linear(nn.Linear):
 
     fp8_bits: Tensor | None
     fp8_scale: Tensor | None
+    fp8_transposed: Tensor | None
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
-        self.register_buffer("fp8_bits", None, persistent=False)
-        self.register_buffer("fp8_scale", None, persistent=False)
+        for name in ("fp8_bits", "fp8_scale", "fp8_transposed"):
+            self.register_buffer(name, None, persistent=False)
 
     def forward(self, input: Tensor, outputs: slice | None = None) -> Tensor:
         """outputs: those that are wanted, where not all are."""
@@ -77,7 +78,9 @@ class Linear(nn.Linear):
         """The weight as it is multiplied in FP8, if it is; `weight` then holds the same numbers."""
         if self.fp8_bits is None or self.fp8_scale is None:
             return None
-        return FP8Weight(bits=self.fp8_bits, scale=self.fp8_scale, plain=self.weight)
+        return FP8Weight(
+            bits=self.fp8_bits, scale=self.fp8_scale, plain=self.weight, transposed=self.fp8_transposed
+        )
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias in `dtype`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,10 @@ LARGEST = torch.finfo(FP8).max  # 448
 HOPPER = (9, 0)
 MULTIPLE = 16  # the product wants sizes of the weight to be multiples of that
 
+Rows = tuple[Tensor, Tensor]  # t k in FP8, and the scale of each, t 1
+# rows by the weight n k (uint8), columns n scaled by float32, with a bias n or none: t n of a dtype
+Product = Callable[[Rows, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FP8Weight:
@@ -26,30 +31,45 @@ class FP8Weight:
     bits: o i, uint8, the bytes of q in float8_e4m3fn (collectives know no float8).
     scale: o, float32, powers of two: so `plain` is exact in bfloat16 and wider.
     plain: o i, diag(scale) q as a tensor of the dtype that gradients are computed in.
+    transposed: i o, the bytes of qᵀ, for a backward in FP8: a GPU multiplies by columns in one piece alone.
     """
 
     bits: Tensor
     scale: Tensor
     plain: Tensor
+    transposed: Tensor | None = None
 
     def __getitem__(self, outputs: slice) -> FP8Weight:
         """Some of its outputs."""
-        return FP8Weight(bits=self.bits[outputs], scale=self.scale[outputs], plain=self.plain[outputs])
+        return FP8Weight(
+            bits=self.bits[outputs],
+            scale=self.scale[outputs],
+            plain=self.plain[outputs],
+            transposed=None if self.transposed is None else self.transposed[:, outputs],
+        )
 
 
-def quantise_weight(weight: Tensor) -> FP8Weight:
-    """The FP8 weight closest to `weight`, o i, whose every row fills the range of FP8 to half at least."""
+def quantise_weight(weight: Tensor, *, backward: bool = False) -> FP8Weight:
+    """The FP8 weight closest to `weight`, o i, whose every row fills the range of FP8 to half at least.
+
+    backward: with a second copy of its o i bytes, transposed, by which its gradients too are in FP8.
+    """
     largest = weight.detach().to(wide(weight)).abs().amax(1)
     _, exponent = torch.frexp(largest / LARGEST)
     scale = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
     q = (weight.detach() / scale[:, None]).to(FP8)
     plain = (q.to(scale.dtype) * scale[:, None]).to(weight.dtype)
-    return FP8Weight(bits=q.view(torch.uint8), scale=scale.float(), plain=plain)
+    bits = q.view(torch.uint8)
+    transposed = bits.T.contiguous() if backward else None
+    return FP8Weight(bits=bits, scale=scale.float(), plain=plain, transposed=transposed)
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """q (t i, float8_e4m3fn) and scale (t 1) with x about scale * q: each row fills the range of FP8."""
-    wider = x.to(wide(x))
+def quantise_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q (t i, float8_e4m3fn) and scale (t 1) with x about scale * q: each row fills the range of FP8.
+
+    columns: i, float32, what columns of x are multiplied by before.
+    """
+    wider = x.to(wide(x)) if columns is None else x * columns
     largest = wider.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
     return (wider / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
@@ -58,8 +78,10 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def fp8_linear(x: Tensor, weight: FP8Weight, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     """diag(r) q_x (diag(s) q_w)ᵀ + bias, where diag(r) q_x is x rounded to FP8 row by row.
 
-    Backward gives what belongs to the rounded weight, exactly: grad diag(s) q_w, in the dtype of x, as if x
-    had not been rounded.  The weight and the bias are constants, so nothing is kept of x.
+    Backward gives what belongs to the rounded weight, grad diag(s) q_w, as if x had not been rounded: exactly
+    in the dtype of x, or where the weight has a `transposed` in FP8, where grad diag(s) is rounded by rows.
+    That is to e4m3 too, whose error is half that of e5m2: the scales of rows make up for its range.
+    The weight and the bias are constants, so nothing is kept of x.
 
     Args:
         x: ... i.
@@ -104,31 +126,38 @@ def fp8_lacks(device: torch.device, sizes: tuple[int, int] = (MULTIPLE, MULTIPLE
 
 class _FP8Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FP8Weight, bias: Tensor, product: Any) -> Tensor:
-        ctx.save_for_backward(weight.plain)
-        return product(*quantise_rows(x), weight, bias)
+    def forward(ctx: Any, x: Tensor, weight: FP8Weight, bias: Tensor, product: Product) -> Tensor:
+        ctx.product = product
+        kept = (weight.plain,) if weight.transposed is None else (weight.transposed, weight.scale)
+        ctx.save_for_backward(*kept)
+        return product(quantise_rows(x), weight.bits, weight.scale, bias, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (plain,) = ctx.saved_tensors
-        return grad @ plain.to(grad.dtype), None, None, None
+        weight, *scale = ctx.saved_tensors
+        if not scale:
+            return grad @ weight.to(grad.dtype), None, None, None
+        ones = scale[0].new_ones(len(weight))
+        dx = ctx.product(quantise_rows(grad, scale[0]), weight, ones, None, grad.dtype)
+        return dx, None, None, None
 
 
-def _reference(q: Tensor, scale: Tensor, weight: FP8Weight, bias: Tensor) -> Tensor:
+def _reference(rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The formula: the 8-bit numbers are exact in float32, and so are their products."""
-    sums = q.to(scale.dtype) @ weight.bits.view(FP8).to(scale.dtype).T
-    return (sums * scale * weight.scale + bias).to(bias.dtype)
+    q, scale = rows
+    sums = q.to(scale.dtype) @ bits.view(FP8).to(scale.dtype).T * scale * columns
+    return (sums if bias is None else sums + bias).to(dtype)
 
 
-def _scaled(q: Tensor, scale: Tensor, weight: FP8Weight, bias: Tensor) -> Tensor:
+def _scaled(rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The same by the hardware's FP8 product with float32 sums."""
     return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        q,
-        weight.bits.view(FP8).T,
-        scale_a=scale,
-        scale_b=weight.scale[None],
+        rows[0],
+        bits.view(FP8).T,
+        scale_a=rows[1],
+        scale_b=columns[None],
         bias=bias,
-        out_dtype=bias.dtype,
+        out_dtype=dtype,
         use_fast_accum=False,
     )

@@ -55,7 +55,9 @@ def test_short_dtypes_halve_what_they_are_of():
 
 def test_frozen_weights_in_fp8_lie_beside_those_in_bf16():
     sizes = Sizes(frozen=10**6, trained=0, world_size=1)
-    assert state_bytes(EngineConfig(precision="fp8"), sizes)["parameters"] == 3 * 10**6
+    for precision, size in (("fp8", 3), ("fp8_backward", 4)):
+        config = EngineConfig.model_validate({"precision": precision})
+        assert state_bytes(config, sizes)["parameters"] == size * 10**6
 
 
 def test_activations_are_those_of_one_part():

@@ -63,11 +63,62 @@ def test_gradients_are_those_of_the_rounded_weight_and_of_nothing_else():
     assert [t.shape for t in kept] == [rounded.plain.shape], "nothing of the rows is kept"
 
 
-def test_outputs_can_be_left_out():
-    x, weight, bias = made()
+def test_gradients_in_fp8_are_those_of_rounded_ones_and_near_the_true_ones():
+    """A row's error is that of its largest parts, weighed by what they are multiplied by."""
+    x, weight, bias = made(t=64, o=256)
+    rounded = quantise_weight(weight, backward=True)
+    assert rounded.transposed is not None and rounded.transposed.is_contiguous()
+    assert torch.equal(rounded.transposed.T, rounded.bits)
+    grad = torch.randn(64, 256) * torch.logspace(-6, 6, 64)[:, None] / rounded.scale
+    grad[5] = 0
+    x.requires_grad_()
+    fp8_linear(x, rounded, bias).backward(grad)
+    q, scale = quantise_rows(grad, rounded.scale)
+    q_w = rounded.bits.view(FP8).double()
+    want, truth = (q.double() * scale) @ q_w, grad.double() @ rounded.plain.double()
+    bound = grad.abs().double() @ rounded.plain.abs().double()
+    assert x.grad is not None and (x.grad[5] == 0).all()
+    assert ((x.grad - want).abs() <= 1e-6 * bound).all()
+    assert ((x.grad - truth).abs() <= 0.07 * bound).all()
+    rows = torch.arange(64) != 5
+    assert 0.01 < relative_error(x.grad[rows] / scale[rows], truth[rows] / scale[rows]) < 0.04
+
+
+def test_of_a_gradient_e4m3_loses_half_of_what_e5m2_does():
+    """As the gradients of a model: the numbers of a row are of sizes some powers of ten apart."""
+    _, weight, _ = made(o=256)
     rounded = quantise_weight(weight)
-    part = fp8_linear(x[:, None], rounded[16:32], bias[16:32])
-    assert torch.equal(part[:, 0], fp8_linear(x, rounded, bias)[:, 16:32])
+    grad = torch.randn(64, 256) * torch.exp(2 * torch.randn(64, 256)) / rounded.scale
+    truth = grad.double() @ rounded.plain.double()
+    errors = {}
+    for dtype in (FP8, torch.float8_e5m2):
+        wider = grad * rounded.scale
+        scale = wider.abs().amax(1, keepdim=True) / torch.finfo(dtype).max
+        q_w = rounded.bits.view(FP8).double()
+        found = ((wider / scale).to(dtype).double() * scale) @ q_w
+        errors[dtype] = ((found - truth).norm() / truth.norm()).item()
+    assert errors[FP8] < 0.6 * errors[torch.float8_e5m2] and errors[FP8] < 0.03
+
+
+def test_for_backward_in_fp8_a_byte_a_weight_is_kept_and_nothing_of_the_rows():
+    x, weight, bias = made()
+    rounded, kept = quantise_weight(weight, backward=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fp8_linear(x.requires_grad_(), rounded, bias)
+    assert [(t.shape, t.dtype) for t in kept] == [((32, 48), torch.uint8), ((48,), torch.float32)]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_outputs_can_be_left_out(backward):
+    x, weight, bias = made()
+    rounded = quantise_weight(weight, backward=backward)
+    parts = x.clone().requires_grad_(), x.clone().requires_grad_()
+    part = fp8_linear(parts[0][:, None], rounded[16:32], bias[16:32])
+    whole = fp8_linear(parts[1], rounded, bias)[:, 16:32]
+    assert torch.equal(part[:, 0], whole)
+    part.sum().backward()
+    whole.sum().backward()
+    assert parts[0].grad is not None and torch.equal(parts[0].grad, parts[1].grad)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -75,10 +126,17 @@ def test_the_product_in_fp8_is_the_reference(device):
     if reason := fp8_lacks(torch.device(device)):
         pytest.skip(reason)
     x, weight, bias = (part.to(device, torch.bfloat16) for part in made(t=33))
-    rounded = quantise_weight(weight)
-    want, got = (fp8_linear(x, rounded, bias, impl=impl) for impl in ("reference", "torch"))
+    rounded = quantise_weight(weight, backward=True)
+    leaves = {impl: x.clone().requires_grad_() for impl in ("reference", "torch")}
+    want, got = (fp8_linear(leaf, rounded, bias, impl=impl) for impl, leaf in leaves.items())
     assert got.dtype == torch.bfloat16
     assert relative_error(got, want) <= 2**-8
+    grad = torch.randn_like(want)
+    want.backward(grad)
+    got.backward(grad)
+    assert relative_error(leaves["torch"].grad, leaves["reference"].grad) <= 2**-8
+    part = fp8_linear(x.clone().requires_grad_(), rounded[16:48], bias[16:48], impl="torch")
+    part.backward(grad[:, 16:48])
 
 
 def test_a_gpu_without_fp8_is_one_clear_line(monkeypatch):
