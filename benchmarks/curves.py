@@ -49,6 +49,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "bf16": ("engine.precision=bf16",),
     "bf16, residual fp32": ("engine.precision=bf16", "engine.residual=fp32"),
     "fp8": ("engine.precision=fp8",),
+    "fp8, backward too": ("engine.precision=fp8_backward",),
 }
 STEPS = 200
 LAST = 20  # steps whose mean loss is the end of a curve

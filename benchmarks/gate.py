@@ -9,8 +9,8 @@ from typing import Any
 from benchmarks.measure import read_rows
 
 Row = dict[str, Any]
-OURS = ("triton", "cuda", "torch", "ours", "ours bf16", "ours bf16 triton", "ours fp8")
-OURS += tuple(f"{name} captured" for name in OURS[-3:])
+STEPS = ("ours", "ours bf16", "ours bf16 triton", "ours fp8", "ours fp8 backward")
+OURS = ("triton", "cuda", "torch", *STEPS, *(f"{name} captured" for name in STEPS))
 RUNS = 5  # earlier ones that a new one is compared with
 MS, MEMORY, ERROR = 1.05, 1.02, 2.0  # how much worse than the best of them counts
 WORTH = 1.15  # how much faster than Triton a CUDA kernel has to be, at two sizes at least

@@ -36,6 +36,8 @@ IMPLS = (
     "ours bf16 captured",
     "ours bf16 triton captured",
     "ours fp8 captured",
+    "ours fp8 backward",
+    "ours fp8 backward captured",
     "products alone",
     "products alone bf16",
 )
@@ -96,7 +98,8 @@ def make_step(name: str, architecture: Architecture, device: str) -> Step:
 
 def _ours(name: str, architecture: Architecture, device: str) -> Step:
     model = step_inputs.method(architecture, device=device)
-    precision = next((word for word in ("bf16", "fp8") if word in name), "fp32")
+    words = {"fp8 backward": "fp8_backward", "fp8": "fp8", "bf16": "bf16", "": "fp32"}
+    precision = next(value for word, value in words.items() if word in name)
     config = EngineConfig.model_validate({"precision": precision})
     set_precision(model, config, torch.device(device))
     if "triton" in name:

@@ -10,9 +10,9 @@ shared machine's times vary by a factor of two and more.  With the loader each h
 other, for workers read ahead.  Rows go to benchmarks/results/<device>/, one JSON a line: milliseconds by the
 clock and of the process's own CPU time; what the step keeps for backward; work as `step_work.py` counts it;
 kernels, or on a CPU the ops that would start one.  What is not there or does not fit has a row that says so.
-Parameters that train stay float32; `bf16` computes in bfloat16, `fp8` multiplies frozen weights in 8 bits,
-`triton` takes the kernels where the rest takes what `auto` has found fastest, `captured` replays the step
-as a CUDA graph: with the loader some of its rounds are those that record a shape.
+Parameters that train stay float32; `bf16` computes in bfloat16, `fp8` multiplies by frozen weights in 8 bits,
+`fp8 backward` gradients too.  `triton` takes the kernels where the rest takes what `auto` has found fastest,
+`captured` replays the step as a CUDA graph: with the loader some of its rounds are those that record a shape.
 """
 
 from __future__ import annotations
