@@ -75,8 +75,13 @@ class TrainStep(nn.Module):
         rows: how many packed captions take, where that is settled; see `ops.buckets`.
         """
         self.method.text.rows = rows or {}
-        if self.world.size > 1:
-            return self._of_many(batch)
+        try:
+            return self._of_many(batch) if self.world.size > 1 else self._of_one(batch)
+        finally:
+            self.method.text.rows = {}  # whoever encodes captions next has others
+
+    def _of_one(self, batch: Batch) -> Losses:
+        """The same on the only process."""
         text = self._encoded(self.method.encode_texts, batch)
         video = self._encoded(self.method.encode_videos, batch)
         index = batch.video_index

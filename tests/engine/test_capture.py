@@ -122,6 +122,17 @@ def test_bad_clips_and_evaluation_take_the_step_as_it_is(caplog):
     assert caplog.text.count("clips that could not be read") == 1
 
 
+def test_captions_that_are_encoded_between_two_steps_take_the_rows_of_their_tokens():
+    step, _, recorder = made(fewest=1)
+    for _ in range(2):
+        step(batch())
+    assert recorder.recorded == 1
+    long = batch(1)
+    long.text_mask[:], long.text_ids[:, -1] = True, long.text_ids.max()
+    wanted = steps.make("discovla").text(long.text_ids, long.text_mask, dtype=torch.float64)
+    assert torch.equal(step.method.text(long.text_ids, long.text_mask, dtype=torch.float64), wanted)
+
+
 def test_what_changes_in_place_is_seen_by_the_next_replay():
     step, _, _ = made()
     for _ in range(2):
