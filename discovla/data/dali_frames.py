@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterable, Sequence
-from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -74,8 +72,7 @@ class DaliFrames:
 
     def _taken(self, plans: Sequence[Plan]) -> Made:
         """The answer to the plans given."""
-        wait([self._worker.pipe], max(0.0, self._worker.deadline - time.monotonic()))
-        made, error = self._worker.take()
+        made, error = self._worker.answer()
         if isinstance(error, Lost):
             return self._one_by_one(plans, error)
         if error is not None:

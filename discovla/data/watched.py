@@ -14,16 +14,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.reduction import ForkingPickler
-from typing import Generic, TypeVar
+from typing import IO, Generic, TypeAlias, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Answer: TypeAlias = tuple[Result | None, Exception | None]
 
 START_LIMIT = 120.0  # seconds a process may take to import what it does, on a machine that is busy
+_WORD = 8  # bytes of a count
 _LATE = 5.0  # seconds after its limit at which a process that did not end itself is killed
 _ENTRY = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    " from discovla.data.watched import serve; serve(int(sys.argv[2]))"
+    " from discovla.data.watched import serve; serve(*map(int, sys.argv[2:]))"
 )
 
 
@@ -43,6 +45,8 @@ class Outcome(Generic[Item, Result]):
 class Worker(Generic[Item, Result]):
     """One process that works on one item after another, replaced after one that it does not survive.
 
+    An item whose process ended before it had begun with it is given to a new one, once.
+
     The process is a new interpreter, not a fork, so that it has no locks or threads of this one, and it may
     be started from the daemonic processes of a `DataLoader`.  It ends when this process ends, at the latest
     when the item it is at reaches its limit.  It starts at the first item; after a fork of this process each
@@ -55,6 +59,8 @@ class Worker(Generic[Item, Result]):
 
     _process: subprocess.Popen[bytes] | None = None
     _pipe: Connection | None = None
+    _count: IO[bytes] | None = None  # where the process writes how many items it has begun
+    _sent = 0  # items to the process
     _owner = 0  # the process that may use them
 
     def __init__(self, work: Callable[[Item], Result], *, limit: float) -> None:
@@ -84,8 +90,7 @@ class Worker(Generic[Item, Result]):
             Exception: what the work raised.
         """
         self.give(item)
-        wait([self.pipe], max(0.0, self.deadline - time.monotonic()))
-        value, error = self.take()
+        value, error = self.answer()
         if error is not None:
             raise error
         return value  # type: ignore[return-value]
@@ -98,6 +103,37 @@ class Worker(Generic[Item, Result]):
 
     def give(self, item: Item) -> None:
         """Send an item to the process, which is started where there is none."""
+        self._item, self._again = item, False
+        self._send(item)
+
+    def answer(self) -> Answer[Result]:
+        """The answer to the item given, once it is there or late: a value or an error."""
+        while True:
+            wait([self.pipe], max(0.0, self.deadline - time.monotonic()))
+            found = self.take()
+            if found is not None:
+                return found
+
+    def take(self) -> Answer[Result] | None:
+        """The answer, once `pipe` is ready or the deadline has passed.
+
+        None where the process had ended before it began with the item, which another one has been given now:
+        it is then to be waited for.  That happens once for an item.
+        """
+        try:
+            if not self.pipe.poll(0):
+                return None, self._lost(late=True)
+            return self.pipe.recv()
+        except (EOFError, OSError):  # OSError also where an answer breaks off
+            begun = self._begun()
+            lost = self._lost(late=False)
+        if begun or self._again:
+            return None, lost
+        self._again = True
+        self._send(self._item)
+        return None
+
+    def _send(self, item: Item) -> None:
         if self._owner != os.getpid():
             self._disown()
         if self._process is None:
@@ -108,39 +144,38 @@ class Worker(Generic[Item, Result]):
             self.close()
             self._start()
             self.pipe.send(item)
+        self._sent += 1
         self.deadline = time.monotonic() + self.limit + _LATE
 
-    def take(self) -> tuple[Result | None, Exception | None]:
-        """The answer, once `pipe` is ready or the deadline has passed: a value or an error."""
-        try:
-            if not self.pipe.poll(0):
-                return None, self._lost(late=True)
-            return self.pipe.recv()
-        except (EOFError, ConnectionError):
-            return None, self._lost(late=False)
+    def _begun(self) -> bool:
+        """Whether the process has begun with the item it was sent last."""
+        assert self._count is not None
+        return int.from_bytes(os.pread(self._count.fileno(), _WORD, 0), "little") == self._sent
 
     def close(self) -> None:
         """End the process, whatever it is at."""
         if self._owner != os.getpid():
             return
-        process, pipe, self._process, self._pipe = self._process, self._pipe, None, None
+        process, pipe, count = self._process, self._pipe, self._count
+        self._process = self._pipe = self._count = None
         if process is not None:
             process.kill()
             # One held by the system, as by a disk that does not answer, dies when it is let go.
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_LATE)
-        if pipe is not None:
-            pipe.close()
+        for file in (pipe, count):
+            if file is not None:
+                file.close()
 
     def _start(self) -> None:
         """Start the process and wait until it has found its work."""
         self._pipe, theirs = Pipe()
+        self._count, self._sent = os.fdopen(os.memfd_create("items begun"), "rb"), 0
         with theirs:
-            command = [sys.executable, "-c", _ENTRY, json.dumps(sys.path), str(theirs.fileno())]
+            shared = theirs.fileno(), self._count.fileno()
+            command = [sys.executable, "-c", _ENTRY, json.dumps(sys.path), *map(str, shared)]
             # Its standard output is ours for errors: ours for output may be read by a program.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()]
-            )
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=shared)
         self._owner = os.getpid()
         try:
             self._pipe.send((self.work, self.limit))
@@ -169,11 +204,12 @@ class Worker(Generic[Item, Result]):
 
     def _disown(self) -> None:
         """Leave the process of before a fork to the one that started it."""
-        if self._pipe is not None:
-            self._pipe.close()
+        for file in (self._pipe, self._count):
+            if file is not None:
+                file.close()
         if self._process is not None:
             self._process.returncode = 0  # it is no child of ours, so there is nothing to wait for
-        self._process = self._pipe = None
+        self._process = self._pipe = self._count = None
         self._owner = os.getpid()
 
 
@@ -207,7 +243,11 @@ def watched(
                 return
             for pipe in _answered(busy):
                 worker, item = busy.pop(pipe)
-                value, error = worker.take()
+                answer = worker.take()
+                if answer is None:
+                    busy[worker.pipe] = (worker, item)
+                    continue
+                value, error = answer
                 free.append(worker)
                 yield Outcome(item=item, value=value, error=error)
     finally:
@@ -226,8 +266,10 @@ def _answered(busy: dict[Connection, tuple[Worker[Item, Result], Item]]) -> list
     return [pipe for pipe, (worker, _) in busy.items() if pipe in ready or worker.deadline <= now]
 
 
-def serve(descriptor: int) -> None:
+def serve(descriptor: int, count: int) -> None:
     """The process of a `Worker`: answer items until the other end is closed.
+
+    How many it has begun is written to the file `count`: one that it had not is no reason for its end.
 
     An item past its limit ends the process by the alarm's default action, which needs neither the
     interpreter, that native code may hold, nor the process that started this one.
@@ -244,9 +286,12 @@ def serve(descriptor: int) -> None:
         return
     except (EOFError, ConnectionError):
         return
+    begun = 0
     while True:
         try:
             item = pipe.recv()
+            begun += 1
+            os.pwrite(count, begun.to_bytes(_WORD, "little"), 0)
             signal.setitimer(signal.ITIMER_REAL, limit)
             answer = _answer(work, item)
             signal.setitimer(signal.ITIMER_REAL, 0)

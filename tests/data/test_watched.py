@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,73 @@ def test_one_process_serves_many_items_until_it_is_lost():
         assert worker("d")[0] == "d"
         last = worker("e")[1]
     assert ended(last)
+
+
+def killed_as_given(monkeypatch, pids: list[int]) -> None:
+    """Processes stand still while they are given their item, and are killed before they have read it."""
+
+    def wait(pipes, timeout):
+        while pids:
+            os.kill(pids.pop(), signal.SIGKILL)
+        return connection.wait(pipes, timeout)
+
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr("discovla.data.watched.wait", wait)
+
+
+def test_an_item_that_its_process_had_not_begun_is_given_to_a_new_one(monkeypatch):
+    with Worker(task, limit=5) as worker:
+        first = worker("a")[1]
+        killed_as_given(monkeypatch, [first])
+        name, second = worker("b")
+        assert name == "b" and second != first
+
+
+def test_an_item_is_given_to_a_new_process_once(monkeypatch):
+    started: list[int] = []
+
+    def start(worker: Worker) -> None:
+        begin(worker)
+        assert worker._process is not None
+        started.append(worker._process.pid)
+        os.kill(started[-1], signal.SIGSTOP)
+
+    begin = Worker._start
+    with Worker(task, limit=5) as worker:
+        monkeypatch.setattr(Worker, "_start", start)
+        worker.give("a")
+        for again in (True, False):
+            os.kill(started[-1], signal.SIGKILL)
+            assert ended(started[-1])
+            answer = worker.take()
+            assert (answer is None) == again
+        assert answer is not None and isinstance(answer[1], Lost)
+        assert len(started) == 2
+        monkeypatch.setattr(Worker, "_start", begin)
+        assert worker("b")[0] == "b"
+
+
+def test_several_processes_lose_no_item_that_none_had_begun(monkeypatch):
+    items = iter("abcd")
+    outcomes = watched(task, items, workers=2, limit=5)
+    found = [next(outcomes), next(outcomes)]
+    killed_as_given(monkeypatch, list({o.value[1] for o in found if o.value}))
+    found += list(outcomes)
+    assert sorted(o.item for o in found) == list("abcd")
+    assert [o.error for o in found] == [None] * 4
+
+
+def test_an_answer_that_breaks_off_is_that_of_a_lost_process():
+    with Worker(task, limit=5) as worker:
+        pid = worker("a")[1]
+        worker.give("large")  # more than a pipe holds: it waits for a reader
+        connection.wait([worker.pipe], 5)
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid)
+        _, error = worker.answer()
+        assert isinstance(error, Lost) and str(error) == "its process died of SIGKILL"
+        assert worker("b")[0] == "b"
 
 
 def test_a_process_that_does_not_end_itself_is_killed(monkeypatch):

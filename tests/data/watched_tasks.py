@@ -37,6 +37,8 @@ def task(item: str) -> Any:
             return lambda: None
         case "unsendable error":
             raise Unsendable("no ", "way")
+        case "large":
+            return bytes(50_000_000)
         case "print":
             print("to the standard output", flush=True)
     return item, os.getpid()
