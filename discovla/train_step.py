@@ -6,10 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
-import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
 from discovla.batch import Batch, Embedding, Losses
 from discovla.engine.distributed import (
     GradScale,
@@ -21,12 +17,13 @@ from discovla.engine.distributed import (
     scale_gradient,
     start_gather,
 )
+from discovla.engine.parts import InParts
 from discovla.methods.base import Method
 from discovla.ops.buckets import Rows
 from discovla.ops.columns import Columns
 
 
-class TrainStep(nn.Module):
+class TrainStep(InParts):
     """Encode, and the losses of all ranks' pairs: the one module a strategy wraps.
 
     Each of W ranks has the similarities of all texts to its own videos: texts are gathered while videos are
@@ -37,13 +34,14 @@ class TrainStep(nn.Module):
     gathered, and its gradient, travels in the method's compute dtype, or with wire = "fp32" as it is.
 
     With accumulate > 1 a rank encodes its clips in so many parts and keeps of each the embeddings alone; once
-    the gradients of those are known, backward encodes part after part again, from the random state it had.
+    the gradients of those are known, it encodes part after part again, from the random state it had: in
+    backward, or where a strategy cannot do that, after it, see `InParts`.
 
     Raises:
         ValueError: accumulate > 1 and a method whose embeddings depend on the rest of the batch.
 
     Source: gradient caching as in Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup
-    (arXiv 2101.06983), here in one graph, so that every parameter's gradient comes once.
+    (arXiv 2101.06983); inside of backward all is one graph, so that every parameter's gradient comes once.
     """
 
     def __init__(
@@ -111,16 +109,9 @@ class TrainStep(nn.Module):
         if self.accumulate == 1:
             return encode(batch)
         bounds = [len(batch) * part // self.accumulate for part in range(self.accumulate + 1)]
-        parts = [_again(encode, batch[start:stop]).tensors() for start, stop in pairwise(bounds)]
-        return Embedding(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        return self.encoded(encode, [batch[start:stop] for start, stop in pairwise(bounds)])
 
     def _scaled(self, x: Embedding) -> Embedding:
         """The embedding, whose gradient alone is not made up for the average over ranks where official."""
         factor = 1.0 if self.grad_scale == "exact" else 1 / self.world.size
         return x.map(lambda tensor: scale_gradient(tensor, factor))
-
-
-def _again(encode: Callable[[Batch], Embedding], batch: Batch) -> Embedding:
-    """encode(batch), of which nothing is kept for backward, which encodes once more."""
-    # an argument tells which device's random state to keep; stopping early would skip hooks of modules
-    return checkpoint(lambda _: encode(batch), batch.text_ids, use_reentrant=False, early_stop=False)

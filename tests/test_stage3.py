@@ -31,11 +31,12 @@ GRADIENT = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A method's steps: tune, memory and parts as in its configs; few pairs in a block of tightTransf."""
+    """A method's steps: options as in its configs, and whether clips could not be read."""
 
     variant: str
     tune: str = "lora"
     memory: Memory = "keep"
+    parts: int = 1
     bad: bool = False
 
     def method(self) -> Method:
@@ -55,6 +56,10 @@ CASES = {
     "full, recompute_blocks": Case(variant="discovla", tune="full", memory="recompute_blocks"),
     "pairs in blocks": Case(variant="tightTransf"),
     "ranks with unequal blocks": Case(variant="tightTransf", bad=True),
+    "adapters, in parts": Case(variant="discovla", parts=3, bad=True),
+    "full, in parts": Case(variant="discovla", tune="full", parts=2, memory="recompute_blocks"),
+    "pairs in blocks, in parts": Case(variant="tightTransf", parts=4, bad=True),
+    "a head, in parts": Case(variant="t2vparser", parts=3),
 }
 
 
@@ -68,7 +73,7 @@ def every_case(world: World) -> dict[Any, Any]:
 
 def step(world: World, case: Case) -> dict[str, Tensor]:
     """Loss and gradients, averaged over ranks, of the last of some steps that change nothing."""
-    module = TrainStep(case.method(), world, "exact")
+    module = TrainStep(case.method(), world, "exact", case.parts)
     gradients: dict[str, Tensor] = {}
     for name, param in module.named_parameters():
         if param.requires_grad:

@@ -143,4 +143,6 @@ def zero_json(
     }
     if stage == 3:
         settings["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
+        # one backward a step, or with parts several
+        settings["managed_gradient_accumulation"] = config.accumulate == 1
     return settings

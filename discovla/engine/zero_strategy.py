@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from discovla.batch import Batch, Losses
 from discovla.engine.distributed import World, group_of_one
 from discovla.engine.optim import for_partitions, make_optimizer, set_learning_rate, start_state
+from discovla.engine.parts import InParts
 from discovla.engine.strategy import (
     MOMENTS,
     StepPlan,
@@ -51,11 +52,14 @@ class DeepSpeedStrategy(Strategy):
         super().__init__(module, plan)
         trained = trained_size(module)
         self.stage = choose_stage(plan.engine, trained, plan.world.size)
-        if self.stage == 3 and plan.engine.accumulate > 1:
-            raise ValueError(
-                "engine.accumulate: expected 1 with zero_stage 3, which does not gather parameters for a "
-                f"second pass inside backward, found {plan.engine.accumulate}"
-            )
+        self.later: list[Callable[[], Tensor]] = []  # parts of a batch to be encoded again
+        if self.stage == 3 and plan.engine.accumulate > 1:  # it gathers nothing for a pass inside of backward
+            if not isinstance(module, InParts):
+                raise ValueError(
+                    "engine.accumulate: expected 1 with zero_stage 3 and a module that encodes its batch "
+                    f"whole, found {plan.engine.accumulate}"
+                )
+            module.later = self.later
         if plan.engine.bf16_parameters:
             _check_full_fine_tuning(module, trained)
         self.shell = _Shell(self.module, list(self.trained.values()) if self.stage in (1, 2) else [])
@@ -80,11 +84,19 @@ class DeepSpeedStrategy(Strategy):
         self.order = _Order(list(self.trained.values()), plan.world) if self.stage == 2 else None
 
     def __call__(self, batch: Batch) -> Losses:
+        if self.stage == 3:  # it would go on with the last step's gradient of what this one does not touch
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+        self.later.clear()
         total, *terms = self.engine(batch)
         return Losses(total=total, terms=dict(zip(self.shell.names, terms, strict=True)))
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
+        for part in self.later:
+            share = self.engine(part)
+            if share.requires_grad:  # of a frozen tower it has none
+                self.engine.backward(share)
+        self.later.clear()
         if self.order is not None:
             self.order.check()
 
@@ -206,7 +218,10 @@ class _Shell(nn.Module):
         self.touched = tuple(touched)
         self.names: tuple[str, ...] = ()
 
-    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
+    def forward(self, batch: Batch | Callable[[], Tensor]) -> tuple[Tensor, ...] | Tensor:
+        """Losses of a batch, or what a part of one gives that is encoded again."""
+        if not isinstance(batch, Batch):
+            return batch()
         losses = self.inner.forward(batch)
         self.names = tuple(losses.terms)
         total = _Touch.apply(losses.total, *self.touched) if self.touched else losses.total

@@ -198,9 +198,11 @@ def gather_gradient(world: World, job: dict) -> dict:
 def accumulate(world: World, job: dict) -> dict:
     """Losses, norms and trained states of four steps of a tiny CLIP, encoded whole and in parts."""
     found = []
-    engine = EngineConfig(strategy=job.get("strategy", "deepspeed"), zero_stage=job.get("stage", 0))
     optim = OptimConfig(clip_grad_norm=0.5, name="adamw")
     for parts in (1, 3):
+        engine = EngineConfig(
+            strategy=job.get("strategy", "deepspeed"), zero_stage=job.get("stage", 0), accumulate=parts
+        )
         torch.manual_seed(0)
         method = DiscoVLA(tiny_architecture(), DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1))
         initialise(method, tiny_architecture(), seed=0)
