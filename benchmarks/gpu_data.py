@@ -1,7 +1,7 @@
 """Frames a second of every way to the frames, beside what each model takes: `benchmarks/gpu.py --suite data`.
 
-H.264 clips of 320x240 with a key frame every 250 frames and every 12 are drawn, and made into raw and JPEG
-shards of 12 frames of 224x224. Each way reads them all: PyAV and torchcodec in a process a core, DALI's graph
+H.264 clips of the sizes and kinds of `benchmarks/data.py` are drawn, and made into raw and JPEG shards of 12
+frames of 224x224. Each way reads them all: PyAV and torchcodec in a process a core, DALI's graph
 (on the GPU where there is one), shards in one process. It runs without a GPU too, and is then about DALI's
 graph on the CPU, which does not read H.264.
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data import GOPS, RATE, draw
+from benchmarks.data import GOPS, KINDS, RATE, SIZES, draw
 from benchmarks.measure import write_row
 from discovla.data.data_bench import DEMAND, BenchRow, BenchSettings, bench, table
 from discovla.data.manifest import Clip, read_manifest, write_manifest
@@ -23,12 +24,14 @@ from discovla.data.shards import ShardJob, write_shards
 
 DRAWN = 4  # clips of a kind; the others are links to them
 
+Kind = tuple[str, str]  # size and distance of key frames, by their names
 
-def linked_clips(folder: Path, gop: int, count: int, seconds: float) -> Path:
+
+def linked_clips(folder: Path, kind: Kind, count: int, seconds: float) -> Path:
     """A manifest of `count` clips of which few differ."""
     folder.mkdir(parents=True)
     for number in range(min(DRAWN, count)):
-        draw(folder / f"{number}.mp4", (320, 240), gop, int(seconds * RATE) + number)
+        draw(folder / f"{number}.mp4", SIZES[kind[0]], GOPS[kind[1]], int(seconds * RATE) + number)
     clips = []
     for number in range(count):
         path = folder / f"{number}.mp4"
@@ -40,25 +43,32 @@ def linked_clips(folder: Path, gop: int, count: int, seconds: float) -> Path:
 
 
 def measure_data(
-    out: Path, where: dict[str, Any], *, clips: int = 128, seconds: float = 15.0, workers: int | None = None
+    out: Path,
+    where: dict[str, Any],
+    *,
+    kinds: Sequence[Kind] = KINDS,
+    clips: int = 128,
+    seconds: float = 15.0,
+    workers: int | None = None,
 ) -> list[BenchRow]:
     """Measure, print the table of each kind of clip, and write a row of each way.
 
     Args:
         out, where: as of `write_row`.
-        clips, seconds: of each kind, and how long they are.
+        kinds: of clips.  clips, seconds: of each, and how long they are.
         workers: processes and threads; None takes all cores.
     """
     settings = BenchSettings(workers=workers or len(os.sched_getaffinity(0)))
     found = []
-    for kind, gop in GOPS.items():
+    for kind in kinds:
         with tempfile.TemporaryDirectory() as name:
-            manifest = linked_clips(Path(name) / "clips", gop, clips, seconds)
+            manifest = linked_clips(Path(name) / "clips", kind, clips, seconds)
             rows = _ways(manifest, Path(name), settings)
-        print(f"{kind} 320x240, {seconds:g} s, {clips} clips", table(rows), "", sep="\n", flush=True)
+        size, gop = kind
+        print(f"{gop} {size}, {seconds:g} s, {clips} clips", table(rows), "", sep="\n", flush=True)
         for row in rows:
             shares = {model: row.rate / demand for model, demand in DEMAND.items()}
-            told = {"name": "frames a second", "clips": kind, "way": row.name, "rate": row.rate}
+            told = {"name": "frames a second", "clips": gop, "size": size, "way": row.name, "rate": row.rate}
             write_row(out, told | {"demand_met": shares, "workers": settings.workers} | asdict(row) | where)
         found += rows
     return found

@@ -11,9 +11,13 @@ from discovla.data import dali
 
 @pytest.mark.slow
 def test_every_way_is_measured_or_says_why_not(tmp_path, capsys):
-    found = measure_data(tmp_path / "rows.jsonl", {"device": "x"}, clips=5, seconds=0.5, workers=1)
+    kinds = [("320x240", "long-gop"), ("640x360", "short-gop")]
+    found = measure_data(
+        tmp_path / "rows.jsonl", {"device": "x"}, kinds=kinds, clips=5, seconds=0.5, workers=1
+    )
     rows = read_rows(tmp_path / "rows.jsonl")
     assert len(rows) == len(found) == 14  # seven ways, two kinds of clips
+    assert {(row["size"], row["clips"]) for row in rows} == set(kinds)
     names = [row.name.replace("GPU", "CPU") for row in found[:7]]
     assert names[:3] == ["pyav, first time", "pyav, known files", "torchcodec, known files"]
     last = ["dali on the CPU, known files", "raw shards, 1 process", "jpeg shards, 1 process"]
