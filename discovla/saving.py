@@ -126,13 +126,14 @@ class Saving:
         """
         began = time.perf_counter()
         trained, optimizer = trains.strategy.trained_state(), trains.strategy.optimizer_state()
+        average = None if trains.average is None else trains.average.state()
         self.step = done
         if better is not None:
             self.score = better
         if self.world.first:
             tensors = {"trained": _of_method(trained), "optimizer": optimizer}
-            if trains.average is not None:
-                tensors["average"] = _of_method(trains.average.state())
+            if average is not None:
+                tensors["average"] = _of_method(average)
             meta = {
                 "fingerprint": self.fingerprint,
                 "schedule": self.schedule,

@@ -102,8 +102,17 @@ def test_an_average_of_other_parameters_is_refused():
 
 
 @pytest.mark.slow
-def test_stage_3_has_no_average(tmp_path, drawn):
-    words = [runs.write_config(tmp_path, drawn), "optim.ema=0.9", "engine.strategy=deepspeed"]
-    job = runs.start([*words, "engine.zero_stage=3"])
-    assert job.wait() == [2]
-    assert "optim.ema: expected a zero_stage below 3" in job.output()
+def test_an_average_of_split_parameters_goes_on_with_another_number_of_processes(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), "steps=4", "optim.ema=0.75", "checkpoint_every=2"]
+    runs.train([*words, f"directory={tmp_path}/whole"])
+    words += ["engine.strategy=deepspeed", "engine.zero_stage=3", "engine.accumulate=2"]
+    runs.train([*words, f"directory={tmp_path}/split", "stop_at=2"], size=2)
+    runs.train([*words, f"directory={tmp_path}/split", "resume=true"])
+    found, wanted = (
+        load_file(tmp_path / name / "checkpoints/step-00000004/average.safetensors")
+        for name in ("split", "whole")
+    )
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    _evaluated_is_the_average(tmp_path / "split")

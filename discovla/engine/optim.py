@@ -26,7 +26,7 @@ class OptimConfig(BaseModel):
         where the warm-up ends), "constant", or "t2vparser" (from 5 % through the warm-up, then ten cycles
         that end at the peak).
     ema: decay of an exponential moving average of what is trained, which is then evaluated, selected and
-        exported in its place; None for none.  Below zero_stage 3.
+        exported in its place; None for none.
     skip_nonfinite: steps of a run whose gradient is not finite that are left out, and counted, before it
         stops; 0 stops at the first.
     """

@@ -44,7 +44,7 @@ class DeepSpeedStrategy(Strategy):
     """DeepSpeed's engine around the module.
 
     Stages 1 and 2 give every rank a slice of one flat tensor of all trained parameters, stage 3 a slice of
-    each parameter. `_pieces` finds what this rank holds of a parameter, or of a moment; reading puts the
+    each parameter. `pieces` finds what this rank holds of a parameter, or of a moment; reading puts the
     pieces of all ranks together, writing cuts them out of the whole.
     """
 
@@ -171,22 +171,29 @@ class DeepSpeedStrategy(Strategy):
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
     def _read(self, param: nn.Parameter, key: str | None) -> Tensor:
-        """The whole of a parameter's master (None) or of a moment, from the pieces on all ranks."""
+        """The whole of a parameter's master (None) or of a moment, on the CPU."""
+        return copy_to_cpu(self.together(param, self.pieces(param, key)))
+
+    def together(self, param: nn.Parameter, pieces: list[tuple[Tensor, int]]) -> Tensor:
+        """A whole in float32, of a parameter's shape, from the pieces on all ranks."""
         whole = torch.zeros(whole_shape(param), dtype=torch.float32, device=self.plan.world.device)
-        for piece, start in self._pieces(param, key):
+        for piece, start in pieces:
             whole.view(-1)[start : start + piece.numel()].copy_(piece)
         if self.plan.world.size > 1:  # as integers: 0.0 + -0.0 would lose a sign
             dist.all_reduce(whole.view(torch.int32))
-        return copy_to_cpu(whole)
+        return whole
 
     def _write(self, param: nn.Parameter, key: str | None, whole: Tensor) -> None:
         """Cut this rank's piece of a master (None) or of a moment out of the whole."""
-        for piece, start in self._pieces(param, key):
+        for piece, start in self.pieces(param, key):
             piece.copy_(whole.reshape(-1)[start : start + piece.numel()])
 
     @torch.no_grad()
-    def _pieces(self, param: nn.Parameter, key: str | None) -> list[tuple[Tensor, int]]:
-        """This rank's part of a parameter in the optimiser, as views, and where in the parameter they lie."""
+    def pieces(self, param: nn.Parameter, key: str | None = None) -> list[tuple[Tensor, int]]:
+        """What the optimiser of this rank holds of a parameter's master (None) or of a moment.
+
+        At most one flat view, with where in the parameter it begins; it stays the same over steps.
+        """
         if self.stage == 3:
             zero: Any = self.engine.optimizer
             group, offset, length = zero.grad_position[zero.get_param_id(param)]
