@@ -59,7 +59,8 @@ def _temporal_fusion_forward(
     Traffic: 3 c read and c written a row, as short attention alone; a readout row writes c + 1 more of ACC
     for backward: `_temporal_fusion_backward`.
     """
-    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), members(tl.program_id(0), ALONE, F)
+    h = tl.program_id(1).to(tl.int64)
+    first_s, count, g, asking = members(tl.program_id(0), ALONE, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, out_ptr, own_ptr, c = qkv_ptr + h * C, out_ptr + h * C, own_ptr + h * C, tl.arange(0, BLOCK_C)
     ends = tl.load(readout_ptr + g + slot, mask=slot < asking, other=0)
@@ -114,7 +115,8 @@ def _temporal_fusion_backward(
     dq[rho] = dS K over all frames, added in registers to what the readout row gets within its frame.
     dposition: sum over a frame's keys of dSᵀ q[rho], for each group by itself.
     """
-    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), members(tl.program_id(0), ALONE, F)
+    h = tl.program_id(1).to(tl.int64)
+    first_s, count, g, asking = members(tl.program_id(0), ALONE, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, grad_ptr, dq_ptr, c = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C, tl.arange(0, BLOCK_C)
     ends = tl.load(readout_ptr + g + slot, mask=slot < asking, other=0)
