@@ -9,11 +9,14 @@ from typing import Any
 from benchmarks.measure import read_rows
 
 Row = dict[str, Any]
-STEPS = ("ours", "ours bf16", "ours bf16 triton", "ours fp8", "ours fp8 backward")
-OURS = ("triton", "cuda", "torch", *STEPS, *(f"{name} captured" for name in STEPS))
+OURS = ("triton", "cuda", "torch", "ours")  # first words of impls
 RUNS = 5  # earlier ones that a new one is compared with
 MS, MEMORY, ERROR = 1.05, 1.02, 2.0  # how much worse than the best of them counts
 WORTH = 1.15  # how much faster than Triton a CUDA kernel has to be, at two sizes at least
+
+
+def _ours(row: Row) -> bool:
+    return row["impl"].split()[0] in OURS
 
 
 def earlier(folder: Path, now: str) -> dict[tuple[str, str], list[Row]]:
@@ -77,7 +80,7 @@ def _with_one_target(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """Timed rows of ours, by the name of their case and by what they are to reach."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if "ms_p50" in row and row["impl"] in OURS:
+        if "ms_p50" in row and _ours(row):
             found.setdefault((row["name"], row.get("target_ms"), row.get("target_gb")), []).append(row)
     return [(key[0], group) for key, group in found.items()]
 
@@ -86,8 +89,8 @@ def beside_baselines(rows: Iterable[Row]) -> list[str]:
     """For each case, how the fastest of our impls stands to the fastest of the others."""
     lines = []
     for name, group in _cases(rows).items():
-        ours = [row for row in group if row["impl"] in OURS]
-        others = [row for row in group if row["impl"] not in OURS]
+        ours = [row for row in group if _ours(row)]
+        others = [row for row in group if not _ours(row)]
         if not ours or not others:
             continue
         mine, best = (min(side, key=lambda row: row["ms_p50"]) for side in (ours, others))

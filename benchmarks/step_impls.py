@@ -35,9 +35,9 @@ IMPLS = (
     "ours fp8",
     "ours bf16 captured",
     "ours bf16 triton captured",
-    "ours fp8 captured",
     "ours fp8 backward",
-    "ours fp8 backward captured",
+    "ours fp8 backward triton",
+    "ours fp8 backward triton captured",
     "products alone",
     "products alone bf16",
 )
@@ -63,8 +63,8 @@ def unavailable(name: str, device: str) -> str:
         return peft_step.absent()
     gpus = {
         "compiled": "torch.compile's fastest mode is timed on GPUs alone",
-        "triton": "its kernels run on GPUs",
         "fp8": "a CPU has no product in FP8, it is emulated there",
+        "triton": "its kernels run on GPUs",
         "captured": "CUDA graphs are recorded on GPUs",
     }
     if device == "cpu":
@@ -100,10 +100,10 @@ def _ours(name: str, architecture: Architecture, device: str) -> Step:
     model = step_inputs.method(architecture, device=device)
     words = {"fp8 backward": "fp8_backward", "fp8": "fp8", "bf16": "bf16", "": "fp32"}
     precision = next(value for word, value in words.items() if word in name)
-    config = EngineConfig.model_validate({"precision": precision})
+    impl = "triton" if "triton" in name else "auto"
+    config = EngineConfig.model_validate({"precision": precision, "impl": impl})
     set_precision(model, config, torch.device(device))
-    if "triton" in name:
-        model.vision.impl = model.text.impl = "triton"
+    model.vision.impl = model.text.impl = impl
     if "captured" in name:
         captured = _Captured(model, torch.device(device))
         return Step(

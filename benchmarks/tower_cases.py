@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.cases import Case
 from discovla.ops.adapter import adapter
 from discovla.ops.dispatch import Impl
+from discovla.ops.fp8_linear import quantise_rows
 from discovla.ops.frame_patches import frame_patches
 from discovla.ops.layer_norm import Update, layer_norm
 from discovla.ops.lora_norm import lora_norm
@@ -31,7 +32,8 @@ class TowerCase(Case):
 
     products: floating-point operations of its matrix products, forward and backward.
     rows: what is beside n in the name: rows of a sequence, hidden units, pixels.
-    masked: sequences are packed; of frame_patches, that the result is float32.
+    masked: sequences are packed; of frame_patches, that the result is float32; of quantise_rows, that what
+        it gives is not multiplied again.
     """
 
     rows: int
@@ -152,6 +154,11 @@ def _patches(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     return frame_patches(leaves[0].to(torch.uint8), PATCH, dtype=dtype, impl=impl)
 
 
+def _rounded(leaves: list[Tensor], impl: Impl, apart: bool) -> Results:
+    q, scale = quantise_rows(leaves[0], impl=impl)
+    return (q, scale) if apart else q.to(scale.dtype) * scale
+
+
 def _attention(heads: int, n: int) -> Callable[[list[Tensor], Impl, bool], Results]:
     def call(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
         packing = _captions(n, leaves[0].device) if packed else None
@@ -212,6 +219,14 @@ def patch_case(n: int, pixels: int, dtype: torch.dtype) -> TowerCase:
     )  # fmt: skip
 
 
+def rounding_case(n: int, dim: int, **options) -> TowerCase:
+    """quantise_rows on n rows of width `dim`."""
+    return TowerCase(
+        op="quantise_rows", call=_rounded, n=n, m=n, dim=dim, rows=1, products=0.0, shapes=((n, dim),),
+        backward=False, **options,
+    )  # fmt: skip
+
+
 def timed_tower_cases(suite: str) -> list[TowerCase]:
     """A step of 128 clips of 12 frames: ViT-B/32, and with `full` the longer sequences of B/16 and L/14."""
     frames, captions = 128 * FRAMES, 128 * (FRAMES + 1)
@@ -225,6 +240,8 @@ def timed_tower_cases(suite: str) -> list[TowerCase]:
         sequence_case("temporal_fusion", frames, 50, 768, 12),
         sequence_case("temporal_fusion", frames, TOKENS, 512, 8, packed=True),
         patch_case(frames, 224, torch.bfloat16),
+        rounding_case(50 * frames, 768, masked=True),
+        rounding_case(50 * frames, 3072, masked=True),
     ]
     if suite == "small":
         return cases
@@ -245,6 +262,7 @@ def checked_tower_cases() -> list[TowerCase]:
         for n, dim in ((1, 40), (7, 64), (130, 96), (1100, 512)):
             ops = ("layer_norm", "lora_norm", "mlp", "adapter")
             cases += [row_case(op, n, dim, dtype=dtype) for op in ops]
+            cases += [rounding_case(n, dim, dtype=dtype)]
         for n, rows, dim, heads in ((1, 1, 16, 1), (6, 7, 40, 4), (12, 50, 128, 2), (4, 130, 128, 2)):
             for op in ("short_attention", "temporal_fusion"):
                 cases += [sequence_case(op, n, rows, dim, heads, dtype=dtype)]

@@ -24,7 +24,8 @@ def set_precision(method: Method, engine: EngineConfig, device: torch.device) ->
             widen_residual(tower, torch.bfloat16)
     if engine.precision.startswith("fp8"):
         try:
-            quantise_frozen(method, device, backward=engine.precision == "fp8_backward")
+            impl = "triton" if engine.impl == "triton" else "auto"
+            quantise_frozen(method, device, backward=engine.precision == "fp8_backward", impl=impl)
         except ValueError as error:
             raise ValueError(f"engine.precision: {error}") from None
     if not engine.bf16_parameters:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from discovla.nn.transformer import Block, Linear, frozen
+from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import fp8_lacks, quantise_weight
 
 
@@ -16,11 +17,13 @@ def widen_residual(module: nn.Module, compute: torch.dtype) -> None:
             block.ln_1.compute = block.ln_2.compute = compute
 
 
-def quantise_frozen(module: nn.Module, device: torch.device, *, backward: bool = False) -> int:
+def quantise_frozen(
+    module: nn.Module, device: torch.device, *, backward: bool = False, impl: Impl = "auto"
+) -> int:
     """Let every frozen linear layer of a model multiply in FP8 on `device`; with `backward` both ways.
 
     Its `weight` is rounded to what FP8 holds, once and for good; parameters that train stay as they are.
-    Beside it lies the same in one byte a number, for both ways in two.
+    Beside it lies the same in one byte a number, for both ways in two.  impl: of `fp8_linear`.
 
     Returns:
         How many layers there are.
@@ -38,5 +41,5 @@ def quantise_frozen(module: nn.Module, device: torch.device, *, backward: bool =
         rounded = quantise_weight(layer.weight, backward=backward)
         layer.weight.data = rounded.plain
         layer.fp8_bits, layer.fp8_scale = rounded.bits, rounded.scale
-        layer.fp8_transposed = rounded.transposed
+        layer.fp8_transposed, layer.fp8_impl = rounded.transposed, impl
     return len(layers)

@@ -59,6 +59,7 @@ class Linear(nn.Linear):
     fp8_bits: Tensor | None
     fp8_scale: Tensor | None
     fp8_transposed: Tensor | None
+    fp8_impl: Impl = "auto"
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
@@ -69,7 +70,8 @@ class Linear(nn.Linear):
         """outputs: those that are wanted, where not all are."""
         fp8, bias = self.fp8, self.bias if outputs is None else self.bias[outputs]
         if fp8 is not None:
-            return fp8_linear(input, fp8 if outputs is None else fp8[outputs], bias)
+            fp8 = fp8 if outputs is None else fp8[outputs]
+            return fp8_linear(input, fp8, bias, impl=self.fp8_impl)
         weight = self.weight if outputs is None else self.weight[outputs]
         return F.linear(input, weight.to(input.dtype), bias.to(input.dtype))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from discovla.ops.blocks import expect_shape, wide
-from discovla.ops.dispatch import Impl, choose
+from discovla.ops.dispatch import Impl, choose, kernel
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
@@ -64,15 +64,24 @@ def quantise_weight(weight: Tensor, *, backward: bool = False) -> FP8Weight:
     return FP8Weight(bits=bits, scale=scale.float(), plain=plain, transposed=transposed)
 
 
-def quantise_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, columns: Tensor | None = None, *, impl: Impl = "auto") -> Rows:
     """q (t i, float8_e4m3fn) and scale (t 1) with x about scale * q: each row fills the range of FP8.
 
-    columns: i, float32, what columns of x are multiplied by before.
+    Args:
+        columns: i, float32, what columns of x are multiplied by before.
+        impl: reference (plain torch, ten passes over the rows), triton (one), or auto.
+
+    Raises:
+        KernelUnavailable: the implementation asked for by name cannot run here.
     """
+    if choose("quantise_rows", impl, x.device.type, operands=(x,)) == "triton":
+        bits, scale = _quantise_rows(x.contiguous(), columns)
+        return bits.view(FP8), scale
     wider = x.to(wide(x)) if columns is None else x * columns
     largest = wider.abs().amax(1, keepdim=True)
-    scale = torch.where(largest > 0, largest / LARGEST, 1.0)
-    return (wider / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+    some, most = largest > 0, torch.full_like(largest, LARGEST)  # by a number torch divides otherwise
+    scale, inverse = (torch.where(some, x, 1.0) for x in (largest / most, most / largest))
+    return (wider * inverse).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
 def fp8_linear(x: Tensor, weight: FP8Weight, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -87,8 +96,8 @@ def fp8_linear(x: Tensor, weight: FP8Weight, bias: Tensor, *, impl: Impl = "auto
         x: ... i.
         bias: o, frozen, computed with in the dtype of x.
         impl: torch (a product of FP8 numbers: on GPUs of Hopper and later, for sizes that are multiples of
-            16; x must be bfloat16), reference (the same numbers multiplied in float32, anywhere), or auto:
-            torch on a GPU, else reference.
+            16; x must be bfloat16), triton (the same, rows being rounded by a kernel), reference (the same
+            numbers multiplied in float32, anywhere), or auto: torch on a GPU, else reference.
 
     Returns:
         ... o, in the dtype of x; sums are float32.
@@ -103,8 +112,9 @@ def fp8_linear(x: Tensor, weight: FP8Weight, bias: Tensor, *, impl: Impl = "auto
     if bias.requires_grad:
         raise ValueError("bias: expected a frozen one, found one that asks for a gradient")
     chosen = choose("fp8_linear", impl, x.device.type, operands=(x,))
-    product = _scaled if chosen == "torch" else _reference
-    out = _FP8Linear.apply(x.flatten(0, -2), weight, bias.to(x.dtype), product)
+    product = _scaled if chosen == "torch" or (chosen == "triton" and x.is_cuda) else _reference
+    how = product, cast(Impl, "triton" if chosen == "triton" else "reference")
+    out = _FP8Linear.apply(x.flatten(0, -2), weight, bias.to(x.dtype), how)
     return out.view(*x.shape[:-1], outputs)
 
 
@@ -124,13 +134,24 @@ def fp8_lacks(device: torch.device, sizes: tuple[int, int] = (MULTIPLE, MULTIPLE
     return ""
 
 
+@torch.library.custom_op("discovla::quantise_rows", mutates_args=())
+def _quantise_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The bytes of q, t i, and scale, t 1, float32."""
+    return kernel("quantise_rows").quantise_rows(x, columns, LARGEST)
+
+
+@_quantise_rows.register_fake
+def _(x, columns):
+    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x), 1, dtype=torch.float32)
+
+
 class _FP8Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FP8Weight, bias: Tensor, product: Product) -> Tensor:
-        ctx.product = product
+    def forward(ctx: Any, x: Tensor, weight: FP8Weight, bias: Tensor, how: tuple[Product, Impl]) -> Tensor:
+        ctx.how = product, impl = how
         kept = (weight.plain,) if weight.transposed is None else (weight.transposed, weight.scale)
         ctx.save_for_backward(*kept)
-        return product(quantise_rows(x), weight.bits, weight.scale, bias, x.dtype)
+        return product(quantise_rows(x, impl=impl), weight.bits, weight.scale, bias, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -138,8 +159,9 @@ class _FP8Linear(Function):
         weight, *scale = ctx.saved_tensors
         if not scale:
             return grad @ weight.to(grad.dtype), None, None, None
+        product, impl = ctx.how
         ones = scale[0].new_ones(len(weight))
-        dx = ctx.product(quantise_rows(grad, scale[0]), weight, ones, None, grad.dtype)
+        dx = product(quantise_rows(grad, scale[0], impl=impl), weight, ones, None, grad.dtype)
         return dx, None, None, None
 
 

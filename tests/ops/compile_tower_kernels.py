@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
 from discovla_kernels import adapter, attention_tiles, layer_norm, lora_norm, mlp, preprocess_frames
+from discovla_kernels import quantise_rows as quantised
 from discovla_kernels import short_attention as attention
 from discovla_kernels import temporal_fusion as fusion
 
@@ -24,6 +25,9 @@ OTHERS = {  # of arguments that are not rows
     "readout_ptr": "*i64",
     "mask_ptr": "*u8",
     "frames_ptr": "*u8",
+    "bytes_ptr": "*u8",
+    "columns_ptr": "*fp32",
+    "scale_ptr": "*fp32",
     "stat_ptr": "*fp32",
     "da_ptr": "*fp32",
     "lse_ptr": "*fp32",
@@ -99,6 +103,9 @@ def row_cases() -> list[Case]:
     colours = {"SCALE": (0.1, 0.2, 0.3), "SHIFT": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
     folding = {"SCALE": (0.1, 0.2, 0.3), "OFFSET": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
     cases += [(preprocess_frames._fold_normalisation_forward, HALF, folding)]
+    for dtype, columns in ((HALF, True), (SINGLE, False)):
+        rows = {"LARGEST": 448.0, "HAS_COLUMNS": columns, "BLOCK_T": 1, "BLOCK_W": 4096}
+        cases += [(quantised._quantise_rows_forward, dtype, rows)]
     return [*cases, (preprocess_frames._preprocess_frames_forward, HALF, colours)]
 
 

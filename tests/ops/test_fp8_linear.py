@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from discovla.ops.dispatch import KernelUnavailable
 from discovla.ops.fp8_linear import FP8, fp8_lacks, fp8_linear, quantise_rows, quantise_weight
 from discovla.testing import relative_error
+from tests.ops.kernels import DEVICE
 
 HALF_ULP, SMALLEST = 2.0**-4, 2.0**-9  # of e4m3: relative rounding error, and the least number
 
@@ -36,6 +38,55 @@ def test_rows_of_all_sizes_are_rounded_alike_and_zeros_stay():
     assert ((q.float() * scale - x).abs() <= HALF_ULP * x.abs() + scale * SMALLEST).all()
     assert torch.equal(q[3].float(), torch.zeros(32)) and (q.float().abs().amax(1)[[0, 6]] == 448).all()
     assert quantise_rows(torch.tensor([[float("nan"), 1.0]]))[0].float().isnan().any(), "a NaN is not hidden"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("t", "i"), [(1, 1), (7, 63), (130, 16), (3, 4097)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_kernel_rounds_as_the_reference_to_the_bit(t, i, dtype, scaled):
+    x = torch.randn(t, i) * torch.logspace(-4, 4, t)[:, None]
+    x[t // 2, : i // 2] = 0
+    x = x.to(DEVICE, dtype)
+    columns = torch.logspace(-3, 3, i, device=DEVICE) if scaled else None
+    want, got = (quantise_rows(x, columns, impl=impl) for impl in ("reference", "triton"))
+    assert got[0].dtype == FP8 and torch.equal(got[1], want[1])
+    assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8))
+
+
+def test_the_kernel_makes_every_number_of_e4m3_and_rounds_ties_to_even():
+    codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    between = (codes[1:] + codes[:-1]) / 2
+    x = torch.cat([codes, between, between.nextafter(codes[1:]), between.nextafter(codes[:-1])])
+    x = torch.cat([x, -x])[None].to(DEVICE)  # the largest is 448: the scale is 1
+    want, got = (quantise_rows(x, impl=impl)[0].view(torch.uint8) for impl in ("reference", "triton"))
+    assert torch.equal(got, want) and torch.equal(want[0, :127].cpu().view(FP8).float(), codes)
+
+
+def test_the_kernel_keeps_rows_of_zeros_and_hides_no_nan():
+    x = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]], device=DEVICE)
+    q, scale = quantise_rows(x, impl="triton")
+    assert q[0].float().tolist() == [0, 0] and scale[0] == 1
+    assert q[1:, 0].float().isnan().all()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_by_the_kernel_results_and_gradients_are_the_same(backward):
+    x, weight, bias = (part.to(DEVICE) for part in made(t=33))
+    rounded, found = quantise_weight(weight, backward=backward), {}
+    for impl in ("reference", "triton"):
+        leaf = x.to(torch.float32 if DEVICE == "cpu" else torch.bfloat16, copy=True).requires_grad_()
+        out = fp8_linear(leaf[:, None], rounded, bias, impl=impl)
+        out.backward(out.detach().flip(0))
+        found[impl] = out.detach(), leaf.grad
+    for got, want in zip(found["triton"], found["reference"], strict=True):
+        assert relative_error(got, want) <= (0 if DEVICE == "cpu" else 2**-8)
+
+
+def test_rows_that_the_kernel_does_not_take_are_refused():
+    with pytest.raises(KernelUnavailable, match="quantise_rows: impl='triton': float64 has no kernel"):
+        quantise_rows(torch.ones(1, 2, dtype=torch.float64), impl="triton")
+    with pytest.raises(KernelUnavailable, match="expected rows of at most 16384 numbers, found 16385"):
+        quantise_rows(torch.ones(1, 16385), impl="triton")
 
 
 def test_the_product_is_that_of_the_rounded_numbers_and_near_the_true_one():
