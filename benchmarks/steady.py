@@ -5,7 +5,7 @@
 
 The run is train.py's own, of a tiny model on a small drawn world, with evaluations and checkpoints.  Every
 process notes each tenth step what memory it has to itself, and all that is resident; a row for each hundred
-steps has the medians.  The last row says by how much the first grew after the first fifth of the run, and what
+steps has the medians.  The last row says by how much the first grew after a fifth of the run, and what
 checkpoints took beside the time of steps.  Rows go to --out, one JSON a line.
 """
 
