@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from discovla.faults import STOPPED
 from tests import runs
 from tests.engine.launch import LAUNCHER, ROOT, free_port
 
@@ -29,6 +30,17 @@ status=0
 for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 exit $status
 """
+SSH = """#!/usr/bin/env bash
+[[ $* == *"hostname -I" ]] && echo 127.0.0.1 || echo here
+"""
+PDSH = """#!/usr/bin/env bash
+# each host is this machine; %n is its number
+while [[ $1 == -* ]]; do case $1 in -w) hosts=$2 ;& -f) shift 2 ;; *) shift ;; esac; done
+n=0 pids=() status=0
+for host in ${hosts//,/ }; do bash -c "${*//%n/$n}" & pids+=($!); n=$((n + 1)); done
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit $status
+"""
 SCONTROL = """#!/usr/bin/env bash
 [[ $1 == show ]] && echo 127.0.0.1 || echo "$@" > "$REQUEUED"
 """
@@ -43,7 +55,7 @@ def environment(folder: Path, **extra: object) -> dict[str, str]:
 
 
 def stubs(folder: Path) -> None:
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("ssh", SSH), ("pdsh", PDSH)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
 
@@ -93,17 +105,92 @@ def log(folder: Path) -> str:
     return path.read_text() if path.exists() else "no log"
 
 
+SCHEDULE = ("data.val_split=", "steps=30", "checkpoint_every=9")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, drawn) -> Path:
+    """The directory of a run on two processes that nothing befell."""
+    folder = tmp_path_factory.mktemp("whole")
+    runs.train([runs.write_config(folder, drawn), *SCHEDULE], size=2)
+    return folder / "run"
+
+
+def assert_goes_on(words: list, folder: Path, whole: Path) -> None:
+    """A run that was stopped ends as one that never was, bit for bit."""
+    assert 0 < len(runs.records(folder / "run")) < 30
+    runs.train([*words, "resume=true"], size=2)
+    assert runs.records(folder / "run") == runs.records(whole)
+    ours, theirs = runs.tensors(folder / "run", 30), runs.tensors(whole, 30)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def begun(words: list, folder: Path, **extra: object) -> subprocess.Popen:
+    """A run that a script starts, once it has taken two steps."""
+    metrics = folder / "run/metrics.jsonl"
+    with (folder / "output.txt").open("w") as output:
+        env = environment(folder, LOGS=folder / "logs", **extra)
+        job = subprocess.Popen(words, env=env, stdout=output, stderr=output)
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or metrics.read_bytes().count(b'"train"') < 2:
+        assert job.poll() is None and time.monotonic() < deadline, said(folder)
+        time.sleep(0.01)
+    return job
+
+
+def said(folder: Path) -> str:
+    return (folder / "output.txt").read_text()
+
+
+def of_run(folder: Path) -> list[psutil.Process]:
+    """The processes that have the config of this folder among their words."""
+    config = str(folder / "small.toml")
+    return [p for p in psutil.process_iter(["cmdline"]) if config in (p.info["cmdline"] or [])]
+
+
+def assert_none_left(folder: Path) -> None:
+    deadline = time.monotonic() + 30
+    while left := of_run(folder):
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)
+def test_a_script_is_one_that_bash_can_read(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK) == (script.suffix == ".sh")
+
+
 @pytest.mark.slow
-def test_torchrun_checks_the_machine_trains_and_keeps_a_log_of_each_rank(tmp_path, drawn):
-    words = ["bash", ROOT / "launch/torchrun.sh", runs.write_config(tmp_path, drawn), "steps=2"]
-    env = environment(tmp_path, GPUS=2, RENDEZVOUS=f"localhost:{free_port()}", LOGS=tmp_path / "logs")
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ready" in done.stdout and "all-reduce over 2 ranks" in done.stdout
-    assert len(runs.losses(tmp_path / "run")) == 2
-    logs = sorted((tmp_path / "logs").rglob("stdout.log"))
+def test_torchrun_checks_the_machine_passes_a_warning_on_and_keeps_a_log_of_each_rank(tmp_path, drawn, whole):
+    words = [runs.write_config(tmp_path, drawn), *SCHEDULE]
+    where = {"GPUS": 2, "RENDEZVOUS": f"localhost:{free_port()}"}
+    job = begun(["bash", ROOT / "launch/torchrun.sh", *words], tmp_path, **where)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 1, said(tmp_path)
+    assert "ready" in said(tmp_path) and "all-reduce over 2 ranks" in said(tmp_path)
+    logs = sorted((tmp_path / "logs").rglob("stderr.log"))
     assert [path.parent.name for path in logs] == ["0", "1"]
-    assert "text to video" in logs[0].read_text()
+    assert "train.py: stopped by SIGUSR1 after step " in logs[0].read_text()
+    assert_none_left(tmp_path)
+    assert_goes_on(words, tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_deepspeed_on_two_machines_ends_with_the_status_of_a_rank_that_is_asked_to(tmp_path, drawn, whole):
+    stubs(tmp_path)
+    (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
+    words = [runs.write_config(tmp_path, drawn), *SCHEDULE, "data.workers=2"]
+    job = begun(["bash", ROOT / "launch/deepspeed.sh", *words], tmp_path, HOSTFILE=tmp_path / "hostfile")
+    ranks = [p for p in of_run(tmp_path) if p.environ().get("RANK") == "1"]
+    min(ranks, key=lambda p: p.create_time()).terminate()  # its readers are younger
+    assert job.wait(60) == STOPPED, said(tmp_path)
+    assert "ready" in said(tmp_path) and "all-reduce over 2 ranks" in said(tmp_path)
+    first, second = sorted((tmp_path / "logs").glob("*_rank?.log"))
+    assert "train.py: stopped by SIGTERM after step " in first.read_text()
+    assert "error" not in second.read_text()
+    assert_none_left(tmp_path)
+    assert_goes_on(words, tmp_path, whole)
 
 
 STRUCK = """
@@ -111,62 +198,20 @@ import os, sys
 from train import main
 from tests.runs import _arrange
 if os.environ["RANK"] == "0":
-    _arrange(*os.environ["FAULT"].split(":"))
+    _arrange("SIGTERM^2", "discovla.engine.checkpoint", "_write_tensors", "1")
 sys.exit(main(sys.argv[1:]))
 """
-STEP, WRITE = "discovla.trainer:learning_rate", "discovla.engine.checkpoint:_write_tensors"
-
-
-def struck(launcher: list, fault: str, words: list, folder: Path) -> tuple[int, str]:
-    """Status and output of a run that a fault befalls under a launcher; no process of it is left."""
-    (folder / "struck.py").write_text(STRUCK)
-    command = [str(word) for word in (*launcher, folder / "struck.py", *words)]
-    with (folder / "output.txt").open("w+") as output:
-        env = environment(folder, FAULT=fault)
-        job = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
-        status = job.wait(120)
-        deadline = time.monotonic() + 30
-        while left := [
-            p for p in psutil.process_iter(["cmdline"]) if command[-1] in (p.info["cmdline"] or [])
-        ]:
-            assert time.monotonic() < deadline, f"left behind: {left}"
-            time.sleep(0.1)
-        output.seek(0)
-        return status, output.read()
 
 
 @pytest.mark.slow
-def test_launchers_that_are_asked_to_end_leave_a_run_that_goes_on_bit_for_bit(tmp_path, drawn):
-    schedule = ("data.val_split=", "steps=8", "checkpoint_every=3", "data.workers=2")
-    words = [runs.write_config(tmp_path, drawn), *schedule]
-    runs.train([*words, f"directory={tmp_path}/whole"], size=2)
-    words += ["resume=true", f"directory={tmp_path}/run"]
-    deepspeed = ["deepspeed", "-q", "--num_accelerators", 2, "--master_port", free_port()]
-    # of a rank, in the middle of a step: all end with the status that says so
-    status, output = struck(deepspeed, f"SIGTERM:{STEP}:2", words, tmp_path)
-    assert "train.py: stopped by SIGTERM after step 2 of 8, which is saved" in output
-    assert status == 75, output
-    # of the command, in the middle of a save: it dies at once, and the ranks see that it has
-    status, output = struck(deepspeed, f"SIGTERM^2:{WRITE}:1", words, tmp_path)
-    stopped = re.search(r"stopped by the end of its launcher after step ([345]) of 8, which is saved", output)
-    assert stopped, output
-    assert status == -signal.SIGTERM
-    # of torchrun, by the warning of SLURM
-    handled = re.search(r'--signals-to-handle "(\S+)"', (ROOT / "launch/torchrun.sh").read_text())
-    assert handled
-    torchrun = [
-        "torchrun",
-        "--signals-to-handle",
-        handled[1],
-        "--nproc-per-node",
-        2,
-        "--master-port",
-        free_port(),
-    ]
-    status, output = struck(torchrun, f"SIGUSR1^1:{STEP}:1", words, tmp_path)
-    assert f"stopped by SIGUSR1 after step {int(stopped[1]) + 1} of 8, which is saved" in output
-    assert status == 1, output
-    runs.train(words, size=2)
-    assert runs.records(tmp_path / "run") == runs.records(tmp_path / "whole")
-    ours, theirs = (runs.tensors(tmp_path / name, 8) for name in ("run", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def test_ranks_whose_deepspeed_is_ended_in_a_save_end_too_and_the_run_goes_on(tmp_path, drawn, whole):
+    """The command dies of SIGTERM at once, without a word to its ranks."""
+    (tmp_path / "struck.py").write_text(STRUCK)
+    words = [runs.write_config(tmp_path, drawn), *SCHEDULE, "data.workers=2"]
+    command = ["deepspeed", "-q", "--num_accelerators", "2", "--master_port", str(free_port())]
+    job = begun([*command, tmp_path / "struck.py", *words], tmp_path)
+    assert job.wait(60) == -signal.SIGTERM, said(tmp_path)
+    assert_none_left(tmp_path)
+    stopped = "train.py: stopped by the end of its launcher after step "
+    assert re.search(stopped + r"[1-9]\d? of 30, which is saved", said(tmp_path)), said(tmp_path)
+    assert_goes_on(words, tmp_path, whole)
