@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MOST = 16  # recordings that are kept
 REMEMBERED = 64  # shapes of batches that came once
+ROOM = 0.45  # of a GPU's memory, which the graphs' pool may take and a step as it is once more
 WARM_UP = 2  # runs before a step is recorded, in which libraries make their plans and kernels are compiled
 
 Step = Callable[[Batch, Rows], Losses]
@@ -49,9 +51,9 @@ class Capture:
 
     A batch is copied to where the recording reads it, captions with a settled number of rows (see
     `ops.buckets`), and what comes back are losses whose backward hands out the gradients that were found with
-    them.  A shape is recorded when it comes for the second time.  Batches of a new shape, those with clips
-    that could not be read and those without backward take the step as it is: the same numbers, but for the
-    order of sums.
+    them.  A shape is recorded when it comes for the second time; at first its step is taken as it is, of the
+    same rows.  So are batches with clips that could not be read, and without backward, of the rows they need:
+    the same numbers, but for the order of sums.
 
     Args:
         step: forward, of a batch and the rows of its captions; starts no kernel but on what it is given and
@@ -60,6 +62,7 @@ class Capture:
         recorder: `record_graph` on a GPU.
         most: recordings that are kept; the one that was not used for longest gives way.
         fewest: rows of captions, see `caption_rows`.
+        crowded: whether a step as it is may not fit into memory beside the recordings, which then give way.
     """
 
     def __init__(
@@ -70,9 +73,10 @@ class Capture:
         *,
         most: int = MOST,
         fewest: int = FEWEST,
+        crowded: Callable[[], bool] = lambda: False,
     ) -> None:
         self.step, self.parameters, self.recorder = step, tuple(parameters), recorder
-        self.most, self.fewest = most, fewest
+        self.most, self.fewest, self.crowded = most, fewest, crowded
         self.recordings: OrderedDict[Key, Recording] = OrderedDict()
         self.buffers: dict[Key, Tensor] = {}
         self._came: OrderedDict[Key, None] = OrderedDict()
@@ -84,13 +88,13 @@ class Capture:
             return self.step(batch, {})
         if batch.valid is not None:
             self._say("a batch with clips that could not be read is no recorded step, and takes longer")
-            return self.step(batch, {})
+            return self._unrecorded(batch, {})
         rows = caption_rows([mask for _, mask in _masks(batch)], self.fewest)
         key = (*_shapes(batch), tuple(sorted(rows.items())))
         recording = self.recordings.get(key)
         if recording is None:
             if not self._came_before(key):
-                return self.step(batch, {})
+                return self._unrecorded(batch, rows)
             recording = self._record(key, batch, rows)
         self.recordings.move_to_end(key)
         self._fill(recording.batch, batch)
@@ -99,6 +103,13 @@ class Capture:
         losses = recording.found[0]
         total = _Replayed.apply(losses.total, recording, *self.parameters)
         return Losses(total=total, terms={name: term.clone() for name, term in losses.terms.items()})
+
+    def _unrecorded(self, batch: Batch, rows: Rows) -> Losses:
+        """The step as it is, which needs memory of its own."""
+        if self.recordings and self.crowded():
+            self._say("recordings give way to a step that has none, for lack of memory")
+            self.recordings.clear()
+        return self.step(batch, rows)
 
     def _came_before(self, key: Key) -> bool:
         """Whether batches of this shape have come before; from now on they have."""
@@ -207,7 +218,13 @@ def make_capture(
     check_capture(engine, world)
     if engine.capture == "none":
         return None
-    return Capture(step, tuple(parameters), record_graph(world.device))
+    crowded = partial(memory_is_short, world.device)
+    return Capture(step, tuple(parameters), record_graph(world.device), crowded=crowded)
+
+
+def memory_is_short(device: torch.device) -> bool:
+    """Whether torch holds so much of a GPU's memory that as much again may not fit."""
+    return torch.cuda.memory_reserved(device) > ROOM * torch.cuda.mem_get_info(device)[1]
 
 
 def check_capture(engine: EngineConfig, world: World) -> None:

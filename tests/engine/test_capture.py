@@ -96,6 +96,33 @@ def test_a_shape_is_recorded_when_it_comes_again_and_rows_of_captions_are_part_o
     assert len(held.buffers) == 14, "seven of each size, whatever the rows"
 
 
+def test_a_step_gives_the_same_numbers_before_it_is_recorded_to_the_bit():
+    """So a run that is resumed, whose first steps are not recorded, goes on as it was."""
+    step, _, recorder = made(fewest=16)
+    first, second, third = (steps.take(step, batch()) for _ in range(3))
+    assert recorder.replayed == 2
+    for name, value in first.items():
+        assert torch.equal(second[name], value) and torch.equal(third[name], value), name
+
+
+def test_where_memory_is_short_recordings_give_way_to_a_step_that_has_none(caplog):
+    short: list[bool] = [False]
+    step, held, recorder = made(crowded=lambda: short[0])
+    for _ in range(2):
+        step(batch())
+    other = batch(size=3)
+    step(other)
+    assert len(held.recordings) == 1
+    short[0] = True
+    bad = replace(batch(), valid=torch.tensor([True, False, True, True]))
+    for given in (bad, bad):
+        assert_same(steps.take(step, given), plainly(step, given))
+        assert not held.recordings
+    assert caplog.text.count("recordings give way") == 1
+    assert_same(steps.take(step, batch()), plainly(step, batch()))
+    assert recorder.recorded == 2 and len(held.recordings) == 1
+
+
 def test_of_many_shapes_the_one_not_used_for_longest_gives_way(caplog):
     step, held, recorder = made(most=2)
     sizes = [2, 2, 3, 3, 2, 4, 4, 2, 3]
