@@ -85,7 +85,7 @@ def test_a_residual_stream_in_float32_is_nearer_the_truth_and_blocks_compute_in_
     errors = [relative_error(x, truth) for x in frames]  # products in bfloat16 leave most of it
     assert errors[0] < 0.9 * errors[1] < 0.05
     assert seen == {"block": {torch.float32}, "linear": {torch.bfloat16}}
-    # of all gradients, for which one is worst is chance; products in bfloat16 leave all but all of their error
+    # of all gradients, for which is worst is chance; products in bfloat16 leave nearly all of their error
     far = [relative_frobenius(gradients(m), true_gradients) for m in (wide, plain)]
     assert far[0] < 1.05 * far[1] < 0.06
 
