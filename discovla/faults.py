@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,10 @@ EXPECTED = (ValueError, DecodeError, OSError, FloatingPointError)
 FAILED = 2  # exit status
 STOPPED = 75  # exit status of a run that a signal ended and that can go on: "try again later" of sysexits.h
 GRACE = 10.0  # seconds that ranks > 0 leave rank 0 to tell of the same fault, and the launcher to end them
+_READER = re.compile(
+    r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)"
+)  # in torch's words
+_GONE = "a process that reads for this one has ended, as where memory or /dev/shm is short (data.workers)"
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's words
 
 
@@ -29,7 +34,8 @@ def run_told(run: Callable[[], None], program: str) -> int:
 
     A fault on all ranks is told by the first: the others wait, and are ended by the launcher, which ends all
     processes once one has failed.  A fault on one rank alone is told by that rank, before it leaves the
-    collectives in which the others wait.  That a process is lost is told by every other, at once.
+    collectives in which the others wait.  That a process is lost is told by every other, at once, and that
+    one that read data is, by the rank that it read for.
 
     Returns:
         The exit status: 0, 2 where something is wrong, 75 where a signal stopped the run.
@@ -47,6 +53,9 @@ def run_told(run: Callable[[], None], program: str) -> int:
     except EXPECTED as error:
         line = one_line(error)
     except RuntimeError as error:
+        if _READER.search(str(error)):
+            tell(f"{_GONE}: {one_line(error)}", program)
+            return FAILED
         if not lost_connection(error):
             raise
         line = "another process of this run ended; its own message says why"

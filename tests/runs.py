@@ -129,6 +129,7 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
             "kill" is kill -9, "stop" as if its machine were gone, "SIGTERM" and "SIGUSR1" these signals
             ("SIGTERM^2" to the process that started the one that started it),
             "tree" a SIGTERM to it and to all that it started, as the DeepSpeed launcher sends it,
+            "reader" kill -9 of a process that reads for it,
             "full" a full disk, "nan" a result that is not a number; "drag" is slow from then on.
     """
     words = [str(word) for word in words]
@@ -194,6 +195,8 @@ def _arrange(kind: str, module: str, name: str, call: str) -> None:
         if due and kind == "tree":
             pids = [str(process.pid) for process in (*this.children(recursive=True), this)]
             subprocess.run(["kill", "-TERM", *pids], check=True)  # from without
+        if due and kind == "reader":
+            this.children()[0].kill()
         if due and kind == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         result = original(*args, **kwargs)

@@ -116,7 +116,10 @@ MET = "expected {} processes to come together within 4 s, found "
     ("size", "rank", "where", "told"),
     [
         (3, 1, "discovla.trainer:start", MET.format(3) + "2 of them: rank 1 did not come"),
-        (2, 0, "discovla.trainer:start", MET.format(2) + "nobody who listens at 127.0.0.1:"),
+        pytest.param(
+            *(2, 0, "discovla.trainer:start", MET.format(2) + "nobody who listens at 127.0.0.1:"),
+            marks=pytest.mark.slow,
+        ),
         (3, 2, "discovla.engine.distributed:_backend", ""),
     ],
     ids=["before it came", "the first before it came", "once it came"],
@@ -128,6 +131,16 @@ def test_a_rank_that_dies_before_all_are_together_is_named(size, rank, where, to
     for other in set(range(size)) - {rank}:
         (line,) = [line for line in job.output(other).splitlines() if "error" in line]
         assert told in line if told else re.search(lost(rank, "has ended before the run was over"), line)
+
+
+def test_a_rank_whose_reader_was_killed_says_so_in_one_line(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), *SHORT, "data.workers=2"]
+    job = runs.start(words, size=2, fault=f"reader:{STEP}:2", rank=1)
+    assert job.wait() == [2, 2]
+    (line,) = job.output(rank=1).splitlines()
+    assert line.startswith("train.py: error (rank 1): a process that reads for this one has ended, as where ")
+    assert re.search(r"\(data.workers\): DataLoader worker \(pid \d+\) is killed by signal: Killed", line)
+    assert re.search(lost(1, "has ended before the run was over"), job.output())
 
 
 @pytest.mark.slow
