@@ -19,6 +19,7 @@ from discovla.engine.distributed import (
 )
 from discovla.engine.parts import InParts
 from discovla.methods.base import Method
+from discovla.nn.features import check_mask
 from discovla.ops.buckets import Rows
 from discovla.ops.columns import Columns
 
@@ -65,7 +66,10 @@ class TrainStep(InParts):
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of the global batch, of those of its rows whose clip could be read."""
-        return self.losses(batch) if self.recorded is None else self.recorded(batch)
+        if self.recorded is None:
+            return self.losses(batch)
+        _check(batch)
+        return self.recorded(batch)
 
     def losses(self, batch: Batch, rows: Rows | None = None) -> Losses:
         """The same, by no recording.
@@ -115,3 +119,11 @@ class TrainStep(InParts):
         """The embedding, whose gradient alone is not made up for the average over ranks where official."""
         factor = 1.0 if self.grad_scale == "exact" else 1 / self.world.size
         return x.map(lambda tensor: scale_gradient(tensor, factor))
+
+
+def _check(batch: Batch) -> None:
+    """Refuse, with its row, a mask at which a recorded step would but stop the GPU."""
+    check_mask("caption", batch.text_mask)
+    check_mask("video", batch.frame_mask)
+    if batch.frame_text_mask is not None:
+        check_mask("frame caption", batch.frame_text_mask.flatten(0, -2))

@@ -160,6 +160,25 @@ def test_captions_that_are_encoded_between_two_steps_take_the_rows_of_their_toke
     assert torch.equal(step.method.text(long.text_ids, long.text_mask, dtype=torch.float64), wanted)
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("text_mask", "caption 2"), ("frame_mask", "video 2"), ("frame_text_mask", "frame caption 7")],
+)
+def test_a_mask_without_an_entry_is_refused_by_its_row_before_a_replay(name, found):
+    step = TrainStep(steps.make("discovla").float().to("meta"), ALONE, "exact")
+    step.method.compute_dtype = torch.float32
+    recorder = Unwatched()
+    trained = [p for p in step.parameters() if p.requires_grad]
+    step.recorded = Capture(step.losses, trained, recorder)
+    for _ in range(2):
+        step(batch().to("meta"))
+    bad = batch().to("meta")
+    getattr(bad, name).flatten(0, -2)[int(found.split()[-1])] = False
+    with pytest.raises(ValueError, match=f"^{found}: expected at least one entry that is no padding"):
+        step(bad)
+    assert recorder.replayed == 1
+
+
 def test_what_changes_in_place_is_seen_by_the_next_replay():
     step, _, _ = made()
     for _ in range(2):
