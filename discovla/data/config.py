@@ -41,8 +41,9 @@ class DataConfig(BaseModel):
     cache: folder for decoded frames and for what is known of each file; the frames serve everything but
     training with an augmentation that works on frames of full size, with a sampling that draws frames anew,
     and all that `dali` decodes.
-    decoder: who decodes, see `Decoder`; `auto` measures on the first clips; `dali` makes the frames of a
-    batch at once, of files or of shards, on the GPU where there is one, see `DaliReader`.  decode_seconds:
+    decoder: who decodes, see `Decoder`; `auto` measures on the first clips, see `choose_decoder` too; `dali`
+    makes the frames of a batch at once, of files or of shards, on the GPU where there is one, see
+    `DaliReader`, and `dali+pyav` leaves to PyAV what it would read otherwise.  decode_seconds:
     how long a clip, or a batch of `dali`, may take before it counts as bad and its process is replaced.
     workers: processes that read, 0 reads in the training process.  stills: train on stills drawn in memory
     instead of the clips of the train_split.  resident: hold the frames of all training clips in memory, the
@@ -69,7 +70,7 @@ class DataConfig(BaseModel):
     bad_clip_share: float = Field(default=0.01, ge=0, le=1)
     quarantine: Path | None = None
     cache: Path | None = None
-    decoder: DecoderName | Literal["dali"] = "pyav"
+    decoder: DecoderName | Literal["dali", "dali+pyav"] = "pyav"
     decode_seconds: float = Field(default=300.0, gt=0, allow_inf_nan=False)
     workers: int = Field(default=2, ge=0)
     stills: StillsConfig | None = None

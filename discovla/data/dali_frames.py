@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from discovla.batch import BadClip
+from discovla.data.clips import FrameReader
 from discovla.data.dali import DaliSettings, missing
 from discovla.data.dali_graph import GraphItem, device_of, make_frames
+from discovla.data.dali_reader import leave_to_pyav
 from discovla.data.plans import Plan
+from discovla.data.video import DecodeError
 from discovla.data.watched import Lost, Worker
 
 Made = tuple[Tensor, list[str | None]]
@@ -23,15 +27,18 @@ class DaliFrames:
     The graph runs in another process, that a clip may hang or crash without more harm than its own loss.  On
     a GPU frames do not leave its memory on their way here.
 
+    Args:
+        instead: what reads a clip that the graph does not, where its plan says so.
+
     Raises:
         ValueError: DALI is not there.
     """
 
-    def __init__(self, settings: DaliSettings) -> None:
+    def __init__(self, settings: DaliSettings, instead: FrameReader | None = None) -> None:
         lacking = missing()
         if lacking is not None:
             raise ValueError(f"decoder: {lacking}")
-        self.settings = settings
+        self.settings, self.instead = settings, instead
         self._worker: Worker[GraphItem, Any] = Worker(make_frames, limit=settings.limit)
 
     def read(self, plans: Sequence[Plan]) -> Made:
@@ -68,10 +75,26 @@ class DaliFrames:
         self._worker.close()
 
     def _give(self, plans: Sequence[Plan]) -> None:
-        self._worker.give(GraphItem(settings=self.settings, plans=tuple(plans)))
+        told = (replace(plan, asked=None, made=None) for plan in plans)
+        self._worker.give(GraphItem(settings=self.settings, plans=tuple(told)))
 
     def _taken(self, plans: Sequence[Plan]) -> Made:
-        """The answer to the plans given."""
+        """The answer to the plans given, with what others are to read."""
+        frames, reasons = self._answer(plans)
+        for row, plan in enumerate(plans):
+            made, reason = plan.made, reasons[row]
+            if reason is not None and plan.asked is not None and self.instead is not None:
+                leave_to_pyav(plan.path, reason)
+                try:
+                    made, reasons[row] = self.instead.sample(*plan.asked)[0], None
+                except DecodeError as error:
+                    reasons[row] = error.reason
+            if made is not None:
+                frames[row] = torch.from_numpy(made)
+        return frames, reasons
+
+    def _answer(self, plans: Sequence[Plan]) -> Made:
+        """The answer of the graph to the plans given."""
         made, error = self._worker.answer()
         if isinstance(error, Lost):
             return self._one_by_one(plans, error)

@@ -11,10 +11,11 @@ import torch
 
 from discovla.data.augment import crop_box
 from discovla.data.cache import FrameCache
-from discovla.data.clips import FULL_SIZE, Augment, FrameSettings
+from discovla.data.clips import FULL_SIZE, Augment, FrameReader, FrameSettings
 from discovla.data.dali import Content, DaliSettings, FullSize, missing, unfit
 from discovla.data.dali_augment import drawn_steps
 from discovla.data.decode import DecodeError, look_through, sampled
+from discovla.data.decoders import say_once
 from discovla.data.manifest import Clip
 from discovla.data.pixels import fitted
 from discovla.data.plans import Plan, no_plan
@@ -25,12 +26,21 @@ from discovla.data.video import check_file
 from discovla.data.watched import Lost, Worker
 
 
+class Otherwise(DecodeError):
+    """A file that DALI would read otherwise than PyAV."""
+
+
+def leave_to_pyav(path: Path, reason: str) -> None:
+    """Say that a clip is not read by DALI, once in a process."""
+    say_once(str(path), f"decoder: 'dali+pyav' leaves it to pyav: {reason}")
+
+
 class DaliReader:
     """What `FrameReader` is, for clips whose frames are made a batch at a time: it plans them.
 
     Which frames of a file to take is known once they have been counted, by PyAV, in a process that is
     replaced where it does not survive it; the cache keeps that.  A file that DALI would read otherwise than
-    PyAV is refused by name.
+    PyAV is refused by name, or left to another reader.
 
     It pickles, so that worker processes can have it.
 
@@ -38,18 +48,25 @@ class DaliReader:
         augment: that of training; `none` for evaluation.
         threads: of the graph.
         shards: where frames come from, in place of the clips' files.
+        instead: what reads the clips that DALI does not.
 
     Raises:
         ValueError: DALI is not there, or the cache cannot be written.
     """
 
     def __init__(
-        self, settings: FrameSettings, augment: Augment, *, threads: int = 1, shards: Shards | None = None
+        self,
+        settings: FrameSettings,
+        augment: Augment,
+        *,
+        threads: int = 1,
+        shards: Shards | None = None,
+        instead: FrameReader | None = None,
     ) -> None:
         lacking = missing()
         if lacking is not None:
             raise ValueError(f"decoder: {lacking}")
-        self.settings, self.shards = settings, shards
+        self.settings, self.shards, self.instead = settings, shards, instead
         self.graph = _graph_settings(settings, augment, threads, shards)
         self._tables = FrameTables(None if settings.cache is None else FrameCache(settings.cache, ".table"))
         self._counter = None if settings.limit is None else Worker(look_through, limit=settings.limit)
@@ -61,9 +78,18 @@ class DaliReader:
             DecodeError: the clip gives none, or DALI cannot read it.
         """
         sampling = sampling_of(self.settings, clip, None if augment is None else seed)
-        plan, size = self._of_file(clip, sampling) if self.shards is None else self._of_shards(clip, sampling)
+        try:
+            plan, size = self._of_shards(clip, sampling) if self.shards else self._of_file(clip, sampling)
+        except Otherwise as error:
+            if self.instead is None:
+                raise
+            leave_to_pyav(clip.video, error.reason)
+            frames, shown = self.instead.sample(clip, augment, seed)
+            return replace(self.blank(), id=clip.id, path=clip.video, made=frames), shown
         if augment == "light":
             plan = replace(plan, light=seed)
+        if self.instead is not None:
+            plan = replace(plan, asked=(clip, augment, seed))
         if not self.graph.sized:
             plan = self._cut(plan, size, seed)
         return plan, len(plan.places)
@@ -85,7 +111,7 @@ class DaliReader:
         indices = sampled(path, table, sampling, self.settings.damaged)
         reason = unfit(table, cuda=self.graph.device is not None)
         if reason is not None:
-            raise DecodeError(path, f"cannot be read by decoder = 'dali': {reason}")
+            raise Otherwise(path, f"cannot be read by decoder = 'dali': {reason}")
         chosen, places = np.unique(indices, return_inverse=True)
         unknown = (np.nan,) * 3
         means = np.array([table.mean(index) or unknown for index in chosen.tolist()], np.float32)

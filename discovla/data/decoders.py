@@ -96,7 +96,7 @@ class Decoder:
             except Unfit as error:
                 if self.name != "auto":
                     raise DecodeError(path, f"cannot be read by decoder = 'torchcodec': {error}") from error
-                _say_once(str(path), f"decoder: auto leaves it to pyav: {error}")
+                say_once(str(path), f"decoder: auto leaves it to pyav: {error}")
         return self._by_pyav(path, table, sampling, indices, each)
 
     def _by_pyav(
@@ -107,7 +107,7 @@ class Decoder:
             try:
                 return read_entering(path, table, indices, each)
             except Astray as error:
-                _say_once(str(path), f"decoded whole each time: entered at a key frame, {error}")
+                say_once(str(path), f"decoded whole each time: entered at a key frame, {error}")
                 self.tables.put(path, replace(table, sequential=True))
         images, again = scan(path, sampling, each, table.count)
         if not images.keys() >= set(indices):
@@ -138,6 +138,6 @@ class Decoder:
 
 
 @lru_cache(maxsize=256)
-def _say_once(path: str, what: str) -> None:
+def say_once(path: str, what: str) -> None:
     """Say something of a file, once in a process."""
     logger.warning("%s: %s", path, what)

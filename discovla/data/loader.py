@@ -189,7 +189,7 @@ class _VideoSource:
 
 def _graph(reader: ClipReader) -> DaliFrames | None:
     """What makes the frames that a reader plans; None where it reads them itself."""
-    return DaliFrames(reader.graph) if isinstance(reader, DaliReader) else None
+    return DaliFrames(reader.graph, reader.instead) if isinstance(reader, DaliReader) else None
 
 
 def _finished(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from discovla.data.manifest import Clip
+
+Asked = tuple[Clip, Any, str]  # clip, augment and seed
 Pair = tuple[int, int]
 
 
@@ -34,6 +38,8 @@ class Plan:
     content: of each of f' the bytes of a JPEG, or all of them raw, f' y x 3; None reads the file.
     cut, part: y and x of the top left corner and size of what is cut out.  size: to which frames are resized.
     steps: RandAugment's.  light: the seed of `draw_light`, None where it is not drawn.
+    asked: what is to be asked of another reader where the graph does not read the clip; None refuses it.
+    made: frames that another reader gave, all that the model takes.
     """
 
     id: str
@@ -49,6 +55,8 @@ class Plan:
     size: Pair = (0, 0)
     steps: tuple[Step, ...] = ()
     light: str | None = None
+    asked: Asked | None = None
+    made: np.ndarray | None = None
 
     @property
     def empty(self) -> bool:

@@ -25,6 +25,8 @@ from discovla.data.shard_reader import open_shards
 
 logger = logging.getLogger(__name__)
 
+DALI = ("dali", "dali+pyav")  # decoders whose frames come from its graph
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderShape:
@@ -61,7 +63,7 @@ def pixels(config: DataConfig) -> str:
     kind = "decoded"
     if config.shards is not None and (settings := open_shards(config.shards).settings).format == "jpeg":
         kind = f"jpeg, quality {settings.quality}"
-    return f"{kind}, by dali" if _by_dali(config) else kind
+    return f"{kind}, by {config.decoder}" if by_dali(config) else kind
 
 
 def clip_source(clips: Sequence[Clip], config: DataConfig, shape: LoaderShape) -> ClipSource:
@@ -98,30 +100,35 @@ def frame_reader(
     Raises:
         ValueError: shards that hold other frames; and as `FrameReader`.
     """
-    settings = _frame_settings(config, image_size)
+    settings = frame_settings(config, image_size)
     shards = None if config.shards is None else open_shards(config.shards)
     reader = None
     if shards is not None:
         settings = replace(settings, cache=None)
         reader = ShardFrameReader(settings, shards)
         reader.check(clips, augment)
-    if _by_dali(config):
-        return DaliReader(settings, augment or "none", threads=config.workers, shards=shards)
-    return reader or FrameReader(settings)
+    if not by_dali(config):
+        return reader or FrameReader(settings)
+    instead = (reader or FrameReader(settings)) if config.decoder == "dali+pyav" else None
+    return DaliReader(settings, augment or "none", threads=config.workers, shards=shards, instead=instead)
 
 
-def _by_dali(config: DataConfig) -> bool:
-    """Whether DALI makes the frames; raw ones of the model's size need no more than to be read."""
+def by_dali(config: DataConfig) -> bool:
+    """Whether DALI makes the frames."""
+    return config.decoder in DALI and not ready(config)
+
+
+def ready(config: DataConfig) -> bool:
+    """Whether there is nothing to decode: raw frames of the model's size need no more than to be read."""
     settings = None if config.shards is None else open_shards(config.shards).settings
-    ready = settings is not None and settings.format == "raw" and settings.size is not None
-    return config.decoder == "dali" and not ready
+    return settings is not None and settings.format == "raw" and settings.size is not None
 
 
 def _say_what_the_cache_lacks(config: DataConfig) -> None:
     """Warn where there is a cache that training cannot use."""
     if config.cache is None or config.shards is not None:
         return
-    if config.decoder == "dali":
+    if config.decoder in DALI:
         logger.warning("cache: decoder = 'dali' keeps what is known of each file there, but no frames")
     elif config.augment in FULL_SIZE:
         logger.warning(
@@ -135,7 +142,7 @@ def _say_what_the_cache_lacks(config: DataConfig) -> None:
         )
 
 
-def _frame_settings(config: DataConfig, image_size: int) -> FrameSettings:
+def frame_settings(config: DataConfig, image_size: int) -> FrameSettings:
     """The part of the configuration that decides a clip's frames."""
     return FrameSettings(
         frames=config.frames,
@@ -146,6 +153,6 @@ def _frame_settings(config: DataConfig, image_size: int) -> FrameSettings:
         sampling_slice=config.sampling_slice,
         damaged=config.damaged,
         cache=config.cache,
-        decoder="pyav" if config.decoder == "dali" else config.decoder,
+        decoder="pyav" if config.decoder in DALI else config.decoder,
         limit=config.decode_seconds,
     )

@@ -189,6 +189,29 @@ def test_another_picture_than_the_one_planned_is_refused(folder, graph):
 
 
 @with_dali
+def test_what_the_graph_fails_at_is_read_by_another_reader(folder, graph, tmp_path, caplog):
+    gone = tmp_path / "gone.webm"
+    other = FrameReader(replace(SETTINGS, limit=None))
+    reader = DaliReader(SETTINGS, "none", instead=other)
+    plans = [reader.sample(clip(folder / name))[0] for name in ("vp9.webm", "mjpeg.avi")]
+    reader.close()
+    text = tmp_path / "text.webm"
+    text.write_bytes(bytes(range(256)) * 8)
+    plans = [
+        plans[0],
+        replace(plans[0], path=text),
+        replace(plans[1], path=gone, asked=(clip(gone), None, "")),
+    ]
+    graph.instead = other
+    frames, reasons = graph.read(plans)
+    graph.instead = None
+    assert reasons == [None, None, "there is no such file"]
+    assert np.array_equal(frames[1].cpu().numpy(), wanted(folder / "vp9.webm"))
+    assert_near(frames[0].cpu().numpy(), folder / "vp9.webm")
+    assert f"{text}: decoder: 'dali+pyav' leaves it to pyav: DALI: " in caplog.text
+
+
+@with_dali
 @pytest.mark.slow
 def test_a_graph_whose_process_was_killed_is_made_anew_and_gives_the_same(folder, graph):
     plans = [plan(folder / "vp9.webm"), plan(folder / "mjpeg.avi")]

@@ -111,6 +111,22 @@ def test_training_sees_what_pyav_gives_bad_clips_and_all(augment, world):
     assert all(torch.equal(a.frames, b.frames) for a, b in zip(rest, batches[1:], strict=True))
 
 
+def test_what_dali_refuses_pyav_reads_where_that_is_asked_for(world, caplog):
+    data = {"augment": "light"}
+    found = list(loader(config(world, decoder="dali+pyav", **data)).epoch(1))
+    wanted = list(loader(config(world, decoder="pyav", **data)).epoch(1))
+    assert assert_near(found, wanted) >= 24  # the bad clip is bad to both, all others are read
+    exact = 0
+    for a, b in zip(found, wanted, strict=True):
+        for row in (a.video_index == 5).nonzero().flatten().tolist():
+            assert torch.equal(a.frames[row], b.frames[row])
+            exact += 1
+    assert exact
+    told = [m for m in caplog.messages if "dali+pyav" in m]
+    assert len(told) == 1
+    assert "long-gop.mp4: decoder: 'dali+pyav' leaves it to pyav: cannot be read by" in told[0]
+
+
 @pytest.mark.slow
 def test_workers_and_ranks_change_nothing(world):
     whole = list(loader(config(world, augment="light")).epoch(0))
@@ -167,8 +183,8 @@ def test_resident_frames_are_those_that_dali_makes(world):
 
 
 def test_whose_pixels_a_run_sees_is_known(world, made):
-    told = {decoder: pixels(config(world, decoder=decoder)) for decoder in ("pyav", "dali")}
-    assert told == {"pyav": "decoded", "dali": "decoded, by dali"}
+    told = [pixels(config(world, decoder=decoder)) for decoder in ("pyav", "auto", "dali", "dali+pyav")]
+    assert told == ["decoded", "decoded", "decoded, by dali", "decoded, by dali+pyav"]
     assert pixels(config(world, shards=made(format="raw"))) == "decoded"
     assert pixels(config(world, shards=made(format="jpeg"))) == "jpeg, quality 95, by dali"
 

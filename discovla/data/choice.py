@@ -1,0 +1,230 @@
+"""Whether DALI's graph is to make the frames of a run, measured on its first clips."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Literal
+
+import numpy as np
+
+from discovla.data import dali, torchcodec_frames
+from discovla.data.clips import FULL_SIZE, Augment, ShardFrameReader
+from discovla.data.config import DataConfig
+from discovla.data.dali_frames import DaliFrames
+from discovla.data.dali_reader import DaliReader
+from discovla.data.decode import DecodeError
+from discovla.data.decoders import TRIED, DecoderName
+from discovla.data.manifest import Clip
+from discovla.data.reading import Reader, Reading
+from discovla.data.sampling import sampling_of
+from discovla.data.shard_reader import open_shards
+from discovla.data.source import frame_settings, ready
+
+logger = logging.getLogger(__name__)
+
+GAIN = 1.1  # DALI's pixels are near to the others', not equal, so that it has to be worth something
+_PASSES = 3  # through the clips, of which the first warms up and the fastest of the others counts
+_SEED = "0/0/0"
+
+Read = Callable[[Clip, bool], np.ndarray]  # of a clip, for training or not
+Chosen = Literal["auto", "dali+pyav"]
+
+
+class Unchosen(Exception):
+    """Why DALI is left out."""
+
+
+def choose_decoder(clips: Sequence[Clip], config: DataConfig, image_size: int) -> Chosen:
+    """The decoder that `auto` stands for: `dali+pyav` where that gives the frames of the first clips sooner.
+
+    Every way reads them as training will, with its augmentation, by as many processes or threads as it has
+    workers.  DALI is left out where it would not read one of these clips as PyAV does: it is not there, does
+    not know a codec, or gives other frames, by more than `TOLERANCE_MEAN`.  The choice is logged in one line.
+
+    Args:
+        clips: of training, in the order of the manifest; those that give no frames are passed over.
+    """
+    if ready(config):
+        return "auto"
+    try:
+        rates = _rates(clips, config, image_size)
+    except Unchosen as error:
+        logger.info("decoder: auto leaves out dali: %s", error)
+        return "auto"
+    by_dali = rates.pop("dali")
+    best = max(rates, key=rates.__getitem__)
+    chosen: Chosen = "dali+pyav" if by_dali >= GAIN * rates[best] else "auto"
+    figures = ", ".join(f"{name} {rate:,.0f}" for name, rate in {"dali": by_dali, **rates}.items())
+    taken = best if chosen == "auto" else chosen
+    logger.info("decoder: auto takes %s: %s frames a second of the first %d clips", taken, figures, TRIED)
+    return chosen
+
+
+def _rates(clips: Sequence[Clip], config: DataConfig, image_size: int) -> dict[str, float]:
+    """Frames a second of every way.
+
+    Raises:
+        Unchosen: DALI is none of them.
+    """
+    lacking = dali.missing()
+    if lacking is not None:
+        raise Unchosen(lacking)
+    anew = config.augment in FULL_SIZE or sampling_of(config).moves
+    if config.cache is not None and config.shards is None and not anew:
+        raise Unchosen("data.cache keeps the frames of a clip, which is decoded once")
+    with ExitStack() as stack:
+        if config.cache is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            config = config.model_copy(update={"cache": Path(folder)})
+        # The tables of the clips are made by the first to read them, and found in the cache by all others.
+        ways = {name: stack.enter_context(_readers(config, image_size, name)) for name in _others(config)}
+        known = _first(clips, ways["pyav"][0])
+        graph = stack.enter_context(_graph(config, image_size, "none"))
+        _check(known, *graph)
+        some = [clip for clip, _ in known]
+        rates = {name: _fastest(lambda way=way: _read(some, way)) for name, way in ways.items()}
+        if config.augment in FULL_SIZE:
+            graph = stack.enter_context(_graph(config, image_size, config.augment))
+        if config.shards is not None:
+            rates = {"pillow": rates["pyav"]}  # which decodes the JPEG of shards, whatever the decoder
+        rates["dali"] = _fastest(lambda: _made(some, *graph, config.augment))
+    return rates
+
+
+def _others(config: DataConfig) -> list[DecoderName]:
+    """What else than DALI may read the clips."""
+    lacking = config.shards is not None or torchcodec_frames.missing() is not None
+    return ["pyav"] if lacking else ["pyav", "torchcodec"]
+
+
+@contextmanager
+def _readers(config: DataConfig, image_size: int, decoder: DecoderName) -> Iterator[list[Read]]:
+    """As many readers of clips as there are workers, in processes of their own where they decode files."""
+    settings = frame_settings(config, image_size)
+    if config.shards is not None:
+        shards = ShardFrameReader(settings, open_shards(config.shards))
+        copies = [pickle.loads(pickle.dumps(shards)) for _ in range(max(1, config.workers))]
+        augment = (None, config.augment)
+        yield [partial(_of_shards, each, augment) for each in copies]
+        return
+
+    def asked(clip: Clip, training: bool) -> Reading:
+        return Reading(
+            path=clip.video,
+            sampling=sampling_of(settings, clip, _SEED if training else None),
+            image_size=image_size,
+            augment=config.augment if training else "none",
+            seed=_SEED,
+            damaged=settings.damaged,
+            decoder=decoder,
+            cache=config.cache,
+        )
+
+    with ExitStack() as stack:
+        found: list[Read] = []
+        for _ in range(max(1, config.workers)):
+            reader = Reader(settings.limit)
+            stack.callback(reader.close)
+            found.append(lambda clip, training, reader=reader: reader(asked(clip, training)))
+        yield found
+
+
+def _of_shards(
+    reader: ShardFrameReader, augment: tuple[Augment | None, Augment], clip: Clip, training: bool
+) -> np.ndarray:
+    """Frames of a clip without their padding, augmented by the one or the other."""
+    frames, shown = reader.sample(clip, augment[training], _SEED)
+    return frames[:shown]
+
+
+@contextmanager
+def _graph(config: DataConfig, image_size: int, augment: Augment) -> Iterator[tuple[DaliReader, DaliFrames]]:
+    """What plans and makes frames by DALI."""
+    shards = None if config.shards is None else open_shards(config.shards)
+    settings = frame_settings(config, image_size)
+    reader = DaliReader(settings, augment, threads=config.workers, shards=shards)
+    graph = DaliFrames(reader.graph)
+    try:
+        yield reader, graph
+    finally:
+        graph.close()
+        reader.close()
+
+
+def _first(clips: Sequence[Clip], read: Read) -> list[tuple[Clip, np.ndarray]]:
+    """The first clips that give frames, with them."""
+    known = []
+    for clip in clips[: 4 * TRIED]:
+        try:
+            known.append((clip, read(clip, False)))
+        except DecodeError:
+            continue  # which training names
+        if len(known) == TRIED:
+            return known
+    if not known:
+        raise Unchosen(f"none of the first {4 * TRIED} clips gives frames")
+    return known
+
+
+def _check(known: Sequence[tuple[Clip, np.ndarray]], reader: DaliReader, graph: DaliFrames) -> None:
+    """See that DALI gives the frames that are known.
+
+    Raises:
+        Unchosen: it does not.
+    """
+    try:
+        plans = [reader.sample(clip)[0] for clip, _ in known]
+    except DecodeError as error:
+        raise Unchosen(str(error)) from error
+    frames, reasons = graph.read(plans)
+    for (clip, wanted), found, reason in zip(known, frames.cpu().numpy(), reasons, strict=True):
+        if reason is not None:
+            raise Unchosen(f"{clip.video}: {reason}")
+        off = np.abs(found[: len(wanted)].astype(np.int16) - wanted).mean((1, 2, 3)).max()
+        if off > dali.TOLERANCE_MEAN:
+            raise Unchosen(f"{clip.video}: it gives other frames, {off:.1f} levels off those of pyav")
+
+
+def _fastest(once: Callable[[], int]) -> float:
+    """Frames a second of something that gives a number of them each time."""
+    rates = []
+    for _ in range(_PASSES):
+        begin = time.perf_counter()
+        frames = once()
+        rates.append(frames / (time.perf_counter() - begin))
+    return max(rates[1:])
+
+
+def _read(clips: Sequence[Clip], readers: Sequence[Read]) -> int:
+    """Read clips by several readers at once; how many frames they gave."""
+    free: SimpleQueue[Read] = SimpleQueue()
+    for reader in readers:
+        free.put(reader)
+
+    def one(clip: Clip) -> int:
+        reader = free.get()
+        try:
+            return len(reader(clip, True))
+        except DecodeError:  # torchcodec may not read what others do
+            return 0
+        finally:
+            free.put(reader)
+
+    with ThreadPoolExecutor(len(readers)) as pool:
+        return sum(pool.map(one, clips))
+
+
+def _made(clips: Sequence[Clip], reader: DaliReader, graph: DaliFrames, augment: Augment) -> int:
+    """Plan clips and make their frames; how many there are."""
+    planned = [reader.sample(clip, augment, _SEED) for clip in clips]
+    reasons = graph.read([plan for plan, _ in planned])[1]
+    return sum(shown for (_, shown), reason in zip(planned, reasons, strict=True) if reason is None)
