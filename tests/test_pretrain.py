@@ -106,7 +106,8 @@ def test_an_average_of_split_parameters_goes_on_with_another_number_of_processes
     words = [runs.write_config(tmp_path, drawn), "steps=4", "optim.ema=0.75", "checkpoint_every=2"]
     runs.train([*words, f"directory={tmp_path}/whole"])
     words += ["engine.strategy=deepspeed", "engine.zero_stage=3", "engine.accumulate=2"]
-    runs.train([*words, f"directory={tmp_path}/split", "stop_at=2"], size=2)
+    offload = ["engine.offload=cpu", "engine.offload_parameters=true"]
+    runs.train([*words, *offload, f"directory={tmp_path}/split", "stop_at=2"], size=2)
     runs.train([*words, f"directory={tmp_path}/split", "resume=true"])
     found, wanted = (
         load_file(tmp_path / name / "checkpoints/step-00000004/average.safetensors")

@@ -48,6 +48,22 @@ def test_the_table_ends_with_the_total(capsys):
     assert total == pytest.approx(sum(sizes.values()), abs=0.5)
 
 
+def test_what_offload_takes_of_the_machine_has_a_table_of_its_own(capsys):
+    words = ["zero", CONFIG, "method.tune=full", "engine.offload=cpu", "--gpus", "2"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    trained = found["parameters"]["trained"]
+    assert found["deepspeed"]["zero_optimization"]["stage"] == 1
+    assert found["bytes"]["masters"] == found["bytes"]["moments"] == 0
+    assert found["host_bytes"]["moments"] == pytest.approx(8 * trained / 2, abs=8)
+    assert found["parameters"]["largest"] == 49408 * 512  # the token embedding
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    host = lines[lines.index("and for each GPU in its machine's memory, in MiB:") + 1 :]
+    sizes = {name: float(size.replace(",", "")) for name, size in map(str.split, host)}
+    assert sizes["total"] == pytest.approx(sum(found["host_bytes"].values()) / 2**20, abs=0.5)
+
+
 def test_a_number_of_gpus_that_does_not_divide_the_batch_is_refused(capsys):
     assert main(["zero", CONFIG, "--gpus", "3"]) == 2
     assert "--gpus: expected a number that divides batch_size = 128, got 3" in capsys.readouterr().err

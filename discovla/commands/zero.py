@@ -8,7 +8,7 @@ import json
 import torch
 
 from discovla.config import RunConfig, read_config
-from discovla.engine.memory import Sizes, TokenLayers, activation_bytes, state_bytes
+from discovla.engine.memory import Sizes, TokenLayers, activation_bytes, host_bytes, state_bytes
 from discovla.engine.strategy import trained_size
 from discovla.engine.zero import choose_stage, zero_json
 from discovla.methods import METHODS
@@ -39,7 +39,8 @@ def _run(arguments: argparse.Namespace) -> None:
     method = sketch(config)
     trained = trained_size(method)
     frozen = sum(p.numel() for p in method.parameters()) - trained
-    sizes = Sizes(frozen=frozen, trained=trained, world_size=arguments.gpus)
+    largest = max((p.numel() for p in method.parameters() if p.requires_grad), default=0)
+    sizes = Sizes(frozen=frozen, trained=trained, world_size=arguments.gpus, largest=largest)
     settings = zero_json(
         config.engine,
         config.optim,
@@ -47,12 +48,15 @@ def _run(arguments: argparse.Namespace) -> None:
         world_size=arguments.gpus,
         trained=trained,
     )
-    memory = predicted(config, method, sizes)
+    memory, host = predicted(config, method, sizes), host_bytes(config.engine, sizes)
     if arguments.json:
-        print(json.dumps({"deepspeed": settings, "parameters": vars(sizes), "bytes": memory}, indent=2))
+        found = {"deepspeed": settings, "parameters": vars(sizes), "bytes": memory, "host_bytes": host}
+        print(json.dumps(found, indent=2))
         return
     print(json.dumps(settings, indent=2))
     print(_table(config, sizes, memory))
+    if any(host.values()):
+        print("\n".join(["and for each GPU in its machine's memory, in MiB:", *_lines(host)]))
 
 
 def sketch(config: RunConfig) -> Method:
@@ -100,5 +104,10 @@ def _table(config: RunConfig, sizes: Sizes, memory: dict[str, int]) -> str:
         f"{config.batch_size // sizes.world_size} clips each, {how}, {config.engine.precision}",
         "predicted on each GPU, in MiB (towers and optimiser; not the losses, the library and its buffers):",
     ]
-    lines += [f"{name:>12} {size / 2**20:12,.1f}" for name, size in memory.items()]
-    return "\n".join([*lines, f"{'total':>12} {sum(memory.values()) / 2**20:12,.1f}"])
+    return "\n".join([*lines, *_lines(memory)])
+
+
+def _lines(memory: dict[str, int]) -> list[str]:
+    """Each part and their sum."""
+    named = {**memory, "total": sum(memory.values())}
+    return [f"{name:>12} {size / 2**20:12,.1f}" for name, size in named.items()]

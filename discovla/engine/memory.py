@@ -16,12 +16,14 @@ MOST_LIVE = 1_000_000_000  # elements that DeepSpeed's stage 3 keeps gathered at
 class Sizes:
     """What is trained by how many processes.
 
-    frozen, trained: elements of parameters.  world_size: processes.
+    frozen, trained: elements of parameters.  world_size: processes.  largest: elements of the largest trained
+    parameter, which offload buffers.
     """
 
     frozen: int
     trained: int
     world_size: int
+    largest: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class TokenLayers:
 
 
 def state_bytes(config: EngineConfig, sizes: Sizes) -> dict[str, int]:
-    """Bytes that one process holds for parameters, gradients and the optimiser, by part.
+    """Bytes on a GPU that one process holds for parameters, gradients and the optimiser, by part.
 
     With F frozen and T trained elements of f and t bytes on W processes, and buckets of B elements:
 
@@ -46,6 +48,9 @@ def state_bytes(config: EngineConfig, sizes: Sizes) -> dict[str, int]:
 
     Masters are there in float32 too: DeepSpeed's optimiser holds a slice of its own.  Stage 3 gathers at most
     a thousand million elements at once, by DeepSpeed's default.
+
+    With offload masters and moments go, and at stage 3 the slices of gradients; stages 1 and 2 take a buffer
+    of the largest parameter.  Where parameters go, what is gathered of them is on the GPU for W = 1 too.
 
     Args:
         config: of the engine; plain torch is stage 0.
@@ -64,14 +69,43 @@ def state_bytes(config: EngineConfig, sizes: Sizes) -> dict[str, int]:
         2: t * min(trained, part + bucket),
         3: t * (part + bucket),
     }[stage]
-    live = min(1.0, MOST_LIVE / max(1, sizes.frozen + trained)) if stage == 3 and w > 1 else 0.0
+    away, all_away = config.offload != "none", config.offload_parameters
+    if away:
+        gradients += -t * part if stage == 3 else t * sizes.largest
+    gathers = stage == 3 and (w > 1 or all_away)
+    live = min(1.0, MOST_LIVE / max(1, sizes.frozen + trained)) if gathers else 0.0
+    kept = 0 if all_away else _share(whole, w)
     return {
-        "parameters": _share(whole, w) if stage == 3 else whole,
-        "masters": 0 if stage == 0 else FULL * part,
-        "moments": 2 * FULL * (trained if stage == 0 else part),
+        "parameters": kept if stage == 3 else whole,
+        "masters": 0 if stage == 0 or away else FULL * part,
+        "moments": 0 if away else 2 * FULL * (trained if stage == 0 else part),
         "gradients": gradients,
         "gathered": round(whole * live),
     }
+
+
+def host_bytes(config: EngineConfig, sizes: Sizes) -> dict[str, int]:
+    """Bytes that one process holds in the host's memory because of `engine.offload`, by part.
+
+    With F, T, f, t and W as in `state_bytes`, and P elements in the largest trained parameter:
+
+        stage   parameters               masters   moments   gradients     copies
+        1, 2    0                        4 T / W   8 T / W   4 T / W       t (T / W + P)
+        3       (f F + t T) / W if too   4 T / W   8 T / W   (4 + t) T/W   0
+
+    Nothing where there is no offload.
+    """
+    names = ("parameters", "masters", "moments", "gradients", "copies")
+    if config.offload == "none":
+        return dict.fromkeys(names, 0)
+    w = sizes.world_size
+    third, part = choose_stage(config, sizes.trained, w) == 3, _share(sizes.trained, w)
+    t = 2 if config.bf16_parameters else FULL
+    whole = FROZEN[config.precision] * sizes.frozen + t * sizes.trained
+    parameters = _share(whole, w) if config.offload_parameters else 0
+    gradients = (FULL + t if third else FULL) * part
+    copies = 0 if third else t * (part + sizes.largest)
+    return dict(zip(names, (parameters, FULL * part, 2 * FULL * part, gradients, copies), strict=True))
 
 
 def activation_bytes(towers: list[TokenLayers], *, widths: float, element: int, parts: int = 1) -> int:

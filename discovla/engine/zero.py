@@ -21,6 +21,9 @@ class EngineConfig(BaseModel):
     strategy: "deepspeed" or plain "torch".
     zero_stage: what DeepSpeed splits over ranks: 0 nothing, 1 optimiser state, 2 and gradients, 3 and
         parameters. "auto" is 0 up to 100 million trained parameters or on one process, else 1.
+    offload: where the optimiser's state, and its update, go from the GPU: "cpu" memory; "none" keeps them.
+        For zero_stage >= 1, which "auto" then takes.
+    offload_parameters: keep parameters there too, but for those under way; for zero_stage 3.
     precision: "fp32"; "bf16": frozen weights and compute in bf16, trained parameters in fp32; "fp8": as that,
         but frozen linear layers multiply in 8 bits: for GPUs of Hopper and later, emulated on a CPU;
         "fp8_backward": the gradients that pass them too, for one more byte a frozen weight.
@@ -55,6 +58,8 @@ class EngineConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     strategy: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    offload: Literal["none", "cpu"] = "none"
+    offload_parameters: bool = False
     precision: Literal["fp32", "bf16", "fp8", "fp8_backward"] = "fp32"
     residual: Literal["bf16", "fp32"] = "bf16"
     bf16_parameters: bool = False
@@ -87,10 +92,25 @@ class EngineConfig(BaseModel):
             ("distinct_captions", (False,)),
             ("zero_stage", ("auto", 0)),
             ("bf16_parameters", (False,)),
+            ("offload", ("none",)),
             ("impl", ("auto", "torch", "triton")),
         ):
             if self.capture == "graph" and (found := getattr(self, key)) not in plain:
                 raise ValueError(f"capture: expected 'none' with {key} = {found!r}, found 'graph'")
+        return self
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> EngineConfig:
+        if self.offload != "none" and (self.strategy != "deepspeed" or self.zero_stage == 0):
+            raise ValueError(
+                f"offload: expected strategy deepspeed and zero_stage >= 1 with {self.offload!r}, found "
+                f"{self.strategy} and {self.zero_stage}"
+            )
+        if self.offload_parameters and (self.offload == "none" or self.zero_stage != 3):
+            raise ValueError(
+                "offload_parameters: expected offload 'cpu' and zero_stage 3, found "
+                f"{self.offload!r} and {self.zero_stage}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -106,7 +126,7 @@ def choose_stage(config: EngineConfig, trained: int, world_size: int) -> int:
     """The ZeRO stage of a run that trains `trained` parameters on `world_size` processes."""
     if config.zero_stage != "auto":
         return config.zero_stage
-    if config.bf16_parameters:
+    if config.bf16_parameters or config.offload != "none":
         return 1
     return 1 if world_size > 1 and trained > LARGE else 0
 
@@ -141,6 +161,10 @@ def zero_json(
             "allgather_bucket_size": bucket,
         },
     }
+    if config.offload != "none":
+        settings["zero_optimization"]["offload_optimizer"] = {"device": config.offload, "pin_memory": True}
+    if config.offload_parameters:
+        settings["zero_optimization"]["offload_param"] = {"device": config.offload, "pin_memory": True}
     if stage == 3:
         settings["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
         # one backward a step, or with parts several

@@ -90,13 +90,7 @@ def train(world: World, job: dict) -> dict:
     module = Pairs(world, job)
     if job.get("bf16"):
         cast_frozen(module, torch.bfloat16)
-    short = job.get("bf16_parameters", False)
-    engine = EngineConfig(
-        strategy=job.get("strategy", "deepspeed"),
-        zero_stage=job.get("stage", 0),
-        precision="bf16" if short or job.get("bf16") else "fp32",
-        bf16_parameters=short,
-    )
+    engine = _engine(job)
     optim = OptimConfig(clip_grad_norm=job.get("clip", 0.05), name=job.get("optim", "adamw_released"))
     strategy = make_strategy(module, StepPlan(engine=engine, optim=optim, world=world, batch_size=BATCH))
     if "load" in job:
@@ -125,6 +119,19 @@ def train(world: World, job: dict) -> dict:
     return {"losses": losses, "terms": terms, "norms": norms, "evaluated": evaluated, "dtypes": dtypes}
 
 
+def _engine(job: dict) -> EngineConfig:
+    short = job.get("bf16_parameters", False)
+    return EngineConfig(
+        strategy=job.get("strategy", "deepspeed"),
+        zero_stage=job.get("stage", 0),
+        precision="bf16" if short or job.get("bf16") else "fp32",
+        bf16_parameters=short,
+        accumulate=job.get("accumulate", 1),
+        offload=job.get("offload", "none"),
+        offload_parameters=job.get("offload_parameters", False),
+    )
+
+
 def save(world: World, strategy, path: str) -> None:
     state = {f"trained/{k}": v for k, v in strategy.trained_state().items()}
     state |= {f"optimizer/{k}": v for k, v in strategy.optimizer_state().items()}
@@ -146,11 +153,9 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def overflow(world: World, job: dict) -> dict:
     """A step whose gradient is not finite: its message, and whether parameters stayed."""
-    engine = EngineConfig(strategy=job.get("strategy", "deepspeed"), zero_stage=job.get("stage", 0))
     module = Pairs(world, job)
-    strategy = make_strategy(
-        module, StepPlan(engine=engine, optim=OptimConfig(), world=world, batch_size=BATCH)
-    )
+    plan = StepPlan(engine=_engine(job), optim=OptimConfig(), world=world, batch_size=BATCH)
+    strategy = make_strategy(module, plan)
     before = strategy.trained_state()
     batch = torch.full((BATCH // world.size, 6), float("nan"))
     strategy.backward(strategy(_batch(batch)).total)
@@ -200,9 +205,7 @@ def accumulate(world: World, job: dict) -> dict:
     found = []
     optim = OptimConfig(clip_grad_norm=0.5, name="adamw")
     for parts in (1, 3):
-        engine = EngineConfig(
-            strategy=job.get("strategy", "deepspeed"), zero_stage=job.get("stage", 0), accumulate=parts
-        )
+        engine = _engine({**job, "accumulate": parts})
         torch.manual_seed(0)
         method = DiscoVLA(tiny_architecture(), DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1))
         initialise(method, tiny_architecture(), seed=0)
@@ -228,8 +231,7 @@ def held(world: World, job: dict) -> dict:
     gc.freeze()  # what is there before is not looked at
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(300, 300, bias=False).requires_grad_(False), *_trained_layers())
-    engine = EngineConfig(zero_stage=job["stage"])
-    plan = StepPlan(engine=engine, optim=OptimConfig(), world=world, batch_size=world.size)
+    plan = StepPlan(engine=_engine(job), optim=OptimConfig(), world=world, batch_size=world.size)
     strategy = make_strategy(_Mean(module), plan)
     most = [0]
 
