@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from discovla.data.quarantine import Quarantine
 from discovla.engine.average import make_average
 from discovla.engine.capture import check_capture, make_capture
 from discovla.engine.checkpoint import evaluated
-from discovla.engine.checkpoint_writer import CheckpointWriter
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, start, stop
 from discovla.engine.log import RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
@@ -44,7 +42,6 @@ from discovla.train_step import TrainStep
 logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
-SAVED = 60.0  # seconds that a checkpoint may take which is being written when another process is lost
 
 
 class Trainer:
@@ -53,7 +50,6 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.directory = config.directory
-        self.writer = CheckpointWriter()
         self.asked: str | None = None  # what asked to stop
         self.skipped = 0  # steps left out, for their gradients were not finite
 
@@ -115,8 +111,7 @@ class Trainer:
                 self.watch.let_go()
 
     def _begin_watch(self, world: World, met: Met) -> None:
-        last = partial(self.writer.leave, SAVED)
-        self.watch = Watch(world, met, silence=self.config.engine.lost_after, end=partial(end, last=last))
+        self.watch = Watch(world, met, silence=self.config.engine.lost_after, end=end)
 
     def _lost(self, error: RuntimeError) -> LostProcess | None:
         """Which process is gone, where an error comes of that."""
@@ -139,7 +134,7 @@ class Trainer:
         self.loader = train_loader(config, self.method, self.splits, self.world)
         self.total = config.steps or config.epochs * self.loader.steps_per_epoch
         fixed = schedule(config, self.total, len(self.loader.source))
-        self.saving = Saving(config, self.world, fingerprint, fixed, self.writer)
+        self.saving = Saving(config, self.world, fingerprint, fixed)
         self.found = self.saving.find()
         set_precision(self.method, config.engine, self.world.device)
         self.method.to(self.world.device)
