@@ -253,6 +253,7 @@ def test_a_run_takes_the_steps_that_it_takes_unrecorded(tmp_path, drawn, monkeyp
     for module in (capture, trainer):
         monkeypatch.setattr(module, "check_capture", lambda *_: None)
     monkeypatch.setattr(capture, "record_graph", lambda device: recorder)
+    monkeypatch.setattr(capture, "memory_is_short", lambda device: False)
     path = runs.write_config(tmp_path, drawn)
     for name in ("none", "graph"):
         Trainer(read_config(path, [f"engine.capture={name}", f"directory={tmp_path}/{name}"])).run()
