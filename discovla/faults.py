@@ -72,9 +72,10 @@ def tell(line: str, program: str) -> None:
     sys.stderr.flush()
 
 
-def end(line: str) -> None:
-    """End this process at once, from whichever thread, because the run cannot go on."""
+def end(line: str, last: Callable[[], None]) -> None:
+    """End this process, from whichever thread, for the run cannot go on: after its line, and `last`."""
     tell(line, "train.py")
+    last()
     os._exit(FAILED)
 
 

@@ -51,17 +51,23 @@ class Saving:
         world: of this process; the first one writes.
         fingerprint: of the method that the checkpoints belong to.
         schedule: what the rest of an interrupted run depends on besides, see `schedule`.
+        writer: of the first process.
     """
 
     def __init__(
-        self, config: RunConfig, world: World, fingerprint: dict[str, Any], schedule: dict[str, Any]
+        self,
+        config: RunConfig,
+        world: World,
+        fingerprint: dict[str, Any],
+        schedule: dict[str, Any],
+        writer: CheckpointWriter,
     ) -> None:
         self.config, self.world = config, world
         self.fingerprint, self.schedule = fingerprint, schedule
         self.directory = config.directory / "checkpoints"
         self.score: float | None = None  # of the best checkpoint
         self.step: int | None = None  # of the newest checkpoint
-        self._writer = CheckpointWriter()
+        self._writer = writer
 
     def find(self) -> checkpoint.Checkpoint | None:
         """The newest whole checkpoint, where the run is to go on from one.

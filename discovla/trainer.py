@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from discovla.data.quarantine import Quarantine
 from discovla.engine.average import make_average
 from discovla.engine.capture import check_capture, make_capture
 from discovla.engine.checkpoint import evaluated
+from discovla.engine.checkpoint_writer import CheckpointWriter
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, start, stop
 from discovla.engine.log import RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
@@ -42,6 +44,7 @@ from discovla.train_step import TrainStep
 logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
+SAVED = 60.0  # seconds that a checkpoint may take which is being written when another process is lost
 
 
 class Trainer:
@@ -50,6 +53,7 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.directory = config.directory
+        self.writer = CheckpointWriter()
         self.asked: str | None = None  # what asked to stop
         self.skipped = 0  # steps left out, for their gradients were not finite
 
@@ -69,10 +73,8 @@ class Trainer:
         try:
             self.world = start(engine.device, within=engine.join_within, met=self._begin_watch)
         except RuntimeError as error:
-            lost = self._lost(error)
-            if lost is None:
-                raise
-            raise lost from error
+            self._name_lost(error)
+            raise
         with StopSignals() as self.signals:
             results = self._carried_out()
             if self.watch is not None:
@@ -102,24 +104,22 @@ class Trainer:
                 raise
             raise OSError(error.errno, error.strerror, str(self.directory)) from error
         except RuntimeError as error:
-            lost = self._lost(error)
-            if lost is None:
-                raise
-            raise lost from error
+            self._name_lost(error)
+            raise
         finally:
             if self.watch is not None:
                 self.watch.let_go()
 
     def _begin_watch(self, world: World, met: Met) -> None:
-        self.watch = Watch(world, met, silence=self.config.engine.lost_after, end=end)
+        last = partial(self.writer.leave, SAVED)
+        self.watch = Watch(world, met, silence=self.config.engine.lost_after, end=partial(end, last=last))
 
-    def _lost(self, error: RuntimeError) -> LostProcess | None:
-        """Which process is gone, where an error comes of that."""
+    def _name_lost(self, error: RuntimeError) -> None:
+        """Raise LostProcess where an error comes of that."""
         if self.watch is not None and (self.watch.lost is not None or lost_connection(error)):
             line = self.watch.line(SETTLE)
             if line is not None:
-                return LostProcess(f"{line}; resume=true goes on from the newest checkpoint")
-        return None
+                raise LostProcess(f"{line}; resume=true goes on from the newest checkpoint") from error
 
     def _prepare(self) -> None:
         """Everything that can fail before training does so here."""
@@ -134,7 +134,7 @@ class Trainer:
         self.loader = train_loader(config, self.method, self.splits, self.world)
         self.total = config.steps or config.epochs * self.loader.steps_per_epoch
         fixed = schedule(config, self.total, len(self.loader.source))
-        self.saving = Saving(config, self.world, fingerprint, fixed)
+        self.saving = Saving(config, self.world, fingerprint, fixed, self.writer)
         self.found = self.saving.find()
         set_precision(self.method, config.engine, self.world.device)
         self.method.to(self.world.device)

@@ -125,12 +125,14 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
     """Start `train.py words` as `size` ranks.
 
     Args:
-        fault: "kind:module:function:n", or several: what befalls `rank` at the n-th call of this function:
+        fault: "kind:module:function:n", or several: what befalls `rank` (with "0@" before it rank 0) at the
+            n-th call of this function:
             "kill" is kill -9, "stop" as if its machine were gone, "SIGTERM" and "SIGUSR1" these signals
             ("SIGTERM^2" to the process that started the one that started it),
             "tree" a SIGTERM to it and to all that it started, as the DeepSpeed launcher sends it,
             "reader" kill -9 of a process that reads for it,
-            "full" a full disk, "nan" a result that is not a number; "drag" is slow from then on.
+            "full" a full disk, "nan" a result that is not a number; "drag" is slow from then on,
+            "late" takes 20 seconds.
     """
     words = [str(word) for word in words]
     logs = [Path(words[0]).parent / f"output.{rank}.txt" for rank in range(size)]
@@ -142,8 +144,9 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
         if size > 1:
             env |= {"RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_RANK": str(number)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        its_fault = fault if number == rank else None
-        processes.append(_SERVER.Process(target=_rank, args=(words, str(log), env, its_fault)))
+        all_faults = [one if "@" in one else f"{rank}@{one}" for one in (fault or "").split()]
+        its = [one.partition("@")[2] for one in all_faults if one.startswith(f"{number}@")]
+        processes.append(_SERVER.Process(target=_rank, args=(words, str(log), env, its)))
         processes[-1].start()
     return Job(processes, logs)
 
@@ -158,7 +161,7 @@ def train(
     return job
 
 
-def _rank(words: list[str], log: str, env: dict[str, str], fault: str | None) -> None:
+def _rank(words: list[str], log: str, env: dict[str, str], befalling: list[str]) -> None:
     """One process: train.py's main with its output in a file."""
     for name in LAUNCHER:
         os.environ.pop(name, None)
@@ -168,9 +171,8 @@ def _rank(words: list[str], log: str, env: dict[str, str], fault: str | None) ->
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     faults.GRACE = 0.3  # no launcher is waiting to end the others
-    if fault is not None:
-        for one in fault.split():
-            _arrange(*one.split(":"))
+    for one in befalling:
+        _arrange(*one.split(":"))
     sys.exit(import_module("train").main(words))
 
 
@@ -190,6 +192,8 @@ def _arrange(kind: str, module: str, name: str, call: str) -> None:
         if kind == "drag" and calls[0] >= int(call):
             time.sleep(0.05)
         due = calls[0] == int(call)
+        if due and kind == "late":
+            time.sleep(20)
         if due and kind in signals:
             os.kill(target, signals[kind])
         if due and kind == "tree":

@@ -16,6 +16,7 @@ from discovla.cli import main
 from discovla.data.config import DataConfig
 from discovla.data.loader import LoaderShape, TrainLoader
 from discovla.data.source import read_clips
+from discovla.engine import checkpoint
 from discovla.faults import STOPPED
 from tests import runs
 
@@ -144,13 +145,18 @@ def test_a_rank_whose_reader_was_killed_says_so_in_one_line(tmp_path, drawn):
 
 
 @pytest.mark.slow
-def test_a_rank_that_gives_no_sign_of_life_is_named(tmp_path, drawn):
-    words = [runs.write_config(tmp_path, drawn), "engine.lost_after=11"]
-    job = runs.start(words, size=2, fault=f"stop:{STEP}:2", rank=1)
+def test_a_rank_that_gives_no_sign_of_life_is_named_and_the_last_checkpoint_is_whole(tmp_path, drawn):
+    """It is still being written when rank 0, which waits for the other for good, ends."""
+    words = [runs.write_config(tmp_path, drawn), "data.val_split=", "checkpoint_every=1"]
+    job = runs.start(
+        [*words, "engine.lost_after=11"], size=2, fault=f"stop:{STEP}:2 0@late:{WRITE}:1", rank=1
+    )
     job.processes[0].join(60)
     job.processes[1].kill()
     assert job.wait() == [2, -9]
     assert re.search(lost(1, "gave no sign of life for 11 seconds"), job.output())
+    found = checkpoint.latest(tmp_path / "run/checkpoints")
+    assert found is not None and found.step == 1
 
 
 def test_a_truncated_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, drawn, whole):

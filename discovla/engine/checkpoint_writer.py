@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
 class CheckpointWriter:
@@ -36,3 +36,8 @@ class CheckpointWriter:
         if self._last is not None:
             last, self._last = self._last, None
             last.result()
+
+    def leave(self, within: float) -> None:
+        """Before this process is ended from another thread: give a write that is going on so many seconds."""
+        if self._last is not None:
+            wait([self._last], timeout=within)

@@ -317,3 +317,19 @@ def test_a_writer_has_one_write_in_flight_and_raises_its_error_at_the_next_call(
             writer.check()
             time.sleep(0.005)
     writer.wait()  # told once
+
+
+def test_a_writer_that_is_left_gives_a_write_its_time_and_no_more():
+    writer, going, done = CheckpointWriter(), threading.Event(), []
+
+    def slow() -> None:
+        going.wait(10)
+        done.append(True)
+
+    writer.leave(10)  # nothing to wait for
+    writer.start(slow)
+    writer.leave(0.05)
+    assert not done
+    threading.Timer(0.05, going.set).start()
+    writer.leave(10)
+    assert done
