@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,15 @@ from discovla.towers.weights import initialise
 SOT, EOT = 49406, 49407
 # ops that start no kernel though they are no views
 STILL = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty"}
-# ops of our own that start more than one kernel
-SEVERAL = {"mlp": 2}
+# ops of our own that start more than one kernel; the last has four more where the logit scale trains
+SEVERAL = {
+    "mlp": 2,
+    "adapter_backward": 2,
+    "fusion_norm": 2,
+    "fusion_norm_backward": 3,
+    "alignment_block": 4,
+    "alignment_block_backward": 7,
+}
 WORDS = (6, 15)  # of a caption; with start and end 12 tokens on average
 
 
@@ -139,16 +147,23 @@ def bytes_kept(call: Callable[[], object], parameters: list[Tensor]) -> int:
 
 
 class Launches(TorchDispatchMode):
-    """Counts the ops that would start a kernel on a GPU: all but views and allocations."""
+    """Counts the ops that would start a kernel on a GPU: all but views and allocations.
 
-    def __init__(self) -> None:
+    device: where its tensors are; what is computed elsewhere (masks, on the CPU) starts none.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
-        self.count = 0
+        self.count, self.device = 0, device
+        self.ops: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = any(isinstance(x, Tensor) for x in (out if isinstance(out, tuple | list) else [out]))
+        found = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
+        here = any(x.device.type == self.device for x in found)
         name = func.overloadpacket.__name__
-        if tensors and not func.is_view and name not in STILL:
-            self.count += SEVERAL.get(name, 1) if func.namespace == "discovla" else 1
+        if here and not func.is_view and name not in STILL:
+            launches = SEVERAL.get(name, 1) if func.namespace == "discovla" else 1
+            self.count += launches
+            self.ops[name] += launches
         return out

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from discovla.batch import Batch, Embedding, Losses
-from discovla.methods.base_config import MethodConfig
-from discovla.nn.features import check_mask, masked_mean, on, unit, widen
+from discovla.methods.base_config import MethodConfig, TunedGroup
+from discovla.nn.features import check_mask, on, unit, widen
 from discovla.nn.logit_scale import LogitScale
 from discovla.nn.lora import LoRA
 from discovla.nn.temporal import FusionAttention
 from discovla.nn.transformer import Attention, Block
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
 from discovla.ops.columns import Columns
+from discovla.ops.dispatch import Impl
 from discovla.ops.info_nce import EXCLUDED, contrastive_loss, info_nce
 from discovla.ops.token_similarity import TokenInputs, token_similarity
+from discovla.ops.unit_mean import unit_mean
 from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.text import TextTower
 from discovla.towers.vision import MakeBlock, Pixels, VisionTower
@@ -29,19 +31,6 @@ from discovla.towers.weights import clip_names, openai_name, openai_weights
 
 # parameters of CLIP before its first blocks, which CLIP4Clip's recipe leaves as they are
 EMBEDDINGS = r"vision\.(\w+_embedding|ln_pre\..*)$|text\.(token_embedding\..*|position_embedding)$"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TunedGroup:
-    """Trained parameters that differ from the rest.
-
-    names: of parameters, whole.  lr_scale: their learning rate over the schedule's.  weight_decay: theirs;
-    None for the run's.
-    """
-
-    names: tuple[str, ...]
-    lr_scale: float = 1.0
-    weight_decay: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +124,11 @@ class Method(nn.Module):
         return self.config.similarity == "pooled"
 
     @property
+    def impl(self) -> Impl:
+        """Of pooling and losses: the kernels, where they compute the blocks of both towers."""
+        return "triton" if self.vision.impl == self.text.impl == "triton" else "auto"
+
+    @property
     def sees_batch(self) -> str:
         """The option by which embeddings depend on the rest of the batch; empty where they do not."""
         return ""
@@ -213,7 +207,7 @@ class Method(nn.Module):
         """
         tokens = seen if self.config.similarity == "tokens" else None
         return Embedding(
-            pooled=masked_mean(unit(seen), mask),
+            pooled=unit_mean(seen, mask, impl=self.impl),
             tokens=tokens,
             mask=None if tokens is None else mask,
             frames=frames,
@@ -254,13 +248,13 @@ class Method(nn.Module):
         config, scale = self.config, self.logit_scale()
         how = {"kl_norm": config.kl_norm, "detach_teacher": config.detach_teacher, "ignore": ignore}
         if self.scores_pooled:
+            how |= {"weights": (config.alpha, config.beta), "impl": self.impl}
             loss = alignment_losses(inputs, scale, **how)
-            own = VideoLosses(total=loss.video, terms={"video": loss.video})
-            frame, distill = loss.frame, loss.distill
-        else:
-            own = self.video_losses(text, video, ignore, columns)
-            assert own.logits is not None, "a method that does not score pooled features gives its logits"
-            frame, distill = frame_alignment(own.logits, inputs, scale, **how)
+            terms = {"video": loss.video, "frame": loss.frame, "distill": loss.distill}
+            return Losses(total=loss.total, terms=_detached(terms))
+        own = self.video_losses(text, video, ignore, columns)
+        assert own.logits is not None, "a method that does not score pooled features gives its logits"
+        frame, distill = frame_alignment(own.logits, inputs, scale, **how)
         total = own.total + config.alpha * frame + config.beta * distill
         return Losses(total=total, terms=_detached({**own.terms, "frame": frame, "distill": distill}))
 

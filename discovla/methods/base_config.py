@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from discovla.ops.alignment_losses import KLNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedGroup:
+    """Trained parameters that differ from the rest.
+
+    names: of parameters, whole.  lr_scale: their learning rate over the schedule's.  weight_decay: theirs;
+    None for the run's.
+    """
+
+    names: tuple[str, ...]
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
 
 
 class MethodConfig(BaseModel):

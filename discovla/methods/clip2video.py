@@ -25,11 +25,12 @@ from discovla.batch import Embedding
 from discovla.methods.base import Method, VideoLosses, excluded
 from discovla.methods.base_config import MethodConfig
 from discovla.methods.base_released import by_name
-from discovla.nn.features import check_mask, masked_mean, unit
+from discovla.nn.features import check_mask
 from discovla.nn.temporal_heads import SoftVLAD, Table, Transformer
 from discovla.nn.transformer import BlockShape, LayerNorm
 from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
+from discovla.ops.unit_mean import unit_mean
 from discovla.towers.architecture import Architecture
 
 log = logging.getLogger(__name__)
@@ -206,7 +207,7 @@ class CLIP2Video(Method):
         self._check_count(frames.shape[1])
         seen = frames if self.transformer is None else self.relate(frames, mask, self.transformer)
         return Embedding(
-            pooled=masked_mean(unit(seen), mask),
+            pooled=unit_mean(seen, mask, impl=self.impl),
             tokens=None if self.vlad is None else self.vlad(*self.video_tokens(frames, mask))[:, None],
             frames=frames,
             frame_mask=mask,

@@ -24,10 +24,11 @@ from discovla.batch import Embedding
 from discovla.methods.base import Method, VideoLosses, excluded
 from discovla.methods.base_config import MethodConfig
 from discovla.methods.base_released import by_name
-from discovla.nn.features import check_mask, masked_mean, unit
+from discovla.nn.features import check_mask
 from discovla.nn.temporal_heads import LSTM, PairScorer, Table, Transformer
 from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
+from discovla.ops.unit_mean import unit_mean
 from discovla.towers.architecture import Architecture
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class CLIP4Clip(Method):
                 placed = frames + self.positions(frames.shape[1])
                 return self.pool(frames + self.transformer(placed, mask), frames, mask)
             case "tightTransf":
-                pooled = masked_mean(unit(frames), mask)
+                pooled = unit_mean(frames, mask, impl=self.impl)
                 return Embedding(pooled=pooled, tokens=frames, mask=mask, frames=frames, frame_mask=mask)
         return super().embed_video(frames, mask)
 

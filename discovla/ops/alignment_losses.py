@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from discovla.ops.alignment_block import alignment_block, fits_a_block
 from discovla.ops.blocks import ELEMENTS, EXCLUDED, expect_shape, wide
 from discovla.ops.columns import ALL, Columns, column_losses, merged_losses, placed, statistics
 from discovla.ops.contrastive import contrastive_columns, contrastive_streamed
@@ -40,17 +41,19 @@ class AlignmentInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentLosses:
-    """Unweighted scalars: video-level, frame-level, distillation."""
+    """Unweighted scalars: video-level, frame-level, distillation; and their weighted sum."""
 
     video: Tensor
     frame: Tensor
     distill: Tensor
+    total: Tensor
 
 
 def alignment_losses(
     inputs: AlignmentInputs,
     logit_scale: Tensor,
     *,
+    weights: tuple[float, float] = (1.0, 1.0),
     kl_norm: KLNorm = "official",
     detach_teacher: bool = False,
     ignore: Tensor | None = None,
@@ -67,12 +70,14 @@ def alignment_losses(
     Args:
         inputs: the embeddings and masks.
         logit_scale: scalar, s.
+        weights: alpha and beta of the total, video + alpha frame + beta distill.
         kl_norm: which w.
         detach_teacher: stop the gradient of the distillation into G.  The released code does not.
         ignore: n n, bool, pairs left out of every softmax; never on the diagonal.
         impl: reference (everything in memory), torch (streamed over blocks of pairs, made again in backward:
-            neither matrix is stored), triton, or auto: the reference while the products of parts are at most
-            4 million and torch above.
+            neither matrix is stored), triton (streamed too, unless the pairs are one block, which has kernels
+            of its own), or auto: the reference while the products of parts are at most 4 million and torch
+            above.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -87,8 +92,7 @@ def alignment_losses(
     if _grouped(inputs):
         pooled = (inputs.text, inputs.video, logit_scale)
         video = info_nce(*pooled, ignore=ignore, columns=columns, impl=impl)
-        frame, distill = _losses_of_groups(None, inputs, logit_scale, **how)
-        return AlignmentLosses(video=video, frame=frame, distill=distill)
+        return _weighed(video, *_losses_of_groups(None, inputs, logit_scale, **how), weights)
     tensors = (inputs.text, inputs.video, inputs.text_frames, inputs.video_frames)
     masks = (inputs.text_mask, inputs.video_mask)
     chosen = choose(
@@ -99,7 +103,12 @@ def alignment_losses(
         operands=(inputs.text_frames, inputs.video_frames, inputs.text, inputs.video, *masks, ignore),
     )
     if chosen == "reference":
-        return alignment_losses_reference(inputs, logit_scale, kl_norm, detach_teacher, ignore)
+        losses = alignment_losses_reference(inputs, logit_scale, kl_norm, detach_teacher, ignore)
+        return _weighed(*losses, weights)
+    if chosen == "triton" and columns is None and fits_a_block(inputs.text, *tensors[2:]):
+        given = (*(x.contiguous() for x in tensors), *masks, logit_scale.to(wide(inputs.text)), ignore)
+        found = alignment_block(*given, kl_weight(kl_norm, n), *weights, detach_teacher)
+        return AlignmentLosses(total=found[0], video=found[1], frame=found[2], distill=found[3])
     given = (*tensors, *masks, logit_scale.to(wide(inputs.text)), ignore)
     how = (kl_weight(kl_norm, n), detach_teacher, chosen)
     losses = (
@@ -107,7 +116,12 @@ def alignment_losses(
         if columns is None
         else contrastive_columns(given, columns, *how)
     )
-    return AlignmentLosses(video=losses[0], frame=losses[1], distill=losses[2])
+    return _weighed(losses[0], losses[1], losses[2], weights)
+
+
+def _weighed(video: Tensor, frame: Tensor, distill: Tensor, weights: tuple[float, float]) -> AlignmentLosses:
+    total = video + weights[0] * frame + weights[1] * distill
+    return AlignmentLosses(video=video, frame=frame, distill=distill, total=total)
 
 
 def _expect_shapes(inputs: AlignmentInputs, ignore: Tensor | None) -> None:
@@ -133,8 +147,8 @@ def alignment_losses_reference(
     kl_norm: KLNorm = "official",
     detach_teacher: bool = False,
     ignore: Tensor | None = None,
-) -> AlignmentLosses:
-    """The formula of `alignment_losses`, with both matrices in memory."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula of the three of `alignment_losses`, with both matrices in memory."""
     video = logit_scale * cosine_similarity(inputs.text, inputs.video)  # t v
     if ignore is not None:
         video = video.masked_fill(ignore, EXCLUDED)
@@ -142,9 +156,8 @@ def alignment_losses_reference(
     if inputs.columns is not None:
         how = {"kl_weight": kl_weight(kl_norm, len(video)), "detach_teacher": detach_teacher}
         losses = column_losses(video, frame, inputs.columns, **how)
-        return AlignmentLosses(video=losses[0], frame=losses[1], distill=losses[2])
-    frame, distill = _frame_losses(video, frame, kl_norm, detach_teacher)
-    return AlignmentLosses(video=contrastive_loss(video), frame=frame, distill=distill)
+        return losses[0], losses[1], losses[2]
+    return contrastive_loss(video), *_frame_losses(video, frame, kl_norm, detach_teacher)
 
 
 def frame_alignment(

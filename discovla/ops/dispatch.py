@@ -47,6 +47,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "token_communication": ("reference", "torch"),
     "token_similarity": ("reference", "torch", "triton"),
     "token_training_similarity": ("reference", "torch", "triton"),
+    "unit_mean": ("reference", "triton"),
 }
 # op -> the file of discovla_kernels that has its kernels
 KERNELS: dict[str, str] = {
@@ -54,7 +55,7 @@ KERNELS: dict[str, str] = {
     "block": "layer_norm",
     "preprocess_frames": "preprocess_frames",
     "frame_patches": "preprocess_frames",
-    "alignment_losses": "frame_similarity",
+    "alignment_losses": "alignment_block",
     "fp8_linear": "quantise_rows",
     "frame_similarity": "frame_similarity",
     "info_nce": "contrastive",
@@ -71,6 +72,7 @@ KERNELS: dict[str, str] = {
     "soft_vlad": "soft_vlad",
     "token_similarity": "token_similarity",
     "token_training_similarity": "token_similarity",
+    "unit_mean": "unit_mean",
 }
 # No kernel has run on a GPU yet, only in the interpreter: once `benchmarks/gpu.py --suite check` has passed
 # on one, "cuda" becomes "triton" for what it measured as faster.

@@ -154,14 +154,27 @@ def statistics(
     shift: text r belongs to video c where r = c + shift.
     k: 3, 3 and 2 with a teacher, else 1; the diagonal is 0 where it passes beside the block.
     """
+    diagonal = text[0].new_zeros(1 if teacher is None else 2, len(text[0]), dtype=scale.dtype)
+    return statistics_of(text, video, scale, teacher, ignore, shift, diagonal)
+
+
+def statistics_of(
+    text: Rows,
+    video: Rows,
+    scale: Tensor,
+    teacher: Tensor | None,
+    ignore: Tensor | None,
+    shift: int,
+    diagonal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`statistics`, whose diagonal is written to k r where it passes through the block."""
     (text, text_inverse), (video, video_inverse) = text, video
     (rows, d), columns = text.shape, len(video)
     block = _block(rows, columns)
     grid = (triton.cdiv(rows, block), triton.cdiv(columns, block))
-    kinds, acc = (1, 1) if teacher is None else (3, 2), scale.dtype
-    row_parts = text.new_empty(kinds[0], grid[1], rows, dtype=acc)
-    column_parts = text.new_empty(kinds[0], grid[0], columns, dtype=acc)
-    diagonal = text.new_zeros(kinds[1], rows, dtype=acc)
+    kinds, acc = 1 if teacher is None else 3, scale.dtype
+    row_parts = text.new_empty(kinds, grid[1], rows, dtype=acc)
+    column_parts = text.new_empty(kinds, grid[0], columns, dtype=acc)
     _contrastive_forward[grid](
         text, video, text_inverse, video_inverse, scale, _pointer(teacher, text),
         _mask_pointer(ignore, text), row_parts, column_parts, diagonal, rows, columns, d, shift,
@@ -187,6 +200,22 @@ def derivative(
     sums: the merged statistics of the block's rows, k r, and of its columns, k c.
     weights: of the two cross-entropies and of the divergence, the upstream gradient and every mean folded in.
     """
+    dx, dy, dscale = slopes(text, video, scale, teacher, ignore, shift, sums, weights, detach)
+    return dx, dy, dscale.sum()
+
+
+def slopes(
+    text: Rows,
+    video: Rows,
+    scale: Tensor,
+    teacher: Tensor | None,
+    ignore: Tensor | None,
+    shift: int,
+    sums: tuple[Tensor, Tensor],
+    weights: Tensor,
+    detach: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`derivative`, that by the scale in parts that are to be added."""
     (text, text_inverse), (video, video_inverse) = text, video
     (rows, d), columns = text.shape, len(video)
     block = _block(rows, columns)
@@ -200,7 +229,7 @@ def derivative(
         _pointer(dy, dx), dscale, rows, columns, d, shift,
         **_settings(text, teacher, ignore), DETACH=detach, BLOCK_R=block, BLOCK_C=block,
     )  # fmt: skip
-    return dx, dy, dscale.sum()
+    return dx, dy, dscale
 
 
 def pairs_per_block(text: Tensor, keep: bool) -> int:

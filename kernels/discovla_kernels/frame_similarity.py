@@ -231,18 +231,31 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `maxima`'s similarity: t i d, v j d and a scalar, float32 at least."""
     (t, i, d), (v, j, _) = text.shape, video.shape
-    text_mask, video_mask = masks
-    dense = text.new_empty(t * i, v * j)
+    dense = dense_gradient(grad, found, (t, i, v, j), scale, masks, text.dtype)
+    text_grad = dense_matmul(dense, video.view(v * j, d), grad.dtype).view(t, i, d)
+    video_grad = dense_matmul(dense.T, text.view(t * i, d), grad.dtype).view(v, j, d)
+    return text_grad, video_grad, (grad * found.pools[4]).sum()
+
+
+def dense_gradient(
+    grad: Tensor,
+    found: Maxima,
+    shape: tuple[int, int, int, int],
+    scale: Tensor,
+    masks: Masks,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient by the products of all parts, (t i) (v j), in `dtype`; shape: t i v j."""
+    (t, i, v, j), (text_mask, video_mask) = shape, masks
+    dense = grad.new_empty(t * i, v * j, dtype=dtype)
     _frame_similarity_backward[(triton.cdiv(t * i, BLOCK_R), triton.cdiv(v * j, BLOCK_C))](
-        grad.contiguous(), scale, mask_pointer(text_mask, text), mask_pointer(video_mask, video),
+        grad.contiguous(), scale, mask_pointer(text_mask, grad), mask_pointer(video_mask, grad),
         found.text_best, found.text_index, found.video_best, found.video_index, found.pools, dense, t, v, i,
         j, t * v,
         HAS_TEXT_MASK=text_mask is not None, HAS_VIDEO_MASK=video_mask is not None, BLOCK_R=BLOCK_R,
         BLOCK_C=BLOCK_C,
     )  # fmt: skip
-    text_grad = dense_matmul(dense, video.view(v * j, d), grad.dtype).view(t, i, d)
-    video_grad = dense_matmul(dense.T, text.view(t * i, d), grad.dtype).view(v, j, d)
-    return text_grad, video_grad, (grad * found.pools[4]).sum()
+    return dense
 
 
 def pairs_per_block(text: Tensor, video: Tensor, keep: bool) -> int:

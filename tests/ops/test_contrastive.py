@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from discovla.batch import Embedding
+from discovla.ops.alignment_block import alignment_block
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
 from discovla.ops.contrastive import contrastive_streamed
 from discovla.ops.dispatch import IMPLEMENTATIONS
@@ -159,10 +160,36 @@ def test_the_op_is_registered_soundly(impl, frames):
     torch.library.opcheck(contrastive_streamed, arguments, test_utils=tests)
 
 
-def test_one_loss_alone_can_be_differentiated():
+def test_the_op_of_one_block_is_registered_soundly():
+    skip_what_no_gpu_kernel_takes("triton", torch.float64)
+    x = case(5, True, torch.float64)
+    arguments = (*x.leaves[:4], *x.masks, x.leaves[4], x.ignore, 0.5, 0.3, 2.0, False)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(alignment_block, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("impl", STREAMED)
+def test_the_total_is_the_weighted_sum(impl):
+    skip_what_no_gpu_kernel_takes(impl, torch.float64)
+    x, alpha, beta = case(7, True, torch.float64), 0.3, 2.0
+    names, masks = ("text", "video", "text_frames", "video_frames"), ("text_mask", "video_mask")
+    given = AlignmentInputs(
+        **dict(zip(names, x.leaves, strict=False)), **dict(zip(masks, x.masks, strict=True))
+    )
+    out = alignment_losses(given, x.leaves[4], weights=(alpha, beta), ignore=x.ignore, impl=impl)
+    want = out.video + alpha * out.frame + beta * out.distill
+    wanted = torch.autograd.grad(want, x.leaves, retain_graph=True)
+    assert relative_error(out.total, want) < 1e-12
+    for g, w in zip(torch.autograd.grad(out.total, x.leaves), wanted, strict=True):
+        assert relative_error(g, w) < 1e-12
+
+
+@pytest.mark.parametrize("impl", STREAMED)
+def test_one_loss_alone_can_be_differentiated(impl):
+    skip_what_no_gpu_kernel_takes(impl, torch.float64)
     x = case(7, False, torch.float64)
     for which in range(3):
         want = torch.autograd.grad(losses(x, "reference")[which], x.leaves, allow_unused=True)
-        found = torch.autograd.grad(losses(x, "torch")[which], x.leaves)
+        found = torch.autograd.grad(losses(x, impl)[which], x.leaves)
         for g, w in zip(found, want, strict=True):
             assert relative_error(g, torch.zeros_like(g) if w is None else w) < 1e-11 or not g.any()

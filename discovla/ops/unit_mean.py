@@ -1,0 +1,72 @@
+"""The mean of unit rows, as the features of a video's frames are pooled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.short_attention import expect_mask
+
+
+def unit_mean(x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
+    """sum_k m_k x_k / ‖x_k‖ / max(1, sum_k m_k): 0 where no row counts.
+
+    Args:
+        x: n k d; without an epsilon: a row of zeros that counts is a fault that must show.
+        mask: n k, bool, the rows that count; None for all.
+        impl: reference (plain torch), triton, or auto.
+
+    Returns:
+        n d, in the dtype of x.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        KernelUnavailable: the implementation asked for by name cannot run here.
+    """
+    if x.ndim != 3:
+        raise ValueError(f"x: expected n k d, found {tuple(x.shape)}")
+    expect_mask("mask", mask, tuple(x.shape[:2]))
+    if choose("unit_mean", impl, x.device.type, operands=(x, mask)) == "reference":
+        return unit_mean_reference(x, mask)
+    return _unit_mean(x.contiguous(), mask)
+
+
+def unit_mean_reference(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The formula of `unit_mean`."""
+    unit = x / x.norm(dim=-1, keepdim=True)
+    if mask is None:
+        return unit.mean(1)
+    weight = mask.to(x.dtype)[..., None]
+    return (unit * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+@torch.library.custom_op("discovla::unit_mean", mutates_args=())
+def _unit_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    return kernel("unit_mean").forward(x, mask)
+
+
+@_unit_mean.register_fake
+def _(x, mask):
+    return x.new_empty(len(x), x.shape[2])
+
+
+@torch.library.custom_op("discovla::unit_mean_backward", mutates_args=())
+def _unit_mean_backward(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    return kernel("unit_mean").backward(grad.contiguous(), x, mask)
+
+
+@_unit_mean_backward.register_fake
+def _(grad, x, mask):
+    return torch.empty_like(x)
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad):
+    return _unit_mean_backward(grad, *ctx.saved_tensors), None
+
+
+_unit_mean.register_autograd(_differentiate, setup_context=_keep)
