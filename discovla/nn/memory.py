@@ -27,7 +27,7 @@ SHARE = 0.8  # of the free memory that a tower may fill
 _AGAIN: ContextVar[bool] = ContextVar("_AGAIN", default=False)
 
 
-def again(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
+def again(function: Callable[..., Any], *inputs: Any) -> Any:
     """function(*inputs), of which backward computes again what it needs; the inputs alone are kept.
 
     Args:

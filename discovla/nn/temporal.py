@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from discovla.nn.autograd import recomputed, take_rows
 from discovla.nn.sequences import Sequences
 from discovla.nn.transformer import (
+    Attended,
     Attention,
     BlockShape,
     LayerNorm,
@@ -18,10 +19,10 @@ from discovla.nn.transformer import (
     join_heads,
     quick_gelu,
 )
-from discovla.ops.adapter import adapter
+from discovla.ops.adapter import AdapterWeights
 from discovla.ops.attention import attention
 from discovla.ops.dispatch import Impl
-from discovla.ops.temporal_fusion import Groups, temporal_fusion
+from discovla.ops.temporal_fusion import Groups, temporal_fusion_rows
 
 FRAME_POSITIONS = 128  # rows of a table of frame positions
 
@@ -41,9 +42,11 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(quick_gelu(self.down(x)))
 
-    def chain(self, x: Tensor, impl: Impl) -> Tensor:
-        """`forward` by the op."""
-        return adapter(x, *self.down.weights(x.dtype), *self.up.weights(x.dtype), impl=impl)
+    @property
+    def weights(self) -> AdapterWeights:
+        """As the op takes them."""
+        down, up = self.down, self.up
+        return AdapterWeights(down=down.weight, down_bias=down.bias, up=up.weight, up_bias=up.bias)
 
 
 class FusionAttention(Attention):
@@ -89,13 +92,13 @@ class FusionAttention(Attention):
 
     def chain(
         self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> Attended:
         if not sequences.group:
             return super().chain(rows, norm, sequences, impl)
         x, parts = self.projections(rows, norm, sequences, impl)
         if sequences.pruned:
-            update, own = self.read_rows(parts, sequences, impl, self.frame_position)
-            return sequences.read(x), self.out(update), self.adapter.chain(self.out(own), impl)
+            update = self.read_rows(parts, sequences, impl, self.frame_position)
+            return sequences.read(x), self.out(update), self.adapter.weights
         groups = Groups(
             heads=self.heads,
             readout=sequences.ends(x.shape[1])[sequences.alone :].unflatten(0, (-1, sequences.group)),
@@ -105,8 +108,8 @@ class FusionAttention(Attention):
             key_mask=sequences.of_rows(sequences.key_mask),
             group_mask=sequences.of_rows(sequences.fusion_key_mask),
         )
-        update, own = temporal_fusion(parts[0], groups, position=self.frame_position, impl=impl)
-        return x, self.out(update), self.adapter.chain(self.out(own.flatten(0, 1)), impl)
+        update = temporal_fusion_rows(parts[0], groups, position=self.frame_position, impl=impl)
+        return x, self.out(update), self.adapter.weights
 
     def attend_of_group(
         self, sequences: Sequences, qkv: Tensor, position: Tensor | None

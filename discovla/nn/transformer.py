@@ -12,17 +12,18 @@ from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovla.nn.autograd import SLOPE, normed_lora_projection, quick_gelu_mlp, recomputed
+from discovla.nn.autograd import normed_lora_projection, quick_gelu_mlp, recomputed
+from discovla.nn.layers import ACTIVATIONS, LayerNorm, Linear, frozen, quick_gelu
 from discovla.nn.lora import LoRA
 from discovla.nn.memory import again, computed_again
 from discovla.nn.sequences import Rows, Sequences
+from discovla.ops.adapter import AdapterWeights
 from discovla.ops.attention import attention
 from discovla.ops.dispatch import Impl, choose
-from discovla.ops.fp8_linear import FP8Weight, fp8_linear
-from discovla.ops.layer_norm import Update, layer_norm
+from discovla.ops.fp8_mlp import FP8MLPWeights, fp8_mlp
+from discovla.ops.layer_norm import Update
 from discovla.ops.lora_norm import (
     LoRAWeights,
     lora_norm,
@@ -31,8 +32,11 @@ from discovla.ops.lora_norm import (
     read_lora_projection,
 )
 from discovla.ops.mlp import Activation, MLPWeights, mlp
-from discovla.ops.readout_attention import Readout, readout_attention
+from discovla.ops.readout_attention import Readout, readout_attention_rows
 from discovla.ops.short_attention import short_attention
+
+# rows, their update by attention, and of a fused block by ops the adapter of what follows the rows in it
+Attended = tuple[Tensor, Tensor, AdapterWeights | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,80 +52,6 @@ class BlockShape:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
-
-
-class Linear(nn.Linear):
-    """A linear map that computes in its input's dtype, whatever its weights are stored in.
-
-    A frozen one may be told to multiply in FP8: `nn.precision`.
-    """
-
-    fp8_bits: Tensor | None
-    fp8_scale: Tensor | None
-    fp8_transposed: Tensor | None
-    fp8_impl: Impl = "auto"
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
-        for name in ("fp8_bits", "fp8_scale", "fp8_transposed"):
-            self.register_buffer(name, None, persistent=False)
-
-    def forward(self, input: Tensor, outputs: slice | None = None) -> Tensor:
-        """outputs: those that are wanted, where not all are."""
-        fp8, bias = self.fp8, self.bias if outputs is None else self.bias[outputs]
-        if fp8 is not None:
-            fp8 = fp8 if outputs is None else fp8[outputs]
-            return fp8_linear(input, fp8, bias, impl=self.fp8_impl)
-        weight = self.weight if outputs is None else self.weight[outputs]
-        return F.linear(input, weight.to(input.dtype), bias.to(input.dtype))
-
-    @property
-    def fp8(self) -> FP8Weight | None:
-        """The weight as it is multiplied in FP8, if it is; `weight` then holds the same numbers."""
-        if self.fp8_bits is None or self.fp8_scale is None:
-            return None
-        return FP8Weight(
-            bits=self.fp8_bits, scale=self.fp8_scale, plain=self.weight, transposed=self.fp8_transposed
-        )
-
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Weight and bias in `dtype`."""
-        return self.weight.to(dtype), self.bias.to(dtype)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32 at least; the result has the input's dtype, or `compute` where that is set."""
-
-    compute: torch.dtype | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.promote_types(input.dtype, torch.float32) == input.dtype:
-            return self.widened(input, self.weight, self.bias)
-        return recomputed(self.widened, input, self.weight, self.bias)  # keeps no float32 copy of its input
-
-    def widened(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The norm in float32 at least."""
-        work = torch.promote_types(x.dtype, torch.float32)
-        y = F.layer_norm(x.to(work), self.normalized_shape, weight.to(work), bias.to(work), self.eps)
-        return y.to(self.compute or x.dtype)
-
-    def of_sum(self, x: Tensor, update: Update | None, impl: Impl) -> tuple[Tensor, Tensor]:
-        """x + update and its norm, by the op."""
-        dtype = self.compute or x.dtype
-        if frozen(self):
-            affine = self.weight, self.bias
-            return layer_norm(x, update, affine=affine, eps=self.eps, dtype=dtype, impl=impl)
-        work = torch.promote_types(x.dtype, torch.float32)
-        total, y = layer_norm(x, update, eps=self.eps, dtype=work, impl=impl)
-        return total, torch.addcmul(self.bias.to(work), y, self.weight.to(work)).to(dtype)
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), OpenAI CLIP's activation."""
-    return F.silu(SLOPE * x) / SLOPE
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Attention(nn.Module):
@@ -153,20 +83,12 @@ class Attention(nn.Module):
 
     def chain(
         self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`forward` of the norm of x + u by ops.
-
-        Args:
-            rows: x, and u or None.
-
-        Returns:
-            x + u and its update, n l w or t w; what besides is to be added to readout rows, n w, or None.
-            In a pruned block readout rows alone.
-        """
+    ) -> Attended:
+        """`forward` of the norm of x + u by ops; rows: x, and u or None."""
         x, parts = self.projections(rows, norm, sequences, impl)
         if not sequences.pruned:
             return x, self.out(self.attend_rows(parts[0], sequences, impl)), None
-        return sequences.read(x), self.out(self.read_rows(parts, sequences, impl)[0]), None
+        return sequences.read(x), self.out(self.read_rows(parts, sequences, impl)), None
 
     def projections(
         self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
@@ -203,11 +125,11 @@ class Attention(nn.Module):
 
     def read_rows(
         self, parts: tuple[Tensor, ...], sequences: Sequences, impl: Impl, position: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`readout_attention` of what `projections` gave; masks of single heads have no kernel."""
+    ) -> Tensor:
+        """`readout_attention_rows` of what `projections` gave; masks of single heads have no kernel."""
         (q, kv), mask = parts, sequences.key_mask
         if mask is not None and mask.dim() == 3:
-            return recomputed(partial(self.attend_read, sequences), q, kv), q[:0]
+            return recomputed(partial(self.attend_read, sequences), q, kv)
         readout = Readout(
             heads=self.heads,
             ends=sequences.ends(kv.shape[1]),
@@ -218,7 +140,7 @@ class Attention(nn.Module):
             key_mask=sequences.of_rows(mask),
             group_mask=sequences.of_rows(sequences.fusion_key_mask),
         )
-        return readout_attention(q, kv, readout, position=position, impl=impl)
+        return readout_attention_rows(q, kv, readout, position=position, impl=impl)
 
     def attend_rows(self, qkv: Tensor, sequences: Sequences, impl: Impl) -> Tensor:
         """`attend`, of which q, k and v alone are kept for backward; masks of single heads have no kernel."""
@@ -269,11 +191,6 @@ class Attention(nn.Module):
         return [part.transpose(1, 2) for part in parts.unbind(2)]
 
 
-def frozen(*modules: nn.Module) -> bool:
-    """Whether none of their parameters trains."""
-    return not any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
-
-
 def plain(*modules: nn.Module) -> bool:
     """Whether one op may compute with their weights and others': they are frozen, and none is in FP8."""
     return frozen(*modules) and not any(isinstance(m, Linear) and m.fp8 is not None for m in modules)
@@ -300,6 +217,11 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        up, down = self.up.fp8, self.down.fp8
+        if up is not None and down is not None:
+            weights = FP8MLPWeights(up=up, up_bias=self.up.bias, down=down, down_bias=self.down.bias)
+            needed, impl = not computed_again(), self.up.fp8_impl
+            return fp8_mlp(x, weights, activation=self.kind, needed=needed, impl=impl)
         if self.activation is quick_gelu and plain(self.up, self.down):
             weights = self.up.weights(x.dtype), self.down.weights(x.dtype)
             return quick_gelu_mlp(x, *weights, needed=not computed_again())
@@ -344,10 +266,8 @@ class Block(nn.Module):
         x, update = feed(*attend(rows, update))
         return (x, update) if sequences.deferred and impl != "torch" else x + update
 
-    def attend(
-        self, sequences: Sequences, impl: Impl, x: Tensor, u: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x + u, attention's update of it, and what besides is to be added to its readout rows or None."""
+    def attend(self, sequences: Sequences, impl: Impl, x: Tensor, u: Tensor | None) -> Attended:
+        """x + u, and attention's update of it."""
         if impl != "torch":
             return self.attention.chain((x, u), self.ln_1, sequences, impl)
         x = x if u is None else x + u
@@ -355,14 +275,16 @@ class Block(nn.Module):
         return (sequences.read(x) if sequences.pruned else x), update, None
 
     def feed(
-        self, sequences: Sequences, impl: Impl, x: Tensor, update: Tensor, more: Tensor | None
+        self, sequences: Sequences, impl: Impl, x: Tensor, update: Tensor, adapter: AdapterWeights | None
     ) -> tuple[Tensor, Tensor]:
         """The sum of what `attend` gives, and the MLP's update of it."""
         if impl == "torch":
             x = x + update
             return x, self.mlp(self.ln_2(x))
-        slots = None if more is None else sequences.slots(x)
-        x, y = self.ln_2.of_sum(x, Update(u=update, added=more, slots=slots), impl)
+        if adapter is None:
+            x, y = self.ln_2.of_sum(x, Update(u=update), impl)
+        else:
+            x, y = self.ln_2.of_fusion(x, update, adapter, sequences.slots(x), impl)
         return x, self.mlp.chain(y, impl)
 
 

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from discovla.ops.blocks import expect_shape, wide
 from discovla.ops.dispatch import Impl, choose, kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterWeights:
+    """down: k w.  down_bias: k.  up: w k.  up_bias: w."""
+
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order above, contiguous."""
+        weights = (self.down, self.down_bias, self.up, self.up_bias)
+        return tuple(weight.contiguous() for weight in weights)  # type: ignore[return-value]
+
+    def check(self, width: int) -> None:
+        """Refuse shapes that do not fit rows of this width."""
+        rank = len(self.down)
+        expect_shape("down", self.down, (rank, width))
+        expect_shape("down_bias", self.down_bias, (rank,))
+        expect_shape("up", self.up, (width, rank))
+        expect_shape("up_bias", self.up_bias, (width,))
 
 
 def adapter(
@@ -29,12 +54,9 @@ def adapter(
         ValueError: shapes that do not fit.
         KernelUnavailable: the implementation asked for by name cannot run here.
     """
-    width, rank = x.shape[-1], len(down)
-    expect_shape("down", down, (rank, width))
-    expect_shape("down_bias", down_bias, (rank,))
-    expect_shape("up", up, (width, rank))
-    expect_shape("up_bias", up_bias, (width,))
-    weights = [weight.to(x.dtype).contiguous() for weight in (down, down_bias, up, up_bias)]
+    given, width = AdapterWeights(down=down, down_bias=down_bias, up=up, up_bias=up_bias), x.shape[-1]
+    given.check(width)
+    weights = given.tensors()
     chosen = choose("adapter", impl, x.device.type, operands=(x, *weights))
     if chosen == "reference":
         return adapter_reference(x, *weights)
@@ -43,6 +65,7 @@ def adapter(
 
 def adapter_reference(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
     """The formula of `adapter`."""
+    down, down_bias, up, up_bias = (weight.to(x.dtype) for weight in (down, down_bias, up, up_bias))
     h = F.linear(x, down, down_bias)  # ... k
     return F.linear(h * torch.sigmoid(1.702 * h), up, up_bias)
 
@@ -50,7 +73,7 @@ def adapter_reference(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up
 @torch.library.custom_op("discovla::adapter", mutates_args=())
 def _adapter(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
     """Rows n w to n w."""
-    return kernel("adapter").forward(x, down, down_bias, up, up_bias)
+    return kernel("adapter").forward(x, (down, down_bias, up, up_bias))
 
 
 @_adapter.register_fake
@@ -61,28 +84,29 @@ def _(x, down, down_bias, up, up_bias):
 @torch.library.custom_op("discovla::adapter_backward", mutates_args=())
 def _adapter_backward(
     grad: Tensor, x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient by x, n w, the activated bottleneck and the gradient before it, n k each."""
-    return kernel("adapter").backward(grad.contiguous(), x, down, down_bias, up)
+) -> tuple[Tensor, Tensor]:
+    """Gradients by x, n w, and by the weights, one after the other in one flat tensor."""
+    dx = torch.empty_like(x)
+    parts = kernel("adapter").backward(grad.contiguous(), x, (down, down_bias, up), dx)
+    return dx, parts.sum(0)
 
 
 @_adapter_backward.register_fake
 def _(grad, x, down, down_bias, up):
-    return torch.empty_like(x), x.new_empty(len(x), len(down)), x.new_empty(len(x), len(down))
+    size = 2 * down.numel() + len(down) + x.shape[1]
+    return torch.empty_like(x), x.new_empty(size, dtype=wide(x))
 
 
 def _keep(ctx, inputs, output) -> None:
+    ctx.shapes = [(weight.shape, weight.dtype) for weight in inputs[1:]]
     ctx.save_for_backward(*inputs[:4])
 
 
 def _differentiate(ctx, grad):
-    x, down, down_bias, up = ctx.saved_tensors
-    dx, g, dh = _adapter_backward(grad, x, down, down_bias, up)
-    return dx, dh.T @ x, _column_sums(dh), grad.T @ g, _column_sums(grad)
-
-
-def _column_sums(x: Tensor) -> Tensor:
-    return x.sum(0, dtype=wide(x)).to(x.dtype)
+    dx, flat = _adapter_backward(grad, *ctx.saved_tensors)
+    sizes = [shape.numel() for shape, _ in ctx.shapes]
+    parts = zip(flat.split(sizes), ctx.shapes, strict=True)
+    return dx, *(part.view(shape).to(dtype) for part, (shape, dtype) in parts)
 
 
 _adapter.register_autograd(_differentiate, setup_context=_keep)

@@ -66,6 +66,15 @@ def readout_attention(
 
     Source: DiscoVLA (arXiv 2506.08887), Image-Video Features Fusion.
     """
+    found = readout_attention_rows(q, kv, readout, position=position, impl=impl)
+    rows, own = found.split([len(q), len(found) - len(q)])
+    return rows, own
+
+
+def readout_attention_rows(
+    q: Tensor, kv: Tensor, readout: Readout, *, position: Tensor | None = None, impl: Impl = "auto"
+) -> Tensor:
+    """Both results of `readout_attention` end to end, (n + n') w, as one output projection takes them."""
     _check(q, kv, readout, position)
     offsets, length = None, kv.shape[-2]
     if readout.packing is not None:
@@ -77,7 +86,7 @@ def readout_attention(
     operands = (*heads, members, offsets, *masks)
     chosen = choose("readout_attention", impl, q.device.type, operands=operands)
     if chosen != "triton":
-        return readout_attention_reference(q, kv, readout, position, chosen)
+        return torch.cat(readout_attention_reference(q, kv, readout, position, chosen))
     rows, ends = kv.reshape(-1, kv.shape[-1]).contiguous(), readout.ends.contiguous()
     sizes = (readout.heads, length, readout.causal, readout.alone, readout.group)
     arguments = (q.contiguous(), rows, ends, offsets, *masks, position, *sizes)
@@ -153,21 +162,20 @@ def _readout_attention(
     causal: bool,
     alone: int,
     group: int,
-) -> tuple[Tensor, Tensor]:
-    """Rows n w and n' w."""
+) -> Tensor:
+    """Rows n w and n' w end to end."""
     others, sizes = (offsets, key_mask, group_mask, position), (heads, length, causal, alone, group)
     return kernel("readout_attention").forward(q, kv, ends, others, sizes)
 
 
 @_readout_attention.register_fake
 def _(q, kv, ends, offsets, key_mask, group_mask, position, heads, length, causal, alone, group):
-    return torch.empty_like(q), q.new_empty(len(q) - alone if group else 0, q.shape[1])
+    return q.new_empty(2 * len(q) - alone if group else len(q), q.shape[1])
 
 
 @torch.library.custom_op("discovla::readout_attention_backward", mutates_args=())
 def _readout_attention_backward(
     grad: Tensor,
-    own_grad: Tensor,
     q: Tensor,
     kv: Tensor,
     ends: Tensor,
@@ -183,14 +191,11 @@ def _readout_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by queries, by rows, and of each group by the positions, n' w (empty without)."""
     others, sizes = (offsets, key_mask, group_mask, position), (heads, length, causal, alone, group)
-    grads = grad.contiguous(), own_grad.contiguous()
-    return kernel("readout_attention").backward(grads, q, kv, ends, others, sizes)
+    return kernel("readout_attention").backward(grad.contiguous(), q, kv, ends, others, sizes)
 
 
 @_readout_attention_backward.register_fake
-def _(
-    grad, own_grad, q, kv, ends, offsets, key_mask, group_mask, position, heads, length, causal, alone, group
-):
+def _(grad, q, kv, ends, offsets, key_mask, group_mask, position, heads, length, causal, alone, group):
     places = 0 if position is None else len(q) - alone
     return torch.empty_like(q), torch.empty_like(kv), q.new_empty(places, q.shape[1], dtype=wide(q))
 
@@ -200,8 +205,8 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:7])
 
 
-def _differentiate(ctx, grad, own_grad):
-    dq, dkv, dposition = _readout_attention_backward(grad, own_grad, *ctx.saved_tensors, *ctx.sizes)
+def _differentiate(ctx, grad):
+    dq, dkv, dposition = _readout_attention_backward(grad, *ctx.saved_tensors, *ctx.sizes)
     position = ctx.saved_tensors[6]
     if position is not None:
         dposition = dposition.unflatten(0, (-1, len(position))).sum(0).to(position.dtype)

@@ -58,7 +58,17 @@ def temporal_fusion(
 
     Source: DiscoVLA (arXiv 2506.08887), Image-Video Features Fusion.
     """
-    shape = _check(qkv, groups, position)
+    shape, readout = (*qkv.shape[:-1], qkv.shape[-1] // 3), groups.readout
+    found = temporal_fusion_rows(qkv, groups, position=position, impl=impl)
+    rows, own = found.split([len(found) - readout.numel(), readout.numel()])
+    return rows.view(shape), own.unflatten(0, readout.shape)
+
+
+def temporal_fusion_rows(
+    qkv: Tensor, groups: Groups, *, position: Tensor | None = None, impl: Impl = "auto"
+) -> Tensor:
+    """Both results of `temporal_fusion` end to end, (r + b f) w, as one output projection takes them."""
+    _check(qkv, groups, position)
     offsets, length = None, qkv.shape[-2]
     if groups.packing is not None:
         offsets, length = groups.packing.offsets, groups.packing.longest
@@ -67,19 +77,18 @@ def temporal_fusion(
     operands = (qkv.unflatten(-1, (3, groups.heads, -1)), groups.readout, offsets, *masks)
     chosen = choose("temporal_fusion", impl, qkv.device.type, operands=operands)
     if chosen != "triton":
-        return temporal_fusion_reference(qkv, groups, position, chosen)
+        return torch.cat(temporal_fusion_reference(qkv, groups, position, chosen))
     rows = qkv.reshape(-1, qkv.shape[-1]).contiguous()
     readout = groups.readout.contiguous()
     sizes = (groups.heads, length, groups.causal, groups.alone)
     arguments = (rows, readout, offsets, *masks, position, *sizes)
-    out, own, _, _ = _temporal_fusion(*arguments)
-    return out.view(shape), own.unflatten(0, readout.shape)
+    return _temporal_fusion(*arguments)[0]
 
 
 def temporal_fusion_reference(
     qkv: Tensor, groups: Groups, position: Tensor | None, impl: str = "reference"
 ) -> tuple[Tensor, Tensor]:
-    """The formula of `temporal_fusion`, of packed sequences padded to the longest; impl: of `attention`."""
+    """The formula, r w and (b f) w, of packed sequences padded to the longest; impl: of `attention`."""
     readout, packing = groups.readout, groups.packing
     local = short_attention_reference(qkv, groups.heads, packing, groups.causal, groups.key_mask, impl)
     rows, queries = local.flatten(0, -2), qkv.flatten(0, -2)[readout]  # b f 3w
@@ -91,8 +100,7 @@ def temporal_fusion_reference(
     seen = None if seen is None else seen[groups.alone :].unflatten(0, readout.shape)
     pairs = qkv[groups.alone :, :, width:].unflatten(0, readout.shape)  # b f l 2w
     read = read_groups(queries[..., :width], pairs, seen, position, groups.heads, impl)
-    out = rows.index_copy(0, readout.flatten(), read.flatten(0, 1))
-    return out.view(local.shape), rows[readout]
+    return rows.index_copy(0, readout.flatten(), read.flatten(0, 1)), rows[readout.flatten()]
 
 
 def read_groups(
@@ -112,8 +120,7 @@ def read_groups(
     return read.transpose(1, 2).flatten(2)
 
 
-def _check(qkv: Tensor, groups: Groups, position: Tensor | None) -> tuple[int, ...]:
-    """The shape of the result."""
+def _check(qkv: Tensor, groups: Groups, position: Tensor | None) -> None:
     width, packing = qkv.shape[-1] // 3, groups.packing
     if qkv.ndim != (3 if packing is None else 2) or 3 * width != qkv.shape[-1] or width % groups.heads:
         wanted = f"{'n l' if packing is None else 'r'} 3w, w a multiple of {groups.heads} heads"
@@ -129,7 +136,6 @@ def _check(qkv: Tensor, groups: Groups, position: Tensor | None) -> tuple[int, .
     if position is not None and (position.shape[1:] != (width,) or len(position) < frames):
         wanted = f"{width} wide and at least {frames} long"
         raise ValueError(f"position: expected it {wanted}, found {tuple(position.shape)}")
-    return (*qkv.shape[:-1], width)
 
 
 @torch.library.custom_op("discovla::temporal_fusion", mutates_args=())
@@ -144,8 +150,8 @@ def _temporal_fusion(
     length: int,
     causal: bool,
     alone: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows r w, own n w; for backward what the readout rows read, n w, and its log-sum-exp, n h."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows r w and own n w end to end; for backward what the readout rows read, n w, and its lse, n h."""
     others = (offsets, key_mask, group_mask, position)
     return kernel("temporal_fusion").forward(qkv, readout, others, (heads, length, causal, alone))
 
@@ -153,14 +159,13 @@ def _temporal_fusion(
 @_temporal_fusion.register_fake
 def _(qkv, readout, offsets, key_mask, group_mask, position, heads, length, causal, alone):
     n, width = readout.numel(), qkv.shape[1] // 3
-    out, own = qkv.new_empty(len(qkv), width), qkv.new_empty(n, width)
-    return out, own, qkv.new_empty(n, width, dtype=wide(qkv)), qkv.new_empty(n, heads, dtype=wide(qkv))
+    out = qkv.new_empty(len(qkv) + n, width)
+    return out, qkv.new_empty(n, width, dtype=wide(qkv)), qkv.new_empty(n, heads, dtype=wide(qkv))
 
 
 @torch.library.custom_op("discovla::temporal_fusion_backward", mutates_args=())
 def _temporal_fusion_backward(
     grad: Tensor,
-    own_grad: Tensor,
     qkv: Tensor,
     readout: Tensor,
     offsets: Tensor | None,
@@ -175,14 +180,14 @@ def _temporal_fusion_backward(
     alone: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients by the rows and, of each group, by the positions, b f w (empty without)."""
-    others, grads = (offsets, key_mask, group_mask, position), (grad.contiguous(), own_grad.contiguous())
+    others = (offsets, key_mask, group_mask, position)
     sizes = (heads, length, causal, alone)
-    return kernel("temporal_fusion").backward(grads, qkv, readout, others, (read, lse), sizes)
+    return kernel("temporal_fusion").backward(grad.contiguous(), qkv, readout, others, (read, lse), sizes)
 
 
 @_temporal_fusion_backward.register_fake
 def _(
-    grad, own_grad, qkv, readout, offsets, key_mask, group_mask, position, read, lse, heads, length, causal,
+    grad, qkv, readout, offsets, key_mask, group_mask, position, read, lse, heads, length, causal,
     alone,
 ):  # fmt: skip
     shape = (0, 0) if position is None else readout.shape
@@ -192,17 +197,14 @@ def _(
 def _keep(ctx, inputs, output) -> None:
     *tensors, heads, length, causal, alone = inputs
     ctx.sizes = heads, length, causal, alone
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _differentiate(ctx, grad, own_grad, *_):
+def _differentiate(ctx, grad, *_):
     """What the readout rows read is kept for backward alone: nobody differentiates it."""
-    qkv, readout = ctx.saved_tensors[:2]
-    width = qkv.shape[1] // 3
-    grad = qkv.new_zeros(len(qkv), width) if grad is None else grad
-    own_grad = qkv.new_zeros(readout.numel(), width) if own_grad is None else own_grad
-    dqkv, dposition = _temporal_fusion_backward(grad, own_grad, *ctx.saved_tensors, *ctx.sizes)
+    dqkv, dposition = _temporal_fusion_backward(grad, *ctx.saved_tensors, *ctx.sizes)
     position = ctx.saved_tensors[5]
     dposition = None if position is None else dposition.sum(0).to(position.dtype)
     return dqkv, None, None, None, None, dposition, None, None, None, None

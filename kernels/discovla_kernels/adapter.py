@@ -17,31 +17,51 @@ def supports(x: Tensor, down: Tensor, *others: Tensor) -> str:
     """Why the kernels do not take these tensors; empty where they do."""
     if len(down) > MAX_RANK:
         return f"expected a rank of at most {MAX_RANK}, found {len(down)}"
-    return unsupported(x, down, *others)
+    if reason := unsupported(x):
+        return reason
+    if found := next((w.device for w in (down, *others) if w.device != x.device), None):
+        return f"expected all tensors on {x.device}, found one on {found}"
+    return ""
 
 
 @triton.jit
 def _wide_product(
-    z, matrix_ptr, rank, real, out_ptr, bias_ptr, n, N, W, RANK, stride_k, stride_w, HAS_BIAS: tl.constexpr,
-    BLOCK_W: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    z, x_ptr, matrix_ptr, rank, real, out_ptr, bias_ptr, more_ptr, n, N, W, RANK, stride_k, stride_w,
+    FORWARD: tl.constexpr, MORE: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Writes rows n of z matrix (+ bias), z: n rank, rank by W through strides, W in steps."""
+    """Writes rows n of z matrix, z: n rank, rank by W through strides, W in steps.
+
+    FORWARD: a bias is added, and with MORE x copied to more_ptr; else MORE writes zᵀ x there, rank W.
+    """
     for start in range(0, W, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
-        place = rank[:, None] * stride_k + w[None, :] * stride_w
-        matrix = tl.load(matrix_ptr + place, mask=real[:, None] & (w < W)[None, :], other=0.0)
-        out = tl.dot(z.to(matrix.dtype), matrix, input_precision=PRECISION, out_dtype=ACC)
-        if HAS_BIAS:
+        place, here = n[:, None] * W + w[None, :], (n < N)[:, None] & (w < W)[None, :]
+        weight = rank[:, None] * stride_k + w[None, :] * stride_w
+        matrix = tl.load(matrix_ptr + weight, mask=real[:, None] & (w < W)[None, :], other=0.0)
+        matrix, half = matrix.to(x_ptr.dtype.element_ty), z.to(x_ptr.dtype.element_ty)
+        out = tl.dot(half, matrix, input_precision=PRECISION, out_dtype=ACC)
+        if FORWARD:
             out += tl.load(bias_ptr + w, mask=w < W, other=0.0).to(ACC)[None, :]
-        tl.store(out_ptr + n[:, None] * W + w[None, :], out, mask=(n < N)[:, None] & (w < W)[None, :])
+        tl.store(out_ptr + place, out, mask=here)
+        if MORE:
+            x = tl.load(x_ptr + place, mask=here, other=0.0)
+            if FORWARD:
+                tl.store(more_ptr + place, x, mask=here)
+            else:
+                found = tl.dot(tl.trans(half), x, input_precision=PRECISION, out_dtype=ACC)
+                tl.store(
+                    more_ptr + rank[:, None] * W + w[None, :], found, mask=real[:, None] & (w < W)[None, :]
+                )
 
 
 @triton.jit
 def _adapter_forward(
-    x_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, out_ptr, N, W, RANK, BLOCK_N: tl.constexpr,
-    BLOCK_RANK: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, out_ptr, copy_ptr, N, W, RANK,
+    COPY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_W: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """z = U quick_gelu(D x + d) + u, D: rank w, U: w rank.
+    """z = U quick_gelu(D x + d) + u, D: rank w, U: w rank; with COPY also a copy of x.
 
     Tile: BLOCK_N rows; the bottleneck stays in registers. Traffic: x read and z written once.
     Backward: `_adapter_backward`, from x alone.
@@ -52,26 +72,30 @@ def _adapter_forward(
     h = product_tile(x_ptr, down_ptr, n, rank, n < N, real, W, BLOCK_W, PRECISION, ACC)
     h += tl.load(down_bias_ptr + rank, mask=real, other=0.0).to(ACC)[None, :]
     _wide_product(
-        activate(h, False), up_ptr, rank, real, out_ptr, up_bias_ptr, n, N, W, RANK, 1, RANK, True, BLOCK_W,
-        PRECISION, ACC,
+        activate(h, False), x_ptr, up_ptr, rank, real, out_ptr, up_bias_ptr, copy_ptr, n, N, W, RANK, 1, RANK,
+        True, COPY, BLOCK_W, PRECISION, ACC,
     )  # fmt: skip
 
 
 @triton.jit
 def _adapter_backward(
-    dz_ptr, x_ptr, down_ptr, down_bias_ptr, up_ptr, dx_ptr, g_ptr, dh_ptr, N, W, RANK,
+    dz_ptr, x_ptr, down_ptr, down_bias_ptr, up_ptr, dx_ptr, part_ptr, N, W, RANK,
     BLOCK_N: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """h = D x + d again, g = quick_gelu(h), dh = (dz U) quick_gelu'(h), dx = dh D.
 
-    g and dh, n rank, are written for the weights' gradients: dU = dzᵀ g, dD = dhᵀ x.
+    A program writes its part of the weights' gradients, dD = dhᵀ x, dd = sum dh, dU = dzᵀ g and du = sum dz,
+    one after the other: their sums over programs do not depend on an order.
     """
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     rank = tl.arange(0, BLOCK_RANK).to(tl.int64)
     real = rank < RANK
     h = product_tile(x_ptr, down_ptr, n, rank, n < N, real, W, BLOCK_W, PRECISION, ACC)
     h += tl.load(down_bias_ptr + rank, mask=real, other=0.0).to(ACC)[None, :]
+    g = activate(h, False).to(x_ptr.dtype.element_ty)
+    part_ptr += tl.program_id(0).to(tl.int64) * (2 * RANK * W + RANK + W)
+    up_part_ptr = part_ptr + RANK * W + RANK
     dh = tl.zeros((BLOCK_N, BLOCK_RANK), dtype=ACC)
     for start in range(0, W, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
@@ -81,39 +105,47 @@ def _adapter_backward(
         up = tl.load(
             up_ptr + w[:, None] * RANK + rank[None, :], mask=(w < W)[:, None] & real[None, :], other=0.0
         )
-        dh = tl.dot(dz, up, dh, input_precision=PRECISION, out_dtype=ACC)
-    dh *= activation_slope(h, False)
-    place, here = n[:, None] * RANK + rank[None, :], (n < N)[:, None] & real[None, :]
-    tl.store(g_ptr + place, activate(h, False), mask=here)
-    tl.store(dh_ptr + place, dh, mask=here)
+        dh = tl.dot(dz, up.to(dz.dtype), dh, input_precision=PRECISION, out_dtype=ACC)
+        found = tl.dot(tl.trans(dz), g, input_precision=PRECISION, out_dtype=ACC)
+        place, here = w[:, None] * RANK + rank[None, :], (w < W)[:, None] & real[None, :]
+        tl.store(up_part_ptr + place, found, mask=here)
+        tl.store(up_part_ptr + RANK * W + w, tl.sum(dz.to(ACC), axis=0), mask=w < W)
+    dh = tl.where((n < N)[:, None], dh * activation_slope(h, False), 0.0)
+    tl.store(part_ptr + RANK * W + rank, tl.sum(dh, axis=0), mask=real)
     _wide_product(
-        dh, down_ptr, rank, real, dx_ptr, dx_ptr, n, N, W, RANK, W, 1, False, BLOCK_W, PRECISION, ACC
-    )
+        dh, x_ptr, down_ptr, rank, real, dx_ptr, dx_ptr, part_ptr, n, N, W, RANK, W, 1, False, True, BLOCK_W,
+        PRECISION, ACC,
+    )  # fmt: skip
 
 
-def forward(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Tensor:
-    """n w to n w; all contiguous."""
-    out, (n, width) = torch.empty_like(x), x.shape
-    tile = _tile(x, len(down))
+def forward(x: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], copy: Tensor | None = None) -> Tensor:
+    """n w to n w; all contiguous.
+
+    weights: down, its bias, up, its bias, of any dtype.  copy: n w, for a copy of x.
+    """
+    out, (n, width), rank = torch.empty_like(x), x.shape, len(weights[0])
+    tile = _tile(x, rank)
     _adapter_forward[(triton.cdiv(n, tile["BLOCK_N"]),)](
-        x, down, down_bias, up, up_bias, out, n, width, len(down), PRECISION=precision(x),
-        ACC=accumulator(x), **tile,
+        x, *weights, out, out if copy is None else copy, n, width, rank, COPY=copy is not None,
+        PRECISION=precision(x), ACC=accumulator(x), **tile,
     )  # fmt: skip
     return out
 
 
-def backward(
-    grad: Tensor, x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient by x, n w, the activated bottleneck and the gradient before it, n rank each."""
-    dx, (n, width), rank = torch.empty_like(x), x.shape, len(down)
-    g, dh = x.new_empty(n, rank), x.new_empty(n, rank)
+def backward(grad: Tensor, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], dx: Tensor) -> Tensor:
+    """Writes the gradient by x to dx, n w; those by all weights come in parts p s that are to be added.
+
+    weights: down, its bias, up.
+    """
+    (n, width), rank = x.shape, len(weights[0])
     tile = _tile(x, rank)
-    _adapter_backward[(triton.cdiv(n, tile["BLOCK_N"]),)](
-        grad, x, down, down_bias, up, dx, g, dh, n, width, rank, PRECISION=precision(x), ACC=accumulator(x),
-        **tile,
-    )  # fmt: skip
-    return dx, g, dh
+    programs = triton.cdiv(n, tile["BLOCK_N"])
+    acc = torch.promote_types(x.dtype, torch.float32)
+    parts = x.new_empty(programs, 2 * rank * width + rank + width, dtype=acc)
+    _adapter_backward[(programs,)](
+        grad, x, *weights, dx, parts, n, width, rank, PRECISION=precision(x), ACC=accumulator(x), **tile
+    )
+    return parts
 
 
 def _tile(x: Tensor, rank: int) -> dict[str, int]:

@@ -139,16 +139,18 @@ def backward(
     gain: Tensor | None,
     slots: Tensor | None,
     added: Tensor,
+    du: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients by x and by u (empty where it is that by x); that by what was added goes into `added`.
 
     grads: by y, and by the sum.  x: the sum that was normed.  added: in the dtype of u; empty where nothing
-    was.
+    was.  du: where that by u is wanted.
     """
     grad, grad_of_sum = grads
     rows, width = x.shape
     dx = torch.empty_like(x)
-    du = x.new_empty(0) if added.dtype == x.dtype else torch.empty_like(x, dtype=added.dtype)
+    if du is None:
+        du = x.new_empty(0) if added.dtype == x.dtype else torch.empty_like(x, dtype=added.dtype)
     tile = _tile(width)
     _layer_norm_backward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
         grad, x if grad_of_sum is None else grad_of_sum, x, stats, x if slots is None else slots,

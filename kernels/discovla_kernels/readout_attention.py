@@ -165,23 +165,20 @@ def _readout_attention_backward(
     store_rows(dq_ptr + h * C, first_s + slot, slot < count, width, C, dq, BLOCK_C)
 
 
-def forward(
-    q: Tensor, kv: Tensor, ends: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes
-) -> tuple[Tensor, Tensor]:
-    """Outputs n w, and within their sequences those of sequences in groups, n' w.
+def forward(q: Tensor, kv: Tensor, ends: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes) -> Tensor:
+    """Outputs n w, and within their sequences those of sequences in groups, n' w, end to end.
 
     q: n w.  kv: r 2w.  ends: n, int64, rows.  others: offsets n + 1, int32, of sequences of up to `length`
     rows (None: all have it), key mask and group mask r, positions f w; each may be None. All contiguous.
     """
-    out = torch.empty_like(q)
-    own = q.new_empty(len(q) - sizes[3] if sizes[4] else 0, q.shape[1])
+    out = q.new_empty(2 * len(q) - sizes[3] if sizes[4] else len(q), q.shape[1])
     grid, pointers, numbers, constants = _launch(q, kv, ends, others, sizes)
-    _readout_attention_forward[grid](*pointers, out, own, *numbers, **constants)
-    return out, own
+    _readout_attention_forward[grid](*pointers, out, out[len(q) :], *numbers, **constants)
+    return out
 
 
 def backward(
-    grads: tuple[Tensor, Tensor],
+    grad: Tensor,
     q: Tensor,
     kv: Tensor,
     ends: Tensor,
@@ -190,14 +187,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by queries, by rows, and of each group by the positions (n' w; empty without).
 
-    grads: by both results of `forward`, contiguous.  The others: as there.
+    grad: by the result of `forward`, contiguous.  The others: as there.
     """
     dq, dkv = torch.empty_like(q), torch.empty_like(kv)
     acc = torch.promote_types(q.dtype, torch.float32)
     grid, pointers, numbers, constants = _launch(q, kv, ends, others, sizes)
     places = len(q) - sizes[3] if constants["HAS_POSITION"] else 0
     dposition = q.new_empty(places, q.shape[1], dtype=acc)
-    _readout_attention_backward[grid](*pointers, *grads, dq, dkv, dposition, *numbers, **constants)
+    _readout_attention_backward[grid](
+        *pointers, grad, grad[len(q) :], dq, dkv, dposition, *numbers, **constants
+    )
     return dq, dkv, dposition
 
 

@@ -174,8 +174,8 @@ def _temporal_fusion_backward(
 
 def forward(
     qkv: Tensor, readout: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs r w, own n w, and for backward what readout rows read, n w, and its log-sum-exp, n h.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs r w and own n w end to end; for backward what readout rows read, n w, and its lse, n h.
 
     qkv: r 3w, contiguous.  readout: b f, int64, rows.  others: offsets n + 1, int32, of sequences of up to
     `length` rows (None: all have it), key mask and group mask r, positions f w; each may be None.
@@ -184,19 +184,19 @@ def forward(
     heads, length, _, alone = sizes
     rows, width = len(qkv), qkv.shape[1] // 3
     acc, n = torch.promote_types(qkv.dtype, torch.float32), readout.numel()
-    out, own = qkv.new_empty(rows, width), qkv.new_empty(n, width)
+    out = qkv.new_empty(rows + n, width)
     read, lse = qkv.new_empty(n, width, dtype=acc), qkv.new_empty(n, heads, dtype=acc)
     pointers, tile = _launch(qkv, readout, others, sizes)
     del tile["ONE"]
     _temporal_fusion_forward[(alone + len(readout), heads)](
-        *pointers, out, own, read, lse, length, alone, readout.shape[1], heads, width // heads,
+        *pointers, out, out[rows:], read, lse, length, alone, readout.shape[1], heads, width // heads,
         (width // heads) ** -0.5, **tile,
     )  # fmt: skip
-    return out, own, read, lse
+    return out, read, lse
 
 
 def backward(
-    grads: tuple[Tensor, Tensor],
+    grad: Tensor,
     qkv: Tensor,
     readout: Tensor,
     others: tuple[Tensor | None, ...],
@@ -205,7 +205,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients by the packed rows and, of each group, by the positions (b f w; empty without).
 
-    grads: by outputs and own, contiguous.  kept: the last two results of `forward`.  The others: as there.
+    grad: by outputs and own end to end, contiguous.  kept: the last two results of `forward`.  The others: as
+    there.
     """
     (rows, width), (heads, length, _, alone) = qkv.shape, sizes
     width //= 3
@@ -216,8 +217,8 @@ def backward(
     dqkv = torch.empty_like(qkv)
     tile["num_warps"] = 8 if tile["BLOCK"] == 64 else 4  # four would spill
     _temporal_fusion_backward[(alone + len(readout), heads)](
-        *pointers, *grads, *kept, dqkv, dposition, lse, mean, length, alone, readout.shape[1], heads,
-        width // heads, (width // heads) ** -0.5, **tile,
+        *pointers, grad, grad[rows:], *kept, dqkv, dposition, lse, mean, length, alone, readout.shape[1],
+        heads, width // heads, (width // heads) ** -0.5, **tile,
     )  # fmt: skip
     return dqkv, dposition
 

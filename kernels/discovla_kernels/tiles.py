@@ -22,6 +22,8 @@ def product_tile(
 ):  # fmt: skip
     """x[x_rows] y[y_rows]ᵀ of two contiguous matrices with D columns; rows that are not real count as 0.
 
+    Products are of numbers of the dtype of x.
+
     x_rows, y_rows: int64.  An element adds its products in one order, whatever tile it is in, so that equal
     rows give equal products.
     """
@@ -31,7 +33,7 @@ def product_tile(
         real = d < D
         x = tl.load(x_ptr + x_rows[:, None] * D + d[None, :], mask=x_real[:, None] & real[None, :], other=0.0)
         y = tl.load(y_ptr + y_rows[None, :] * D + d[:, None], mask=y_real[None, :] & real[:, None], other=0.0)
-        product = tl.dot(x, y, product, input_precision=PRECISION, out_dtype=ACC)
+        product = tl.dot(x, y.to(x.dtype), product, input_precision=PRECISION, out_dtype=ACC)
     return product
 
 
