@@ -83,6 +83,11 @@ class DataConfig(BaseModel):
             raise ValueError("expected a manifest, or data.shards")
         return value
 
+    @field_validator("cache", "quarantine", mode="before")
+    @classmethod
+    def _nothing_is_none(cls, value: object) -> object:
+        return None if value == "" else value  # an empty path would be the folder the run is started in
+
     @field_validator("resident")
     @classmethod
     def _frames_that_stay(cls, value: str, info: ValidationInfo) -> str:

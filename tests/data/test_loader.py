@@ -58,6 +58,10 @@ def shape(**changes) -> LoaderShape:
     return loader_shape(**({"batch_size": 4} | changes))
 
 
+def test_an_empty_cache_or_quarantine_is_none():
+    assert config(cache="", quarantine="") == config()
+
+
 def same(a: Batch, b: Batch) -> bool:
     """Whether two batches hold the same."""
     names = ("text_ids", "text_mask", "frames", "frame_mask", "video_index", "valid")
