@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +12,15 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from discovla.ops.blocks import expect_shape, wide
-from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.dispatch import Impl, choose
+from discovla.ops.quantise_rows import FP8, LARGEST, Rows, Through, quantise_rows
 
-FP8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FP8).max  # 448
 HOPPER = (9, 0)
 MULTIPLE = 16  # the product wants sizes of the weight to be multiples of that
 
-Rows = tuple[Tensor, Tensor]  # t k in FP8, and the scale of each, t 1
-# rows by the weight n k (uint8), columns n scaled by float32, with a bias n or none: t n of a dtype
+# rows t k by the weight n k (uint8), columns n scaled by float32, with a bias n or none: t n of a dtype
 Product = Callable[[Rows, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+How = tuple[Product, Impl]  # and the implementation that rounds rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,11 @@ class FP8Weight:
     scale: Tensor
     plain: Tensor
     transposed: Tensor | None = None
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """What backward needs of it."""
+        return (self.plain,) if self.transposed is None else (self.transposed, self.scale)
 
     def __getitem__(self, outputs: slice) -> FP8Weight:
         """Some of its outputs."""
@@ -64,26 +68,6 @@ def quantise_weight(weight: Tensor, *, backward: bool = False) -> FP8Weight:
     return FP8Weight(bits=bits, scale=scale.float(), plain=plain, transposed=transposed)
 
 
-def quantise_rows(x: Tensor, columns: Tensor | None = None, *, impl: Impl = "auto") -> Rows:
-    """q (t i, float8_e4m3fn) and scale (t 1) with x about scale * q: each row fills the range of FP8.
-
-    Args:
-        columns: i, float32, what columns of x are multiplied by before.
-        impl: reference (plain torch, ten passes over the rows), triton (one), or auto.
-
-    Raises:
-        KernelUnavailable: the implementation asked for by name cannot run here.
-    """
-    if choose("quantise_rows", impl, x.device.type, operands=(x,)) == "triton":
-        bits, scale = _quantise_rows(x.contiguous(), columns)
-        return bits.view(FP8), scale
-    wider = x.to(wide(x)) if columns is None else x * columns
-    largest = wider.abs().amax(1, keepdim=True)
-    some, most = largest > 0, torch.full_like(largest, LARGEST)  # by a number torch divides otherwise
-    scale, inverse = (torch.where(some, x, 1.0) for x in (largest / most, most / largest))
-    return (wider * inverse).clamp(-LARGEST, LARGEST).to(FP8), scale
-
-
 def fp8_linear(x: Tensor, weight: FP8Weight, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     """diag(r) q_x (diag(s) q_w)ᵀ + bias, where diag(r) q_x is x rounded to FP8 row by row.
 
@@ -106,16 +90,9 @@ def fp8_linear(x: Tensor, weight: FP8Weight, bias: Tensor, *, impl: Impl = "auto
         ValueError: shapes that do not fit, or a bias that asks for a gradient.
         KernelUnavailable: the implementation asked for by name does not exist.
     """
-    outputs, inputs = weight.bits.shape
-    expect_shape("x", x, (*x.shape[:-1], inputs))
-    expect_shape("bias", bias, (outputs,))
-    if bias.requires_grad:
-        raise ValueError("bias: expected a frozen one, found one that asks for a gradient")
-    chosen = choose("fp8_linear", impl, x.device.type, operands=(x,))
-    product = _scaled if chosen == "torch" or (chosen == "triton" and x.is_cuda) else _reference
-    how = product, cast(Impl, "triton" if chosen == "triton" else "reference")
-    out = _FP8Linear.apply(x.flatten(0, -2), weight, bias.to(x.dtype), how)
-    return out.view(*x.shape[:-1], outputs)
+    check_fp8(x, weight, bias)
+    out = _FP8Linear.apply(x.flatten(0, -2), weight, bias.to(x.dtype), how_multiplied(impl, x))
+    return out.view(*x.shape[:-1], len(weight.bits))
 
 
 def fp8_lacks(device: torch.device, sizes: tuple[int, int] = (MULTIPLE, MULTIPLE)) -> str:
@@ -134,35 +111,45 @@ def fp8_lacks(device: torch.device, sizes: tuple[int, int] = (MULTIPLE, MULTIPLE
     return ""
 
 
-@torch.library.custom_op("discovla::quantise_rows", mutates_args=())
-def _quantise_rows(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The bytes of q, t i, and scale, t 1, float32."""
-    return kernel("quantise_rows").quantise_rows(x, columns, LARGEST)
+def check_fp8(x: Tensor, weight: FP8Weight, bias: Tensor) -> None:
+    """Refuse shapes that do not fit, and a bias that trains."""
+    outputs, inputs = weight.bits.shape
+    expect_shape("x", x, (*x.shape[:-1], inputs))
+    expect_shape("bias", bias, (outputs,))
+    if bias.requires_grad:
+        raise ValueError("bias: expected a frozen one, found one that asks for a gradient")
 
 
-@_quantise_rows.register_fake
-def _(x, columns):
-    return torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x), 1, dtype=torch.float32)
+def how_multiplied(impl: Impl, x: Tensor) -> How:
+    """What multiplies rows by a weight there, and what rounds them."""
+    chosen = choose("fp8_linear", impl, x.device.type, operands=(x,))
+    product = _scaled if chosen == "torch" or (chosen == "triton" and x.is_cuda) else _reference
+    return product, "triton" if chosen == "triton" else "reference"
+
+
+def multiplied_back(grad: Tensor, kept: Sequence[Tensor], how: How, through: Through | None = None) -> Tensor:
+    """The gradient by what a weight, that `kept` this of itself, was multiplied with.
+
+    through: in FP8, what `grad` passes before.
+    """
+    if len(kept) == 1:
+        return grad @ kept[0].to(grad.dtype)
+    (transposed, scale), (product, impl) = kept, how
+    rows = quantise_rows(grad, scale, through=through, impl=impl)
+    return product(rows, transposed, scale.new_ones(len(transposed)), None, grad.dtype)
 
 
 class _FP8Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FP8Weight, bias: Tensor, how: tuple[Product, Impl]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: FP8Weight, bias: Tensor, how: How) -> Tensor:
         ctx.how = product, impl = how
-        kept = (weight.plain,) if weight.transposed is None else (weight.transposed, weight.scale)
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*weight.kept)
         return product(quantise_rows(x, impl=impl), weight.bits, weight.scale, bias, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        weight, *scale = ctx.saved_tensors
-        if not scale:
-            return grad @ weight.to(grad.dtype), None, None, None
-        product, impl = ctx.how
-        ones = scale[0].new_ones(len(weight))
-        dx = product(quantise_rows(grad, scale[0], impl=impl), weight, ones, None, grad.dtype)
-        return dx, None, None, None
+        return multiplied_back(grad, ctx.saved_tensors, ctx.how), None, None, None
 
 
 def _reference(rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -7,19 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from discovla_kernels.mlp import activate, activation_slope
 from discovla_kernels.tiles import unsupported
 
 WIDEST = 16384  # columns of a row that one program holds
 HELD = 4096  # numbers that a program holds, of narrower rows
 
 
-def supports(x: Tensor) -> str:
+def supports(x: Tensor, hidden: Tensor | None = None) -> str:
     """Why the kernel does not take these rows; empty where it does."""
     if x.dtype == torch.float64:
         return "float64 has no kernel: impl='reference' computes it"
     if x.shape[-1] > WIDEST:
         return f"expected rows of at most {WIDEST} numbers, found {x.shape[-1]}"
-    return unsupported(x)
+    return unsupported(x, hidden)
 
 
 @triton.jit
@@ -41,17 +42,24 @@ def _e4m3(x):
 
 @triton.jit
 def _quantise_rows_forward(
-    x_ptr, columns_ptr, bytes_ptr, scale_ptr, T, W, LARGEST: tl.constexpr, HAS_COLUMNS: tl.constexpr,
+    x_ptr, hidden_ptr, columns_ptr, bytes_ptr, scale_ptr, T, W, LARGEST: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr, ACTIVATES: tl.constexpr, HAS_HIDDEN: tl.constexpr, GELU: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """bytes[t, w] = columns[w] x[t, w] / scale[t] in e4m3; scale[t] = max |columns x[t]| / LARGEST, or 1.
+    """bytes[t, w] = y[t, w] / scale[t] in e4m3; scale[t] = max |y[t]| / LARGEST, or 1 where that is 0.
 
-    Tile: BLOCK_T whole rows, in float32.  Traffic: each entry read once, one byte written.
+    y = columns x, columns act(x) where it ACTIVATES, or columns x act'(hidden).  Tile: BLOCK_T whole rows, in
+    float32.  Traffic: each entry read once, one byte written.
     """
     t, w = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_W)
     here = (t < T)[:, None] & (w < W)[None, :]
     place = t[:, None] * W + w[None, :]
     x = tl.load(x_ptr + place, mask=here, other=0).to(tl.float32)
+    if HAS_HIDDEN:
+        hidden = tl.load(hidden_ptr + place, mask=here, other=0).to(tl.float32)
+        x *= activation_slope(hidden, GELU)
+    elif ACTIVATES:
+        x = activate(x, GELU)
     if HAS_COLUMNS:
         x *= tl.load(columns_ptr + w, mask=w < W, other=0)[None, :]
     largest = tl.max(tl.abs(x), axis=1)
@@ -62,15 +70,21 @@ def _quantise_rows_forward(
     tl.store(scale_ptr + t, tl.where(some, tl.div_rn(largest, most), 1.0), mask=t < T)
 
 
-def quantise_rows(x: Tensor, columns: Tensor | None, largest: float) -> tuple[Tensor, Tensor]:
-    """Bytes t w of e4m3, uint8, and scales t 1, float32, of contiguous rows t w."""
-    rows, width = x.shape
+def quantise_rows(
+    x: Tensor, columns: Tensor | None, through: tuple[str, Tensor | None], largest: float
+) -> tuple[Tensor, Tensor]:
+    """Bytes t w of e4m3, uint8, and scales t 1, float32, of contiguous rows t w.
+
+    through: the activation that x passes, or "", and the hidden rows at which its derivative is meant.
+    """
+    (rows, width), (activation, hidden) = x.shape, through
     out, scale = torch.empty_like(x, dtype=torch.uint8), x.new_empty(rows, 1, dtype=torch.float32)
     block_w = triton.next_power_of_2(width)
     block_t = max(1, HELD // block_w)
     _quantise_rows_forward[(triton.cdiv(rows, block_t),)](
-        x, x if columns is None else columns, out, scale, rows, width,
-        LARGEST=largest, HAS_COLUMNS=columns is not None, BLOCK_T=block_t, BLOCK_W=block_w,
+        x, x if hidden is None else hidden.contiguous(), x if columns is None else columns, out, scale,
+        rows, width, LARGEST=largest, HAS_COLUMNS=columns is not None, ACTIVATES=activation != "",
+        HAS_HIDDEN=hidden is not None, GELU=activation == "gelu", BLOCK_T=block_t, BLOCK_W=block_w,
         num_warps=8 if block_w > HELD else 4,
     )  # fmt: skip
     return out, scale

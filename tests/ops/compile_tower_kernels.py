@@ -103,8 +103,10 @@ def row_cases() -> list[Case]:
     colours = {"SCALE": (0.1, 0.2, 0.3), "SHIFT": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
     folding = {"SCALE": (0.1, 0.2, 0.3), "OFFSET": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
     cases += [(preprocess_frames._fold_normalisation_forward, HALF, folding)]
-    for dtype, columns in ((HALF, True), (SINGLE, False)):
-        rows = {"LARGEST": 448.0, "HAS_COLUMNS": columns, "BLOCK_T": 1, "BLOCK_W": 4096}
+    flags = ("HAS_COLUMNS", "ACTIVATES", "HAS_HIDDEN", "GELU")
+    for dtype, given in ((HALF, (False, False, False, False)), (HALF, (True, True, True, False)),
+                         (SINGLE, (False, True, False, True))):  # fmt: skip
+        rows = {"LARGEST": 448.0, "BLOCK_T": 1, "BLOCK_W": 4096, **dict(zip(flags, given, strict=True))}
         cases += [(quantised._quantise_rows_forward, dtype, rows)]
     return [*cases, (preprocess_frames._preprocess_frames_forward, HALF, colours)]
 
