@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from discovla.engine.distributed import Wire
 from discovla.engine.optim import OptimConfig
@@ -98,6 +98,13 @@ class EngineConfig(BaseModel):
             if self.capture == "graph" and (found := getattr(self, key)) not in plain:
                 raise ValueError(f"capture: expected 'none' with {key} = {found!r}, found 'graph'")
         return self
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _drives_hold_no_state(cls, value: Any) -> Any:
+        if value == "nvme":
+            raise ValueError("expected 'none' or 'cpu': checkpoints do not reach state that lies on a drive")
+        return value
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> EngineConfig:
