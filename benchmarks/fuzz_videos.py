@@ -4,7 +4,8 @@
         [--out benchmarks/results/cpu/fuzz-videos.jsonl]
 
 Each file is a whole clip with bytes of its header or anywhere changed, cut off, or torn out.  What the doctor
-says of it must be what the loader does with it, by each decoder: the same frames, or none and the reason.
+says of it must be what the loader does with it, by each decoder: the same frames, or none and the reason.  A
+file that gives frames is read again from LATER seconds on, which must be the frames of decoding it whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from discovla.data.torchcodec_frames import TOLERANCE
 HEADER = 1500  # bytes at either end, where indexes and headers are
 KINDS = {"mp4": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "mkv": "mjpeg", "ts": "libx264"}
 SAMPLING = Sampling(frames=4)
+LATER = 0.5  # seconds that a second visit leaves out, so that it samples other frames
 SIZE = 16
 OTHERWISE = "cannot be read by decoder ="  # what a decoder says of a file that it would read otherwise
 TOLERANCES = {"torchcodec": TOLERANCE, "dali": TOLERANCE_MEAN}
@@ -102,7 +105,12 @@ def read_by_file(decoder: DecoderName, seconds: float) -> Iterator[Read]:
     reader = Reader(seconds)
     try:
         yield lambda clip: reader(
-            Reading(path=clip.video, sampling=SAMPLING, image_size=SIZE, decoder=decoder)
+            Reading(
+                path=clip.video,
+                sampling=replace(SAMPLING, start=clip.start),
+                image_size=SIZE,
+                decoder=decoder,
+            )
         )
     finally:
         reader.close()
@@ -133,7 +141,8 @@ def disagreements(
 ) -> tuple[list[str], int]:
     """Clips that the loader treats otherwise than the doctor says, time limits apart.
 
-    Another decoder than PyAV may refuse a file, which is counted, but may not give other frames of it.
+    Another decoder than PyAV may refuse a file, which is counted, but may not give other frames of it, at its
+    first visit or at its second.
 
     Args:
         lit: whether a black frame is one that was not decoded, as the sources have none.
@@ -143,12 +152,16 @@ def disagreements(
     told, refused = [], 0
     with ExitStack() as stack:
         readers = {"pyav": stack.enter_context(read_by_file("pyav", seconds))}
+        whole = stack.enter_context(read_by_file("pyav", seconds))  # it meets each file once
         if decoder == "dali":
             readers["dali"] = stack.enter_context(read_by_dali(seconds))
         elif decoder == "torchcodec":
             readers[decoder] = stack.enter_context(read_by_file("torchcodec", seconds))
         for clip in (clip for clip in clips if clip.id not in slow):
             frames, reason = _read(readers[decoder], clip)
+            if frames is not None:
+                later = replace(clip, start=LATER)
+                told += _other_later(later, _read(readers[decoder], later), _read(whole, later), decoder)
             if decoder != "pyav" and OTHERWISE in reason:
                 refused += 1
             elif reason != (reasons.get(clip.id) or ""):
@@ -161,6 +174,23 @@ def disagreements(
                 if error > TOLERANCES[decoder]:
                     told.append(f"{clip.id}: other frames by {decoder}, mean difference {error:.1f}")
     return told, refused
+
+
+def _other_later(
+    clip: Clip, found: tuple[np.ndarray | None, str], wanted: tuple[np.ndarray | None, str], decoder: str
+) -> list[str]:
+    """What is wrong with a second visit, beside the frames of a file decoded whole."""
+    if OTHERWISE in found[1] and wanted[1] == "":
+        return []  # it was whole for the first sampling alone
+    if found[0] is None or wanted[0] is None:
+        same = found[1] == wanted[1]
+        return (
+            [] if same else [f"{clip.id}: from {LATER} s on {decoder} says {found[1]!r}, not {wanted[1]!r}"]
+        )
+    error = float(np.abs(found[0].astype(int) - wanted[0]).mean())
+    if error <= TOLERANCES.get(decoder, 0):
+        return []
+    return [f"{clip.id}: from {LATER} s on other frames by {decoder}, mean difference {error:.1f}"]
 
 
 def _read(read: Read, clip: Clip) -> tuple[np.ndarray | None, str]:
