@@ -7,9 +7,10 @@
 
 The steps take turns, round by round, and a ratio is of two steps of one round: its median counts, for a
 shared machine's times vary by a factor of two and more.  With the loader each has its rounds one after the
-other, for workers read ahead.  Rows go to benchmarks/results/<device>/, one JSON a line: milliseconds by the
-clock and of the process's own CPU time; what the step keeps for backward; work as `step_work.py` counts it;
-kernels, or on a CPU the ops that would start one.  What is not there or does not fit has a row that says so.
+other, for workers read ahead, and so have captured ones, for they keep their memory.  Rows go to
+benchmarks/results/<device>/, one JSON a line: milliseconds by the clock and of the process's own CPU time;
+what the step keeps for backward; work as `step_work.py` counts it; kernels, or on a CPU the ops that would
+start one.  What is not there or does not fit has a row that says so.
 Parameters that train stay float32; `bf16` computes in bfloat16, `fp8` multiplies by frozen weights in 8 bits,
 `fp8 backward` gradients too.  `triton` takes the kernels where the rest takes what `auto` has found fastest,
 `captured` replays the step as a CUDA graph: with the loader some of its rounds are those that record a shape.
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -48,6 +49,7 @@ from discovla.towers.architecture import Architecture
 
 LENGTH = 32  # tokens of a padded caption
 LEAST = 3  # rounds, before time may be up
+ALONE = 5  # of a contest's time at most this part is for the rounds of one step alone
 MODELS = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
 # ms and GB of an H200 at 128 pairs
 TARGETS = {"ViT-B/32": (52.0, 17.0), "ViT-B/16": (192.0, None), "ViT-L/14": (830.0, None)}
@@ -90,31 +92,55 @@ def run(contest: Contest, device: str, architecture: Architecture | None = None)
     """
     architecture = architecture or step_inputs.architecture(contest.model)
     batches = _batches(contest, architecture, device)
-    first = next(batches())
     rows: dict[str, Row] = {}
+    for names in _sittings(contest.impls):
+        rows |= _timed(replace(contest, impls=names), architecture, batches, device)
+        torch.cuda.empty_cache()
+    return [rows[name] for name in contest.impls]
+
+
+def _sittings(impls: Sequence[str]) -> list[list[str]]:
+    """Steps that are timed together; a captured one keeps all its memory, so it has the GPU for itself."""
+    captured = [name for name in impls if "captured" in name]
+    together = [name for name in impls if name not in captured]
+    return [*([together] if together else []), *([name] for name in captured)]
+
+
+def _timed(
+    contest: Contest, architecture: Architecture, batches: Callable[[], Iterator[Batch]], device: str
+) -> dict[str, Row]:
+    """Rows of steps that are timed together, by name."""
+    first = next(batches())
+    rows: dict[str, Row] = {n: {"name": contest.name, "impl": n, "op": "step"} for n in contest.impls}
     steps: dict[str, Step] = {}
     for name in contest.impls:
-        rows[name] = {"name": contest.name, "impl": name, "op": "step"}
-        reason = unavailable(name, device)
-        try:
-            if not reason:
-                steps[name] = make_step(name, architecture, device)
-                for _ in range(steps[name].calls):  # warms up
-                    steps[name].call(first)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-        if reason:
-            steps.pop(name, None)
-            rows[name]["left_out"] = reason
-    take = _in_rows if contest.data else _in_turns
+        found = _warm(name, architecture, first, device)
+        if isinstance(found, Step):
+            steps[name] = found
+        else:
+            rows[name]["left_out"] = found
+    take = _in_rows if contest.data or "captured" in contest.impls[0] else _in_turns
     rounds = take(contest, steps, batches, device)
     fixed = _fixed(contest, architecture, first)
     for name, step in steps.items():
         rows[name] |= fixed | _figures(rounds[name], rounds.get(BASE), contest)
         rows[name] |= _counts(step, first, device) | _rates(rows[name], device)
         if contest.profile:
-            rows[name]["profile_ms"] = by_component(lambda step=step: step.call(first), cuda=device == "cuda")
-    return list(rows.values())
+            rows[name]["profile_ms"] = by_component(partial(step.call, first), cuda=device == "cuda")
+    return rows
+
+
+def _warm(name: str, architecture: Architecture, batch: Batch, device: str) -> Step | str:
+    """A step that has been called as often as it needs, or why there is none."""
+    if reason := unavailable(name, device):
+        return reason
+    try:
+        step = make_step(name, architecture, device)
+        for _ in range(step.calls):
+            step.call(batch)
+    except torch.OutOfMemoryError as error:
+        return str(error).splitlines()[0]
+    return step
 
 
 def _fixed(contest: Contest, architecture: Architecture, batch: Batch) -> Row:
@@ -179,10 +205,12 @@ def _in_rows(
     """All rounds of a step, then those of the next; each waits for its batch."""
     found: Rounds = {name: [] for name in steps}
     for name, step in steps.items():
-        source = batches()
+        begin, source = time.monotonic(), batches()
         for _ in range(step.calls):
             step.call(next(source))
-        for _ in range(contest.rounds):
+        for number in range(contest.rounds):
+            if number >= LEAST and time.monotonic() - begin > contest.seconds / ALONE:
+                break
             found[name].append(_time(lambda step=step, source=source: step.call(next(source)), device))
     return found
 
