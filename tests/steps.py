@@ -196,15 +196,15 @@ class _Work:
         self.work.wait()
 
 
-def on_ranks(case: Callable[[World], Any], size: int, folder: Path) -> Any:
-    """What `case` (a function of a module) gives on the first of several ranks."""
+def on_ranks(case: Callable[[World], Any], size: int, folder: Path, *, seconds: float = 120) -> Any:
+    """What `case` (a function of a module) gives on the first of several ranks, within some time."""
     server, port = multiprocessing.get_context("forkserver"), free_port()
     arguments = [(case, rank, size, port, str(folder / f"of{size}.pt")) for rank in range(size)]
     processes = [server.Process(target=_rank, args=each) for each in arguments]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(seconds)
     for process in processes:
         process.kill()
     assert [process.exitcode for process in processes] == [0] * size

@@ -57,6 +57,10 @@ CASES = {
     "full, recompute_blocks": Case(variant="discovla", tune="full", memory="recompute_blocks"),
     "pairs in blocks": Case(variant="tightTransf"),
     "ranks with unequal blocks": Case(variant="tightTransf", bad=True),
+    **{
+        f"{variant}, ragged": Case(variant=variant, bad=True)
+        for variant in ("tokens", "seqTransf", "clip2video", "t2vparser, communicating")
+    },
     "adapters, in parts": Case(variant="discovla", parts=3, bad=True),
     "full, in parts": Case(variant="discovla", tune="full", parts=2, memory="recompute_blocks"),
     "pairs in blocks, in parts": Case(variant="tightTransf", parts=4, bad=True),
@@ -173,7 +177,7 @@ def evaluated(world: World) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[Any, Any]:
-    return steps.on_ranks(every_case, 2, tmp_path_factory.mktemp("stage3"))
+    return steps.on_ranks(every_case, 2, tmp_path_factory.mktemp("stage3"), seconds=240)
 
 
 @pytest.mark.parametrize("name", CASES)
