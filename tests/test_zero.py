@@ -64,6 +64,22 @@ def test_what_offload_takes_of_the_machine_has_a_table_of_its_own(capsys):
     assert sizes["total"] == pytest.approx(sum(found["host_bytes"].values()) / 2**20, abs=0.5)
 
 
+@pytest.mark.parametrize(
+    ("words", "place", "share"),
+    [
+        ([], "bytes", 1),
+        (["engine.zero_stage=3"], "bytes", 4),
+        (["engine.zero_stage=3", "engine.offload=cpu"], "host_bytes", 4),
+    ],
+    ids=["whole", "split", "offloaded"],
+)
+def test_an_average_is_counted_where_it_lies(capsys, words, place, share):
+    assert main(["zero", CONFIG, "optim.ema=0.9", *words, "--gpus", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[place]["average"] == 4 * 561_200 / share
+    assert sum("average" in found[name] for name in ("bytes", "host_bytes")) == 1
+
+
 def test_a_number_of_gpus_that_does_not_divide_the_batch_is_refused(capsys):
     assert main(["zero", CONFIG, "--gpus", "3"]) == 2
     assert "--gpus: expected a number that divides batch_size = 128, got 3" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import json
 import torch
 
 from discovla.config import RunConfig, read_config
-from discovla.engine.memory import Sizes, TokenLayers, activation_bytes, host_bytes, state_bytes
+from discovla.engine.memory import FULL, Sizes, TokenLayers, activation_bytes, host_bytes, state_bytes
 from discovla.engine.strategy import trained_size
 from discovla.engine.zero import choose_stage, zero_json
 from discovla.methods import METHODS
@@ -49,6 +49,10 @@ def _run(arguments: argparse.Namespace) -> None:
         trained=trained,
     )
     memory, host = predicted(config, method, sizes), host_bytes(config.engine, sizes)
+    if config.optim.ema is not None:
+        whole = choose_stage(config.engine, trained, arguments.gpus) < 3
+        lies = memory if whole or config.engine.offload == "none" else host
+        lies["average"] = FULL * (trained if whole else -(-trained // arguments.gpus))
     if arguments.json:
         found = {"deepspeed": settings, "parameters": vars(sizes), "bytes": memory, "host_bytes": host}
         print(json.dumps(found, indent=2))
