@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,9 +16,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from discovla.batch import Batch, Losses
-from discovla.engine.distributed import World
+from discovla.engine.distributed import World, largest_over_ranks
 from discovla.engine.zero import EngineConfig
-from discovla.ops.buckets import FEWEST, Rows, caption_rows
+from discovla.ops.buckets import FEWEST, Rows, lots, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,22 @@ class Recording:
     turn: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a capture keeps to.
+
+    most: recordings that are kept; the one that was not used for longest gives way.
+    fewest: rows of captions, see `caption_rows`.
+    crowded: whether a step as it is may not fit into memory beside the recordings, which then give way.
+    largest: the largest of each of a few numbers over all processes, which so record the same at once.
+    """
+
+    most: int = MOST
+    fewest: int = FEWEST
+    crowded: Callable[[], bool] = lambda: False
+    largest: Callable[[list[int]], list[int]] = list
+
+
 class Capture:
     """`step` and its backward, recorded for every shape of batch and replayed.
 
@@ -60,9 +77,6 @@ class Capture:
             on its parameters, and reads no number back.
         parameters: that train; they stay where they are.
         recorder: `record_graph` on a GPU.
-        most: recordings that are kept; the one that was not used for longest gives way.
-        fewest: rows of captions, see `caption_rows`.
-        crowded: whether a step as it is may not fit into memory beside the recordings, which then give way.
     """
 
     def __init__(
@@ -70,13 +84,10 @@ class Capture:
         step: Step,
         parameters: Sequence[nn.Parameter],
         recorder: Recorder,
-        *,
-        most: int = MOST,
-        fewest: int = FEWEST,
-        crowded: Callable[[], bool] = lambda: False,
+        bounds: Bounds | None = None,
     ) -> None:
         self.step, self.parameters, self.recorder = step, tuple(parameters), recorder
-        self.most, self.fewest, self.crowded = most, fewest, crowded
+        self.bounds = bounds or Bounds()
         self.recordings: OrderedDict[Key, Recording] = OrderedDict()
         self.buffers: dict[Key, Tensor] = {}
         self._came: OrderedDict[Key, None] = OrderedDict()
@@ -89,7 +100,10 @@ class Capture:
         if batch.valid is not None:
             self._say("a batch with clips that could not be read is no recorded step, and takes longer")
             return self._unrecorded(batch, {})
-        rows = caption_rows([mask for _, mask in _masks(batch)], self.fewest)
+        rows = self._agreed(batch)
+        if rows is None:
+            self._say("processes whose batches are of different shapes take steps that are not recorded")
+            return self._unrecorded(batch, {})
         key = (*_shapes(batch), tuple(sorted(rows.items())))
         recording = self.recordings.get(key)
         if recording is None:
@@ -106,10 +120,20 @@ class Capture:
 
     def _unrecorded(self, batch: Batch, rows: Rows) -> Losses:
         """The step as it is, which needs memory of its own."""
-        if self.recordings and self.crowded():
+        if self.recordings and self.bounds.largest([int(self.bounds.crowded())])[0]:
             self._say("recordings give way to a step that has none, for lack of memory")
             self.recordings.clear()
         return self.step(batch, rows)
+
+    def _agreed(self, batch: Batch) -> Rows | None:
+        """Rows of captions that all processes have room for; None where they have none, or other shapes."""
+        masks = _masks(batch)
+        wanted, room = zip(*lots(masks, self.bounds.fewest), strict=True)
+        shapes = zlib.crc32(repr(_shapes(batch)).encode())
+        agreed = self.bounds.largest([shapes, -shapes, *wanted, *(-most for most in room)])
+        rows, least = agreed[2 : 2 + len(masks)], [-most for most in agreed[2 + len(masks) :]]
+        fits = all(count <= most for count, most in zip(rows, least, strict=True))
+        return rows_of(masks, rows) if fits and agreed[0] == -agreed[1] else None
 
     def _came_before(self, key: Key) -> bool:
         """Whether batches of this shape have come before; from now on they have."""
@@ -122,10 +146,10 @@ class Capture:
 
     def _record(self, key: Key, batch: Batch, rows: Rows) -> Recording:
         """The recording of a step on batches of this shape."""
-        if len(self.recordings) >= self.most:
+        if len(self.recordings) >= self.bounds.most:
             self._say(
-                f"batches of more than {self.most} shapes: the step of the one that has not come for longest "
-                "is recorded anew when it comes again"
+                f"batches of more than {self.bounds.most} shapes: the step of the one that has not come for "
+                "longest is recorded anew when it comes again"
             )
             self.recordings.popitem(last=False)
         own = self._own(batch)
@@ -218,8 +242,13 @@ def make_capture(
     check_capture(engine, world)
     if engine.capture == "none":
         return None
-    crowded = partial(memory_is_short, world.device)
-    return Capture(step, tuple(parameters), record_graph(world.device), crowded=crowded)
+    bounds = Bounds(crowded=partial(memory_is_short, world.device), largest=partial(largest, world))
+    return Capture(step, tuple(parameters), record_graph(world.device), bounds)
+
+
+def largest(world: World, values: list[int]) -> list[int]:
+    """The largest of each number over processes, which tell each other on the CPU."""
+    return values if world.size == 1 else largest_over_ranks(torch.tensor(values)).tolist()
 
 
 def memory_is_short(device: torch.device) -> bool:
@@ -231,13 +260,9 @@ def check_capture(engine: EngineConfig, world: World) -> None:
     """Refuse to record where it cannot be done.
 
     Raises:
-        ValueError: on several processes, which would have to record at the same step, or without a GPU.
+        ValueError: without a GPU; also on several processes, for gloo's collectives are no part of a graph.
     """
-    if engine.capture == "none":
-        return
-    if world.size > 1:
-        raise ValueError(f"engine.capture: expected 'none' on {world.size} processes, found 'graph'")
-    if world.device.type != "cuda":
+    if engine.capture == "graph" and world.device.type != "cuda":
         raise ValueError(f"engine.capture: expected 'none' on a {world.device.type}, found 'graph'")
 
 
@@ -248,11 +273,10 @@ def _tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
             yield each.name, x
 
 
-def _masks(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """The masks of captions, n l."""
-    yield "text_mask", batch.text_mask
-    if batch.frame_text_mask is not None:
-        yield "frame_text_mask", batch.frame_text_mask.flatten(0, -2)
+def _masks(batch: Batch) -> list[Tensor]:
+    """The masks of captions, n l, and of frame captions."""
+    frames = batch.frame_text_mask
+    return [batch.text_mask, *([] if frames is None else [frames.flatten(0, -2)])]
 
 
 def _shapes(batch: Batch) -> Key:

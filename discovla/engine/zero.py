@@ -39,9 +39,9 @@ class EngineConfig(BaseModel):
     distinct_captions: let identical captions pass as one what no other caption is seen in: the same numbers,
         for less work where captions of neighbouring frames repeat.
     capture: "graph" records a step and its backward as a CUDA graph for every shape of batch, which is then
-        one launch; captions take up to 5 % more rows, so that few shapes come.  On one process and a GPU,
-        whose memory for activations stays taken; steps with clips that could not be read, and the first of
-        a shape, are taken as by "none".
+        one launch; captions take up to 5 % more rows, so that few shapes come.  On GPUs, whose memory for
+        activations stays taken; steps with clips that could not be read, and the first of a shape, are
+        taken as by "none".
     grad_scale: "exact" makes the gradient of many processes that of one; "official" leaves it 1/W, as
         released.
     wire: what embeddings and their gradients travel between processes in: "compute" in the dtype the towers

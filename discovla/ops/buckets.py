@@ -23,11 +23,21 @@ def caption_rows(masks: Sequence[Tensor], fewest: int = FEWEST) -> Rows:
         masks: of each lot, n l, bool, true on real tokens; on the CPU, or a GPU is waited for.
         fewest: rows that are rounded up to at least.
     """
+    return rows_of(masks, [wanted for wanted, _ in lots(masks, fewest)])
+
+
+def lots(masks: Sequence[Tensor], fewest: int = FEWEST) -> list[tuple[int, int]]:
+    """The rows that `caption_rows` gives each lot, and how many it has room for."""
     tokens = [int(mask.sum()) for mask in masks]
     step = max(fewest, 1 << max(0, (sum(tokens) // SHARE).bit_length() - 1))
+    room = [real + int(_spare(mask).sum()) for mask, real in zip(masks, tokens, strict=True)]
+    return [(min(-(-real // step) * step, most), most) for real, most in zip(tokens, room, strict=True)]
+
+
+def rows_of(masks: Sequence[Tensor], counts: Sequence[int]) -> Rows:
+    """Rows for lots of captions with so many each, apart and all together."""
     found: dict[tuple[int, int], int] = {}
-    for mask, real in zip(masks, tokens, strict=True):
-        rows = min(-(-real // step) * step, real + int(_spare(mask).sum()))
+    for mask, rows in zip(masks, counts, strict=True):
         shape = len(mask), mask.shape[1]
         found[shape] = max(rows, found.get(shape, 0))
     if len(masks) > 1:

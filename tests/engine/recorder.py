@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,8 +80,7 @@ class Rerun:
     def run(self, function: Callable[[], Found]) -> Found:
         with Touched(self.known()):
             losses, gradients = function()
-        losses.total.detach_()
-        return losses, gradients
+        return replace(losses, total=losses.total.detach()), gradients
 
 
 class Unwatched(Rerun):
@@ -91,8 +91,7 @@ class Unwatched(Rerun):
 
     def run(self, function: Callable[[], Found]) -> Found:
         losses, gradients = function()
-        losses.total.detach_()
-        return losses, gradients
+        return replace(losses, total=losses.total.detach()), gradients
 
 
 def results(found: Found) -> list[Tensor]:

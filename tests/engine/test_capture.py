@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from discovla import trainer
 from discovla.batch import Batch, Losses
 from discovla.config import read_config
 from discovla.engine import capture
-from discovla.engine.capture import Capture, check_capture, make_capture, record_graph
+from discovla.engine.capture import Bounds, Capture, check_capture, largest, make_capture, record_graph
 from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import StepPlan, make_strategy
@@ -30,7 +31,7 @@ def recorded(step: TrainStep, **options) -> tuple[Capture, Rerun]:
     """The step, recorded by a rerun of it."""
     trained = [p for p in step.parameters() if p.requires_grad]
     recorder = Rerun(lambda: [*step.parameters(), *step.buffers(), *made.buffers.values()])
-    made = step.recorded = Capture(step.losses, trained, recorder, **options)
+    made = step.recorded = Capture(step.losses, trained, recorder, Bounds(**options))
     return made, recorder
 
 
@@ -237,14 +238,14 @@ def test_settings_by_which_a_step_cannot_be_recorded_are_refused(options, found)
     assert EngineConfig(**options).capture == "none"
 
 
-def test_several_processes_and_a_device_without_graphs_are_refused():
+def test_a_device_without_graphs_is_refused_and_so_are_processes_that_talk_by_gloo():
     engine = EngineConfig(capture="graph")
     with pytest.raises(ValueError, match=r"^engine\.capture: expected 'none' on a cpu, found 'graph'$"):
         make_capture(lambda batch, rows: Losses(total=torch.ones(()), terms={}), [], engine, ALONE)
-    two = replace(ALONE, size=2, device=torch.device("cuda"))
-    with pytest.raises(ValueError, match=r"^engine\.capture: expected 'none' on 2 processes, found 'graph'$"):
-        check_capture(engine, two)
-    check_capture(EngineConfig(), two)
+    with pytest.raises(ValueError, match=r"^engine\.capture: expected 'none' on a cpu, found 'graph'$"):
+        check_capture(engine, replace(ALONE, size=2))
+    check_capture(engine, replace(ALONE, size=2, device=torch.device("cuda")))
+    check_capture(EngineConfig(), ALONE)
 
 
 @pytest.mark.slow
@@ -284,6 +285,44 @@ def every_strategy(world: World) -> dict:
                 strategy.step(1e-3)
             found[name, how] = {"losses": torch.tensor(losses), **strategy.trained_state()}
     return {"loss": [x["losses"].tolist() for x in found.values()], "found": found}
+
+
+def test_what_processes_do_not_share_is_no_recorded_step(caplog):
+    answers = iter([[7, -8, 48, 48, -48, -144], [7, -7, 49, 48, -48, -144], [7, -7, 48, 96, -48, -144]])
+    step, _, recorder = made(largest=lambda values: next(answers), fewest=16)
+    for _ in range(2):  # other shapes; more rows than one of them has room for
+        assert_same(steps.take(step, batch()), plainly(step, batch()))
+    assert caplog.text.count("whose batches are of different shapes") == 1
+    passed = []
+    step.method.text.blocks[0].register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+    step(batch())
+    assert passed == [48 + 96], "what the largest need"
+    assert recorder.recorded == 0
+
+
+def on_two(world: World) -> dict:
+    """Losses and gradients of steps that two processes record, each with captions of its own lengths."""
+    step = TrainStep(steps.make("discovla"), world, "exact")
+    recorder = Unwatched()
+    trained = [p for p in step.parameters() if p.requires_grad]
+    bounds = Bounds(largest=partial(largest, world), fewest=8)
+    found: dict = {"recorded": [], "plain": [], "sum": torch.zeros(())}
+    for kind in ("plain", "recorded"):
+        step.recorded = Capture(step.losses, trained, recorder, bounds) if kind == "recorded" else None
+        for seed in (0, 1, 0, 1, 2):
+            whole = batch(seed, size=8)
+            found[kind].append(steps.take(step, steps.share(whole, world)))
+    losses = [x["loss"].item() for x in (*found["plain"], *found["recorded"])]
+    return {**found, "loss": losses, "counts": (recorder.recorded, recorder.replayed)}
+
+
+@pytest.mark.slow
+def test_processes_record_the_same_at_once(tmp_path):
+    found = steps.on_ranks(on_two, 2, tmp_path)
+    for got, want in zip(found["recorded"], found["plain"], strict=True):
+        assert_same(got, want)
+    recorded, replayed = found["counts"]
+    assert 1 <= recorded <= replayed <= 3
 
 
 @pytest.mark.slow
