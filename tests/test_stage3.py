@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import pytest
@@ -73,8 +74,22 @@ def every_case(world: World) -> dict[Any, Any]:
     clip4clip.HIDDEN = 2000  # five blocks of pairs
     found: dict[Any, Any] = {name: step(world, case) for name, case in CASES.items()}
     losses = [result["loss"].item() for result in found.values()]
+    found["running"] = running(world)
     found["averages"] = [averaged(world, stage) for stage in (0, 3)]
     return {**found, "evaluated": evaluated(world), "loss": losses}
+
+
+def running(world: World) -> list[int]:
+    """After each of some steps, in which blocks are computed again, the modules taken for running."""
+    strategy = split(
+        TrainStep(Case(variant="discovla", memory="recompute_blocks").method(), world, "exact"), world
+    )
+    batch, found = steps.share(steps.whole_batch(bad=False), world), []
+    for _ in range(STEPS):
+        strategy.backward(strategy(batch).total)
+        strategy.step(0.0)
+        found.append(len(import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK))
+    return found
 
 
 def averaged(world: World, stage: Literal[0, 3]) -> dict[str, Tensor]:
@@ -200,6 +215,10 @@ def test_an_average_of_slices_is_that_of_whole_parameters(found):
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6)
     assert torch.equal(got["before"], got["after"])
     assert (got["inside"] - got["before"]).abs().max() > 1e-3
+
+
+def test_modules_that_are_computed_again_do_not_pile_up(found):
+    assert len(set(found["running"])) == 1, found["running"]
 
 
 def test_ranks_evaluate_as_long_as_each_has_to(found):

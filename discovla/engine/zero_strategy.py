@@ -39,6 +39,8 @@ from discovla.engine.zero import choose_stage, zero_json
 
 logger = logging.getLogger(__name__)
 
+HOOKS = "deepspeed.runtime.zero.parameter_offload"  # where it notes at stage 3 which modules run
+
 
 class DeepSpeedStrategy(Strategy):
     """DeepSpeed's engine around the module.
@@ -81,10 +83,15 @@ class DeepSpeedStrategy(Strategy):
             self.engine, *_ = deepspeed.initialize(model=self.shell, optimizer=optimizer, config=settings)
         self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
         start_state(self.optimizer, self._flat())
+        self.running: list[nn.Module] = importlib.import_module(HOOKS).FWD_MODULE_STACK
+        self.idle = len(self.running)
         self.order = _Order(list(self.trained.values()), plan.world) if self.stage == 2 else None
 
     def __call__(self, batch: Batch) -> Losses:
-        if self.stage == 3:  # it would go on with the last step's gradient of what this one does not touch
+        if self.stage == 3:
+            # modules whose second pass was cut short, once backward had all it needs, still count as running
+            del self.running[self.idle :]
+            # it would go on with the last step's gradient of what this one does not touch
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
         self.later.clear()
         total, *terms = self.engine(batch)
