@@ -36,10 +36,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
 
 from benchmarks.measure import machine, results_file, write_row
-from discovla.data.decoders import TRIED, Decoder
-from discovla.data.reading import Reader, Reading, read_frames
 from discovla.data.sampling import Sampling, frame_indices
-from discovla.data.torchcodec_frames import missing
+from discovla.data.video.decoders import TRIED, Decoder
+from discovla.data.video.reading import Reader, Reading, read_frames
+from discovla.data.video.torchcodec_frames import missing
 
 SIZES = {"320x240": (320, 240), "640x360": (640, 360), "1280x720": (1280, 720)}
 GOPS = {"long-gop": 250, "short-gop": 12}

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from discovla.batch import Embedding
+from discovla.data.drawn.probes import Probe, make_probes
+from discovla.data.drawn.synthetic import WorldSizes, draw_world
 from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip, read_manifest
-from discovla.data.probes import Probe, make_probes
-from discovla.data.synthetic import WorldSizes, draw_world
 from discovla.data.tokens import Tokenizer
 from discovla.methods.base import Method
 from discovla.methods.discovla import DiscoVLA

@@ -31,16 +31,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 
 from benchmarks.measure import machine, write_row
 from discovla.data.clips import FrameSettings
-from discovla.data.dali import TOLERANCE_MEAN
-from discovla.data.dali_frames import DaliFrames
-from discovla.data.dali_reader import DaliReader
-from discovla.data.decode import DecodeError
-from discovla.data.decoders import DecoderName
+from discovla.data.dali.frames import DaliFrames
+from discovla.data.dali.reader import DaliReader
+from discovla.data.dali.support import TOLERANCE_MEAN
 from discovla.data.doctor import Checks, Diagnosis, diagnose
 from discovla.data.manifest import Clip
-from discovla.data.reading import Reader, Reading
 from discovla.data.sampling import Sampling
-from discovla.data.torchcodec_frames import TOLERANCE
+from discovla.data.video.decode import DecodeError
+from discovla.data.video.decoders import DecoderName
+from discovla.data.video.reading import Reader, Reading
+from discovla.data.video.torchcodec_frames import TOLERANCE
 
 HEADER = 1500  # bytes at either end, where indexes and headers are
 KINDS = {"mp4": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "mkv": "mjpeg", "ts": "libx264"}

@@ -19,8 +19,8 @@ from benchmarks.data import GOPS, KINDS, RATE, SIZES, draw
 from benchmarks.measure import write_row
 from discovla.data.data_bench import DEMAND, BenchRow, BenchSettings, bench, table
 from discovla.data.manifest import Clip, read_manifest, write_manifest
-from discovla.data.shard_files import Format, ShardSettings
-from discovla.data.shards import ShardJob, write_shards
+from discovla.data.shards.files import Format, ShardSettings
+from discovla.data.shards.writer import ShardJob, write_shards
 
 DRAWN = 4  # clips of a kind; the others are links to them
 

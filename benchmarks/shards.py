@@ -40,9 +40,9 @@ from discovla.data.config import DataConfig
 from discovla.data.loader import TrainLoader
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.samples import samples
-from discovla.data.shard_files import ShardSettings
-from discovla.data.shard_reader import Shards
-from discovla.data.shards import ShardJob, write_shards
+from discovla.data.shards.files import ShardSettings
+from discovla.data.shards.reader import Shards
+from discovla.data.shards.writer import ShardJob, write_shards
 from discovla.data.source import LoaderShape
 
 SIZE, FRAMES, QUALITY, LIMIT = 224, 12, 90, 120.0

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from discovla.data.decode import DecodeError
+from discovla.data.video.decode import DecodeError
 
 EXPECTED = (ValueError, DecodeError, OSError, FloatingPointError)
 FAILED = 2  # exit status

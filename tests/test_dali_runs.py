@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from discovla.cli import main
-from discovla.data.dali import missing
+from discovla.data.dali.support import missing
 from tests import runs
 
 LACKING = missing()

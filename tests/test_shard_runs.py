@@ -11,7 +11,7 @@ import torch
 
 from discovla.cli import main
 from tests import runs
-from tests.data.shard_server import served
+from tests.data.shards.server import served
 
 STEPS = 5  # of 8 pairs; an epoch has 9 steps
 

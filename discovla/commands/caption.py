@@ -11,18 +11,18 @@ from typing import get_args
 import torch
 from tqdm import tqdm
 
-from discovla.data.caption_endpoint import EndpointCaptioner, Server
-from discovla.data.captioners import Asking, Captioner, CoCaCaptioner, HuggingFaceCaptioner
-from discovla.data.captioning import (
+from discovla.data.captions.captioners import Asking, Captioner, CoCaCaptioner, HuggingFaceCaptioner
+from discovla.data.captions.captioning import (
     CaptionedClips,
     CaptionSettings,
     CaptionStore,
     caption_clips,
     with_captions,
 )
-from discovla.data.captions import frame_captions_of, read_frame_captions, write_frame_captions
-from discovla.data.decode import Damaged
+from discovla.data.captions.endpoint import EndpointCaptioner, Server
+from discovla.data.captions.frame_captions import frame_captions_of, read_frame_captions, write_frame_captions
 from discovla.data.manifest import Clip, read_manifest, write_manifest
+from discovla.data.video.decode import Damaged
 
 _MODELS = "coca:ARCHITECTURE@WEIGHTS (open_clip), hf:NAME (transformers) or openai:NAME (with --url)"
 

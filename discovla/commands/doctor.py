@@ -10,10 +10,10 @@ from typing import get_args
 from tqdm import tqdm
 
 from discovla.config import read_config
-from discovla.data.decode import Damaged
 from discovla.data.doctor import Checks, diagnose
 from discovla.data.manifest import read_manifest
 from discovla.data.sampling import Sampler, Sampling, sampling_of
+from discovla.data.video.decode import Damaged
 
 
 def add(commands: argparse._SubParsersAction) -> None:

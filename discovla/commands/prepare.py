@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from discovla.data.captions import read_frame_captions
+from discovla.data.captions.frame_captions import read_frame_captions
 from discovla.data.datasets import (
     Annotated,
     activitynet,

@@ -62,7 +62,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 
 def _shard(arguments: argparse.Namespace) -> None:
-    from discovla.data.shards import ShardJob, write_shards  # torch takes seconds to import
+    from discovla.data.shards.writer import ShardJob, write_shards  # torch takes seconds to import
 
     job = ShardJob(
         settings=_settings(arguments),
@@ -85,7 +85,7 @@ def _shard(arguments: argparse.Namespace) -> None:
 def _settings(arguments: argparse.Namespace):
     """What is kept of each clip: what is asked for, else the config's, else the defaults."""
     from discovla.data.sampling import Sampling
-    from discovla.data.shard_files import ShardSettings
+    from discovla.data.shards.files import ShardSettings
 
     fields = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "damaged")
     chosen = {} if arguments.config is None else _of_config(arguments, fields)

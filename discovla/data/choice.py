@@ -16,18 +16,19 @@ from typing import Literal
 
 import numpy as np
 
-from discovla.data import dali, torchcodec_frames
 from discovla.data.clips import FULL_SIZE, Augment, ShardFrameReader
 from discovla.data.config import DataConfig
-from discovla.data.dali_frames import DaliFrames
-from discovla.data.dali_reader import DaliReader
-from discovla.data.decode import DecodeError
-from discovla.data.decoders import TRIED, DecoderName
+from discovla.data.dali import support as dali
+from discovla.data.dali.frames import DaliFrames
+from discovla.data.dali.reader import DaliReader
 from discovla.data.manifest import Clip
-from discovla.data.reading import Reader, Reading
 from discovla.data.sampling import sampling_of
-from discovla.data.shard_reader import open_shards
+from discovla.data.shards.reader import open_shards
 from discovla.data.source import frame_settings, ready
+from discovla.data.video import torchcodec_frames
+from discovla.data.video.decode import DecodeError
+from discovla.data.video.decoders import TRIED, DecoderName
+from discovla.data.video.reading import Reader, Reading
 
 logger = logging.getLogger(__name__)
 

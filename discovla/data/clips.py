@@ -13,16 +13,16 @@ import numpy as np
 from discovla.batch import BadClip
 from discovla.data.augment import draw_light
 from discovla.data.cache import FrameCache
-from discovla.data.decode import Damaged, DecodeError
-from discovla.data.decoders import DecoderName, check_decoder
 from discovla.data.manifest import Clip
-from discovla.data.reading import Reader, Reading, resizing
 from discovla.data.samples import Frames, Pair, Sample, frame_texts
 from discovla.data.sampling import Sampler, Sampling, Slice, sampling_of
-from discovla.data.shard_files import SUMMARY
-from discovla.data.shard_reader import Shards
+from discovla.data.shards.files import SUMMARY
+from discovla.data.shards.reader import Shards
 from discovla.data.tokens import Tokenizer
-from discovla.data.video import check_file
+from discovla.data.video.decode import Damaged, DecodeError
+from discovla.data.video.decoders import DecoderName, check_decoder
+from discovla.data.video.opening import check_file
+from discovla.data.video.reading import Reader, Reading, resizing
 
 logger = logging.getLogger(__name__)
 

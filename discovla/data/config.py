@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from discovla.data.clips import FULL_SIZE, Augment, LongCaptions
-from discovla.data.decode import Damaged
-from discovla.data.decoders import DecoderName
 from discovla.data.sampling import Sampler, Sampling, Slice
+from discovla.data.video.decode import Damaged
+from discovla.data.video.decoders import DecoderName
 
 Resident = Literal["none", "cpu", "cuda"]
 

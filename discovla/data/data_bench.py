@@ -14,18 +14,19 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from discovla.data import dali, torchcodec_frames
 from discovla.data.clips import FrameSettings
-from discovla.data.dali_frames import DaliFrames
-from discovla.data.dali_graph import CLIPS
-from discovla.data.dali_reader import DaliReader
-from discovla.data.decode import DecodeError
-from discovla.data.decoders import DecoderName
+from discovla.data.dali import support as dali
+from discovla.data.dali.frames import DaliFrames
+from discovla.data.dali.graph import CLIPS
+from discovla.data.dali.plans import Plan
+from discovla.data.dali.reader import DaliReader
 from discovla.data.manifest import Clip
-from discovla.data.plans import Plan
-from discovla.data.reading import Reader, Reading
 from discovla.data.sampling import Sampling
-from discovla.data.shard_reader import Shards, open_shards
+from discovla.data.shards.reader import Shards, open_shards
+from discovla.data.video import torchcodec_frames
+from discovla.data.video.decode import DecodeError
+from discovla.data.video.decoders import DecoderName
+from discovla.data.video.reading import Reader, Reading
 
 # Frames a second on one H200: the samples a second that the performance plan aims at (batch 128, bf16) times
 # the 12 frames of each. Targets, none of them measured.

@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from discovla.data.decode import Damaged
-from discovla.data.examine import Request, examine
 from discovla.data.manifest import Clip, write_whole
 from discovla.data.sampling import Sampling
+from discovla.data.video.decode import Damaged
+from discovla.data.video.examine import Request, examine
 from discovla.data.watched import watched
 
 _COMMON = 6  # values named of each kind in the summary

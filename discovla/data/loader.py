@@ -21,15 +21,15 @@ from torch.utils.data import DataLoader, Dataset
 from discovla.batch import BadClip, Batch
 from discovla.data.clips import ClipReader, ClipSource
 from discovla.data.config import DataConfig
-from discovla.data.dali_frames import DaliFrames
-from discovla.data.dali_reader import DaliReader
-from discovla.data.decode import DecodeError
+from discovla.data.dali.frames import DaliFrames
+from discovla.data.dali.plans import Plan
+from discovla.data.dali.reader import DaliReader
 from discovla.data.manifest import Clip, check_clips
-from discovla.data.plans import Plan
 from discovla.data.resident import Resident
 from discovla.data.samples import Frames, Sample, Source
 from discovla.data.source import LoaderShape, clip_source, frame_reader
 from discovla.data.tokens import Tokenizer
+from discovla.data.video.decode import DecodeError
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 from discovla.batch import BadClip
+from discovla.data.dali.plans import Plan
 from discovla.data.manifest import Clip
-from discovla.data.plans import Plan
 
 logger = logging.getLogger(__name__)
 

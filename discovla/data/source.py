@@ -17,11 +17,11 @@ from discovla.data.clips import (
     check_captions,
 )
 from discovla.data.config import DataConfig
-from discovla.data.dali_reader import DaliReader
+from discovla.data.dali.reader import DaliReader
 from discovla.data.manifest import Clip, check_clips, read_manifest
 from discovla.data.samples import samples
 from discovla.data.sampling import Sampling
-from discovla.data.shard_reader import open_shards
+from discovla.data.shards.reader import open_shards
 
 logger = logging.getLogger(__name__)
 

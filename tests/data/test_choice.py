@@ -12,11 +12,11 @@ import torch
 from discovla.data import choice
 from discovla.data.choice import choose_decoder
 from discovla.data.config import DataConfig
-from discovla.data.dali import missing
+from discovla.data.dali.support import missing
 from discovla.data.manifest import Clip, write_manifest
-from discovla.data.shard_files import ShardSettings
-from discovla.data.shards import ShardJob, write_shards
-from discovla.data.torchcodec_frames import missing as lacks_torchcodec
+from discovla.data.shards.files import ShardSettings
+from discovla.data.shards.writer import ShardJob, write_shards
+from discovla.data.video.torchcodec_frames import missing as lacks_torchcodec
 from tests.data.odd_clips import odd_clip
 
 LACKING = missing()

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from discovla.cli import main
-from discovla.data import dali, torchcodec_frames
+from discovla.data.dali import support as dali
 from discovla.data.data_bench import DEMAND, BenchRow, BenchSettings, bench, table
 from discovla.data.manifest import Clip
-from discovla.data.shard_files import ShardSettings
-from discovla.data.shards import ShardJob, write_shards
+from discovla.data.shards.files import ShardSettings
+from discovla.data.shards.writer import ShardJob, write_shards
+from discovla.data.video import torchcodec_frames
 from tests.data.conftest import movie
 from tests.data.odd_clips import odd_clip
 

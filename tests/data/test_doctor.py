@@ -17,14 +17,16 @@ import pytest
 
 from benchmarks.fuzz_videos import HEADER, SAMPLING, disagreements, draw_sources, write_mutated
 from discovla.cli import main
-from discovla.data import dali, decoders, doctor, torchcodec_frames
+from discovla.data import doctor
 from discovla.data.cache import FrameCache
-from discovla.data.decode import DecodeError
+from discovla.data.dali import support as dali
 from discovla.data.doctor import Checks, Diagnosis, diagnose
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.quarantine import Quarantine, without_quarantined
 from discovla.data.sampling import Sampling
-from discovla.data.tables import FrameTables
+from discovla.data.video import decoders, torchcodec_frames
+from discovla.data.video.decode import DecodeError
+from discovla.data.video.tables import FrameTables
 from tests import runs
 from tests.data.odd_clips import KINDS, Kind, odd_clip
 from tests.data.test_watched import children, ended
@@ -200,7 +202,9 @@ def test_a_record_of_something_else_is_refused(folder, tmp_path):
 KILLED = """
 import os
 from pathlib import Path
-from discovla.data import dali, doctor, torchcodec_frames
+from discovla.data import doctor
+from discovla.data.dali import support as dali
+from discovla.data.video import torchcodec_frames
 from discovla.data.manifest import read_manifest
 from discovla.data.sampling import Sampling
 watched = doctor.watched

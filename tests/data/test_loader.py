@@ -13,7 +13,6 @@ import torch
 from pydantic import ValidationError
 
 from discovla.batch import Batch
-from discovla.data.decode import DecodeError
 from discovla.data.loader import (
     DataConfig,
     LoaderShape,
@@ -25,6 +24,7 @@ from discovla.data.loader import (
 from discovla.data.manifest import Clip
 from discovla.data.samples import Sample
 from discovla.data.tokens import Tokenizer
+from discovla.data.video.decode import DecodeError
 from tests.data.conftest import STEP, loader_shape, movie
 
 COUNT = 7  # clips, of two captions each
@@ -347,7 +347,7 @@ def test_a_config_of_an_unknown_key_is_refused():
 
 
 def test_drawn_stills_can_be_trained_on():
-    from discovla.data.stills import Stills
+    from discovla.data.drawn.stills import Stills
 
     data = config(stills={"count": 6, "easy_epochs": 1})
     loader = TrainLoader(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from discovla.data.examine import Request, examine
+from discovla.data.video.examine import Request, examine
 
 
 class Unsendable(Exception):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from discovla.data.captions import read_json
+from discovla.data.captions.frame_captions import read_json
 from discovla.data.datasets.annotated import Annotated, VideoFolder, listed_clips
 from discovla.data.datasets.reading import first_of, needed, read_ids
 

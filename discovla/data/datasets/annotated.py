@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from discovla.data.captions import frame_captions_of
+from discovla.data.captions.frame_captions import frame_captions_of
 from discovla.data.manifest import Clip
 
 VIDEO_SUFFIXES = (

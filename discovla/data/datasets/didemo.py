@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from discovla.data.captions import read_json
+from discovla.data.captions.frame_captions import read_json
 from discovla.data.datasets.annotated import VIDEO_SUFFIXES, Annotated, VideoFolder, check_apart
 from discovla.data.datasets.reading import needed, read_ids
 from discovla.data.manifest import Clip

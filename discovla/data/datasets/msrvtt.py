@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from discovla.data.captions import read_json
+from discovla.data.captions.frame_captions import read_json
 from discovla.data.datasets.annotated import Annotated, VideoFolder, check_apart
 from discovla.data.datasets.reading import first_of, needed, read_captions, read_ids, read_pickle, rows
 from discovla.data.manifest import Clip

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from discovla.data.captions import read_json
+from discovla.data.captions.frame_captions import read_json
 
 
 def first_of(root: Path, *names: str, folders: tuple[str, ...] = ("",)) -> Path | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from discovla.data.datasets.annotated import Annotated, hold_out
+from discovla.data.datasets.protocols import differences
 from discovla.data.manifest import Clip, write_manifest, write_whole
-from discovla.data.protocols import differences
 
 _SHOWN = 3
 

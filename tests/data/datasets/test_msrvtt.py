@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from discovla.data.captions import read_frame_captions
+from discovla.data.captions.frame_captions import read_frame_captions
 from discovla.data.datasets import first_captions, msrvtt, report, with_frame_captions
 from discovla.data.samples import samples
 

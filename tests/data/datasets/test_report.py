@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from discovla.cli import main
-from discovla.data.captions import read_frame_captions
+from discovla.data.captions.frame_captions import read_frame_captions
 from discovla.data.datasets import Annotated, csv_clips, msrvtt, prepare, with_frame_captions
 from discovla.data.manifest import Clip, read_manifest
 

@@ -1,0 +1,1 @@
+"""Captions of frames: made by a captioner, kept, and read."""

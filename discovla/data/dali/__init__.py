@@ -1,0 +1,1 @@
+"""Frames of whole batches by NVIDIA DALI's graph."""

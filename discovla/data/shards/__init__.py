@@ -1,0 +1,1 @@
+"""Clips decoded once into WebDataset tars, and read from them."""

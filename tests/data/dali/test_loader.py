@@ -1,0 +1,202 @@
+"""Batches whose frames DALI makes, from files and from shards, against those of PyAV."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from discovla.batch import Batch
+from discovla.data.cache import FrameCache
+from discovla.data.dali.support import TOLERANCE_MEAN, missing
+from discovla.data.loader import DataConfig, TrainLoader, video_batches
+from discovla.data.manifest import Clip, write_manifest
+from discovla.data.shards.files import ShardSettings
+from discovla.data.shards.writer import ShardJob, write_shards
+from discovla.data.source import pixels, read_clips
+from discovla.data.video.decode import DecodeError
+from discovla.data.video.tables import FrameTables
+from tests.data.conftest import loader_shape
+from tests.data.odd_clips import odd_clip
+
+LACKING = missing()
+pytestmark = [
+    pytest.mark.skipif(LACKING is not None, reason=str(LACKING)),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU refuses, a GPU reads"),
+]
+SIZE, FRAMES = 16, 4
+FIELDS = ("text_ids", "text_mask", "frame_mask", "video_index")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Clips that DALI reads on a CPU, one with few frames, one that it refuses, and one that is no video."""
+    folder = tmp_path_factory.mktemp("dali")
+    (folder / "text.webm").write_text("no video")
+    names = ["vp9", "mjpeg", "odd-size-vp9", "vp8-without-duration"]
+    videos = [odd_clip(folder, name) for name in names] + [folder / "text.webm", odd_clip(folder, "long-gop")]
+    clips = [
+        Clip(id=video.stem, video=video, captions=(f"a {n}", f"another {n}"), split="train")
+        for n, video in enumerate(videos)
+    ]
+    clips[1] = replace(clips[1], start=0.2, end=0.3)
+    clips += [replace(clip, split="val", id=f"val {clip.id}") for clip in clips[:3]]
+    write_manifest(folder / "manifest.jsonl", clips)
+    return folder / "manifest.jsonl"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, world):
+    """Shards with given settings, made when they are first asked for."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def make(**changes) -> str:
+        out = folder / "-".join(["x", *(f"{k}-{v}" for k, v in changes.items())])
+        if not out.exists():
+            fields = {"frames": FRAMES, "sample_rate": 5.0, "size": SIZE, "quality": 95} | changes
+            write_shards(world, out, ShardJob(settings=ShardSettings(**fields), workers=0))
+        return str(out)
+
+    return make
+
+
+def config(world: Path, **changes) -> DataConfig:
+    fields = {"manifest": world, "frames": FRAMES, "sample_rate": 5.0, "workers": 0, "decode_seconds": 60.0}
+    return DataConfig(**(fields | {"decoder": "dali"} | changes))
+
+
+def loader(data: DataConfig, **changes) -> TrainLoader:
+    return TrainLoader(read_clips(data, "train"), data, loader_shape(**({"batch_size": 3} | changes)))
+
+
+def assert_near(found: list[Batch], wanted: list[Batch], refused: tuple[int, ...] = ()) -> int:
+    """Batches agree but for pixels and the clips that DALI refuses; how many frames were compared."""
+    assert len(found) == len(wanted) > 0
+    compared = 0
+    for a, b in zip(found, wanted, strict=True):
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in FIELDS)
+        told = {clip.id: clip.reason for clip in b.bad}
+        assert {clip.id: clip.reason for clip in a.bad if clip.id != "long-gop"} == told
+        assert a.valid is not None and b.valid is not None
+        for row, clip in enumerate(a.video_index.tolist()):
+            assert bool(a.valid[row]) == (clip not in refused and bool(b.valid[row]))
+            if a.valid[row]:
+                errors = (a.frames[row].int() - b.frames[row].int()).abs().float().mean((1, 2, 3))
+                assert errors.max() <= TOLERANCE_MEAN
+                compared += int(a.frame_mask[row].sum())
+            else:
+                assert not a.frames[row].any()
+    return compared
+
+
+@pytest.mark.parametrize(
+    "augment", ["light", *(pytest.param(a, marks=pytest.mark.slow) for a in ("none", "resized_crop"))]
+)
+def test_training_sees_what_pyav_gives_bad_clips_and_all(augment, world):
+    mine = loader(config(world, augment=augment))
+    batches = list(mine.epoch(1))
+    wanted = list(loader(config(world, augment=augment, decoder="pyav")).epoch(1))
+    assert assert_near(batches, wanted, refused=(5,)) >= 20
+    refused = {clip.reason for batch in batches for clip in batch.bad if clip.id == "long-gop"}
+    assert len(refused) == 1
+    assert "cannot be read by decoder = 'dali': its codec is h264" in refused.pop()
+    # in mid-epoch, after an epoch that was left, and by workers: the same, bit for bit
+    next(iter(mine.epoch(2)))
+    rest = list(mine.epoch(1, start=1))
+    assert len(rest) == len(batches) - 1
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(rest, batches[1:], strict=True))
+
+
+def test_what_dali_refuses_pyav_reads_where_that_is_asked_for(world, caplog):
+    data = {"augment": "light"}
+    found = list(loader(config(world, decoder="dali+pyav", **data)).epoch(1))
+    wanted = list(loader(config(world, decoder="pyav", **data)).epoch(1))
+    assert assert_near(found, wanted) >= 24  # the bad clip is bad to both, all others are read
+    exact = 0
+    for a, b in zip(found, wanted, strict=True):
+        for row in (a.video_index == 5).nonzero().flatten().tolist():
+            assert torch.equal(a.frames[row], b.frames[row])
+            exact += 1
+    assert exact
+    told = [m for m in caplog.messages if "dali+pyav" in m]
+    assert len(told) == 1
+    assert "long-gop.mp4: decoder: 'dali+pyav' leaves it to pyav: cannot be read by" in told[0]
+
+
+@pytest.mark.slow
+def test_workers_and_ranks_change_nothing(world):
+    whole = list(loader(config(world, augment="light")).epoch(0))
+    by_workers = list(loader(config(world, augment="light", workers=2)).epoch(0))
+    shares = [
+        list(loader(config(world, augment="light"), rank=rank, world_size=3).epoch(0)) for rank in range(3)
+    ]
+    for i, batch in enumerate(whole):
+        assert torch.equal(by_workers[i].frames, batch.frames)
+        assert torch.equal(torch.cat([share[i].frames for share in shares]), batch.frames)
+        assert by_workers[i].bad == batch.bad
+
+
+@pytest.mark.slow
+def test_evaluation_sees_what_pyav_gives_and_names_what_dali_refuses(world):
+    data = config(world)
+    clips = read_clips(data, "val")
+    found = list(video_batches(clips, data, SIZE, 2))
+    wanted = list(video_batches(clips, config(world, decoder="pyav"), SIZE, 2))
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a.frame_mask, b.frame_mask)
+        assert torch.equal(a.clip_index, b.clip_index)
+        assert (a.frames.int() - b.frames.int()).abs().float().mean() <= TOLERANCE_MEAN
+    with pytest.raises(DecodeError, match=r"1 clips cannot be evaluated: 'long-gop' .* its codec is h264"):
+        list(video_batches(read_clips(data, "train")[5:], data, SIZE, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "augment"),
+    [
+        ({"format": "jpeg"}, "light"),
+        pytest.param({"format": "jpeg", "size": None}, "resized_crop", marks=pytest.mark.slow),
+        pytest.param({"format": "raw", "size": None}, "light", marks=pytest.mark.slow),
+        pytest.param({"format": "raw", "size": None}, "resized_crop", marks=pytest.mark.slow),
+        ({"format": "raw"}, "light"),
+    ],
+    ids=["jpeg", "jpeg of full size", "raw of full size", "raw, cropped", "raw"],
+)
+def test_training_from_shards_sees_what_reading_them_gives(changes, augment, world, made):
+    data = {"shards": made(**changes), "augment": augment}
+    found = list(loader(config(world, **data)).epoch(1))
+    wanted = list(loader(config(world, **data, decoder="pyav")).epoch(1))
+    assert assert_near(found, wanted) >= 24
+    if changes == {"format": "raw"}:
+        assert all(torch.equal(a.frames, b.frames) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.slow
+def test_resident_frames_are_those_that_dali_makes(world):
+    found = list(loader(config(world, resident="cpu")).epoch(1))
+    wanted = list(loader(config(world)).epoch(1))
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(found, wanted, strict=True))
+    assert [batch.bad for batch in found] == [batch.bad for batch in wanted]
+
+
+def test_whose_pixels_a_run_sees_is_known(world, made):
+    told = [pixels(config(world, decoder=decoder)) for decoder in ("pyav", "auto", "dali", "dali+pyav")]
+    assert told == ["decoded", "decoded", "decoded, by dali", "decoded, by dali+pyav"]
+    assert pixels(config(world, shards=made(format="raw"))) == "decoded"
+    assert pixels(config(world, shards=made(format="jpeg"))) == "jpeg, quality 95, by dali"
+
+
+def test_the_cache_keeps_what_is_known_of_files_and_says_that_it_keeps_no_frames(world, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    data = config(world, cache=tmp_path)
+    source = loader(data).source
+    source.sample(0, 0)
+    assert "cache: decoder = 'dali' keeps what is known of each file there, but no frames" in caplog.text
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".table"}
+    table = FrameTables(FrameCache(tmp_path, ".table")).get(read_clips(data, "train")[0].video)
+    assert table is not None
+    assert table.count == 40
+    assert np.all(np.diff(table.times) > 0)

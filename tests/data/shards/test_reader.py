@@ -1,0 +1,297 @@
+"""Frames of shards, from a folder and from servers good and bad."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from discovla.data.manifest import read_manifest
+from discovla.data.retry import Tries
+from discovla.data.sampling import Sampling
+from discovla.data.shards import byte_ranges
+from discovla.data.shards.reader import Shards
+from discovla.data.video.decode import DecodeError, decode_each
+from discovla.data.video.pixels import fit
+from tests.data.shards.server import served
+from tests.data.shards.world import FRAMES, SIZE, make_manifest, make_shards
+
+MOVING = {"sampling": "clip2video", "sample_rate": 10.0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, cut_off) -> Path:
+    return make_manifest(tmp_path_factory.mktemp("reader"), cut_off)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, world):
+    """Shards with given settings, made when they are first asked for."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def make(**changes) -> Path:
+        out = folder / "-".join(f"{k}-{v}" for k, v in changes.items()) / "shards"
+        if not out.exists():
+            make_shards(world, out, **changes)
+        return out
+
+    return make
+
+
+@pytest.fixture
+def copied(made, tmp_path) -> Path:
+    """A copy of raw shards, to be spoiled."""
+    return Path(shutil.copytree(made(), tmp_path / "shards"))
+
+
+def sampling(clip, seed=None, **changes) -> Sampling:
+    fields = {"frames": FRAMES, "sample_rate": 5.0, "start": clip.start, "seed": seed}
+    return Sampling(**(fields | changes))
+
+
+def fitted(image: Image.Image) -> np.ndarray:
+    return fit(image, SIZE)
+
+
+def good(clips):
+    return [clip for clip in clips if clip.id not in ("text", "cut")]
+
+
+def test_raw_frames_are_those_of_the_files_bit_for_bit(made, world):
+    shards = pickle.loads(pickle.dumps(Shards(made())))
+    clips = good(read_manifest(world))
+    for clip in reversed(clips):
+        wanted = decode_each(clip.video, sampling(clip), fitted).frames
+        assert np.array_equal(shards.frames(clip, sampling(clip), None), wanted)
+    found = [(c.id, c.captions, c.split, c.start, c.frame_captions) for c in good(shards.clips)]
+    assert found == [(c.id, c.captions, c.split, c.start, c.frame_captions) for c in clips]
+    assert [clip.id for clip in shards.split("val")] == ["clip/2.x"]
+    with pytest.raises(ValueError, match="no clip of the split 'dev'; found train 6, val 1"):
+        shards.split("dev")
+
+
+def test_frames_of_full_size_are_changed_as_those_of_the_files(made, world):
+    shards = Shards(made(size=None))
+    for clip in good(read_manifest(world)):
+        wanted = decode_each(clip.video, sampling(clip), lambda image: fitted(image.rotate(9))).frames
+        assert np.array_equal(shards.frames(clip, sampling(clip), lambda i: fitted(i.rotate(9))), wanted)
+
+
+@pytest.mark.parametrize("sampler", ["clip2video", "t2vparser"])
+def test_candidates_serve_every_seed_of_a_sampling_that_moves(sampler, made, world):
+    moving = {"clip2video": {"sample_rate": 10.0}, "t2vparser": {"sample_rate": 1.0}}[sampler]
+    shards = Shards(made(sampling=sampler, keep="candidates", **moving))
+    clip = read_manifest(world)[3]
+    drawn = [sampling(clip, seed, sampler=sampler, **moving) for seed in (None, *map(str, range(12)))]
+    shards.check(shards.clips, lambda c: sampling(c, "0", sampler=sampler, **moving), size=SIZE)
+    for one in drawn:
+        assert np.array_equal(shards.frames(clip, one, None), decode_each(clip.video, one, fitted).frames)
+    if sampler == "t2vparser":
+        assert len({tuple(one.indices(20, 10.0)) for one in drawn}) > 5
+
+
+def test_jpeg_frames_are_close_to_those_of_the_files(made, world):
+    shards = Shards(made(format="jpeg", quality=95))
+    for clip in good(read_manifest(world)):
+        wanted = decode_each(clip.video, sampling(clip), fitted).frames
+        found = shards.frames(clip, sampling(clip), None)
+        assert found.shape == wanted.shape
+        assert np.abs(found.astype(int) - wanted).max() <= 6  # grey frames, of which JPEG changes little
+
+
+def test_a_clip_that_gave_no_frames_says_why_again(made, world):
+    shards, clips = Shards(made()), {clip.id: clip for clip in read_manifest(world)}
+    with pytest.raises(DecodeError, match=r"text.mp4: not a video file"):
+        shards.frames(clips["text"], sampling(clips["text"]), None)
+    with pytest.raises(DecodeError, match=r"cut_off.mp4: damaged: "):
+        shards.frames(clips["cut"], sampling(clips["cut"]), None)
+
+
+def test_a_damaged_clip_that_was_kept_is_refused_where_damaged_ones_are(made, world):
+    shards, clip = Shards(made(damaged="use")), read_manifest(world)[-1]
+    wanted = decode_each(clip.video, sampling(clip), fitted, damaged="use").frames
+    assert np.array_equal(shards.frames(clip, sampling(clip), None, damaged="use"), wanted)
+    with pytest.raises(DecodeError, match="damaged: "):
+        shards.frames(clip, sampling(clip), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({}, SIZE + 1, "expected frames of 17 pixels a side, found 16; `discovla shard --size`"),
+        ({}, None, "expected frames of full size, for this augment, found 16"),
+        (
+            {"frames": FRAMES + 1},
+            SIZE,
+            "frames = 5, found no frame .* of clip 'clip/0.x'; made for 'discovla', 4",
+        ),
+        ({"sampler": "t2vparser", "sample_rate": 1.0, "seed": "0"}, SIZE, "sampling = 't2vparser'"),
+    ],
+    ids=["size", "full", "frames", "moving"],
+)
+def test_shards_of_other_frames_are_refused_before_they_are_read(changes, size, message, made):
+    shards = Shards(made())
+    with pytest.raises(ValueError, match=message):
+        shards.check(shards.clips, lambda clip: sampling(clip, **changes), size=size)
+    shards.check(shards.clips, sampling, size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda s: (s / "shards.json").unlink(),
+            "shards.json: No such file or directory; expected the index of",
+        ),
+        (
+            lambda s: (s / "shards.json").write_text("{"),
+            "shards.json: expected the index of shards, found no",
+        ),
+        (lambda s: (s / "shards.json").write_text('{"version": 9}'), "expected shards of version 1, found 9"),
+        (
+            lambda s: (s / "clips.jsonl").write_text("{}\n"),
+            "clips.jsonl: not what was written; `discovla shard`",
+        ),
+        (
+            lambda s: (s / "frames.npy").unlink(),
+            "frames.npy: No such file or directory; `discovla shard` writes",
+        ),
+        (
+            lambda s: cut(s / "train-000001.tar", 3000),
+            "train-000001.tar: cut off: expected 20480 bytes, found 3000",
+        ),
+        (
+            lambda s: (s / "val-000000.tar").unlink(),
+            "val-000000.tar: No such file or directory; `discovla shard`",
+        ),
+    ],
+    ids=["no index", "no json", "version", "clips", "no rows", "cut off", "no tar"],
+)
+def test_spoiled_shards_are_refused_in_one_line(spoil, message, copied):
+    spoil(copied)
+    with pytest.raises(ValueError, match=message) as error:
+        Shards(copied)
+    assert "\n" not in str(error.value)
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def test_frames_that_change_on_disk_are_told_apart_from_those_that_do_not(copied):
+    shards = Shards(copied)
+    tar = copied / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    at = content.index(b"00000001.frames.npy") + 512 + 128 + 5
+    content[at] ^= 1
+    tar.write_bytes(content)
+    shards.frames(shards.clips[0], sampling(shards.clips[0]), None)
+    with pytest.raises(DecodeError, match=r"train-000000.tar: frame 0 at byte \d+ is not what was written; "):
+        shards.frames(shards.clips[1], sampling(shards.clips[1]), None)
+    cut(tar, 3000)
+    with pytest.raises(DecodeError, match=r"train-000000.tar: cut off: expected 3072 bytes at \d+, found 0"):
+        Shards.frames(shards, shards.clips[0], sampling(shards.clips[0]), None)
+
+
+def test_a_corrupt_jpeg_is_named(made, tmp_path):
+    out = Path(shutil.copytree(made(format="jpeg", quality=95), tmp_path / "shards"))
+    shards = Shards(out)
+    rows = shards._rows
+    tar = out / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    offset, size = (int(rows[0][name]) for name in ("offset", "size"))
+    content[offset + 2 : offset + 40] = bytes(38)
+    rows["crc32"][0] = zlib.crc32(content[offset : offset + size])  # as if it had been written so
+    tar.write_bytes(content)
+    with pytest.raises(DecodeError, match=r"train-000000.tar: frame 0 is no JPEG: "):
+        shards.frames(shards.clips[0], sampling(shards.clips[0]), None)
+
+
+def test_few_files_are_held_open(copied, monkeypatch):
+    monkeypatch.setattr(byte_ranges, "_OPEN_FILES", 2)
+    shards = Shards(copied)
+    for clip in good(shards.clips) * 2:
+        shards.frames(clip, sampling(clip), None)
+        assert len(shards.files._open) <= 2
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    monkeypatch.setattr(byte_ranges, "TRIES", Tries(count=5, wait=0.0))
+
+
+def test_frames_come_over_http_as_from_the_folder(made):
+    local = Shards(made())
+    with served(made()) as (address, server):
+        remote = Shards(f"{address}/?token=x")
+        assert remote.clips == local.clips
+        for clip in good(local.clips):
+            wanted = local.frames(clip, sampling(clip), None)
+            assert np.array_equal(remote.frames(clip, sampling(clip), None), wanted)
+        assert server.seen["train-000000.tar"] == 2, "a clip is one request"
+
+
+@pytest.mark.parametrize("fault", ["drop", 503])
+def test_a_server_that_fails_is_asked_again(fault, made, no_pause, caplog):
+    with served(made()) as (address, server):
+        server.faults = {"train-000000.tar": [fault, fault, None], "clips.jsonl": [fault, None]}
+        shards = Shards(address)
+        clip = shards.clips[0]
+        wanted = Shards(made()).frames(clip, sampling(clip), None)
+        assert np.array_equal(shards.frames(clip, sampling(clip), None), wanted)
+        assert server.seen["train-000000.tar"] == 3
+    assert sum("attempt" in record.message for record in caplog.records) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "requests"),
+    [
+        ("drop", "train-000000.tar: not read in 5 attempts: Connection broken: IncompleteRead", 5),
+        (503, "train-000000.tar: not read in 5 attempts: the server answers 503", 5),
+        (404, "train-000000.tar: expected the answer 206, found 404", 1),
+        ("whole", "expected a server that answers range requests", 1),
+    ],
+    ids=str,
+)
+def test_a_server_that_keeps_failing_is_named(fault, message, requests, made, no_pause):
+    with served(made()) as (address, server):
+        server.faults = {"train-000000.tar": [fault]}
+        shards = Shards(address)
+        with pytest.raises(DecodeError, match=message) as error:
+            shards.frames(shards.clips[0], sampling(shards.clips[0]), None)
+        assert "\n" not in str(error.value)
+        assert server.seen["train-000000.tar"] == requests
+
+
+def test_a_tar_cut_off_on_the_server_is_named(copied, no_pause):
+    with served(copied) as (address, _):
+        cut(copied / "train-000000.tar", 3000)
+        shards = Shards(address)
+        with pytest.raises(DecodeError, match=r"train-000000.tar: cut off"):
+            shards.frames(shards.clips[0], sampling(shards.clips[0]), None)
+
+
+def test_no_server_and_no_shards_on_a_server_are_one_line(made, no_pause, tmp_path):
+    with (
+        served(tmp_path) as (address, _),
+        pytest.raises(ValueError, match=r"shards.json: expected the answer 200"),
+    ):
+        Shards(address)
+    with pytest.raises(ValueError, match=r"shards.json: not read in 5 attempts: .*refused") as error:
+        Shards(address)
+    assert "\n" not in str(error.value)
+    assert "object at" not in str(error.value)
+
+
+def test_the_reader_of_an_index_knows_what_is_in_it(made):
+    settings = json.loads((made() / "shards.json").read_text())["settings"]
+    assert (Shards(made()).settings.size, Shards(made()).settings.frames) == (
+        settings["size"],
+        settings["frames"],
+    )

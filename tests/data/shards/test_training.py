@@ -1,0 +1,188 @@
+"""Batches from shards, which are those from the clips' files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from discovla.batch import Batch
+from discovla.data import resident
+from discovla.data.loader import DataConfig, TrainLoader, video_batches
+from discovla.data.manifest import read_manifest
+from discovla.data.source import read_clips
+from discovla.data.video.decode import DecodeError
+from tests.data.conftest import loader_shape
+from tests.data.shards.world import FRAMES, SIZE, make_manifest, make_shards
+
+FIELDS = ("text_ids", "text_mask", "frames", "frame_mask", "video_index", "valid")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return make_manifest(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, world):
+    """Shards with given settings, made when they are first asked for."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def make(**changes) -> Path:
+        out = folder / "-".join(["x", *(f"{k}-{v}" for k, v in changes.items())])
+        if not out.exists():
+            make_shards(world, out, **changes)
+        return out
+
+    return make
+
+
+def config(world: Path, **changes) -> DataConfig:
+    fields = {"manifest": world, "frames": FRAMES, "sample_rate": 5.0, "workers": 0, "decode_seconds": 60.0}
+    return DataConfig(**(fields | changes))
+
+
+def batches(data: DataConfig, *, epoch: int = 1, start: int = 0, **changes) -> list[Batch]:
+    loader = TrainLoader(read_clips(data, "train"), data, loader_shape(**changes))
+    return list(loader.epoch(epoch, start=start))
+
+
+def assert_same(found: list[Batch], wanted: list[Batch]) -> None:
+    assert len(found) == len(wanted) > 0
+    for a, b in zip(found, wanted, strict=True):
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in FIELDS)
+        assert [(clip.id, clip.reason) for clip in a.bad] == [(clip.id, clip.reason) for clip in b.bad]
+
+
+WAYS = {
+    "none": ({}, {}),
+    "light": ({"augment": "light"}, {}),
+    "light from full size": ({"augment": "light"}, {"size": None}),
+    "randaugment": ({"augment": "randaugment"}, {"size": None}),
+    "resized_crop": ({"augment": "resized_crop"}, {"size": None}),
+    "clip2video": (
+        {"sampling": "clip2video", "sample_rate": 10.0},
+        {"sampling": "clip2video", "sample_rate": 10.0, "keep": "candidates"},
+    ),
+    "t2vparser": (
+        {"sampling": "t2vparser", "sample_rate": 1.0},
+        {"sampling": "t2vparser", "sample_rate": 1.0, "keep": "candidates"},
+    ),
+    "clip4clip": ({"sampling": "clip4clip"}, {"sampling": "clip4clip"}),
+}
+
+
+SLOW = ("randaugment",)  # it imports timm
+
+
+@pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.slow] * (w in SLOW)) for w in WAYS])
+def test_training_sees_the_same_from_shards_bad_clips_and_all(way, made, world):
+    of_data, of_shards = WAYS[way]
+    wanted = batches(config(world, **of_data))
+    found = batches(config(world, shards=str(made(**of_shards)), **of_data))
+    assert_same(found, wanted)
+    assert sum(len(batch.bad) for batch in found) == 1
+
+
+def test_frame_captions_come_from_shards_too(made, world):
+    changes = {"missing_frame_captions": "drop"}
+    wanted = batches(config(world, **changes), frame_captions=True)
+    found = batches(config(world, shards=str(made()), **changes), frame_captions=True)
+    assert_same(found, wanted)
+    assert torch.equal(found[0].frame_text_ids, wanted[0].frame_text_ids)
+
+
+def test_ranks_take_slices_and_an_epoch_goes_on_in_its_middle(made, world):
+    data = config(world, shards=str(made()))
+    whole = batches(data)
+    shares = [batches(data, rank=rank, world_size=2, start=1) for rank in range(2)]
+    assert len(shares[0]) == len(shares[1]) == len(whole) - 1
+    for i, batch in enumerate(whole[1:]):
+        both = [share[i] for share in shares]
+        assert torch.equal(torch.cat([part.frames for part in both]), batch.frames)
+        assert torch.equal(torch.cat([part.text_ids for part in both]), batch.text_ids)
+    order = [batch.video_index.tolist() for batch in batches(data, epoch=2)]
+    assert order != [batch.video_index.tolist() for batch in whole]
+
+
+def test_workers_change_nothing(made, world):
+    data = {"shards": str(made())}
+    assert_same(batches(config(world, workers=2, **data)), batches(config(world, **data)))
+
+
+def test_evaluation_sees_the_same_from_shards(made, world):
+    plain, sharded = config(world), config(world, shards=str(made()))
+    clips = read_clips(sharded, "val")
+    wanted = list(video_batches(read_manifest(world, split="val"), plain, SIZE, 2))
+    found = list(video_batches(clips, sharded, SIZE, 2))
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(found, wanted, strict=True))
+    with pytest.raises(DecodeError, match=r"1 clips cannot be evaluated: 'text' .*: not a video file"):
+        list(video_batches(read_clips(sharded, "train"), sharded, SIZE, 8))
+
+
+def test_shards_need_neither_manifest_nor_videos(made, world, tmp_path):
+    data = DataConfig(shards=str(made()), frames=FRAMES, sample_rate=5.0, workers=0)
+    assert_same(batches(data), batches(config(world)))
+    with pytest.raises(ValueError, match=r"manifest\n.*expected a manifest, or data.shards"):
+        DataConfig(frames=FRAMES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"augment": "randaugment"}, "expected frames of full size, for this augment, found 16"),
+        ({"frames": FRAMES + 2}, "found no frame"),
+        ({"damaged": "use"}, "damaged: expected 'refuse', as .*shards.json was made with, found 'use'"),
+        ({"sampling": "t2vparser", "sample_rate": 1.0}, "sampling = 't2vparser'"),
+    ],
+    ids=["full", "frames", "damaged", "sampling"],
+)
+def test_shards_made_for_something_else_are_refused_at_once(changes, message, made, world):
+    with pytest.raises(ValueError, match=message):
+        batches(config(world, **({"shards": str(made())} | changes)))
+
+
+@pytest.mark.parametrize("way", ["none", "light", "clip4clip"])
+def test_resident_frames_give_the_batches_that_reading_gives(way, made, world):
+    of_data, of_shards = WAYS[way]
+    data = {"shards": str(made(**of_shards)), "missing_frame_captions": "drop", **of_data}
+    stills = way == "none"
+    wanted = batches(config(world, **data), frame_captions=stills, start=1)
+    found = batches(config(world, resident="cpu", **data), frame_captions=stills, start=1)
+    assert_same(found, wanted)
+    if stills:
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(a.frame_text_ids, b.frame_text_ids)
+            assert torch.equal(a.frame_text_mask, b.frame_text_mask)
+    assert all(a.text_ids.dtype == torch.int64 for a in found)
+
+
+def test_resident_frames_come_from_files_by_workers_too(world):
+    data = {"augment": "light"}
+    assert_same(batches(config(world, resident="cpu", workers=1, **data)), batches(config(world, **data)))
+
+
+@pytest.mark.gpu
+def test_frames_resident_on_the_gpu_are_those_of_the_host(made, world):
+    data = {"shards": str(made()), "augment": "light"}
+    found = batches(config(world, resident="cuda", **data))
+    assert all(batch.frames.is_cuda for batch in found)
+    assert_same([batch.to("cpu") for batch in found], batches(config(world, **data)))
+
+
+def test_frames_that_do_not_fit_or_do_not_stay_are_refused(made, world, monkeypatch):
+    data = {"shards": str(made()), "resident": "cpu"}
+    monkeypatch.setattr(resident, "_free_memory", lambda: 10_000)
+    with pytest.raises(
+        ValueError, match=r"resident: expected memory for 0.0 GB of frames, found 0.0 GB \('cpu'\)"
+    ):
+        batches(config(world, **data))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="resident: expected a GPU for 'cuda', found none"):
+            batches(config(world, **(data | {"resident": "cuda"})))
+    for moving in ({"augment": "randaugment"}, {"sampling": "t2vparser"}):
+        with pytest.raises(
+            ValueError, match=r"resident\n.*expected 'none' with an augment, sampling or stills"
+        ):
+            config(world, resident="cpu", **({"sample_rate": 1.0} | moving))

@@ -1,0 +1,52 @@
+"""A few clips of every kind that shards must hold, and their shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from discovla.data.manifest import Clip, write_manifest
+from discovla.data.shards.files import ShardSettings
+from discovla.data.shards.writer import ShardJob, ShardReport, write_shards
+from tests.data.conftest import movie
+
+FRAMES, SIZE = 4, 16
+
+
+def make_manifest(folder: Path, cut_off: Path | None = None, count: int = 5) -> Path:
+    """Clips of 20 frames at 10 a second in two splits, one too short, one spanned, two bad ones."""
+    clips = []
+    for i in range(count):
+        path = movie(folder / f"videos/{i}.mp4", 3 if i == 1 else 20, size=(24, 40) if i % 2 else (32, 20))
+        clips.append(
+            Clip(
+                id=f"clip/{i}.x",
+                video=path,
+                captions=(f"caption {i} a", f"one that is longer {i} b"),
+                split="val" if i == 2 else "train",
+                start=0.5 if i == 3 else None,
+                frame_captions=(tuple(f"still {i} {f}" for f in range(FRAMES)), None),
+            )
+        )
+    text = folder / "text.mp4"
+    text.write_text("no video")
+    clips.append(Clip(id="text", video=text, captions=("no video",), split="train"))
+    if cut_off is not None:
+        clips.append(Clip(id="cut", video=cut_off, captions=("cut off",), split="train"))
+    write_manifest(folder / "manifest.jsonl", clips)
+    return folder / "manifest.jsonl"
+
+
+def settings(**changes) -> ShardSettings:
+    fields = {"frames": FRAMES, "sample_rate": 5.0, "size": SIZE, "clips_per_shard": 2, "context_length": 12}
+    return ShardSettings(**(fields | changes))
+
+
+def make_shards(
+    manifest: Path, out: Path, *, workers: int = 0, verify: bool = False, **changes
+) -> ShardReport:
+    return write_shards(manifest, out, ShardJob(settings=settings(**changes), workers=workers, verify=verify))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of shards but the lock."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
