@@ -122,8 +122,15 @@ class Capture:
         """The step as it is, which needs memory of its own."""
         if self.recordings and self.bounds.largest([int(self.bounds.crowded())])[0]:
             self._say("recordings give way to a step that has none, for lack of memory")
-            self.recordings.clear()
+            self._forget(len(self.recordings))
         return self.step(batch, rows)
+
+    def _forget(self, count: int) -> None:
+        """Drop so many recordings, unused for longest, and the buffers that no other reads."""
+        for _ in range(count):
+            self.recordings.popitem(last=False)
+        read = {id(x) for recording in self.recordings.values() for _, x in _tensors(recording.batch)}
+        self.buffers = {key: x for key, x in self.buffers.items() if id(x) in read}
 
     def _agreed(self, batch: Batch) -> Rows | None:
         """Rows of captions that all processes have room for; None where they have none, or other shapes."""
@@ -151,7 +158,7 @@ class Capture:
                 f"batches of more than {self.bounds.most} shapes: the step of the one that has not come for "
                 "longest is recorded anew when it comes again"
             )
-            self.recordings.popitem(last=False)
+            self._forget(1)
         own = self._own(batch)
         self._fill(own, batch)
 

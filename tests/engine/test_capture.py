@@ -118,7 +118,7 @@ def test_where_memory_is_short_recordings_give_way_to_a_step_that_has_none(caplo
     bad = replace(batch(), valid=torch.tensor([True, False, True, True]))
     for given in (bad, bad):
         assert_same(steps.take(step, given), plainly(step, given))
-        assert not held.recordings
+        assert not held.recordings and not held.buffers
     assert caplog.text.count("recordings give way") == 1
     assert_same(steps.take(step, batch()), plainly(step, batch()))
     assert recorder.recorded == 2 and len(held.recordings) == 1
@@ -130,7 +130,7 @@ def test_of_many_shapes_the_one_not_used_for_longest_gives_way(caplog):
     with caplog.at_level(logging.WARNING):
         for size in sizes:
             assert_same(steps.take(step, batch(size=size)), plainly(step, batch(size=size)))
-            assert len(held.recordings) <= 2
+            assert len(held.recordings) <= 2 and len(held.buffers) <= 2 * 7
     assert recorder.recorded == 4, "3 gave way to 4, and took the place of 4"
     assert caplog.text.count("batches of more than 2 shapes") == 1
 
