@@ -127,15 +127,26 @@ def assert_goes_on(words: list, folder: Path, whole: Path) -> None:
 
 def begun(words: list, folder: Path, **extra: object) -> subprocess.Popen:
     """A run that a script starts, once it has taken two steps."""
-    metrics = folder / "run/metrics.jsonl"
     with (folder / "output.txt").open("w") as output:
         env = environment(folder, LOGS=folder / "logs", **extra)
         job = subprocess.Popen(words, env=env, stdout=output, stderr=output)
     deadline = time.monotonic() + 200
-    while not metrics.exists() or metrics.read_bytes().count(b'"train"') < 2:
+    while steps(folder) < 2:
         assert job.poll() is None and time.monotonic() < deadline, said(folder)
         time.sleep(0.01)
     return job
+
+
+def steps(folder: Path) -> int:
+    """How many steps the run has written down."""
+    metrics = folder / "run/metrics.jsonl"
+    return metrics.read_bytes().count(b'"train"') if metrics.exists() else 0
+
+
+def rank_of(folder: Path, rank: int) -> psutil.Process:
+    """The process of a rank; those that read for it are younger."""
+    found = [p for p in of_run(folder) if p.environ().get("RANK") == str(rank)]
+    return min(found, key=lambda p: p.create_time())
 
 
 def said(folder: Path) -> str:
@@ -162,16 +173,23 @@ def test_a_script_is_one_that_bash_can_read(script):
 
 
 @pytest.mark.slow
-def test_torchrun_checks_the_machine_passes_a_warning_on_and_keeps_a_log_of_each_rank(tmp_path, drawn, whole):
+def test_torchrun_checks_starts_lost_ranks_again_passes_a_warning_on_and_keeps_logs(tmp_path, drawn, whole):
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE]
     where = {"GPUS": 2, "RENDEZVOUS": f"localhost:{free_port()}"}
     job = begun(["bash", ROOT / "launch/torchrun.sh", *words], tmp_path, **where)
+    rank_of(tmp_path, 1).kill()
+    taken, deadline = steps(tmp_path), time.monotonic() + 100
+    while steps(tmp_path) <= taken + 1:  # all are started again
+        assert job.poll() is None and time.monotonic() < deadline, said(tmp_path)
+        time.sleep(0.01)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == 1, said(tmp_path)
     assert "ready" in said(tmp_path) and "all-reduce over 2 ranks" in said(tmp_path)
     logs = sorted((tmp_path / "logs").rglob("stderr.log"))
-    assert [path.parent.name for path in logs] == ["0", "1"]
-    assert "train.py: stopped by SIGUSR1 after step " in logs[0].read_text()
+    attempts = [f"attempt_{n}" for n in (0, 0, 1, 1)]
+    assert [path.parts[-3:-1] for path in logs] == list(zip(attempts, "0101", strict=True))
+    assert re.search(r"error: rank 1 \(.*\) has ended before the run was over", logs[0].read_text())
+    assert "train.py: stopped by SIGUSR1 after step " in logs[2].read_text()
     assert_none_left(tmp_path)
     assert_goes_on(words, tmp_path, whole)
 
@@ -182,8 +200,7 @@ def test_deepspeed_on_two_machines_ends_with_the_status_of_a_rank_that_is_asked_
     (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE, "data.workers=2"]
     job = begun(["bash", ROOT / "launch/deepspeed.sh", *words], tmp_path, HOSTFILE=tmp_path / "hostfile")
-    ranks = [p for p in of_run(tmp_path) if p.environ().get("RANK") == "1"]
-    min(ranks, key=lambda p: p.create_time()).terminate()  # its readers are younger
+    rank_of(tmp_path, 1).terminate()
     assert job.wait(60) == STOPPED, said(tmp_path)
     assert "ready" in said(tmp_path) and "all-reduce over 2 ranks" in said(tmp_path)
     first, second = sorted((tmp_path / "logs").glob("*_rank?.log"))

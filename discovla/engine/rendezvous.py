@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import groupby
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage], it is documented
 
 LINGER = 5.0  # seconds that the first process leaves the others to hear that somebody did not come
 _PAUSE = 0.1  # between two looks
-_SAID = "discovla/said"  # key of what the first process says to all
-_HEARD = "discovla/heard"
+_FIRST = "discovla/first"  # key of the room in which the first process waits for the others
+_SAID, _HEARD = "said", "heard"  # there: what it says to all, and how many of those that came know
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +36,38 @@ class Process:
 
 @dataclass(frozen=True, kw_only=True)
 class Met:
-    """All processes of a run, by rank, and the store that they share."""
+    """All processes of a run, by rank, and the store that they share with no others."""
 
     store: Store
     everyone: list[Process]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Guest:
+    """This process as the others see it; `token` is its own alone."""
+
+    rank: int
+    size: int
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def card(self) -> list[Any]:
+        return [self.host, self.pid, self.token]
+
+
+# of each rank its host, process and token; None for one that did not come
+_Cards = list[list[Any] | None]
 
 
 def meet(rank: int, size: int, within: float) -> Met:
     """Wait until all processes that a launcher started are there.
 
     They find each other at MASTER_ADDR and MASTER_PORT, where the first one listens, or torchrun does for it.
-    The first one waits for all and then tells all; torch itself would wait for half an hour, and then not say
-    who is missing.
+    The first one opens a room of its own in the store there, waits for all and then tells all; torch itself
+    would wait for half an hour, and then not say who is missing.  Torchrun keeps its store when it starts the
+    processes again: what those before them left in other rooms counts for nothing.
 
     Args:
         rank: of this process.
@@ -58,18 +80,20 @@ def meet(rank: int, size: int, within: float) -> Met:
     """
     host, port = _address()
     store = _store(host, port, size, within, listens=rank == 0 and not _torchrun_listens())
+    me = _Guest(rank=rank, size=size)
     try:
-        store.set(_key(rank), json.dumps([socket.gethostname(), os.getpid()]))
-        missing, everyone = _say(store, size, within) if rank == 0 else _hear(store, size, within)
+        store.set(_came(rank), "")
+        room, cards = _say(store, me, within) if rank == 0 else _hear(store, me, within)
     except dist.DistNetworkError:
         raise TimeoutError(f"rank 0 at {host}:{port} ended before all {size} processes had come") from None
+    missing = [r for r, card in enumerate(cards) if card is None]
     if missing:
         raise TimeoutError(
             f"expected {size} processes to come together within {within:g} s, "
             f"found {size - len(missing)} of them: {_ranks(missing)} did not come"
         )
-    names = [Process(rank=r, host=name, pid=pid) for r, (name, pid) in enumerate(everyone)]
-    return Met(store=store, everyone=names)
+    everyone = [Process(rank=r, host=card[0], pid=card[1]) for r, card in enumerate(cards) if card]
+    return Met(store=room, everyone=everyone)
 
 
 def until(there: Callable[[], bool], seconds: float) -> bool:
@@ -82,35 +106,66 @@ def until(there: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def _say(store: Store, size: int, within: float) -> tuple[list[int], list[tuple[str, int]]]:
-    """The first process waits for all, and tells all who is missing and who everyone is."""
-    missing = set(range(size))
+def _say(store: Store, me: _Guest, within: float) -> tuple[Store, _Cards]:
+    """The first process waits for all, and tells all who has come."""
+    room = _room(me.token, store)
+    cards: _Cards = [me.card, *[None] * (me.size - 1)]
 
     def complete() -> bool:
-        missing.difference_update([r for r in missing if store.check([_key(r)])])
-        return not missing
+        for rank in (r for r, card in enumerate(cards) if card is None):
+            if room.check([_card(rank)]):
+                cards[rank] = json.loads(room.get(_card(rank)))
+        return None not in cards
 
-    everyone = []
-    if until(complete, within):
-        everyone = [json.loads(told) for told in store.multi_get([_key(r) for r in range(size)])]
-    found = sorted(missing), everyone
-    store.set(_SAID, json.dumps(found))
-    if missing:  # with this process the store ends
-        until(lambda: store.add(_HEARD, 0) >= size - len(missing) - 1, LINGER)
-    return found
-
-
-def _hear(store: Store, size: int, within: float) -> tuple[list[int], list[tuple[str, int]]]:
-    """The others wait for what it says, or see for themselves who is missing where that is the first."""
-    if until(lambda: store.check([_key(0)]), within) and until(lambda: store.check([_SAID]), within + LINGER):
-        missing, everyone = json.loads(store.get(_SAID))
-        store.add(_HEARD, 1)
-        return missing, everyone
-    return [r for r in range(size) if not store.check([_key(r)])] or [0], []
+    store.set(_FIRST, me.token)
+    all_came = until(complete, within)
+    room.set(_SAID, json.dumps(cards))
+    if not all_came:
+        others = me.size - cards.count(None) - 1
+        until(lambda: room.add(_HEARD, 0) >= others, LINGER)  # with this process the store may end
+    return room, cards
 
 
-def _key(rank: int) -> str:
-    return f"discovla/rank/{rank}"
+def _hear(store: Store, me: _Guest, within: float) -> tuple[Store, _Cards]:
+    """The others leave their card in its room and wait for what it says of them."""
+    rooms: dict[str, Store] = {}
+    said: list[tuple[Store, _Cards]] = []
+
+    def heard() -> bool:
+        if not store.check([_FIRST]):
+            return False
+        name = store.get(_FIRST).decode()
+        if name not in rooms:  # one may be left of those that torchrun started before
+            rooms[name] = _room(name, store)
+            rooms[name].set(_card(me.rank), json.dumps(me.card))
+        room = rooms[name]
+        if not room.check([_SAID]):
+            return False
+        cards: _Cards = json.loads(room.get(_SAID))
+        if cards[me.rank] != me.card:
+            return False
+        room.add(_HEARD, 1)
+        said.append((room, cards))
+        return True
+
+    if until(heard, within + LINGER):
+        return said[0]
+    there: _Cards = [me.card if store.check([_came(rank)]) else None for rank in range(me.size)]
+    return store, there if None in there else [None, *there[1:]]
+
+
+def _room(name: str, store: Store) -> Store:
+    rooms = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage], it is documented
+    return rooms(f"discovla/{name}", store)
+
+
+def _card(rank: int) -> str:
+    return f"card/{rank}"
+
+
+def _came(rank: int) -> str:
+    """Key that says no more than that a rank has come, at all or since torchrun started all again."""
+    return f"discovla/came/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
 
 
 def _ranks(missing: list[int]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
+from typing import Any
 
 import pytest
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage], it is documented
@@ -23,9 +25,9 @@ def port(monkeypatch) -> int:
     return found
 
 
-def met(ranks: list[int], size: int, within: float) -> dict[int, Met | Exception]:
-    """What comes of each of these ranks, each in a thread."""
-    found: dict[int, Met | Exception] = {}
+def met(ranks: list[int], size: int, within: float, pause: float = 0) -> dict[int, Any]:
+    """What comes of each of these ranks, each in a thread; they start one after the other."""
+    found: dict[int, Any] = {}
 
     def come(rank: int) -> None:
         try:
@@ -36,6 +38,7 @@ def met(ranks: list[int], size: int, within: float) -> dict[int, Met | Exception
     threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
     for thread in threads:
         thread.start()
+        time.sleep(pause)
     for thread in threads:
         thread.join(30)
     return found
@@ -48,7 +51,6 @@ def test_all_know_all(port):
         assert [(p.rank, p.host, p.pid) for p in one.everyone] == [
             (rank, socket.gethostname(), os.getpid()) for rank in range(3)
         ]
-        assert one.store.check(["discovla/said"])
 
 
 def test_those_that_came_say_who_did_not(port):
@@ -63,6 +65,29 @@ def test_the_first_is_named_where_torchrun_listens_for_it(port, monkeypatch):
     found = met([1, 2], 3, 1)
     line = "expected 3 processes to come together within 1 s, found 2 of them: rank 0 did not come"
     assert {rank: str(error) for rank, error in found.items()} == {1: line, 2: line}
+    del agent
+
+
+def test_those_that_are_started_again_do_not_meet_those_of_before(port, monkeypatch):
+    """torchrun keeps its store, and what the processes of before wrote there."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    agent = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
+    stores = []
+    for attempt, (ranks, comes) in enumerate([([0, 1, 2], 3), ([0, 2], 2), ([1, 2, 0], 3), ([2, 1, 0], 3)]):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        found = met(ranks, 3, 1 if comes < 3 else 20, pause=0.3)
+        if comes == 3:
+            assert all(isinstance(one, Met) for one in found.values()), found
+            for rank in (0, 1, 2):
+                found[rank].store.set(f"from {rank}", "")
+            assert all(found[0].store.check([f"from {rank}"]) for rank in (0, 1, 2))
+            found[0].store.set(f"only {attempt}", "")
+            stores.append(found[0].store)
+            for store in stores[:-1]:  # what one attempt writes is not seen in another
+                assert not store.check([f"only {attempt}"])
+        else:
+            assert ["rank 1 did not come" in str(one) for one in found.values()] == [True, True]
+    assert len(stores) == 3
     del agent
 
 
