@@ -47,7 +47,8 @@ class EngineConfig(BaseModel):
     wire: what embeddings and their gradients travel between processes in: "compute" in the dtype the towers
         compute in, 2 bytes a number below precision "fp32", "fp32" never in less than 4.  Sums are made in 4.
     accumulate: parts in which a process encodes its clips of a step. Above 1, activations are kept for one
-        part at a time and computed again in backward; loss and gradient stay those of the whole batch.
+        part at a time and computed again in backward, or after it at zero_stage 3; loss and gradient stay
+        those of the whole batch.
     join_within: seconds for all processes of the run to come together, before those that came give up.
     lost_after: seconds without a sign of life after which a process counts as lost; one that ends is noticed
         at once.
