@@ -160,7 +160,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         found = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
-        here = any(x.device.type == self.device for x in found)
+        here = any(x.device.type == self.device and x.numel() for x in found)
         name = func.overloadpacket.__name__
         if here and not func.is_view and name not in STILL:
             launches = SEVERAL.get(name, 1) if func.namespace == "discovla" else 1

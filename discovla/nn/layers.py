@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discovla.nn.autograd import SLOPE, recomputed
+from discovla.nn.sequences import Rows
 from discovla.ops.adapter import AdapterWeights
-from discovla.ops.dispatch import Impl
+from discovla.ops.dispatch import Impl, choose
 from discovla.ops.fp8_linear import FP8Weight, fp8_linear
 from discovla.ops.fusion_norm import fusion_norm
 from discovla.ops.layer_norm import Update, layer_norm
@@ -82,16 +84,25 @@ class LayerNorm(nn.LayerNorm):
         return total, self.scaled(y, dtype)
 
     def of_fusion(
-        self, x: Tensor, u: Tensor, adapter: AdapterWeights, slots: Tensor, impl: Impl
+        self, x: Tensor, u: tuple[Tensor, AdapterWeights], slots: tuple[Tensor, int], impl: Impl
     ) -> tuple[Tensor, Tensor]:
-        """The sum of x and an update that fusion gave, and its norm, by the op."""
-        dtype = self.compute or x.dtype
+        """The sum of x and an update that fusion gave, and its norm, by the op.
+
+        slots: and `first` of `fusion_norm`.
+        """
+        dtype, given = self.compute or x.dtype, (x, *u, slots[0])
+        how = {"first": slots[1], "eps": self.eps, "impl": impl}
         if frozen(self):
-            affine = self.weight, self.bias
-            return fusion_norm(x, u, adapter, slots, affine=affine, eps=self.eps, dtype=dtype, impl=impl)
+            return fusion_norm(*given, affine=(self.weight, self.bias), dtype=dtype, **how)
         work = torch.promote_types(x.dtype, torch.float32)
-        total, y = fusion_norm(x, u, adapter, slots, eps=self.eps, dtype=work, impl=impl)
+        total, y = fusion_norm(*given, dtype=work, **how)
         return total, self.scaled(y, dtype)
+
+    def of_rows(self, x: Rows, impl: str) -> Tensor:
+        """The norm of rows, or of the sum that a chain of ops left as two; impl: what computes blocks."""
+        x, update = (x[0], Update(u=x[1])) if isinstance(x, tuple) else (x, None)
+        chosen = choose("block", impl, x.device.type, operands=(x,))
+        return self(x) if chosen == "torch" else self.of_sum(x, update, cast(Impl, chosen))[1]
 
     def scaled(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """Normed rows times the gain, which trains, and the shift."""

@@ -27,7 +27,7 @@ class Sequences:
         blocks; 0 where every sequence stands alone.
     alone: how many sequences stand alone all the same; they come before the groups.
     readout: n, int64, the row of each sequence that is read at the end (CLS or EOT).
-    fusion_key_mask: n l, bool, the tokens that may be seen across the group.
+    fusion_key_mask: n l, bool, the tokens that may be seen across the group; None where all may.
     packing: where rows are packed; n l, also of the masks, is then its own.
     pruned: the block is the last: it gives the rows that are read alone, n w.
     impl: of the blocks, a choice of `ops.dispatch`.
@@ -55,8 +55,8 @@ class Sequences:
         return replace(self, deferred=self.memory == "keep")
 
     def last(self, *, pruned: bool = True) -> Sequences:
-        """The same for the last block, of which only readout rows are needed where it is pruned."""
-        return replace(self, pruned=pruned, deferred=False)
+        """The same for the last block; of a pruned one, whose rows are normed next, readout rows alone."""
+        return replace(self, pruned=pruned, deferred=pruned and self.memory == "keep")
 
     def pad(self, x: Tensor) -> Tensor:
         """Rows as n l w."""
@@ -71,7 +71,8 @@ class Sequences:
         if self.readout is None:
             raise ValueError("sequences.readout: expected the row to read of each sequence, got None")
         readout = self.readout
-        return self._once(f"ends of {length}", lambda: self._ends(readout, length))
+        name = "ends" if self.packing is not None else f"ends of {length}"
+        return self._once(name, lambda: self._ends(readout, length))
 
     def _ends(self, readout: Tensor, length: int) -> Tensor:
         if self.packing is not None:
@@ -79,20 +80,17 @@ class Sequences:
         return torch.arange(0, len(readout) * length, length, device=readout.device) + readout
 
     def slots(self, x: Tensor) -> Tensor:
-        """Of each row of x (n l w or t w) the grouped sequence whose readout row it is, int32; < 0 of none.
+        """Of each row of x (n l w or t w) the sequence whose readout row it is, int32; -1 where of none.
 
-        In a pruned block x is n w.
+        Where x holds readout rows alone, n w, each is that of its own.
         """
-        rows, device = x[..., 0].numel(), x.device
-        if self.pruned:
-            return torch.arange(-self.alone, rows - self.alone, dtype=torch.int32, device=device)
-
-        def find() -> Tensor:
-            ends = self.ends(x.shape[1])[self.alone :]
-            order = torch.arange(len(ends), dtype=torch.int32, device=device)
-            return torch.full((rows,), -1, dtype=torch.int32, device=device).index_copy_(0, ends, order)
-
-        return self._once("slots", find)
+        assert self.readout is not None, "who asks has readout rows"
+        rows, n = x[..., 0].numel(), len(self.readout)
+        order = self._once("order", lambda: torch.arange(n, dtype=torch.int32, device=x.device))
+        if x.dim() == 2 and rows == n:
+            return order
+        ends = self.ends(x.shape[1])
+        return self._once("slots", lambda: order.new_full((rows,), -1).index_copy_(0, ends, order))
 
     def _once(self, name: str, find: Callable[[], Tensor]) -> Tensor:
         """What `find` gives, found once for all blocks."""
@@ -113,6 +111,13 @@ class Sequences:
         """key_mask as scores n h l l are masked: n 1|h 1 l."""
         mask = self.key_mask
         return None if mask is None else (mask[:, None] if mask.dim() == 2 else mask)[:, :, None]
+
+    @property
+    def across(self) -> Tensor | None:
+        """fusion_key_mask, without padding; None where there is none."""
+        if self.fusion_key_mask is None and self.packing is not None:
+            return self.packing.real
+        return self.fusion_key_mask
 
     def of_rows(self, mask: Tensor | None) -> Tensor | None:
         """A mask n l as the rows are: n l, or t; None where it hides nothing but padding."""

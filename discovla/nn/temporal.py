@@ -98,7 +98,7 @@ class FusionAttention(Attention):
         x, parts = self.projections(rows, norm, sequences, impl)
         if sequences.pruned:
             update = self.read_rows(parts, sequences, impl, self.frame_position)
-            return sequences.read(x), self.out(update), self.adapter.weights
+            return x, self.out(update), self.adapter.weights
         groups = Groups(
             heads=self.heads,
             readout=sequences.ends(x.shape[1])[sequences.alone :].unflatten(0, (-1, sequences.group)),
@@ -137,7 +137,7 @@ class FusionAttention(Attention):
 
         position: rows to add to the keys of the frames of a group, f' w with f' >= f.
         """
-        group, mask = sequences.group, sequences.fusion_key_mask
+        group, mask = sequences.group, sequences.across
         mask = None if mask is None else mask[sequences.alone :]
         if position is not None:
             k = k + self.position_of(position, group, len(k)).to(k.dtype)

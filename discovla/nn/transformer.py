@@ -29,9 +29,9 @@ from discovla.ops.lora_norm import (
     lora_norm,
     lora_projection,
     lora_weights,
-    read_lora_projection,
 )
 from discovla.ops.mlp import Activation, MLPWeights, mlp
+from discovla.ops.read_lora_norm import read_lora_norm, read_lora_projection
 from discovla.ops.readout_attention import Readout, readout_attention_rows
 from discovla.ops.short_attention import short_attention
 
@@ -88,27 +88,29 @@ class Attention(nn.Module):
         x, parts = self.projections(rows, norm, sequences, impl)
         if not sequences.pruned:
             return x, self.out(self.attend_rows(parts[0], sequences, impl)), None
-        return sequences.read(x), self.out(self.read_rows(parts, sequences, impl)), None
+        return x, self.out(self.read_rows(parts, sequences, impl)), None
 
     def projections(
         self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x + u, and what `project` gives of its norm; in a pruned block what `project_read` gives."""
+        """x + u, and what `project` gives of its norm; in a pruned block readout rows and `project_read`."""
         (x, u), width = rows, self.qkv.in_features
         if not self.updated_by_op(norm):
             x, y = norm.of_sum(x, None if u is None else Update(u=u), impl)
             if not sequences.pruned:
                 return x, (self.project_normed(y),)
             queries = self.project_normed(sequences.read(y), slice(0, width))
-            return x, (queries, self.project_normed(y, slice(width, 3 * width)))
+            return sequences.read(x), (queries, self.project_normed(y, slice(width, 3 * width)))
         weights = sequences.lora.get(self)
         if weights is None:
             weights = self.lora_weights([self], norm.compute or x.dtype, x[..., 0].numel(), impl)[0]
-        affine, eps = (norm.weight, norm.bias), norm.eps
-        x, z, low = lora_norm(x, weights.a, u, affine=affine, eps=eps, dtype=norm.compute, impl=impl)
+        how = {"affine": (norm.weight, norm.bias), "eps": norm.eps, "dtype": norm.compute, "impl": impl}
         if not sequences.pruned:
+            x, z, low = lora_norm(x, weights.a, u, **how)
             return x, (lora_projection(z, low, weights),)
-        return x, read_lora_projection(z, low, weights, sequences.ends(x.shape[1]))
+        places = sequences.ends(x.shape[1]), sequences.slots(x)
+        x, z, low, read = read_lora_norm(x, weights.a, u, places, **how)
+        return x, read_lora_projection(z, low, read, weights)
 
     def updated_by_op(self, norm: LayerNorm) -> bool:
         """Whether `lora_norm` and `lora_projection` compute the projection of the norm's rows."""
@@ -284,7 +286,8 @@ class Block(nn.Module):
         if adapter is None:
             x, y = self.ln_2.of_sum(x, Update(u=update), impl)
         else:
-            x, y = self.ln_2.of_fusion(x, update, adapter, sequences.slots(x), impl)
+            slots = sequences.slots(x), sequences.alone
+            x, y = self.ln_2.of_fusion(x, (update, adapter), slots, impl)
         return x, self.mlp.chain(y, impl)
 
 

@@ -17,6 +17,7 @@ def fusion_norm(
     adapter: AdapterWeights,
     slots: Tensor,
     *,
+    first: int = 0,
     affine: Affine | None = None,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
@@ -29,8 +30,8 @@ def fusion_norm(
         x: ... w, r rows, the residual stream.
         u: (r + n) w, of a dtype of its own.
         adapter: of rows r and after, computed with in the dtype of u.
-        slots: r, int32: row i also gets what the adapter makes of u[r + slots[i]], nothing where slots[i] is
-            negative; each of the n slots is named by one row.
+        slots: r, int32: row i also gets what the adapter makes of u[r + slots[i] - first], nothing where
+            slots[i] is less than `first`; each of the n that are not is named by one row.
         affine, eps, dtype, impl: as in `layer_norm`.
 
     Returns:
@@ -50,10 +51,12 @@ def fusion_norm(
     choose("adapter", impl, x.device.type, operands=(u, *adapter.tensors()))
     if choose("layer_norm", impl, x.device.type, operands=(x, u, slots, gain, shift)) == "reference":
         added = adapter_reference(u[rows:], *adapter.tensors())
-        update = Update(u=u[:rows].view(x.shape), added=added, slots=slots)
+        update = Update(u=u[:rows].view(x.shape), added=added, slots=slots - first)
         return layer_norm_reference(x, update, affine, eps, dtype)
     flat = x.reshape(rows, width).contiguous()
-    total, y, _, _ = _fusion_norm(flat, u.contiguous(), *adapter.tensors(), slots, gain, shift, eps, dtype)
+    total, y, _, _ = _fusion_norm(
+        flat, u.contiguous(), *adapter.tensors(), slots, gain, shift, first, eps, dtype
+    )
     return total.view(x.shape), y.view(x.shape)
 
 
@@ -68,6 +71,7 @@ def _fusion_norm(
     slots: Tensor,
     gain: Tensor | None,
     shift: Tensor | None,
+    first: int,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,11 +80,11 @@ def _fusion_norm(
     added = kernel("adapter").forward(u[rows:], (down, down_bias, up, up_bias), own)
     affine = None if gain is None or shift is None else (gain, shift)
     more, how = (added, slots), (eps, dtype)
-    return *kernel("layer_norm").forward(x, u[:rows], None, more, affine, how), own
+    return *kernel("layer_norm").forward(x, u[:rows], None, more, affine, how, first), own
 
 
 @_fusion_norm.register_fake
-def _(x, u, down, down_bias, up, up_bias, slots, gain, shift, eps, dtype):
+def _(x, u, down, down_bias, up, up_bias, slots, gain, shift, first, eps, dtype):
     stats = x.new_empty(2, len(x), dtype=wide(x))
     return torch.empty_like(x), torch.empty_like(x, dtype=dtype), stats, torch.empty_like(u[len(x) :])
 
@@ -97,19 +101,20 @@ def _fusion_norm_backward(
     up: Tensor,
     slots: Tensor,
     gain: Tensor | None,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, by u, and by the adapter's weights, one after the other in one flat tensor."""
     other = None if grad_of_sum is None else grad_of_sum.contiguous()
     rows, (n, width) = len(x), own.shape
     du, added = own.new_empty(rows + n, width), torch.empty_like(own)
     grads = grad.contiguous(), other
-    dx, _ = kernel("layer_norm").backward(grads, x, stats, gain, slots, added, du[:rows])
+    dx, _ = kernel("layer_norm").backward(grads, x, stats, gain, slots, added, du[:rows], first)
     parts = kernel("adapter").backward(added, own, (down, down_bias, up), du[rows:])
     return dx, du, parts.sum(0)
 
 
 @_fusion_norm_backward.register_fake
-def _(grad, grad_of_sum, x, stats, own, down, down_bias, up, slots, gain):
+def _(grad, grad_of_sum, x, stats, own, down, down_bias, up, slots, gain, first):
     n, width = own.shape
     size = 2 * down.numel() + len(down) + width
     du = own.new_empty(len(x) + n, width)
@@ -117,7 +122,7 @@ def _(grad, grad_of_sum, x, stats, own, down, down_bias, up, slots, gain):
 
 
 def _keep(ctx, inputs, output) -> None:
-    _, _, down, down_bias, up, up_bias, slots, gain, *_ = inputs
+    _, _, down, down_bias, up, up_bias, slots, gain, _, ctx.first, *_ = inputs
     total, _, stats, own = output
     ctx.mark_non_differentiable(stats, own)
     ctx.set_materialize_grads(False)
@@ -129,12 +134,12 @@ def _differentiate(ctx, grad_of_sum, grad, *_):
     """The statistics and the adapter's input are for backward alone: nobody differentiates them."""
     if grad is None:
         grad = torch.zeros_like(ctx.saved_tensors[0])
-    dx, du, flat = _fusion_norm_backward(grad, grad_of_sum, *ctx.saved_tensors)
+    dx, du, flat = _fusion_norm_backward(grad, grad_of_sum, *ctx.saved_tensors, ctx.first)
     sizes = [shape.numel() for shape, _ in ctx.shapes]
     weights = [
         part.view(shape).to(dtype) for part, (shape, dtype) in zip(flat.split(sizes), ctx.shapes, strict=True)
     ]
-    return dx, du, *weights, *[None] * 5
+    return dx, du, *weights, *[None] * 6
 
 
 _fusion_norm.register_autograd(_differentiate, setup_context=_keep)

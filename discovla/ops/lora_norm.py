@@ -75,7 +75,7 @@ def lora_norm_reference(
     update = None if u is None else Update(u=u)
     total, y = layer_norm_reference(x, update, affine, eps, dtype)
     low = y @ a.to(dtype).T  # ... k
-    return total, torch.cat([y, F.pad(low, (0, _padding(len(a)) - len(a)))], dim=-1), low.detach()
+    return total, torch.cat([y, F.pad(low, (0, padding(len(a)) - len(a)))], dim=-1), low.detach()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +136,19 @@ class _LoRAWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, parts: int, dtype: torch.dtype, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        weights, a, b = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        weights, a, b = [x.to(dtype) for x in tensors[:n]], tensors[n : 2 * n], tensors[2 * n :]
         (outputs, width), rank = weights[0].shape, b[0].shape[1]
         ctx.set_materialize_grads(False)
         ctx.dtypes = a[0].dtype, b[0].dtype
-        whole = weights[0].new_empty(n, outputs, width + _padding(rank), dtype=dtype)
+        whole = weights[0].new_empty(n, outputs, width + padding(rank), dtype=dtype)
         low = whole[..., width : width + rank]
-        whole[..., :width].copy_(torch.stack(weights))
-        whole[..., width:].zero_()
-        low.copy_(torch.stack(b))
+        torch.stack(weights, out=whole[..., :width])
+        if low.shape[2] < whole.shape[2] - width:
+            whole[..., width:].zero_()
+        if b[0].dtype == dtype:
+            torch.stack(b, out=low)
+        else:
+            low.copy_(torch.stack(b))
         augmented = whole.unbind()
         ctx.mark_non_differentiable(*augmented)
         return *(x.detach().expand(parts, -1, -1) for x in a), *low.unbind(), *augmented
@@ -181,31 +185,15 @@ def lora_projection(z: Tensor, low: Tensor, weights: LoRAWeights) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
     """
-    _check(z, low, weights)
+    expect_rows(z, low, weights)
     out = _LoRAProjection.apply(
         z.flatten(0, -2), low.flatten(0, -2), weights.augmented, weights.bias, weights.b
     )
     return out.view(*z.shape[:-1], len(weights.b))
 
 
-def read_lora_projection(z: Tensor, low: Tensor, weights: LoRAWeights, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the projection to queries, keys and values the queries of some rows, and keys and values of all.
-
-    Args:
-        z, low: as in `lora_projection`, r being the leading axes flattened.
-        ends: n, int64, all different: the rows whose queries are wanted.
-
-    Returns:
-        n w and ... 2w.
-    """
-    _check(z, low, weights)
-    q, kv = _ReadLoRAProjection.apply(
-        z.flatten(0, -2), low.flatten(0, -2), ends, weights.augmented, weights.bias, weights.b
-    )
-    return q, kv.view(*z.shape[:-1], kv.shape[1])
-
-
-def _check(z: Tensor, low: Tensor, weights: LoRAWeights) -> None:
+def expect_rows(z: Tensor, low: Tensor, weights: LoRAWeights) -> None:
+    """Refuse rows of `lora_norm` that do not fit the weights."""
     expect_shape("z", z, (*z.shape[:-1], weights.augmented.shape[1]))
     expect_shape("low", low, (*z.shape[:-1], weights.b.shape[1]))
 
@@ -225,38 +213,11 @@ class _LoRAProjection(torch.autograd.Function):
         return grad @ augmented, None, None, None, grad.T @ low
 
 
-class _ReadLoRAProjection(torch.autograd.Function):
-    """r (w + p) to n w and r 2w."""
-
-    @staticmethod
-    def forward(
-        ctx, z: Tensor, low: Tensor, ends: Tensor, augmented: Tensor, bias: Tensor, b: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        width, read = len(b) // 3, z.index_select(0, ends)
-        ctx.save_for_backward(augmented, low, ends, read[:, -_padding(b.shape[1]) :][:, : b.shape[1]])
-        q, kv = (
-            F.linear(x, augmented[part], bias[part])
-            for x, part in ((read, slice(0, width)), (z, slice(width, None)))
-        )
-        return q, kv
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_q: Tensor, grad_kv: Tensor) -> tuple[Tensor | None, ...]:
-        augmented, low, ends, read = ctx.saved_tensors
-        width = grad_q.shape[1]
-        grad = (grad_kv @ augmented[width:]).index_add_(0, ends, grad_q @ augmented[:width])
-        grad_b = low.new_empty(3 * width, low.shape[1])
-        torch.mm(grad_q.T, read, out=grad_b[:width])
-        torch.mm(grad_kv.T, low, out=grad_b[width:])
-        return grad, None, None, None, None, grad_b
-
-
 def _affine(gain: Tensor | None, shift: Tensor | None) -> Affine | None:
     return None if gain is None or shift is None else (gain, shift)
 
 
-def _padding(rank: int) -> int:
+def padding(rank: int) -> int:
     """Columns of z after y: a power of two, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())
 
@@ -278,7 +239,7 @@ def _lora_norm(
 @_lora_norm.register_fake
 def _(x, a, u, gain, shift, eps, dtype):
     total, rank = x.new_empty(0) if u is None else torch.empty_like(x), a.shape[1]
-    z = x.new_empty(len(x), x.shape[1] + _padding(rank), dtype=dtype)
+    z = x.new_empty(len(x), x.shape[1] + padding(rank), dtype=dtype)
     return total, z, x.new_empty(len(x), rank, dtype=dtype), x.new_empty(2, len(x), dtype=wide(x))
 
 
@@ -318,7 +279,7 @@ def _differentiate(ctx, grad_of_sum, grad, *_):
     """H once more and the statistics are for backward alone: nobody differentiates them."""
     x, stats, a, gain, shift = ctx.saved_tensors
     if grad is None:
-        grad = x.new_zeros(len(x), x.shape[1] + _padding(a.shape[1]), dtype=ctx.dtype)
+        grad = x.new_zeros(len(x), x.shape[1] + padding(a.shape[1]), dtype=ctx.dtype)
     more = grad_of_sum if ctx.has_u else None
     dx, du, da = _lora_norm_backward(grad, more, x, stats, a, gain, shift)
     if not ctx.has_u:

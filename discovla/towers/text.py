@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from discovla.nn.autograd import take_rows
 from discovla.nn.features import expect, on
 from discovla.nn.memory import MemoryPlan
+from discovla.nn.sequences import Rows as BlockRows
 from discovla.nn.sequences import Sequences
 from discovla.nn.transformer import Block, LayerNorm, prepared
 from discovla.ops.buckets import Rows, widened
@@ -57,9 +58,10 @@ class TextTower(nn.Module):
             raise ValueError(f"ids: expected at most {len(self.position_embedding)} tokens, got {length}")
         return (self.token_embedding(ids) + self.position_embedding[:length]).to(dtype)
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: BlockRows) -> Tensor:
         """Rows of width w to joint features of width d."""
-        return self.ln_final(x) @ self.projection.to(x.dtype)
+        y = self.ln_final.of_rows(x, self.impl)
+        return y @ self.projection.to(y.dtype)
 
     def sequences(self, ids: Tensor, mask: Tensor | None, group: int = 0, alone: int = 0) -> Sequences:
         """What the blocks must know of the captions, packed without what `mask` leaves out.
@@ -73,12 +75,13 @@ class TextTower(nn.Module):
             return plain
         kept, count = self._kept(mask)
         packing = Packing.of(kept, count).to(ids.device)
-        kept, mask = on(ids.device, kept), on(ids.device, mask)
-        expect(mask.gather(1, at_end), "mask: expected true at the end-of-text token of each caption")
-        readout = kept.cumsum(1).gather(1, at_end)[:, 0] - 1
-        seen = packing.real
+        places = on(ids.device, torch.where(mask, kept.cumsum(1) - 1, -1))
+        readout = places.gather(1, at_end)[:, 0]
+        expect(readout >= 0, "mask: expected true at the end-of-text token of each caption")
+        seen = None
         if count is not None:  # real tokens come before the others that are kept
-            seen = torch.arange(packing.longest, device=ids.device) < mask.sum(1, keepdim=True)
+            lengths = on(ids.device, mask.sum(1, keepdim=True))
+            seen = torch.arange(packing.longest, device=ids.device) < lengths
         return replace(plain, readout=readout, fusion_key_mask=seen, packing=packing)
 
     def _kept(self, mask: Tensor) -> tuple[Tensor, int | None]:
@@ -158,7 +161,8 @@ class TextTower(nn.Module):
         count, (b, f) = len(captions[0]), grouped[0].shape[:2]
         ids, mask = joined(captions, (grouped[0].flatten(0, 1), grouped[1].flatten(0, 1)))
         features = self(ids, mask, group=f, alone=count, dtype=dtype)
-        return features[:count], features[count:].unflatten(0, (b, f))
+        first, others = features.split([count, b * f])
+        return first, others.unflatten(0, (b, f))
 
     def _rows(self, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Embedded tokens n l w, or packed t w."""
@@ -170,7 +174,7 @@ class TextTower(nn.Module):
         places = flat.nonzero() if count is None else flat.nonzero_static(size=count)
         return take_rows(x.flatten(0, 1), places[:, 0].to(ids.device, non_blocking=True))
 
-    def _through(self, blocks: nn.ModuleList, x: Tensor, sequences: Sequences, *, pruned: bool) -> Tensor:
+    def _through(self, blocks: nn.ModuleList, x: Tensor, sequences: Sequences, *, pruned: bool) -> BlockRows:
         """Rows after some of the blocks; pruned: the readout rows alone."""
         sequences = prepared(replace(sequences, memory=self.plan.of(self.memory, x)), blocks, x)
         inner = sequences.inner()
@@ -193,6 +197,7 @@ class TextTower(nn.Module):
         x = self._through(self.blocks[:below], x, few, pruned=False) if below else x
         every = self.sequences(ids, mask, *groups)
         assert few.packing is not None and every.packing is not None, "they have masks"
+        assert isinstance(x, Tensor), "neither the tokens nor rows that are not pruned are left as two"
         rows = few.packing.places[of].flatten()[every.packing.rows]
         x = self._through(self.blocks[below:], x.index_select(0, rows), every, pruned=True)
         return self.project(x)

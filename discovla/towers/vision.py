@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discovla.nn.memory import MemoryPlan
-from discovla.nn.sequences import Sequences
+from discovla.nn.sequences import Rows, Sequences
 from discovla.nn.transformer import Block, LayerNorm, prepared
 from discovla.ops.dispatch import Impl, Memory, choose
 from discovla.ops.frame_patches import Statistics, fold_normalisation, frame_patches
@@ -127,9 +127,10 @@ class VisionTower(nn.Module):
         x = torch.cat([cls, patches], dim=1) + self.position_embedding.to(dtype)  # n 1+p w
         return self.ln_pre(x)
 
-    def project(self, cls: Tensor) -> Tensor:
+    def project(self, cls: Rows) -> Tensor:
         """Class rows n w to joint features n d."""
-        return self.ln_post(cls) @ self.projection.to(cls.dtype)
+        y = self.ln_post.of_rows(cls, self.impl)
+        return y @ self.projection.to(y.dtype)
 
     def sequences(self, frames: Tensor, group: int, frame_mask: Tensor | None = None) -> Sequences:
         """What the blocks must know of n embedded frames, `group` of them a video.

@@ -32,15 +32,15 @@ def load_row(ptr, W, BLOCK_W: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _layer_norm_forward(
-    x_ptr, u_ptr, bias_ptr, added_ptr, slot_ptr, gain_ptr, shift_ptr, sum_ptr, y_ptr, stat_ptr, R, W, eps,
-    HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_AFFINE: tl.constexpr,
+    x_ptr, u_ptr, bias_ptr, added_ptr, slot_ptr, gain_ptr, shift_ptr, sum_ptr, y_ptr, stat_ptr, R, W, FIRST,
+    eps, HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """x' = x + u + bias + added[slot], mu = mean x', r = 1 / sqrt(var x' + eps), y = (x' - mu) r, and
     with HAS_AFFINE y gain + shift.
 
     Tile: BLOCK_R whole rows in registers. x' is rounded to the dtype of x before it is normed, so that
-    backward finds the same row. A slot of -1 adds nothing.
+    backward finds the same row. Slots count from FIRST; those before it add nothing.
     Traffic: x and u read, x' and y written, 8 bytes of (mu, r) a row; without u, x read and y written.
     Backward: `_layer_norm_backward`.
     """
@@ -53,7 +53,7 @@ def _layer_norm_forward(
         if HAS_BIAS:
             total += tl.load(bias_ptr + w, mask=w < W, other=0.0).to(ACC)[None, :]
         if HAS_ADDED:
-            slot = tl.load(slot_ptr + r, mask=r < R, other=-1).to(tl.int64)
+            slot = tl.load(slot_ptr + r, mask=r < R, other=-1).to(tl.int64) - FIRST
             more = here & (slot >= 0)[:, None]
             total += tl.load(added_ptr + slot[:, None] * W + w[None, :], mask=more, other=0.0).to(ACC)
         x = total.to(x_ptr.dtype.element_ty)
@@ -72,7 +72,7 @@ def _layer_norm_forward(
 
 @triton.jit
 def _layer_norm_backward(
-    dy_ptr, dsum_ptr, x_ptr, stat_ptr, slot_ptr, gain_ptr, dx_ptr, du_ptr, dadded_ptr, R, W,
+    dy_ptr, dsum_ptr, x_ptr, stat_ptr, slot_ptr, gain_ptr, dx_ptr, du_ptr, dadded_ptr, R, W, FIRST,
     HAS_DSUM: tl.constexpr, HAS_DU: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _layer_norm_backward(
     if HAS_DU:
         tl.store(du_ptr + place, dx, mask=here)
     if HAS_ADDED:
-        slot = tl.load(slot_ptr + r, mask=r < R, other=-1).to(tl.int64)
+        slot = tl.load(slot_ptr + r, mask=r < R, other=-1).to(tl.int64) - FIRST
         more = here & (slot >= 0)[:, None]
         tl.store(dadded_ptr + slot[:, None] * W + w[None, :], dx, mask=more)
 
@@ -112,10 +112,12 @@ def forward(
     added: tuple[Tensor, Tensor] | None,
     affine: tuple[Tensor, Tensor] | None,
     how: tuple[float, torch.dtype],
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x' (empty without u), y and (mean, 1 / deviation) of r w rows.
 
-    added: n w and its slot of each row.  affine: gain and shift.  how: epsilon, and the dtype of y.
+    added: n w and its slot of each row, counted from `first`.  affine: gain and shift.  how: epsilon, and the
+    dtype of y.
     """
     (rows, width), (eps, dtype) = x.shape, how
     acc = torch.promote_types(x.dtype, torch.float32)
@@ -126,7 +128,7 @@ def forward(
     tile = _tile(width)
     _layer_norm_forward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
         x, x if u is None else u, x if bias is None else bias, values, slots, gain, shift, total, y, stats,
-        rows, width, eps, HAS_U=u is not None, HAS_BIAS=bias is not None, HAS_ADDED=added is not None,
+        rows, width, first, eps, HAS_U=u is not None, HAS_BIAS=bias is not None, HAS_ADDED=added is not None,
         HAS_AFFINE=affine is not None, ACC=accumulator(x), **tile,
     )  # fmt: skip
     return total, y, stats
@@ -140,11 +142,12 @@ def backward(
     slots: Tensor | None,
     added: Tensor,
     du: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Gradients by x and by u (empty where it is that by x); that by what was added goes into `added`.
 
     grads: by y, and by the sum.  x: the sum that was normed.  added: in the dtype of u; empty where nothing
-    was.  du: where that by u is wanted.
+    was.  du: where that by u is wanted.  first: as in `forward`.
     """
     grad, grad_of_sum = grads
     rows, width = x.shape
@@ -154,7 +157,7 @@ def backward(
     tile = _tile(width)
     _layer_norm_backward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
         grad, x if grad_of_sum is None else grad_of_sum, x, stats, x if slots is None else slots,
-        x if gain is None else gain, dx, du, added, rows, width, HAS_DSUM=grad_of_sum is not None,
+        x if gain is None else gain, dx, du, added, rows, width, first, HAS_DSUM=grad_of_sum is not None,
         HAS_DU=du.numel() > 0, HAS_ADDED=slots is not None, HAS_AFFINE=gain is not None, ACC=accumulator(x),
         **tile,
     )  # fmt: skip

@@ -61,7 +61,8 @@ def _readout_attention_forward(
     two online softmaxes, and every tile of BLOCK keys is read once: all rows see it for g, row f for o.
     Traffic: 2 c read a row, c read and 2 c written a sequence. Backward: `_readout_attention_backward`.
     """
-    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), members(tl.program_id(0), ALONE, F)
+    h = tl.program_id(1).to(tl.int64)
+    first_s, count, g, asking = members(tl.program_id(0), ALONE, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     kv_ptr, position_ptr = kv_ptr + h * C, position_ptr + h * C
     q = load_rows(q_ptr + h * C, first_s + slot, slot < count, width, C, BLOCK_C)
@@ -105,7 +106,8 @@ def _readout_attention_backward(
     pass over the keys for the log-sum-exps and D of all queries, in registers, and one for the gradients.
     dposition: sum over a sequence's keys of the group's dSᵀ q.
     """
-    h, (first_s, count, g, asking) = tl.program_id(1).to(tl.int64), members(tl.program_id(0), ALONE, F)
+    h = tl.program_id(1).to(tl.int64)
+    first_s, count, g, asking = members(tl.program_id(0), ALONE, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     kv_ptr, dkv_ptr, position_ptr, c = (
         kv_ptr + h * C,

@@ -12,14 +12,31 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from discovla_kernels import adapter, attention_tiles, layer_norm, lora_norm, mlp, preprocess_frames
+from discovla_kernels import (
+    adapter,
+    alignment_block,
+    attention_tiles,
+    layer_norm,
+    lora_norm,
+    mlp,
+    preprocess_frames,
+    unit_mean,
+)
 from discovla_kernels import quantise_rows as quantised
+from discovla_kernels import readout_attention as readout
 from discovla_kernels import short_attention as attention
 from discovla_kernels import temporal_fusion as fusion
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-OTHERS = {  # of arguments that are not rows
+OTHERS = {  # of arguments that are not rows, by how their names end
+    "z_read_ptr": "",  # these are
+    "part_grad_ptr": "",
+    "down_ptr": "*fp32",
+    "up_ptr": "*fp32",
+    "bias_ptr": "*fp32",
+    "part_ptr": "*fp32",
+    "ends_ptr": "*i64",
     "slot_ptr": "*i32",
     "offsets_ptr": "*i32",
     "readout_ptr": "*i64",
@@ -44,9 +61,9 @@ def argument(kernel: Any, name: str, dtype: torch.dtype) -> str:
     """The type of a kernel's argument by its name."""
     for end, kind in OTHERS.items():
         if name.endswith(end):
-            return kind
+            return kind or TYPES[dtype]
     if not name.endswith("_ptr"):
-        return "fp32" if name in ("scale", "eps") else "i32"
+        return "fp32" if name in ("scale", "eps", "kl", "alpha", "beta") else "i32"
     stream = "norm" in kernel.__name__ and name in STREAM
     return "*fp32" if stream else TYPES[dtype]
 
@@ -89,17 +106,17 @@ def row_cases() -> list[Case]:
     ]
     for dtype, width in ((HALF, 768), (SINGLE, 512)):
         lora = lora_norm._tile(width, 8) | {"HAS_AFFINE": True}
-        cases += [(lora_norm._lora_norm_forward, dtype, lora | {"HAS_U": True})]
-        cases += [(lora_norm._lora_norm_backward, dtype, lora | {"HAS_DSUM": True, "HAS_DU": True})]
+        for read in (False, True):
+            flags = {"HAS_DSUM": not read, "HAS_DU": True, "HAS_READ": read}
+            cases += [(lora_norm._lora_norm_forward, dtype, lora | {"HAS_U": True, "HAS_READ": read})]
+            cases += [(lora_norm._lora_norm_backward, dtype, lora | flags)]
     for dtype, gelu in ((HALF, False), (SINGLE, True)):
         x = torch.empty(1, dtype=dtype)
         tile = mlp._tile(x, 1 << 12, 1 << 12) | {"GELU": gelu}
         cases += [(mlp._mlp_forward, dtype, tile | {"KEEP": True, "stride_wk": 1})]
         cases += [(mlp._mlp_backward, dtype, tile | {"stride_wn": 1})]
-        cases += [
-            (kernel, dtype, adapter._tile(x, 8))
-            for kernel in (adapter._adapter_forward, adapter._adapter_backward)
-        ]
+        cases += [(adapter._adapter_forward, dtype, adapter._tile(x, 8) | {"COPY": not gelu})]
+        cases += [(adapter._adapter_backward, dtype, adapter._tile(x, 8))]
     colours = {"SCALE": (0.1, 0.2, 0.3), "SHIFT": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
     folding = {"SCALE": (0.1, 0.2, 0.3), "OFFSET": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
     cases += [(preprocess_frames._fold_normalisation_forward, HALF, folding)]
@@ -108,6 +125,13 @@ def row_cases() -> list[Case]:
                          (SINGLE, (False, True, False, True))):  # fmt: skip
         rows = {"LARGEST": 448.0, "BLOCK_T": 1, "BLOCK_W": 4096, **dict(zip(flags, given, strict=True))}
         cases += [(quantised._quantise_rows_forward, dtype, rows)]
+    rows = alignment_block._rows(1536, 512)[1]
+    cases += [(alignment_block._alignment_block_norms, SINGLE, rows)]
+    cases += [(alignment_block._alignment_block_radial, SINGLE, rows)]
+    cases += [(alignment_block._alignment_block_losses, SINGLE, {"BLOCK": alignment_block.SAMPLES})]
+    pooling = {"HAS_MASK": True, "BLOCK_D": 512, "num_warps": 4}
+    cases += [(unit_mean._unit_mean_forward, SINGLE, pooling)]
+    cases += [(unit_mean._unit_mean_backward, SINGLE, pooling)]
     return [*cases, (preprocess_frames._preprocess_frames_forward, HALF, colours)]
 
 
@@ -129,13 +153,16 @@ def attention_cases() -> list[Case]:
             groups = {"HAS_GROUP_MASK": True, "HAS_POSITION": causal, "BLOCK_F": 16}
             cases += [(fusion._temporal_fusion_forward, dtype, forward | groups)]
             cases += [(fusion._temporal_fusion_backward, dtype, tile | groups | {"num_warps": 8})]
+            read = forward | groups | {"GROUPED": True}
+            cases += [(readout._readout_attention_forward, dtype, read)]
+            cases += [(readout._readout_attention_backward, dtype, read)]
     return cases
 
 
 def with_arguments_of_one(case: Case) -> Case:
     """One head, one row, one frame: Triton makes constants of integers that are 1, without their methods."""
     kernel, dtype, constants = case
-    ones = {name: 1 for name in ("LENGTH", "F", "H", "C") if name in kernel.arg_names}
+    ones = {name: 1 for name in ("LENGTH", "ALONE", "F", "H", "C") if name in kernel.arg_names}
     return kernel, dtype, constants | ones
 
 

@@ -15,7 +15,7 @@ SINGLE, HALF = torch.float32, torch.float16
 CASES = [(1, 1, SINGLE, SINGLE), (7, 3, SINGLE, SINGLE), (63, 21, SINGLE, SINGLE), (130, 40, SINGLE, SINGLE)]
 CASES += [(7, 3, torch.float64, torch.float64), (20, 4, SINGLE, HALF), (7, 2, HALF, HALF)]
 NAMES = ("x", "u", "down", "down_bias", "up", "up_bias")
-WIDTH, RANK = 33, 3
+WIDTH, RANK, FIRST = 33, 3, 2
 
 
 def leaves(rows: int, n: int, dtypes: tuple[torch.dtype, torch.dtype]) -> list[Tensor]:
@@ -29,9 +29,10 @@ def leaves(rows: int, n: int, dtypes: tuple[torch.dtype, torch.dtype]) -> list[T
 
 
 def slots(rows: int, n: int) -> Tensor:
-    """The last n rows get what the adapter makes, in turned order."""
+    """The last n rows get what the adapter makes, in turned order; the first names what is before FIRST."""
     found = torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=DEVICE)
-    return torch.where(found < n, found, -1)
+    before = (found == rows - 1).int() - 1  # 0 of the first row, -1 of the others
+    return torch.where(found < n, found + FIRST, before)
 
 
 def affine() -> tuple[Tensor, Tensor]:
@@ -40,7 +41,7 @@ def affine() -> tuple[Tensor, Tensor]:
 
 def call(x: list[Tensor], places: Tensor, impl) -> tuple[Tensor, Tensor]:
     weights = AdapterWeights(down=x[2], down_bias=x[3], up=x[4], up_bias=x[5])
-    return fusion_norm(x[0], x[1], weights, places, affine=affine(), impl=impl)
+    return fusion_norm(x[0], x[1], weights, places, first=FIRST, affine=affine(), impl=impl)
 
 
 def plain(x: list[Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,11 @@ def plain(x: list[Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
     rows = len(x[0])
     h = x[1][rows:] @ x[2].T + x[3]
     added = (h * torch.sigmoid(1.702 * h)) @ x[4].T + x[5]
-    total = x[0] + x[1][:rows] + torch.where(places[:, None] >= 0, added[places.clamp(min=0).long()], 0)
+    total = (
+        x[0]
+        + x[1][:rows]
+        + torch.where(places[:, None] >= FIRST, added[(places - FIRST).clamp(min=0).long()], 0)
+    )
     gain, shift = (part.to(total.dtype) for part in affine())
     return total, torch.nn.functional.layer_norm(total, (WIDTH,), gain, shift)
 
@@ -91,7 +96,8 @@ def test_the_op_is_registered_soundly():
     skip_what_no_gpu_kernel_takes("triton", torch.float64)
     x = leaves(4, 2, (torch.float64, torch.float64))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(_fusion_norm, (*x, slots(4, 2), None, None, 1e-5, torch.float64), test_utils=tests)
+    arguments = (*x, slots(4, 2), None, None, FIRST, 1e-5, torch.float64)
+    torch.library.opcheck(_fusion_norm, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
