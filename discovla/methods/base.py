@@ -155,7 +155,7 @@ class Method(nn.Module):
         else:
             check_mask("caption", seen)
             pooled, frames = self.text.together((ids, seen), batch.frame_captions(), self.compute_dtype)
-            text, frames = self.embed_text(widen(pooled), None, seen), widen(frames)
+            text = self.embed_text(pooled, None, seen)
         mask = on(frames.device, batch.frame_mask) if self.config.mask_padded_frames else None
         return replace(text, frames=frames, frame_mask=mask)
 

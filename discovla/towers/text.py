@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discovla.nn.autograd import take_rows
-from discovla.nn.features import expect, on
+from discovla.nn.features import expect, on, widen
 from discovla.nn.memory import MemoryPlan
 from discovla.nn.sequences import Rows as BlockRows
 from discovla.nn.sequences import Sequences
@@ -153,14 +153,14 @@ class TextTower(nn.Module):
     def together(
         self, captions: Tokens, grouped: Tokens, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Features n d of captions and b f d of others that fuse in groups of f, in one pass.
+        """Features n d of captions and b f d of others that fuse in groups of f, in one pass; widened.
 
         Args:
             captions: ids and mask, n l, as in `forward`.  grouped: the same, b f l.
         """
         count, (b, f) = len(captions[0]), grouped[0].shape[:2]
         ids, mask = joined(captions, (grouped[0].flatten(0, 1), grouped[1].flatten(0, 1)))
-        features = self(ids, mask, group=f, alone=count, dtype=dtype)
+        features = widen(self(ids, mask, group=f, alone=count, dtype=dtype))
         first, others = features.split([count, b * f])
         return first, others.unflatten(0, (b, f))
 

@@ -125,7 +125,7 @@ class VisionTower(nn.Module):
         dtype = patches.dtype
         cls = self.class_embedding.to(dtype).expand(len(patches), 1, -1)
         x = torch.cat([cls, patches], dim=1) + self.position_embedding.to(dtype)  # n 1+p w
-        return self.ln_pre(x)
+        return self.ln_pre.of_rows(x, self.impl)
 
     def project(self, cls: Rows) -> Tensor:
         """Class rows n w to joint features n d."""

@@ -92,6 +92,6 @@ def unsupported(*tensors: Tensor | None) -> str:
             return f"expected all tensors on {given[0].device}, found one on {x.device}"
         if x.dtype == torch.float64 and x.ndim and on_gpu:
             return "float64 has no kernel on a GPU: impl='torch' computes it"
-        if x.dtype == torch.bfloat16 and not on_gpu:
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
             return "triton's interpreter computes bfloat16 wrongly: use float32"
     return ""
