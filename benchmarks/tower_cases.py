@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from discovla.ops.adapter import adapter
+from discovla.ops.adapter import AdapterWeights, adapter
 from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import quantise_rows
 from discovla.ops.frame_patches import frame_patches
+from discovla.ops.fusion_norm import fusion_norm
 from discovla.ops.layer_norm import Update, layer_norm
 from discovla.ops.lora_norm import lora_norm
 from discovla.ops.mlp import MLPWeights, mlp
+from discovla.ops.read_lora_norm import read_lora_norm
+from discovla.ops.readout_attention import Readout, readout_attention_rows
 from discovla.ops.short_attention import Packing, short_attention
 from discovla.ops.temporal_fusion import Groups, temporal_fusion
+from discovla.ops.unit_mean import unit_mean
 
 FRAMES, TOKENS, RANK, PATCH = 12, 12, 8, 32  # of a clip, of a caption on average, of an adapter, in pixels
 # of values and gradients: a result is rounded to its dtype, in half precision attention's weights are too
@@ -61,7 +65,7 @@ class TowerCase(Case):
     def reference_bytes(self) -> float:
         """What the reference holds at least: its scores, or ten times its inputs."""
         inputs = 10.0 * sum(2 * torch.Size(shape).numel() for shape in self.shapes)
-        attends = self.op in ("short_attention", "temporal_fusion")
+        attends = self.op in ("short_attention", "temporal_fusion", "readout_attention")
         return inputs + (12.0 * self.products / (14 * 64) if attends else 0.0)  # 14 c operations a score
 
     def leaves(self, device: torch.device | str, seed: int = 0) -> list[Tensor]:
@@ -148,6 +152,35 @@ def _adapter(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     return adapter(*leaves, impl=impl)
 
 
+def _fusion_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    x, u, *weights = leaves
+    names = ("down", "down_bias", "up", "up_bias")
+    _, slots = _read_rows(len(x), x.device)
+    given = AdapterWeights(**dict(zip(names, weights, strict=True)))
+    return fusion_norm(x, u, given, slots, affine=_affine(x.shape[-1], x.device), impl=impl)
+
+
+def _read_lora_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    (x, u, a), device = leaves, leaves[0].device
+    read, z, _, z_read = read_lora_norm(
+        x, a, u, _read_rows(len(x), device), affine=_affine(x.shape[-1], device), impl=impl
+    )
+    return read, z, z_read
+
+
+def _unit_mean(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    mask = torch.arange(FRAMES, device=leaves[0].device) <= torch.arange(len(leaves[0]))[:, None] % FRAMES
+    return unit_mean(leaves[0], mask.to(leaves[0].device), impl=impl)
+
+
+@cache
+def _read_rows(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every twelfth row, and which of those each is or -1."""
+    ends = torch.arange(0, rows, FRAMES, device=device)
+    slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
+    return ends, slots.index_copy(0, ends, torch.arange(len(ends), dtype=torch.int32, device=device))
+
+
 def _patches(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     truth = leaves[0].dtype != torch.uint8  # which is asked for by inputs in float64
     dtype = leaves[0].dtype if truth else torch.float32 if packed else torch.bfloat16
@@ -174,17 +207,46 @@ def _fusion(heads: int, n: int, rows: int) -> Callable[[list[Tensor], Impl, bool
     return call
 
 
+def _readout(heads: int, n: int, rows: int) -> Callable[[list[Tensor], Impl, bool], Results]:
+    def call(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+        groups = _groups(n, rows, heads, packed, leaves[0].device)
+        readout = Readout(
+            heads=heads,
+            ends=groups.readout.flatten(),
+            group=groups.readout.shape[1],
+            packing=groups.packing,
+            causal=packed,
+            group_mask=groups.group_mask,
+        )
+        return readout_attention_rows(leaves[0], leaves[1], readout, impl=impl)
+
+    return call
+
+
 def row_case(op: str, n: int, dim: int, **options) -> TowerCase:
-    """layer_norm, lora_norm, mlp or adapter on n rows of width `dim`."""
+    """An op on n rows of width `dim`: norms, mlp, adapter, or unit_mean of twelve rows n times."""
+    weights, read = ((RANK, dim), (RANK,), (dim, RANK), (dim,)), n + -(-n // FRAMES)
     shapes = {
+        "fusion_norm": ((n, dim), (read, dim), *weights),
+        "read_lora_norm": ((n, dim), (n, dim), (RANK, dim)),
+        "unit_mean": ((n, FRAMES, dim),),
         "layer_norm": ((n, dim), (n, dim)),
         "lora_norm": ((n, dim), (n, dim), (RANK, dim)),
         "mlp": ((n, dim),),
-        "adapter": ((n, dim), (RANK, dim), (RANK,), (dim, RANK), (dim,)),
+        "adapter": ((n, dim), *weights),
     }[op]
-    units = {"layer_norm": 0, "lora_norm": RANK, "mlp": 4 * dim, "adapter": RANK}[op]
-    passes = {"lora_norm": 3, "mlp": 4, "adapter": 6}.get(op, 0)  # weights of lora_norm and adapter train
-    call = {"layer_norm": _layer_norm, "lora_norm": _lora_norm, "mlp": _mlp, "adapter": _adapter}[op]
+    units = {"lora_norm": RANK, "read_lora_norm": RANK, "mlp": 4 * dim, "adapter": RANK}.get(op, 0)
+    # weights of lora_norm and adapter train
+    passes = {"lora_norm": 3, "read_lora_norm": 3, "mlp": 4, "adapter": 6}.get(op, 0)
+    call = {
+        "layer_norm": _layer_norm,
+        "lora_norm": _lora_norm,
+        "read_lora_norm": _read_lora_norm,
+        "fusion_norm": _fusion_norm,
+        "unit_mean": _unit_mean,
+        "mlp": _mlp,
+        "adapter": _adapter,
+    }[op]
     products = 2.0 * n * dim * units * passes
     return TowerCase(
         op=op, call=call, n=n, m=n, dim=dim, rows=units, products=products, shapes=shapes, **options
@@ -194,19 +256,22 @@ def row_case(op: str, n: int, dim: int, **options) -> TowerCase:
 def sequence_case(
     op: str, n: int, rows: int, dim: int, heads: int, *, packed: bool = False, **options
 ) -> TowerCase:
-    """short_attention or temporal_fusion on n sequences: of `rows` rows, or captions of 12 on average."""
+    """An op of attention on n sequences: of `rows` rows, or captions of 12 on average."""
     lengths = torch.full((n,), rows)
     if packed:
         lengths = _captions(n, torch.device("cpu")).offsets.diff()
     shape = (int(lengths.sum()), 3 * dim) if packed else (n, rows, 3 * dim)
     call = _attention(heads, n) if op == "short_attention" else _fusion(heads, n, rows)
-    pairs = float(lengths.double().square().sum())
-    if op == "temporal_fusion":
+    pairs, shapes = float(lengths.double().square().sum()), (shape,)
+    if op == "readout_attention":
+        call, pairs = _readout(heads, n, rows), float(lengths.sum())
+        shapes = ((n, dim), (*shape[:-1], 2 * dim))
+    if op != "short_attention":
         pairs += FRAMES * float(lengths.sum())  # each row is seen by the readout rows of its group
     products = 2 * pairs * dim * 7  # forward 2, backward 5
     rows = TOKENS if packed else rows
     return TowerCase(
-        op=op, call=call, n=n, m=n, dim=dim, rows=rows, products=products, shapes=(shape,), masked=packed,
+        op=op, call=call, n=n, m=n, dim=dim, rows=rows, products=products, shapes=shapes, masked=packed,
         **options,
     )  # fmt: skip
 
@@ -238,6 +303,9 @@ def timed_tower_cases(suite: str) -> list[TowerCase]:
         sequence_case("short_attention", frames, 50, 768, 12),
         sequence_case("short_attention", captions, TOKENS, 512, 8, packed=True),
         sequence_case("temporal_fusion", frames, 50, 768, 12),
+        sequence_case("readout_attention", frames, 50, 768, 12),
+        row_case("fusion_norm", 50 * frames, 768),
+        row_case("unit_mean", frames // FRAMES, 512),
         sequence_case("temporal_fusion", frames, TOKENS, 512, 8, packed=True),
         patch_case(frames, 224, torch.bfloat16),
         rounding_case(50 * frames, 768, masked=True),
@@ -260,13 +328,14 @@ def checked_tower_cases() -> list[TowerCase]:
     cases = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for n, dim in ((1, 40), (7, 64), (130, 96), (1100, 512)):
-            ops = ("layer_norm", "lora_norm", "mlp", "adapter")
+            ops = ("layer_norm", "lora_norm", "read_lora_norm", "fusion_norm", "unit_mean", "mlp", "adapter")
             cases += [row_case(op, n, dim, dtype=dtype) for op in ops]
             cases += [rounding_case(n, dim, dtype=dtype)]
         for n, rows, dim, heads in ((1, 1, 16, 1), (6, 7, 40, 4), (12, 50, 128, 2), (4, 130, 128, 2)):
-            for op in ("short_attention", "temporal_fusion"):
+            # the gradient by a query that sees one key is zero, of which no share is close
+            for op in ("short_attention", "temporal_fusion", *(["readout_attention"] if rows > 1 else [])):
                 cases += [sequence_case(op, n, rows, dim, heads, dtype=dtype)]
-        for op in ("short_attention", "temporal_fusion"):
+        for op in ("short_attention", "temporal_fusion", "readout_attention"):
             cases += [sequence_case(op, 24, 0, 128, 2, packed=True, dtype=dtype)]
             cases += [sequence_case(op, 3, 257, 64, 1, dtype=dtype)]
     return [*cases, *(patch_case(3, 2 * PATCH, dtype) for dtype in (torch.float32, torch.bfloat16))]

@@ -49,7 +49,7 @@ def fusion_norm(
     gain, shift = checked_affine(affine, x)
     # the adapter's kernel takes weights of any dtype, that of the norm all of them
     choose("adapter", impl, x.device.type, operands=(u, *adapter.tensors()))
-    if choose("layer_norm", impl, x.device.type, operands=(x, u, slots, gain, shift)) == "reference":
+    if choose("fusion_norm", impl, x.device.type, operands=(x, u, slots, gain, shift)) == "reference":
         added = adapter_reference(u[rows:], *adapter.tensors())
         update = Update(u=u[:rows].view(x.shape), added=added, slots=slots - first)
         return layer_norm_reference(x, update, affine, eps, dtype)

@@ -48,7 +48,10 @@ def read_lora_norm(
     expect_shape("slots", slots, (x.numel() // width,))
     gain, shift = checked_affine(affine, x)
     like = torch.empty(0, dtype=dtype, device=x.device)
-    if choose("lora_norm", impl, x.device.type, operands=(x, copies, like, u, gain, shift)) == "reference":
+    if (
+        choose("read_lora_norm", impl, x.device.type, operands=(x, copies, like, u, gain, shift))
+        == "reference"
+    ):
         total, z, low = lora_norm_reference(x, copies[0], u, affine, eps, dtype)
         return total.flatten(0, -2)[ends], z, low, z.flatten(0, -2)[ends]
     rows = x.reshape(-1, width).contiguous()

@@ -7,7 +7,7 @@ from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.fusion_norm import _fusion_norm, fusion_norm
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
-IMPLS = IMPLEMENTATIONS["layer_norm"]
+IMPLS = IMPLEMENTATIONS["fusion_norm"]
 # fp16: the sum, y, the bottleneck and gradients are rounded to 11 bits
 BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3}
 SINGLE, HALF = torch.float32, torch.float16

@@ -9,7 +9,7 @@ from discovla.ops.read_lora_norm import _read_lora_norm, read_lora_norm, read_lo
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 from tests.ops.test_lora_norm import BUDGET, HALF, SINGLE, assert_close, leaves
 
-IMPLS = IMPLEMENTATIONS["lora_norm"]
+IMPLS = IMPLEMENTATIONS["read_lora_norm"]
 # rows, how many are read, dtypes of the stream and of what is added to it
 CASES = [(1, 1, SINGLE, SINGLE), (7, 3, SINGLE, SINGLE), (63, 9, SINGLE, SINGLE), (130, 40, SINGLE, SINGLE)]
 CASES += [(7, 2, torch.float64, torch.float64), (20, 4, SINGLE, HALF), (7, 7, HALF, HALF)]
