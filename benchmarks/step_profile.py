@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 LOW = 16  # a product one of whose sizes is at most that is one of a low-rank update
 # The first that fits a name counts.
 COMPONENTS = {
-    "attention": r"scaled_dot_product|flash|fmha|softmax|bmm|short_attention|temporal_fusion|readout_attention",
+    "attention": r"scaled_dot_product|flash|fmha|softmax|bmm|(short|readout)_attention|temporal_fusion",
     "layer norms": r"layer_?norm|lora_norm|fusion_norm",
     "activations": r"silu|gelu|sigmoid|quick",
     "products": r"(^|::|_)(add)?mm(_|$)|linear|gemm|cutlass|xmma|cublas|nvjet|conv|matmul",
