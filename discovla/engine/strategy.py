@@ -188,14 +188,15 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
     """Keep what is not trained in `dtype`: it saves memory, and whoever computes casts anyway.
 
     To be called after the weights are in place and before a strategy is made. Buffers stay as they are, for
-    they may be tables of positions that a short dtype would spoil.
+    they may be tables of positions that a short dtype would spoil, and so do single numbers: the logarithm of
+    a logit scale of 100 would be 1 % off in bf16.
 
     Args:
         module: parameters with requires_grad are left alone, in fp32.
         dtype: floating point.
     """
     for param in module.parameters():
-        if not param.requires_grad and param.is_floating_point():
+        if not param.requires_grad and param.is_floating_point() and param.dim():
             param.data = param.data.to(dtype)
 
 

@@ -12,6 +12,7 @@ from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
 from discovla.engine.zero import EngineConfig, choose_stage, zero_json
+from discovla.nn.logit_scale import LIMIT, LogitScale
 from tests.engine.launch import run_jobs
 
 HALF = 3
@@ -264,6 +265,13 @@ def test_cast_frozen_leaves_trained_parameters_and_buffers():
     cast_frozen(module, torch.bfloat16)
     dtypes = (module.weight.dtype, module.bias.dtype, module.running_mean.dtype)
     assert dtypes == (torch.float32, torch.bfloat16, torch.float32)
+
+
+def test_cast_frozen_leaves_a_logit_scale_exact():
+    scale = LogitScale().requires_grad_(False)
+    scale.log.fill_(LIMIT)
+    cast_frozen(scale, torch.bfloat16)
+    assert scale().item() == pytest.approx(100, rel=1e-5)
 
 
 def test_deepspeeds_bf16_mode_is_refused_for_adapters():
