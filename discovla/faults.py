@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from discovla.data.video.decode import DecodeError
 
@@ -74,9 +75,12 @@ def tell(line: str, program: str) -> None:
 
 def end(line: str, last: Callable[[], None]) -> None:
     """End this process, from whichever thread, for the run cannot go on: after its line, and `last`."""
-    tell(line, "train.py")
-    last()
-    os._exit(FAILED)
+    try:
+        with suppress(OSError):  # nobody may be left to read it
+            tell(line, "train.py")
+        last()
+    finally:
+        os._exit(FAILED)
 
 
 def one_line(error: Exception) -> str:

@@ -70,12 +70,13 @@ class Trainer:
         """
         self.watch: Watch | None = None
         engine = self.config.engine
+        self.signals = StopSignals()  # who is above this process is to be seen before it waits for others
         try:
             self.world = start(engine.device, within=engine.join_within, met=self._begin_watch)
         except RuntimeError as error:
             self._name_lost(error)
             raise
-        with StopSignals() as self.signals:
+        with self.signals:
             results = self._carried_out()
             if self.watch is not None:
                 self.watch.close()
@@ -293,7 +294,8 @@ class Trainer:
     def _clip_logit_scale(self) -> None:
         """Keep a trained logit scale below 100, in whatever copy the strategy holds."""
         name = f"{METHOD}logit_scale.log"
-        if name in self.strategy.trained and self.method.logit_scale.log.item() > LIMIT:
+        log = self.method.logit_scale.log
+        if name in self.strategy.trained and log.item() > torch.tensor(LIMIT, dtype=log.dtype).item():
             state = self.strategy.trained_state()
             state[name] = state[name].clamp(max=LIMIT)
             self.strategy.load_trained_state(state)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -293,3 +296,17 @@ def test_without_the_guard_a_loss_that_is_not_finite_stops_the_run(tmp_path, dra
     job = runs.start([runs.write_config(tmp_path, drawn), *SHORT], fault=f"nan:{PIXELS}:4")
     assert job.wait() == [2]
     assert "step 1: expected a finite loss, found nan" in job.output()
+
+
+def test_a_process_ends_where_nobody_reads_its_line():
+    """Its launcher may be gone, and with it the pipe."""
+    code = (
+        "import os, threading, discovla.faults as f\n"
+        "threading.Thread(target=f.end, args=('lost', lambda: os.write(1, b'last'))).start()\n"
+        "threading.Event().wait(30)\n"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=write, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stdout) == (2, b"last")

@@ -123,6 +123,7 @@ class Capture:
         if self.recordings and self.bounds.largest([int(self.bounds.crowded())])[0]:
             self._say("recordings give way to a step that has none, for lack of memory")
             self._forget(len(self.recordings))
+            torch.cuda.empty_cache()  # what they held is else still counted as taken
         return self.step(batch, rows)
 
     def _forget(self, count: int) -> None:
@@ -267,7 +268,7 @@ def check_capture(engine: EngineConfig, world: World) -> None:
     """Refuse to record where it cannot be done.
 
     Raises:
-        ValueError: without a GPU; also on several processes, for gloo's collectives are no part of a graph.
+        ValueError: without a GPU, on however many processes.
     """
     if engine.capture == "graph" and world.device.type != "cuda":
         raise ValueError(f"engine.capture: expected 'none' on a {world.device.type}, found 'graph'")

@@ -33,11 +33,15 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Wait until everything is written; raises the error of the last write."""
-        if self._last is not None:
-            last, self._last = self._last, None
-            last.result()
+        last = self._last
+        if last is not None:
+            try:
+                last.result()
+            finally:
+                self._last = None
 
     def leave(self, within: float) -> None:
         """Before this process is ended from another thread: give a write that is going on so many seconds."""
-        if self._last is not None:
-            wait([self._last], timeout=within)
+        last = self._last
+        if last is not None:
+            wait([last], timeout=within)

@@ -84,10 +84,16 @@ class Pace:
         return gather_objects(Share(name=self.name, reading=reading, towers=towers), self.world)
 
     def _begin(self, *_: Any) -> None:
-        self._began.append(self._now())
+        if not self._captured():
+            self._began.append(self._now())
 
     def _end(self, module: nn.Module, *_: Any) -> None:
-        self._spans.append((self._began.pop(), self._now()))
+        if not self._captured():
+            self._spans.append((self._began.pop(), self._now()))
+
+    def _captured(self) -> bool:
+        """Whether a CUDA graph is being recorded: its events have no time, and its replays call no hook."""
+        return self.world.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _now(self) -> Any:
         if self.world.device.type != "cuda":

@@ -87,7 +87,7 @@ class Watch:
     def _connect(self, met: Met) -> None:
         """The first process listens, and everyone else connects to it."""
         if self.world.first:
-            with _listen() as listener:
+            with _listen(len({one.host for one in met.everyone}) > 1) as listener:
                 word = secrets.token_hex(16)
                 met.store.set(_KEY, f"{listener.getsockname()[1]} {word}")
                 self._accept(listener, word)
@@ -99,7 +99,11 @@ class Watch:
 
     def _join(self, port: int, word: str) -> None:
         """Connect to the first process."""
-        connection = socket.create_connection((_first_host(), port), timeout=_JOIN)
+        host = _first_host()
+        try:
+            connection = socket.create_connection((host, port), timeout=_JOIN)
+        except OSError as error:
+            raise OSError(f"cannot reach rank 0 at {host}:{port}: {error.strerror or error}") from error
         connection.sendall(f"{word} {self.world.rank}\n".encode())
         connection.setblocking(False)
         self._peers[0] = _Peer(rank=0, connection=connection)
@@ -206,12 +210,12 @@ def _first_host() -> str:
     return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
-def _listen() -> socket.socket:
-    """A free port at the address by which the others know this machine, or else at all of its addresses."""
-    try:
-        return socket.create_server((_first_host(), 0), backlog=1024)
-    except OSError:
-        return socket.create_server(("", 0), backlog=1024)
+def _listen(far: bool) -> socket.socket:
+    """A free port, at all addresses of this machine where others connect to it.
+
+    The name by which they know it may mean 127.0.1.1 here.
+    """
+    return socket.create_server(("" if far else _first_host(), 0), backlog=1024)
 
 
 def _close_in_children(watch: Watch) -> None:

@@ -40,8 +40,8 @@ class EngineConfig(BaseModel):
         for less work where captions of neighbouring frames repeat.
     capture: "graph" records a step and its backward as a CUDA graph for every shape of batch, which is then
         one launch; captions take up to 5 % more rows, so that few shapes come.  On GPUs, whose memory for
-        activations stays taken; steps with clips that could not be read, and the first of a shape, are
-        taken as by "none".
+        activations stays taken, and that of the gradients once for each shape; steps with clips that could
+        not be read, and the first of a shape, are taken as by "none".  "auto" is ZeRO stage 0 then.
     grad_scale: "exact" makes the gradient of many processes that of one; "official" leaves it 1/W, as
         released.
     wire: what embeddings and their gradients travel between processes in: "compute" in the dtype the towers
@@ -135,6 +135,8 @@ def choose_stage(config: EngineConfig, trained: int, world_size: int) -> int:
     """The ZeRO stage of a run that trains `trained` parameters on `world_size` processes."""
     if config.zero_stage != "auto":
         return config.zero_stage
+    if config.capture == "graph":
+        return 0
     if config.bf16_parameters or config.offload != "none":
         return 1
     return 1 if world_size > 1 and trained > LARGE else 0

@@ -333,3 +333,20 @@ def test_a_writer_that_is_left_gives_a_write_its_time_and_no_more():
     threading.Timer(0.05, going.set).start()
     writer.leave(10)
     assert done
+
+
+def test_a_write_that_is_waited_for_is_given_its_time_too():
+    writer, going, done = CheckpointWriter(), threading.Event(), []
+
+    def slow() -> None:
+        going.wait(10)
+        done.append(True)
+
+    writer.start(slow)
+    waiting = threading.Thread(target=writer.wait)
+    waiting.start()
+    time.sleep(0.05)  # until it waits
+    threading.Timer(0.05, going.set).start()
+    writer.leave(10)
+    assert done
+    waiting.join()

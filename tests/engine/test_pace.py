@@ -1,6 +1,7 @@
 """Who holds the others up is found by the time that each took by itself."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_reading_and_towers_are_timed_apart_and_averaged_over_steps():
     for shares in (found[1], found[3]):
         (share,) = shares
         assert 0.03 <= share.reading < 0.06 and 0.02 <= share.towers < 0.05
+
+
+def test_towers_are_not_timed_while_a_step_is_recorded(monkeypatch):
+    tower = Sleeper()
+    pace = Pace(replace(ALONE, device=torch.device("cuda")), [tower], every=1, name="me")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", None)  # none may be recorded
+    tower(0.0)
+    (share,) = pace.step()
+    assert share.towers == 0
 
 
 def shares(*totals: float) -> list[Share]:

@@ -310,8 +310,9 @@ def test_bad_engine_settings_are_refused(bad):
         ({}, 400_000_000, 8, 1),
         ({"zero_stage": 3}, 10, 1, 3),
         ({"precision": "bf16", "bf16_parameters": True}, 10, 1, 1),
+        ({"capture": "graph"}, 400_000_000, 8, 0),
     ],
-    ids=["adapters", "one process", "full fine-tuning", "as told", "bf16 parameters"],
+    ids=["adapters", "one process", "full fine-tuning", "as told", "bf16 parameters", "captured"],
 )
 def test_the_stage_follows_the_trained_size(config, trained, size, stage):
     assert choose_stage(EngineConfig(**config), trained, size) == stage
