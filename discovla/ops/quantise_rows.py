@@ -14,6 +14,7 @@ from discovla.ops.mlp import Activation
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
+LEAST = LARGEST / torch.finfo(torch.float32).max  # rows of nothing larger count as zeros: 448 / it overflows
 SLOPE = 1.702  # of QuickGELU's sigmoid
 
 Rows = tuple[Tensor, Tensor]  # t i in FP8, and the scale of each, t 1
@@ -54,7 +55,7 @@ def quantise_rows(
     wider = x.to(wide(x)) if through is None else passed(x.to(wide(x)), through)
     wider = wider if columns is None else wider * columns
     largest = wider.abs().amax(1, keepdim=True)
-    some, most = largest > 0, torch.full_like(largest, LARGEST)  # by a number torch divides otherwise
+    some, most = largest > LEAST, torch.full_like(largest, LARGEST)  # by a number torch divides otherwise
     scale, inverse = (torch.where(some, x, 1.0) for x in (largest / most, most / largest))
     return (wider * inverse).clamp(-LARGEST, LARGEST).to(FP8), scale
 

@@ -63,7 +63,7 @@ def _quantise_rows_forward(
     if HAS_COLUMNS:
         x *= tl.load(columns_ptr + w, mask=w < W, other=0)[None, :]
     largest = tl.max(tl.abs(x), axis=1)
-    some, most = largest > 0, tl.full((BLOCK_T,), LARGEST, tl.float32)
+    some, most = largest > LARGEST / 3.4028234e38, tl.full((BLOCK_T,), LARGEST, tl.float32)
     out = x * tl.where(some, tl.div_rn(most, tl.where(some, largest, 1.0)), 1.0)[:, None]
     out = tl.clamp(out, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(bytes_ptr + place, _e4m3(out), mask=here)

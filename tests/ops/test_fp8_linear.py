@@ -69,6 +69,14 @@ def test_the_kernel_keeps_rows_of_zeros_and_hides_no_nan():
     assert q[1:, 0].float().isnan().all()
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_rows_too_small_for_a_scale_count_as_zeros(impl):
+    x = torch.tensor([[1e-37, 0.0], [1e-35, 0.0]], device=DEVICE)
+    q, scale = quantise_rows(x, impl=impl)
+    assert q.float().tolist() == [[0, 0], [448, 0]] and scale[0] == 1
+    assert (q.float() * scale)[1, 0].item() == pytest.approx(1e-35)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_by_the_kernel_results_and_gradients_are_the_same(backward):
     x, weight, bias = (part.to(DEVICE) for part in made(t=33))
