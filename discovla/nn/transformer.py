@@ -131,6 +131,8 @@ class Attention(nn.Module):
         """`readout_attention_rows` of what `projections` gave; masks of single heads have no kernel."""
         (q, kv), mask = parts, sequences.key_mask
         if mask is not None and mask.dim() == 3:
+            if self.fuses and sequences.group:
+                raise ValueError("key_mask: expected one for all heads in a block that fuses, found n h l")
             return recomputed(partial(self.attend_read, sequences), q, kv)
         readout = Readout(
             heads=self.heads,
