@@ -44,12 +44,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _evaluate_run(arguments: argparse.Namespace) -> dict:
     """Figures of a run by name: raw, and re-ranked beside them."""
+    from discovla.data.choice import readable_here
     from discovla.engine.distributed import start
     from discovla.evaluate import Evaluation, evaluate_manifest
     from discovla.runs import open_run
 
     world = start(arguments.device)
     run = open_run(arguments.run_path)
-    data = run.config.data
+    data = readable_here(run.config.data)
     how = Evaluation(data=data, device=world.device, batch_size=run.config.eval_batch_size, rerank=True)
     return evaluate_manifest(run.method.to(world.device), arguments.manifest, arguments.split, how)

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 GAIN = 1.1  # DALI's pixels are near to the others', not equal, so that it has to be worth something
 _PASSES = 3  # through the clips, of which the first warms up and the fastest of the others counts
+_SECONDS = 120  # after which no more clips are looked for
 _SEED = "0/0/0"
 
 Read = Callable[[Clip, bool], np.ndarray]  # of a clip, for training or not
@@ -47,9 +48,10 @@ class Unchosen(Exception):
 def choose_decoder(clips: Sequence[Clip], config: DataConfig, image_size: int) -> Chosen:
     """The decoder that `auto` stands for: `dali+pyav` where that gives the frames of the first clips sooner.
 
-    Every way reads them as training will, with its augmentation, by as many processes or threads as it has
-    workers.  DALI is left out where it would not read one of these clips as PyAV does: it is not there, does
-    not know a codec, or gives other frames, by more than `TOLERANCE_MEAN`.  The choice is logged in one line.
+    Every way reads them with training's augmentation: files by as many processes as it has workers, shards by
+    as many threads of this one, DALI in one batch.  DALI is left out where it would not read one of these
+    clips as PyAV does: it is not there or cannot run, does not know a codec, or gives other frames, by more
+    than `TOLERANCE_MEAN`.  The choice is logged in one line.
 
     Args:
         clips: of training, in the order of the manifest; those that give no frames are passed over.
@@ -58,16 +60,25 @@ def choose_decoder(clips: Sequence[Clip], config: DataConfig, image_size: int) -
         return "auto"
     try:
         rates = _rates(clips, config, image_size)
-    except Unchosen as error:
+    except (Unchosen, DecodeError, ImportError, OSError, RuntimeError) as error:
         logger.info("decoder: auto leaves out dali: %s", error)
         return "auto"
     by_dali = rates.pop("dali")
     best = max(rates, key=rates.__getitem__)
     chosen: Chosen = "dali+pyav" if by_dali >= GAIN * rates[best] else "auto"
     figures = ", ".join(f"{name} {rate:,.0f}" for name, rate in {"dali": by_dali, **rates}.items())
-    taken = best if chosen == "auto" else chosen
-    logger.info("decoder: auto takes %s: %s frames a second of the first %d clips", taken, figures, TRIED)
+    said = "leaves out dali, which is not a tenth faster" if chosen == "auto" else "takes dali+pyav"
+    logger.info("decoder: auto %s: %s frames a second of the first clips", said, figures)
     return chosen
+
+
+def readable_here(config: DataConfig) -> DataConfig:
+    """The config of a run that may be opened on another machine: `dali+pyav` is `pyav` where DALI is not."""
+    lacking = dali.missing() if config.decoder == "dali+pyav" else None
+    if lacking is None:
+        return config
+    logger.warning("data.decoder: the run had dali+pyav, here pyav reads all clips: %s", lacking)
+    return config.model_copy(update={"decoder": "pyav"})
 
 
 def _rates(clips: Sequence[Clip], config: DataConfig, image_size: int) -> dict[str, float]:
@@ -163,8 +174,10 @@ def _graph(config: DataConfig, image_size: int, augment: Augment) -> Iterator[tu
 
 def _first(clips: Sequence[Clip], read: Read) -> list[tuple[Clip, np.ndarray]]:
     """The first clips that give frames, with them."""
-    known = []
+    known, until = [], time.monotonic() + _SECONDS
     for clip in clips[: 4 * TRIED]:
+        if time.monotonic() > until:  # the other processes wait, and training has a limit for each clip
+            break
         try:
             known.append((clip, read(clip, False)))
         except DecodeError:
@@ -172,7 +185,7 @@ def _first(clips: Sequence[Clip], read: Read) -> list[tuple[Clip, np.ndarray]]:
         if len(known) == TRIED:
             return known
     if not known:
-        raise Unchosen(f"none of the first {4 * TRIED} clips gives frames")
+        raise Unchosen(f"none of the first {4 * TRIED} clips gives frames within {_SECONDS} seconds")
     return known
 
 

@@ -64,7 +64,7 @@ def test_dali_is_taken_where_it_is_faster_and_the_figures_are_told(folder, rates
     some = clips(folder, "text.webm", "vp9.webm", "mjpeg.avi")
     assert choose_decoder(some, config(folder), 16) == "dali+pyav"
     told = ", ".join(f"{name} {rate:.0f}" for name, rate in sorted(rates.items()))
-    expected = f"decoder: auto takes dali+pyav: {told} frames a second of the first 8 clips"
+    expected = f"decoder: auto takes dali+pyav: {told} frames a second of the first clips"
     assert [m for m in caplog.messages if "auto" in m] == [expected]
 
 
@@ -72,7 +72,9 @@ def test_dali_is_not_taken_where_it_is_hardly_faster(folder, caplog, monkeypatch
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(choice, "_rates", lambda *_: {"pyav": 100.0, "torchcodec": 90.0, "dali": 105.0})
     assert choose_decoder(clips(folder, "vp9.webm"), config(folder), 16) == "auto"
-    told = "auto takes pyav: dali 105, pyav 100, torchcodec 90 frames a second of the first 8 clips"
+    told = (
+        "auto leaves out dali, which is not a tenth faster: dali 105, pyav 100, torchcodec 90 frames a second"
+    )
     assert told in caplog.text
 
 
@@ -119,6 +121,25 @@ def test_jpeg_shards_are_measured_too_and_raw_ones_need_no_decoder(folder, tmp_p
     caplog.clear()
     assert choose_decoder(some, config(folder, shards=str(tmp_path / "raw")), 16) == "auto"
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DALI's graph cannot be built here"), ImportError("no CUDA")])
+def test_dali_is_left_out_where_it_cannot_run(folder, caplog, monkeypatch, error):
+    def cannot(*_):
+        raise error
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(choice, "_rates", cannot)
+    assert choose_decoder(clips(folder, "vp9.webm"), config(folder), 16) == "auto"
+    assert f"auto leaves out dali: {error}" in caplog.text
+
+
+def test_a_run_by_dali_is_read_by_pyav_where_dali_is_not(folder, caplog, monkeypatch):
+    monkeypatch.setattr(choice.dali, "missing", lambda: "DALI is not installed")
+    chosen = config(folder).model_copy(update={"decoder": "dali+pyav"})
+    assert choice.readable_here(chosen).decoder == "pyav" and "DALI is not installed" in caplog.text
+    asked = config(folder).model_copy(update={"decoder": "dali"})
+    assert choice.readable_here(asked) is asked, "what was asked for by name is not replaced"
 
 
 def test_the_fastest_pass_but_the_first_counts(monkeypatch):

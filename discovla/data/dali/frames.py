@@ -114,7 +114,10 @@ class DaliFrames:
             side = self.settings.image_size
             black = torch.zeros(1, self.settings.frames, side, side, 3, dtype=torch.uint8)
             return black.to(device_of(self.settings)), [f"not decoded: {error}"]
-        made = [self.read([plan]) for plan in plans]
+        made = []
+        for plan in plans:
+            self._give([plan])
+            made.append(self._answer([plan]))  # what others are to read is told by whoever asked for all
         return torch.cat([frames for frames, _ in made]), [reasons[0] for _, reasons in made]
 
 

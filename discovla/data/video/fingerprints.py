@@ -167,7 +167,11 @@ def _planar(frame: VideoFrame) -> bool:
     even = frame.width % 2 == frame.height % 2 == 0 and frame.height >= 2 and frame.width >= _COLUMNS
     planes = {part.plane for part in parts}
     yuv = not frame.format.is_rgb and not frame.format.has_palette and len(parts) == len(planes) == 3
-    paired = all(2 * plane.height >= frame.height for plane in frame.planes)
+    # colours of half the height are repeated only where they have half the width too; else they are scaled
+    paired = all(
+        plane.height == frame.height or (2 * plane.height == frame.height and 2 * plane.width == frame.width)
+        for plane in frame.planes
+    )
     return even and yuv and paired and all(part.bits == 8 for part in parts)
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from discovla.data.cache import FrameCache
 from discovla.data.video.fingerprints import UNKNOWN, Colour, Fingerprint, Fingerprints, fingerprint, spread
 
-_VERSION = "frame table 4"
+_VERSION = "frame table 5"
 _KEPT = 64 << 20  # bytes of tables that a process keeps, of about 10,000 clips of 15 s
 _LENGTH = struct.Struct("<I")  # of what a packed table says in words; its times, checksums and colours follow
 _COMPARED = 4  # frames of a file whose mean colour is taken in another way too

@@ -72,7 +72,9 @@ def test_realdata_rows_alone_tell_what_whole_images_tell(realdata):
     assert seen > 100
 
 
-@pytest.mark.parametrize("kind", ["yuv420p", "yuvj422p", "yuv410p", "rgb24", "gray", "nv12", "pal8"])
+@pytest.mark.parametrize(
+    "kind", ["yuv420p", "yuvj422p", "yuv440p", "yuvj440p", "yuv410p", "rgb24", "gray", "nv12", "pal8"]
+)
 @pytest.mark.parametrize("size", [(320, 240), (640, 362), (2, 2), (6, 4), (1, 1)])
 def test_every_format_and_size_gives_that_of_its_image(kind, size):
     draws = np.random.default_rng(0)
