@@ -39,7 +39,9 @@ def test_a_precision_is_measured_by_its_errors_and_by_the_steps_that_training_ta
     for name in ERRORS:
         fp32, bf16, wide, fp8, both = (row[name] for row in found)
         assert fp32 < 1e-4 < 1e-3 < bf16 < 0.1 and wide > 1e-4, name
-        assert name == "loss" or wide < bf16 < fp8 < 0.5, name
+        # the residual's dtype matters to features: of the gradients' error products in bf16 make most
+        assert name in ("loss", "gradients") or wide < bf16, name
+        assert name == "loss" or max(wide, bf16) < fp8 < 0.5, name
         # of the gradients' error the features', which are the same, make most
         assert fp8 != both < 1.3 * fp8 if name == "gradients" else both == fp8, name
     run = curves.curve("bf16", words)
