@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from discovla.batch import Embedding
-from discovla.data.drawn.probes import Probe, make_probes
-from discovla.data.drawn.synthetic import WorldSizes, draw_world
 from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip, read_manifest
 from discovla.data.tokens import Tokenizer
+from discovla.drawn_world.probes import Probe, make_probes
+from discovla.drawn_world.synthetic import WorldSizes, draw_world
 from discovla.methods.base import Method
 from discovla.methods.discovla import DiscoVLA
 from discovla.ops.frame_similarity import frame_similarity

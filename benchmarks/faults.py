@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.measure import machine, results_file, write_row
-from discovla.data.drawn.synthetic import WorldSizes, draw_world
+from discovla.drawn_world.synthetic import WorldSizes, draw_world
 
 TOWER = {"width": 64, "layers": 2, "mlp_ratio": 2.0}
 SIZES = {

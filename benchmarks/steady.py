@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 
 from benchmarks.faults import ROOT, SERVER, SIZES, WORDS
 from benchmarks.measure import machine, read_rows, results_file, write_row
-from discovla.data.drawn.synthetic import WorldSizes, draw_world
+from discovla.drawn_world.synthetic import WorldSizes, draw_world
 
 SPAN, LOOK = 100, 10  # steps of a row, and between looks
 

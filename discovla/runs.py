@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from discovla.config import ConfigError, RunConfig, parse_config
-from discovla.data.drawn.wording import token_ids
+from discovla.drawn_world.wording import token_ids
 from discovla.engine import checkpoint
 from discovla.methods import build
 from discovla.methods.base import Method

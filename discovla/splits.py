@@ -9,11 +9,11 @@ from pathlib import Path
 from discovla.config import RunConfig
 from discovla.data.choice import choose_decoder
 from discovla.data.clips import check_captions
-from discovla.data.drawn.stills import Stills
 from discovla.data.loader import LoaderShape, TrainLoader
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.quarantine import without_quarantined
 from discovla.data.source import read_clips
+from discovla.drawn_world.stills import Stills
 from discovla.engine.distributed import World, gather_objects
 from discovla.methods.base import Method
 

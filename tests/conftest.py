@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from discovla import torchvision_cpu
-from discovla.data.drawn.synthetic import WorldSizes, draw_world
+from discovla.drawn_world.synthetic import WorldSizes, draw_world
 
 torchvision_cpu.install()  # tests import open_clip as their reference
 

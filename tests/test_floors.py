@@ -16,10 +16,12 @@ LOW = {  # room -> the rooms it may import beside itself
     "methods": {"towers", "nn", "ops", "batch"},
     "retrieval": {"methods", "ops", "batch"},
     "data": {"batch"},
+    "drawn_world": {"data"},
     "engine": {"batch", "ops"},
 }
 HIGH = {
     "config": 6,
+    "drawn_world": 6,
     "faults": 6,
     "precision": 6,
     "evaluate": 7,

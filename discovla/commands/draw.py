@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from discovla.data.drawn.synthetic import WorldSizes, draw_world
+from discovla.drawn_world.synthetic import WorldSizes, draw_world
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -10,8 +10,8 @@ from benchmarks.ablation import LADDER, ROWS, Place, identity, plan, run_all, ta
 from benchmarks.drawn_figures import choices
 from benchmarks.measure import read_rows
 from discovla.batch import Embedding
-from discovla.data.drawn.probes import Probe
-from discovla.data.drawn.synthetic import WorldSizes, draw_world
+from discovla.drawn_world.probes import Probe
+from discovla.drawn_world.synthetic import WorldSizes, draw_world
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.testing import tiny_architecture
 from discovla.towers.weights import DRAWN_CLIP, initialise

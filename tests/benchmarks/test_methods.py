@@ -6,7 +6,7 @@ import pytest
 from benchmarks import methods
 from benchmarks.measure import read_rows
 from benchmarks.methods import PLAIN, RATES, ROWS, SEEDS, Place, costs, identity, rates, run_all, table
-from discovla.data.drawn.synthetic import WorldSizes, draw_world
+from discovla.drawn_world.synthetic import WorldSizes, draw_world
 from discovla.towers.weights import DRAWN_CLIP
 
 pytestmark = pytest.mark.skipif(not DRAWN_CLIP.is_file(), reason=f"{DRAWN_CLIP} is not made yet")

@@ -347,7 +347,7 @@ def test_a_config_of_an_unknown_key_is_refused():
 
 
 def test_drawn_stills_can_be_trained_on():
-    from discovla.data.drawn.stills import Stills
+    from discovla.drawn_world.stills import Stills
 
     data = config(stills={"count": 6, "easy_epochs": 1})
     loader = TrainLoader(

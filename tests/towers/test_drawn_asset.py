@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from discovla.data.drawn.wording import token_ids
+from discovla.drawn_world.wording import token_ids
 from discovla.methods import build
 from discovla.methods.clip import CLIPConfig
 from discovla.towers.architecture import architecture_from_config

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from discovla.data.drawn.drawing import COLOURS, PLACES, RADII, SHAPES, Look, Thing, expose, ground, picture
-from discovla.data.drawn.scenes import event_kind, other, pick, stand
-from discovla.data.drawn.wording import EMPTY, ORDERS, Clause, describe, phrase_clause, still
 from discovla.data.samples import Sample
+from discovla.drawn_world.drawing import COLOURS, PLACES, RADII, SHAPES, Look, Thing, expose, ground, picture
+from discovla.drawn_world.scenes import event_kind, other, pick, stand
+from discovla.drawn_world.wording import EMPTY, ORDERS, Clause, describe, phrase_clause, still
 
 LOOK = Look(clutter=(0, 4), noise=2.0)
 _NUMBER = (0.03, 0.27, 0.35, 0.25, 0.10)  # how often 0, 1, 2, 3, 4 things

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from discovla.data.drawn.drawing import COLOURS, PLACES, RADII, SHAPES, Thing
-from discovla.data.drawn.scenes import Actor, Scene, event_kind, other, pick
+from discovla.drawn_world.drawing import COLOURS, PLACES, RADII, SHAPES, Thing
+from discovla.drawn_world.scenes import Actor, Scene, event_kind, other, pick
 
 CONTEXT_LENGTH = 32  # every caption is at most 30 tokens with start and end
 VERBS = {  # event -> how it is said; the first is the plain one

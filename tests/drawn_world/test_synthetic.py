@@ -6,12 +6,12 @@ import av
 import numpy as np
 import pytest
 
-from discovla.data.drawn.drawing import COLOURS, PLACES
-from discovla.data.drawn.scenes import EVENTS, FRAMES, PARTS, RATE, film, make_scene
-from discovla.data.drawn.synthetic import SAMPLED, WorldSizes, draw_world, encode, first_caption
-from discovla.data.drawn.wording import CONTEXT_LENGTH, WORDS
 from discovla.data.manifest import check_clips, read_manifest
 from discovla.data.tokens import Tokenizer
+from discovla.drawn_world.drawing import COLOURS, PLACES
+from discovla.drawn_world.scenes import EVENTS, FRAMES, PARTS, RATE, film, make_scene
+from discovla.drawn_world.synthetic import SAMPLED, WorldSizes, draw_world, encode, first_caption
+from discovla.drawn_world.wording import CONTEXT_LENGTH, WORDS
 
 SIZES = WorldSizes(train=30, val=5, test=5, siblings=8)
 

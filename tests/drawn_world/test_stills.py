@@ -3,10 +3,10 @@ import pickle
 import numpy as np
 import pytest
 
-from discovla.data.drawn.drawing import COLOURS, PLACES, SHAPES
-from discovla.data.drawn.stills import Stills
-from discovla.data.drawn.wording import CONTEXT_LENGTH, EMPTY, VERBS, WORDS
 from discovla.data.tokens import Tokenizer
+from discovla.drawn_world.drawing import COLOURS, PLACES, SHAPES
+from discovla.drawn_world.stills import Stills
+from discovla.drawn_world.wording import CONTEXT_LENGTH, EMPTY, VERBS, WORDS
 
 STILLS = Stills(count=400, seed=3, easy_epochs=1)
 HARD = [STILLS.sample(i, 1) for i in range(400)]

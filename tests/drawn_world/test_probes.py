@@ -1,10 +1,10 @@
 import pytest
 
-from discovla.data.drawn.probes import ceiling, make_probes
-from discovla.data.drawn.scenes import backwards, make_scene
-from discovla.data.drawn.synthetic import first_caption
-from discovla.data.drawn.wording import CONTEXT_LENGTH, WORDS, holds, phrase, tell, token_ids
 from discovla.data.tokens import Tokenizer
+from discovla.drawn_world.probes import ceiling, make_probes
+from discovla.drawn_world.scenes import backwards, make_scene
+from discovla.drawn_world.synthetic import first_caption
+from discovla.drawn_world.wording import CONTEXT_LENGTH, WORDS, holds, phrase, tell, token_ids
 
 COUNT = 120
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from discovla.data.drawn.scenes import Scene, backwards, clip_rng, make_scene
-from discovla.data.drawn.wording import Facts, Statement, change_event, holds, phrase, tell
+from discovla.drawn_world.scenes import Scene, backwards, clip_rng, make_scene
+from discovla.drawn_world.wording import Facts, Statement, change_event, holds, phrase, tell
 
 Kind = Literal["verb", "bind", "reversal"]
 

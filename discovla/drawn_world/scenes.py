@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from discovla.data.drawn.drawing import (
+from discovla.drawn_world.drawing import (
     COLOURS,
     JITTER,
     PLACES,

@@ -24,10 +24,10 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from discovla.data.drawn.scenes import FRAMES, RATE, Scene, clip_rng, film, make_scene
-from discovla.data.drawn.wording import Statement, frame_caption, phrase, tell
 from discovla.data.manifest import Clip, write_manifest
 from discovla.data.sampling import frame_indices
+from discovla.drawn_world.scenes import FRAMES, RATE, Scene, clip_rng, film, make_scene
+from discovla.drawn_world.wording import Statement, frame_caption, phrase, tell
 
 logger = logging.getLogger(__name__)
 
