@@ -39,8 +39,7 @@ from discovla.engine.optim import learning_rate
 from discovla.engine.strategy import StepPlan, make_strategy
 from discovla.methods import build
 from discovla.methods.base import Method
-from discovla.precision import set_precision
-from discovla.train_step import TrainStep
+from discovla.train_step import TrainStep, set_precision
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu/precision-drawn-world.jsonl"

@@ -39,9 +39,9 @@ from discovla.config import RunConfig, read_config
 from discovla.data.loader import LoaderShape, TrainLoader
 from discovla.data.manifest import read_manifest
 from discovla.engine.distributed import start
+from discovla.load import load_run
 from discovla.methods import build
 from discovla.methods.base import Method
-from discovla.runs import open_run
 from discovla.train_step import TrainStep
 
 ROOT = Path(__file__).parents[1]
@@ -175,7 +175,7 @@ def _figures(directory: Path, exam: Exam) -> dict[str, Any]:
     rows = json.loads((directory / "results.json").read_text())
     before = next(figures for name, figures in rows.items() if name.endswith("untrained"))
     step, after = next((n, f) for n, f in rows.items() if ", step " in n and "+" not in n)
-    run = open_run(directory)
+    run = load_run(directory)
     measured = measure(run.method, exam)
     for way in ("t2v", "v2t"):
         if abs(measured["test"][way]["R@1"] - after[way]["R@1"]) > 1e-9:

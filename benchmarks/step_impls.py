@@ -17,9 +17,8 @@ from discovla.engine.distributed import World
 from discovla.engine.zero import EngineConfig
 from discovla.methods.discovla import DiscoVLA
 from discovla.ops.fp8_linear import fp8_lacks
-from discovla.precision import set_precision
 from discovla.towers.architecture import Architecture
-from discovla.train_step import TrainStep
+from discovla.train_step import TrainStep, set_precision
 
 BASE = "reference"
 IMPLS = (

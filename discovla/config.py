@@ -18,6 +18,23 @@ from discovla.methods import METHODS
 from discovla.methods.base import MethodConfig
 from discovla.towers.weights import ModelConfig
 
+# Old key to new key of the same meaning. In a TOML file or an override the old key is an error that gives the
+# new name; in a config stored in a checkpoint it is translated.
+RENAMED_KEYS = {
+    "engine.accumulate": "engine.grad_cache_chunks",
+}
+# Removed key to what replaces it. In a TOML file or an override the key is an error with this line; in a
+# stored config it is dropped.
+REMOVED_KEYS = {
+    "data.cache": "frames are no longer cached; train from shards (discovla shard), which read as fast",
+    "data.resident": "frames are no longer held in memory; train from raw shards (discovla shard), which the "
+    "system keeps in memory",
+}
+# Removed value to the value of the same meaning, in a config stored in a checkpoint.
+REMOVED_VALUES = {
+    ("data.decoder", "auto"): "pyav",
+}
+
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message names the dotted key, what was expected and what was found."""
@@ -84,6 +101,21 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(values, str(path))
 
 
+def parse_stored_config(values: Mapping[str, Any], source: str) -> RunConfig:
+    """Parse a config that this or an older version stored in a checkpoint; old keys are translated."""
+    values = json.loads(json.dumps(values))
+    for old, new in RENAMED_KEYS.items():
+        if _is_field(new) and (value := _pop(values, old)) is not None:
+            _set(values, new, value)
+    for key in REMOVED_KEYS:
+        if not _is_field(key):
+            _pop(values, key)
+    for (key, value), new in REMOVED_VALUES.items():
+        if (stored := _pop(values, key)) is not None:
+            _set(values, key, new if stored == value else stored)
+    return parse_config(values, source)
+
+
 def parse_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:
     """A run from plain values; `source` names them in messages."""
     values = dict(values)
@@ -129,6 +161,10 @@ def _config_error(source: str, prefix: str, model: type[BaseModel], error: Valid
     first = error.errors()[0]
     key = prefix + ".".join(str(part) for part in first["loc"])
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden" and key in RENAMED_KEYS:
+        return ConfigError(f"{source}: {key}: renamed, use {RENAMED_KEYS[key]}{more}")
+    if first["type"] == "extra_forbidden" and key in REMOVED_KEYS:
+        return ConfigError(f"{source}: {key}: removed: {REMOVED_KEYS[key]}{more}")
     if first["type"] == "extra_forbidden":
         known = _fields(model, first["loc"][:-1])
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -148,3 +184,28 @@ def _fields(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
         model = annotation
     return list(model.model_fields)
+
+
+def _is_field(key: str) -> bool:
+    """True if a config of this version has the key."""
+    section, _, name = key.partition(".")
+    field = RunConfig.model_fields.get(section)
+    if not name or field is None or section == "method":
+        return field is not None
+    assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    return name in field.annotation.model_fields
+
+
+def _pop(values: dict[str, Any], key: str) -> Any:
+    """Remove a dotted key and return its value, or None without it."""
+    *path, last = key.split(".")
+    for part in path:
+        values = values.get(part, {})
+    return values.pop(last, None)
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+    values[last] = value

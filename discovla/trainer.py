@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from discovla.batch import BadClip, Batch
+from discovla.checkpoints import METHOD, CheckpointManager, TrainState, load_trained, schedule, set_aside
 from discovla.config import RunConfig
 from discovla.data.quarantine import Quarantine
 from discovla.engine.average import make_average
@@ -36,10 +37,8 @@ from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
 from discovla.ops.dispatch import KernelUnavailable, choose
-from discovla.precision import set_precision
-from discovla.saving import METHOD, Saving, Trains, load_trained, schedule, set_aside
 from discovla.splits import read_splits, settle_decoder, train_loader
-from discovla.train_step import TrainStep
+from discovla.train_step import TrainStep, set_precision
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ class Trainer:
         self.loader = train_loader(config, self.method, self.splits, self.world)
         self.total = config.steps or config.epochs * self.loader.steps_per_epoch
         fixed = schedule(config, self.total, len(self.loader.source))
-        self.saving = Saving(config, self.world, fingerprint, fixed, self.writer)
+        self.saving = CheckpointManager(config, self.world, fingerprint, fixed, self.writer)
         self.found = self.saving.find()
         set_precision(self.method, config.engine, self.world.device)
         self.method.to(self.world.device)
@@ -317,7 +316,7 @@ class Trainer:
 
     def _save(self, done: int, better: float | None) -> None:
         """Begin a checkpoint of `done` steps; `better` is its score where it is the best so far."""
-        trains = Trains(strategy=self.strategy, average=self.average)
+        trains = TrainState(strategy=self.strategy, average=self.average)
         held = self.saving.save(trains, done, better=better, state={"skipped": self.skipped})
         self.log.event("checkpoint", done, {"held_seconds": held})
 
@@ -326,7 +325,7 @@ class Trainer:
         if self.found is None:
             return 0
         found, self.found = self.found, None
-        self.saving.restore(found, Trains(strategy=self.strategy, average=self.average))
+        self.saving.restore(found, TrainState(strategy=self.strategy, average=self.average))
         self.skipped = found.meta.get("state", {}).get("skipped", 0)
         logger.info("resuming at step %d of %d from %s", found.step, self.total, found.path)
         return found.step

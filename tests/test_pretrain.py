@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from discovla.cli import main
 from discovla.engine.average import Average
-from discovla.runs import open_run
+from discovla.load import load_run
 from tests import runs
 from tests.engine.launch import ROOT
 
@@ -69,7 +69,7 @@ def test_a_recipe_trains_from_shards_and_goes_on_as_if_never_stopped(name, size,
 
 
 def _evaluated_is_the_average(directory) -> None:
-    opened = open_run(directory)
+    opened = load_run(directory)
     folder = directory / "checkpoints" / f"step-{opened.step:08d}"
     average, trained = (load_file(folder / f"{part}.safetensors") for part in ("average", "trained"))
     state = opened.method.trained_state()

@@ -47,10 +47,10 @@ def _evaluate_run(arguments: argparse.Namespace) -> dict:
     from discovla.data.choice import readable_here
     from discovla.engine.distributed import start
     from discovla.evaluate import Evaluation, evaluate_manifest
-    from discovla.runs import open_run
+    from discovla.load import load_run
 
     world = start(arguments.device)
-    run = open_run(arguments.run_path)
+    run = load_run(arguments.run_path)
     data = readable_here(run.config.data)
     how = Evaluation(data=data, device=world.device, batch_size=run.config.eval_batch_size, rerank=True)
     return evaluate_manifest(run.method.to(world.device), arguments.manifest, arguments.split, how)

@@ -20,9 +20,10 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from discovla.runs import export, export_drawn, open_run  # torch takes seconds to import
+    from discovla.export import export, export_drawn  # torch takes seconds to import
+    from discovla.load import load_run
 
-    run = open_run(arguments.run_path)
+    run = load_run(arguments.run_path)
     if arguments.drawn:
         written = [export_drawn(run, arguments.out)]
     else:

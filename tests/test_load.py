@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from discovla.cli import main
 from discovla.config import ConfigError
-from discovla.runs import open_run
+from discovla.load import load_run
 from discovla.testing import relative_error
 from discovla.towers.weights import read_drawn_clip
 from tests.runs import train, write_config
@@ -36,7 +36,7 @@ def test_a_run_opens_at_its_best_checkpoint_and_gives_its_own_results_again(run,
 
 def test_one_checkpoint_opens_as_well_as_its_run(run):
     checkpoint = next((run / "checkpoints").glob("step-*"))
-    opened = open_run(checkpoint)
+    opened = load_run(checkpoint)
     assert opened.step == int(checkpoint.name.removeprefix("step-"))
     stored = load_file(checkpoint / "trained.safetensors")
     assert all(torch.equal(stored[n], p) for n, p in opened.method.trained_state().items())
@@ -47,7 +47,7 @@ def test_the_export_holds_the_adapter_and_an_open_clip_model(run, tmp_path, caps
     assert capsys.readouterr().out.count("wrote ") == 3
     with safe_open(tmp_path / "out" / "adapter.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["config"])["method"]["name"] == "discovla"
-    opened = open_run(run)
+    opened = load_run(run)
     sizes = json.loads((tmp_path / "out" / "open_clip.json").read_text())
     reference = open_clip.CLIP(**sizes).eval()
     reference.load_state_dict(load_file(tmp_path / "out" / "open_clip.safetensors"))
@@ -61,12 +61,12 @@ def test_the_export_holds_the_adapter_and_an_open_clip_model(run, tmp_path, caps
 
 def test_a_drawn_export_is_what_the_asset_is_read_from(run, tmp_path):
     assert main(["export", str(run), str(tmp_path / "drawn.safetensors"), "--drawn"]) == 0
-    assert read_drawn_clip(tmp_path / "drawn.safetensors").architecture == open_run(run).method.architecture
+    assert read_drawn_clip(tmp_path / "drawn.safetensors").architecture == load_run(run).method.architecture
 
 
 def test_a_folder_without_a_run_is_named(tmp_path, capsys):
     with pytest.raises(ConfigError, match="expected a run directory or a checkpoint"):
-        open_run(tmp_path)
+        load_run(tmp_path)
     assert main(["evaluate", str(tmp_path / "nothing")]) == 2
     assert "found no checkpoint there" in capsys.readouterr().err
 

@@ -33,14 +33,14 @@ METHOD = "method."  # where the method lies in what the strategy trains
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trains:
+class TrainState:
     """What trains: the strategy, and the average of its parameters where there is one."""
 
     strategy: Strategy
     average: Average | None
 
 
-class Saving:
+class CheckpointManager:
     """What a run reads from and writes to `directory/checkpoints`.
 
     A checkpoint is copied to the CPU between two steps and written by a thread while training goes on; what
@@ -93,7 +93,7 @@ class Saving:
                 raise ValueError(f"{found.path}: {key}: the run began with {began!r}, found {value!r}")
         return found
 
-    def restore(self, found: checkpoint.Checkpoint, trains: Trains) -> None:
+    def restore(self, found: checkpoint.Checkpoint, trains: TrainState) -> None:
         """Put back what a checkpoint holds."""
         strategy = trains.strategy
         load_trained(strategy, found.tensors["trained"])
@@ -116,7 +116,7 @@ class Saving:
         score = gather_objects(score, self.world)[0]  # on GPUs the last bits may differ between ranks
         return score if self.score is None or score > self.score else None
 
-    def save(self, trains: Trains, done: int, *, better: float | None, state: dict[str, Any]) -> float:
+    def save(self, trains: TrainState, done: int, *, better: float | None, state: dict[str, Any]) -> float:
         """Begin a checkpoint of `done` steps.
 
         Args:
