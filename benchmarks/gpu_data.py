@@ -19,8 +19,8 @@ from benchmarks.data import GOPS, KINDS, RATE, SIZES, draw
 from benchmarks.measure import write_row
 from discovla.data.data_bench import DEMAND, BenchRow, BenchSettings, bench, table
 from discovla.data.manifest import Clip, read_manifest, write_manifest
-from discovla.data.shards.files import Format, ShardSettings
-from discovla.data.shards.writer import ShardJob, write_shards
+from discovla.data.shards.layout import Format, ShardSettings
+from discovla.data.shards.writer import write_shards
 
 DRAWN = 4  # clips of a kind; the others are links to them
 
@@ -79,5 +79,5 @@ def _ways(manifest: Path, folder: Path, settings: BenchSettings) -> list[BenchRo
     forms: tuple[Format, ...] = ("raw", "jpeg")
     for form in forms:
         kept = ShardSettings(frames=settings.frames, size=settings.image_size, format=form)
-        write_shards(manifest, folder / form, ShardJob(settings=kept, workers=settings.workers))
+        write_shards(manifest, folder / form, kept, workers=settings.workers)
     return list(bench(read_manifest(manifest), settings, shards=[str(folder / form) for form in forms]))

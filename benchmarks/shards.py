@@ -40,9 +40,9 @@ from discovla.data.config import DataConfig
 from discovla.data.loader import TrainLoader
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.samples import samples
-from discovla.data.shards.files import ShardSettings
+from discovla.data.shards.layout import ShardSettings
 from discovla.data.shards.reader import Shards
-from discovla.data.shards.writer import ShardJob, write_shards
+from discovla.data.shards.writer import write_shards
 from discovla.data.source import LoaderShape
 
 SIZE, FRAMES, QUALITY, LIMIT = 224, 12, 90, 120.0
@@ -78,7 +78,7 @@ def sharded(manifest: Path, form: Any) -> Shards:
     """The clips of a manifest as shards."""
     out = manifest.parent / form
     settings = ShardSettings(frames=FRAMES, size=SIZE, format=form, quality=QUALITY)
-    write_shards(manifest, out, ShardJob(settings=settings, workers=0))
+    write_shards(manifest, out, settings, workers=0)
     return Shards(out)
 
 

@@ -62,16 +62,17 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 
 def _shard(arguments: argparse.Namespace) -> None:
-    from discovla.data.shards.writer import ShardJob, write_shards  # torch takes seconds to import
+    from discovla.data.shards.writer import write_shards  # torch takes seconds to import
 
-    job = ShardJob(
-        settings=_settings(arguments),
+    report = write_shards(
+        arguments.manifest,
+        arguments.out,
+        _settings(arguments),
         workers=arguments.workers,
         limit=arguments.limit,
         verify=arguments.verify,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
-    report = write_shards(arguments.manifest, arguments.out, job)
     for clip in report.bad[:5]:
         print(f"no frames of {clip.id!r} ({clip.video}): {clip.reason}")
     if report.bad:
@@ -85,7 +86,7 @@ def _shard(arguments: argparse.Namespace) -> None:
 def _settings(arguments: argparse.Namespace):
     """What is kept of each clip: what is asked for, else the config's, else the defaults."""
     from discovla.data.sampling import Sampling
-    from discovla.data.shards.files import ShardSettings
+    from discovla.data.shards.layout import ShardSettings
 
     fields = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "damaged")
     chosen = {} if arguments.config is None else _of_config(arguments, fields)

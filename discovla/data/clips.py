@@ -16,7 +16,6 @@ from discovla.data.cache import FrameCache
 from discovla.data.manifest import Clip
 from discovla.data.samples import Frames, Pair, Sample, frame_texts
 from discovla.data.sampling import Sampler, Sampling, Slice, sampling_of
-from discovla.data.shards.files import SUMMARY
 from discovla.data.shards.reader import Shards
 from discovla.data.tokens import Tokenizer
 from discovla.data.video.decode import Damaged, DecodeError
@@ -174,7 +173,7 @@ class ShardFrameReader(FrameReader):
         self._shards = shards
         if settings.damaged == "use" and shards.settings.damaged != "use":
             raise ValueError(
-                f"damaged: expected 'refuse', as {shards.files.name(SUMMARY)} was made with, found 'use'"
+                f"damaged: expected 'refuse', as the shards {shards.root} were made with, found 'use'"
             )
 
     def check(self, clips: Iterable[Clip], augment: Augment | None) -> None:

@@ -14,8 +14,8 @@ from discovla.data.choice import choose_decoder
 from discovla.data.config import DataConfig
 from discovla.data.dali.support import missing
 from discovla.data.manifest import Clip, write_manifest
-from discovla.data.shards.files import ShardSettings
-from discovla.data.shards.writer import ShardJob, write_shards
+from discovla.data.shards.layout import ShardSettings
+from discovla.data.shards.writer import write_shards
 from discovla.data.video.torchcodec_frames import missing as lacks_torchcodec
 from tests.data.odd_clips import odd_clip
 
@@ -114,7 +114,7 @@ def test_jpeg_shards_are_measured_too_and_raw_ones_need_no_decoder(folder, tmp_p
     write_manifest(tmp_path / "m.jsonl", some)
     for form in ("jpeg", "raw"):
         settings = ShardSettings(frames=3, sample_rate=10.0, size=16, format=form, quality=95)
-        write_shards(tmp_path / "m.jsonl", tmp_path / form, ShardJob(settings=settings, workers=0))
+        write_shards(tmp_path / "m.jsonl", tmp_path / form, settings, workers=0)
     rates.pop("torchcodec", None)
     assert choose_decoder(some, config(folder, shards=str(tmp_path / "jpeg")), 16) == "dali+pyav"
     assert "decoder: auto takes dali+pyav: dali 200, pillow 100 frames a second" in caplog.text

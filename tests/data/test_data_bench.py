@@ -12,8 +12,8 @@ from discovla.cli import main
 from discovla.data.dali import support as dali
 from discovla.data.data_bench import DEMAND, BenchRow, BenchSettings, bench, table
 from discovla.data.manifest import Clip
-from discovla.data.shards.files import ShardSettings
-from discovla.data.shards.writer import ShardJob, write_shards
+from discovla.data.shards.layout import ShardSettings
+from discovla.data.shards.writer import write_shards
 from discovla.data.video import torchcodec_frames
 from tests.data.conftest import movie
 from tests.data.odd_clips import odd_clip
@@ -38,9 +38,7 @@ def test_the_command_reads_the_clips_in_every_way_and_says_what_is_not_there(tmp
     names = [movie(tmp_path / f"{n}.mp4", 12).name for n in range(5)]
     (tmp_path / "0.mp4").write_text("no video")
     manifest = manifest_of(tmp_path, names)
-    write_shards(
-        manifest, tmp_path / "shards", ShardJob(settings=ShardSettings(frames=3, size=16), workers=0)
-    )
+    write_shards(manifest, tmp_path / "shards", ShardSettings(frames=3, size=16), workers=0)
     options = ["--clips", "2", "--num-frames", "3", "--image-size", "16", "--workers", "1"]
     paths = ["--shards", str(tmp_path / "shards"), "--json", str(tmp_path / "rows.jsonl")]
     assert main(["data-bench", str(manifest), *options, *paths]) == 0

@@ -120,7 +120,7 @@ class DaliReader:
     def _of_shards(self, clip: Clip, sampling: Sampling) -> tuple[Plan, tuple[int, int]]:
         """Frames in shards, and their width and height."""
         assert self.shards is not None
-        kept = self.shards.encoded(clip, sampling, damaged=self.settings.damaged)
+        kept = self.shards.stored_frames(clip, sampling, damaged=self.settings.damaged)
         plan = self._plan(clip, np.arange(len(kept.content)), kept.places)
         return replace(plan, content=kept.content), kept.size
 

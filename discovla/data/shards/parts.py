@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from discovla.data.manifest import Clip
-from discovla.data.shards.files import ShardSettings, pack
+from discovla.data.shards.layout import ShardSettings, pack
 from discovla.data.video.decode import decode_each
 from discovla.data.video.pixels import fit
 

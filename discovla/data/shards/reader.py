@@ -19,14 +19,14 @@ from PIL import Image
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.shards.byte_ranges import Files, Unread, files_at
-from discovla.data.shards.files import CLIPS, FRAME, FRAMES, SUMMARY, VERSION, ShardSettings
+from discovla.data.shards.layout import CLIPS, FRAME, FRAMES, SUMMARY, VERSION, ShardSettings
 from discovla.data.video.decode import Damaged, DecodeError
 
 _GAP = 1 << 16  # bytes between two frames that are read along rather than asked for apart
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class StoredFrames:
     """Frames of a clip as shards keep them.
 
     content: of each of f' frames the bytes of a JPEG, or all of them raw, f' y x 3 uint8.  places: of each
@@ -52,6 +52,7 @@ class Shards:
     """
 
     def __init__(self, root: str | Path) -> None:
+        self.root = str(root)
         self.files: Files = files_at(root)
         summary = self._summary()
         self.settings = ShardSettings(**summary["settings"])
@@ -106,7 +107,7 @@ class Shards:
             kept = np.stack([each(Image.fromarray(image)) for image in kept])
         return kept if len(places) == len(kept) else kept[places]
 
-    def encoded(self, clip: Clip, sampling: Sampling, *, damaged: Damaged = "refuse") -> Encoded:
+    def stored_frames(self, clip: Clip, sampling: Sampling, *, damaged: Damaged = "refuse") -> StoredFrames:
         """The sampled frames of a clip as they are kept, for others to decode.
 
         Raises:
@@ -121,7 +122,7 @@ class Shards:
                 content = tuple(bytes(piece) for piece in self._pieces(facts, numbers)[1])
         except Unread as error:
             raise DecodeError(clip.video, str(error)) from error
-        return Encoded(content=content, places=places, size=(width, height))
+        return StoredFrames(content=content, places=places, size=(width, height))
 
     def _chosen(
         self, clip: Clip, sampling: Sampling, damaged: Damaged

@@ -19,7 +19,7 @@ import numpy as np
 
 from discovla.batch import BadClip
 from discovla.data.manifest import Clip, read_manifest
-from discovla.data.shards.files import (
+from discovla.data.shards.layout import (
     CLIPS,
     FRAME,
     FRAMES,
@@ -45,19 +45,14 @@ _STATE = ".state"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardJob:
-    """How a manifest is made into shards.
-
-    workers: processes; 0 decodes in this one, where nothing is limited.  limit: seconds a clip may take.
-    verify: whether what is there is read again, and made anew where it is not what was written.
-    say: is told of every shard written.
-    """
+class _Job:
+    """The arguments of `write_shards`."""
 
     settings: ShardSettings
-    workers: int = 1
-    limit: float = LIMIT
-    verify: bool = False
-    say: Callable[[str], None] = logger.info
+    workers: int
+    limit: float
+    verify: bool
+    log: Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +81,7 @@ class _Work:
 
     clips: Sequence[Clip]
     out: Path
-    job: ShardJob
+    job: _Job
     source: str
     decoded: int = 0
 
@@ -101,8 +96,17 @@ class _Work:
         return self.out / _STATE / f"{shard.name}.json"
 
 
-def write_shards(manifest: str | Path, out: str | Path, job: ShardJob) -> ShardReport:
-    """Decode the clips of a manifest into a folder of shards, laid out as `shard_files` says.
+def write_shards(
+    manifest: str | Path,
+    out: str | Path,
+    settings: ShardSettings,
+    *,
+    workers: int = 1,
+    limit: float = LIMIT,
+    verify: bool = False,
+    log: Callable[[str], object] = logger.info,
+) -> ShardReport:
+    """Decode the clips of a manifest into a folder of shards, laid out as `layout.py` describes.
 
     The same manifest and settings give the same bytes, however often the run was stopped; a clip that was
     decoded is not decoded again.  A clip that gives no frames is written down with the reason.
@@ -110,17 +114,23 @@ def write_shards(manifest: str | Path, out: str | Path, job: ShardJob) -> ShardR
     Args:
         manifest: its videos need not all be there.
         out: a folder that is empty, or that an earlier run with the same settings began.
+        settings: frames kept of each clip.
+        workers: decoding processes; 0 decodes in this process, without a time limit.
+        limit: seconds a clip may take.
+        verify: if True, existing tars are checked by checksum and rewritten where they differ.
+        log: called with a line for every shard written.
 
     Raises:
         ValueError: the folder holds something else, another process is writing it, or no clip gives frames.
         OSError: a file cannot be written.
     """
     manifest, out = Path(manifest), Path(out)
+    job = _Job(settings=settings, workers=workers, limit=limit, verify=verify, log=log)
     clips = read_manifest(manifest)
     work = _Work(clips, out, job, os.path.normpath(manifest.parent.resolve()))
     with _owned(out):
         _begin(work)
-        shards = _planned(clips, job.settings.clips_per_shard)
+        shards = _planned(clips, settings.clips_per_shard)
         todo = [shard for shard in shards if not _is_done(work, shard)]
         for shard in todo:
             (out / f"{shard.name}.tar").unlink(missing_ok=True)
@@ -275,7 +285,7 @@ def _write_shard(work: _Work, shard: _Shard) -> None:
     write_whole(work.state(shard), json.dumps(state).encode())
     for number in shard.numbers:
         work.part(number).unlink()
-    work.job.say(f"{tar}: {len(samples)} clips, {size / 1e6:.1f} MB")
+    work.job.log(f"{tar}: {len(samples)} clips, {size / 1e6:.1f} MB")
 
 
 def _written(file: Any, content: bytes | memoryview, digest: Any) -> int:

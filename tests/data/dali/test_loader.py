@@ -15,8 +15,8 @@ from discovla.data.cache import FrameCache
 from discovla.data.dali.support import TOLERANCE_MEAN, missing
 from discovla.data.loader import DataConfig, TrainLoader, video_batches
 from discovla.data.manifest import Clip, write_manifest
-from discovla.data.shards.files import ShardSettings
-from discovla.data.shards.writer import ShardJob, write_shards
+from discovla.data.shards.layout import ShardSettings
+from discovla.data.shards.writer import write_shards
 from discovla.data.source import pixels, read_clips
 from discovla.data.video.decode import DecodeError
 from discovla.data.video.tables import FrameTables
@@ -58,7 +58,7 @@ def made(tmp_path_factory, world):
         out = folder / "-".join(["x", *(f"{k}-{v}" for k, v in changes.items())])
         if not out.exists():
             fields = {"frames": FRAMES, "sample_rate": 5.0, "size": SIZE, "quality": 95} | changes
-            write_shards(world, out, ShardJob(settings=ShardSettings(**fields), workers=0))
+            write_shards(world, out, ShardSettings(**fields), workers=0)
         return str(out)
 
     return make

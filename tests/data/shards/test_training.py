@@ -133,7 +133,7 @@ def test_shards_need_neither_manifest_nor_videos(made, world, tmp_path):
     [
         ({"augment": "randaugment"}, "expected frames of full size, for this augment, found 16"),
         ({"frames": FRAMES + 2}, "found no frame"),
-        ({"damaged": "use"}, "damaged: expected 'refuse', as .*shards.json was made with, found 'use'"),
+        ({"damaged": "use"}, "damaged: expected 'refuse', as the shards .* were made with, found 'use'"),
         ({"sampling": "t2vparser", "sample_rate": 1.0}, "sampling = 't2vparser'"),
     ],
     ids=["full", "frames", "damaged", "sampling"],

@@ -21,8 +21,8 @@ from discovla.cli import main
 from discovla.data.manifest import read_manifest
 from discovla.data.shards import parts as shard_parts
 from discovla.data.shards import writer as shards
-from discovla.data.shards.files import QUARANTINE, ShardSettings
-from discovla.data.shards.writer import ShardJob, write_shards
+from discovla.data.shards.layout import QUARANTINE, ShardSettings
+from discovla.data.shards.writer import write_shards
 from discovla.data.tokens import Tokenizer
 from tests.data.shards.world import FRAMES, SIZE, contents, make_manifest, make_shards
 
@@ -289,6 +289,6 @@ def test_the_command_takes_frames_and_size_from_a_config(world, tmp_path, capsys
 
 def test_a_clip_that_takes_too_long_is_named(tmp_path):
     manifest = make_manifest(tmp_path, count=0)
-    job = ShardJob(settings=ShardSettings(frames=FRAMES, size=SIZE, sample_rate=5.0), workers=1, limit=1e-6)
+    settings = ShardSettings(frames=FRAMES, size=SIZE, sample_rate=5.0)
     with pytest.raises(ValueError, match="none of 1 clips gives frames, the first: took longer than 1e-06 s"):
-        write_shards(manifest, tmp_path / "out", job)
+        write_shards(manifest, tmp_path / "out", settings, workers=1, limit=1e-6)

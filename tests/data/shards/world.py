@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from discovla.data.manifest import Clip, write_manifest
-from discovla.data.shards.files import ShardSettings
-from discovla.data.shards.writer import ShardJob, ShardReport, write_shards
+from discovla.data.shards.layout import ShardSettings
+from discovla.data.shards.writer import ShardReport, write_shards
 from tests.data.conftest import movie
 
 FRAMES, SIZE = 4, 16
@@ -44,7 +44,7 @@ def settings(**changes) -> ShardSettings:
 def make_shards(
     manifest: Path, out: Path, *, workers: int = 0, verify: bool = False, **changes
 ) -> ShardReport:
-    return write_shards(manifest, out, ShardJob(settings=settings(**changes), workers=workers, verify=verify))
+    return write_shards(manifest, out, settings(**changes), workers=workers, verify=verify)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
