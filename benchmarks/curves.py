@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 from benchmarks.measure import machine, read_rows, relative_frobenius, write_row
 from discovla.batch import Batch
 from discovla.config import RunConfig, read_config
+from discovla.data.dataset import BatchSpec, read_clips
 from discovla.data.loader import TrainLoader
-from discovla.data.source import LoaderShape, read_clips
 from discovla.engine.distributed import start
 from discovla.engine.optim import learning_rate
 from discovla.engine.strategy import StepPlan, make_strategy
@@ -105,7 +105,7 @@ def _parts(config: RunConfig) -> tuple[Method, TrainLoader]:
     """The method before training, and the batches of a run."""
     torch.manual_seed(config.seed)
     method = build(config.model, config.method)
-    shape = LoaderShape(
+    shape = BatchSpec(
         batch_size=config.batch_size,
         rank=0,
         world_size=1,

@@ -30,9 +30,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
 
 from benchmarks.measure import machine, write_row
-from discovla.data.clips import FrameSettings
+from discovla.data.config import FrameSettings
 from discovla.data.dali.frames import DaliFrames
-from discovla.data.dali.reader import DaliReader
+from discovla.data.dali.reader import DaliClipReader
 from discovla.data.dali.support import TOLERANCE_MEAN
 from discovla.data.doctor import Checks, Diagnosis, diagnose
 from discovla.data.manifest import Clip
@@ -119,7 +119,7 @@ def read_by_file(decoder: DecoderName, seconds: float) -> Iterator[Read]:
 @contextmanager
 def read_by_dali(seconds: float) -> Iterator[Read]:
     """What DALI's graph makes of a clip."""
-    reader = DaliReader(FrameSettings(frames=SAMPLING.frames, image_size=SIZE, limit=seconds), "none")
+    reader = DaliClipReader(FrameSettings(frames=SAMPLING.frames, image_size=SIZE, limit=seconds), "none")
     graph = DaliFrames(reader.graph)
 
     def read(clip: Clip) -> np.ndarray:

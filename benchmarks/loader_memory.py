@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 from benchmarks.fuzz_videos import draw_sources, write_mutated
 from benchmarks.measure import machine, results_file, write_row
 from discovla.data.config import DataConfig
+from discovla.data.dataset import BatchSpec
 from discovla.data.doctor import Checks, diagnose
 from discovla.data.loader import TrainLoader
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
-from discovla.data.source import LoaderShape
 
 BOUND_MB = 48.0  # the tables of 10,000 short clips, in the process that decodes, and what allocators keep
 FRAMES, SIZE, BATCH = 4, 32, 20
@@ -64,7 +64,7 @@ def memory_mb() -> float:
 
 def through_loader(clips: Sequence[Clip]) -> Iterator[int]:
     """Clips read so far, in an epoch of training batches."""
-    shape = LoaderShape(
+    shape = BatchSpec(
         batch_size=BATCH,
         rank=0,
         world_size=1,

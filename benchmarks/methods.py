@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 from benchmarks.drawn_figures import Exam, measure
 from benchmarks.measure import machine, read_rows, write_row
 from discovla.config import RunConfig, read_config
-from discovla.data.loader import LoaderShape, TrainLoader
+from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.data.manifest import read_manifest
 from discovla.engine.distributed import start
 from discovla.load import load_run
@@ -262,7 +262,7 @@ def _losses(place: Place, row: Row) -> tuple[Callable[[], torch.Tensor], Method]
     config = place.config(row, 0, Path("unused"))
     torch.manual_seed(0)
     method = build(config.model, config.method)
-    shape = LoaderShape(
+    shape = BatchSpec(
         batch_size=config.batch_size,
         rank=0,
         world_size=1,

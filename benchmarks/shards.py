@@ -35,15 +35,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 
 from benchmarks.data import GOPS, RATE, draw
 from benchmarks.measure import machine, results_file, write_row
-from discovla.data.clips import ClipSource, FrameReader, FrameSettings, ShardFrameReader
-from discovla.data.config import DataConfig
+from discovla.data.config import DataConfig, FrameSettings
+from discovla.data.dataset import BatchSpec, ClipDataset, FileClipReader, ShardClipReader, training_pairs
 from discovla.data.loader import TrainLoader
 from discovla.data.manifest import Clip, read_manifest, write_manifest
-from discovla.data.samples import samples
 from discovla.data.shards.layout import ShardSettings
 from discovla.data.shards.reader import Shards
 from discovla.data.shards.writer import write_shards
-from discovla.data.source import LoaderShape
 
 SIZE, FRAMES, QUALITY, LIMIT = 224, 12, 90, 120.0
 Call = Callable[[], object]
@@ -86,15 +84,15 @@ def reading_ways(manifest: Path) -> dict[str, Call]:
     """Every way to read all clips once."""
     clips = read_manifest(manifest)
     settings = FrameSettings(frames=FRAMES, image_size=SIZE)
-    readers: dict[str, FrameReader] = {"decode": FrameReader(settings)}
+    readers: dict[str, FileClipReader] = {"decode": FileClipReader(settings)}
     for form in ("raw", "jpeg"):
-        readers[form] = ShardFrameReader(settings, sharded(manifest, form))
+        readers[form] = ShardClipReader(settings, sharded(manifest, form))
     return {
         name: lambda reader=reader: [reader.read(clip) for clip in clips] for name, reader in readers.items()
     }
 
 
-class ReadyReader(FrameReader):
+class ReadyReader(FileClipReader):
     """Gives frames that are there, as a decoder would give them: what is left is what the loader does."""
 
     def __init__(self, settings: FrameSettings) -> None:
@@ -106,12 +104,12 @@ class ReadyReader(FrameReader):
         return self.frames.copy()
 
 
-def loading_ways(manifest: Path, reader: FrameReader) -> dict[str, Call]:
+def loading_ways(manifest: Path, reader: FileClipReader) -> dict[str, Call]:
     """The clips by their reader alone, and by the loader around it."""
     clips = read_manifest(manifest)
-    pairs = samples(clips, frame_captions=False, missing="error")
-    source = ClipSource(clips=clips, pairs=pairs, reader=reader)
-    shape = LoaderShape(
+    pairs = training_pairs(clips, frame_captions=False, missing="error")
+    source = ClipDataset(clips=clips, pairs=pairs, reader=reader)
+    shape = BatchSpec(
         batch_size=len(clips),
         rank=0,
         world_size=1,
@@ -176,9 +174,9 @@ def main() -> None:
             settings = FrameSettings(frames=FRAMES, image_size=SIZE)
             subjects = {
                 "reading": reading_ways(manifest),
-                "loader": loading_ways(manifest, FrameReader(settings)),
+                "loader": loading_ways(manifest, FileClipReader(settings)),
                 "loader, decoder in a process": loading_ways(
-                    manifest, FrameReader(replace(settings, limit=LIMIT))
+                    manifest, FileClipReader(replace(settings, limit=LIMIT))
                 ),
                 "loader, frames ready": loading_ways(manifest, ReadyReader(settings)),
             }

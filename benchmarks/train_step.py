@@ -42,8 +42,8 @@ from benchmarks.step_profile import by_component
 from benchmarks.step_work import needed_flops, reference_flops
 from discovla.batch import Batch
 from discovla.data.config import DataConfig
+from discovla.data.dataset import BatchSpec, read_clips
 from discovla.data.loader import TrainLoader
-from discovla.data.source import LoaderShape, read_clips
 from discovla.methods.discovla import DiscoVLAConfig
 from discovla.towers.architecture import Architecture
 
@@ -165,7 +165,7 @@ def _batches(contest: Contest, architecture: Architecture, device: str) -> Calla
             device
         )
         return lambda: (noise for _ in count())
-    shape = LoaderShape(
+    shape = BatchSpec(
         batch_size=contest.pairs,
         rank=0,
         world_size=1,

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from discovla.config import RunConfig
+from discovla.data.dataset import frame_origin
 from discovla.data.loader import DataConfig
-from discovla.data.source import pixels
 from discovla.engine import checkpoint
 from discovla.engine.average import Average
 from discovla.engine.checkpoint_writer import CheckpointWriter
@@ -191,7 +191,7 @@ def schedule(config: RunConfig, total: int, pairs: int) -> dict[str, Any]:
         pairs: that it trains on.
     """
     fixed: dict[str, Any] = {"seed": config.seed, "batch_size": config.batch_size, "steps": total}
-    fixed |= {"training pairs": pairs, "pixels": pixels(config.data)}
+    fixed |= {"training pairs": pairs, "pixels": frame_origin(config.data)}
     optim = config.optim.model_dump(mode="json", exclude={"skip_nonfinite"})
     fixed |= {f"optim.{key}": value for key, value in optim.items()}
     data = config.data.model_dump(mode="json")

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from discovla.config import RunConfig
 from discovla.data.choice import choose_decoder
-from discovla.data.clips import check_captions
-from discovla.data.loader import LoaderShape, TrainLoader
+from discovla.data.dataset import check_captions, read_clips
+from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.quarantine import without_quarantined
-from discovla.data.source import read_clips
 from discovla.drawn_world.stills import Stills
 from discovla.engine.distributed import World, gather_objects
 from discovla.methods.base import Method
@@ -68,7 +67,7 @@ def train_loader(
     data, longest = config.data, method.architecture.context_length
     if data.context_length > longest:
         raise ValueError(f"data.context_length: expected at most {longest}, found {data.context_length}")
-    shape = LoaderShape(
+    shape = BatchSpec(
         batch_size=config.batch_size,
         rank=world.rank,
         world_size=world.size,

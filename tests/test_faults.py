@@ -17,8 +17,8 @@ from torch.testing import assert_close
 
 from discovla.cli import main
 from discovla.data.config import DataConfig
-from discovla.data.loader import LoaderShape, TrainLoader
-from discovla.data.source import read_clips
+from discovla.data.dataset import read_clips
+from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.engine import checkpoint
 from discovla.faults import STOPPED
 from tests import runs
@@ -224,7 +224,7 @@ def test_any_number_of_ranks_sees_the_same_pairs_in_the_same_order(drawn, shards
     def seen(size: int, epoch: int, start: int) -> list[list[torch.Tensor]]:
         """Texts and frames of the steps, those of all ranks side by side."""
         common = {"batch_size": 16, "world_size": size, "seed": 3, "image_size": 64, "context_length": 32}
-        shapes = [LoaderShape(rank=rank, frame_captions=False, **common) for rank in range(size)]
+        shapes = [BatchSpec(rank=rank, frame_captions=False, **common) for rank in range(size)]
         ranks = [TrainLoader(clips, data, shape).epoch(epoch, start=start) for shape in shapes]
         fields = ("video_index", "text_ids", "frames")
         return [
@@ -241,7 +241,7 @@ def test_any_number_of_ranks_sees_the_same_pairs_in_the_same_order(drawn, shards
 
 def test_a_rank_that_holds_the_others_up_is_named(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), *SHORT, "steps=4", "engine.pace_every=4"]
-    job = runs.start(words, size=2, fault="drag:discovla.data.clips:draw_light:1", rank=1)
+    job = runs.start(words, size=2, fault="drag:discovla.data.dataset:draw_light:1", rank=1)
     assert job.wait() == [0, 0]
     (found,) = runs.records(tmp_path / "run", "slow")
     name = rf"rank 1 \({re.escape(socket.gethostname())}, process \d+\)"

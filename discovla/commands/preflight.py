@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from discovla.config import RunConfig, read_config
 from discovla.data.config import DataConfig
+from discovla.data.dataset import read_clips
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.sampling import sampling_of
 from discovla.data.shards.reader import open_shards
-from discovla.data.source import read_clips
 from discovla.data.video.decode import DecodeError
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, start, stop
 from discovla.engine.log import versions

@@ -110,7 +110,7 @@ def _settings(arguments: argparse.Namespace):
 def _of_config(arguments: argparse.Namespace, fields: tuple[str, ...]) -> dict:
     """What a run's data and model say of frames."""
     from discovla.config import read_config
-    from discovla.data.clips import FULL_SIZE
+    from discovla.data.config import FULL_SIZE
     from discovla.towers.weights import load_pretrained
 
     config = read_config(arguments.config)

@@ -16,15 +16,14 @@ from typing import Literal
 
 import numpy as np
 
-from discovla.data.clips import FULL_SIZE, Augment, ShardFrameReader
-from discovla.data.config import DataConfig
+from discovla.data.config import FULL_SIZE, Augment, DataConfig
 from discovla.data.dali import support as dali
 from discovla.data.dali.frames import DaliFrames
-from discovla.data.dali.reader import DaliReader
+from discovla.data.dali.reader import DaliClipReader
+from discovla.data.dataset import ShardClipReader, frame_settings, ready
 from discovla.data.manifest import Clip
 from discovla.data.sampling import sampling_of
 from discovla.data.shards.reader import open_shards
-from discovla.data.source import frame_settings, ready
 from discovla.data.video import torchcodec_frames
 from discovla.data.video.decode import DecodeError
 from discovla.data.video.decoders import TRIED, DecoderName
@@ -123,7 +122,7 @@ def _readers(config: DataConfig, image_size: int, decoder: DecoderName) -> Itera
     """As many readers of clips as there are workers, in processes of their own where they decode files."""
     settings = frame_settings(config, image_size)
     if config.shards is not None:
-        shards = ShardFrameReader(settings, open_shards(config.shards))
+        shards = ShardClipReader(settings, open_shards(config.shards))
         copies = [pickle.loads(pickle.dumps(shards)) for _ in range(max(1, config.workers))]
         augment = (None, config.augment)
         yield [partial(_of_shards, each, augment) for each in copies]
@@ -151,7 +150,7 @@ def _readers(config: DataConfig, image_size: int, decoder: DecoderName) -> Itera
 
 
 def _of_shards(
-    reader: ShardFrameReader, augment: tuple[Augment | None, Augment], clip: Clip, training: bool
+    reader: ShardClipReader, augment: tuple[Augment | None, Augment], clip: Clip, training: bool
 ) -> np.ndarray:
     """Frames of a clip without their padding, augmented by the one or the other."""
     frames, shown = reader.sample(clip, augment[training], _SEED)
@@ -159,11 +158,13 @@ def _of_shards(
 
 
 @contextmanager
-def _graph(config: DataConfig, image_size: int, augment: Augment) -> Iterator[tuple[DaliReader, DaliFrames]]:
+def _graph(
+    config: DataConfig, image_size: int, augment: Augment
+) -> Iterator[tuple[DaliClipReader, DaliFrames]]:
     """What plans and makes frames by DALI."""
     shards = None if config.shards is None else open_shards(config.shards)
     settings = frame_settings(config, image_size)
-    reader = DaliReader(settings, augment, threads=config.workers, shards=shards)
+    reader = DaliClipReader(settings, augment, threads=config.workers, shards=shards)
     graph = DaliFrames(reader.graph)
     try:
         yield reader, graph
@@ -189,7 +190,7 @@ def _first(clips: Sequence[Clip], read: Read) -> list[tuple[Clip, np.ndarray]]:
     return known
 
 
-def _check(known: Sequence[tuple[Clip, np.ndarray]], reader: DaliReader, graph: DaliFrames) -> None:
+def _check(known: Sequence[tuple[Clip, np.ndarray]], reader: DaliClipReader, graph: DaliFrames) -> None:
     """See that DALI gives the frames that are known.
 
     Raises:
@@ -237,7 +238,7 @@ def _read(clips: Sequence[Clip], readers: Sequence[Read]) -> int:
         return sum(pool.map(one, clips))
 
 
-def _made(clips: Sequence[Clip], reader: DaliReader, graph: DaliFrames, augment: Augment) -> int:
+def _made(clips: Sequence[Clip], reader: DaliClipReader, graph: DaliFrames, augment: Augment) -> int:
     """Plan clips and make their frames; how many there are."""
     planned = [reader.sample(clip, augment, _SEED) for clip in clips]
     reasons = graph.read([plan for plan, _ in planned])[1]

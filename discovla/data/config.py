@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from discovla.data.clips import FULL_SIZE, Augment, LongCaptions
 from discovla.data.sampling import Sampler, Sampling, Slice
 from discovla.data.video.decode import Damaged
 from discovla.data.video.decoders import DecoderName
 
+Augment = Literal["none", "light", "randaugment", "resized_crop"]
+FULL_SIZE = ("randaugment", "resized_crop")  # what changes frames before they are made small
+LongCaptions = Literal["error", "truncate"]
 Resident = Literal["none", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameSettings:
+    """How clips become frames: which (see `Sampling`), how large, and what of files that break off.
+
+    decoder: see `Decoder`.  limit: seconds that a file may take, in a process that is replaced where it does
+    not survive it; None reads in this process and without limit.
+    """
+
+    frames: int
+    image_size: int
+    sampling: Sampler = "discovla"
+    sample_rate: float = 1.0
+    sampling_divisor: int = 1
+    sampling_slice: Slice = "even"
+    damaged: Damaged = "refuse"
+    cache: Path | None = None
+    decoder: DecoderName = "pyav"
+    limit: float | None = None
 
 
 class StillsConfig(BaseModel):
@@ -43,7 +66,7 @@ class DataConfig(BaseModel):
     and all that `dali` decodes.
     decoder: who decodes, see `Decoder`; `auto` measures on the first clips, see `choose_decoder` too; `dali`
     makes the frames of a batch at once, of files or of shards, on the GPU where there is one, see
-    `DaliReader`, and `dali+pyav` leaves to PyAV what it would read otherwise.  decode_seconds:
+    `DaliClipReader`, and `dali+pyav` leaves to PyAV what it would read otherwise.  decode_seconds:
     how long a clip, or a batch of `dali`, may take before it counts as bad and its process is replaced.
     workers: processes that read, 0 reads in the training process.  stills: train on stills drawn in memory
     instead of the clips of the train_split.  resident: hold the frames of all training clips in memory, the

@@ -14,12 +14,12 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from discovla.data.clips import FrameSettings
+from discovla.data.config import FrameSettings
 from discovla.data.dali import support as dali
 from discovla.data.dali.frames import DaliFrames
 from discovla.data.dali.graph import CLIPS
 from discovla.data.dali.plans import Plan
-from discovla.data.dali.reader import DaliReader
+from discovla.data.dali.reader import DaliClipReader
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.shards.reader import Shards, open_shards
@@ -124,7 +124,7 @@ def _by_dali(
     chosen = FrameSettings(
         frames=settings.frames, image_size=settings.image_size, cache=cache, limit=settings.limit
     )
-    reader = DaliReader(chosen, "none", threads=settings.workers, shards=shards)
+    reader = DaliClipReader(chosen, "none", threads=settings.workers, shards=shards)
     graph = DaliFrames(reader.graph)
     size = min(CLIPS, len(clips))
     batches = [clips[first : first + size] for first in range(0, len(clips), size)]
@@ -137,7 +137,7 @@ def _by_dali(
     return _row(name, found, seconds)
 
 
-def _made(clips: Sequence[Clip], reader: DaliReader, graph: DaliFrames) -> list[int | DecodeError]:
+def _made(clips: Sequence[Clip], reader: DaliClipReader, graph: DaliFrames) -> list[int | DecodeError]:
     """How many frames of each clip DALI made, or why none."""
     planned: list[Plan] = []
     found: list[int | DecodeError] = []

@@ -16,18 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils import data
 
 from discovla.batch import BadClip, Batch
-from discovla.data.clips import ClipReader, ClipSource
 from discovla.data.config import DataConfig
 from discovla.data.dali.frames import DaliFrames
 from discovla.data.dali.plans import Plan
-from discovla.data.dali.reader import DaliReader
+from discovla.data.dali.reader import DaliClipReader
+from discovla.data.dataset import (
+    BatchSpec,
+    ClipDataset,
+    ClipReader,
+    Dataset,
+    Frames,
+    Sample,
+    clip_dataset,
+    clip_reader,
+)
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.resident import Resident
-from discovla.data.samples import Frames, Sample, Source
-from discovla.data.source import LoaderShape, clip_source, frame_reader
 from discovla.data.tokens import Tokenizer
 from discovla.data.video.decode import DecodeError
 
@@ -56,7 +63,7 @@ class TrainLoader:
     process.  The last, smaller batch is left out.  One iterator may be in use at a time.
 
     Args:
-        source: clips, which are checked before anything is read, or any other `Source`.
+        source: clips, which are checked before anything is read, or any other `Dataset`.
         config: what is read and how.  Frames that are to be resident are read here.
         shape: what the batches look like.
 
@@ -65,7 +72,7 @@ class TrainLoader:
             frames that do not fit in memory.
     """
 
-    def __init__(self, source: Sequence[Clip] | Source, config: DataConfig, shape: LoaderShape) -> None:
+    def __init__(self, source: Sequence[Clip] | Dataset, config: DataConfig, shape: BatchSpec) -> None:
         if shape.world_size < 1 or not 0 <= shape.rank < shape.world_size:
             raise ValueError(f"rank: expected 0 .. world_size - 1, got {shape.rank} of {shape.world_size}")
         if shape.batch_size < 1 or shape.batch_size % shape.world_size:
@@ -73,7 +80,7 @@ class TrainLoader:
                 f"batch_size: expected a multiple of the {shape.world_size} processes, got {shape.batch_size}"
             )
         if isinstance(source, Sequence):
-            source = clip_source(source, config, shape)
+            source = clip_dataset(source, config, shape)
         self.source = source
         self.shape = shape
         self.steps_per_epoch = len(source) // shape.batch_size
@@ -84,9 +91,9 @@ class TrainLoader:
         tokenizer = Tokenizer(shape.context_length)
         self._steps = _Steps()
         self._loader = _loader(_Items(source), self._steps, _Collate(tokenizer), config.workers)
-        self._graph = _graph(source.reader) if isinstance(source, ClipSource) else None
+        self._graph = _graph(source.reader) if isinstance(source, ClipDataset) else None
         self._resident = None
-        if config.resident != "none" and isinstance(source, ClipSource):
+        if config.resident != "none" and isinstance(source, ClipDataset):
             read = _finished(_all_clips(source, config.workers), self._graph)
             self._resident = Resident(source, read, config.resident, tokenizer)
 
@@ -138,7 +145,7 @@ def video_batches(
         DecodeError: clips that give no frames; all of the batch are named.
     """
     check_clips(clips, files=config.shards is None)
-    reader = frame_reader(clips, config, image_size, None)
+    reader = clip_reader(clips, config, image_size, None)
     low, high = (len(clips) * r // world_size for r in (rank, rank + 1))
     firsts = range(low, high, batch_size)
     steps = _Steps([[(i, 0) for i in range(first, min(first + batch_size, high))] for first in firsts])
@@ -189,7 +196,7 @@ class _VideoSource:
 
 def _graph(reader: ClipReader) -> DaliFrames | None:
     """What makes the frames that a reader plans; None where it reads them itself."""
-    return DaliFrames(reader.graph, reader.instead) if isinstance(reader, DaliReader) else None
+    return DaliFrames(reader.graph, reader.instead) if isinstance(reader, DaliClipReader) else None
 
 
 def _finished(
@@ -199,7 +206,7 @@ def _finished(
     yield from batches if graph is None else graph.finished(batches)
 
 
-def _all_clips(source: ClipSource, workers: int) -> Iterable[dict[str, Any]]:
+def _all_clips(source: ClipDataset, workers: int) -> Iterable[dict[str, Any]]:
     """Every clip of a source once, a few at a time, as collated for evaluation."""
     count = len(source.clips)
     steps = _Steps([[(i, 0) for i in range(k, min(k + _FILL, count))] for k in range(0, count, _FILL)])
@@ -208,10 +215,10 @@ def _all_clips(source: ClipSource, workers: int) -> Iterable[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class _Items(Dataset[Sample]):
+class _Items(data.Dataset[Sample]):
     """A source as torch's loader asks for it: the epoch travels with the index, workers hold no state."""
 
-    source: Source
+    source: Dataset
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         index, epoch = item
@@ -270,7 +277,7 @@ def _loader(
 ) -> Iterable[dict[str, Any]]:
     """torch's loader over given steps, in order, with pinned memory where there is a GPU."""
     forks = workers > 0 and multiprocessing.get_start_method() == "forkserver"
-    return DataLoader(
+    return data.DataLoader(
         items,
         batch_sampler=steps,
         collate_fn=collate,

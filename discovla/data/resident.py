@@ -13,8 +13,7 @@ from torch import Tensor
 
 from discovla.batch import BadClip
 from discovla.data.augment import apply_table, light_table
-from discovla.data.clips import ClipSource
-from discovla.data.samples import frame_texts
+from discovla.data.dataset import ClipDataset, frame_texts
 from discovla.data.tokens import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class Resident:
     """
 
     def __init__(
-        self, source: ClipSource, read: Iterable[dict[str, Any]], place: Place, tokenizer: Tokenizer
+        self, source: ClipDataset, read: Iterable[dict[str, Any]], place: Place, tokenizer: Tokenizer
     ) -> None:
         reader = source.reader.settings
         count, size = len(source.clips), reader.image_size
@@ -101,7 +100,7 @@ class Resident:
 class _Texts:
     """Tokens of all pairs of a source, each different text once."""
 
-    def __init__(self, source: ClipSource, tokenizer: Tokenizer) -> None:
+    def __init__(self, source: ClipDataset, tokenizer: Tokenizer) -> None:
         numbers: dict[str, int] = {}
 
         def number(text: str) -> int:

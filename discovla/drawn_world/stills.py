@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from discovla.data.samples import Sample
+from discovla.data.dataset import Sample
 from discovla.drawn_world.drawing import COLOURS, PLACES, RADII, SHAPES, Look, Thing, expose, ground, picture
 from discovla.drawn_world.scenes import event_kind, other, pick, stand
 from discovla.drawn_world.wording import EMPTY, ORDERS, Clause, describe, phrase_clause, still

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from discovla.data.source import LoaderShape
+from discovla.data.dataset import BatchSpec
 
 STEP = 8  # grey levels between one frame and the next, well above what encoding changes
 
@@ -50,7 +50,7 @@ def movie(
     return path
 
 
-def loader_shape(**changes) -> LoaderShape:
+def batch_spec(**changes) -> BatchSpec:
     """Batches of two small clips for one process, but for the changes."""
     fields = {
         "batch_size": 2,
@@ -61,7 +61,7 @@ def loader_shape(**changes) -> LoaderShape:
         "context_length": 12,
         "frame_captions": False,
     }
-    return LoaderShape(**(fields | changes))
+    return BatchSpec(**(fields | changes))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from discovla.data.cache import FrameCache
-from discovla.data.clips import FrameReader, FrameSettings
+from discovla.data.config import FrameSettings
+from discovla.data.dataset import FileClipReader
 from discovla.data.manifest import Clip
 from tests.data.conftest import movie
 
@@ -18,21 +19,21 @@ from tests.data.conftest import movie
 @pytest.fixture
 def decodings(monkeypatch) -> list[Path]:
     """The videos that were decoded, in order."""
-    from discovla.data import clips
+    from discovla.data import dataset
 
     seen: list[Path] = []
-    call = clips.Reader.__call__
+    call = dataset.Reader.__call__
 
     def counted(reader, reading):
         seen.append(reading.path)
         return call(reader, reading)
 
-    monkeypatch.setattr(clips.Reader, "__call__", counted)
+    monkeypatch.setattr(dataset.Reader, "__call__", counted)
     return seen
 
 
-def reader(folder: Path, **changes) -> FrameReader:
-    return FrameReader(
+def reader(folder: Path, **changes) -> FileClipReader:
+    return FileClipReader(
         FrameSettings(**({"frames": 3, "image_size": 16, "cache": folder / "cache"} | changes))
     )
 

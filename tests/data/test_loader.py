@@ -13,19 +13,19 @@ import torch
 from pydantic import ValidationError
 
 from discovla.batch import Batch
+from discovla.data.dataset import Sample
 from discovla.data.loader import (
+    BatchSpec,
     DataConfig,
-    LoaderShape,
     TrainLoader,
     epoch_order,
     text_batches,
     video_batches,
 )
 from discovla.data.manifest import Clip
-from discovla.data.samples import Sample
 from discovla.data.tokens import Tokenizer
 from discovla.data.video.decode import DecodeError
-from tests.data.conftest import STEP, loader_shape, movie
+from tests.data.conftest import STEP, batch_spec, movie
 
 COUNT = 7  # clips, of two captions each
 
@@ -54,8 +54,8 @@ def config(**changes) -> DataConfig:
     return DataConfig(**({"manifest": Path("m.jsonl"), "frames": 2, "workers": 0} | changes))
 
 
-def shape(**changes) -> LoaderShape:
-    return loader_shape(**({"batch_size": 4} | changes))
+def shape(**changes) -> BatchSpec:
+    return batch_spec(**({"batch_size": 4} | changes))
 
 
 def test_an_empty_cache_or_quarantine_is_none():

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from discovla.batch import BadClip
-from discovla.data.clips import FrameReader
 from discovla.data.dali.graph import GraphItem, device_of, make_frames
 from discovla.data.dali.plans import Plan
 from discovla.data.dali.reader import leave_to_pyav
@@ -34,7 +33,7 @@ class DaliFrames:
         ValueError: DALI is not there.
     """
 
-    def __init__(self, settings: DaliSettings, instead: FrameReader | None = None) -> None:
+    def __init__(self, settings: DaliSettings, instead: Any | None = None) -> None:
         lacking = missing()
         if lacking is not None:
             raise ValueError(f"decoder: {lacking}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from discovla.data.augment import crop_box
 from discovla.data.cache import FrameCache
-from discovla.data.clips import FULL_SIZE, Augment, FrameReader, FrameSettings
+from discovla.data.config import FULL_SIZE, Augment, FrameSettings
 from discovla.data.dali.augment import drawn_steps
 from discovla.data.dali.plans import Plan, no_plan
 from discovla.data.dali.support import Content, DaliSettings, FullSize, missing, unfit
@@ -35,8 +36,8 @@ def leave_to_pyav(path: Path, reason: str) -> None:
     say_once(str(path), f"decoder: 'dali+pyav' leaves it to pyav: {reason}")
 
 
-class DaliReader:
-    """What `FrameReader` is, for clips whose frames are made a batch at a time: it plans them.
+class DaliClipReader:
+    """What `FileClipReader` is, for clips whose frames are made a batch at a time: it plans them.
 
     Which frames of a file to take is known once they have been counted, by PyAV, in a process that is
     replaced where it does not survive it; the cache keeps that.  A file that DALI would read otherwise than
@@ -61,7 +62,7 @@ class DaliReader:
         *,
         threads: int = 1,
         shards: Shards | None = None,
-        instead: FrameReader | None = None,
+        instead: Any | None = None,
     ) -> None:
         lacking = missing()
         if lacking is not None:
@@ -72,7 +73,7 @@ class DaliReader:
         self._counter = None if settings.limit is None else Worker(look_through, limit=settings.limit)
 
     def sample(self, clip: Clip, augment: Augment | None = None, seed: str = "") -> tuple[Plan, int]:
-        """The plan of a clip's frames, as `FrameReader.sample`, and how many frames it has.
+        """The plan of a clip's frames, as `FileClipReader.sample`, and how many frames it has.
 
         Raises:
             DecodeError: the clip gives none, or DALI cannot read it.

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from discovla.data.clips import Augment, FrameReader, FrameSettings
+from discovla.data.config import Augment, FrameSettings
 from discovla.data.dali import reader as dali_reader
 from discovla.data.dali.frames import DaliFrames
 from discovla.data.dali.plans import Plan, no_plan
-from discovla.data.dali.reader import DaliReader
+from discovla.data.dali.reader import DaliClipReader
 from discovla.data.dali.support import TOLERANCE_MEAN, DaliSettings, missing, unfit
+from discovla.data.dataset import FileClipReader
 from discovla.data.manifest import Clip
 from discovla.data.video.decode import DecodeError, tabulate
 from discovla.data.watched import Worker
@@ -46,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def graph() -> Iterator[DaliFrames]:
     """One graph for all that is neither cut nor augmented."""
-    graph = DaliFrames(DaliReader(SETTINGS, "none").graph)
+    graph = DaliFrames(DaliClipReader(SETTINGS, "none").graph)
     yield graph
     graph.close()
 
@@ -56,11 +57,11 @@ def clip(path: Path, **span: float) -> Clip:
 
 
 def plan(path: Path, augment: Augment = "none", **span: float) -> Plan:
-    return DaliReader(SETTINGS, augment).sample(clip(path, **span), augment, "0/0/1")[0]
+    return DaliClipReader(SETTINGS, augment).sample(clip(path, **span), augment, "0/0/1")[0]
 
 
 def wanted(path: Path, augment: Augment = "none", **span: float) -> np.ndarray:
-    return FrameReader(replace(SETTINGS, limit=None)).read_augmented(clip(path, **span), augment, "0/0/1")
+    return FileClipReader(replace(SETTINGS, limit=None)).read_augmented(clip(path, **span), augment, "0/0/1")
 
 
 def error_of(frames: np.ndarray, others: np.ndarray) -> float:
@@ -92,7 +93,7 @@ def test_golden_frames_are_those_of_pyav_within_the_tolerance(folder, graph):
 @with_dali
 @pytest.mark.slow
 def test_golden_crops_are_those_of_pyav_within_the_tolerance(folder):
-    graph = DaliFrames(DaliReader(SETTINGS, "resized_crop").graph)
+    graph = DaliFrames(DaliClipReader(SETTINGS, "resized_crop").graph)
     assert_all_near(folder, graph, "resized_crop")
     graph.close()
 
@@ -105,7 +106,7 @@ def test_realdata_frames_are_those_of_pyav_or_the_file_is_refused(realdata, grap
         rate = (facts.get("video") or {}).get("avg_rate")
         settings = replace(SETTINGS, sample_rate=1.0 if rate and eval_rate(rate) > 1 else 0.1)
         try:
-            planned, _ = DaliReader(settings, "none").sample(clip(path))
+            planned, _ = DaliClipReader(settings, "none").sample(clip(path))
         except DecodeError as error:
             otherwise = "cannot be read by decoder = 'dali'" in error.reason
             assert otherwise == (expected_verdict(facts) == "ok"), path
@@ -113,7 +114,7 @@ def test_realdata_frames_are_those_of_pyav_or_the_file_is_refused(realdata, grap
             continue
         frames, reasons = graph.read([planned])
         if reasons == [None]:
-            known = FrameReader(replace(settings, limit=None)).read(clip(path))
+            known = FileClipReader(replace(settings, limit=None)).read(clip(path))
             assert error_of(frames[0].cpu().numpy(), known) <= TOLERANCE_MEAN, path
             read.append(path.name)
     assert refused
@@ -123,13 +124,13 @@ def test_realdata_frames_are_those_of_pyav_or_the_file_is_refused(realdata, grap
 @with_dali
 def test_a_clip_that_repeats_frames_or_has_fewer_is_shown_as_it_is(folder, graph):
     short, part = SETTINGS, replace(SETTINGS, sampling="clip4clip", sample_rate=1.0)
-    readers = [DaliReader(each, "none") for each in (short, part)]
+    readers = [DaliClipReader(each, "none") for each in (short, part)]
     span = {"start": 0.2, "end": 0.35}
     plans = [reader.sample(clip(folder / "vp9.webm", **span))[0] for reader in readers]
     frames, reasons = graph.read([*plans, no_plan(4)])
     assert reasons == [None] * 3
     for found, planned, settings in zip(frames.cpu().numpy(), plans, (short, part), strict=False):
-        known = FrameReader(replace(settings, limit=None)).read(clip(folder / "vp9.webm", **span))
+        known = FileClipReader(replace(settings, limit=None)).read(clip(folder / "vp9.webm", **span))
         assert len(planned.places) == len(known)
         assert error_of(found[: len(known)], known) <= TOLERANCE_MEAN
         assert not found[len(known) :].any()
@@ -169,7 +170,7 @@ def test_a_clip_that_ends_the_graph_is_named_and_the_others_are_read(folder, gra
 
 @with_dali
 def test_another_picture_than_the_one_planned_is_refused(folder, graph):
-    reader = DaliReader(SETTINGS, "none")
+    reader = DaliClipReader(SETTINGS, "none")
     reader.sample(clip(folder / "vp9.webm"))  # the first visit
     first, second = (
         reader.sample(clip(folder / "vp9.webm", start=0.7, end=1.9))[0],
@@ -191,8 +192,8 @@ def test_another_picture_than_the_one_planned_is_refused(folder, graph):
 @with_dali
 def test_what_the_graph_fails_at_is_read_by_another_reader(folder, graph, tmp_path, caplog):
     gone = tmp_path / "gone.webm"
-    other = FrameReader(replace(SETTINGS, limit=None))
-    reader = DaliReader(SETTINGS, "none", instead=other)
+    other = FileClipReader(replace(SETTINGS, limit=None))
+    reader = DaliClipReader(SETTINGS, "none", instead=other)
     plans = [reader.sample(clip(folder / name))[0] for name in ("vp9.webm", "mjpeg.avi")]
     reader.close()
     text = tmp_path / "text.webm"
@@ -258,4 +259,4 @@ def test_dali_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(ValueError, match="decoder: DALI is not installed"):
         DaliFrames(DaliSettings(frames=1, image_size=8))
     with pytest.raises(ValueError, match="decoder: DALI is not installed"):
-        DaliReader(SETTINGS, "none")
+        DaliClipReader(SETTINGS, "none")

@@ -13,14 +13,14 @@ import torch
 from discovla.batch import Batch
 from discovla.data.cache import FrameCache
 from discovla.data.dali.support import TOLERANCE_MEAN, missing
+from discovla.data.dataset import frame_origin, read_clips
 from discovla.data.loader import DataConfig, TrainLoader, video_batches
 from discovla.data.manifest import Clip, write_manifest
 from discovla.data.shards.layout import ShardSettings
 from discovla.data.shards.writer import write_shards
-from discovla.data.source import pixels, read_clips
 from discovla.data.video.decode import DecodeError
 from discovla.data.video.tables import FrameTables
-from tests.data.conftest import loader_shape
+from tests.data.conftest import batch_spec
 from tests.data.odd_clips import odd_clip
 
 LACKING = missing()
@@ -70,7 +70,7 @@ def config(world: Path, **changes) -> DataConfig:
 
 
 def loader(data: DataConfig, **changes) -> TrainLoader:
-    return TrainLoader(read_clips(data, "train"), data, loader_shape(**({"batch_size": 3} | changes)))
+    return TrainLoader(read_clips(data, "train"), data, batch_spec(**({"batch_size": 3} | changes)))
 
 
 def assert_near(found: list[Batch], wanted: list[Batch], refused: tuple[int, ...] = ()) -> int:
@@ -183,10 +183,10 @@ def test_resident_frames_are_those_that_dali_makes(world):
 
 
 def test_whose_pixels_a_run_sees_is_known(world, made):
-    told = [pixels(config(world, decoder=decoder)) for decoder in ("pyav", "auto", "dali", "dali+pyav")]
+    told = [frame_origin(config(world, decoder=decoder)) for decoder in ("pyav", "auto", "dali", "dali+pyav")]
     assert told == ["decoded", "decoded", "decoded, by dali", "decoded, by dali+pyav"]
-    assert pixels(config(world, shards=made(format="raw"))) == "decoded"
-    assert pixels(config(world, shards=made(format="jpeg"))) == "jpeg, quality 95, by dali"
+    assert frame_origin(config(world, shards=made(format="raw"))) == "decoded"
+    assert frame_origin(config(world, shards=made(format="jpeg"))) == "jpeg, quality 95, by dali"
 
 
 def test_the_cache_keeps_what_is_known_of_files_and_says_that_it_keeps_no_frames(world, tmp_path, caplog):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from discovla.data.captions.frame_captions import read_frame_captions
+from discovla.data.dataset import training_pairs
 from discovla.data.datasets import first_captions, msrvtt, report, with_frame_captions
-from discovla.data.samples import samples
 
 
 def anns(golden: Path) -> Path:
@@ -57,7 +57,7 @@ def golden_clips(golden: Path, split: str):
 
 def test_training_samples_are_those_of_the_golden_file(golden):
     clips = golden_clips(golden, "train")
-    pairs = samples(clips, frame_captions=True, missing="drop")
+    pairs = training_pairs(clips, frame_captions=True, missing="drop")
     want = expected(golden, "train")
     assert listed(clips, pairs) == want["samples"]
     assert videos(clips, pairs) == placed(want["videos"])
@@ -66,7 +66,7 @@ def test_training_samples_are_those_of_the_golden_file(golden):
 
 def test_test_samples_are_those_of_the_golden_file(golden):
     clips = golden_clips(golden, "test")
-    pairs = samples(clips, frame_captions=False, missing="error")
+    pairs = training_pairs(clips, frame_captions=False, missing="error")
     want = expected(golden, "test")
     assert listed(clips, pairs) == want["samples"]
     assert videos(clips, pairs) == placed(want["videos"])
@@ -74,7 +74,7 @@ def test_test_samples_are_those_of_the_golden_file(golden):
 
 def test_one_caption_of_each_training_clip_is_the_golden_train_test(golden):
     clips = first_captions(golden_clips(golden, "train"))
-    pairs = samples(clips, frame_captions=False, missing="error")
+    pairs = training_pairs(clips, frame_captions=False, missing="error")
     want = expected(golden, "train_test")
     assert listed(clips, pairs) == want["samples"]
     assert videos(clips, pairs) == placed(want["videos"])
@@ -85,7 +85,7 @@ def test_samples_without_frame_captions_are_an_error_by_default(golden):
     with pytest.raises(
         ValueError, match=r"frame captions: 4 of 13 captions have none, the first of clip 'video5'"
     ):
-        samples(clips, frame_captions=True, missing="error")
+        training_pairs(clips, frame_captions=True, missing="error")
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])

@@ -9,11 +9,11 @@ import torch
 
 from discovla.batch import Batch
 from discovla.data import resident
+from discovla.data.dataset import read_clips
 from discovla.data.loader import DataConfig, TrainLoader, video_batches
 from discovla.data.manifest import read_manifest
-from discovla.data.source import read_clips
 from discovla.data.video.decode import DecodeError
-from tests.data.conftest import loader_shape
+from tests.data.conftest import batch_spec
 from tests.data.shards.world import FRAMES, SIZE, make_manifest, make_shards
 
 FIELDS = ("text_ids", "text_mask", "frames", "frame_mask", "video_index", "valid")
@@ -44,7 +44,7 @@ def config(world: Path, **changes) -> DataConfig:
 
 
 def batches(data: DataConfig, *, epoch: int = 1, start: int = 0, **changes) -> list[Batch]:
-    loader = TrainLoader(read_clips(data, "train"), data, loader_shape(**changes))
+    loader = TrainLoader(read_clips(data, "train"), data, batch_spec(**changes))
     return list(loader.epoch(epoch, start=start))
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from discovla.data import clips
-from discovla.data.clips import FrameReader, FrameSettings
+from discovla.data import dataset
+from discovla.data.config import FrameSettings
+from discovla.data.dataset import FileClipReader
 from discovla.data.loader import DataConfig, TrainLoader
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling, sampling_of
@@ -20,7 +21,7 @@ from discovla.data.video import decoders
 from discovla.data.video.decode import DecodeError, decode_each
 from discovla.data.video.pixels import fit
 from discovla.data.video.reading import Reader, Reading, read_frames
-from tests.data.conftest import loader_shape, movie
+from tests.data.conftest import batch_spec, movie
 from tests.data.odd_clips import odd_clip
 
 
@@ -83,7 +84,7 @@ def test_a_loader_marks_a_clip_that_takes_too_long(tmp_path, workers):
     paths = [movie(tmp_path / f"{name}.mp4", 60, size=(256, 256)) for name in "ab"]
     pairs = [Clip(id=path.stem, video=path, captions=("one",), split="train") for path in paths]
     config = DataConfig(manifest=tmp_path, frames=2, workers=workers, decode_seconds=0.002)
-    shape = loader_shape()
+    shape = batch_spec()
     (batch,) = TrainLoader(pairs, config, shape).epoch(0)
     assert not batch.valid.any()
     assert {bad.reason for bad in batch.bad} == {"not decoded: took longer than 0.002 s"}
@@ -98,15 +99,15 @@ def test_a_reader_travels(counting, reader):
 def test_a_decoder_that_is_not_there_is_refused_before_reading(monkeypatch):
     monkeypatch.setattr(decoders, "missing", lambda: "torchcodec is not installed")
     with pytest.raises(ValueError, match="decoder: torchcodec is not installed"):
-        FrameReader(FrameSettings(frames=2, image_size=16, decoder="torchcodec"))
+        FileClipReader(FrameSettings(frames=2, image_size=16, decoder="torchcodec"))
 
 
 def test_frames_of_another_decoder_are_not_those_in_the_cache(counting, tmp_path, monkeypatch):
-    monkeypatch.setattr(clips, "check_decoder", lambda name: None)
+    monkeypatch.setattr(dataset, "check_decoder", lambda name: None)
     clip = Clip(id="a", video=counting, captions=("one",), split="train")
     keys = set()
     for decoder in ("pyav", "torchcodec", "auto"):
         settings = FrameSettings(frames=2, image_size=16, cache=tmp_path, decoder=decoder)
-        frame_reader = FrameReader(settings)
-        keys.add(frame_reader._cache.key(counting, frame_reader._spec(sampling_of(settings, clip))))
+        clip_reader = FileClipReader(settings)
+        keys.add(clip_reader._cache.key(counting, clip_reader._spec(sampling_of(settings, clip))))
     assert len(keys) == 3

@@ -1,11 +1,10 @@
-"""Clips of a manifest as a source of samples."""
+"""Training pairs of clips and captions, and the readers of their frames: from files, from shards, by DALI."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -13,41 +12,105 @@ import numpy as np
 from discovla.batch import BadClip
 from discovla.data.augment import draw_light
 from discovla.data.cache import FrameCache
-from discovla.data.manifest import Clip
-from discovla.data.samples import Frames, Pair, Sample, frame_texts
-from discovla.data.sampling import Sampler, Sampling, Slice, sampling_of
-from discovla.data.shards.reader import Shards
+from discovla.data.config import FULL_SIZE, Augment, DataConfig, FrameSettings, LongCaptions
+from discovla.data.dali.plans import Plan
+from discovla.data.dali.reader import DaliClipReader
+from discovla.data.manifest import Clip, check_clips, read_manifest
+from discovla.data.sampling import Sampling, sampling_of
+from discovla.data.shards.reader import Shards, open_shards
 from discovla.data.tokens import Tokenizer
-from discovla.data.video.decode import Damaged, DecodeError
-from discovla.data.video.decoders import DecoderName, check_decoder
+from discovla.data.video.decode import DecodeError
+from discovla.data.video.decoders import check_decoder
 from discovla.data.video.opening import check_file
 from discovla.data.video.reading import Reader, Reading, resizing
 
 logger = logging.getLogger(__name__)
 
-Augment = Literal["none", "light", "randaugment", "resized_crop"]
-FULL_SIZE = ("randaugment", "resized_crop")  # what changes frames before they are made small
-LongCaptions = Literal["error", "truncate"]
+Frames = np.ndarray | Plan  # read, or still to be made
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training pair: a clip by its place in the list, a caption by its place in the clip."""
+
+    clip: int
+    caption: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrameSettings:
-    """How clips become frames: which (see `Sampling`), how large, and what of files that break off.
+class Sample:
+    """One training pair as it is read.
 
-    decoder: see `Decoder`.  limit: seconds that a file may take, in a process that is replaced where it does
-    not survive it; None reads in this process and without limit.
+    frames: uint8 RGB, f y x 3, or the plan of them.  shown: how many of them the clip has, padding follows;
+    None where it has all.  frame_texts: a still caption per frame, or None.  video_index: which clip of the
+    list.  bad: why the frames are placeholders, None where they are real.
     """
 
-    frames: int
-    image_size: int
-    sampling: Sampler = "discovla"
-    sample_rate: float = 1.0
-    sampling_divisor: int = 1
-    sampling_slice: Slice = "even"
-    damaged: Damaged = "refuse"
-    cache: Path | None = None
-    decoder: DecoderName = "pyav"
-    limit: float | None = None
+    text: str
+    frames: Frames
+    video_index: int
+    shown: int | None = None
+    frame_texts: tuple[str, ...] | None = None
+    bad: BadClip | None = None
+
+
+class Dataset(Protocol):
+    """Anything training can walk through.  It is sent to worker processes, so it must pickle."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """The pair `index`; random parts depend on the source's seed, `epoch` and `index` alone."""
+        ...
+
+
+def training_pairs(
+    clips: Sequence[Clip], *, frame_captions: bool, missing: Literal["error", "drop"]
+) -> list[Pair]:
+    """The training pairs of clips, in the order of the dataset.
+
+    By `caption_order` where the clips have one, otherwise clip by clip.
+
+    Args:
+        frame_captions: whether every pair needs frame captions.
+        missing: what to do with a pair that needs them and has none; a drop is logged with its number.
+
+    Raises:
+        ValueError: frame captions are missing, or only some of the clips have an order.
+    """
+    pairs = _ordered(clips)
+    if not frame_captions:
+        return pairs
+    kept = [pair for pair in pairs if frame_texts(clips[pair.clip], pair.caption) is not None]
+    dropped = len(pairs) - len(kept)
+    if dropped and missing == "error":
+        first = next(p for p in pairs if frame_texts(clips[p.clip], p.caption) is None)
+        clip = clips[first.clip]
+        raise ValueError(
+            f"frame captions: {dropped} of {len(pairs)} captions have none, the first of clip {clip.id!r}: "
+            f"{clip.captions[first.caption]!r}; missing_frame_captions = 'drop' leaves them out"
+        )
+    if dropped:
+        logger.warning("%d of %d captions have no frame captions and are left out", dropped, len(pairs))
+    if not kept:
+        raise ValueError(f"frame captions: none of {len(pairs)} captions has any")
+    return kept
+
+
+def frame_texts(clip: Clip, caption: int) -> tuple[str, ...] | None:
+    """The frame captions of one caption of a clip."""
+    return None if clip.frame_captions is None else clip.frame_captions[caption]
+
+
+def _ordered(clips: Sequence[Clip]) -> list[Pair]:
+    """All pairs in the order of the dataset."""
+    pairs = [Pair(i, j) for i, clip in enumerate(clips) for j in range(len(clip.captions))]
+    ordered = sum(clip.caption_order is not None for clip in clips)
+    if not ordered:
+        return pairs
+    if ordered < len(clips):
+        raise ValueError(f"caption_order: expected all {len(clips)} clips to have one, found {ordered}")
+    return sorted(pairs, key=lambda pair: (clips[pair.clip].caption_order or ())[pair.caption])
 
 
 class ClipReader(Protocol):
@@ -70,7 +133,7 @@ class ClipReader(Protocol):
         ...
 
 
-class FrameReader:
+class FileClipReader:
     """Frames of clips at the size of the model, from the cache where they are there.
 
     It pickles, so that worker processes can have it.
@@ -161,7 +224,7 @@ class FrameReader:
         )
 
 
-class ShardFrameReader(FrameReader):
+class ShardClipReader(FileClipReader):
     """The same frames of clips from shards, which take the place of files and cache.
 
     Raises:
@@ -199,7 +262,7 @@ class ShardFrameReader(FrameReader):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipSource:
+class ClipDataset:
     """Training pairs of clips; a clip that gives no frames becomes a blank that says why."""
 
     clips: Sequence[Clip]
@@ -273,3 +336,138 @@ def _all_texts(clip: Clip, frame_captions: bool) -> list[str]:
     if frame_captions and clip.frame_captions is not None:
         texts += [text for still in clip.frame_captions if still is not None for text in still]
     return texts
+
+
+DALI = ("dali", "dali+pyav")  # decoders whose frames come from its graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSpec:
+    """What the batches of one rank look like.
+
+    batch_size: pairs of the whole batch, over all ranks.  image_size: pixels of a side.  frame_captions:
+    whether each pair brings a still caption per frame.
+    """
+
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    image_size: int
+    context_length: int
+    frame_captions: bool
+
+
+def read_clips(config: DataConfig, split: str | None) -> list[Clip]:
+    """The clips of a split, or of all, in the order of the manifest: from it, or from shards.
+
+    Raises:
+        ValueError: as `read_manifest` or `Shards`.
+    """
+    if config.shards is not None:
+        shards = open_shards(config.shards)
+        return list(shards.clips) if split is None else shards.split(split)
+    assert config.manifest is not None, "DataConfig refuses to have neither"
+    return read_manifest(config.manifest, split=split)
+
+
+def frame_origin(config: DataConfig) -> str:
+    """Whose pixels a run sees: `decoded`, which raw shards give too, or what encoding them again left."""
+    kind = "decoded"
+    if config.shards is not None and (settings := open_shards(config.shards).settings).format == "jpeg":
+        kind = f"jpeg, quality {settings.quality}"
+    return f"{kind}, by {config.decoder}" if by_dali(config) else kind
+
+
+def clip_dataset(clips: Sequence[Clip], config: DataConfig, shape: BatchSpec) -> ClipDataset:
+    """Checked training pairs of clips."""
+    frames = config.frames if shape.frame_captions else None
+    check_clips(clips, frames=frames, files=config.shards is None)
+    check_captions(
+        clips, shape.context_length, long=config.long_captions, frame_captions=shape.frame_captions
+    )
+    if shape.frame_captions and config.sampling != "discovla":
+        raise ValueError(
+            "sampling: expected 'discovla', whose frames the frame captions tell of (method.alpha or "
+            f"method.beta is not 0), found {config.sampling!r}"
+        )
+    _say_what_the_cache_lacks(config)
+    return ClipDataset(
+        clips=clips,
+        pairs=training_pairs(
+            clips, frame_captions=shape.frame_captions, missing=config.missing_frame_captions
+        ),
+        reader=clip_reader(clips, config, shape.image_size, config.augment),
+        augment=config.augment,
+        seed=shape.seed,
+        frame_captions=shape.frame_captions,
+    )
+
+
+def clip_reader(
+    clips: Sequence[Clip], config: DataConfig, image_size: int, augment: Augment | None
+) -> ClipReader:
+    """What reads the frames of clips, from their files or from shards.
+
+    Args:
+        augment: that of training; None for evaluation.
+
+    Raises:
+        ValueError: shards that hold other frames; and as `FileClipReader`.
+    """
+    settings = frame_settings(config, image_size)
+    shards = None if config.shards is None else open_shards(config.shards)
+    reader = None
+    if shards is not None:
+        settings = replace(settings, cache=None)
+        reader = ShardClipReader(settings, shards)
+        reader.check(clips, augment)
+    if not by_dali(config):
+        return reader or FileClipReader(settings)
+    instead = (reader or FileClipReader(settings)) if config.decoder == "dali+pyav" else None
+    return DaliClipReader(settings, augment or "none", threads=config.workers, shards=shards, instead=instead)
+
+
+def by_dali(config: DataConfig) -> bool:
+    """Whether DALI makes the frames."""
+    return config.decoder in DALI and not ready(config)
+
+
+def ready(config: DataConfig) -> bool:
+    """Whether there is nothing to decode: raw frames of the model's size need no more than to be read."""
+    settings = None if config.shards is None else open_shards(config.shards).settings
+    return settings is not None and settings.format == "raw" and settings.size is not None
+
+
+def _say_what_the_cache_lacks(config: DataConfig) -> None:
+    """Warn where there is a cache that training cannot use."""
+    if config.cache is None or config.shards is not None:
+        return
+    if config.decoder in DALI:
+        logger.warning("cache: decoder = 'dali' keeps what is known of each file there, but no frames")
+    elif config.augment in FULL_SIZE:
+        logger.warning(
+            "cache: augment = %r works on frames of full size, training decodes clips every time",
+            config.augment,
+        )
+    elif Sampling(frames=config.frames, sampler=config.sampling).moves:
+        logger.warning(
+            "cache: sampling = %r draws frames anew in each epoch, training decodes clips every time",
+            config.sampling,
+        )
+
+
+def frame_settings(config: DataConfig, image_size: int) -> FrameSettings:
+    """The part of the configuration that decides a clip's frames."""
+    return FrameSettings(
+        frames=config.frames,
+        image_size=image_size,
+        sampling=config.sampling,
+        sample_rate=config.sample_rate,
+        sampling_divisor=config.sampling_divisor,
+        sampling_slice=config.sampling_slice,
+        damaged=config.damaged,
+        cache=config.cache,
+        decoder="pyav" if config.decoder in DALI else config.decoder,
+        limit=config.decode_seconds,
+    )
