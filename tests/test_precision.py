@@ -5,7 +5,7 @@ import torch
 
 from discovla.engine.zero import EngineConfig
 from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
-from discovla.nn.transformer import Block, Linear
+from discovla.nn.block import Block, Linear
 from discovla.testing import tiny_architecture
 from discovla.train_step import set_precision
 from tests import runs

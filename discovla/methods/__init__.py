@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from discovla.methods.base import Method
-from discovla.methods.base_config import MethodConfig
-from discovla.methods.base_released import load_released
 from discovla.methods.clip import CLIP
 from discovla.methods.clip2video import CLIP2Video
 from discovla.methods.clip4clip import CLIP4Clip
+from discovla.methods.config import MethodConfig
 from discovla.methods.discovla import DiscoVLA
+from discovla.methods.released import load_released
 from discovla.methods.t2vparser import T2VParser
 from discovla.towers.weights import ModelConfig, initialise, load_pretrained, load_weights
 

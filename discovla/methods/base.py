@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from discovla.batch import Batch, Embedding, Losses
-from discovla.methods.base_config import MethodConfig, TunedGroup
+from discovla.methods.config import MethodConfig, TunedGroup
+from discovla.nn.block import Attention, Block
 from discovla.nn.features import check_mask, on, unit, widen
+from discovla.nn.fusion import FusionAttention
 from discovla.nn.logit_scale import LogitScale
 from discovla.nn.lora import LoRA
-from discovla.nn.temporal import FusionAttention
-from discovla.nn.transformer import Attention, Block
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
 from discovla.ops.columns import Columns
 from discovla.ops.dispatch import Impl

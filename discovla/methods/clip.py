@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from discovla.methods.base import Method
-from discovla.methods.base_config import MethodConfig
+from discovla.methods.config import MethodConfig
 
 
 class CLIPConfig(MethodConfig):

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from discovla.batch import Embedding
 from discovla.methods.base import Method, VideoLosses, excluded
-from discovla.methods.base_config import MethodConfig
-from discovla.methods.base_released import by_name
+from discovla.methods.config import MethodConfig
+from discovla.methods.released import by_name
+from discovla.nn.block import BlockShape, LayerNorm
 from discovla.nn.features import check_mask
 from discovla.nn.temporal_heads import SoftVLAD, Table, Transformer
-from discovla.nn.transformer import BlockShape, LayerNorm
 from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
 from discovla.ops.unit_mean import unit_mean

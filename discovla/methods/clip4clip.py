@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from discovla.batch import Embedding
 from discovla.methods.base import Method, VideoLosses, excluded
-from discovla.methods.base_config import MethodConfig
-from discovla.methods.base_released import by_name
+from discovla.methods.config import MethodConfig
+from discovla.methods.released import by_name
 from discovla.nn.features import check_mask
 from discovla.nn.temporal_heads import LSTM, PairScorer, Table, Transformer
 from discovla.ops.columns import Columns

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import Field
 
 from discovla.methods.base import Method
-from discovla.methods.base_config import MethodConfig
+from discovla.methods.config import MethodConfig
 
 
 class DiscoVLAConfig(MethodConfig):
@@ -38,7 +38,7 @@ class DiscoVLAConfig(MethodConfig):
 class DiscoVLA(Method):
     """l_vid + alpha l_frm + beta l_dis on the mean of fused frames.
 
-    Its parts are everybody's: LoRA in nn/lora.py, the fusion in nn/temporal.py, the three losses in
+    Its parts are everybody's: LoRA in nn/lora.py, the fusion in nn/fusion.py, the three losses in
     ops/alignment_losses.py; `Method` puts them together.
     """
 

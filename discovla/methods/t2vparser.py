@@ -20,7 +20,7 @@ from torch import Tensor, cat
 
 from discovla.batch import Embedding
 from discovla.methods.base import Method, VideoLosses, excluded
-from discovla.methods.base_config import MethodConfig
+from discovla.methods.config import MethodConfig
 from discovla.nn.decomposition import Decomposition, FeedForward
 from discovla.nn.features import check_mask, masked_mean, on, unit, widen
 from discovla.nn.stan import STAN, StanState

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovla.nn.autograd import SLOPE, recomputed
-from discovla.nn.sequences import Rows
+from discovla.nn.layout import Rows
+from discovla.nn.recompute import SLOPE, recompute_in_backward
 from discovla.ops.adapter import AdapterWeights
 from discovla.ops.dispatch import Impl, choose
 from discovla.ops.fp8_linear import FP8Weight, fp8_linear
@@ -65,7 +65,9 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if torch.promote_types(input.dtype, torch.float32) == input.dtype:
             return self.widened(input, self.weight, self.bias)
-        return recomputed(self.widened, input, self.weight, self.bias)  # keeps no float32 copy of its input
+        return recompute_in_backward(
+            self.widened, input, self.weight, self.bias
+        )  # keeps no float32 copy of its input
 
     def widened(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The norm in float32 at least."""

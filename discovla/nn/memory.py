@@ -24,10 +24,10 @@ WIDTHS: dict[Memory, int] = {
 SHARE = 0.8  # of the free memory that a tower may fill
 
 
-_AGAIN: ContextVar[bool] = ContextVar("_AGAIN", default=False)
+_RECOMPUTING: ContextVar[bool] = ContextVar("_RECOMPUTING", default=False)
 
 
-def again(function: Callable[..., Any], *inputs: Any) -> Any:
+def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
     """function(*inputs), of which backward computes again what it needs; the inputs alone are kept.
 
     Args:
@@ -40,22 +40,22 @@ def again(function: Callable[..., Any], *inputs: Any) -> Any:
         *inputs,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), _computing_again()),
+        context_fn=lambda: (nullcontext(), _set_recomputing()),
     )
 
 
-def computed_again() -> bool:
-    """Whether this is what `again` computes in backward, where nobody reads the last result of a block."""
-    return _AGAIN.get()
+def recomputing() -> bool:
+    """Return True while backward recomputes a `checkpointed` function, whose result is then never read."""
+    return _RECOMPUTING.get()
 
 
 @contextmanager
-def _computing_again() -> Iterator[None]:
-    token = _AGAIN.set(True)
+def _set_recomputing() -> Iterator[None]:
+    token = _RECOMPUTING.set(True)
     try:
         yield
     finally:
-        _AGAIN.reset(token)
+        _RECOMPUTING.reset(token)
 
 
 def choose_memory(needed: int, free: int) -> Memory:

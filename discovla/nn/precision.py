@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from discovla.nn.transformer import Block, Linear, frozen
+from discovla.nn.block import Block, Linear, frozen
 from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import fp8_lacks, quantise_weight
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from discovla.nn.block import Attention, Block, BlockShape, LayerNorm, Linear
 from discovla.nn.features import masked_mean
-from discovla.nn.sequences import Sequences
-from discovla.nn.transformer import Attention, Block, BlockShape, LayerNorm, Linear
+from discovla.nn.layout import SequenceLayout
 
 FRAMES = 64  # rows of the time table
 DROP_PATH = 0.1  # rate of the last layer; the first has 0, those between lie on a line
@@ -108,7 +108,7 @@ class StanLayer(nn.Module):
         b, _, p, _ = patches.shape
         places = patches.transpose(1, 2).flatten(0, 1)  # (b p) f w
         seen = None if mask is None else mask.repeat_interleave(p, 0)
-        read = self.temporal(self.temporal_norm(places), Sequences(key_mask=seen))
+        read = self.temporal(self.temporal_norm(places), SequenceLayout(key_mask=seen))
         update = self.temporal_fc(drop_path(read, self.drop_path, self.training))
         return update.unflatten(0, (b, p)).transpose(1, 2)
 
@@ -117,7 +117,7 @@ class StanLayer(nn.Module):
         b, f = state.patches.shape[:2]
         cls = state.cls[:, None, None].expand(-1, f, 1, -1)
         rows = torch.cat([cls, state.patches], dim=2).flatten(0, 1)  # (b f) 1+p w
-        read = self.spatial.attention(self.spatial.ln_1(rows), Sequences())
+        read = self.spatial.attention(self.spatial.ln_1(rows), SequenceLayout())
         read = drop_path(read, self.drop_path, self.training).unflatten(0, (b, f))  # b f 1+p w
         cls = state.cls + mean_of_frames(read[:, :, 0], mask)
         patches = state.patches + read[:, :, 1:]

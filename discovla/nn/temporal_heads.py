@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.sequences import Sequences
-from discovla.nn.transformer import Block, BlockShape, LayerNorm, Linear, quick_gelu
+from discovla.nn.block import Block, BlockShape, LayerNorm, Linear, quick_gelu
+from discovla.nn.layout import SequenceLayout
 from discovla.ops.soft_vlad import soft_vlad
 
 M = TypeVar("M", bound=nn.Module)
@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         Where a mask hides every key the queries see all of them, as with the additive -1e6 of the released
         heads; what they then make is hidden in turn by whoever pools.
         """
-        sequences = Sequences(key_mask=key_mask | ~key_mask.any(-1, keepdim=True))
+        sequences = SequenceLayout(key_mask=key_mask | ~key_mask.any(-1, keepdim=True))
         for block in self.blocks:
             x = block(x, sequences)
         return x

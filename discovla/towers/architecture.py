@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from discovla.nn.transformer import BlockShape
+from discovla.nn.block import BlockShape
 from discovla.ops.mlp import Activation
 
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovla.nn.autograd import take_rows
+from discovla.nn.block import Block, LayerNorm, prepared
 from discovla.nn.features import expect, on, widen
+from discovla.nn.layout import Rows as BlockRows
+from discovla.nn.layout import SequenceLayout
 from discovla.nn.memory import MemoryPlan
-from discovla.nn.sequences import Rows as BlockRows
-from discovla.nn.sequences import Sequences
-from discovla.nn.transformer import Block, LayerNorm, prepared
+from discovla.nn.recompute import take_rows
 from discovla.ops.buckets import Rows, widened
 from discovla.ops.dispatch import Impl, Memory
 from discovla.ops.short_attention import Packing
@@ -63,14 +63,14 @@ class TextTower(nn.Module):
         y = self.ln_final.of_rows(x, self.impl)
         return y @ self.projection.to(y.dtype)
 
-    def sequences(self, ids: Tensor, mask: Tensor | None, group: int = 0, alone: int = 0) -> Sequences:
+    def sequences(self, ids: Tensor, mask: Tensor | None, group: int = 0, alone: int = 0) -> SequenceLayout:
         """What the blocks must know of the captions, packed without what `mask` leaves out.
 
         Raises:
             ValueError: the mask leaves an end-of-text token out.
         """
         at_end = ids.argmax(-1, keepdim=True)
-        plain = Sequences(causal=True, group=group, alone=alone, readout=at_end[:, 0], impl=self.impl)
+        plain = SequenceLayout(causal=True, group=group, alone=alone, readout=at_end[:, 0], impl=self.impl)
         if mask is None:
             return plain
         kept, count = self._kept(mask)
@@ -174,7 +174,9 @@ class TextTower(nn.Module):
         places = flat.nonzero() if count is None else flat.nonzero_static(size=count)
         return take_rows(x.flatten(0, 1), places[:, 0].to(ids.device, non_blocking=True))
 
-    def _through(self, blocks: nn.ModuleList, x: Tensor, sequences: Sequences, *, pruned: bool) -> BlockRows:
+    def _through(
+        self, blocks: nn.ModuleList, x: Tensor, sequences: SequenceLayout, *, pruned: bool
+    ) -> BlockRows:
         """Rows after some of the blocks; pruned: the readout rows alone."""
         sequences = prepared(replace(sequences, memory=self.plan.of(self.memory, x)), blocks, x)
         inner = sequences.inner()

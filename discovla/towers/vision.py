@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from discovla.nn.block import Block, LayerNorm, prepared
+from discovla.nn.layout import Rows, SequenceLayout
 from discovla.nn.memory import MemoryPlan
-from discovla.nn.sequences import Rows, Sequences
-from discovla.nn.transformer import Block, LayerNorm, prepared
 from discovla.ops.dispatch import Impl, Memory, choose
 from discovla.ops.frame_patches import Statistics, fold_normalisation, frame_patches
 from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD, preprocess_frames
@@ -132,7 +132,7 @@ class VisionTower(nn.Module):
         y = self.ln_post.of_rows(cls, self.impl)
         return y @ self.projection.to(y.dtype)
 
-    def sequences(self, frames: Tensor, group: int, frame_mask: Tensor | None = None) -> Sequences:
+    def sequences(self, frames: Tensor, group: int, frame_mask: Tensor | None = None) -> SequenceLayout:
         """What the blocks must know of n embedded frames, `group` of them a video.
 
         frame_mask: b f, bool; where given, padded frames are not seen in fusion blocks.
@@ -140,7 +140,7 @@ class VisionTower(nn.Module):
         n, tokens, _ = frames.shape
         seen = None if frame_mask is None else frame_mask.flatten()[:, None].expand(n, tokens)
         readout = torch.zeros(n, dtype=torch.long, device=frames.device)
-        return Sequences(
+        return SequenceLayout(
             group=group,
             readout=readout,
             fusion_key_mask=seen,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from discovla.methods.base import Method
-from discovla.methods.base_config import MethodConfig
-from discovla.methods.base_released import released_names
+from discovla.methods.config import MethodConfig
+from discovla.methods.released import released_names
 from discovla.testing import tiny_architecture
 from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.weights import initialise, openai_weights

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from discovla.batch import Embedding
-from discovla.methods.base_released import load_released
 from discovla.methods.clip2video import CLIP2Video, CLIP2VideoConfig, key_mask
 from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
+from discovla.methods.released import load_released
 from discovla.nn.features import unit
 from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.soft_vlad import soft_assignment

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from discovla.methods import clip4clip
-from discovla.methods.base_released import load_released
 from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
+from discovla.methods.released import load_released
 from discovla.nn.features import unit
 from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss

@@ -12,8 +12,8 @@ from benchmarks.measure import relative_frobenius
 from discovla.engine.strategy import cast_frozen
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.nn import precision
+from discovla.nn.block import Block, Linear
 from discovla.nn.precision import quantise_frozen, widen_residual
-from discovla.nn.transformer import Block, Linear
 from discovla.ops import fp8_linear
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.towers.architecture import TowerShape

@@ -9,7 +9,7 @@ from discovla.batch import Embedding
 from discovla.config import ConfigError, parse_config
 from discovla.data.tokens import Tokenizer, special_ids
 from discovla.methods import build
-from discovla.methods.base_released import load_released
+from discovla.methods.released import load_released
 from discovla.methods.t2vparser import T2VParser, T2VParserConfig
 from discovla.testing import noise_batch, tiny_architecture
 from discovla.towers.weights import ModelConfig, clip_names, initialise

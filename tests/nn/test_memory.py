@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from discovla.nn import memory
+from discovla.nn.block import Block, BlockShape
+from discovla.nn.layout import SequenceLayout
 from discovla.nn.memory import WIDTHS, MemoryPlan, choose_memory
-from discovla.nn.sequences import Sequences
-from discovla.nn.transformer import Block, BlockShape
-from tests.nn.test_chain import made, results
+from tests.nn.test_block import made, results
 
 MODES = list(WIDTHS)[1:]
 
@@ -32,7 +32,7 @@ def test_without_backward_nothing_is_checkpointed(mode, monkeypatch):
     monkeypatch.delattr(memory, "checkpoint")
     block = Block(BlockShape(width=8, heads=2, mlp_width=16))
     with torch.no_grad():
-        block(torch.randn(2, 3, 8), Sequences(memory=mode))
+        block(torch.randn(2, 3, 8), SequenceLayout(memory=mode))
 
 
 def test_the_mode_is_the_first_that_fits_a_share_of_the_free_memory():

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from discovla.nn.block import Block, BlockShape
 from discovla.nn.stan import FRAMES, STAN, StanLayer, StanState, drop_path
-from discovla.nn.transformer import Block, BlockShape
 
 SHAPE = BlockShape(width=16, heads=2, mlp_width=32)
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from discovla.nn.sequences import Sequences
-from discovla.nn.temporal import FRAME_POSITIONS, FusionAttention
+from discovla.nn.block import Block, BlockShape
+from discovla.nn.fusion import FRAME_POSITIONS, FusionAttention
+from discovla.nn.layout import SequenceLayout
 from discovla.nn.temporal_heads import LSTM, PairScorer, Table, Transformer
-from discovla.nn.transformer import Block, BlockShape
 
 SHAPE = BlockShape(width=16, heads=4, mlp_width=64, eps=1e-12)
 
@@ -74,7 +74,7 @@ def test_a_pair_is_scored_by_itself():
 def test_fusion_reads_keys_at_the_positions_of_their_frames():
     plain, positioned = FusionAttention(SHAPE, 2), FusionAttention(SHAPE, 2, positions=True)
     positioned.load_state_dict(plain.state_dict(), strict=False)
-    x, sequences = torch.randn(6, 3, 16), Sequences(group=3, readout=torch.zeros(6, dtype=torch.long))
+    x, sequences = torch.randn(6, 3, 16), SequenceLayout(group=3, readout=torch.zeros(6, dtype=torch.long))
     assert torch.equal(plain(x, sequences), positioned(x, sequences))
     positioned.frame_position.data.normal_()
     q, k, v = positioned.split(positioned.project(x))

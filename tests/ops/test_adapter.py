@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from discovla.nn.temporal import Adapter
+from discovla.nn.fusion import Adapter
 from discovla.ops.adapter import _adapter, adapter
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes

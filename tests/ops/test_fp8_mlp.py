@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import relative_frobenius
-from discovla.nn.transformer import ACTIVATIONS
+from discovla.nn.block import ACTIVATIONS
 from discovla.ops.fp8_linear import fp8_linear, quantise_weight
 from discovla.ops.fp8_mlp import FP8MLPWeights, fp8_mlp
 from discovla.ops.quantise_rows import FP8, Through, quantise_rows

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from discovla.nn.transformer import LayerNorm
+from discovla.nn.block import LayerNorm
 from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.layer_norm import Update, _layer_norm, fold_affine, layer_norm
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes

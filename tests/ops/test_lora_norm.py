@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from discovla.nn.block import LayerNorm
 from discovla.nn.lora import LoRA
-from discovla.nn.transformer import LayerNorm
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 from discovla.ops.layer_norm import fold_affine
 from discovla.ops.lora_norm import (

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from discovla.nn.transformer import MLP, BlockShape
+from discovla.nn.block import MLP, BlockShape
 from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.mlp import MLPWeights, _mlp, mlp
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from discovla.nn.sequences import Sequences
-from discovla.nn.temporal import FusionAttention
-from discovla.nn.transformer import BlockShape
+from discovla.nn.block import BlockShape
+from discovla.nn.fusion import FusionAttention
+from discovla.nn.layout import SequenceLayout
 from discovla.ops.adapter import adapter
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 from discovla.ops.layer_norm import Update, layer_norm
@@ -185,7 +185,7 @@ def test_with_adapter_and_layer_norm_it_is_the_attention_of_a_fusion_block(impl)
     mask[2] = False
     readout = torch.arange(0, 30, 5, device=DEVICE).view(2, 3)
     first = torch.zeros(6, dtype=torch.long, device=DEVICE)
-    want = block(x, Sequences(group=3, readout=first, fusion_key_mask=mask))
+    want = block(x, SequenceLayout(group=3, readout=first, fusion_key_mask=mask))
     groups = Groups(heads=2, readout=readout, group_mask=mask)
     rows, own = temporal_fusion(block.qkv(x), groups, position=block.frame_position, impl=impl)
     down, up = block.adapter.down, block.adapter.up

@@ -5,7 +5,7 @@ from discovla.batch import Batch
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.towers.text import TextTower, distinct_rows
-from tests.nn.test_chain import results
+from tests.nn.test_block import results
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from discovla.methods.base import Method
 from discovla.ops.dispatch import Impl
 from discovla.testing import relative_error
 from discovla.towers.vision import CentredPatches
-from tests.nn.test_chain import made
+from tests.nn.test_block import made
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 

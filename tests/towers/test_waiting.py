@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from discovla.testing import noise_batch
-from tests.nn.test_chain import made
+from tests.nn.test_block import made
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

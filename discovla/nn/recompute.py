@@ -14,17 +14,17 @@ from torch.autograd.function import once_differentiable
 SLOPE = 1.702  # of QuickGELU's sigmoid
 
 
-def recomputed(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
+def recompute_in_backward(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
     """function(*inputs), of which only the inputs are kept for backward; that computes the rest again.
 
     Args:
         function: of tensors alone, without randomness; gives a tensor or a tuple of tensors.
         inputs: what it may differentiate by; a tensor it closes over gets no gradient.
     """
-    return _Recomputed.apply(function, *inputs)
+    return _RecomputeInBackward.apply(function, *inputs)
 
 
-class _Recomputed(Function):
+class _RecomputeInBackward(Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
         ctx.function = function

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.autograd import pad_rows, take_rows
+from discovla.nn.recompute import pad_rows, take_rows
 from discovla.ops.dispatch import Impl, Memory
 from discovla.ops.lora_norm import LoRAWeights
 from discovla.ops.short_attention import Packing
@@ -18,7 +18,7 @@ Rows = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequences:
+class SequenceLayout:
     """What blocks must know of the n sequences of l tokens they are given: as n l w, or packed as t w.
 
     causal: a token sees itself and earlier ones only.
@@ -50,11 +50,11 @@ class Sequences:
     lora: Mapping[nn.Module, LoRAWeights] = field(default_factory=dict, repr=False, compare=False)
     known: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def inner(self) -> Sequences:
+    def inner(self) -> SequenceLayout:
         """The same for the blocks of a tower before its last."""
         return replace(self, deferred=self.memory == "keep")
 
-    def last(self, *, pruned: bool = True) -> Sequences:
+    def last(self, *, pruned: bool = True) -> SequenceLayout:
         """The same for the last block; of a pruned one, whose rows are normed next, readout rows alone."""
         return replace(self, pruned=pruned, deferred=pruned and self.memory == "keep")
 

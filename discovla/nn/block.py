@@ -1,7 +1,7 @@
 """Pre-norm transformer blocks on sequences: the parts every tower and head is made of.
 
 A block is computed in one of two ways that `ops.dispatch` chooses between: in plain torch with backwards of
-its own (`nn.autograd`), or as a chain of ops, all of one implementation.
+its own (`nn.recompute`), or as a chain of ops, all of one implementation.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.autograd import normed_lora_projection, quick_gelu_mlp, recomputed
 from discovla.nn.layers import ACTIVATIONS, LayerNorm, Linear, frozen, quick_gelu
+from discovla.nn.layout import Rows, SequenceLayout
 from discovla.nn.lora import LoRA
-from discovla.nn.memory import again, computed_again
-from discovla.nn.sequences import Rows, Sequences
+from discovla.nn.memory import checkpointed, recomputing
+from discovla.nn.recompute import normed_lora_projection, quick_gelu_mlp, recompute_in_backward
 from discovla.ops.adapter import AdapterWeights
 from discovla.ops.attention import attention
 from discovla.ops.dispatch import Impl, choose
@@ -70,19 +70,21 @@ class Attention(nn.Module):
         self.out = Linear(shape.width, shape.width)
         self.lora: LoRA | None = None
 
-    def forward(self, x: Tensor, sequences: Sequences, norm: LayerNorm | None = None) -> Tensor:
+    def forward(self, x: Tensor, sequences: SequenceLayout, norm: LayerNorm | None = None) -> Tensor:
         """The update of rows n l w or packed t w; in a pruned block that of the readout rows alone, n w.
 
         norm: what x has still to pass.
         """
         if sequences.pruned:
             return self.out(
-                recomputed(partial(self.attend_read, sequences), *self.project_read(x, sequences, norm))
+                recompute_in_backward(
+                    partial(self.attend_read, sequences), *self.project_read(x, sequences, norm)
+                )
             )
         return self.out(self.attend_rows(self.project(x, norm), sequences, chosen(x, sequences)))
 
     def chain(
-        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
+        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: SequenceLayout, impl: Impl
     ) -> Attended:
         """`forward` of the norm of x + u by ops; rows: x, and u or None."""
         x, parts = self.projections(rows, norm, sequences, impl)
@@ -91,7 +93,7 @@ class Attention(nn.Module):
         return x, self.out(self.read_rows(parts, sequences, impl)), None
 
     def projections(
-        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
+        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: SequenceLayout, impl: Impl
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x + u, and what `project` gives of its norm; in a pruned block readout rows and `project_read`."""
         (x, u), width = rows, self.qkv.in_features
@@ -126,14 +128,14 @@ class Attention(nn.Module):
         return lora_weights(linears, loras, rows=rows, dtype=dtype, impl=impl)
 
     def read_rows(
-        self, parts: tuple[Tensor, ...], sequences: Sequences, impl: Impl, position: Tensor | None = None
+        self, parts: tuple[Tensor, ...], sequences: SequenceLayout, impl: Impl, position: Tensor | None = None
     ) -> Tensor:
         """`readout_attention_rows` of what `projections` gave; masks of single heads have no kernel."""
         (q, kv), mask = parts, sequences.key_mask
         if mask is not None and mask.dim() == 3:
             if self.fuses and sequences.group:
                 raise ValueError("key_mask: expected one for all heads in a block that fuses, found n h l")
-            return recomputed(partial(self.attend_read, sequences), q, kv)
+            return recompute_in_backward(partial(self.attend_read, sequences), q, kv)
         readout = Readout(
             heads=self.heads,
             ends=sequences.ends(kv.shape[1]),
@@ -146,11 +148,11 @@ class Attention(nn.Module):
         )
         return readout_attention_rows(q, kv, readout, position=position, impl=impl)
 
-    def attend_rows(self, qkv: Tensor, sequences: Sequences, impl: Impl) -> Tensor:
+    def attend_rows(self, qkv: Tensor, sequences: SequenceLayout, impl: Impl) -> Tensor:
         """`attend`, of which q, k and v alone are kept for backward; masks of single heads have no kernel."""
         mask = sequences.key_mask
         if impl == "torch" or (mask is not None and mask.dim() == 3):
-            return recomputed(partial(self.attend, sequences), qkv)
+            return recompute_in_backward(partial(self.attend, sequences), qkv)
         seen, packing, causal = sequences.of_rows(mask), sequences.packing, sequences.causal
         return short_attention(qkv, self.heads, packing=packing, causal=causal, key_mask=seen, impl=impl)
 
@@ -170,7 +172,7 @@ class Attention(nn.Module):
         return qkv if self.lora is None else qkv + self.lora(y, outputs)
 
     def project_read(
-        self, x: Tensor, sequences: Sequences, norm: LayerNorm | None = None
+        self, x: Tensor, sequences: SequenceLayout, norm: LayerNorm | None = None
     ) -> tuple[Tensor, Tensor]:
         """Queries of the readout rows, n w; keys and values of every row, side by side."""
         y = x if norm is None else norm(x)
@@ -178,12 +180,12 @@ class Attention(nn.Module):
         queries = self.project_normed(sequences.read(y), slice(0, width))
         return queries, self.project_normed(y, slice(width, 3 * width))
 
-    def attend(self, sequences: Sequences, qkv: Tensor) -> Tensor:
+    def attend(self, sequences: SequenceLayout, qkv: Tensor) -> Tensor:
         """Attention within each sequence of what `project` gives, before the output projection."""
         q, k, v = self.split(sequences.pad(qkv))  # n h l c
         return sequences.unpad(join_heads(attend(q, k, v, sequences)))
 
-    def attend_read(self, sequences: Sequences, q: Tensor, kv: Tensor) -> Tensor:
+    def attend_read(self, sequences: SequenceLayout, q: Tensor, kv: Tensor) -> Tensor:
         """The same of what `project_read` gives, n w."""
         k, v = self.split(sequences.pad(kv))  # n h l c
         queries = self.split(q[:, None])[0]  # n h 1 c
@@ -200,7 +202,7 @@ def plain(*modules: nn.Module) -> bool:
     return frozen(*modules) and not any(isinstance(m, Linear) and m.fp8 is not None for m in modules)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, sequences: SequenceLayout) -> Tensor:
     """Attention within each sequence, n h l c."""
     return attention(q, k, v, mask=sequences.keys, causal=sequences.causal)
 
@@ -224,11 +226,11 @@ class MLP(nn.Module):
         up, down = self.up.fp8, self.down.fp8
         if up is not None and down is not None:
             weights = FP8MLPWeights(up=up, up_bias=self.up.bias, down=down, down_bias=self.down.bias)
-            needed, impl = not computed_again(), self.up.fp8_impl
+            needed, impl = not recomputing(), self.up.fp8_impl
             return fp8_mlp(x, weights, activation=self.kind, needed=needed, impl=impl)
         if self.activation is quick_gelu and plain(self.up, self.down):
             weights = self.up.weights(x.dtype), self.down.weights(x.dtype)
-            return quick_gelu_mlp(x, *weights, needed=not computed_again())
+            return quick_gelu_mlp(x, *weights, needed=not recomputing())
         return self.down(self.activation(self.up(x)))
 
     def chain(self, x: Tensor, impl: Impl) -> Tensor:
@@ -237,7 +239,7 @@ class MLP(nn.Module):
             return self(x)
         up, down = self.up.weights(x.dtype), self.down.weights(x.dtype)
         weights = MLPWeights(up=up[0], up_bias=up[1], down=down[0], down_bias=down[1])
-        return mlp(x, weights, activation=self.kind, needed=not computed_again(), impl=impl)
+        return mlp(x, weights, activation=self.kind, needed=not recomputing(), impl=impl)
 
 
 class Block(nn.Module):
@@ -253,7 +255,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(shape.width, eps=shape.eps)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Rows, sequences: Sequences) -> Rows:
+    def forward(self, x: Rows, sequences: SequenceLayout) -> Rows:
         """The rows after the block; as x and what is still to be added to it where that is `deferred`."""
         impl = chosen(x[0] if isinstance(x, tuple) else x, sequences)
         rows, update = x if isinstance(x, tuple) else (x, None)
@@ -262,15 +264,15 @@ class Block(nn.Module):
         attend, feed = partial(self.attend, sequences, impl), partial(self.feed, sequences, impl)
         match sequences.memory:
             case "recompute_mlp":
-                return again(added(feed), *attend(rows, update))
+                return checkpointed(added(feed), *attend(rows, update))
             case "recompute_projections":
-                return again(added(feed), *again(attend, rows, update))
+                return checkpointed(added(feed), *checkpointed(attend, rows, update))
             case "recompute_blocks":
-                return again(lambda rows, update: added(feed)(*attend(rows, update)), rows, update)
+                return checkpointed(lambda rows, update: added(feed)(*attend(rows, update)), rows, update)
         x, update = feed(*attend(rows, update))
         return (x, update) if sequences.deferred and impl != "torch" else x + update
 
-    def attend(self, sequences: Sequences, impl: Impl, x: Tensor, u: Tensor | None) -> Attended:
+    def attend(self, sequences: SequenceLayout, impl: Impl, x: Tensor, u: Tensor | None) -> Attended:
         """x + u, and attention's update of it."""
         if impl != "torch":
             return self.attention.chain((x, u), self.ln_1, sequences, impl)
@@ -279,7 +281,7 @@ class Block(nn.Module):
         return (sequences.read(x) if sequences.pruned else x), update, None
 
     def feed(
-        self, sequences: Sequences, impl: Impl, x: Tensor, update: Tensor, adapter: AdapterWeights | None
+        self, sequences: SequenceLayout, impl: Impl, x: Tensor, update: Tensor, adapter: AdapterWeights | None
     ) -> tuple[Tensor, Tensor]:
         """The sum of what `attend` gives, and the MLP's update of it."""
         if impl == "torch":
@@ -303,7 +305,7 @@ def added(feed: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
     return total
 
 
-def prepared(sequences: Sequences, blocks: Iterable[nn.Module], x: Tensor) -> Sequences:
+def prepared(sequences: SequenceLayout, blocks: Iterable[nn.Module], x: Tensor) -> SequenceLayout:
     """The same for rows x of these blocks, whose updates are put together once where ops compute them."""
     impl = chosen(x, sequences)
     blocks = [b for b in blocks if isinstance(b, Block) and b.attention.updated_by_op(b.ln_1)]
@@ -314,7 +316,7 @@ def prepared(sequences: Sequences, blocks: Iterable[nn.Module], x: Tensor) -> Se
     return replace(sequences, lora=dict(zip(parts, weights, strict=True)))
 
 
-def chosen(x: Tensor, sequences: Sequences) -> Impl:
+def chosen(x: Tensor, sequences: SequenceLayout) -> Impl:
     """What computes blocks on these rows.
 
     Raises:

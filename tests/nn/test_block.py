@@ -9,8 +9,8 @@ from discovla.batch import Batch
 from discovla.engine.zero import EngineConfig
 from discovla.methods import METHODS
 from discovla.methods.base import Method
-from discovla.nn.sequences import Sequences
-from discovla.nn.transformer import Block, BlockShape
+from discovla.nn.block import Block, BlockShape
+from discovla.nn.layout import SequenceLayout
 from discovla.ops.dispatch import Impl, KernelUnavailable
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.towers.weights import initialise
@@ -92,7 +92,7 @@ def test_masks_of_single_heads_are_taken():
     x = torch.randn(3, 4, 8, dtype=torch.float64)
     mask = torch.rand(3, 2, 4) < 0.5
     mask[..., 0] = True
-    want, got = (block(x, Sequences(key_mask=mask, impl=impl)) for impl in ("torch", "reference"))
+    want, got = (block(x, SequenceLayout(key_mask=mask, impl=impl)) for impl in ("torch", "reference"))
     torch.testing.assert_close(got, want)
 
 

@@ -3,15 +3,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.nn.autograd import (
+from discovla.nn.block import LayerNorm, Linear
+from discovla.nn.lora import LoRA
+from discovla.nn.recompute import (
     normed_lora_projection,
     pad_rows,
     quick_gelu_mlp,
-    recomputed,
+    recompute_in_backward,
     take_rows,
 )
-from discovla.nn.lora import LoRA
-from discovla.nn.transformer import LayerNorm, Linear
 from discovla.ops.short_attention import Packing
 
 DTYPES = [
@@ -95,7 +95,7 @@ def test_recomputation_keeps_its_inputs_alone():
 
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        found = recomputed(function, x, y, fixed, None)
+        found = recompute_in_backward(function, x, y, fixed, None)
     assert sorted(t.data_ptr() for t in kept) == sorted(t.data_ptr() for t in (x, y, fixed))
     want = function(x, y, fixed, None)
     weights = [torch.randn_like(t) for t in want]

@@ -7,9 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.autograd import recomputed, take_rows
-from discovla.nn.sequences import Sequences
-from discovla.nn.transformer import (
+from discovla.nn.block import (
     Attended,
     Attention,
     BlockShape,
@@ -19,6 +17,8 @@ from discovla.nn.transformer import (
     join_heads,
     quick_gelu,
 )
+from discovla.nn.layout import SequenceLayout
+from discovla.nn.recompute import recompute_in_backward, take_rows
 from discovla.ops.adapter import AdapterWeights
 from discovla.ops.attention import attention
 from discovla.ops.dispatch import Impl
@@ -58,8 +58,8 @@ class FusionAttention(Attention):
         A(o_f[rho_f]) + out(softmax(q_f[rho_f] Kᵀ / sqrt(c) + log fusion_key_mask) V)
 
     with A the `Adapter`; the other rows keep o_f.  The adapter has no skip and starts at zero, so an
-    untrained readout row holds the global attention alone.  Sequences that stand alone (`Sequences.alone`,
-    or all where group is 0) keep o_f.
+    untrained readout row holds the global attention alone.  Sequences outside any group
+    (`SequenceLayout.alone`, or all where group is 0) keep o_f.
 
     The map above is blind to the order of the group's sequences.  With `positions` the keys that `read_group`
     sees of sequence f are K_f + frame_position[f], a table of our own that starts at zero.
@@ -75,23 +75,23 @@ class FusionAttention(Attention):
         table = nn.Parameter(torch.zeros(FRAME_POSITIONS, shape.width))
         self.frame_position = table if positions else None
 
-    def forward(self, x: Tensor, sequences: Sequences, norm: LayerNorm | None = None) -> Tensor:
+    def forward(self, x: Tensor, sequences: SequenceLayout, norm: LayerNorm | None = None) -> Tensor:
         if not sequences.group:
             return super().forward(x, sequences, norm)
         if sequences.pruned:
             attend_read = partial(self.attend_read_of_group, sequences)
             q, kv = self.project_read(x, sequences, norm)
-            local, group = recomputed(attend_read, q, kv, self.frame_position)
+            local, group = recompute_in_backward(attend_read, q, kv, self.frame_position)
             local, grouped = self.out(local).tensor_split([sequences.alone])
             return beside(local, self.adapter(grouped) + self.out(group))
         attend = partial(self.attend_of_group, sequences)
-        local, group = recomputed(attend, self.project(x, norm), self.frame_position)
+        local, group = recompute_in_backward(attend, self.project(x, norm), self.frame_position)
         rows, ends = self.out(local).flatten(0, -2), sequences.ends(x.shape[1])[sequences.alone :]
         fused = self.adapter(take_rows(rows, ends)) + self.out(group)
         return rows.index_copy(0, ends, fused).view(x.shape)
 
     def chain(
-        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: Sequences, impl: Impl
+        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: SequenceLayout, impl: Impl
     ) -> Attended:
         if not sequences.group:
             return super().chain(rows, norm, sequences, impl)
@@ -112,7 +112,7 @@ class FusionAttention(Attention):
         return x, self.out(update), self.adapter.weights
 
     def attend_of_group(
-        self, sequences: Sequences, qkv: Tensor, position: Tensor | None
+        self, sequences: SequenceLayout, qkv: Tensor, position: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Every row within its sequence, as `project` gave them, and readout rows in their groups, n w."""
         q, k, v = self.split(sequences.pad(qkv))  # n h l c
@@ -123,7 +123,7 @@ class FusionAttention(Attention):
         return local, self.read_group(queries, k, v, sequences, position)
 
     def attend_read_of_group(
-        self, sequences: Sequences, q: Tensor, kv: Tensor, position: Tensor | None
+        self, sequences: SequenceLayout, q: Tensor, kv: Tensor, position: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Each readout row within its sequence, and those of groups in their group; of `project_read`."""
         k, v = (part[sequences.alone :] for part in self.split(sequences.pad(kv)))
@@ -131,7 +131,7 @@ class FusionAttention(Attention):
         return self.attend_read(sequences, q, kv), self.read_group(queries, k, v, sequences, position)
 
     def read_group(
-        self, queries: Tensor, k: Tensor, v: Tensor, sequences: Sequences, position: Tensor | None = None
+        self, queries: Tensor, k: Tensor, v: Tensor, sequences: SequenceLayout, position: Tensor | None = None
     ) -> Tensor:
         """Each grouped sequence's query (n h c) over the tokens of its whole group, n w before projection.
 
