@@ -37,9 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 
 from benchmarks.measure import machine, results_file, write_row
 from discovla.data.sampling import Sampling, frame_indices
-from discovla.data.video.decoders import TRIED, Decoder
-from discovla.data.video.reading import Reader, Reading, read_frames
-from discovla.data.video.torchcodec_frames import missing
+from discovla.data.video.frames import TRIED, Decoder, FrameRequest, SandboxedReader, read_request
+from discovla.data.video.torchcodec import missing
 
 SIZES = {"320x240": (320, 240), "640x360": (640, 360), "1280x720": (1280, 720)}
 GOPS = {"long-gop": 250, "short-gop": 12}
@@ -166,12 +165,12 @@ def rows(clip: str, calls: dict[str, list[Call]]) -> list[dict[str, Any]]:
 
 def process_row(path: Path, rounds: int) -> dict[str, Any]:
     """What it costs to read in a process that can be replaced, at the size of the model."""
-    reading = Reading(path=path, sampling=Sampling(frames=FRAMES), image_size=224)
-    reader = Reader(60.0)
+    reading = FrameRequest(path=path, sampling=Sampling(frames=FRAMES), image_size=224)
+    reader = SandboxedReader(60.0)
     pairs = []
     for turn in range(rounds + 1):
         both = {}
-        for name, read in sorted({"here": read_frames, "there": reader}.items(), reverse=turn % 2 > 0):
+        for name, read in sorted({"here": read_request, "there": reader}.items(), reverse=turn % 2 > 0):
             begin = time.perf_counter()
             read(reading)
             both[name] = 1e3 * (time.perf_counter() - begin)

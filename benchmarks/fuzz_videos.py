@@ -37,10 +37,9 @@ from discovla.data.dali.support import TOLERANCE_MEAN
 from discovla.data.doctor import Checks, Diagnosis, diagnose
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
-from discovla.data.video.decode import DecodeError
-from discovla.data.video.decoders import DecoderName
-from discovla.data.video.reading import Reader, Reading
-from discovla.data.video.torchcodec_frames import TOLERANCE
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import DecoderName, FrameRequest, SandboxedReader
+from discovla.data.video.torchcodec import TOLERANCE
 
 HEADER = 1500  # bytes at either end, where indexes and headers are
 KINDS = {"mp4": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "mkv": "mjpeg", "ts": "libx264"}
@@ -102,10 +101,10 @@ def write_mutated(sources: Sequence[Path], folder: Path, count: int, seed: int =
 @contextmanager
 def read_by_file(decoder: DecoderName, seconds: float) -> Iterator[Read]:
     """What the loader reads of a clip, in a process that is replaced where it is lost."""
-    reader = Reader(seconds)
+    reader = SandboxedReader(seconds)
     try:
         yield lambda clip: reader(
-            Reading(
+            FrameRequest(
                 path=clip.video,
                 sampling=replace(SAMPLING, start=clip.start),
                 image_size=SIZE,

@@ -16,7 +16,7 @@ from discovla.batch import Embedding
 from discovla.data.dataset import check_captions, read_clips
 from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip
-from discovla.data.video.decode import DecodeError
+from discovla.data.video.errors import DecodeError
 from discovla.methods.base import Method
 from discovla.retrieval.embed import embed_texts, embed_videos, in_order
 from discovla.retrieval.metrics import (

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from discovla.data.video.decode import DecodeError
+from discovla.data.video.errors import DecodeError
 
 EXPECTED = (ValueError, DecodeError, OSError, FloatingPointError)
 FAILED = 2  # exit status

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from discovla.cli import main
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from tests import runs
-from tests.data.video.test_decode import audio_only, beheaded, empty, garbled, text
+from tests.data.video.test_frames import audio_only, beheaded, empty, garbled, text
 
 
 def without_frames(folder: Path) -> Path:

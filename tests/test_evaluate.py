@@ -12,7 +12,7 @@ import pytest
 from discovla import evaluate as module
 from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip, write_manifest
-from discovla.data.video.decode import DecodeError
+from discovla.data.video.errors import DecodeError
 from discovla.evaluate import Evaluation, evaluate, evaluate_manifest, evaluate_matrix, results_table
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.retrieval.metrics import retrieval_metrics

@@ -22,7 +22,7 @@ from discovla.data.captions.captioning import (
 from discovla.data.captions.endpoint import EndpointCaptioner, Server
 from discovla.data.captions.frame_captions import frame_captions_of, read_frame_captions, write_frame_captions
 from discovla.data.manifest import Clip, read_manifest, write_manifest
-from discovla.data.video.decode import Damaged
+from discovla.data.video.frames import Damaged
 
 _MODELS = "coca:ARCHITECTURE@WEIGHTS (open_clip), hf:NAME (transformers) or openai:NAME (with --url)"
 

@@ -13,7 +13,7 @@ from discovla.config import read_config
 from discovla.data.doctor import Checks, diagnose
 from discovla.data.manifest import read_manifest
 from discovla.data.sampling import Sampler, Sampling, sampling_of
-from discovla.data.video.decode import Damaged
+from discovla.data.video.frames import Damaged
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from discovla.data.video.decode import write_frames
+from discovla.data.video.frames import write_frames
 
 
 def add(commands: argparse._SubParsersAction) -> None:

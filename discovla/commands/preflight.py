@@ -25,7 +25,7 @@ from discovla.data.dataset import read_clips
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.sampling import sampling_of
 from discovla.data.shards.reader import open_shards
-from discovla.data.video.decode import DecodeError
+from discovla.data.video.errors import DecodeError
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, start, stop
 from discovla.engine.log import versions
 

@@ -24,10 +24,9 @@ from discovla.data.dataset import ShardClipReader, frame_settings, ready
 from discovla.data.manifest import Clip
 from discovla.data.sampling import sampling_of
 from discovla.data.shards.reader import open_shards
-from discovla.data.video import torchcodec_frames
-from discovla.data.video.decode import DecodeError
-from discovla.data.video.decoders import TRIED, DecoderName
-from discovla.data.video.reading import Reader, Reading
+from discovla.data.video import torchcodec
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import TRIED, DecoderName, FrameRequest, SandboxedReader
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ def _rates(clips: Sequence[Clip], config: DataConfig, image_size: int) -> dict[s
 
 def _others(config: DataConfig) -> list[DecoderName]:
     """What else than DALI may read the clips."""
-    lacking = config.shards is not None or torchcodec_frames.missing() is not None
+    lacking = config.shards is not None or torchcodec.missing() is not None
     return ["pyav"] if lacking else ["pyav", "torchcodec"]
 
 
@@ -128,8 +127,8 @@ def _readers(config: DataConfig, image_size: int, decoder: DecoderName) -> Itera
         yield [partial(_of_shards, each, augment) for each in copies]
         return
 
-    def asked(clip: Clip, training: bool) -> Reading:
-        return Reading(
+    def asked(clip: Clip, training: bool) -> FrameRequest:
+        return FrameRequest(
             path=clip.video,
             sampling=sampling_of(settings, clip, _SEED if training else None),
             image_size=image_size,
@@ -143,7 +142,7 @@ def _readers(config: DataConfig, image_size: int, decoder: DecoderName) -> Itera
     with ExitStack() as stack:
         found: list[Read] = []
         for _ in range(max(1, config.workers)):
-            reader = Reader(settings.limit)
+            reader = SandboxedReader(settings.limit)
             stack.callback(reader.close)
             found.append(lambda clip, training, reader=reader: reader(asked(clip, training)))
         yield found

@@ -9,8 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from discovla.data.sampling import Sampler, Sampling, Slice
-from discovla.data.video.decode import Damaged
-from discovla.data.video.decoders import DecoderName
+from discovla.data.video.frames import Damaged, DecoderName
 
 Augment = Literal["none", "light", "randaugment", "resized_crop"]
 FULL_SIZE = ("randaugment", "resized_crop")  # what changes frames before they are made small

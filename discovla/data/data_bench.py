@@ -23,10 +23,9 @@ from discovla.data.dali.reader import DaliClipReader
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.shards.reader import Shards, open_shards
-from discovla.data.video import torchcodec_frames
-from discovla.data.video.decode import DecodeError
-from discovla.data.video.decoders import DecoderName
-from discovla.data.video.reading import Reader, Reading
+from discovla.data.video import torchcodec
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import DecoderName, FrameRequest, SandboxedReader
 
 # Frames a second on one H200: the samples a second that the performance plan aims at (batch 128, bf16) times
 # the 12 frames of each. Targets, none of them measured.
@@ -62,7 +61,7 @@ class BenchRow:
         return self.frames / self.seconds if self.seconds else 0.0
 
 
-Read = Callable[[Reading], np.ndarray]
+Read = Callable[[FrameRequest], np.ndarray]
 
 
 def bench(
@@ -81,7 +80,7 @@ def bench(
         raise ValueError("clips: expected at least 1, found none")
     with tempfile.TemporaryDirectory() as folder:
         readings = [
-            Reading(
+            FrameRequest(
                 path=clip.video,
                 sampling=Sampling(frames=settings.frames, start=clip.start, end=clip.end),
                 image_size=settings.image_size,
@@ -101,9 +100,9 @@ def bench(
             yield _by_dali(clips, settings, None, source)
 
 
-def _by_torchcodec(readings: Sequence[Reading], read: Read, settings: BenchSettings) -> BenchRow:
+def _by_torchcodec(readings: Sequence[FrameRequest], read: Read, settings: BenchSettings) -> BenchRow:
     name: DecoderName = "torchcodec"
-    lacking = torchcodec_frames.missing()
+    lacking = torchcodec.missing()
     if lacking is not None:
         return BenchRow(name="torchcodec, known files", reason=lacking)
     asked = [replace(reading, decoder=name) for reading in readings]
@@ -156,11 +155,11 @@ def _made(clips: Sequence[Clip], reader: DaliClipReader, graph: DaliFrames) -> l
     return found
 
 
-def _by_shards(root: str, clips: Sequence[Clip], readings: Sequence[Reading]) -> BenchRow:
+def _by_shards(root: str, clips: Sequence[Clip], readings: Sequence[FrameRequest]) -> BenchRow:
     """The clips from shards, at the size they are kept, in this process alone."""
     source = open_shards(root)
 
-    def read(item: tuple[Clip, Reading]) -> int | DecodeError:
+    def read(item: tuple[Clip, FrameRequest]) -> int | DecodeError:
         clip, reading = item
         try:
             return len(source.frames(clip, reading.sampling, None))
@@ -172,7 +171,7 @@ def _by_shards(root: str, clips: Sequence[Clip], readings: Sequence[Reading]) ->
     return _row(f"{source.settings.format} shards, 1 process", found, time.perf_counter() - begin)
 
 
-def _timed(name: str, readings: Sequence[Reading], read: Read, workers: int) -> BenchRow:
+def _timed(name: str, readings: Sequence[FrameRequest], read: Read, workers: int) -> BenchRow:
     """All readings, as many at a time as there are processes."""
     begin = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
@@ -180,7 +179,7 @@ def _timed(name: str, readings: Sequence[Reading], read: Read, workers: int) -> 
     return _row(name, found, time.perf_counter() - begin)
 
 
-def _try(read: Read, reading: Reading) -> int | DecodeError:
+def _try(read: Read, reading: FrameRequest) -> int | DecodeError:
     """How many frames a clip gave, or why it gave none."""
     try:
         return len(read(reading))
@@ -198,14 +197,14 @@ def _row(name: str, found: Sequence[int | DecodeError], seconds: float) -> Bench
 @contextmanager
 def _readers(settings: BenchSettings) -> Iterator[Read]:
     """A function that reads by one of several processes, all of them started."""
-    free: SimpleQueue[Reader] = SimpleQueue()
-    readers = [Reader(settings.limit) for _ in range(settings.workers)]
-    nothing = Reading(path=Path("."), sampling=Sampling(frames=1), image_size=8)
+    free: SimpleQueue[SandboxedReader] = SimpleQueue()
+    readers = [SandboxedReader(settings.limit) for _ in range(settings.workers)]
+    nothing = FrameRequest(path=Path("."), sampling=Sampling(frames=1), image_size=8)
     for reader in readers:
         _try(reader, nothing)
         free.put(reader)
 
-    def read(reading: Reading) -> np.ndarray:
+    def read(reading: FrameRequest) -> np.ndarray:
         reader = free.get()
         try:
             return reader(reading)

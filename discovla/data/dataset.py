@@ -19,10 +19,8 @@ from discovla.data.manifest import Clip, check_clips, read_manifest
 from discovla.data.sampling import Sampling, sampling_of
 from discovla.data.shards.reader import Shards, open_shards
 from discovla.data.tokens import Tokenizer
-from discovla.data.video.decode import DecodeError
-from discovla.data.video.decoders import check_decoder
-from discovla.data.video.opening import check_file
-from discovla.data.video.reading import Reader, Reading, resizing
+from discovla.data.video.errors import DecodeError, check_file
+from discovla.data.video.frames import FrameRequest, SandboxedReader, check_decoder, resizing
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +144,7 @@ class FileClipReader:
         check_decoder(settings.decoder)
         self.settings = settings
         self._cache = None if settings.cache is None else FrameCache(settings.cache)
-        self._reader = Reader(settings.limit)
+        self._reader = SandboxedReader(settings.limit)
 
     def read(self, clip: Clip) -> np.ndarray:
         """The frames of a clip as testing takes them, uint8, at most f y x 3.
@@ -211,7 +209,7 @@ class FileClipReader:
         """Frames from the file, augmented at full size where that is asked for."""
         chosen = self.settings
         return self._reader(
-            Reading(
+            FrameRequest(
                 path=clip.video,
                 sampling=sampling,
                 image_size=chosen.image_size,

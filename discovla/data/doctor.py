@@ -14,9 +14,9 @@ from typing import Any
 
 from discovla.data.manifest import Clip, write_whole
 from discovla.data.sampling import Sampling
-from discovla.data.video.decode import Damaged
+from discovla.data.sandbox import run_sandboxed
 from discovla.data.video.examine import Request, examine
-from discovla.data.watched import watched
+from discovla.data.video.frames import Damaged
 
 _COMMON = 6  # values named of each kind in the summary
 _NAMED = 40  # broken clips named in the summary
@@ -109,7 +109,7 @@ def diagnose(
     told(done, len(requests))
     workers = min(checks.workers, len(left) or 1)
     with record.open("a", encoding="utf-8") as file:
-        for outcome in watched(examine, left, workers=workers, limit=checks.seconds):
+        for outcome in run_sandboxed(examine, left, workers=workers, limit=checks.seconds):
             path = outcome.item.path
             found = outcome.value or _lost(outcome.error, len(outcome.item.samplings))
             row = {"video": str(path), "key": keys[path], **found}
@@ -146,7 +146,9 @@ def _diagnosis(clips: Sequence[Clip], rows: Sequence[dict[str, Any]], quarantine
 
 def _lost(error: Exception | None, clips: int) -> dict[str, Any]:
     """What is known of a file that its process did not survive, or that raised what nobody expected."""
-    reason = f"decoding it {error}" if type(error).__name__ == "Lost" else f"{type(error).__name__}: {error}"
+    reason = (
+        f"decoding it {error}" if type(error).__name__ == "WorkerLost" else f"{type(error).__name__}: {error}"
+    )
     return {"kind": "refused", "reason": reason, "clips": [reason] * clips}
 
 

@@ -36,7 +36,7 @@ from discovla.data.dataset import (
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.resident import Resident
 from discovla.data.tokens import Tokenizer
-from discovla.data.video.decode import DecodeError
+from discovla.data.video.errors import DecodeError
 
 logger = logging.getLogger(__name__)
 

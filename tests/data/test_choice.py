@@ -16,7 +16,7 @@ from discovla.data.dali.support import missing
 from discovla.data.manifest import Clip, write_manifest
 from discovla.data.shards.layout import ShardSettings
 from discovla.data.shards.writer import write_shards
-from discovla.data.video.torchcodec_frames import missing as lacks_torchcodec
+from discovla.data.video.torchcodec import missing as lacks_torchcodec
 from tests.data.odd_clips import odd_clip
 
 LACKING = missing()

@@ -14,7 +14,7 @@ from discovla.data.data_bench import DEMAND, BenchRow, BenchSettings, bench, tab
 from discovla.data.manifest import Clip
 from discovla.data.shards.layout import ShardSettings
 from discovla.data.shards.writer import write_shards
-from discovla.data.video import torchcodec_frames
+from discovla.data.video import torchcodec
 from tests.data.conftest import movie
 from tests.data.odd_clips import odd_clip
 
@@ -29,7 +29,7 @@ def manifest_of(folder: Path, names: list[str]) -> Path:
 @pytest.fixture
 def alone(monkeypatch) -> None:
     """No decoder but PyAV."""
-    for module in (dali, torchcodec_frames):
+    for module in (dali, torchcodec):
         monkeypatch.setattr(module, "missing", lambda: "not installed")
 
 
@@ -73,7 +73,7 @@ def test_decoders_that_are_there_give_every_frame(tmp_path):
     paths = [odd_clip(tmp_path, "vp9"), odd_clip(tmp_path, "mjpeg")]
     clips = [Clip(id=path.stem, video=path, captions=("one",), split="train") for path in paths]
     rows = list(bench(clips, BenchSettings(frames=3, image_size=16, workers=1)))
-    lacking = [None, None, torchcodec_frames.missing(), dali.missing()]
+    lacking = [None, None, torchcodec.missing(), dali.missing()]
     assert len(rows) == len(lacking)
     for row, why in zip(rows, lacking, strict=True):
         assert (row.frames, row.bad, row.reason) == ((6, 0, "") if why is None else (0, 0, why))

@@ -24,13 +24,13 @@ from discovla.data.doctor import Checks, Diagnosis, diagnose
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.quarantine import Quarantine, without_quarantined
 from discovla.data.sampling import Sampling
-from discovla.data.video import decoders, torchcodec_frames
-from discovla.data.video.decode import DecodeError
-from discovla.data.video.tables import FrameTables
+from discovla.data.video import frames, torchcodec
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.index import FrameIndexStore
 from tests import runs
 from tests.data.odd_clips import KINDS, Kind, odd_clip
-from tests.data.test_watched import children, ended
-from tests.data.watched_tasks import examination
+from tests.data.sandbox_tasks import examination
+from tests.data.test_sandbox import children, ended
 
 CHECKS = Checks(sampling=Sampling(frames=4), seconds=20, workers=1)
 
@@ -158,10 +158,10 @@ def test_files_that_have_not_changed_are_not_opened_again(folder, tmp_path, monk
     def listened(work, items, **options):
         items = list(items)
         asked.extend(item.path.name for item in items)
-        return watched(work, items, **options)
+        return run_sandboxed(work, items, **options)
 
-    watched = doctor.watched
-    monkeypatch.setattr(doctor, "watched", listened)
+    run_sandboxed = doctor.run_sandboxed
+    monkeypatch.setattr(doctor, "run_sandboxed", listened)
     diagnose(clips, tmp_path / "out", CHECKS)
     assert asked == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
     content = (tmp_path / "out/files.jsonl").read_bytes()
@@ -183,8 +183,8 @@ def test_a_run_with_its_cache_need_not_count_the_frames_of_any_file(folder, tmp_
     write_manifest(tmp_path / "m.jsonl", [clip(video) for video in videos])
     words = ["doctor", str(tmp_path / "m.jsonl"), "--workers", "1", "--frames", "4"]
     assert main(words) == main([*words, "--cache", str(tmp_path / "cache")]) == 0
-    monkeypatch.setattr(decoders, "scan", None)
-    decoder = decoders.Decoder("pyav", FrameTables(FrameCache(tmp_path / "cache", ".table")))
+    monkeypatch.setattr(frames, "scan", None)
+    decoder = frames.Decoder("pyav", FrameIndexStore(FrameCache(tmp_path / "cache", ".table")))
     assert decoder.read(videos[0], Sampling(frames=4), np.asarray).count == 20
     with pytest.raises(DecodeError, match="damaged: "):
         decoder.read(videos[1], Sampling(frames=4), np.asarray)
@@ -204,16 +204,16 @@ import os
 from pathlib import Path
 from discovla.data import doctor
 from discovla.data.dali import support as dali
-from discovla.data.video import torchcodec_frames
+from discovla.data.video import torchcodec
 from discovla.data.manifest import read_manifest
 from discovla.data.sampling import Sampling
-watched = doctor.watched
+run_sandboxed = doctor.run_sandboxed
 def killed(*words, **options):
-    for number, outcome in enumerate(watched(*words, **options)):
+    for number, outcome in enumerate(run_sandboxed(*words, **options)):
         if number == 5:
             os.kill(os.getpid(), 9)
         yield outcome
-doctor.watched = killed
+doctor.run_sandboxed = killed
 checks = doctor.Checks(sampling=Sampling(frames=4), seconds=20)
 doctor.diagnose(read_manifest("manifest.jsonl"), "out", checks)
 """
@@ -317,7 +317,7 @@ def test_damaged_files_neither_crash_nor_hang_it_and_the_loader_agrees(tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["pyav", "torchcodec", "dali"])
 def test_damaged_files_give_no_other_frames_by_any_decoder(decoder, tmp_path):
-    lacking = {"torchcodec": torchcodec_frames.missing, "dali": dali.missing}.get(decoder, lambda: None)()
+    lacking = {"torchcodec": torchcodec.missing, "dali": dali.missing}.get(decoder, lambda: None)()
     if lacking is not None:
         pytest.skip(lacking)
     sources = draw_sources(tmp_path / "sources")

@@ -24,7 +24,7 @@ from discovla.data.loader import (
 )
 from discovla.data.manifest import Clip
 from discovla.data.tokens import Tokenizer
-from discovla.data.video.decode import DecodeError
+from discovla.data.video.errors import DecodeError
 from tests.data.conftest import STEP, batch_spec, movie
 
 COUNT = 7  # clips, of two captions each

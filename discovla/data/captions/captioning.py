@@ -16,8 +16,9 @@ from discovla.data.captions.captioners import Captioner, Failed
 from discovla.data.captions.frames_to_caption import FrameRequest, HashedFrames, hashed_frames
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
-from discovla.data.video.decode import Damaged, DecodeError
-from discovla.data.watched import Lost, watched
+from discovla.data.sandbox import WorkerLost, run_sandboxed
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import Damaged
 
 _NAMED = 5
 
@@ -159,7 +160,7 @@ def caption_clips(
     named: dict[FrameRequest, list[str]] = {}
     for name, request in left.items():
         named.setdefault(request, []).append(name)  # clips that are the same part of the same file
-    for outcome in watched(hashed_frames, named, workers=settings.workers, limit=settings.seconds):
+    for outcome in run_sandboxed(hashed_frames, named, workers=settings.workers, limit=settings.seconds):
         names = named[outcome.item]
         if outcome.value is None:
             job.bad |= dict.fromkeys(names, _reason(outcome.error))
@@ -278,4 +279,4 @@ def _reason(error: Exception | None) -> str:
     """Why a clip gives no frames."""
     if isinstance(error, DecodeError):
         return error.reason
-    return f"decoding it {error}" if isinstance(error, Lost) else f"{type(error).__name__}: {error}"
+    return f"decoding it {error}" if isinstance(error, WorkerLost) else f"{type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from discovla.data.sampling import Sampling
-from discovla.data.video.decode import Damaged, decode_each
+from discovla.data.video.frames import Damaged, read_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def hashed_frames(request: FrameRequest) -> HashedFrames:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return np.asarray(image)
 
-    decoded = decode_each(request.path, request.sampling, each, damaged=request.damaged)
+    decoded = read_frames(request.path, request.sampling, each, damaged=request.damaged)
     by_index = {index: frame_hash(decoded.images[index]) for index in set(decoded.indices)}
     return HashedFrames(
         hashes=tuple(by_index[index] for index in decoded.indices),

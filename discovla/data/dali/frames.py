@@ -14,8 +14,8 @@ from discovla.data.dali.graph import GraphItem, device_of, make_frames
 from discovla.data.dali.plans import Plan
 from discovla.data.dali.reader import leave_to_pyav
 from discovla.data.dali.support import DaliSettings, missing
-from discovla.data.video.opening import DecodeError
-from discovla.data.watched import Lost, Worker
+from discovla.data.sandbox import Sandbox, WorkerLost
+from discovla.data.video.errors import DecodeError
 
 Made = tuple[Tensor, list[str | None]]
 
@@ -38,7 +38,7 @@ class DaliFrames:
         if lacking is not None:
             raise ValueError(f"decoder: {lacking}")
         self.settings, self.instead = settings, instead
-        self._worker: Worker[GraphItem, Any] = Worker(make_frames, limit=settings.limit)
+        self._worker: Sandbox[GraphItem, Any] = Sandbox(make_frames, limit=settings.limit)
 
     def read(self, plans: Sequence[Plan]) -> Made:
         """The frames of clips, b f y x 3 uint8 on the device, and of each why it has none, or None.
@@ -95,7 +95,7 @@ class DaliFrames:
     def _answer(self, plans: Sequence[Plan]) -> Made:
         """The answer of the graph to the plans given."""
         made, error = self._worker.answer()
-        if isinstance(error, Lost):
+        if isinstance(error, WorkerLost):
             return self._one_by_one(plans, error)
         if error is not None:
             raise error
@@ -107,7 +107,7 @@ class DaliFrames:
             return frames, reasons
         return torch.from_numpy(frames), reasons
 
-    def _one_by_one(self, plans: Sequence[Plan], error: Lost) -> Made:
+    def _one_by_one(self, plans: Sequence[Plan], error: WorkerLost) -> Made:
         """The frames of clips of which one was too much for the process."""
         if len(plans) == 1:
             side = self.settings.image_size

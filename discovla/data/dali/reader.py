@@ -18,13 +18,12 @@ from discovla.data.dali.plans import Plan, no_plan
 from discovla.data.dali.support import Content, DaliSettings, FullSize, missing, unfit
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling, sampling_of
+from discovla.data.sandbox import Sandbox, WorkerLost
 from discovla.data.shards.reader import Shards
-from discovla.data.video.decode import DecodeError, look_through, sampled
-from discovla.data.video.decoders import say_once
-from discovla.data.video.opening import check_file
-from discovla.data.video.pixels import fitted
-from discovla.data.video.tables import FrameTable, FrameTables
-from discovla.data.watched import Lost, Worker
+from discovla.data.video.errors import DecodeError, check_file
+from discovla.data.video.frames import look_through, sampled, warn_once
+from discovla.data.video.index import FrameIndex, FrameIndexStore
+from discovla.data.video.resize import resize_geometry
 
 
 class Otherwise(DecodeError):
@@ -33,7 +32,7 @@ class Otherwise(DecodeError):
 
 def leave_to_pyav(path: Path, reason: str) -> None:
     """Say that a clip is not read by DALI, once in a process."""
-    say_once(str(path), f"decoder: 'dali+pyav' leaves it to pyav: {reason}")
+    warn_once(str(path), f"decoder: 'dali+pyav' leaves it to pyav: {reason}")
 
 
 class DaliClipReader:
@@ -69,8 +68,10 @@ class DaliClipReader:
             raise ValueError(f"decoder: {lacking}")
         self.settings, self.shards, self.instead = settings, shards, instead
         self.graph = _graph_settings(settings, augment, threads, shards)
-        self._tables = FrameTables(None if settings.cache is None else FrameCache(settings.cache, ".table"))
-        self._counter = None if settings.limit is None else Worker(look_through, limit=settings.limit)
+        self._tables = FrameIndexStore(
+            None if settings.cache is None else FrameCache(settings.cache, ".table")
+        )
+        self._counter = None if settings.limit is None else Sandbox(look_through, limit=settings.limit)
 
     def sample(self, clip: Clip, augment: Augment | None = None, seed: str = "") -> tuple[Plan, int]:
         """The plan of a clip's frames, as `FileClipReader.sample`, and how many frames it has.
@@ -140,18 +141,18 @@ class DaliClipReader:
         if self.graph.augment == "resized_crop":
             left, top, right, bottom = crop_box(random.Random(seed), *size)
             return replace(plan, cut=(top, left), part=(bottom - top, right - left), size=(side, side))
-        (width, height), (left, top) = fitted(*size, side)
+        (width, height), (left, top) = resize_geometry(*size, side)
         steps = drawn_steps(seed, size) if self.graph.augment == "randaugment" else ()
         return replace(plan, cut=(top, left), part=(side, side), size=(height, width), steps=steps)
 
-    def _table(self, path: Path, sampling: Sampling) -> FrameTable:
+    def _table(self, path: Path, sampling: Sampling) -> FrameIndex:
         """The table of a file, counted where it is not known, with what the frames sampled look like."""
         table = self._tables.get(path)
         if table is None:
             try:
                 item = (path, sampling)
                 table = look_through(item) if self._counter is None else self._counter(item)
-            except Lost as error:
+            except WorkerLost as error:
                 raise DecodeError(path, f"not decoded: {error}") from error
             self._tables.put(path, table)
         return table

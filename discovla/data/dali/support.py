@@ -11,7 +11,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
-from discovla.data.video.tables import FrameTable
+from discovla.data.video.index import FrameIndex
 
 CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
 GPU_CODECS = CPU_CODECS | {"h264", "hevc", "mpeg4", "av1"}
@@ -50,7 +50,7 @@ def missing() -> str | None:
     return None
 
 
-def unfit(table: FrameTable, *, cuda: bool) -> str | None:
+def unfit(table: FrameIndex, *, cuda: bool) -> str | None:
     """Why DALI would give other frames than are wanted, or None."""
     codecs = GPU_CODECS if cuda else CPU_CODECS
     if table.codec not in codecs:

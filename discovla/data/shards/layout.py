@@ -33,7 +33,7 @@ from PIL import Image
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampler, Sampling, Slice, sampling_of
 from discovla.data.tokens import Tokenizer
-from discovla.data.video.decode import Damaged
+from discovla.data.video.frames import Damaged
 
 VERSION = 1
 SUMMARY, CLIPS, FRAMES, QUARANTINE = "shards.json", "clips.jsonl", "frames.npy", "quarantine.jsonl"
@@ -54,7 +54,7 @@ class ShardSettings:
     frames, sampling, sample_rate, sampling_divisor, sampling_slice, damaged: as in `DataConfig`.
     keep: `sampled` frames are those that testing takes, with repeats where a clip is short; `candidates` are
     all that training may take under some seed, each once.
-    size: pixels of a side of the square that `fit` makes; None keeps frames as displayed.
+    size: pixels of a side of the square that `resize_and_crop` makes; None keeps frames as displayed.
     format, quality: of the frames.  context_length: the longest caption in tokens.
     clips_per_shard: of one tar.
     """

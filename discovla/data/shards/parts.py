@@ -15,8 +15,8 @@ from PIL import Image
 
 from discovla.data.manifest import Clip
 from discovla.data.shards.layout import ShardSettings, pack
-from discovla.data.video.decode import decode_each
-from discovla.data.video.pixels import fit
+from discovla.data.video.frames import read_frames
+from discovla.data.video.resize import resize_and_crop
 
 _TRAILER = struct.Struct("<II8s")  # bytes of the record, checksum, magic
 _MAGIC = b"dvpart01"
@@ -44,9 +44,9 @@ def decode_part(item: PartItem) -> int:
     settings, clip = item.settings, item.clip
 
     def each(image: Image.Image) -> np.ndarray:
-        return np.asarray(image) if settings.size is None else fit(image, settings.size)
+        return np.asarray(image) if settings.size is None else resize_and_crop(image, settings.size)
 
-    decoded = decode_each(clip.video, settings.taken(clip), each, damaged=settings.damaged)
+    decoded = read_frames(clip.video, settings.taken(clip), each, damaged=settings.damaged)
     facts: dict[str, Any] = {"indices": decoded.indices, "count": decoded.count, "rate": decoded.rate}
     if decoded.problem is not None:
         facts["problem"] = decoded.problem

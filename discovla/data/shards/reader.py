@@ -20,7 +20,8 @@ from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.shards.byte_ranges import Files, Unread, files_at
 from discovla.data.shards.layout import CLIPS, FRAME, FRAMES, SUMMARY, VERSION, ShardSettings
-from discovla.data.video.decode import Damaged, DecodeError
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import Damaged
 
 _GAP = 1 << 16  # bytes between two frames that are read along rather than asked for apart
 
@@ -87,7 +88,7 @@ class Shards:
         *,
         damaged: Damaged = "refuse",
     ) -> np.ndarray:
-        """The sampled frames of a clip, as `decode_each` gives them from its file.
+        """The sampled frames of a clip, as `read_frames` gives them from its file.
 
         Args:
             each: applied once to each frame; None takes them as they are kept.

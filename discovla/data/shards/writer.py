@@ -19,6 +19,7 @@ import numpy as np
 
 from discovla.batch import BadClip
 from discovla.data.manifest import Clip, read_manifest
+from discovla.data.sandbox import Result, WorkerLost, run_sandboxed
 from discovla.data.shards.layout import (
     CLIPS,
     FRAME,
@@ -35,8 +36,7 @@ from discovla.data.shards.layout import (
     write_whole,
 )
 from discovla.data.shards.parts import PartItem, decode_part, read_part, write_part
-from discovla.data.video.decode import DecodeError
-from discovla.data.watched import Lost, Outcome, watched
+from discovla.data.video.errors import DecodeError
 
 logger = logging.getLogger(__name__)
 
@@ -217,21 +217,21 @@ def _items(work: _Work, todo: Sequence[_Shard]) -> Iterator[PartItem]:
                 yield PartItem(number, work.clips[number], work.part(number), work.job.settings)
 
 
-def _decoded(work: _Work, todo: Sequence[_Shard]) -> Generator[Outcome[PartItem, int], None, None]:
+def _decoded(work: _Work, todo: Sequence[_Shard]) -> Generator[Result[PartItem, int], None, None]:
     """Decode all that is left to decode."""
     items, job = _items(work, todo), work.job
     if job.workers:
-        yield from watched(decode_part, items, workers=job.workers, limit=job.limit)
+        yield from run_sandboxed(decode_part, items, workers=job.workers, limit=job.limit)
         return
     for item in items:
         try:
-            yield Outcome(item=item, value=decode_part(item))
+            yield Result(item=item, value=decode_part(item))
         except DecodeError as error:
-            yield Outcome(item=item, error=error)
+            yield Result(item=item, error=error)
 
 
 def _assemble(
-    work: _Work, todo: Sequence[_Shard], outcomes: Generator[Outcome[PartItem, int], None, None]
+    work: _Work, todo: Sequence[_Shard], outcomes: Generator[Result[PartItem, int], None, None]
 ) -> None:
     """Write every shard as soon as its clips are decoded."""
     waiting = list(todo)
@@ -244,7 +244,7 @@ def _assemble(
         _write_shard(work, shard)
 
 
-def _keep(work: _Work, outcome: Outcome[PartItem, int]) -> None:
+def _keep(work: _Work, outcome: Result[PartItem, int]) -> None:
     """Count a clip; one that gives no frames gets a part that says why.
 
     Raises:
@@ -252,7 +252,7 @@ def _keep(work: _Work, outcome: Outcome[PartItem, int]) -> None:
     """
     work.decoded += 1
     error = outcome.error
-    if isinstance(error, DecodeError | Lost):
+    if isinstance(error, DecodeError | WorkerLost):
         reason = error.reason if isinstance(error, DecodeError) else str(error)
         write_part(outcome.item.path, b"", {"bad": reason})
     elif error is not None:

@@ -16,10 +16,10 @@ from PIL import Image
 
 from discovla.data.cache import FrameCache
 from discovla.data.sampling import Sampling
-from discovla.data.video.decode import Damaged
-from discovla.data.video.decoders import Decoder
-from discovla.data.video.opening import DecodeError, opened
-from discovla.data.video.tables import FrameTable, FrameTables
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import Damaged, Decoder
+from discovla.data.video.index import FrameIndex, FrameIndexStore
+from discovla.data.video.pyav import open_video
 
 VARIABLE = 1.5  # a gap between frames longer than the shortest by this factor makes the rate variable
 
@@ -72,9 +72,9 @@ def examine(request: Request) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _kept(cache: Path) -> FrameTables:
+def _kept(cache: Path) -> FrameIndexStore:
     """The tables of a cache."""
-    return FrameTables(FrameCache(cache, ".table"))
+    return FrameIndexStore(FrameCache(cache, ".table"))
 
 
 def _oddities(found: Mapping[str, Any]) -> list[str]:
@@ -111,7 +111,7 @@ def _seen(image: Image.Image) -> np.ndarray:
 
 def _header(path: Path) -> dict[str, Any]:
     """What the header says, and the rotation of the first frame."""
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         context = stream.codec_context
         aspect = context.sample_aspect_ratio
         length = stream.duration * stream.time_base if stream.duration and stream.time_base else None
@@ -133,7 +133,7 @@ def _header(path: Path) -> dict[str, Any]:
     return found
 
 
-def _frames(table: FrameTable) -> dict[str, Any]:
+def _frames(table: FrameIndex) -> dict[str, Any]:
     """What the frames that decode say."""
     seconds = sorted(table.seconds(i) for i, time in enumerate(table.times) if time is not None)
     gaps = [after - before for before, after in pairwise(seconds)]

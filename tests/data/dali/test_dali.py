@@ -19,12 +19,13 @@ from discovla.data.dali.reader import DaliClipReader
 from discovla.data.dali.support import TOLERANCE_MEAN, DaliSettings, missing, unfit
 from discovla.data.dataset import FileClipReader
 from discovla.data.manifest import Clip
-from discovla.data.video.decode import DecodeError, tabulate
-from discovla.data.watched import Worker
+from discovla.data.sandbox import Sandbox
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import tabulate
 from tests.data.odd_clips import odd_clip
-from tests.data.video.test_decode import expected_verdict, realdata_videos
+from tests.data.sandbox_tasks import hang_at
 from tests.data.video.test_decoders import eval_rate
-from tests.data.watched_tasks import hang_at
+from tests.data.video.test_frames import expected_verdict, realdata_videos
 
 LACKING = missing()
 with_dali = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
@@ -228,7 +229,7 @@ def test_a_graph_whose_process_was_killed_is_made_anew_and_gives_the_same(folder
 def test_a_clip_that_hangs_its_process_is_named_and_the_others_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr("discovla.data.dali.frames.missing", lambda: None)
     graph = DaliFrames(DaliSettings(frames=2, image_size=4, limit=0.5))
-    graph._worker = Worker(hang_at, limit=0.5)
+    graph._worker = Sandbox(hang_at, limit=0.5)
     plans = [replace(no_plan(2), id=name, indices=np.zeros(1, np.int32)) for name in ("fine", "hang", "good")]
     frames, reasons = graph.read(plans)
     assert reasons == [None, "not decoded: took longer than 0.5 s", None]

@@ -18,8 +18,8 @@ from discovla.data.loader import DataConfig, TrainLoader, video_batches
 from discovla.data.manifest import Clip, write_manifest
 from discovla.data.shards.layout import ShardSettings
 from discovla.data.shards.writer import write_shards
-from discovla.data.video.decode import DecodeError
-from discovla.data.video.tables import FrameTables
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.index import FrameIndexStore
 from tests.data.conftest import batch_spec
 from tests.data.odd_clips import odd_clip
 
@@ -196,7 +196,7 @@ def test_the_cache_keeps_what_is_known_of_files_and_says_that_it_keeps_no_frames
     source.sample(0, 0)
     assert "cache: decoder = 'dali' keeps what is known of each file there, but no frames" in caplog.text
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".table"}
-    table = FrameTables(FrameCache(tmp_path, ".table")).get(read_clips(data, "train")[0].video)
+    table = FrameIndexStore(FrameCache(tmp_path, ".table")).get(read_clips(data, "train")[0].video)
     assert table is not None
     assert table.count == 40
     assert np.all(np.diff(table.times) > 0)

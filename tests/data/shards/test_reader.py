@@ -17,8 +17,9 @@ from discovla.data.retry import Tries
 from discovla.data.sampling import Sampling
 from discovla.data.shards import byte_ranges
 from discovla.data.shards.reader import Shards
-from discovla.data.video.decode import DecodeError, decode_each
-from discovla.data.video.pixels import fit
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import read_frames
+from discovla.data.video.resize import resize_and_crop
 from tests.data.shards.server import served
 from tests.data.shards.world import FRAMES, SIZE, make_manifest, make_shards
 
@@ -56,7 +57,7 @@ def sampling(clip, seed=None, **changes) -> Sampling:
 
 
 def fitted(image: Image.Image) -> np.ndarray:
-    return fit(image, SIZE)
+    return resize_and_crop(image, SIZE)
 
 
 def good(clips):
@@ -67,7 +68,7 @@ def test_raw_frames_are_those_of_the_files_bit_for_bit(made, world):
     shards = pickle.loads(pickle.dumps(Shards(made())))
     clips = good(read_manifest(world))
     for clip in reversed(clips):
-        wanted = decode_each(clip.video, sampling(clip), fitted).frames
+        wanted = read_frames(clip.video, sampling(clip), fitted).frames
         assert np.array_equal(shards.frames(clip, sampling(clip), None), wanted)
     found = [(c.id, c.captions, c.split, c.start, c.frame_captions) for c in good(shards.clips)]
     assert found == [(c.id, c.captions, c.split, c.start, c.frame_captions) for c in clips]
@@ -79,7 +80,7 @@ def test_raw_frames_are_those_of_the_files_bit_for_bit(made, world):
 def test_frames_of_full_size_are_changed_as_those_of_the_files(made, world):
     shards = Shards(made(size=None))
     for clip in good(read_manifest(world)):
-        wanted = decode_each(clip.video, sampling(clip), lambda image: fitted(image.rotate(9))).frames
+        wanted = read_frames(clip.video, sampling(clip), lambda image: fitted(image.rotate(9))).frames
         assert np.array_equal(shards.frames(clip, sampling(clip), lambda i: fitted(i.rotate(9))), wanted)
 
 
@@ -91,7 +92,7 @@ def test_candidates_serve_every_seed_of_a_sampling_that_moves(sampler, made, wor
     drawn = [sampling(clip, seed, sampler=sampler, **moving) for seed in (None, *map(str, range(12)))]
     shards.check(shards.clips, lambda c: sampling(c, "0", sampler=sampler, **moving), size=SIZE)
     for one in drawn:
-        assert np.array_equal(shards.frames(clip, one, None), decode_each(clip.video, one, fitted).frames)
+        assert np.array_equal(shards.frames(clip, one, None), read_frames(clip.video, one, fitted).frames)
     if sampler == "t2vparser":
         assert len({tuple(one.indices(20, 10.0)) for one in drawn}) > 5
 
@@ -99,7 +100,7 @@ def test_candidates_serve_every_seed_of_a_sampling_that_moves(sampler, made, wor
 def test_jpeg_frames_are_close_to_those_of_the_files(made, world):
     shards = Shards(made(format="jpeg", quality=95))
     for clip in good(read_manifest(world)):
-        wanted = decode_each(clip.video, sampling(clip), fitted).frames
+        wanted = read_frames(clip.video, sampling(clip), fitted).frames
         found = shards.frames(clip, sampling(clip), None)
         assert found.shape == wanted.shape
         assert np.abs(found.astype(int) - wanted).max() <= 6  # grey frames, of which JPEG changes little
@@ -115,7 +116,7 @@ def test_a_clip_that_gave_no_frames_says_why_again(made, world):
 
 def test_a_damaged_clip_that_was_kept_is_refused_where_damaged_ones_are(made, world):
     shards, clip = Shards(made(damaged="use")), read_manifest(world)[-1]
-    wanted = decode_each(clip.video, sampling(clip), fitted, damaged="use").frames
+    wanted = read_frames(clip.video, sampling(clip), fitted, damaged="use").frames
     assert np.array_equal(shards.frames(clip, sampling(clip), None, damaged="use"), wanted)
     with pytest.raises(DecodeError, match="damaged: "):
         shards.frames(clip, sampling(clip), None)

@@ -12,7 +12,7 @@ from discovla.data import resident
 from discovla.data.dataset import read_clips
 from discovla.data.loader import DataConfig, TrainLoader, video_batches
 from discovla.data.manifest import read_manifest
-from discovla.data.video.decode import DecodeError
+from discovla.data.video.errors import DecodeError
 from tests.data.conftest import batch_spec
 from tests.data.shards.world import FRAMES, SIZE, make_manifest, make_shards
 

@@ -124,7 +124,7 @@ def test_a_process_writes_what_this_one_writes_and_a_finished_folder_is_left_alo
 
 def test_a_run_stopped_after_any_clip_goes_on_with_the_next(raw, world, tmp_path, monkeypatch):
     clips, seen = read_manifest(world), []
-    decode = shard_parts.decode_each
+    decode = shard_parts.read_frames
 
     def stopped(path, *rest, **options):
         if len(seen) % 3 == 2:
@@ -133,7 +133,7 @@ def test_a_run_stopped_after_any_clip_goes_on_with_the_next(raw, world, tmp_path
         seen.append(path)
         return decode(path, *rest, **options)
 
-    monkeypatch.setattr(shard_parts, "decode_each", stopped)
+    monkeypatch.setattr(shard_parts, "read_frames", stopped)
     for _ in range(10):
         try:
             make_shards(world, tmp_path / "out")

@@ -15,14 +15,15 @@ from PIL import Image
 
 from discovla.data.cache import FrameCache
 from discovla.data.sampling import Sampling
-from discovla.data.video import decoders, seeking, torchcodec_frames
-from discovla.data.video.decode import Decoded, DecodeError, decode_each
-from discovla.data.video.decoders import TRIED, Decoder
-from discovla.data.video.tables import FrameTables
-from discovla.data.video.torchcodec_frames import TOLERANCE, missing
+from discovla.data.video import frames, pyav
+from discovla.data.video import torchcodec as torchcodec_module
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import TRIED, Decoded, Decoder, read_frames
+from discovla.data.video.index import FrameIndexStore
+from discovla.data.video.torchcodec import TOLERANCE, missing
 from tests.data.conftest import movie, numbers
 from tests.data.odd_clips import KINDS, odd_clip, picture
-from tests.data.video.test_decode import expected_verdict, realdata_videos
+from tests.data.video.test_frames import expected_verdict, realdata_videos
 
 LACKING = missing()
 torchcodec = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
@@ -52,7 +53,7 @@ def changed(sums: tuple[int, ...], *places: int) -> tuple[int, ...]:
 
 
 def test_golden_pyav_gives_the_same_frames_each_time(odd):
-    wanted = decode_each(odd, TEN, np.asarray)
+    wanted = read_frames(odd, TEN, np.asarray)
     decoder = Decoder("pyav")
     assert all(same(decoder.read(odd, TEN, np.asarray), wanted) for _ in range(3))
 
@@ -76,7 +77,7 @@ def test_golden_an_edit_list_leaves_out_and_delays_what_it_says(name, tmp_path):
 
 @torchcodec
 def test_golden_torchcodec_gives_the_same_frames_or_refuses(odd):
-    wanted = decode_each(odd, TEN, np.asarray)
+    wanted = read_frames(odd, TEN, np.asarray)
     decoder = Decoder("torchcodec")
     if odd.stem in INEXACT:
         with pytest.raises(DecodeError, match=r"cannot be read by decoder = 'torchcodec'"):
@@ -87,7 +88,7 @@ def test_golden_torchcodec_gives_the_same_frames_or_refuses(odd):
 
 @torchcodec
 def test_golden_auto_gives_the_frames_of_every_file(odd):
-    wanted = decode_each(odd, TEN, np.asarray)
+    wanted = read_frames(odd, TEN, np.asarray)
     for chosen in ("pyav", "torchcodec"):
         decoder = Decoder("auto")
         decoder.chosen = chosen
@@ -108,7 +109,7 @@ def test_realdata_every_decoder_gives_the_same_frames_and_verdicts(realdata):
                 told += 1
                 assert str(error.value).startswith(f"{path}: ")
                 continue
-            wanted = decode_each(path, sampling, np.asarray)
+            wanted = read_frames(path, sampling, np.asarray)
             try:
                 assert same(reader.read(path, sampling, np.asarray), wanted, TOLERANCE), path
             except DecodeError as error:
@@ -126,22 +127,22 @@ def test_a_file_that_breaks_off_is_refused_or_used_each_time(cut_off):
     for _ in range(2):
         with pytest.raises(DecodeError, match="damaged: "):
             decoder.read(cut_off, TEN, np.asarray)
-    wanted = decode_each(cut_off, TEN, np.asarray, damaged="use")
+    wanted = read_frames(cut_off, TEN, np.asarray, damaged="use")
     assert same(decoder.read(cut_off, TEN, np.asarray, damaged="use"), wanted)
 
 
 def test_a_file_is_decoded_whole_once(counting, monkeypatch):
     decoder = Decoder("pyav")
     decoder.read(counting, TEN, np.asarray)
-    monkeypatch.setattr(decoders, "scan", None)
+    monkeypatch.setattr(frames, "scan", None)
     moved = decoder.read(counting, Sampling(frames=3, sample_rate=10.0), np.asarray)
     assert numbers(moved.frames) == [0, 9, 19]
 
 
 def test_tables_in_a_cache_serve_other_processes(counting, tmp_path, monkeypatch):
-    Decoder("pyav", FrameTables(FrameCache(tmp_path))).read(counting, TEN, np.asarray)
-    monkeypatch.setattr(decoders, "scan", None)
-    other = Decoder("pyav", FrameTables(FrameCache(tmp_path)))
+    Decoder("pyav", FrameIndexStore(FrameCache(tmp_path))).read(counting, TEN, np.asarray)
+    monkeypatch.setattr(frames, "scan", None)
+    other = Decoder("pyav", FrameIndexStore(FrameCache(tmp_path)))
     assert numbers(other.read(counting, TEN, np.asarray).frames) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 19]
 
 
@@ -195,29 +196,29 @@ def test_torchcodec_is_checked_on_frames_that_the_first_visit_did_not_sample(cou
     first, later = (Sampling(frames=1, sample_rate=10.0, start=at / 10, end=at / 10) for at in (4, 7))
     decoder = Decoder("torchcodec")
     assert decoder.read(counting, first, np.asarray).indices == (4,)
-    monkeypatch.setattr(torchcodec_frames, "_decoders", lambda: SimpleNamespace(VideoDecoder=Astray))
+    monkeypatch.setattr(torchcodec_module, "_decoders", lambda: SimpleNamespace(VideoDecoder=Astray))
     assert decoder.read(counting, first, np.asarray).indices == (4,)
     with pytest.raises(DecodeError, match="torchcodec has another frame 7"):
         decoder.read(counting, later, np.asarray)
     auto = Decoder("auto", decoder.tables)
     auto.chosen = "torchcodec"
-    assert same(auto.read(counting, later, np.asarray), decode_each(counting, later, np.asarray))
+    assert same(auto.read(counting, later, np.asarray), read_frames(counting, later, np.asarray))
 
 
 def test_pyav_is_checked_on_frames_that_the_first_visit_did_not_sample(counting, monkeypatch, caplog):
     first, later = (Sampling(frames=1, sample_rate=10.0, start=at / 10, end=at / 10) for at in (4, 7))
     decoder = Decoder("pyav")
     decoder.read(counting, first, np.asarray)
-    monkeypatch.setattr(seeking, "displayed", lambda frame, size: Image.new("RGB", size))
-    assert same(decoder.read(counting, later, np.asarray), decode_each(counting, later, np.asarray))
+    monkeypatch.setattr(pyav, "displayed", lambda frame, size: Image.new("RGB", size))
+    assert same(decoder.read(counting, later, np.asarray), read_frames(counting, later, np.asarray))
     assert "entered at a key frame, frame 7 is not the one it was" in caplog.text
 
 
 def test_tables_take_bounded_memory(counting, tmp_path, monkeypatch):
-    tables = FrameTables()
+    tables = FrameIndexStore()
     decoder = Decoder("pyav", tables)
     decoder.read(counting, TEN, np.asarray)
-    monkeypatch.setattr("discovla.data.video.tables._KEPT", 3 * tables._bytes)
+    monkeypatch.setattr("discovla.data.video.index._KEPT", 3 * tables._bytes)
     for name in range(10):
         path = tmp_path / f"{name}.mp4"
         path.write_bytes(counting.read_bytes())
@@ -234,9 +235,9 @@ def test_auto_takes_the_faster_and_says_by_how_much(counting, caplog, monkeypatc
         return real(*arguments)
 
     clock = [0.0]
-    real = decoders.read_torchcodec
-    monkeypatch.setattr(decoders, "read_torchcodec", slow)
-    monkeypatch.setattr(decoders.time, "perf_counter", lambda: clock[0])
+    real = frames.read_torchcodec
+    monkeypatch.setattr(frames, "read_torchcodec", slow)
+    monkeypatch.setattr(frames.time, "perf_counter", lambda: clock[0])
     caplog.set_level(logging.INFO)
     decoder = Decoder("auto")
     for _ in range(TRIED):
@@ -259,7 +260,7 @@ def test_auto_says_once_what_it_leaves_to_pyav(tmp_path, caplog):
 
 
 def test_a_decoder_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(decoders, "missing", lambda: "torchcodec is not installed")
+    monkeypatch.setattr(frames, "missing", lambda: "torchcodec is not installed")
     with pytest.raises(ValueError, match="decoder: torchcodec is not installed"):
         Decoder("torchcodec")
     assert Decoder("auto").chosen == "pyav"

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from discovla.data.sampling import Sampling
-from discovla.data.video.decode import scan
 from discovla.data.video.fingerprints import UNKNOWN, Fingerprints, fingerprint
-from discovla.data.video.tables import FrameTable, packed, unpacked
+from discovla.data.video.index import FrameIndex, packed, unpacked
+from discovla.data.video.pyav import scan
 from tests.data.odd_clips import KINDS, odd_clip
-from tests.data.video.test_decode import realdata_videos
+from tests.data.video.test_frames import realdata_videos
 
 
-def frames_of(path: Path, limit: int = 40) -> tuple[dict[int, Image.Image], FrameTable]:
+def frames_of(path: Path, limit: int = 40) -> tuple[dict[int, Image.Image], FrameIndex]:
     """Up to `limit` frames of a file as displayed, and its table, made while few of them are converted."""
     _, table = scan(path, None, np.asarray, 0)
     if not table.count or not table.rate:
@@ -31,7 +31,7 @@ def frames_of(path: Path, limit: int = 40) -> tuple[dict[int, Image.Image], Fram
     )[1]
 
 
-def check(images: dict[int, Image.Image], table: FrameTable) -> None:
+def check(images: dict[int, Image.Image], table: FrameIndex) -> None:
     """The table knows each image and tells it from one with a block changed, if colours have 8 bits."""
     for index, image in images.items():
         mean = table.mean(index)

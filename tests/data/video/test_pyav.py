@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from discovla.data.sampling import Sampling
-from discovla.data.video import seeking
-from discovla.data.video.decode import DecodeError, scan
-from discovla.data.video.opening import opened
-from discovla.data.video.seeking import Astray, read_entering
-from discovla.data.video.tables import FrameTable
+from discovla.data.video import pyav
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.index import FrameIndex
+from discovla.data.video.pyav import Astray, open_video, read_entering, scan
 from tests.data.odd_clips import KINDS, odd_clip
-from tests.data.video.test_decode import realdata_videos
+from tests.data.video.test_frames import realdata_videos
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -25,7 +24,7 @@ def odd(request, tmp_path_factory) -> Path:
     return odd_clip(tmp_path_factory.mktemp("odd"), request.param)
 
 
-def whole(path: Path, limit: int = 40) -> tuple[dict[int, np.ndarray], FrameTable]:
+def whole(path: Path, limit: int = 40) -> tuple[dict[int, np.ndarray], FrameIndex]:
     """Up to `limit` frames of a file and its table, all of it decoded."""
     _, table = scan(path, None, np.asarray, 0)
     if not table.count or not table.rate:
@@ -34,7 +33,7 @@ def whole(path: Path, limit: int = 40) -> tuple[dict[int, np.ndarray], FrameTabl
     return scan(path, chosen, np.asarray, table.count)[0], table
 
 
-def differing(path: Path, images: dict[int, np.ndarray], table: FrameTable, step: int) -> list[int]:
+def differing(path: Path, images: dict[int, np.ndarray], table: FrameIndex, step: int) -> list[int]:
     """Frames, one in `step`, that entering gives otherwise."""
     indices = sorted(images)[::step]
     found = read_entering(path, table, indices, np.asarray)
@@ -76,7 +75,7 @@ def sent(monkeypatch) -> list[int | None]:
 
     @contextmanager
     def watched(path):
-        with opened(path) as (container, stream):
+        with open_video(path) as (container, stream):
 
             def demux(stream):
                 for packet in container.demux(stream):
@@ -85,7 +84,7 @@ def sent(monkeypatch) -> list[int | None]:
 
             yield SimpleNamespace(demux=demux, seek=container.seek), stream
 
-    monkeypatch.setattr(seeking, "opened", watched)
+    monkeypatch.setattr(pyav, "open_video", watched)
     return times
 
 
@@ -97,6 +96,7 @@ def test_reading_begins_at_the_last_key_frame(tmp_path, sent, name):
     images, table = whole(path)
     key, _ = table.keys[-1]
     assert key > 20
+    sent.clear()
     found = read_entering(path, table, [key, table.count - 1], np.asarray)
     assert sent[0] == table.times[key]
     assert len(sent) <= table.count - key + 1

@@ -36,7 +36,7 @@ _QUARTER_TURNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrameTable:
+class FrameIndex:
     """The frames that decode, in the order in which they are shown.
 
     count: how many.  rate: average frames per second of the stream.  header_count: frames the header
@@ -118,7 +118,7 @@ class FrameTable:
 
 
 @dataclass(kw_only=True)
-class DraftTable:
+class FrameIndexBuilder:
     """A table that grows while a file is decoded."""
 
     rate: float | None
@@ -141,14 +141,14 @@ class DraftTable:
     intra: set[int | None] = field(default_factory=set)  # times of showing
 
     @staticmethod
-    def of(stream: VideoStream, *, prints: bool) -> DraftTable:
+    def of(stream: VideoStream, *, prints: bool) -> FrameIndexBuilder:
         """What the header of a stream says.
 
         Args:
             prints: whether to note what tells each frame from others.
         """
         tick = stream.time_base or Fraction(0)
-        return DraftTable(
+        return FrameIndexBuilder(
             rate=float(stream.average_rate or 0) or None,
             header_count=stream.frames,
             stream=stream.index,
@@ -187,7 +187,7 @@ class DraftTable:
         if len(self.seen) <= _COMPARED:
             self.spread = max(self.spread, spread(image, found))
 
-    def table(self) -> FrameTable:
+    def table(self) -> FrameIndex:
         """The table of what was decoded."""
         index_of = {time: index for index, time in enumerate(self.times)}
         entered = (entry for entry in self.entries if entry[0] in self.intra)
@@ -195,7 +195,7 @@ class DraftTable:
         prints = [] if self.prints is None or not self.steady else self.prints.all()
         known = [each or self.seen.get(index) for index, each in enumerate(prints)]
         colours = [(0.0, 0.0, 0.0) if each is None else each.mean for each in known]
-        return FrameTable(
+        return FrameIndex(
             count=self.count,
             rate=self.rate,
             header_count=self.header_count,
@@ -216,7 +216,7 @@ class DraftTable:
         )
 
 
-class FrameTables:
+class FrameIndexStore:
     """Tables of files, in memory for a bounded number of frames and on disk where there is a cache.
 
     A table is known by the file's path, size and time of change: that of a changed file is never met again.
@@ -227,7 +227,7 @@ class FrameTables:
         self._kept: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
         self._bytes = 0
 
-    def get(self, path: Path) -> FrameTable | None:
+    def get(self, path: Path) -> FrameIndex | None:
         """The table of a file, or None where it is not known."""
         name = _name(path)
         content = self._kept.get(name)
@@ -240,7 +240,7 @@ class FrameTables:
                 self._keep(name, content)
         return None if content is None else unpacked(content)
 
-    def put(self, path: Path, table: FrameTable) -> None:
+    def put(self, path: Path, table: FrameIndex) -> None:
         """Keep a table in place of an earlier one."""
         content = packed(table)
         self._keep(_name(path), content)
@@ -255,7 +255,7 @@ class FrameTables:
             self._bytes -= len(self._kept.popitem(last=False)[1])
 
 
-def packed(table: FrameTable) -> bytes:
+def packed(table: FrameIndex) -> bytes:
     """A table as bytes."""
     words = {name: value for name, value in vars(table).items() if name not in ("times", "sums", "means")}
     text = json.dumps(words, separators=(",", ":")).encode()
@@ -264,7 +264,7 @@ def packed(table: FrameTable) -> bytes:
     return _LENGTH.pack(len(text)) + b"".join(parts)
 
 
-def unpacked(content: bytes) -> FrameTable:
+def unpacked(content: bytes) -> FrameIndex:
     """The table in bytes."""
     end = _LENGTH.size + _LENGTH.unpack_from(content)[0]
     fields = json.loads(content[_LENGTH.size : end])
@@ -277,7 +277,7 @@ def unpacked(content: bytes) -> FrameTable:
     pairs["times"] = tuple(None if time == _NO_TIME else time for time in times)
     pairs["sums"] = tuple(np.frombuffer(content, "<u4", number, end).tolist())
     pairs["means"] = content[end + 4 * number :]
-    return FrameTable(**(fields | pairs))
+    return FrameIndex(**(fields | pairs))
 
 
 def displayed_size(frame: VideoFrame) -> tuple[int, int]:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from discovla.data.watched import Lost, Outcome, Worker, watched
-from tests.data.watched_tasks import Unsendable, stopped, task
+from discovla.data.sandbox import Result, Sandbox, WorkerLost, run_sandboxed
+from tests.data.sandbox_tasks import Unsendable, stopped, task
 
 
 def ended(pid: int, within: float = 5.0) -> bool:
@@ -35,7 +35,7 @@ def ended(pid: int, within: float = 5.0) -> bool:
 
 def test_every_item_has_its_outcome_and_a_lost_process_is_replaced():
     items = ["a", "hang", "crash", "b", "raise", "exit", "hang in native code", "c"]
-    found = {o.item: o for o in watched(task, items, workers=2, limit=0.5)}
+    found = {o.item: o for o in run_sandboxed(task, items, workers=2, limit=0.5)}
     assert sorted(found) == sorted(items)
     assert {i: str(o.error) for i, o in found.items() if o.error} == {
         "hang": "took longer than 0.5 s",
@@ -52,10 +52,10 @@ def test_every_item_has_its_outcome_and_a_lost_process_is_replaced():
 
 
 def test_one_process_serves_many_items_until_it_is_lost():
-    with Worker(task, limit=5) as worker:
+    with Sandbox(task, limit=5) as worker:
         first, second = worker("a"), worker("b")
         assert first[1] == second[1] != os.getpid()
-        with pytest.raises(Lost, match="its process died of SIGSEGV"):
+        with pytest.raises(WorkerLost, match="its process died of SIGSEGV"):
             worker("crash")
         third = worker("c")
         assert third[0] == "c"
@@ -77,11 +77,11 @@ def killed_as_given(monkeypatch, pids: list[int]) -> None:
 
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    monkeypatch.setattr("discovla.data.watched.wait", wait)
+    monkeypatch.setattr("discovla.data.sandbox.wait", wait)
 
 
 def test_an_item_that_its_process_had_not_begun_is_given_to_a_new_one(monkeypatch):
-    with Worker(task, limit=5) as worker:
+    with Sandbox(task, limit=5) as worker:
         first = worker("a")[1]
         killed_as_given(monkeypatch, [first])
         name, second = worker("b")
@@ -91,30 +91,30 @@ def test_an_item_that_its_process_had_not_begun_is_given_to_a_new_one(monkeypatc
 def test_an_item_is_given_to_a_new_process_once(monkeypatch):
     started: list[int] = []
 
-    def start(worker: Worker) -> None:
+    def start(worker: Sandbox) -> None:
         begin(worker)
         assert worker._process is not None
         started.append(worker._process.pid)
         os.kill(started[-1], signal.SIGSTOP)
 
-    begin = Worker._start
-    with Worker(task, limit=5) as worker:
-        monkeypatch.setattr(Worker, "_start", start)
+    begin = Sandbox._start
+    with Sandbox(task, limit=5) as worker:
+        monkeypatch.setattr(Sandbox, "_start", start)
         worker.give("a")
         for again in (True, False):
             os.kill(started[-1], signal.SIGKILL)
             assert ended(started[-1])
             answer = worker.take()
             assert (answer is None) == again
-        assert answer is not None and isinstance(answer[1], Lost)
+        assert answer is not None and isinstance(answer[1], WorkerLost)
         assert len(started) == 2
-        monkeypatch.setattr(Worker, "_start", begin)
+        monkeypatch.setattr(Sandbox, "_start", begin)
         assert worker("b")[0] == "b"
 
 
 def test_several_processes_lose_no_item_that_none_had_begun(monkeypatch):
     items = iter("abcd")
-    outcomes = watched(task, items, workers=2, limit=5)
+    outcomes = run_sandboxed(task, items, workers=2, limit=5)
     found = [next(outcomes), next(outcomes)]
     killed_as_given(monkeypatch, list({o.value[1] for o in found if o.value}))
     found += list(outcomes)
@@ -123,25 +123,25 @@ def test_several_processes_lose_no_item_that_none_had_begun(monkeypatch):
 
 
 def test_an_answer_that_breaks_off_is_that_of_a_lost_process():
-    with Worker(task, limit=5) as worker:
+    with Sandbox(task, limit=5) as worker:
         pid = worker("a")[1]
         worker.give("large")  # more than a pipe holds: it waits for a reader
         connection.wait([worker.pipe], 5)
         os.kill(pid, signal.SIGKILL)
         assert ended(pid)
         _, error = worker.answer()
-        assert isinstance(error, Lost) and str(error) == "its process died of SIGKILL"
+        assert isinstance(error, WorkerLost) and str(error) == "its process died of SIGKILL"
         assert worker("b")[0] == "b"
 
 
 def test_a_process_that_does_not_end_itself_is_killed(monkeypatch):
-    monkeypatch.setattr("discovla.data.watched._LATE", 0.3)
-    with Worker(stopped, limit=0.3) as worker, pytest.raises(Lost, match=r"took longer than 0.3 s"):
+    monkeypatch.setattr("discovla.data.sandbox._LATE", 0.3)
+    with Sandbox(stopped, limit=0.3) as worker, pytest.raises(WorkerLost, match=r"took longer than 0.3 s"):
         worker("x")
 
 
 def test_what_does_not_pickle_is_told_by_its_words():
-    with Worker(task, limit=5) as worker:
+    with Sandbox(task, limit=5) as worker:
         with pytest.raises(RuntimeError, match=r"pickle|local object"):
             worker("unsendable value")
         with pytest.raises((RuntimeError, Unsendable), match="no way"):
@@ -150,13 +150,13 @@ def test_what_does_not_pickle_is_told_by_its_words():
 
 
 def test_what_the_work_prints_does_not_reach_our_output(capfd):
-    with Worker(task, limit=5) as worker:
+    with Sandbox(task, limit=5) as worker:
         worker("print")
     assert capfd.readouterr() == ("", "to the standard output\n")
 
 
 def test_dropping_the_iterator_ends_the_processes():
-    outcomes = watched(task, ["a", "hang", "b", "hang"], workers=2, limit=30)
+    outcomes = run_sandboxed(task, ["a", "hang", "b", "hang"], workers=2, limit=30)
     _, pid = next(outcomes).value or (None, 0)
     began = time.monotonic()
     outcomes.close()
@@ -169,15 +169,15 @@ def children() -> set[int]:
     """Processes that this one started and that run."""
     found = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     ours = {int(pid) for pid in found}
-    return {pid for pid in ours if b"discovla.data.watched" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    return {pid for pid in ours if b"discovla.data.sandbox" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
 PARENT = """
 import sys
 sys.path.insert(0, {root!r})
-from tests.data.watched_tasks import task
-from discovla.data.watched import Worker
-idle, busy = Worker(task, limit=3), Worker(task, limit=3)
+from tests.data.sandbox_tasks import task
+from discovla.data.sandbox import Sandbox
+idle, busy = Sandbox(task, limit=3), Sandbox(task, limit=3)
 print(idle("a")[1], busy("b")[1], flush=True)
 busy("hang in native code")
 """
@@ -200,7 +200,7 @@ class Reader(Dataset):
     """A data set whose items a watched process reads."""
 
     def __init__(self) -> None:
-        self.worker = Worker(task, limit=5)
+        self.worker = Sandbox(task, limit=5)
 
     def __len__(self) -> int:
         return 4
@@ -208,7 +208,7 @@ class Reader(Dataset):
     def __getitem__(self, index: int) -> tuple[str, int, int]:
         try:
             name, pid = self.worker("crash" if index == 2 else str(index))
-        except Lost:
+        except WorkerLost:
             name, pid = "lost", 0
         return name, pid, os.getpid()
 
@@ -227,7 +227,7 @@ def test_the_workers_of_a_loader_each_have_their_own_process():
 
 
 def test_a_worker_pickles_without_its_process():
-    with Worker(task, limit=5) as worker:
+    with Sandbox(task, limit=5) as worker:
         pid = worker("a")[1]
         with pickle.loads(pickle.dumps(worker)) as other:
             assert other("a")[1] != pid
@@ -236,17 +236,17 @@ def test_a_worker_pickles_without_its_process():
 
 def test_work_that_no_other_process_can_import_is_refused():
     with pytest.raises(ValueError, match="expected a function that other processes can import"):
-        Worker(lambda item: item, limit=1)
+        Sandbox(lambda item: item, limit=1)
 
 
 def test_a_process_that_does_not_start_is_told_once(monkeypatch):
-    monkeypatch.setattr("discovla.data.watched._ENTRY", "import sys; sys.exit(1)")
+    monkeypatch.setattr("discovla.data.sandbox._ENTRY", "import sys; sys.exit(1)")
     with pytest.raises(RuntimeError, match="a process for task did not start"):
-        list(watched(task, ["a"], workers=1, limit=1))
+        list(run_sandboxed(task, ["a"], workers=1, limit=1))
 
 
 def test_nothing_to_do_starts_nothing():
-    assert list(watched(task, [], workers=3, limit=1)) == []
+    assert list(run_sandboxed(task, [], workers=3, limit=1)) == []
     assert children() == set()
 
 
@@ -258,7 +258,7 @@ def test_items_are_taken_when_a_process_is_free():
             taken.append(name)
             yield name
 
-    outcomes = watched(task, items(), workers=1, limit=5)
-    assert isinstance(next(outcomes), Outcome)
+    outcomes = run_sandboxed(task, items(), workers=1, limit=5)
+    assert isinstance(next(outcomes), Result)
     assert taken == ["a"]
     outcomes.close()

@@ -17,38 +17,38 @@ from discovla.data.dataset import FileClipReader
 from discovla.data.loader import DataConfig, TrainLoader
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling, sampling_of
-from discovla.data.video import decoders
-from discovla.data.video.decode import DecodeError, decode_each
-from discovla.data.video.pixels import fit
-from discovla.data.video.reading import Reader, Reading, read_frames
+from discovla.data.video import frames
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import FrameRequest, SandboxedReader, read_frames, read_request
+from discovla.data.video.resize import resize_and_crop
 from tests.data.conftest import batch_spec, movie
 from tests.data.odd_clips import odd_clip
 
 
-def reading(path: Path, **changes) -> Reading:
-    return Reading(path=path, sampling=Sampling(frames=4, sample_rate=10.0), image_size=16, **changes)
+def reading(path: Path, **changes) -> FrameRequest:
+    return FrameRequest(path=path, sampling=Sampling(frames=4, sample_rate=10.0), image_size=16, **changes)
 
 
 @pytest.fixture(scope="module")
-def reader() -> Reader:
-    reader = Reader(60.0)
+def reader() -> SandboxedReader:
+    reader = SandboxedReader(60.0)
     yield reader
     reader.close()
 
 
 def test_another_process_gives_the_same_frames(counting, reader):
     asked = reading(counting)
-    wanted = decode_each(counting, asked.sampling, lambda image: fit(image, 16)).frames
+    wanted = read_frames(counting, asked.sampling, lambda image: resize_and_crop(image, 16)).frames
     for _ in range(2):
         assert np.array_equal(reader(asked), wanted)
-    assert np.array_equal(read_frames(asked), wanted)
+    assert np.array_equal(read_request(asked), wanted)
 
 
 def test_an_augmentation_is_the_same_there(tmp_path, reader):
     path = odd_clip(tmp_path, "short-gop")
     for augment in ("randaugment", "resized_crop"):
         asked = reading(path, augment=augment, seed="0/1/2")
-        assert np.array_equal(reader(asked), read_frames(asked))
+        assert np.array_equal(reader(asked), read_request(asked))
         assert not np.array_equal(reader(asked), reader(reading(path)))
 
 
@@ -70,7 +70,7 @@ def test_a_process_that_is_killed_is_replaced(counting, reader):
 
 def test_a_file_that_takes_too_long_is_named_and_the_next_is_read(counting, tmp_path):
     slow = movie(tmp_path / "slow.mp4", 60, size=(256, 256))
-    small = Reader(0.002)
+    small = SandboxedReader(0.002)
     with pytest.raises(DecodeError, match=r"slow.mp4: not decoded: took longer than 0.002 s"):
         small(reading(slow))
     assert small._worker._process is None
@@ -97,7 +97,7 @@ def test_a_reader_travels(counting, reader):
 
 
 def test_a_decoder_that_is_not_there_is_refused_before_reading(monkeypatch):
-    monkeypatch.setattr(decoders, "missing", lambda: "torchcodec is not installed")
+    monkeypatch.setattr(frames, "missing", lambda: "torchcodec is not installed")
     with pytest.raises(ValueError, match="decoder: torchcodec is not installed"):
         FileClipReader(FrameSettings(frames=2, image_size=16, decoder="torchcodec"))
 

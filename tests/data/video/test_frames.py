@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from discovla.data.sampling import Sampling
-from discovla.data.video.decode import DecodeError, decode, decode_each, inspect, write_frames
-from discovla.data.video.opening import is_cut_off, opened
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import decode, inspect, read_frames, write_frames
+from discovla.data.video.pyav import is_cut_off, open_video
 from tests.data.conftest import movie, numbers
 
 
@@ -73,14 +74,14 @@ def test_rotation_in_the_file_is_applied(tmp_path, rotation, row, column):
 def test_the_header_count_is_a_guess_only(tmp_path, monkeypatch):
     path = movie(tmp_path / "clip.mp4", 20)
     for wrong in (0, 7, 33):
-        monkeypatch.setattr("discovla.data.video.decode._guess", lambda *_, wrong=wrong: wrong)
+        monkeypatch.setattr("discovla.data.video.pyav._guess", lambda *_, wrong=wrong: wrong)
         decoded = decode(path, 4, sample_rate=10.0)
         assert (decoded.count, decoded.indices) == (20, (0, 6, 12, 19))
         assert numbers(decoded.frames) == [0, 6, 12, 19]
 
 
 def test_files_are_decoded_on_one_thread(counting):
-    with opened(counting) as (_, stream):
+    with open_video(counting) as (_, stream):
         assert (stream.thread_type.name, stream.codec_context.thread_count) == ("SLICE", 1)
 
 
@@ -97,7 +98,7 @@ def test_only_the_chosen_frames_are_converted(counting):
         seen.append(image.size)
         return np.asarray(image.resize((8, 8)))
 
-    decoded = decode_each(counting, Sampling(frames=3, sample_rate=10.0), small)
+    decoded = read_frames(counting, Sampling(frames=3, sample_rate=10.0), small)
     assert decoded.frames.shape == (3, 8, 8, 3)
     assert len(seen) == 3
 
@@ -226,7 +227,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     path = movie(tmp_path / "clip.mp4", 2)
-    monkeypatch.setattr("discovla.data.video.opening.av.open", denied)
+    monkeypatch.setattr("discovla.data.video.pyav.av.open", denied)
     assert inspect(path).reason == "cannot be read: Permission denied"
 
 
@@ -240,10 +241,10 @@ def test_a_file_without_a_rate_is_whole_but_cannot_be_sampled(counting, monkeypa
 
     @contextmanager
     def without_rate(path):
-        with opened(path) as (container, stream):
+        with open_video(path) as (container, stream):
             yield SimpleNamespace(demux=lambda _: container.demux(stream)), NoRate(stream)
 
-    monkeypatch.setattr("discovla.data.video.decode.opened", without_rate)
+    monkeypatch.setattr("discovla.data.video.pyav.open_video", without_rate)
     verdict = inspect(counting)
     assert (verdict.kind, verdict.count, verdict.rate) == ("ok", 20, None)
     with pytest.raises(DecodeError, match=r"counting.mp4: no average frame rate: expected one above 0"):
@@ -314,7 +315,7 @@ def test_realdata_every_file_decodes_or_names_itself(realdata):
         wanted, rate = expected_verdict(facts), inspect(path).rate
         if wanted != "refused" and rate:
             sampling = Sampling(frames=12, sample_rate=min(rate, 1.0))
-            decoded = decode_each(
+            decoded = read_frames(
                 path, sampling, lambda image: np.asarray(image.resize((8, 8))), damaged="use"
             )
             assert decoded.count == facts["video"]["decoded_frames"], path

@@ -12,7 +12,7 @@ import numpy as np
 from av.video.format import VideoFormat
 from PIL import Image
 
-from discovla.data.video.tables import FrameTable
+from discovla.data.video.index import FrameIndex
 
 TOLERANCE = 2  # levels: equal but for MPEG-4 part 2, whose transform FFmpeg's versions round differently
 _ROUNDED = ("mpeg4",)
@@ -34,7 +34,7 @@ def missing() -> str | None:
     return None
 
 
-def unfit(table: FrameTable) -> str | None:
+def unfit(table: FrameIndex) -> str | None:
     """Why torchcodec would give other frames or other pixels than are wanted, or None."""
     if not table.ordered:
         return "it breaks off, changes its size or has frames without ascending times"
@@ -49,7 +49,7 @@ def unfit(table: FrameTable) -> str | None:
 
 
 def read_torchcodec(
-    path: Path, table: FrameTable, indices: Sequence[int], each: Callable[[Image.Image], np.ndarray]
+    path: Path, table: FrameIndex, indices: Sequence[int], each: Callable[[Image.Image], np.ndarray]
 ) -> dict[int, np.ndarray]:
     """Frames of a file by torchcodec, checked by number, time and checksum against its table.
 

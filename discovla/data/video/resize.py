@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 
-def fit(image: Image.Image, size: int) -> np.ndarray:
+def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
     """A square of a frame: the short side resized to `size`, bicubic, then the middle cut out.
 
     Args:
@@ -17,7 +17,7 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
 
     Source: the released DiscoVLA code, which resizes and crops with torchvision on PIL images.
     """
-    (width, height), (left, top) = fitted(*image.size, size)
+    (width, height), (left, top) = resize_geometry(*image.size, size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     if (left, top, width, height) != (0, 0, size, size):
@@ -25,7 +25,7 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def fitted(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def resize_geometry(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Width and height to which a frame is resized, and left and top of the square then cut out."""
     short, long = sorted((width, height))
     stretched = int(size * long / short)

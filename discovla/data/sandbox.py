@@ -17,32 +17,32 @@ from multiprocessing.reduction import ForkingPickler
 from typing import IO, Generic, TypeAlias, TypeVar
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
-Answer: TypeAlias = tuple[Result | None, Exception | None]
+Value = TypeVar("Value")
+Answer: TypeAlias = tuple[Value | None, Exception | None]
 
 START_LIMIT = 120.0  # seconds a process may take to import what it does, on a machine that is busy
 _WORD = 8  # bytes of a count
 _LATE = 5.0  # seconds after its limit at which a process that did not end itself is killed
 _ENTRY = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    " from discovla.data.watched import serve; serve(*map(int, sys.argv[2:]))"
+    " from discovla.data.sandbox import serve; serve(*map(int, sys.argv[2:]))"
 )
 
 
-class Lost(Exception):
+class WorkerLost(Exception):
     """An item that its process did not survive: the process crashed, was killed or ran past the limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome(Generic[Item, Result]):
+class Result(Generic[Item, Value]):
     """What came of an item: a value, or the error that the work raised or that its process was lost."""
 
     item: Item
-    value: Result | None = None
+    value: Value | None = None
     error: Exception | None = None
 
 
-class Worker(Generic[Item, Result]):
+class Sandbox(Generic[Item, Value]):
     """One process that works on one item after another, replaced after one that it does not survive.
 
     An item whose process ended before it had begun with it is given to a new one, once.
@@ -63,7 +63,7 @@ class Worker(Generic[Item, Result]):
     _sent = 0  # items to the process
     _owner = 0  # the process that may use them
 
-    def __init__(self, work: Callable[[Item], Result], *, limit: float) -> None:
+    def __init__(self, work: Callable[[Item], Value], *, limit: float) -> None:
         if not 0 < limit < float("inf"):
             raise ValueError(f"limit: expected seconds above 0, got {limit}")
         if getattr(work, "__module__", None) == "__main__" or "<" in getattr(work, "__qualname__", "<"):
@@ -73,7 +73,7 @@ class Worker(Generic[Item, Result]):
     def __getstate__(self) -> dict[str, object]:
         return {"work": self.work, "limit": self.limit}
 
-    def __enter__(self) -> Worker[Item, Result]:
+    def __enter__(self) -> Sandbox[Item, Value]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,11 +82,11 @@ class Worker(Generic[Item, Result]):
     def __del__(self) -> None:
         self.close()
 
-    def __call__(self, item: Item) -> Result:
+    def __call__(self, item: Item) -> Value:
         """Work on one item and wait for it.
 
         Raises:
-            Lost: the process did not survive it; the next item finds a new one.
+            WorkerLost: the process did not survive it; the next item finds a new one.
             Exception: what the work raised.
         """
         self.give(item)
@@ -106,7 +106,7 @@ class Worker(Generic[Item, Result]):
         self._item, self._again = item, False
         self._send(item)
 
-    def answer(self) -> Answer[Result]:
+    def answer(self) -> Answer[Value]:
         """The answer to the item given, once it is there or late: a value or an error."""
         while True:
             wait([self.pipe], max(0.0, self.deadline - time.monotonic()))
@@ -114,7 +114,7 @@ class Worker(Generic[Item, Result]):
             if found is not None:
                 return found
 
-    def take(self) -> Answer[Result] | None:
+    def take(self) -> Answer[Value] | None:
         """The answer, once `pipe` is ready or the deadline has passed.
 
         None where the process had ended before it began with the item, which another one has been given now:
@@ -187,7 +187,7 @@ class Worker(Generic[Item, Result]):
             self.close()
             raise RuntimeError(f"a process for {self.work.__qualname__} did not start: {error}") from error
 
-    def _lost(self, *, late: bool) -> Lost:
+    def _lost(self, *, late: bool) -> WorkerLost:
         """Why there is no answer, after the process is ended."""
         process = self._process
         assert process is not None
@@ -197,10 +197,10 @@ class Worker(Generic[Item, Result]):
                 code = process.wait(_LATE)
         self.close()
         if late or code == -signal.SIGALRM:
-            return Lost(f"took longer than {self.limit:g} s")
+            return WorkerLost(f"took longer than {self.limit:g} s")
         if code is not None and code < 0:
-            return Lost(f"its process died of {signal.Signals(-code).name}")
-        return Lost(f"its process ended with status {code}")
+            return WorkerLost(f"its process died of {signal.Signals(-code).name}")
+        return WorkerLost(f"its process ended with status {code}")
 
     def _disown(self) -> None:
         """Leave the process of before a fork to the one that started it."""
@@ -213,16 +213,16 @@ class Worker(Generic[Item, Result]):
         self._owner = os.getpid()
 
 
-def watched(
-    work: Callable[[Item], Result], items: Iterable[Item], *, workers: int, limit: float
-) -> Generator[Outcome[Item, Result], None, None]:
+def run_sandboxed(
+    work: Callable[[Item], Value], items: Iterable[Item], *, workers: int, limit: float
+) -> Generator[Result[Item, Value], None, None]:
     """Work on items in several processes and give what came of each, in the order in which they end.
 
     An item is taken from `items` when a process is free for it.  No process is left when the iterator ends,
     is closed or is dropped.
 
     Args:
-        work, limit: as of `Worker`.
+        work, limit: as of `Sandbox`.
         workers: processes, at least 1.
 
     Raises:
@@ -230,8 +230,8 @@ def watched(
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
-    free: list[Worker[Item, Result]] = [Worker(work, limit=limit) for _ in range(workers)]
-    busy: dict[Connection, tuple[Worker[Item, Result], Item]] = {}
+    free: list[Sandbox[Item, Value]] = [Sandbox(work, limit=limit) for _ in range(workers)]
+    busy: dict[Connection, tuple[Sandbox[Item, Value], Item]] = {}
     queue = iter(items)
     try:
         while True:
@@ -249,7 +249,7 @@ def watched(
                     continue
                 value, error = answer
                 free.append(worker)
-                yield Outcome(item=item, value=value, error=error)
+                yield Result(item=item, value=value, error=error)
     finally:
         for worker in [*free, *(worker for worker, _ in busy.values())]:
             worker.close()
@@ -258,7 +258,7 @@ def watched(
 _END = object()
 
 
-def _answered(busy: dict[Connection, tuple[Worker[Item, Result], Item]]) -> list[Connection]:
+def _answered(busy: dict[Connection, tuple[Sandbox[Item, Value], Item]]) -> list[Connection]:
     """The processes that gave an answer or were lost, at least one."""
     first = min(worker.deadline for worker, _ in busy.values())
     ready = wait(list(busy), max(0.0, first - time.monotonic()))
@@ -267,7 +267,7 @@ def _answered(busy: dict[Connection, tuple[Worker[Item, Result], Item]]) -> list
 
 
 def serve(descriptor: int, count: int) -> None:
-    """The process of a `Worker`: answer items until the other end is closed.
+    """The process of a `Sandbox`: answer items until the other end is closed.
 
     How many it has begun is written to the file `count`: one that it had not is no reason for its end.
 
@@ -300,7 +300,7 @@ def serve(descriptor: int, count: int) -> None:
             return
 
 
-def _answer(work: Callable[[Item], Result], item: Item) -> tuple[Result | None, Exception | None]:
+def _answer(work: Callable[[Item], Value], item: Item) -> tuple[Value | None, Exception | None]:
     """A value, or what the work raised; an error that would not arrive is told by its name and words."""
     try:
         return work(item), None
