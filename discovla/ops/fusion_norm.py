@@ -132,9 +132,10 @@ def _keep(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_of_sum, grad, *_):
     """The statistics and the adapter's input are for backward alone: nobody differentiates them."""
+    saved = ctx.saved_tensors  # once: a checkpoint refuses to unpack them a second time
     if grad is None:
-        grad = torch.zeros_like(ctx.saved_tensors[0])
-    dx, du, flat = _fusion_norm_backward(grad, grad_of_sum, *ctx.saved_tensors, ctx.first)
+        grad = torch.zeros_like(saved[0])
+    dx, du, flat = _fusion_norm_backward(grad, grad_of_sum, *saved, ctx.first)
     sizes = [shape.numel() for shape, _ in ctx.shapes]
     weights = [
         part.view(shape).to(dtype) for part, (shape, dtype) in zip(flat.split(sizes), ctx.shapes, strict=True)

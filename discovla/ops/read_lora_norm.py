@@ -169,11 +169,12 @@ def _keep(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, _total, grad, _low, _stats, grad_read, grad_z_read):
     """x' of all rows, H and the statistics are for backward alone: nobody differentiates them."""
+    saved = ctx.saved_tensors  # once: a checkpoint refuses to unpack them a second time
     grads = [  # of what nobody used
-        ctx.saved_tensors[0].new_zeros(shape, dtype=dtype) if one is None else one
+        saved[0].new_zeros(shape, dtype=dtype) if one is None else one
         for one, (shape, dtype) in zip((grad, grad_read, grad_z_read), ctx.shapes, strict=True)
     ]
-    dx, du, da = _read_lora_norm_backward(*grads, *ctx.saved_tensors)
+    dx, du, da = _read_lora_norm_backward(*grads, *saved)
     if ctx.u_dtype is None:
         return dx, da, *[None] * 7
     return dx, da, (dx if ctx.dtype == dx.dtype else du).to(ctx.u_dtype), *[None] * 6

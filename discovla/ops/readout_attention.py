@@ -206,8 +206,9 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad):
-    dq, dkv, dposition = _readout_attention_backward(grad, *ctx.saved_tensors, *ctx.sizes)
-    position = ctx.saved_tensors[6]
+    saved = ctx.saved_tensors  # once: a checkpoint refuses to unpack them a second time
+    dq, dkv, dposition = _readout_attention_backward(grad, *saved, *ctx.sizes)
+    position = saved[6]
     if position is not None:
         dposition = dposition.unflatten(0, (-1, len(position))).sum(0).to(position.dtype)
     return dq, dkv, *[None] * 4, None if position is None else dposition, *[None] * 5

@@ -204,8 +204,9 @@ def _keep(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, *_):
     """What the readout rows read is kept for backward alone: nobody differentiates it."""
-    dqkv, dposition = _temporal_fusion_backward(grad, *ctx.saved_tensors, *ctx.sizes)
-    position = ctx.saved_tensors[5]
+    saved = ctx.saved_tensors  # once: a checkpoint refuses to unpack them a second time
+    dqkv, dposition = _temporal_fusion_backward(grad, *saved, *ctx.sizes)
+    position = saved[5]
     dposition = None if position is None else dposition.sum(0).to(position.dtype)
     return dqkv, None, None, None, None, dposition, None, None, None, None
 

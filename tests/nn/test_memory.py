@@ -27,6 +27,16 @@ def test_losses_and_gradients_are_the_same_bit_by_bit_in_every_mode(case, impl):
         assert all(torch.equal(got[name], value) for name, value in want.items()), mode
 
 
+@pytest.mark.parametrize("mode", ["recompute_projections", "recompute_blocks"])
+def test_fused_blocks_of_kernels_are_recomputed(mode):
+    method, batch = made("every block fused, positions, masks", torch.float32)
+    method.vision.memory = method.text.memory = "keep"
+    kept = results(method, batch[:2], "triton")
+    method.vision.memory = method.text.memory = mode
+    recomputed = results(method, batch[:2], "triton")
+    assert all(torch.equal(recomputed[name], value) for name, value in kept.items())
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_without_backward_nothing_is_checkpointed(mode, monkeypatch):
     monkeypatch.delattr(memory, "checkpoint")
