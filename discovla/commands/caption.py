@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +19,11 @@ from discovla.data.captions.captioning import (
     with_captions,
 )
 from discovla.data.captions.endpoint import EndpointCaptioner, Server
-from discovla.data.captions.frame_captions import frame_captions_of, read_frame_captions, write_frame_captions
+from discovla.data.datasets.frame_captions import (
+    read_frame_captions,
+    with_frame_captions,
+    write_frame_captions,
+)
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.video.frames import Damaged
 
@@ -86,13 +89,8 @@ def _known(clips: list[Clip], arguments: argparse.Namespace) -> list[Clip]:
     """Clips with the captions that are known from a file in DiscoVLA's form."""
     if arguments.known is None:
         return clips
-    lists = read_frame_captions(arguments.known)
-    return [
-        replace(clip, frame_captions=known)
-        if clip.split == arguments.split and any(known := frame_captions_of(lists, clip.id, clip.captions))
-        else clip
-        for clip in clips
-    ]
+    known = with_frame_captions(clips, read_frame_captions(arguments.known), arguments.split)
+    return [new if any(new.frame_captions or ()) else old for old, new in zip(clips, known, strict=True)]
 
 
 def _bare(clip: Clip) -> bool:

@@ -1,30 +1,33 @@
-"""Annotation files of datasets, as they are found, turned into clips; a dataset a file."""
+"""Published datasets, and a user's own clips, read into manifests.
 
-from discovla.data.datasets.activitynet import activitynet
-from discovla.data.datasets.annotated import Annotated, first_captions, hold_out, with_frame_captions
-from discovla.data.datasets.didemo import didemo
+A new dataset is one file with a `Dataset`, and one line in `DATASETS`.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from discovla.data.datasets.activitynet import ACTIVITYNET
+from discovla.data.datasets.annotations import Annotations
+from discovla.data.datasets.didemo import DIDEMO
 from discovla.data.datasets.generic import csv_clips, folder_clips, jsonl_clips
-from discovla.data.datasets.lsmdc import lsmdc
-from discovla.data.datasets.msrvtt import msrvtt
-from discovla.data.datasets.msvd import msvd
-from discovla.data.datasets.report import Report, prepare, report
-from discovla.data.datasets.vatex import vatex
+from discovla.data.datasets.lsmdc import LSMDC
+from discovla.data.datasets.msrvtt import MSRVTT
+from discovla.data.datasets.msvd import MSVD
+from discovla.data.datasets.protocol import Dataset, ExpectedSplit
+from discovla.data.datasets.vatex import VATEX
 
-__all__ = [
-    "Annotated",
-    "Report",
-    "activitynet",
-    "csv_clips",
-    "didemo",
-    "first_captions",
-    "folder_clips",
-    "hold_out",
-    "jsonl_clips",
-    "lsmdc",
-    "msrvtt",
-    "msvd",
-    "prepare",
-    "report",
-    "vatex",
-    "with_frame_captions",
-]
+DATASETS: Mapping[str, Dataset] = {
+    dataset.name: dataset for dataset in (MSRVTT, MSVD, VATEX, DIDEMO, LSMDC, ACTIVITYNET)
+}
+
+PROTOCOLS: Mapping[str, Mapping[str, ExpectedSplit]] = {
+    f"{name} {protocol}": splits
+    for name, dataset in DATASETS.items()
+    for protocol, splits in dataset.protocols.items()
+}
+
+OWN_CLIPS: Mapping[str, Callable[[str | Path], Annotations]] = {
+    "csv": csv_clips,
+    "jsonl": jsonl_clips,
+    "folder": folder_clips,
+}

@@ -1,58 +1,45 @@
-"""ActivityNet Captions: long videos whose sentences make one paragraph."""
+"""ActivityNet Captions: long videos whose sentences are joined into one paragraph."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
-from discovla.data.captions.frame_captions import read_json
-from discovla.data.datasets.annotated import Annotated, VideoFolder, listed_clips
-from discovla.data.datasets.reading import first_of, needed, read_ids
-
-Protocol = Literal["paragraph", "paragraph-val_2"]
-
-_LISTS = {"train": "train_ids.json", "test": "val_ids.json"}
+from discovla.data.datasets.annotations import Annotations, listed_clips
+from discovla.data.datasets.files import VideoFolder, optional_file, read_ids, read_json, required_file
+from discovla.data.datasets.protocol import Dataset, ExpectedSplit
 
 
-def activitynet(root: str | Path, *, protocol: Protocol, videos: str | Path) -> Annotated:
-    """ActivityNet Captions, paragraph to video: all sentences of a video joined, the whole video.
+def read_activitynet(root: Path, videos: str | Path, protocol: str) -> Annotations:
+    """Read ActivityNet Captions, paragraph to video: all sentences of a video joined, the whole video.
 
-    paragraph: 10,009 videos to train on, the 4,917 of val_1.json to test on.  paragraph-val_2: the second
-    annotation of those, val_2.json, to test on.  There is nothing to select on but what is held out.
+    paragraph: 10,009 training videos, and the 4,917 test videos of val_1.json.  paragraph-val_2: the second
+    annotation of those, val_2.json, as test.  There is no `val`; hold out training clips to select on.
 
-    Args:
-        root: folder of train.json and val_1.json or val_2.json; the lists train_ids.json and val_ids.json are
-            followed where they are there, and hold ids without a sentence.
-        videos: folder of the videos, by their ids without `v_`, or with it.
-
-    Raises:
-        ValueError: a file is missing or not as expected, or a video is in both splits.
+    Annotations are train.json and val_1.json or val_2.json; the lists train_ids.json and val_ids.json, which
+    contain ids without sentences, are used if they exist.  Videos are named by id, with or without `v_`.
     """
-    root, folder = Path(root), VideoFolder(videos)
-    if protocol not in get_args(Protocol):
-        raise ValueError(f"protocol: expected {' or '.join(get_args(Protocol))}, got {protocol!r}")
-    test = "val_2.json" if protocol == "paragraph-val_2" else "val_1.json"
-    said = {"train": _sentences(needed(root, "train.json")), "test": _sentences(needed(root, test))}
-    paths = {split: first_of(root, name) for split, name in _LISTS.items()}
-    lists = {s: list(said[s]) if path is None else read_ids(path) for s, path in paths.items()}
-    paragraphs = {name: (" ".join(texts),) for split in said.values() for name, texts in split.items()}
-    found = listed_clips(paragraphs, lists, folder, f"activitynet {protocol}")
-    clips = [replace(c, video=folder.find(c.id.removeprefix("v_"), c.id)) for c in found.clips]
-    return replace(found, clips=clips, rows=_rows(said, lists))
+    files = {"train": "train.json", "test": "val_2.json" if protocol == "paragraph-val_2" else "val_1.json"}
+    sentences = {split: _read_sentences(required_file(root, name)) for split, name in files.items()}
+    lists = {}
+    for split, name in {"train": "train_ids.json", "test": "val_ids.json"}.items():
+        path = optional_file(root, name)
+        lists[split] = list(sentences[split]) if path is None else read_ids(path)
+    paragraphs = {name: (" ".join(texts),) for split in sentences.values() for name, texts in split.items()}
+    folder = VideoFolder(videos)
+    annotations = listed_clips(paragraphs, lists, folder)
+    return replace(
+        annotations,
+        clips=[replace(c, video=folder.find(c.id.removeprefix("v_"), c.id)) for c in annotations.clips],
+        rows={s: sum(len(sentences[s].get(name, ())) for name in names) for s, names in lists.items()},
+    )
 
 
-def _rows(said: Mapping[str, Mapping[str, list[str]]], lists: Mapping[str, list[str]]) -> dict[str, int]:
-    """Sentences of the videos of each list."""
-    return {split: sum(len(said[split].get(name, ())) for name in names) for split, names in lists.items()}
-
-
-def _sentences(path: Path) -> dict[str, list[str]]:
-    """The sentences of each video without the spaces that most of them begin with."""
-    found = read_json(path)
+def _read_sentences(path: Path) -> dict[str, list[str]]:
+    """Read the sentences of each video; most begin with spaces, which are removed."""
+    content = read_json(path)
     try:
-        texts = {name: [text.strip() for text in row["sentences"]] for name, row in found.items()}
+        texts = {name: [text.strip() for text in row["sentences"]] for name, row in content.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected an object of objects with sentences, by video") from error
     for name, sentences in texts.items():
@@ -61,3 +48,16 @@ def _sentences(path: Path) -> dict[str, list[str]]:
     if not texts:
         raise ValueError(f"{path}: expected at least one video, found none")
     return texts
+
+
+_TRAIN = ExpectedSplit(videos=10009, rows=37421)
+
+ACTIVITYNET = Dataset(
+    name="activitynet",
+    title="ActivityNet Captions",
+    reader=read_activitynet,
+    protocols={
+        "paragraph": {"train": _TRAIN, "test": ExpectedSplit(videos=4917, rows=17505)},
+        "paragraph-val_2": {"train": _TRAIN, "test": ExpectedSplit(videos=4885, rows=17031)},
+    },
+)

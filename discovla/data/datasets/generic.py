@@ -1,4 +1,4 @@
-"""A user's own clips: a table, JSON lines, or a folder of videos with texts beside them."""
+"""A user's own clips: a table, JSON lines, or a folder of videos with text files beside them."""
 
 from __future__ import annotations
 
@@ -7,162 +7,178 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from discovla.data.datasets.annotated import VIDEO_SUFFIXES, Annotated
-from discovla.data.datasets.reading import read_text, rows
+from discovla.data.datasets.annotations import Annotations
+from discovla.data.datasets.files import VIDEO_SUFFIXES, read_table, read_text
 from discovla.data.manifest import Clip, json_object
 
 _COLUMNS = ("video", "caption", "start", "end", "split")
 _KEYS = (*_COLUMNS, "captions")
 _SPLITS = ("train", "val", "test")
-_Known = dict[tuple[str, float | None, float | None], tuple[str, Clip]]  # with where it was first
 
 
-def csv_clips(path: str | Path) -> Annotated:
-    """Clips of a table with the columns `video,caption[,start,end,split]`.
+class _Clips:
+    """Join rows of the same video, start and end into one clip.
 
-    Rows of one video, start and end are captions of one clip.  Without a split everything is `train`.
-    Videos are relative to the table.
+    Args:
+        folder: videos are relative to it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.clips: dict[tuple[str, float | None, float | None], Clip] = {}
+        self._first_lines: dict[str, int] = {}  # by clip id
+
+    def add(
+        self,
+        video: str,
+        captions: tuple[str, ...],
+        split: str | None,
+        start: float | None,
+        end: float | None,
+        path: Path,
+        line: int,
+    ) -> None:
+        """Add the captions of one row.
+
+        Raises:
+            ValueError: an earlier row has the clip in another split.
+        """
+        span = "" if start is end is None else f"@{start or 0:g}-{'' if end is None else format(end, 'g')}"
+        clip = Clip(
+            id=video + span,
+            video=self.folder / video,
+            captions=captions,
+            split=split or "train",
+            start=start,
+            end=end,
+        )
+        earlier = self.clips.get((video, start, end))
+        if earlier is None:
+            self._first_lines[clip.id] = line
+        elif earlier.split != clip.split:
+            raise ValueError(
+                f"{path}:{line}: {clip.id} is in split {clip.split!r}, at line {self._first_lines[clip.id]}"
+                f" in {earlier.split!r}"
+            )
+        else:
+            clip = replace(earlier, captions=earlier.captions + captions)
+        self.clips[video, start, end] = clip
+
+    def annotations(self) -> Annotations:
+        """Return the clips, with a note if parts of one video are in several splits."""
+        splits: dict[Path, set[str]] = {}
+        for clip in self.clips.values():
+            splits.setdefault(clip.video, set()).add(clip.split)
+        shared = [path.name for path, names in splits.items() if len(names) > 1]
+        notes = [_note("videos have parts in several splits", shared)] if shared else []
+        return Annotations(clips=list(self.clips.values()), notes=notes)
+
+
+def csv_clips(path: str | Path) -> Annotations:
+    """Read a table with the columns `video,caption[,start,end,split]`.
+
+    Rows of one video, start and end are captions of one clip.  The default split is `train`.  Videos are
+    relative to the table.
 
     Raises:
-        ValueError: a column or cell is not as expected, or a clip stands in two splits; named by file and
-        line.
+        ValueError: a bad column or cell, or a clip in two splits; the message names file and line.
     """
     path = Path(path)
-    folder = path.parent.resolve()
-    known: _Known = {}
-    for line, row in rows(path, required=_COLUMNS[:2], allowed=_COLUMNS):
-        where = f"{path}:{line}"
-        start, end = (_seconds(row.get(key, ""), f"{where}: {key}") for key in ("start", "end"))
-        clip = _clip(row["video"], (row["caption"],), row.get("split") or "train", (start, end), folder)
-        _add(known, clip, row["video"], where)
-    if not known:
+    clips = _Clips(path.parent)
+    for line, row in read_table(path, required=_COLUMNS[:2], allowed=_COLUMNS):
+        times = []
+        for key in ("start", "end"):
+            text = row.get(key, "")
+            try:
+                value: Any = float(text) if text else None
+            except ValueError:
+                value = text
+            times.append(_seconds(value, f"{path}:{line}: {key}", text))
+        clips.add(row["video"], (row["caption"],), row.get("split"), *times, path, line)
+    if not clips.clips:
         raise ValueError(f"{path}: expected at least one row below the header, found none")
-    return _annotated(known)
+    return clips.annotations()
 
 
-def jsonl_clips(path: str | Path) -> Annotated:
-    """Clips of JSON lines with the keys `video`, `caption` or `captions`, and maybe start, end and split.
+def jsonl_clips(path: str | Path) -> Annotations:
+    """Read JSON lines with the keys `video`, `caption` or `captions`, and optionally start, end and split.
 
-    Lines of one video, start and end are captions of one clip.  Without a split everything is `train`.
-    Videos are relative to the file.
+    Lines of one video, start and end are captions of one clip.  The default split is `train`.  Videos are
+    relative to the file.
 
     Raises:
-        ValueError: a line is not as expected, or a clip stands in two splits; named by file and line.
+        ValueError: a bad line, or a clip in two splits; the message names file and line.
     """
     path = Path(path)
-    folder = path.parent.resolve()
-    known: _Known = {}
+    clips = _Clips(path.parent)
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
-            row = _object(line, where)
-            start, end = (_number(row.get(key), f"{where}: {key}") for key in ("start", "end"))
-            clip = _clip(row["video"], _texts(row, where), row.get("split") or "train", (start, end), folder)
-            _add(known, clip, row["video"], where)
-    if not known:
+            row = _row(line, where)
+            start, end = (_seconds(row.get(key), f"{where}: {key}") for key in ("start", "end"))
+            clips.add(row["video"], _captions(row, where), row.get("split"), start, end, path, number)
+    if not clips.clips:
         raise ValueError(f"{path}: expected one clip a line, found none")
-    return _annotated(known)
+    return clips.annotations()
 
 
-def folder_clips(root: str | Path) -> Annotated:
-    """Clips of a folder: each video has beside it a text of the same name, each line of it a caption.
+def folder_clips(root: str | Path) -> Annotations:
+    """Read a folder of videos, each with a text file of the same name, one caption a line.
 
-    `x.mp4` has `x.txt`, or `x.mp4.txt` where several videos are called x.  Clips below a folder `train`,
-    `val` or `test` of the root are of that split, all others of `train`.
+    The captions of `x.mp4` are in `x.mp4.txt` or `x.txt`.  Clips in a subfolder `train`, `val` or `test` have
+    that split, all others `train`.
 
     Raises:
-        ValueError: there is no such folder, a text beside a video is empty, or no video has a text.
+        ValueError: the folder is missing, a text file is empty, or no video has a text file.
     """
     root = Path(root).resolve()
     if not root.is_dir():
         raise ValueError(f"{root}: expected a folder of videos, found none")
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
-    clips, bare, used = [], [], set()
-    for video in videos:
-        sidecar = next((p for p in _sidecars(video) if p.is_file()), None)
+    clips, without_text, used = [], [], set()
+    for video in (path for path in files if path.suffix.lower() in VIDEO_SUFFIXES):
         name = video.relative_to(root).as_posix()
-        if sidecar is None:
-            bare.append(name)
+        texts = (video.with_name(video.name + ".txt"), video.with_suffix(".txt"))
+        text = next((path for path in texts if path.is_file()), None)
+        if text is None:
+            without_text.append(name)
             continue
-        used.add(sidecar)
-        captions = tuple(line.strip() for line in read_text(sidecar).split("\n") if line.strip())
+        used.add(text)
+        captions = tuple(line.strip() for line in read_text(text).split("\n") if line.strip())
         if not captions:
-            raise ValueError(f"{sidecar}: expected a caption a line, found none")
-        split = name.split("/")[0] if "/" in name and name.split("/")[0] in _SPLITS else "train"
+            raise ValueError(f"{text}: expected a caption a line, found none")
+        folder = name.split("/")[0]
+        split = folder if "/" in name and folder in _SPLITS else "train"
         clips.append(Clip(id=name, video=video, captions=captions, split=split))
     if not clips:
-        raise ValueError(f"{root}: expected a text beside a video, found {len(videos)} videos without one")
-    lone = [p.relative_to(root).as_posix() for p in files if p.suffix == ".txt" and p not in used]
-    notes = [_note("videos have no text beside them and are left out", bare)] if bare else []
-    notes += [_note("texts have no video beside them", lone)] if lone else []
-    return Annotated(clips=clips, notes=notes)
+        raise ValueError(
+            f"{root}: expected a text beside a video, found {len(without_text)} videos without one"
+        )
+    unused = [p.relative_to(root).as_posix() for p in files if p.suffix == ".txt" and p not in used]
+    notes = []
+    if without_text:
+        notes.append(_note("videos have no text beside them and are left out", without_text))
+    if unused:
+        notes.append(_note("texts have no video beside them", unused))
+    return Annotations(clips=clips, notes=notes)
 
 
-def _sidecars(video: Path) -> tuple[Path, Path]:
-    """Where the text of a video may be."""
-    return video.with_name(video.name + ".txt"), video.with_suffix(".txt")
+def _note(text: str, names: list[str]) -> str:
+    """Return a line for the report: how many files it concerns, and the first of them."""
+    return f"{len(names)} {text}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
-def _note(words: str, names: list[str]) -> str:
-    """What befell some files, with the first of them."""
-    return f"{len(names)} {words}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-
-
-def _annotated(known: _Known) -> Annotated:
-    """Clips, and videos of which several splits have a part."""
-    clips = [clip for _, clip in known.values()]
-    splits: dict[Path, set[str]] = {}
-    for clip in clips:
-        splits.setdefault(clip.video, set()).add(clip.split)
-    shared = [path.name for path, names in splits.items() if len(names) > 1]
-    return Annotated(
-        clips=clips, notes=[_note("videos have parts in several splits", shared)] if shared else []
-    )
-
-
-def _add(known: _Known, clip: Clip, video: str, where: str) -> None:
-    """Join a row to the clip it belongs to."""
-    key = (video, clip.start, clip.end)
-    first, old = known.get(key, (where, replace(clip, captions=())))
-    if old.split != clip.split:
-        line = first.rpartition(":")[2]
-        raise ValueError(f"{where}: {clip.id} is in split {clip.split!r}, at line {line} in {old.split!r}")
-    known[key] = (first, replace(old, captions=old.captions + clip.captions))
-
-
-def _clip(
-    video: str,
-    captions: tuple[str, ...],
-    split: str,
-    span: tuple[float | None, float | None],
-    folder: Path,
-) -> Clip:
-    """One row as a clip, whose id says its span."""
-    start, end = span
-    said = "" if span == (None, None) else f"@{start or 0:g}-{'' if end is None else format(end, 'g')}"
-    return Clip(id=video + said, video=folder / video, captions=captions, split=split, start=start, end=end)
-
-
-def _seconds(text: str, where: str) -> float | None:
-    """A time in a cell, None for an empty one."""
-    try:
-        return _number(float(text) if text else None, where)
-    except ValueError:
-        raise ValueError(f"{where}: expected seconds not below 0, found {text!r}") from None
-
-
-def _number(value: Any, where: str) -> float | None:
-    """A time, or None."""
+def _seconds(value: Any, where: str, text: str | None = None) -> float | None:
+    """Check a time; `text` is shown in the error instead of the value."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError(f"{where}: expected seconds not below 0, found {value!r}")
+        raise ValueError(f"{where}: expected seconds not below 0, found {value if text is None else text!r}")
     return float(value)
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
-    """One line with a video, what is said of it, and nothing unknown."""
+def _row(line: str, where: str) -> dict[str, Any]:
+    """Parse one JSON line; refuse unknown keys, and a missing or empty video or split."""
     row = json_object(line, where)
     unknown = [key for key in row if key not in _KEYS]
     if unknown:
@@ -175,8 +191,8 @@ def _object(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _texts(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The captions of a line, under one of the two keys."""
+def _captions(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Return the captions of a line, from `caption` or `captions`."""
     if ("caption" in row) == ("captions" in row):
         raise ValueError(f"{where}: expected either caption or captions, found {', '.join(row)}")
     texts = [row["caption"]] if "caption" in row else row["captions"]

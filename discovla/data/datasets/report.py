@@ -1,4 +1,4 @@
-"""Writing a dataset's manifest, and saying what it holds and what is not as it should be."""
+"""Write the manifest of a dataset, and report its contents and its differences from the protocol."""
 
 from __future__ import annotations
 
@@ -7,149 +7,130 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from discovla.data.datasets.annotated import Annotated, hold_out
-from discovla.data.datasets.protocols import differences
+from discovla.data.datasets import PROTOCOLS
+from discovla.data.datasets.annotations import Annotations, hold_out
+from discovla.data.datasets.protocol import differences
 from discovla.data.manifest import Clip, write_manifest, write_whole
 
-_SHOWN = 3
+_SHOWN = 3  # names in one line
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitReport:
-    """What a manifest holds of one split.
-
-    without_frame_captions: captions left without, counted once per video and text, or None where no frame
-    captions were given.  shared_captions: by sentence the number of clips that it is said of, where more than
-    one.  missing_videos: clips whose file is not there.
-    """
+    """Contents of one split of a manifest."""
 
     clips: int
     captions: int
     without_frame_captions: int | None
+    """Captions without frame captions, each text of a clip counted once; None if no caption has any."""
     shared_captions: dict[str, int]
+    """By sentence, the number of clips it describes, if more than one."""
     missing_videos: tuple[str, ...]
+    """Video files that do not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `prepare` wrote, and what it found.
-
-    protocol: the named one, None for a user's own data.  differences: what is not as that protocol has it.
-    silent: by split ids of its list without a caption, which are left out.  unlisted: ids with captions that
-    are in no list.  notes: whatever else there is to say.
-    """
+    """Contents of a manifest, and what `prepare` found in its sources; see `Annotations`."""
 
     manifest: Path
     splits: dict[str, SplitReport]
     protocol: str | None = None
     differences: tuple[str, ...] = ()
-    silent: dict[str, tuple[str, ...]]
+    uncaptioned: dict[str, list[str]]
     unlisted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The report as text: what was written, a line per split, then all that is to be known of it."""
+        """Return the report as text."""
         lines = [f"wrote {self.manifest}"]
-        lines += [_split_line(name, split) for name, split in self.splits.items()]
+        for name, split in self.splits.items():
+            line = f"{name}: {split.clips} clips, {split.captions} captions"
+            if split.without_frame_captions:
+                line += f", {split.without_frame_captions} without frame captions"
+            if split.missing_videos:
+                line += f", {len(split.missing_videos)} videos missing ({_first(split.missing_videos)})"
+            lines.append(line)
         for name, split in self.splits.items():
             if split.shared_captions:
-                number, said = len(split.shared_captions), sum(split.shared_captions.values())
-                lines.append(f"{name}: {number} sentences are said of several clips, {said} times in all")
-        for name, ids in self.silent.items():
-            lines.append(f"{name}: {len(ids)} listed videos have no caption and are left out: {_shown(ids)}")
+                number, total = len(split.shared_captions), sum(split.shared_captions.values())
+                lines.append(f"{name}: {number} sentences describe several clips, {total} clips in all")
+        for name, ids in self.uncaptioned.items():
+            lines.append(f"{name}: {len(ids)} listed videos have no caption and are left out: {_first(ids)}")
         if self.unlisted:
             lines.append(
-                f"{len(self.unlisted)} videos with captions are in no split: {_shown(self.unlisted)}"
+                f"{len(self.unlisted)} videos with captions are in no split: {_first(self.unlisted)}"
             )
         lines += self.notes
         if self.protocol is not None and not self.differences:
-            lines.append(f"protocol {self.protocol}: all that is known of it agrees")
+            lines.append(f"protocol {self.protocol}: every known count and checksum agrees")
         lines += [f"protocol {self.protocol} differs: {line}" for line in self.differences]
         return lines
 
-    def write(self, path: Path) -> None:
-        """Write all of it, whole lists included, as JSON; the same input gives the same bytes."""
-        fields: dict[str, Any] = asdict(self) | {"manifest": self.manifest.name}
-        write_whole(path, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
-
 
 def prepare(
-    found: Annotated | Sequence[Clip], out: str | Path, *, val: int = 0, strict: bool = False
+    annotations: Annotations | Sequence[Clip], out: str | Path, *, val: int = 0, strict: bool = False
 ) -> Report:
-    """Write the manifest of a dataset and say what it holds; the report goes beside it, as `.report.json`.
+    """Write the manifest of a dataset, and its report beside it as `<manifest>.report.json`.
+
+    The same annotations give the same bytes.
 
     Args:
-        found: what a dataset's reader gave, or clips.
+        annotations: from a dataset's reader, or clips.
         out: the manifest to write.
         val: training clips to hold out as `val`, see `hold_out`.
-        strict: whether a difference from the named protocol is an error, and nothing is written.
+        strict: raise if the annotations differ from their protocol, and write nothing.
 
     Raises:
-        ValueError: clips that make no manifest, or a difference where that is an error.
+        ValueError: the clips are no valid manifest, or differ from their protocol with `strict`.
     """
-    if not isinstance(found, Annotated):
-        found = Annotated(clips=list(found))
-    out = Path(out)
-    told = differences(found.protocol, found.clips, found.listed, found.rows) if found.protocol else []
-    if told and strict:
-        raise ValueError(f"protocol {found.protocol} differs: {'; '.join(told)}")
-    clips = hold_out(found.clips, val) if val else found.clips
+    if not isinstance(annotations, Annotations):
+        annotations = Annotations(clips=list(annotations))
+    out, protocol = Path(out), annotations.protocol
+    faults = differences(annotations, PROTOCOLS[protocol]) if protocol else []
+    if faults and strict:
+        raise ValueError(f"protocol {protocol} differs: {'; '.join(faults)}")
+    clips = hold_out(annotations.clips, val) if val else annotations.clips
     result = Report(
         manifest=out,
-        splits=report(clips),
-        protocol=found.protocol,
-        differences=tuple(told),
-        silent={split: tuple(ids) for split, ids in found.silent.items()},
-        unlisted=tuple(found.unlisted),
-        notes=tuple(found.notes),
+        splits=split_reports(clips),
+        protocol=protocol,
+        differences=tuple(faults),
+        uncaptioned=annotations.uncaptioned,
+        unlisted=tuple(annotations.unlisted),
+        notes=tuple(annotations.notes),
     )
     write_manifest(out, clips)
-    result.write(report_path(out))
+    fields = asdict(result) | {"manifest": out.name}
+    report = out.with_name(f"{out.stem}.report.json")
+    write_whole(report, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
-def report_path(manifest: Path) -> Path:
-    """Where the report of a manifest is."""
-    return manifest.with_name(f"{manifest.stem}.report.json")
-
-
-def report(clips: Sequence[Clip]) -> dict[str, SplitReport]:
-    """What there is of each split: clips, captions, what is said twice and what is missing."""
+def split_reports(clips: Sequence[Clip]) -> dict[str, SplitReport]:
+    """Return the contents of each split."""
     splits = {}
     for name in dict.fromkeys(clip.split for clip in clips):
         chosen = [clip for clip in clips if clip.split == name]
-        bare = None
-        if any(clip.frame_captions is not None for clip in chosen):
-            bare = sum(len(_bare(clip)) for clip in chosen)
-        said = Counter(caption for clip in chosen for caption in dict.fromkeys(clip.captions))
+        clips_by_caption = Counter(caption for clip in chosen for caption in dict.fromkeys(clip.captions))
+        with_some = any(clip.frame_captions is not None for clip in chosen)
         splits[name] = SplitReport(
             clips=len(chosen),
             captions=sum(len(clip.captions) for clip in chosen),
-            without_frame_captions=bare,
-            shared_captions={caption: number for caption, number in said.items() if number > 1},
+            without_frame_captions=sum(map(_without_frame_captions, chosen)) if with_some else None,
+            shared_captions={text: number for text, number in clips_by_caption.items() if number > 1},
             missing_videos=tuple(str(clip.video) for clip in chosen if not clip.video.is_file()),
         )
     return splits
 
 
-def _bare(clip: Clip) -> set[str]:
-    """The captions of a clip that have no frame captions."""
+def _without_frame_captions(clip: Clip) -> int:
+    """Count the different captions of a clip that have no frame captions."""
     lists = clip.frame_captions or (None,) * len(clip.captions)
-    return {caption for caption, texts in zip(clip.captions, lists, strict=True) if texts is None}
+    return len({caption for caption, texts in zip(clip.captions, lists, strict=True) if texts is None})
 
 
-def _split_line(name: str, split: SplitReport) -> str:
-    """One split in a line."""
-    line = f"{name}: {split.clips} clips, {split.captions} captions"
-    if split.without_frame_captions:
-        line += f", {split.without_frame_captions} without frame captions"
-    if split.missing_videos:
-        line += f", {len(split.missing_videos)} videos missing ({_shown(split.missing_videos)})"
-    return line
-
-
-def _shown(names: Sequence[str]) -> str:
-    """The first of some names."""
+def _first(names: Sequence[str]) -> str:
+    """Join the first of some names."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

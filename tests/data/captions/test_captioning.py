@@ -14,7 +14,7 @@ import pytest
 from discovla.cli import main
 from discovla.data.captions.captioners import Failed
 from discovla.data.captions.captioning import CaptionSettings, CaptionStore, caption_clips, with_captions
-from discovla.data.captions.frame_captions import read_frame_captions, write_frame_captions
+from discovla.data.datasets.frame_captions import read_frame_captions, write_frame_captions
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from tests.data.captions.server import captions_server
 from tests.data.conftest import movie, numbers
@@ -146,7 +146,7 @@ def test_captions_go_to_every_caption_of_a_clip_and_replace_none(clips):
 
 
 def test_the_official_form_reads_as_it_was_written(clips, tmp_path):
-    assert write_frame_captions(tmp_path / "f.json", with_captions(clips, TEXTS)) == 4
+    write_frame_captions(tmp_path / "f.json", with_captions(clips, TEXTS))
     assert read_frame_captions(tmp_path / "f.json") == {
         "a_one": TEXTS["a"],
         "a_two": TEXTS["a"],

@@ -1,4 +1,4 @@
-"""A user's own clips, and clips held out."""
+"""A user's own clips, and clips held out for validation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from discovla.data.datasets import csv_clips, folder_clips, hold_out, jsonl_clips
+from discovla.data.datasets.annotations import hold_out
+from discovla.data.datasets.generic import csv_clips, folder_clips, jsonl_clips
 
 
 def table(folder: Path, text: str) -> Path:
@@ -87,7 +88,7 @@ def test_holding_out_everything_is_refused(tmp_path):
         hold_out(clips, 1)
 
 
-def test_parts_of_a_video_in_two_splits_are_told(tmp_path):
+def test_parts_of_a_video_in_two_splits_are_noted(tmp_path):
     text = "video,caption,start,end,split\nx.mp4,one,0,5,train\nx.mp4,two,5,9,test\ny.mp4,three,,,test\n"
     assert csv_clips(table(tmp_path, text)).notes == ["1 videos have parts in several splits: x.mp4"]
 
@@ -143,7 +144,7 @@ def files(folder: Path, **texts: str) -> Path:
     return folder
 
 
-def test_a_folder_gives_clips_whose_texts_lie_beside_them(tmp_path):
+def test_a_folder_takes_captions_from_text_files_beside_the_videos(tmp_path):
     files(
         tmp_path,
         b_mp4="",
@@ -155,13 +156,13 @@ def test_a_folder_gives_clips_whose_texts_lie_beside_them(tmp_path):
         bare_mp4="",
         lone_txt="five",
     )
-    found = folder_clips(tmp_path)
-    assert [(c.id, c.captions, c.split) for c in found.clips] == [
+    annotations = folder_clips(tmp_path)
+    assert [(c.id, c.captions, c.split) for c in annotations.clips] == [
         ("b.mp4", ("one", "two"), "train"),
         ("other/c.webm", ("four",), "train"),
         ("test/c.MOV", ("three",), "test"),
     ]
-    assert found.notes == [
+    assert annotations.notes == [
         "1 videos have no text beside them and are left out: bare.mp4",
         "1 texts have no video beside them: lone.txt",
     ]

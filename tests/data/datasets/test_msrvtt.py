@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from discovla.data.captions.frame_captions import read_frame_captions
 from discovla.data.dataset import training_pairs
-from discovla.data.datasets import first_captions, msrvtt, report, with_frame_captions
+from discovla.data.datasets import DATASETS
+from discovla.data.datasets.annotations import first_captions
+from discovla.data.datasets.frame_captions import read_frame_captions, with_frame_captions
+from discovla.data.datasets.report import split_reports
+
+msrvtt = DATASETS["msrvtt"].read
 
 
 def anns(golden: Path) -> Path:
@@ -45,7 +49,7 @@ def videos(clips, pairs) -> list[list[str]]:
 
 
 def placed(rows: list[list[str]]) -> list[list[str]]:
-    """The golden file's videos with its folder "V" as ours is found."""
+    """The golden file's videos with its folder "V" made absolute."""
     return [[name, str(Path(path).resolve())] for name, path in rows]
 
 
@@ -61,7 +65,7 @@ def test_training_samples_are_those_of_the_golden_file(golden):
     want = expected(golden, "train")
     assert listed(clips, pairs) == want["samples"]
     assert videos(clips, pairs) == placed(want["videos"])
-    assert report(clips)["train"].without_frame_captions == want["dropped_without_pseudo_captions"]
+    assert split_reports(clips)["train"].without_frame_captions == want["dropped_without_pseudo_captions"]
 
 
 def test_test_samples_are_those_of_the_golden_file(golden):
@@ -90,7 +94,7 @@ def test_samples_without_frame_captions_are_an_error_by_default(golden):
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["no BOM", "BOM"])
-def test_a_table_saved_again_reads_the_same_golden(golden, tmp_path, separator, mark):
+def test_a_table_saved_again_by_another_program_reads_the_same_golden(golden, tmp_path, separator, mark):
     shutil.copytree(anns(golden), tmp_path / "anns")
     for path in (tmp_path / "anns").glob("*.csv"):
         rows = list(csv.reader(path.read_text().splitlines()))
@@ -146,13 +150,13 @@ def test_a_test_video_that_is_trained_on_is_refused(tmp_path):
         msrvtt(folder, protocol="1k-A-7k", videos="V")
 
 
-def test_videos_without_a_sentence_are_told(tmp_path):
+def test_listed_videos_without_a_sentence_and_unlisted_videos_are_reported(tmp_path):
     folder = msrvtt_folder(tmp_path, SPLITS, {"MSRVTT_train.9k.csv": ["video0", "video9"]})
     (folder / "MSRVTT_JSFUSION_test.csv").write_text("video_id,sentence\nvideo2,a\n")
-    found = msrvtt(folder, protocol="1k-A-9k", videos="V")
-    assert [c.id for c in found.clips] == ["video0", "video2"]
-    assert found.silent == {"train": ["video9"]}
-    assert found.unlisted == ["video1"]
+    annotations = msrvtt(folder, protocol="1k-A-9k", videos="V")
+    assert [c.id for c in annotations.clips] == ["video0", "video2"]
+    assert annotations.uncaptioned == {"train": ["video9"]}
+    assert annotations.unlisted == ["video1"]
 
 
 def test_annotations_without_sentences_are_named(tmp_path):
@@ -163,11 +167,11 @@ def test_annotations_without_sentences_are_named(tmp_path):
 
 
 def test_an_unknown_protocol_names_the_known(golden):
-    with pytest.raises(ValueError, match=r"protocol: expected 1k-A-9k, 1k-A-7k, 1k-B, full, got '1k-C'"):
-        msrvtt(anns(golden), protocol="1k-C", videos="V")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"expected one of 1k-A-9k, 1k-A-7k, 1k-B, full, got '1k-C'"):
+        msrvtt(anns(golden), protocol="1k-C", videos="V")
 
 
-def test_1k_b_tests_on_the_first_caption_of_clips_of_its_own_list(tmp_path):
+def test_1k_b_tests_on_the_first_caption_of_each_clip_of_its_test_list(tmp_path):
     videos = [f"video{i}" for i in range(8)]
     sentences = [(v, f"{n} of {v}") for n in ("first", "second") for v in videos]
     (tmp_path / "structured-symlinks").mkdir()
@@ -176,18 +180,18 @@ def test_1k_b_tests_on_the_first_caption_of_clips_of_its_own_list(tmp_path):
     (tmp_path / "annotation").mkdir()
     rows = [{"image_id": v, "caption": c} for v, c in sentences]
     (tmp_path / "annotation/MSR_VTT.json").write_text(json.dumps({"annotations": rows}))
-    found = msrvtt(tmp_path, protocol="1k-B", videos="V")
-    assert [(c.id, c.split, c.captions) for c in found.clips] == [
+    annotations = msrvtt(tmp_path, protocol="1k-B", videos="V")
+    assert [(c.id, c.split, c.captions) for c in annotations.clips] == [
         ("video0", "train", ("first of video0", "second of video0")),
         ("video4", "train", ("first of video4", "second of video4")),
         ("video6", "train", ("first of video6", "second of video6")),
         ("video7", "test", ("first of video7",)),
         ("video2", "test", ("first of video2",)),
     ]
-    assert found.unlisted == ["video1", "video3", "video5"]
+    assert annotations.unlisted == ["video1", "video3", "video5"]
 
 
-def test_1k_a_is_the_same_from_each_of_its_three_layouts(tmp_path):
+def test_1k_a_is_the_same_from_all_three_file_layouts(tmp_path):
     captions = {f"video{i}": [f"{n} of video{i}" for n in "abc"] for i in range(4)}
     (tmp_path / "raw-captions.pkl").write_bytes(
         pickle.dumps({v: [text.split() for text in texts] for v, texts in captions.items()}, protocol=2)
@@ -203,18 +207,18 @@ def test_1k_a_is_the_same_from_each_of_its_three_layouts(tmp_path):
             "\n".join(f"ret{i},msr,{v},{c}" for i, (v, c) in enumerate(pairs.items()))
         ).encode(),
     }
-    for name, content in layouts.items():  # each new one comes before those that are there
+    for name, content in layouts.items():  # a later one takes precedence over those before
         (tmp_path / name).write_bytes(content)
-        found = msrvtt(tmp_path, protocol="1k-A-9k", videos="V").clips
-        assert [(c.id, c.captions) for c in found if c.split == "test"] == [
+        clips = msrvtt(tmp_path, protocol="1k-A-9k", videos="V").clips
+        assert [(c.id, c.captions) for c in clips if c.split == "test"] == [
             (v, (c,)) for v, c in pairs.items()
         ]
-        assert [(c.id, c.captions) for c in found if c.split == "train"] == [
+        assert [(c.id, c.captions) for c in clips if c.split == "train"] == [
             (v, tuple(captions[v])) for v in ("video0", "video1")
         ]
 
 
-def test_a_number_of_no_caption_is_named(tmp_path):
+def test_a_caption_number_out_of_range_is_named(tmp_path):
     (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps({"video0": [["a"]], "video1": [["b"]]}))
     (tmp_path / "train_list_jsfusion.txt").write_text("video0")
     (tmp_path / "jsfusion_val_caption_idx.pkl").write_bytes(pickle.dumps({"video1": 4}))
@@ -222,7 +226,7 @@ def test_a_number_of_no_caption_is_named(tmp_path):
         msrvtt(tmp_path, protocol="1k-A-9k", videos="V")
 
 
-def test_a_pickle_that_would_run_something_is_refused(tmp_path):
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     class Runs:
         def __reduce__(self):
             return (print, ("it ran",))

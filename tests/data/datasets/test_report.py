@@ -1,4 +1,4 @@
-"""What `prepare` writes and says."""
+"""The manifest and the report that `prepare` writes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from discovla.cli import main
-from discovla.data.captions.frame_captions import read_frame_captions
-from discovla.data.datasets import Annotated, csv_clips, msrvtt, prepare, with_frame_captions
+from discovla.data.datasets import DATASETS, Annotations
+from discovla.data.datasets.frame_captions import read_frame_captions, with_frame_captions
+from discovla.data.datasets.generic import csv_clips
+from discovla.data.datasets.report import prepare
 from discovla.data.manifest import Clip, read_manifest
 
 
@@ -20,14 +22,14 @@ def clip(name: str, *captions: str, split: str = "train") -> Clip:
     return Clip(id=name, video=Path("/no") / f"{name}.mp4", captions=captions, split=split)
 
 
-def test_prepare_writes_a_manifest_and_says_what_is_missing(tmp_path):
+def test_prepare_writes_a_manifest_and_reports_missing_videos(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"x")
     path = tmp_path / "clips.csv"
     path.write_text("video,caption,split\nx.mp4,one,train\ny.mp4,two,train\nz.mp4,three,test\n")
-    found = csv_clips(path)
-    told = prepare(found, tmp_path / "out/m.jsonl")
-    assert read_manifest(tmp_path / "out/m.jsonl") == found.clips
-    assert told.lines()[1:] == [
+    annotations = csv_clips(path)
+    report = prepare(annotations, tmp_path / "out/m.jsonl")
+    assert read_manifest(tmp_path / "out/m.jsonl") == annotations.clips
+    assert report.lines()[1:] == [
         f"train: 2 clips, 2 captions, 1 videos missing ({tmp_path / 'y.mp4'})",
         f"test: 1 clips, 1 captions, 1 videos missing ({tmp_path / 'z.mp4'})",
     ]
@@ -35,56 +37,56 @@ def test_prepare_writes_a_manifest_and_says_what_is_missing(tmp_path):
 
 def test_prepare_counts_captions_without_frame_captions_golden(golden, tmp_path):
     folder = golden / "discovla/anns_fixture"
-    clips = msrvtt(folder, protocol="1k-A-9k", videos="V").clips
+    clips = DATASETS["msrvtt"].read(folder, protocol="1k-A-9k", videos="V").clips
     clips = with_frame_captions(clips, read_frame_captions(folder / "pseudo_captions.json"))
     line = prepare(clips, tmp_path / "m.jsonl").lines()[1]
     assert line.startswith("train: 4 clips, 13 captions, 4 without frame captions")
 
 
-def test_sentences_of_several_clips_are_counted_once_a_clip(tmp_path):
+def test_a_sentence_shared_by_clips_counts_once_per_clip(tmp_path):
     clips = [clip("a", "one", "one"), clip("b", "two"), clip("c", "two"), clip("d", "two", split="test")]
-    told = prepare(clips, tmp_path / "m.jsonl")
-    assert told.splits["train"].shared_captions == {"two": 2}
-    assert told.splits["test"].shared_captions == {}
-    assert "train: 1 sentences are said of several clips, 2 times in all" in told.lines()
+    report = prepare(clips, tmp_path / "m.jsonl")
+    assert report.splits["train"].shared_captions == {"two": 2}
+    assert report.splits["test"].shared_captions == {}
+    assert "train: 1 sentences describe several clips, 2 clips in all" in report.lines()
 
 
-def test_the_report_says_whatever_the_reader_found(tmp_path):
-    found = Annotated(
+def test_the_report_lists_uncaptioned_and_unlisted_ids_and_notes(tmp_path):
+    annotations = Annotations(
         clips=[clip("a", "x")],
-        silent={"test": [f"s{i}" for i in range(5)]},
+        listed={"train": ["a"], "test": [f"s{i}" for i in range(5)]},
         unlisted=["u"],
         notes=["leaking: all of it"],
     )
-    told = prepare(found, tmp_path / "m.jsonl")
-    assert told.lines()[2:] == [
+    report = prepare(annotations, tmp_path / "m.jsonl")
+    assert report.lines()[2:] == [
         "test: 5 listed videos have no caption and are left out: s0, s1, s2, ...",
         "1 videos with captions are in no split: u",
         "leaking: all of it",
     ]
     written = json.loads((tmp_path / "m.report.json").read_text())
-    assert written["silent"] == {"test": ["s0", "s1", "s2", "s3", "s4"]}
+    assert written["uncaptioned"] == {"test": ["s0", "s1", "s2", "s3", "s4"]}
     assert written["manifest"] == "m.jsonl"
     assert written["splits"]["train"]["missing_videos"] == ["/no/a.mp4"]
 
 
-def named(*clips: Clip) -> Annotated:
+def named(*clips: Clip) -> Annotations:
     listed = {split: [c.id for c in clips if c.split == split] for split in ("train", "val", "test")}
-    return Annotated(clips=list(clips), protocol="msrvtt full", listed=listed)
+    return Annotations(clips=list(clips), protocol="msrvtt full", listed=listed)
 
 
-def test_a_copy_that_differs_from_its_protocol_is_written_and_told(tmp_path):
-    told = prepare(named(clip("video1", "x"), clip("other", "y")), tmp_path / "m.jsonl", val=1)
-    assert "protocol msrvtt full differs: train: expected 6513 videos, found 2" in told.lines()
+def test_a_copy_that_differs_from_its_protocol_is_written_and_reported(tmp_path):
+    report = prepare(named(clip("video1", "x"), clip("other", "y")), tmp_path / "m.jsonl", val=1)
+    assert "protocol msrvtt full differs: train: expected 6513 videos, found 2" in report.lines()
     assert (
         "protocol msrvtt full differs: train: 6512 ids missing: video0, video2, video3, video4, video5, ..."
-        in told.lines()
+        in report.lines()
     )
-    assert "protocol msrvtt full differs: train: 1 ids extra: other" in told.lines()
-    assert json.loads((tmp_path / "m.report.json").read_text())["differences"] == list(told.differences)
+    assert "protocol msrvtt full differs: train: 1 ids extra: other" in report.lines()
+    assert json.loads((tmp_path / "m.report.json").read_text())["differences"] == list(report.differences)
 
 
-def test_a_copy_that_differs_is_refused_where_that_is_asked_for(tmp_path):
+def test_strict_refuses_a_copy_that_differs(tmp_path):
     with pytest.raises(
         ValueError, match="protocol msrvtt full differs: train: expected 6513 videos, found 1"
     ):
@@ -95,8 +97,8 @@ def test_a_copy_that_differs_is_refused_where_that_is_asked_for(tmp_path):
 def test_a_whole_copy_agrees_with_its_protocol(tmp_path):
     splits = ["train"] * 6513 + ["val"] * 497 + ["test"] * 2990
     clips = [clip(f"video{i}", *"abcdefghijklmnopqrst", split=s) for i, s in enumerate(splits)]
-    told = prepare(named(*clips), tmp_path / "m.jsonl", strict=True)
-    assert told.lines()[-1] == "protocol msrvtt full: all that is known of it agrees"
+    report = prepare(named(*clips), tmp_path / "m.jsonl", strict=True)
+    assert report.lines()[-1] == "protocol msrvtt full: every known count and checksum agrees"
 
 
 @pytest.mark.parametrize("words", [["OUT"], ["--out", "OUT"], ["OUT/manifest.jsonl"]], ids=str)

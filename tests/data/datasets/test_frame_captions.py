@@ -1,17 +1,19 @@
-"""Frame captions as a captioner leaves them."""
+"""Frame captions in DiscoVLA's JSON."""
 
 from __future__ import annotations
 
 import pytest
 
-from discovla.data.captions.frame_captions import frame_captions_of, read_frame_captions
+from discovla.data.datasets.frame_captions import read_frame_captions, with_frame_captions
+from discovla.data.manifest import Clip
 
 
-def test_lists_are_found_by_video_and_raw_caption(tmp_path):
+def test_frame_captions_are_looked_up_by_clip_id_and_raw_caption(tmp_path):
     path = tmp_path / "captions.json"
     path.write_text('{"video1_a \\"b\\"": ["x", "y"], "video1_c": ["z", "w"]}')
     lists = read_frame_captions(path)
-    assert frame_captions_of(lists, "video1", ("c", "none", 'a "b"')) == (("z", "w"), None, ("x", "y"))
+    clip = Clip(id="video1", video=tmp_path, captions=("c", "none", 'a "b"'), split="train")
+    assert with_frame_captions([clip], lists)[0].frame_captions == (("z", "w"), None, ("x", "y"))
 
 
 @pytest.mark.parametrize(
@@ -26,13 +28,13 @@ def test_lists_are_found_by_video_and_raw_caption(tmp_path):
     ],
     ids=["a list", "nothing", "a text", "an empty list", "a number", "cut off"],
 )
-def test_what_is_no_list_of_texts_is_named(tmp_path, text, message):
+def test_a_file_without_lists_of_texts_is_refused(tmp_path, text, message):
     path = tmp_path / "captions.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_frame_captions(path)
 
 
-def test_a_folder_instead_of_a_file_is_named(tmp_path):
+def test_a_folder_instead_of_a_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a JSON file, Is a directory"):
         read_frame_captions(tmp_path)

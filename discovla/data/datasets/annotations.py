@@ -1,0 +1,98 @@
+"""Annotations of a dataset as clips, whatever form its files have, and common changes to such clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from discovla.data.datasets.files import VideoFolder
+from discovla.data.manifest import Clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """Clips read from annotation files, with the facts that the report checks and prints."""
+
+    clips: list[Clip]
+    protocol: str | None = None
+    """`<dataset> <protocol>`, a key of `PROTOCOLS`; None for a user's own data."""
+    listed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By split, the video ids of its list."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """By split, the number of sentences, if several sentences are joined into one caption."""
+    unlisted: Sequence[str] = ()
+    """Ids that have captions and are in no list."""
+    notes: Sequence[str] = ()
+    """Further lines for the report."""
+
+    @property
+    def uncaptioned(self) -> dict[str, list[str]]:
+        """By split, the listed ids that have no caption and therefore no clip."""
+        ids = {clip.id for clip in self.clips}
+        missing = {split: [n for n in names if n not in ids] for split, names in self.listed.items()}
+        return {split: names for split, names in missing.items() if names}
+
+
+def listed_clips(
+    captions: Mapping[str, tuple[str, ...]], lists: Mapping[str, Sequence[str]], videos: VideoFolder
+) -> Annotations:
+    """Make a clip of every listed id that has a caption, in the order of the lists."""
+    clips = [
+        Clip(id=name, video=videos.find(name), captions=captions[name], split=split)
+        for split, names in lists.items()
+        for name in names
+        if captions.get(name)
+    ]
+    listed = {name for names in lists.values() for name in names}
+    return Annotations(clips=clips, listed=lists, unlisted=[n for n in captions if n not in listed])
+
+
+def check_disjoint(lists: Mapping[str, Iterable[str]]) -> None:
+    """Refuse splits that share a video.
+
+    Raises:
+        ValueError: names the first shared id, both splits and how many ids they share.
+    """
+    seen: dict[str, set[str]] = {}
+    for split, names in lists.items():
+        names = list(names)
+        for other, others in seen.items():
+            shared = [name for name in names if name in others]
+            if shared:
+                raise ValueError(
+                    f"expected splits without a common video, found {len(shared)} in {other} and in {split},"
+                    f" the first {shared[0]}"
+                )
+        seen[split] = set(names)
+
+
+def first_captions(clips: Iterable[Clip]) -> list[Clip]:
+    """Reduce each clip to its first caption, without frame captions."""
+    return [
+        replace(
+            clip,
+            captions=clip.captions[:1],
+            frame_captions=None,
+            caption_order=None if clip.caption_order is None else clip.caption_order[:1],
+        )
+        for clip in clips
+    ]
+
+
+def hold_out(clips: Sequence[Clip], number: int) -> list[Clip]:
+    """Move `number` evenly spaced training clips to the split `val`, each with its first caption.
+
+    For protocols without validation clips: checkpoints are then selected without the test clips.
+
+    Raises:
+        ValueError: there are not more training clips than `number`, or a split `val` exists already.
+    """
+    train = [i for i, clip in enumerate(clips) if clip.split == "train"]
+    if not 0 <= number < len(train):
+        raise ValueError(f"val: expected fewer than the {len(train)} training clips, got {number}")
+    if number and any(clip.split == "val" for clip in clips):
+        raise ValueError("val: the dataset has a split 'val' of its own; expected 0 clips to hold out")
+    held = {train[i * len(train) // number] for i in range(number)}
+    return [
+        replace(first_captions([clip])[0], split="val") if i in held else clip for i, clip in enumerate(clips)
+    ]
