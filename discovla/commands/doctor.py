@@ -12,7 +12,7 @@ from tqdm import tqdm
 from discovla.config import read_config
 from discovla.data.doctor import Checks, diagnose
 from discovla.data.manifest import read_manifest
-from discovla.data.sampling import Sampler, Sampling, sampling_of
+from discovla.data.sampling import Sampler, Sampling, clip_sampling
 from discovla.data.video.frames import Damaged
 
 
@@ -72,7 +72,7 @@ def _checks(arguments: argparse.Namespace) -> Checks:
     if arguments.config is not None:
         data = read_config(arguments.config).data
         damaged, cache = data.damaged, cache or data.cache
-        sampling = sampling_of(data)
+        sampling = clip_sampling(data)
     return Checks(
         sampling=sampling,
         damaged=damaged,

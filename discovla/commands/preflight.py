@@ -23,7 +23,7 @@ from discovla.config import RunConfig, read_config
 from discovla.data.config import DataConfig
 from discovla.data.dataset import read_clips
 from discovla.data.manifest import Clip, check_clips
-from discovla.data.sampling import sampling_of
+from discovla.data.sampling import clip_sampling
 from discovla.data.shards.reader import open_shards
 from discovla.data.video.errors import DecodeError
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, start, stop
@@ -150,7 +150,7 @@ def _read_one(clips: Sequence[Clip], data: DataConfig) -> None:
     """Read the frames of the first of these clips that gives any; DecodeError where none does."""
     assert data.shards is not None
     shards = open_shards(data.shards)
-    sampling = sampling_of(data)
+    sampling = clip_sampling(data)
     for number, clip in enumerate(clips, 1):
         try:
             shards.frames(clip, sampling, None, damaged=data.damaged)

@@ -96,7 +96,7 @@ def _settings(arguments: argparse.Namespace):
             raise ValueError(f"--size: expected pixels or 'full', found {arguments.size!r}")
         chosen["size"] = None if arguments.size == "full" else int(arguments.size)
     sampling = Sampling(frames=1, sampler=chosen.get("sampling", "discovla"))
-    keep = arguments.keep or ("candidates" if sampling.moves else "sampled")
+    keep = arguments.keep or ("candidates" if sampling.is_random else "sampled")
     return ShardSettings(
         keep=keep,
         format=arguments.format,

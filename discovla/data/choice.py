@@ -22,7 +22,7 @@ from discovla.data.dali.frames import DaliFrames
 from discovla.data.dali.reader import DaliClipReader
 from discovla.data.dataset import ShardClipReader, frame_settings, ready
 from discovla.data.manifest import Clip
-from discovla.data.sampling import sampling_of
+from discovla.data.sampling import clip_sampling
 from discovla.data.shards.reader import open_shards
 from discovla.data.video import torchcodec
 from discovla.data.video.errors import DecodeError
@@ -88,7 +88,7 @@ def _rates(clips: Sequence[Clip], config: DataConfig, image_size: int) -> dict[s
     lacking = dali.missing()
     if lacking is not None:
         raise Unchosen(lacking)
-    anew = config.augment in FULL_SIZE or sampling_of(config).moves
+    anew = config.augment in FULL_SIZE or clip_sampling(config).is_random
     if config.cache is not None and config.shards is None and not anew:
         raise Unchosen("data.cache keeps the frames of a clip, which is decoded once")
     with ExitStack() as stack:
@@ -130,7 +130,7 @@ def _readers(config: DataConfig, image_size: int, decoder: DecoderName) -> Itera
     def asked(clip: Clip, training: bool) -> FrameRequest:
         return FrameRequest(
             path=clip.video,
-            sampling=sampling_of(settings, clip, _SEED if training else None),
+            sampling=clip_sampling(settings, clip, _SEED if training else None),
             image_size=image_size,
             augment=config.augment if training else "none",
             seed=_SEED,

@@ -114,7 +114,7 @@ class DataConfig(BaseModel):
     @classmethod
     def _frames_that_stay(cls, value: str, info: ValidationInfo) -> str:
         augment, sampling = info.data.get("augment"), info.data.get("sampling", "discovla")
-        moves = Sampling(frames=1, sampler=sampling).moves
+        moves = Sampling(frames=1, sampler=sampling).is_random
         if value != "none" and (augment in FULL_SIZE or moves or info.data.get("stills") is not None):
             raise ValueError("expected 'none' with an augment, sampling or stills that draw frames anew")
         return value

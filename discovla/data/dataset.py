@@ -16,7 +16,7 @@ from discovla.data.config import FULL_SIZE, Augment, DataConfig, FrameSettings, 
 from discovla.data.dali.plans import Plan
 from discovla.data.dali.reader import DaliClipReader
 from discovla.data.manifest import Clip, check_clips, read_manifest
-from discovla.data.sampling import Sampling, sampling_of
+from discovla.data.sampling import Sampling, clip_sampling
 from discovla.data.shards.reader import Shards, open_shards
 from discovla.data.tokens import Tokenizer
 from discovla.data.video.errors import DecodeError, check_file
@@ -152,7 +152,7 @@ class FileClipReader:
         Raises:
             DecodeError: the clip gives none.
         """
-        sampling = sampling_of(self.settings, clip)
+        sampling = clip_sampling(self.settings, clip)
         if self._cache is None:
             return self._decoded(clip, sampling)
         check_file(clip.video)
@@ -172,10 +172,10 @@ class FileClipReader:
         Raises:
             DecodeError: the clip gives none.
         """
-        sampling = sampling_of(self.settings, clip, seed)
+        sampling = clip_sampling(self.settings, clip, seed)
         if augment in FULL_SIZE:
             return self._decoded(clip, sampling, augment, seed)
-        frames = self._decoded(clip, sampling) if sampling.moves else self.read(clip)
+        frames = self._decoded(clip, sampling) if sampling.is_random else self.read(clip)
         return draw_light(seed)(frames) if augment == "light" else frames
 
     def sample(self, clip: Clip, augment: Augment | None = None, seed: str = "") -> tuple[np.ndarray, int]:
@@ -248,7 +248,7 @@ class ShardClipReader(FileClipReader):
         """
         seed = None if augment is None else ""
         size = None if augment in FULL_SIZE else self.settings.image_size
-        self._shards.check(clips, lambda clip: sampling_of(self.settings, clip, seed), size=size)
+        self._shards.check(clips, lambda clip: clip_sampling(self.settings, clip, seed), size=size)
 
     def _decoded(
         self, clip: Clip, sampling: Sampling, augment: Augment = "none", seed: str = ""
@@ -448,7 +448,7 @@ def _say_what_the_cache_lacks(config: DataConfig) -> None:
             "cache: augment = %r works on frames of full size, training decodes clips every time",
             config.augment,
         )
-    elif Sampling(frames=config.frames, sampler=config.sampling).moves:
+    elif Sampling(frames=config.frames, sampler=config.sampling).is_random:
         logger.warning(
             "cache: sampling = %r draws frames anew in each epoch, training decodes clips every time",
             config.sampling,

@@ -1,4 +1,4 @@
-"""Which frames of a clip the model sees: one function per published sampling, and `Sampling` to choose."""
+"""Frame sampling: which frames of a clip the model sees, one function per published method."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ Span = tuple[float | None, float | None]  # start and end in seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Which frames of a file to take.
+    """Options of one sampling.
 
-    frames: how many the model sees; `clip4clip` and `clip2video` give fewer where a clip has no more.
-    sampler: whose sampling, each a function below.  sample_rate: frames a second, read or (`clip2video`)
-    stored; `t2vparser` has none.  divisor: of the stored frames, `clip2video` alone.  slice: what is kept of
-    too many frames, `clip4clip` alone.  start, end: span in seconds.  seed: of the shifts of `clip2video` and
-    `t2vparser` in training, the only thing they depend on; None takes the frames that testing takes.
+    frames: frames the model sees; `clip4clip` and `clip2video` return fewer of a clip that has no more.
+    sampler: the method, see the functions below.
+    sample_rate: frames a second, sampled or (`clip2video`) stored; `t2vparser` ignores it.
+    divisor: divides the number of stored frames; `clip2video` only.
+    slice: which frames are kept where too many are sampled; `clip4clip` only.
+    start, end: span in seconds.
+    seed: seed of the random shifts of `clip2video` and `t2vparser` in training; None for evaluation.
     """
 
     frames: int
@@ -35,37 +37,37 @@ class Sampling:
     seed: str | None = None
 
     @property
-    def moves(self) -> bool:
-        """Whether another seed may give other frames."""
+    def is_random(self) -> bool:
+        """True if training samples other frames in every epoch."""
         return self.sampler in ("clip2video", "t2vparser")
 
     def candidates(self, count: int, rate: float) -> list[int]:
-        """Every frame that `indices` may take under some seed, or without one: ascending, each once.
+        """Return every frame that `indices` can return, with any seed or none: ascending, without repeats.
 
         Raises:
-            ValueError: as the functions below.
+            ValueError: see the functions below.
         """
         span = (self.start, self.end)
-        testing = replace(self, seed=None).indices(count, rate)
+        indices = replace(self, seed=None).indices(count, rate)
         match self.sampler:
             case "clip2video":
                 stored = stored_indices(count, rate, stored_rate=self.sample_rate, span=span)
-                testing += [stored[i] for i in divided(len(stored), self.divisor, len(stored))]
+                indices += [stored[i] for i in divide_stored(len(stored), self.divisor, len(stored))]
             case "t2vparser":
                 _check(count, rate, 1, 1.0)
                 first, last = _span(count, rate, *span)
-                testing += range(first, last + 1)
-        return sorted(set(testing))
+                indices += range(first, last + 1)
+        return sorted(set(indices))
 
     def indices(self, count: int, rate: float) -> list[int]:
-        """The frames of a clip with `count` frames that decode at `rate` a second, ascending.
+        """Return the sampled frames of a clip with `count` frames at `rate` frames a second, ascending.
 
         Raises:
-            ValueError: as the functions below.
+            ValueError: see the functions below.
         """
         span = (self.start, self.end)
-        # Not the generator of the augmentation, which has the same seed: it would repeat its draws.
-        draws = None if self.seed is None else random.Random(f"frames/{self.seed}")
+        # The augmentation has the same seed: the prefix keeps the two from repeating each other's draws.
+        generator = None if self.seed is None else random.Random(f"frames/{self.seed}")
         match self.sampler:
             case "discovla":
                 start, end = span
@@ -73,24 +75,24 @@ class Sampling:
                     count, rate, self.frames, sample_rate=self.sample_rate, start=start, end=end
                 )
             case "clip4clip":
-                read = second_indices(count, rate, sample_rate=self.sample_rate, span=span)
-                return sliced(read, self.frames, self.slice)
+                indices = second_indices(count, rate, sample_rate=self.sample_rate, span=span)
+                return slice_indices(indices, self.frames, self.slice)
             case "clip2video":
                 stored = stored_indices(count, rate, stored_rate=self.sample_rate, span=span)
-                chosen = divided(len(stored), self.divisor, self.frames, draws)
-                if not chosen:
+                places = divide_stored(len(stored), self.divisor, self.frames, generator)
+                if not places:
                     raise ValueError(
-                        f"sampling_divisor: {self.divisor} leaves none of the {len(stored)} frames stored at "
-                        f"{self.sample_rate:g} a second; expected at most {len(stored)}"
+                        f"sampling_divisor: expected at most the {len(stored)} frames stored at "
+                        f"{self.sample_rate:g} a second, found {self.divisor}, which leaves none"
                     )
-                return [stored[i] for i in chosen]
+                return [stored[place] for place in places]
             case "t2vparser":
-                return segment_indices(count, rate, self.frames, span=span, draws=draws)
-        raise ValueError(f"sampler: expected one of {', '.join(get_args(Sampler))}, got {self.sampler!r}")
+                return segment_indices(count, rate, self.frames, span=span, generator=generator)
+        raise ValueError(f"sampler: expected one of {', '.join(get_args(Sampler))}, found {self.sampler!r}")
 
 
-class SamplingSettings(Protocol):
-    """What says which frames to take, under the names that a config has for the fields of `Sampling`."""
+class SamplingConfig(Protocol):
+    """A config with the sampling options, under their names in `DataConfig`."""
 
     @property
     def frames(self) -> int: ...
@@ -108,14 +110,18 @@ class SamplingSettings(Protocol):
     def sampling_slice(self) -> Slice: ...
 
 
-def sampling_of(settings: SamplingSettings, clip: Clip | None = None, seed: str | None = None) -> Sampling:
-    """Which frames of a clip to take, of a whole file without one; with a seed those of a training sample."""
+def clip_sampling(config: SamplingConfig, clip: Clip | None = None, seed: str | None = None) -> Sampling:
+    """Return the sampling of a clip, or of a whole file if `clip` is None.
+
+    Args:
+        seed: seed of a training sample; None for evaluation.
+    """
     return Sampling(
-        frames=settings.frames,
-        sampler=settings.sampling,
-        sample_rate=settings.sample_rate,
-        divisor=settings.sampling_divisor,
-        slice=settings.sampling_slice,
+        frames=config.frames,
+        sampler=config.sampling,
+        sample_rate=config.sample_rate,
+        divisor=config.sampling_divisor,
+        slice=config.sampling_slice,
         start=None if clip is None else clip.start,
         end=None if clip is None else clip.end,
         seed=seed,
@@ -131,19 +137,19 @@ def frame_indices(
     start: float | None = None,
     end: float | None = None,
 ) -> list[int]:
-    """The frames sampled from a clip: one every 1 / sample_rate seconds, thinned evenly where too many.
+    """Sample frames as DiscoVLA does: one every 1 / sample_rate seconds, evenly thinned to `frames`.
 
-    With first and last the ends of the span in frames, stride = round(rate / sample_rate), half to even, and
-    P = first, first + stride, ... <= last: P itself where |P| = frames, P at the whole parts of an even
-    division of 0 .. |P| - 1 where |P| > frames, and otherwise the whole parts of an even division of
-    first .. last, which repeats frames of a clip shorter than `frames`.
+    Let first and last be the ends of the span in frames, stride = round(rate / sample_rate), half to even,
+    and P = first, first + stride, ... <= last.  If |P| = frames, the result is P.  If |P| > frames, it is P
+    at the integer parts of an even division of 0 .. |P| - 1.  Otherwise it is the integer parts of an even
+    division of first .. last, which repeats frames of a clip shorter than `frames`.
 
     Args:
         count: frames that decode, at least 1.
         rate: average frames per second of the stream, above 0.
-        frames: how many to choose, at least 1.
-        sample_rate: frames per second wanted, above 0; the stride it gives must not round to 0.
-        start, end: span in seconds, not negative.  A reversed span is turned round, an empty one becomes 1 s.
+        frames: frames to sample, at least 1.
+        sample_rate: frames to sample per second, above 0; the stride must not round to 0.
+        start, end: span in seconds, not negative.  A reversed span is swapped, an empty one becomes 1 s.
 
     Returns: `frames` indices, ascending, 0 <= index < count.
 
@@ -170,15 +176,15 @@ def second_indices(
     sample_rate: float = 1.0,
     span: Span = (None, None),
 ) -> list[int]:
-    """The frames CLIP4Clip reads: of each second, the first of each of `sample_rate` equal parts.
+    """Sample frames as CLIP4Clip does: the first frame of each of `sample_rate` equal parts of every second.
 
-    With R = floor(rate) and k = sample_rate, the frames floor(s R) + j floor(R / k), j < k, for every second
-    s = start, start + 1, ... <= end, as long as there are any: the truncated rate runs behind the true time.
+    With R = floor(rate) and k = sample_rate: the frames floor(s R) + j floor(R / k), j < k, of every second
+    s = start, start + 1, ... <= end.  As R truncates the rate, the frames lag behind the true time.
 
     Args:
-        count, rate: as `frame_indices`; the rate at least 1.
-        sample_rate: frames of a second, a whole number, at most R.
-        span: start and end in seconds, as `frame_indices`.
+        count, rate: see `frame_indices`; the rate is at least 1.
+        sample_rate: frames per second, a whole number, at most R.
+        span: start and end in seconds, see `frame_indices`.
 
     Returns: at least one index, ascending.
 
@@ -189,39 +195,41 @@ def second_indices(
     """
     _check(count, rate, 1, sample_rate)
     _span(count, rate, *span)
-    whole, wanted = int(rate), int(sample_rate)
-    if wanted != sample_rate or not 1 <= wanted <= whole:
+    whole_rate, parts = int(rate), int(sample_rate)
+    if parts != sample_rate or not 1 <= parts <= whole_rate:
+        if whole_rate < 1:
+            raise ValueError(f"rate: expected at least 1 fps for sampling = 'clip4clip', found {rate:g}")
         raise ValueError(
-            f"sample_rate: expected a whole number of frames of a second, at most the {whole} of a clip with "
-            f"{rate:g} a second, got {sample_rate:g}"
+            f"sample_rate: expected a whole number of 1..{whole_rate} for a {rate:g} fps clip, "
+            f"found {sample_rate:g}"
         )
     start, end = _times(*span)
-    offsets = range(0, whole, whole // wanted)[:wanted]
-    found: list[int] = []
+    offsets = range(0, whole_rate, whole_rate // parts)[:parts]
+    indices: list[int] = []
     second = 0
-    while (base := int((start + second) * whole)) < count and (end is None or start + second <= end):
-        found += [base + offset for offset in offsets if base + offset < count]
+    while (base := int((start + second) * whole_rate)) < count and (end is None or start + second <= end):
+        indices += [base + offset for offset in offsets if base + offset < count]
         second += 1
-    return found
+    return indices
 
 
-def sliced(read: list[int], frames: int, how: Slice) -> list[int]:
-    """At most `frames` of the frames read: evenly spaced with both ends, the first or the last of them.
+def slice_indices(indices: list[int], frames: int, slice: Slice) -> list[int]:
+    """Keep at most `frames` indices: evenly spaced with both ends, the first or the last.
 
     Source: CLIP4Clip's `slice_framepos` 2, 0 and 1.
     """
     if frames < 1:
-        raise ValueError(f"frames: expected at least 1, got {frames}")
-    if len(read) <= frames:
-        return read
-    match how:
+        raise ValueError(f"frames: expected at least 1, found {frames}")
+    if len(indices) <= frames:
+        return indices
+    match slice:
         case "even":
-            return [read[i] for i in _evenly(0, len(read) - 1, frames)]
+            return [indices[i] for i in _evenly(0, len(indices) - 1, frames)]
         case "first":
-            return read[:frames]
+            return indices[:frames]
         case "last":
-            return read[-frames:]
-    raise ValueError(f"slice: expected one of {', '.join(get_args(Slice))}, got {how!r}")
+            return indices[-frames:]
+    raise ValueError(f"slice: expected one of {', '.join(get_args(Slice))}, found {slice!r}")
 
 
 def stored_indices(
@@ -231,14 +239,14 @@ def stored_indices(
     stored_rate: float = 5.0,
     span: Span = (None, None),
 ) -> list[int]:
-    """The frames a copy of the clip with `stored_rate` frames a second would hold: those shown at i / r.
+    """Return the frames that a copy of the clip at `stored_rate` frames a second would store.
 
-    Index i is floor(i rate / r), from the first frame of the span to its last; a clip with fewer frames a
-    second than that repeats them.
+    Stored frame i is floor(i rate / stored_rate), from the first frame of the span to its last.  A clip with
+    a lower rate repeats frames.
 
     Args:
-        count, rate, span: as `frame_indices`.
-        stored_rate: r, above 0.
+        count, rate, span: see `frame_indices`.
+        stored_rate: frames per second, above 0.
 
     Returns: at least one index, ascending.
 
@@ -251,19 +259,21 @@ def stored_indices(
     return [min(first + int(i * rate / stored_rate), last) for i in range(number)]
 
 
-def divided(number: int, divisor: int, frames: int, draws: random.Random | None = None) -> list[int]:
-    """Which of `number` stored frames CLIP2Video takes: floor(number / divisor) evenly, thinned to `frames`.
+def divide_stored(
+    number: int, divisor: int, frames: int, generator: random.Random | None = None
+) -> list[int]:
+    """Sample stored frames as CLIP2Video does: floor(number / divisor) of them evenly, thinned to `frames`.
 
-    With a generator, and where there were too many, all chosen but the first and the last move among the
-    divided ones by integers from [-h, h), h half the distance of the first two, unless h <= 2.
+    With a generator and more than `frames` left after the division, all but the first and the last index are
+    shifted among the divided frames by integers from [-h, h), h half the first gap, if h > 2.
 
     Args:
         number: stored frames.
-        divisor: `feature_framerate`, at least 1.
-        frames: the most to take, at least 1.
-        draws: the training sample's own generator; None in testing.
+        divisor: CLIP2Video's `feature_framerate`, at least 1.
+        frames: most frames to sample, at least 1.
+        generator: random generator of the training sample; None for evaluation.
 
-    Returns: at most `frames` places in the stored frames, ascending; none where number < divisor.
+    Returns: at most `frames` places in the stored frames, ascending; none if number < divisor.
 
     Raises:
         ValueError: an argument outside its range.
@@ -271,15 +281,15 @@ def divided(number: int, divisor: int, frames: int, draws: random.Random | None 
     Source: the released CLIP2Video code, https://github.com/CryhanFang/CLIP2Video.
     """
     if divisor < 1 or frames < 1:
-        raise ValueError(f"divisor, frames: expected at least 1 each, got {divisor} and {frames}")
-    left = _evenly(0, number - 1, number // divisor)
-    if len(left) <= frames:
-        return left
-    chosen = _evenly(0, len(left) - 1, frames)
-    half = (chosen[1] - chosen[0]) // 2 if frames > 1 else 0
-    if draws is not None and half > 2:
-        chosen[1:-1] = [place + draws.randrange(-half, half) for place in chosen[1:-1]]
-    return [left[place] for place in chosen]
+        raise ValueError(f"divisor, frames: expected at least 1 each, found {divisor} and {frames}")
+    divided = _evenly(0, number - 1, number // divisor)
+    if len(divided) <= frames:
+        return divided
+    places = _evenly(0, len(divided) - 1, frames)
+    half = (places[1] - places[0]) // 2 if frames > 1 else 0
+    if generator is not None and half > 2:
+        places[1:-1] = [place + generator.randrange(-half, half) for place in places[1:-1]]
+    return [divided[place] for place in places]
 
 
 def segment_indices(
@@ -288,18 +298,19 @@ def segment_indices(
     frames: int,
     *,
     span: Span = (None, None),
-    draws: random.Random | None = None,
+    generator: random.Random | None = None,
 ) -> list[int]:
-    """The frames T2VParser takes: one of each of `frames` segments of the clip.
+    """Sample frames as T2VParser does: one of each of `frames` segments of the clip.
 
-    With the segment g = (N - 1) / frames, rounding half to even: round(g i) + floor(g / 2), or in training
-    any of round(g i) .. round(g (i + 1)), both included, so that neighbours may share a frame.
+    With N frames in the span, g = (N - 1) / frames and rounding half to even, evaluation samples
+    round(g i) + floor(g / 2) and training any frame of round(g i) .. round(g (i + 1)), both ends included, so
+    that neighbouring segments may return the same frame.
 
     Args:
-        count, rate, frames, span: as `frame_indices`; N is the frames of the span.
-        draws: the training sample's own generator; None in testing.
+        count, rate, frames, span: see `frame_indices`.
+        generator: random generator of the training sample; None for evaluation.
 
-    Returns: `frames` indices, ascending; a clip with fewer repeats them.
+    Returns: `frames` indices, ascending; a clip with fewer frames repeats them.
 
     Raises:
         ValueError: an argument outside its range, or a span that begins after the last frame.
@@ -308,39 +319,39 @@ def segment_indices(
     first, last = _span(count, rate, *span)
     segment = (last - first) / frames
     edges = [first + round(segment * i) for i in range(frames + 1)]
-    if draws is None:
+    if generator is None:
         return [edge + int(segment / 2) for edge in edges[:-1]]
-    return [draws.randint(low, high) for low, high in pairwise(edges)]
+    return [generator.randint(low, high) for low, high in pairwise(edges)]
 
 
 def _check(count: int, rate: float, frames: int, sample_rate: float) -> None:
-    """Every range that does not depend on the span."""
+    """Check every range that does not depend on the span."""
     if count < 1:
-        raise ValueError(f"count: expected at least 1 frame that decodes, got {count}")
+        raise ValueError(f"count: expected at least 1 frame that decodes, found {count}")
     if not 0 < rate < float("inf"):
-        raise ValueError(f"rate: expected frames per second above 0, got {rate}")
+        raise ValueError(f"rate: expected frames per second above 0, found {rate}")
     if frames < 1:
-        raise ValueError(f"frames: expected at least 1, got {frames}")
+        raise ValueError(f"frames: expected at least 1, found {frames}")
     if not 0 < sample_rate < float("inf"):
-        raise ValueError(f"sample_rate: expected frames per second above 0, got {sample_rate}")
+        raise ValueError(f"sample_rate: expected frames per second above 0, found {sample_rate}")
 
 
 def _stride(rate: float, sample_rate: float) -> int:
-    """Frames from one sampled frame to the next."""
+    """Return the distance of two sampled frames."""
     stride = round(rate / sample_rate)
     if stride == 0:
         raise ValueError(
-            f"sample_rate: {sample_rate:g} frames a second of a clip with {rate:g} rounds to a stride of 0 "
-            f"frames; expected at most {2 * rate:g}"
+            f"sample_rate: expected at most {2 * rate:g} for a {rate:g} fps clip, found {sample_rate:g}, "
+            "which rounds to a stride of 0 frames"
         )
     return stride
 
 
 def _times(start: float | None, end: float | None) -> tuple[float, float | None]:
-    """A span in seconds, turned round where it is reversed and of 1 s where it is empty."""
+    """Return a span in seconds: swapped if reversed, 1 s long if empty."""
     for name, value in (("start", start), ("end", end)):
         if value is not None and not value >= 0:
-            raise ValueError(f"{name}: expected seconds not below 0, got {value}")
+            raise ValueError(f"{name}: expected seconds not below 0, found {value}")
     start = 0.0 if start is None else start
     if end is not None and start > end:
         return end, start
@@ -348,19 +359,20 @@ def _times(start: float | None, end: float | None) -> tuple[float, float | None]
 
 
 def _span(count: int, rate: float, start: float | None, end: float | None) -> tuple[int, int]:
-    """First and last frame between two times in seconds."""
+    """Return the first and the last frame between two times in seconds."""
     start, end = _times(start, end)
     first = int(start * rate)
     last = count - 1 if end is None else int(min(end * rate, count - 1))
     if first > last:
         raise ValueError(
-            f"start: {start:g} s is frame {first}, the clip ends with {count - 1} ({count / rate:.3f} s)"
+            f"start: expected a time before the end of the clip ({count / rate:.3f} s, {count} frames), "
+            f"found {start:g} s"
         )
     return first, last
 
 
 def _evenly(first: int, last: int, number: int) -> list[int]:
-    """Whole parts of `number` evenly spaced doubles from first to last, the last one exact."""
+    """Return the integer parts of `number` evenly spaced doubles from first to last, the last one exact."""
     if number < 2:
         return [first][:number]
     # The order of operations matters: a product just under a whole number chooses another frame.

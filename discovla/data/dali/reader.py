@@ -17,7 +17,7 @@ from discovla.data.dali.augment import drawn_steps
 from discovla.data.dali.plans import Plan, no_plan
 from discovla.data.dali.support import Content, DaliSettings, FullSize, missing, unfit
 from discovla.data.manifest import Clip
-from discovla.data.sampling import Sampling, sampling_of
+from discovla.data.sampling import Sampling, clip_sampling
 from discovla.data.sandbox import Sandbox, WorkerLost
 from discovla.data.shards.reader import Shards
 from discovla.data.video.errors import DecodeError, check_file
@@ -79,7 +79,7 @@ class DaliClipReader:
         Raises:
             DecodeError: the clip gives none, or DALI cannot read it.
         """
-        sampling = sampling_of(self.settings, clip, None if augment is None else seed)
+        sampling = clip_sampling(self.settings, clip, None if augment is None else seed)
         try:
             plan, size = self._of_shards(clip, sampling) if self.shards else self._of_file(clip, sampling)
         except Otherwise as error:

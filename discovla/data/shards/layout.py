@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from discovla.data.manifest import Clip
-from discovla.data.sampling import Sampler, Sampling, Slice, sampling_of
+from discovla.data.sampling import Sampler, Sampling, Slice, clip_sampling
 from discovla.data.tokens import Tokenizer
 from discovla.data.video.frames import Damaged
 
@@ -83,7 +83,7 @@ class ShardSettings:
 
     def taken(self, clip: Clip) -> Sampling:
         """Which frames of a clip are in the shards."""
-        sampling = sampling_of(self, clip)
+        sampling = clip_sampling(self, clip)
         return KeptSampling(**asdict(sampling)) if self.keep == "candidates" else sampling
 
 

@@ -16,7 +16,7 @@ from discovla.data.config import FrameSettings
 from discovla.data.dataset import FileClipReader
 from discovla.data.loader import DataConfig, TrainLoader
 from discovla.data.manifest import Clip
-from discovla.data.sampling import Sampling, sampling_of
+from discovla.data.sampling import Sampling, clip_sampling
 from discovla.data.video import frames
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import FrameRequest, SandboxedReader, read_frames, read_request
@@ -109,5 +109,5 @@ def test_frames_of_another_decoder_are_not_those_in_the_cache(counting, tmp_path
     for decoder in ("pyav", "torchcodec", "auto"):
         settings = FrameSettings(frames=2, image_size=16, cache=tmp_path, decoder=decoder)
         clip_reader = FileClipReader(settings)
-        keys.add(clip_reader._cache.key(counting, clip_reader._spec(sampling_of(settings, clip))))
+        keys.add(clip_reader._cache.key(counting, clip_reader._spec(clip_sampling(settings, clip))))
     assert len(keys) == 3
