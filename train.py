@@ -6,8 +6,8 @@ import logging
 import sys
 
 from discovla.config import read_config
+from discovla.errors import run_program
 from discovla.evaluate import results_table
-from discovla.faults import run_told
 from discovla.trainer import Trainer
 
 
@@ -18,7 +18,7 @@ def main(words: list[str]) -> int:
     if not words or words[0].startswith("-"):
         print("usage: deepspeed train.py CONFIG [a.b=c ...]", file=sys.stderr)
         return 2
-    return run_told(lambda: _train(words[0], words[1:]), "train.py")
+    return run_program(lambda: _train(words[0], words[1:]), "train.py")
 
 
 def _train(config: str, overrides: list[str]) -> None:

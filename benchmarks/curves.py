@@ -36,7 +36,8 @@ from discovla.data.dataset import BatchSpec, read_clips
 from discovla.data.loader import TrainLoader
 from discovla.engine.distributed import start
 from discovla.engine.optim import learning_rate
-from discovla.engine.strategy import StepPlan, make_strategy
+from discovla.engine.strategies import make_strategy
+from discovla.engine.strategy import StepPlan
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.train_step import TrainStep, set_precision
@@ -46,7 +47,7 @@ RESULTS = ROOT / "benchmarks/results/cpu/precision-drawn-world.jsonl"
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "fp32": ("engine.precision=fp32",),
     "bf16": ("engine.precision=bf16",),
-    "bf16, residual fp32": ("engine.precision=bf16", "engine.residual=fp32"),
+    "bf16, residual fp32": ("engine.precision=bf16", "engine.residual_dtype=fp32"),
     "fp8": ("engine.precision=fp8",),
     "fp8, backward too": ("engine.precision=fp8_backward",),
 }

@@ -53,7 +53,7 @@ WORDS = (
     "method.fused_text_blocks=1",
     "data.workers=0",
     "engine.device=cpu",
-    "engine.join_within=20",
+    "engine.rendezvous_timeout=20",
     "resume=true",
 )
 ROOT = Path(__file__).parents[1]
@@ -209,7 +209,7 @@ def main(words: Sequence[str] | None = None) -> int:
         engine.append(f"engine.zero_stage={given.zero_stage}")
     where = machine("cpu")
     out, draw = given.out or results_file(where, "faults"), random.Random(given.seed)
-    SERVER.set_forkserver_preload(["train", "discovla.engine.zero_strategy", "torch._dynamo"])
+    SERVER.set_forkserver_preload(["train", "discovla.engine.deepspeed", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "sizes.json").write_text(json.dumps(SIZES))

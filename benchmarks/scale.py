@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.measure import machine, results_file, write_row
+from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import start, stop
 from discovla.engine.memory import Sizes, TokenLayers, activation_bytes, state_bytes
 from discovla.engine.optim import OptimConfig
-from discovla.engine.strategy import StepPlan, make_strategy, trained_size
-from discovla.engine.zero import EngineConfig
+from discovla.engine.strategies import make_strategy
+from discovla.engine.strategy import StepPlan, trained_size
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.testing import noise_batch, tiny_architecture
 from discovla.towers.weights import initialise

@@ -189,7 +189,7 @@ def main(words: Sequence[str] | None = None) -> int:
     where = machine("cpu")
     out = given.out or results_file(where, "steady")
     what = {"name": "steady", **vars(given) | {"out": None}}
-    SERVER.set_forkserver_preload(["train", "discovla.engine.zero_strategy", "torch._dynamo"])
+    SERVER.set_forkserver_preload(["train", "discovla.engine.deepspeed", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as made:
         run = prepare(Path(made), given)
         run.carry_out(given.timeout)

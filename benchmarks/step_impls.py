@@ -13,8 +13,8 @@ from benchmarks.product_step import ProductStep
 from benchmarks.reference_step import ReferenceStep, compiled
 from discovla.batch import Batch, Losses
 from discovla.engine.capture import make_capture
+from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
-from discovla.engine.zero import EngineConfig
 from discovla.methods.discovla import DiscoVLA
 from discovla.ops.fp8_linear import fp8_lacks
 from discovla.towers.architecture import Architecture

@@ -17,9 +17,9 @@ from discovla.config import RunConfig
 from discovla.data.dataset import frame_origin
 from discovla.data.loader import DataConfig
 from discovla.engine import checkpoint
-from discovla.engine.average import Average
-from discovla.engine.checkpoint_writer import CheckpointWriter
+from discovla.engine.checkpoint import CheckpointWriter
 from discovla.engine.distributed import World, barrier, gather_objects
+from discovla.engine.ema import EMA
 from discovla.engine.log import METRICS
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import Strategy
@@ -37,7 +37,7 @@ class TrainState:
     """What trains: the strategy, and the average of its parameters where there is one."""
 
     strategy: Strategy
-    average: Average | None
+    average: EMA | None
 
 
 class CheckpointManager:

@@ -21,7 +21,7 @@ from discovla.commands import (
     shard,
     zero,
 )
-from discovla.faults import run_told
+from discovla.errors import run_program
 
 COMMANDS = (frames, prepare, doctor, caption, shard, data_bench, draw, evaluate, export, zero, preflight)
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; what is wrong with the input is one line on stderr and exit status 2."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="discovla: %(levelname)s: %(message)s")
-    return run_told(lambda: arguments.run(arguments), "discovla")
+    return run_program(lambda: arguments.run(arguments), "discovla")
 
 
 def _parser() -> argparse.ArgumentParser:

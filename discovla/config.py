@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from discovla.data.loader import DataConfig
+from discovla.engine.config import EngineConfig
 from discovla.engine.optim import OptimConfig
-from discovla.engine.zero import EngineConfig
 from discovla.methods import METHODS
 from discovla.methods.base import MethodConfig
 from discovla.towers.weights import ModelConfig
@@ -22,6 +22,11 @@ from discovla.towers.weights import ModelConfig
 # new name; in a config stored in a checkpoint it is translated.
 RENAMED_KEYS = {
     "engine.accumulate": "engine.grad_cache_chunks",
+    "engine.join_within": "engine.rendezvous_timeout",
+    "engine.lost_after": "engine.heartbeat_timeout",
+    "engine.pace_every": "engine.straggler_check_every",
+    "engine.residual": "engine.residual_dtype",
+    "engine.wire": "engine.comm_dtype",
 }
 # Removed key to what replaces it. In a TOML file or an override the key is an error with this line; in a
 # stored config it is dropped.

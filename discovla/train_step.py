@@ -9,9 +9,10 @@ from itertools import pairwise
 import torch
 
 from discovla.batch import Batch, Embedding, Losses
+from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import (
+    CommDtype,
     GradScale,
-    Wire,
     World,
     add_over_ranks,
     gather,
@@ -19,9 +20,8 @@ from discovla.engine.distributed import (
     scale_gradient,
     start_gather,
 )
-from discovla.engine.parts import InParts
+from discovla.engine.grad_cache import GradCache
 from discovla.engine.strategy import cast_frozen
-from discovla.engine.zero import EngineConfig
 from discovla.methods.base import Method
 from discovla.nn.features import check_mask
 from discovla.nn.precision import quantise_frozen, widen_residual
@@ -29,7 +29,7 @@ from discovla.ops.buckets import Rows
 from discovla.ops.columns import Columns
 
 
-class TrainStep(InParts):
+class TrainStep(GradCache):
     """Encode, and the losses of all ranks' pairs: the one module a strategy wraps.
 
     Each of W ranks has the similarities of all texts to its own videos: texts are gathered while videos are
@@ -37,14 +37,14 @@ class TrainStep(InParts):
     concerns texts is put together over ranks, a few numbers each.  Loss and gradient are those of one process
     with all pairs: a rank's gradient is W times its own part, so that a strategy's average over ranks is the
     sum of the parts.  grad_scale = "official" leaves that of the embeddings 1/W, as released.  What is
-    gathered, and its gradient, travels in the method's compute dtype, or with wire = "fp32" as it is.
+    gathered, and its gradient, travels in the method's compute dtype, or with comm_dtype = "fp32" as it is.
 
-    With accumulate > 1 a rank encodes its clips in so many parts and keeps of each the embeddings alone; once
-    the gradients of those are known, it encodes part after part again, from the random state it had: in
-    backward, or where a strategy cannot do that, after it, see `InParts`.
+    With grad_cache_chunks > 1 a rank encodes its clips in that many chunks and keeps only the embeddings of
+    each. Once their gradients are known, it encodes chunk after chunk again from the same random state: in
+    backward, or after it if the strategy cannot do that, see `GradCache`.
 
     Raises:
-        ValueError: accumulate > 1 and a method whose embeddings depend on the rest of the batch.
+        ValueError: grad_cache_chunks > 1 and a method whose embeddings depend on the rest of the batch.
 
     Source: gradient caching as in Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup
     (arXiv 2101.06983); inside of backward all is one graph, so that every parameter's gradient comes once.
@@ -55,18 +55,18 @@ class TrainStep(InParts):
         method: Method,
         world: World,
         grad_scale: GradScale,
-        accumulate: int = 1,
-        wire: Wire = "compute",
+        grad_cache_chunks: int = 1,
+        comm_dtype: CommDtype = "compute",
     ) -> None:
         super().__init__()
-        if accumulate > 1 and method.sees_batch:
+        if grad_cache_chunks > 1 and method.sees_batch:
             raise ValueError(
-                f"engine.accumulate: expected 1 with {method.sees_batch}, by which embeddings depend on the "
-                f"rest of the batch, found {accumulate}"
+                f"engine.grad_cache_chunks: expected 1 with {method.sees_batch}, by which embeddings depend "
+                f"on the rest of the batch, found {grad_cache_chunks}"
             )
-        self.method, self.world, self.accumulate = method, world, accumulate
+        self.method, self.world, self.grad_cache_chunks = method, world, grad_cache_chunks
         self.grad_scale: GradScale = grad_scale
-        self.wire: Wire = wire
+        self.comm_dtype: CommDtype = comm_dtype
         self.recorded: Callable[[Batch], Losses] | None = None  # what runs `losses` instead, if any
 
     def forward(self, batch: Batch) -> Losses:
@@ -100,8 +100,8 @@ class TrainStep(InParts):
         """The same on each of several ranks, from its own columns of every similarity matrix."""
         world, index, valid = self.world, batch.video_index, batch.valid
         text = self._scaled(self._encoded(self.method.encode_texts, batch))
-        wire = self.method.compute_dtype if self.wire == "compute" else None
-        coming = {name: start_gather(x, world, wire) for name, x in text.tensors().items()}
+        comm_dtype = self.method.compute_dtype if self.comm_dtype == "compute" else None
+        coming = {name: start_gather(x, world, comm_dtype) for name, x in text.tensors().items()}
         video = self._scaled(self._encoded(self.method.encode_videos, batch))
         text, everyones = Embedding(**{name: wait() for name, wait in coming.items()}), gather(index, world)
         first = world.rank * len(batch)
@@ -115,9 +115,9 @@ class TrainStep(InParts):
 
     def _encoded(self, encode: Callable[[Batch], Embedding], batch: Batch) -> Embedding:
         """One side of the batch, part by part."""
-        if self.accumulate == 1:
+        if self.grad_cache_chunks == 1:
             return encode(batch)
-        bounds = [len(batch) * part // self.accumulate for part in range(self.accumulate + 1)]
+        bounds = [len(batch) * part // self.grad_cache_chunks for part in range(self.grad_cache_chunks + 1)]
         return self.encoded(encode, [batch[start:stop] for start, stop in pairwise(bounds)])
 
     def _scaled(self, x: Embedding) -> Embedding:
@@ -143,7 +143,7 @@ def set_precision(method: Method, engine: EngineConfig, device: torch.device) ->
     if engine.precision == "fp32":
         return
     method.compute_dtype = torch.bfloat16
-    if engine.residual == "fp32":
+    if engine.residual_dtype == "fp32":
         for tower in (method.vision, method.text):
             widen_residual(tower, torch.bfloat16)
     if engine.precision.startswith("fp8"):

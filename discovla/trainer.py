@@ -17,21 +17,21 @@ from discovla.batch import BadClip, Batch
 from discovla.checkpoints import METHOD, CheckpointManager, TrainState, load_trained, schedule, set_aside
 from discovla.config import RunConfig
 from discovla.data.quarantine import Quarantine
-from discovla.engine.average import make_average
 from discovla.engine.capture import check_capture, make_capture
-from discovla.engine.checkpoint import evaluated
-from discovla.engine.checkpoint_writer import CheckpointWriter
+from discovla.engine.checkpoint import CheckpointWriter, evaluated
+from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, start, stop
+from discovla.engine.ema import make_ema
+from discovla.engine.lifecycle.heartbeat import SETTLE, Heartbeat
+from discovla.engine.lifecycle.pace import Pace, slow
+from discovla.engine.lifecycle.peers import Peers
+from discovla.engine.lifecycle.signals import REASONS, StopSignals
 from discovla.engine.log import RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
-from discovla.engine.pace import Pace, slow
-from discovla.engine.rendezvous import Met
-from discovla.engine.signals import REASONS, StopSignals
-from discovla.engine.strategy import StepPlan, make_strategy
-from discovla.engine.watch import SETTLE, Watch
-from discovla.engine.zero import EngineConfig
+from discovla.engine.strategies import make_strategy
+from discovla.engine.strategy import StepPlan
+from discovla.errors import PeerLost, RunStopped, end, lost_connection
 from discovla.evaluate import Evaluation, evaluate
-from discovla.faults import LostProcess, Stopped, end, lost_connection
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
@@ -64,14 +64,14 @@ class Trainer:
 
         Raises:
             ValueError, DecodeError, OSError, FloatingPointError: what stands in the way, in one line.
-            LostProcess: another process of the run is gone.
-            Stopped: a signal asked for it; a checkpoint holds every step taken.
+            PeerLost: another process of the run is gone.
+            RunStopped: a signal asked for it; a checkpoint holds every step taken.
         """
-        self.watch: Watch | None = None
+        self.watch: Heartbeat | None = None
         engine = self.config.engine
         self.signals = StopSignals()  # who is above this process is to be seen before it waits for others
         try:
-            self.world = start(engine.device, within=engine.join_within, met=self._begin_watch)
+            self.world = start(engine.device, within=engine.rendezvous_timeout, met=self._begin_watch)
         except RuntimeError as error:
             self._name_lost(error)
             raise
@@ -84,7 +84,7 @@ class Trainer:
                 self.signals.ignore()
         if self.asked is not None:
             done = f"step {self.saving.step} of {self.total}"
-            raise Stopped(
+            raise RunStopped(
                 f"stopped by {self.asked} after {done}, which is saved; resume=true goes on from there"
             )
         return results
@@ -110,16 +110,18 @@ class Trainer:
             if self.watch is not None:
                 self.watch.let_go()
 
-    def _begin_watch(self, world: World, met: Met) -> None:
+    def _begin_watch(self, world: World, met: Peers) -> None:
         last = partial(self.writer.leave, SAVED)
-        self.watch = Watch(world, met, silence=self.config.engine.lost_after, end=partial(end, last=last))
+        self.watch = Heartbeat(
+            world, met, silence=self.config.engine.heartbeat_timeout, end=partial(end, last=last)
+        )
 
     def _name_lost(self, error: RuntimeError) -> None:
-        """Raise LostProcess where an error comes of that."""
+        """Raise PeerLost where an error comes of that."""
         if self.watch is not None and (self.watch.lost is not None or lost_connection(error)):
             line = self.watch.line(SETTLE)
             if line is not None:
-                raise LostProcess(f"{line}; resume=true goes on from the newest checkpoint") from error
+                raise PeerLost(f"{line}; resume=true goes on from the newest checkpoint") from error
 
     def _prepare(self) -> None:
         """Everything that can fail before training does so here."""
@@ -184,12 +186,12 @@ class Trainer:
             groups=_groups(self.method),
         )
         towers = [self.method.vision, self.method.text]
-        self.pace = Pace(self.world, towers, every=config.engine.pace_every, name=self._name())
-        how = (config.engine.grad_scale, config.engine.accumulate, config.engine.wire)
+        self.pace = Pace(self.world, towers, every=config.engine.straggler_check_every, name=self._name())
+        how = (config.engine.grad_scale, config.engine.grad_cache_chunks, config.engine.comm_dtype)
         step = TrainStep(self.method, self.world, *how)
         self.strategy = make_strategy(step, plan)
         step.recorded = make_capture(step.losses, self.strategy.trained.values(), config.engine, self.world)
-        self.average = make_average(self.strategy, config.optim.ema)
+        self.average = make_ema(self.strategy, config.optim.ema)
         first = self._resume()
         self.log = RunLog(self.directory, self.world, total=self.total, start=first)
         last = min(self.total, config.stop_at or self.total)

@@ -20,7 +20,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from discovla import faults
+from discovla import errors
 from tests.engine.launch import LAUNCHER, free_port
 
 TINY = {
@@ -85,7 +85,7 @@ METHODS = {
 }
 _SERVER = multiprocessing.get_context("forkserver")
 # with what optimisers import on their first use, which takes as long as all the rest
-_SERVER.set_forkserver_preload(["tests.runs", "train", "discovla.engine.zero_strategy", "torch._dynamo"])
+_SERVER.set_forkserver_preload(["tests.runs", "train", "discovla.engine.deepspeed", "torch._dynamo"])
 
 
 @dataclass
@@ -170,7 +170,7 @@ def _rank(words: list[str], log: str, env: dict[str, str], befalling: list[str])
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    faults.GRACE = 0.3  # no launcher is waiting to end the others
+    errors.GRACE = 0.3  # no launcher is waiting to end the others
     for one in befalling:
         _arrange(*one.split(":"))
     sys.exit(import_module("train").main(words))

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import StepPlan
-from discovla.engine.zero import EngineConfig
 from discovla.methods.clip2video import CLIP2Video, CLIP2VideoConfig
 from discovla.testing import noise_batch, peak_bytes, relative_error, tiny_architecture
 from discovla.train_step import TrainStep
@@ -20,14 +20,14 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def test_dropout_is_the_same_both_times(monkeypatch):
-    step = TrainStep(steps.make("t2vparser").train(), ALONE, "exact", accumulate=3)
+    step = TrainStep(steps.make("t2vparser").train(), ALONE, "exact", grad_cache_chunks=3)
     batch = steps.whole_batch(bad=True)
     torch.manual_seed(5)
     cached = steps.take(step, batch)
     after = torch.rand(1)
     other = steps.take(step, batch)
     assert relative_error(other["loss"], cached["loss"]) > 1e-6, "dropout was meant to take place"
-    monkeypatch.setattr("discovla.engine.parts._again", lambda encode, part: encode(part))
+    monkeypatch.setattr("discovla.engine.grad_cache._again", lambda encode, part: encode(part))
     torch.manual_seed(5)
     wanted = steps.take(step, batch)
     assert torch.equal(torch.rand(1), after), "encoding again drew random numbers of its own"
@@ -41,7 +41,7 @@ def test_activations_are_those_of_one_part():
     method, batch = steps.make("discovla"), replace(noise_batch(tiny_architecture(), size=32), valid=None)
     peaks = []
     for parts in (1, 8):
-        step = TrainStep(method, ALONE, "exact", accumulate=parts)
+        step = TrainStep(method, ALONE, "exact", grad_cache_chunks=parts)
         steps.take(step, batch)
         peaks.append(peak_bytes(lambda step=step: step(batch).total.backward()))
     assert peaks[1] < 0.25 * peaks[0]
@@ -56,24 +56,26 @@ def test_evaluation_without_gradients_needs_no_second_pass():
 
 def test_more_parts_than_clips_are_refused():
     plan = {"optim": OptimConfig(), "world": replace(ALONE, size=2), "batch_size": 8}
-    StepPlan(engine=EngineConfig(accumulate=4), **plan)
-    with pytest.raises(ValueError, match=r"engine\.accumulate: expected at most the 4 clips .*, found 5"):
-        StepPlan(engine=EngineConfig(accumulate=5), **plan)
+    StepPlan(engine=EngineConfig(grad_cache_chunks=4), **plan)
+    with pytest.raises(
+        ValueError, match=r"engine\.grad_cache_chunks: expected at most the 4 clips .*, found 5"
+    ):
+        StepPlan(engine=EngineConfig(grad_cache_chunks=5), **plan)
 
 
 def test_heads_that_see_other_videos_cannot_be_cut():
     method = CLIP2Video(tiny_architecture(), CLIP2VideoConfig(mask_mode="official", head_layers=1))
     with pytest.raises(
-        ValueError, match=r"accumulate: expected 1 with method\.mask_mode = 'official', .* found 2"
+        ValueError, match=r"grad_cache_chunks: expected 1 with method\.mask_mode = 'official', .* found 2"
     ):
-        TrainStep(method, ALONE, "exact", accumulate=2)
+        TrainStep(method, ALONE, "exact", grad_cache_chunks=2)
 
 
 @pytest.mark.slow
 def test_a_run_in_parts_has_the_losses_of_a_whole_one(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "steps=3"]
     for parts, size in ((1, 1), (4, 1), (4, 2)):
-        extra = [f"engine.accumulate={parts}", f"directory={tmp_path}/{parts}-{size}"]
+        extra = [f"engine.grad_cache_chunks={parts}", f"directory={tmp_path}/{parts}-{size}"]
         runs.train([*words, *extra], size=size)
     wanted = runs.losses(tmp_path / "1-1")
     for name in ("4-1", "4-2"):

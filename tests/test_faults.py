@@ -20,7 +20,7 @@ from discovla.data.config import DataConfig
 from discovla.data.dataset import read_clips
 from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.engine import checkpoint
-from discovla.faults import STOPPED
+from discovla.errors import STOPPED
 from tests import runs
 
 STEP = "discovla.trainer:learning_rate"  # called once a step
@@ -129,7 +129,7 @@ MET = "expected {} processes to come together within 4 s, found "
     ids=["before it came", "the first before it came", "once it came"],
 )
 def test_a_rank_that_dies_before_all_are_together_is_named(size, rank, where, told, tmp_path, drawn):
-    words = [runs.write_config(tmp_path, drawn), "engine.join_within=4"]
+    words = [runs.write_config(tmp_path, drawn), "engine.rendezvous_timeout=4"]
     job = runs.start(words, size=size, fault=f"kill:{where}:1", rank=rank)
     assert job.wait(45) == [-9 if r == rank else 2 for r in range(size)]
     for other in set(range(size)) - {rank}:
@@ -152,7 +152,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_and_the_last_checkpoint_is_w
     """It is still being written when rank 0, which waits for the other for good, ends."""
     words = [runs.write_config(tmp_path, drawn), "data.val_split=", "checkpoint_every=1"]
     job = runs.start(
-        [*words, "engine.lost_after=11"], size=2, fault=f"stop:{STEP}:2 0@late:{WRITE}:1", rank=1
+        [*words, "engine.heartbeat_timeout=11"], size=2, fault=f"stop:{STEP}:2 0@late:{WRITE}:1", rank=1
     )
     job.processes[0].join(60)
     job.processes[1].kill()
@@ -240,7 +240,7 @@ def test_any_number_of_ranks_sees_the_same_pairs_in_the_same_order(drawn, shards
 
 
 def test_a_rank_that_holds_the_others_up_is_named(tmp_path, drawn):
-    words = [runs.write_config(tmp_path, drawn), *SHORT, "steps=4", "engine.pace_every=4"]
+    words = [runs.write_config(tmp_path, drawn), *SHORT, "steps=4", "engine.straggler_check_every=4"]
     job = runs.start(words, size=2, fault="drag:discovla.data.dataset:draw_light:1", rank=1)
     assert job.wait() == [0, 0]
     (found,) = runs.records(tmp_path / "run", "slow")
@@ -301,7 +301,7 @@ def test_without_the_guard_a_loss_that_is_not_finite_stops_the_run(tmp_path, dra
 def test_a_process_ends_where_nobody_reads_its_line():
     """Its launcher may be gone, and with it the pipe."""
     code = (
-        "import os, threading, discovla.faults as f\n"
+        "import os, threading, discovla.errors as f\n"
         "threading.Thread(target=f.end, args=('lost', lambda: os.write(1, b'last'))).start()\n"
         "threading.Event().wait(30)\n"
     )

@@ -22,7 +22,7 @@ LOW = {  # room -> the rooms it may import beside itself
 HIGH = {
     "config": 6,
     "drawn_world": 6,
-    "faults": 6,
+    "errors": 6,
     "evaluate": 7,
     "checkpoints": 7,
     "load": 7,

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from discovla.faults import STOPPED
+from discovla.errors import STOPPED
 from tests import runs
 from tests.engine.launch import LAUNCHER, ROOT, free_port
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from discovla.engine.zero import EngineConfig
+from discovla.engine.config import EngineConfig
 from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
 from discovla.nn.block import Block, Linear
 from discovla.testing import tiny_architecture
@@ -23,7 +23,7 @@ def made(**options) -> CLIP4Clip:
 @pytest.mark.parametrize("residual", ["bf16", "fp32"])
 def test_a_precision_is_what_towers_compute_in(precision, residual):
     method = made(tune="lora")
-    set_precision(method, EngineConfig(precision=precision, residual=residual), CPU)
+    set_precision(method, EngineConfig(precision=precision, residual_dtype=residual), CPU)
     short = precision != "fp32"
     assert method.compute_dtype == (torch.bfloat16 if short else torch.float32)
     for p in method.parameters():  # a single number, the logit scale's, stays exact
@@ -52,7 +52,7 @@ def test_what_cannot_be_in_fp8_is_one_line_that_names_the_key(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_in_fp8_goes_on_bit_for_bit(tmp_path, drawn):
-    words = ["engine.precision=fp8", "engine.residual=fp32", "steps=4"]
+    words = ["engine.precision=fp8", "engine.residual_dtype=fp32", "steps=4"]
     folders = [tmp_path / name for name in ("whole", "parts", "bf16")]
     for folder in folders:
         folder.mkdir()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from discovla.cli import main
-from discovla.engine.average import Average
+from discovla.engine.ema import EMA
 from discovla.load import load_run
 from tests import runs
 from tests.engine.launch import ROOT
@@ -81,7 +81,7 @@ def _evaluated_is_the_average(directory) -> None:
 
 def test_an_average_follows_its_formula_and_parameters_come_back():
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
-    average = Average({"w": weight}, 0.75)
+    average = EMA({"w": weight}, 0.75)
     expected = weight.detach().clone()
     for _ in range(3):
         with torch.no_grad():
@@ -96,7 +96,7 @@ def test_an_average_follows_its_formula_and_parameters_come_back():
 
 
 def test_an_average_of_other_parameters_is_refused():
-    average = Average({"w": nn.Parameter(torch.ones(2))}, 0.5)
+    average = EMA({"w": nn.Parameter(torch.ones(2))}, 0.5)
     with pytest.raises(ValueError, match="average: expected 'w', found none"):
         average.load({"v": torch.ones(2)})
 
@@ -105,7 +105,7 @@ def test_an_average_of_other_parameters_is_refused():
 def test_an_average_of_split_parameters_goes_on_with_another_number_of_processes(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "steps=4", "optim.ema=0.75", "checkpoint_every=2"]
     runs.train([*words, f"directory={tmp_path}/whole"])
-    words += ["engine.strategy=deepspeed", "engine.zero_stage=3", "engine.accumulate=2"]
+    words += ["engine.strategy=deepspeed", "engine.zero_stage=3", "engine.grad_cache_chunks=2"]
     offload = ["engine.offload=cpu", "engine.offload_parameters=true"]
     runs.train([*words, *offload, f"directory={tmp_path}/split", "stop_at=2"], size=2)
     runs.train([*words, f"directory={tmp_path}/split", "resume=true"])

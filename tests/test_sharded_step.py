@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from discovla.batch import Batch
-from discovla.engine.distributed import Wire, World, start_gather
+from discovla.engine.distributed import CommDtype, World, start_gather
 from discovla.train_step import TrainStep
 from tests import steps
 
@@ -29,7 +29,7 @@ def every_step(world: World) -> dict[Any, Any]:
     for variant in steps.VARIANTS:
         step = TrainStep(steps.make(variant), world, "exact")
         found |= {(variant, bad): steps.take(step, batch) for bad, batch in batches.items()}
-        step = TrainStep(step.method, world, "exact", accumulate=ACCUMULATE[world.size])
+        step = TrainStep(step.method, world, "exact", grad_cache_chunks=ACCUMULATE[world.size])
         found["accumulated", variant] = steps.take(step, batches[True])
     found["official"] = steps.take(TrainStep(steps.make(OFFICIAL), world, "official"), batches[False])
     losses = [result["loss"].item() for result in found.values()]
@@ -44,9 +44,9 @@ def every_step(world: World) -> dict[Any, Any]:
     return {**found, "sum": sum_of_short_parts(world), "loss": losses}
 
 
-def in_bf16(world: World, batch: Batch, wire: Wire) -> tuple[dict[str, Tensor], dict[str, int]]:
+def in_bf16(world: World, batch: Batch, wire: CommDtype) -> tuple[dict[str, Tensor], dict[str, int]]:
     """A step whose towers compute in bf16, and the bytes it sends."""
-    step = TrainStep(steps.make(COUNTED).float(), world, "exact", wire=wire)
+    step = TrainStep(steps.make(COUNTED).float(), world, "exact", comm_dtype=wire)
     step.method.compute_dtype = torch.bfloat16
     with steps.Sent(world.size) as sent:
         step(batch).total.backward()

@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from discovla.engine import zero_strategy
-from discovla.engine.average import make_average
+from discovla.engine import deepspeed as zero_strategy
+from discovla.engine.config import EngineConfig
+from discovla.engine.deepspeed import deepspeed_settings
 from discovla.engine.distributed import World
+from discovla.engine.ema import make_ema
 from discovla.engine.optim import OptimConfig
-from discovla.engine.strategy import StepPlan, Strategy, make_strategy
-from discovla.engine.zero import EngineConfig, zero_json
+from discovla.engine.strategies import make_strategy
+from discovla.engine.strategy import StepPlan, Strategy
 from discovla.methods import clip4clip
 from discovla.methods.base import Method
 from discovla.ops.dispatch import Memory
@@ -98,14 +100,14 @@ def averaged(world: World, stage: Literal[0, 3]) -> dict[str, Tensor]:
     method.compute_dtype = torch.float32
     strategy = split(TrainStep(method, world, "exact"), world, stage)
     batch = steps.share(steps.whole_batch(bad=False), world)
-    average = make_average(strategy, 0.5)
+    average = make_ema(strategy, 0.5)
     assert average is not None
     for _ in range(2):
         for _ in range(2):
             strategy.backward(strategy(batch).total)
             strategy.step(1e-2)
             average.update()
-        state, average = average.state(), make_average(strategy, 0.5)
+        state, average = average.state(), make_ema(strategy, 0.5)
         assert average is not None
         average.load(state)
     with strategy.whole() as module, torch.no_grad():
@@ -148,7 +150,7 @@ def noted(param: torch.nn.Parameter, name: str, gradients: dict[str, Tensor]) ->
 def split(module: TrainStep, world: World, stage: Literal[0, 3] = 3) -> Strategy:
     """Stage 3 that keeps no parameter, however small, longer than its module runs."""
     plan = StepPlan(
-        engine=EngineConfig(zero_stage=stage, accumulate=module.accumulate),
+        engine=EngineConfig(zero_stage=stage, grad_cache_chunks=module.grad_cache_chunks),
         optim=OptimConfig(clip_grad_norm=None),
         world=world,
         batch_size=steps.BATCH,
@@ -162,17 +164,17 @@ def keeping_nothing():
     """DeepSpeed's settings with the thresholds at 0 under which it keeps what it gathered."""
 
     def strict(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        settings = zero_json(*args, **kwargs)
+        settings = deepspeed_settings(*args, **kwargs)
         if settings["zero_optimization"]["stage"] == 3:
             more = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
             settings["zero_optimization"] |= more
         return settings
 
-    zero_strategy.zero_json = strict
+    zero_strategy.deepspeed_settings = strict
     try:
         yield
     finally:
-        zero_strategy.zero_json = zero_json
+        zero_strategy.deepspeed_settings = deepspeed_settings
 
 
 def evaluated(world: World) -> list[Tensor]:

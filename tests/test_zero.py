@@ -10,8 +10,8 @@ from benchmarks.step_inputs import bytes_kept
 from discovla.cli import main
 from discovla.commands.zero import predicted, sketch
 from discovla.config import parse_config
+from discovla.engine.deepspeed import deepspeed_settings
 from discovla.engine.memory import Sizes
-from discovla.engine.zero import zero_json
 from discovla.methods import build
 from discovla.testing import noise_batch
 from tests.engine.launch import ROOT
@@ -33,7 +33,7 @@ def test_the_settings_printed_are_those_a_run_takes(capsys):
     assert (sizes["trained"], sizes["world_size"]) == (561_200, 4)  # as the release trains at ViT-B/32
     config = parse_config({"directory": "x", "method": {"name": "discovla"}, "data": {"manifest": "y"}})
     engine = config.engine.model_copy(update={"zero_stage": 2})
-    settings = zero_json(engine, config.optim, micro_batch=32, world_size=4, trained=561_200)
+    settings = deepspeed_settings(engine, config.optim, micro_batch=32, world_size=4, trained=561_200)
     assert found["deepspeed"] == settings
     assert set(found["bytes"]) == {"parameters", "masters", "moments", "gradients", "gathered", "activations"}
 

@@ -8,9 +8,10 @@ import json
 import torch
 
 from discovla.config import RunConfig, read_config
+from discovla.engine.config import choose_stage
+from discovla.engine.deepspeed import deepspeed_settings
 from discovla.engine.memory import FULL, Sizes, TokenLayers, activation_bytes, host_bytes, state_bytes
 from discovla.engine.strategy import trained_size
-from discovla.engine.zero import choose_stage, zero_json
 from discovla.methods import METHODS
 from discovla.methods.base import Method
 from discovla.nn.memory import WIDTHS
@@ -41,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> None:
     frozen = sum(p.numel() for p in method.parameters()) - trained
     largest = max((p.numel() for p in method.parameters() if p.requires_grad), default=0)
     sizes = Sizes(frozen=frozen, trained=trained, world_size=arguments.gpus, largest=largest)
-    settings = zero_json(
+    settings = deepspeed_settings(
         config.engine,
         config.optim,
         micro_batch=config.batch_size // arguments.gpus,
@@ -94,7 +95,7 @@ def predicted(config: RunConfig, method: Method, sizes: Sizes) -> dict[str, int]
         towers,
         widths=WIDTHS[mode] * more,
         element=4 if config.engine.precision == "fp32" else 2,
-        parts=config.engine.accumulate,
+        parts=config.engine.grad_cache_chunks,
     )
     return {**state_bytes(config.engine, sizes), "activations": kept}
 

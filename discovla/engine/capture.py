@@ -16,8 +16,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from discovla.batch import Batch, Losses
+from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World, largest_over_ranks
-from discovla.engine.zero import EngineConfig
 from discovla.ops.buckets import FEWEST, Rows, lots, rows_of
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,6 +206,47 @@ def check_fingerprint(
     if differing:
         more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
         raise CheckpointError(f"{source}: another architecture: {'; '.join(differing[:3])}{more}")
+
+
+class CheckpointWriter:
+    """Runs what writes a checkpoint in a thread of its own.
+
+    One write is in flight at most: the next waits for it.  What goes wrong in it is raised by whichever
+    method is called next.  When the interpreter ends, it waits for a write that is still going on.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Begin to write, once the write before is done.
+
+        Args:
+            write: touches no tensor that training changes.
+        """
+        self.wait()
+        self._last = self._thread.submit(write)
+
+    def check(self) -> None:
+        """Raise the error of a write that has ended with one."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until everything is written; raises the error of the last write."""
+        last = self._last
+        if last is not None:
+            try:
+                last.result()
+            finally:
+                self._last = None
+
+    def leave(self, within: float) -> None:
+        """Before this process is ended from another thread: give a write that is going on so many seconds."""
+        last = self._last
+        if last is not None:
+            wait([last], timeout=within)
 
 
 def _differences(found: Any, expected: Any, key: str = "") -> Iterator[str]:

@@ -16,12 +16,12 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # imported later, it would hold the process group for good
 from torch import Tensor
 
-from discovla.engine.rendezvous import Met, meet
+from discovla.engine.lifecycle.peers import Peers, meet
 
 logger = logging.getLogger(__name__)
 
 GradScale = Literal["exact", "official"]
-Wire = Literal["compute", "fp32"]
+CommDtype = Literal["compute", "fp32"]
 
 _LET_GO = 0.1  # seconds; on an idle machine microseconds are enough
 
@@ -49,7 +49,7 @@ def start(
     *,
     timeout: timedelta = timedelta(minutes=30),
     within: float | None = None,
-    met: Callable[[World, Met], None] | None = None,
+    met: Callable[[World, Peers], None] | None = None,
 ) -> World:
     """Join the processes that a launcher started (deepspeed, torchrun), or be the only one.
 
@@ -123,7 +123,7 @@ def gather(x: Tensor, world: World) -> Tensor:
     return x if world.size == 1 else start_gather(x.detach(), world)()
 
 
-def start_gather(x: Tensor, world: World, wire: torch.dtype | None = None) -> Callable[[], Tensor]:
+def start_gather(x: Tensor, world: World, comm_dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
     """Begin to concatenate the ranks' tensors, differentiably; what is returned waits and gives the result.
 
     Each rank goes on with the result to its part of one loss.  Backward adds up the parts' gradients and
@@ -133,12 +133,13 @@ def start_gather(x: Tensor, world: World, wire: torch.dtype | None = None) -> Ca
     Args:
         x: n ..., any dtype, the same shape on every rank. What is not floating point carries no gradient.
         world: of this process.
-        wire: what wider floating point travels in, rounded once on each way; gradients are added up in x's
-            dtype.  None: everything travels as it is.
+        comm_dtype: dtype in which wider floating point is sent, rounded once in each direction; gradients are
+            summed in x's dtype.  None: send x as it is.
     """
     if world.size == 1:
         return lambda: x
-    short = wire if wire is not None and x.is_floating_point() and wire.itemsize < x.itemsize else None
+    narrower = comm_dtype is not None and x.is_floating_point() and comm_dtype.itemsize < x.itemsize
+    short = comm_dtype if narrower else None
     coming: list[Callable[[], Any]] = []
     own = _Wait.apply(x, coming) if x.requires_grad else x
     rows = own.detach().to(short or x.dtype).contiguous()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from discovla.engine.zero import LARGEST_BUCKET, EngineConfig, choose_stage
+from discovla.engine.config import EngineConfig, choose_stage
+from discovla.engine.deepspeed import LARGEST_BUCKET
 
 FULL = 4  # bytes of a float32
 # bytes of a frozen element; FP8 keeps its 16-bit ones too, and both ways the 8-bit ones twice

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from discovla.batch import Batch, Losses
+from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
 from discovla.engine.optim import (
     OptimConfig,
@@ -21,7 +22,6 @@ from discovla.engine.optim import (
     set_learning_rate,
     start_state,
 )
-from discovla.engine.zero import EngineConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,10 +44,10 @@ class StepPlan:
             raise ValueError(
                 f"batch_size: expected a multiple of the {self.world.size} processes, found {self.batch_size}"
             )
-        clips, parts = self.batch_size // self.world.size, self.engine.accumulate
+        clips, parts = self.batch_size // self.world.size, self.engine.grad_cache_chunks
         if parts > clips:
             raise ValueError(
-                f"engine.accumulate: expected at most the {clips} clips of a process, found {parts}"
+                f"engine.grad_cache_chunks: expected at most the {clips} clips of a process, found {parts}"
             )
 
 
@@ -160,23 +160,6 @@ class TorchStrategy(Strategy):
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         restore_state(self.optimizer, self.trained, state)
-
-
-def make_strategy(module: nn.Module, plan: StepPlan) -> Strategy:
-    """The configured strategy around `module`; DeepSpeed is imported only where it is asked for.
-
-    Args:
-        module: its forward(batch) returns `Losses`; parameters with requires_grad are trained.
-        plan: of the run.
-
-    Raises:
-        ValueError: nothing to train, or a setting that does not suit the module.
-    """
-    if plan.engine.strategy == "torch":
-        return TorchStrategy(module, plan)
-    from discovla.engine.zero_strategy import DeepSpeedStrategy
-
-    return DeepSpeedStrategy(module, plan)
 
 
 def trained_size(module: nn.Module) -> int:

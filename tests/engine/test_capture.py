@@ -13,10 +13,11 @@ from discovla.batch import Batch, Losses
 from discovla.config import read_config
 from discovla.engine import capture
 from discovla.engine.capture import Bounds, Capture, check_capture, largest, make_capture, record_graph
+from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
-from discovla.engine.strategy import StepPlan, make_strategy
-from discovla.engine.zero import EngineConfig
+from discovla.engine.strategies import make_strategy
+from discovla.engine.strategy import StepPlan
 from discovla.ops import dispatch
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.train_step import TrainStep
@@ -224,7 +225,7 @@ def test_gradients_follow_what_the_loss_is_multiplied_by_and_parameters_without_
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"accumulate": 2}, "accumulate = 2"),
+        ({"grad_cache_chunks": 2}, "grad_cache_chunks = 2"),
         ({"distinct_captions": True}, "distinct_captions = True"),
         ({"impl": "reference"}, "impl = 'reference'"),
         ({"zero_stage": 3}, "zero_stage = 3"),

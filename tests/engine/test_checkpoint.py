@@ -15,6 +15,7 @@ import torch
 from discovla.engine import checkpoint
 from discovla.engine.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
     best,
     check_fingerprint,
     keep,
@@ -24,7 +25,6 @@ from discovla.engine.checkpoint import (
     save,
     set_best,
 )
-from discovla.engine.checkpoint_writer import CheckpointWriter
 from tests.engine.launch import ROOT
 
 TENSORS = {

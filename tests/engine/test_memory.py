@@ -2,8 +2,8 @@
 
 import pytest
 
+from discovla.engine.config import EngineConfig
 from discovla.engine.memory import Sizes, TokenLayers, activation_bytes, state_bytes
-from discovla.engine.zero import EngineConfig
 from tests.engine.launch import run_jobs
 
 LAYER = 300 * 300  # elements of each layer of the worker's module: one frozen, eight trained

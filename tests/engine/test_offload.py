@@ -9,9 +9,10 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from discovla.engine.config import EngineConfig, choose_stage
+from discovla.engine.deepspeed import deepspeed_settings
 from discovla.engine.memory import Sizes, host_bytes, state_bytes
 from discovla.engine.optim import OptimConfig
-from discovla.engine.zero import EngineConfig, choose_stage, zero_json
 from tests.engine.launch import run_jobs
 
 HALF = 3
@@ -145,9 +146,11 @@ def test_the_gpu_keeps_what_is_not_moved():
 def test_the_settings_say_where_to():
     config = EngineConfig(zero_stage=3, offload="cpu", offload_parameters=True)
     asked = {"micro_batch": 1, "world_size": 1, "trained": 10}
-    zero = zero_json(config, OptimConfig(), **asked)["zero_optimization"]
+    zero = deepspeed_settings(config, OptimConfig(), **asked)["zero_optimization"]
     assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu", "pin_memory": True}
-    zero = zero_json(EngineConfig(zero_stage=2, offload="cpu"), OptimConfig(), **asked)["zero_optimization"]
+    zero = deepspeed_settings(EngineConfig(zero_stage=2, offload="cpu"), OptimConfig(), **asked)[
+        "zero_optimization"
+    ]
     assert zero["offload_optimizer"]["device"] == "cpu"
     assert "offload_param" not in zero
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from discovla.engine.distributed import World
-from discovla.engine.pace import Pace, Share, slow
+from discovla.engine.lifecycle.pace import Pace, Share, slow
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 

@@ -12,7 +12,7 @@ from tests.engine.launch import LAUNCHER, ROOT
 
 CHILD = """
 import os, sys, time
-from discovla.engine.signals import StopSignals
+from discovla.engine.lifecycle.signals import StopSignals
 with StopSignals() as signals:
     print(*signals.counts(), flush=True)
     sys.stdin.readline()

@@ -8,10 +8,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from discovla.batch import Losses
+from discovla.engine.config import EngineConfig, choose_stage
+from discovla.engine.deepspeed import deepspeed_settings
 from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
-from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
-from discovla.engine.zero import EngineConfig, choose_stage, zero_json
+from discovla.engine.strategies import make_strategy
+from discovla.engine.strategy import StepPlan, cast_frozen
 from discovla.nn.logit_scale import LIMIT, LogitScale
 from tests.engine.launch import run_jobs
 
@@ -283,8 +285,10 @@ def test_deepspeeds_bf16_mode_is_refused_for_adapters():
 
 
 def test_parts_at_stage_3_are_refused_where_a_module_does_not_know_them():
-    with pytest.raises(ValueError, match=r"engine\.accumulate: expected 1 with zero_stage 3 .* found 2"):
-        _line(engine=EngineConfig(zero_stage=3, accumulate=2, device="cpu"))
+    with pytest.raises(
+        ValueError, match=r"engine\.grad_cache_chunks: expected 1 with zero_stage 3 .* found 2"
+    ):
+        _line(engine=EngineConfig(zero_stage=3, grad_cache_chunks=2, device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +324,7 @@ def test_the_stage_follows_the_trained_size(config, trained, size, stage):
 
 def test_deepspeed_is_told_to_clip_from_stage_1_on():
     settings = [
-        zero_json(
+        deepspeed_settings(
             EngineConfig(zero_stage=stage),
             OptimConfig(clip_grad_norm=0.7),
             micro_batch=4,

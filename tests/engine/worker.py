@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discovla.batch import Batch, Losses
+from discovla.engine.config import EngineConfig
+from discovla.engine.deepspeed import load_deepspeed
 from discovla.engine.distributed import (
     World,
     add_over_ranks,
@@ -28,9 +30,8 @@ from discovla.engine.distributed import (
     stop,
 )
 from discovla.engine.optim import OptimConfig
-from discovla.engine.strategy import StepPlan, cast_frozen, make_strategy
-from discovla.engine.zero import EngineConfig
-from discovla.engine.zero_strategy import load_deepspeed
+from discovla.engine.strategies import make_strategy
+from discovla.engine.strategy import StepPlan, cast_frozen
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.ops.columns import Columns
 from discovla.ops.info_nce import contrastive_loss
@@ -126,7 +127,7 @@ def _engine(job: dict) -> EngineConfig:
         zero_stage=job.get("stage", 0),
         precision="bf16" if short or job.get("bf16") else "fp32",
         bf16_parameters=short,
-        accumulate=job.get("accumulate", 1),
+        grad_cache_chunks=job.get("grad_cache_chunks", 1),
         offload=job.get("offload", "none"),
         offload_parameters=job.get("offload_parameters", False),
     )
@@ -205,7 +206,7 @@ def accumulate(world: World, job: dict) -> dict:
     found = []
     optim = OptimConfig(clip_grad_norm=0.5, name="adamw")
     for parts in (1, 3):
-        engine = _engine({**job, "accumulate": parts})
+        engine = _engine({**job, "grad_cache_chunks": parts})
         torch.manual_seed(0)
         method = DiscoVLA(tiny_architecture(), DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1))
         initialise(method, tiny_architecture(), seed=0)

@@ -11,10 +11,11 @@ from torch import Tensor
 from discovla import methods
 from discovla.batch import Batch
 from discovla.config import ConfigError, RunConfig, parse_config
+from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
-from discovla.engine.strategy import StepPlan, make_strategy
-from discovla.engine.zero import EngineConfig
+from discovla.engine.strategies import make_strategy
+from discovla.engine.strategy import StepPlan
 from discovla.methods.base import Method
 from discovla.nn.features import unit
 from discovla.ops.frame_similarity import frame_similarity

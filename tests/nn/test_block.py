@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from discovla.batch import Batch
-from discovla.engine.zero import EngineConfig
+from discovla.engine.config import EngineConfig
 from discovla.methods import METHODS
 from discovla.methods.base import Method
 from discovla.nn.block import Block, BlockShape

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage], it is documented
 
-from discovla.engine.rendezvous import Met, _ranks, meet
+from discovla.engine.lifecycle.peers import Peers, _ranks, meet
 from tests.engine.launch import free_port
 
 
@@ -47,7 +47,7 @@ def met(ranks: list[int], size: int, within: float, pause: float = 0) -> dict[in
 def test_all_know_all(port):
     found = met([2, 0, 1], 3, 20)
     for one in found.values():
-        assert isinstance(one, Met), one
+        assert isinstance(one, Peers), one
         assert [(p.rank, p.host, p.pid) for p in one.everyone] == [
             (rank, socket.gethostname(), os.getpid()) for rank in range(3)
         ]
@@ -77,7 +77,7 @@ def test_those_that_are_started_again_do_not_meet_those_of_before(port, monkeypa
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
         found = met(ranks, 3, 1 if comes < 3 else 20, pause=0.3)
         if comes == 3:
-            assert all(isinstance(one, Met) for one in found.values()), found
+            assert all(isinstance(one, Peers) for one in found.values()), found
             for rank in (0, 1, 2):
                 found[rank].store.set(f"from {rank}", "")
             assert all(found[0].store.check([f"from {rank}"]) for rank in (0, 1, 2))

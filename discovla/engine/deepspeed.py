@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from discovla.batch import Batch, Losses
+from discovla.engine.config import EngineConfig, choose_stage
 from discovla.engine.distributed import World, group_of_one
-from discovla.engine.optim import for_partitions, make_optimizer, set_learning_rate, start_state
-from discovla.engine.parts import InParts
+from discovla.engine.grad_cache import GradCache
+from discovla.engine.optim import OptimConfig, for_partitions, make_optimizer, set_learning_rate, start_state
 from discovla.engine.strategy import (
     MOMENTS,
     StepPlan,
@@ -35,11 +36,52 @@ from discovla.engine.strategy import (
     trained_size,
     whole_shape,
 )
-from discovla.engine.zero import choose_stage, zero_json
 
 logger = logging.getLogger(__name__)
 
 HOOKS = "deepspeed.runtime.zero.parameter_offload"  # where it notes at stage 3 which modules run
+LARGEST_BUCKET = 50_000_000  # elements that travel, and are buffered, at once
+
+
+def deepspeed_settings(
+    config: EngineConfig, optim: OptimConfig, *, micro_batch: int, world_size: int, trained: int
+) -> dict[str, Any]:
+    """The settings `deepspeed.initialize` takes.
+
+    Args:
+        config: of the engine.
+        optim: of the optimiser; at stage 0 clipping is the strategy's own, for DeepSpeed's forgets the norm.
+        micro_batch: clips of a step on one process.
+        world_size: processes.
+        trained: trained parameters, to size the buckets: DeepSpeed's default would take 2 GB for adapters.
+    """
+    stage = choose_stage(config, trained, world_size)
+    bucket = max(2, min(LARGEST_BUCKET, trained + trained % 2))  # DeepSpeed wants it even
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "train_batch_size": micro_batch * world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.clip_grad_norm if stage > 0 and optim.clip_grad_norm else 0.0,
+        "zero_allow_untested_optimizer": True,  # elementwise, so a flat partition changes nothing
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "bf16": {"enabled": config.bf16_parameters},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,  # one order of sums: a run can be repeated bit for bit
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }
+    if config.offload != "none":
+        settings["zero_optimization"]["offload_optimizer"] = {"device": config.offload, "pin_memory": True}
+    if config.offload_parameters:
+        settings["zero_optimization"]["offload_param"] = {"device": config.offload, "pin_memory": True}
+    if stage == 3:
+        settings["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
+        # one backward a step, or with parts several
+        settings["managed_gradient_accumulation"] = config.grad_cache_chunks == 1
+    return settings
 
 
 class DeepSpeedStrategy(Strategy):
@@ -55,11 +97,12 @@ class DeepSpeedStrategy(Strategy):
         trained = trained_size(module)
         self.stage = choose_stage(plan.engine, trained, plan.world.size)
         self.later: list[Callable[[], Tensor]] = []  # parts of a batch to be encoded again
-        if self.stage == 3 and plan.engine.accumulate > 1:  # it gathers nothing for a pass inside of backward
-            if not isinstance(module, InParts):
+        # DeepSpeed gathers no parameters for a forward pass inside backward
+        if self.stage == 3 and plan.engine.grad_cache_chunks > 1:
+            if not isinstance(module, GradCache):
                 raise ValueError(
-                    "engine.accumulate: expected 1 with zero_stage 3 and a module that encodes its batch "
-                    f"whole, found {plan.engine.accumulate}"
+                    "engine.grad_cache_chunks: expected 1 with zero_stage 3 and a module without gradient "
+                    f"caching, found {plan.engine.grad_cache_chunks}"
                 )
             module.later = self.later
         if plan.engine.bf16_parameters:
@@ -69,7 +112,7 @@ class DeepSpeedStrategy(Strategy):
         optimizer = make_optimizer(self.module, optim, plan.groups)
         deepspeed = load_deepspeed(plan.world)
         self.zero = deepspeed.zero
-        settings = zero_json(
+        settings = deepspeed_settings(
             plan.engine,
             plan.optim,
             micro_batch=plan.batch_size // plan.world.size,

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from discovla.engine.distributed import World
-from discovla.engine.rendezvous import Met, Process, until
+from discovla.engine.lifecycle.peers import Peer, Peers, until
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class _Peer:
     heard: float = field(default_factory=time.monotonic)
 
 
-class Watch:
+class Heartbeat:
     """Notices within moments that a process of the run has ended, and names it on every rank.
 
     A process that is killed or crashes closes its connection; one whose machine is lost sends no sign of life
@@ -53,7 +53,7 @@ class Watch:
         TimeoutError: another process has come, but does not connect; says which.
     """
 
-    def __init__(self, world: World, met: Met, *, silence: float, end: Callable[[str], None]) -> None:
+    def __init__(self, world: World, met: Peers, *, silence: float, end: Callable[[str], None]) -> None:
         self.world, self.silence, self._end = world, silence, end
         self.everyone = met.everyone
         self.lost: str | None = None
@@ -84,7 +84,7 @@ class Watch:
         for peer in list(self._peers.values()):
             peer.connection.close()
 
-    def _connect(self, met: Met) -> None:
+    def _connect(self, met: Peers) -> None:
         """The first process listens, and everyone else connects to it."""
         if self.world.first:
             with _listen(len({one.host for one in met.everyone}) > 1) as listener:
@@ -193,7 +193,7 @@ class Watch:
                 peer.connection.sendall(words)
 
 
-def _silent(processes: Sequence[Process]) -> str:
+def _silent(processes: Sequence[Peer]) -> str:
     """That these have come and then do no more."""
     return f"expected a connection within {_JOIN:g} s, found none of {', '.join(map(str, processes))}"
 
@@ -218,7 +218,7 @@ def _listen(far: bool) -> socket.socket:
     return socket.create_server(("" if far else _first_host(), 0), backlog=1024)
 
 
-def _close_in_children(watch: Watch) -> None:
+def _close_in_children(watch: Heartbeat) -> None:
     """Processes forked to read data would keep the connection open when this one is gone."""
     known = weakref.ref(watch)
 

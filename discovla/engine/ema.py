@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from discovla.engine.strategy import Strategy, check_state, copy_to_cpu, whole_shape
 
 
-class Average:
+class EMA:
     """a <- decay a + (1 - decay) x after each step, in float32, whole on every process.
 
     Args:
@@ -81,7 +81,7 @@ class Splits(Protocol):
         ...
 
 
-class SplitAverage(Average):
+class ShardedEMA(EMA):
     """The same, of which every process holds the slices that it has of the parameters' float32 masters.
 
     `in_place` needs whole parameters, as they are inside of the strategy's `whole`.
@@ -110,10 +110,10 @@ class SplitAverage(Average):
         return self.strategy.together(self.strategy.trained[name], held)
 
 
-def make_average(strategy: Strategy, decay: float | None) -> Average | None:
+def make_ema(strategy: Strategy, decay: float | None) -> EMA | None:
     """The average of what a strategy trains; None where none is asked for."""
     if decay is None:
         return None
     if getattr(strategy, "stage", 0) == 3:
-        return SplitAverage(cast(Splits, strategy), decay)
-    return Average(strategy.trained, decay)
+        return ShardedEMA(cast(Splits, strategy), decay)
+    return EMA(strategy.trained, decay)

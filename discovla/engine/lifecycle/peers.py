@@ -23,7 +23,7 @@ _SAID, _HEARD = "said", "heard"  # there: what it says to all, and how many of t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Process:
+class Peer:
     """Who a rank is, for messages."""
 
     rank: int
@@ -35,11 +35,11 @@ class Process:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Met:
+class Peers:
     """All processes of a run, by rank, and the store that they share with no others."""
 
     store: Store
-    everyone: list[Process]
+    everyone: list[Peer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class _Guest:
 _Cards = list[list[Any] | None]
 
 
-def meet(rank: int, size: int, within: float) -> Met:
+def meet(rank: int, size: int, within: float) -> Peers:
     """Wait until all processes that a launcher started are there.
 
     They find each other at MASTER_ADDR and MASTER_PORT, where the first one listens, or torchrun does for it.
@@ -92,8 +92,8 @@ def meet(rank: int, size: int, within: float) -> Met:
             f"expected {size} processes to come together within {within:g} s, "
             f"found {size - len(missing)} of them: {_ranks(missing)} did not come"
         )
-    everyone = [Process(rank=r, host=card[0], pid=card[1]) for r, card in enumerate(cards) if card]
-    return Met(store=room, everyone=everyone)
+    everyone = [Peer(rank=r, host=card[0], pid=card[1]) for r, card in enumerate(cards) if card]
+    return Peers(store=room, everyone=everyone)
 
 
 def until(there: Callable[[], bool], seconds: float) -> bool:

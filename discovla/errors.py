@@ -22,15 +22,15 @@ _GONE = "a process that reads for this one has ended, as where memory or /dev/sh
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's words
 
 
-class LostProcess(Exception):
+class PeerLost(Exception):
     """Another process of the run is gone; the message names it."""
 
 
-class Stopped(Exception):
+class RunStopped(Exception):
     """A signal asked the run to stop, and it did, with all that it needs to go on."""
 
 
-def run_told(run: Callable[[], None], program: str) -> int:
+def run_program(run: Callable[[], None], program: str) -> int:
     """Run a program; what is wrong with its input or its machine is one line on stderr.
 
     A fault on all ranks is told by the first: the others wait, and are ended by the launcher, which ends all
@@ -44,11 +44,11 @@ def run_told(run: Callable[[], None], program: str) -> int:
     try:
         run()
         return 0
-    except Stopped as stopped:
+    except RunStopped as stopped:
         if not _rank():
             sys.stderr.write(f"{program}: {stopped}\n")
         return STOPPED
-    except LostProcess as error:
+    except PeerLost as error:
         tell(str(error), program)
         return FAILED
     except EXPECTED as error:

@@ -16,7 +16,7 @@ from discovla.batch import Batch, Embedding
 Encode = Callable[[Batch], Embedding]
 
 
-class InParts(nn.Module):
+class GradCache(nn.Module):
     """A module that may encode its batches in parts.
 
     later: None where backward encodes again by itself, in one graph.  A strategy that gathers parameters for
