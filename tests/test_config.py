@@ -1,9 +1,10 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from discovla.config import ConfigError, parse_config, read_config
+from discovla.config import RENAMED_KEYS, ConfigError, parse_config, read_config
 from discovla.methods.clip import CLIPConfig
 from discovla.methods.discovla import DiscoVLAConfig
 
@@ -87,3 +88,11 @@ def test_missing_values_and_files_are_named(tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([1])[:-1])
     with pytest.raises(ConfigError, match=r"bad\.json: expected valid"):
         read_config(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [item for item in RENAMED_KEYS.items() if item[0].startswith("engine.")]
+)
+def test_an_old_key_is_refused_with_its_new_name(small, old, new):
+    with pytest.raises(ConfigError, match=rf"{re.escape(old)}: .*{re.escape(new)}$"):
+        read_config(small, [f"{old}=1"])
