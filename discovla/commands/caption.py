@@ -1,4 +1,4 @@
-"""`discovla caption`: captions of the sampled frames of clips, by a model of the user's choice."""
+"""`discovla caption`: caption the sampled frames of clips with a vision-language model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from tqdm import tqdm
 
-from discovla.data.captions.captioners import Asking, Captioner, CoCaCaptioner, HuggingFaceCaptioner
+from discovla.data.captions.captioner import Captioner
 from discovla.data.captions.captioning import (
     CaptionedClips,
     CaptionSettings,
@@ -18,6 +18,7 @@ from discovla.data.captions.captioning import (
     caption_clips,
     with_captions,
 )
+from discovla.data.captions.coca import CoCaCaptioner
 from discovla.data.captions.endpoint import EndpointCaptioner, Server
 from discovla.data.datasets.frame_captions import (
     read_frame_captions,
@@ -27,37 +28,57 @@ from discovla.data.datasets.frame_captions import (
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.video.frames import Damaged
 
-_MODELS = "coca:ARCHITECTURE@WEIGHTS (open_clip), hf:NAME (transformers) or openai:NAME (with --url)"
+_MODELS = "openai:NAME (with --url) or coca:ARCHITECTURE@WEIGHTS (open_clip)"
+_SERVERS = """models of Hugging Face run behind a server, for example:
+  vllm serve Qwen/Qwen2.5-VL-7B-Instruct
+  discovla caption m.jsonl out.jsonl --model openai:Qwen/Qwen2.5-VL-7B-Instruct --url http://localhost:8000/v1
+or with Ollama:
+  ollama pull qwen2.5vl
+  discovla caption m.jsonl out.jsonl --model openai:qwen2.5vl --url http://localhost:11434/v1"""
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
-    text = "caption the sampled frames of clips, and put the captions into a manifest or DiscoVLA's JSON"
-    parser = commands.add_parser("caption", help=text, description=text)
+    text = "caption the sampled frames of clips, and write a manifest or DiscoVLA's JSON with the captions"
+    parser = commands.add_parser(
+        "caption",
+        help=text,
+        description=text,
+        epilog=_SERVERS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("manifest", type=Path, metavar="MANIFEST")
-    out = "a manifest with the frame captions (.jsonl), or DiscoVLA's form of them alone (.json)"
+    out = "manifest with the frame captions (.jsonl), or the frame captions alone in DiscoVLA's form (.json)"
     parser.add_argument("out", type=Path, metavar="OUT", help=out)
     parser.add_argument("--model", required=True, metavar="KIND:NAME", help=_MODELS)
-    parser.add_argument("--prompt", help="default: the model's own way")
+    prompt = "instruction to an openai: model; default: one short sentence"
+    parser.add_argument("--prompt", help=prompt)
     parser.add_argument("--max-tokens", type=int, default=30, metavar="N", help="default: %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--url", metavar="URL", help="of a server with OpenAI's protocol, up to /v1")
-    key = "environment variable that holds its key; default: %(default)s"
+    device = "of a coca: model; default: %(default)s"
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=device)
+    parser.add_argument("--url", metavar="URL", help="of an OpenAI-compatible server, up to /v1")
+    key = "environment variable with the server's key; default: %(default)s"
     parser.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help=key)
-    parser.add_argument(
-        "--tries", type=int, default=5, metavar="N", help="of a request; default: %(default)s"
-    )
+    attempts = "attempts per picture; default: %(default)s"
+    parser.add_argument("--tries", type=int, default=5, metavar="N", help=attempts)
     parser.add_argument("--split", default="train", metavar="NAME", help="default: %(default)s")
-    known = "captions in DiscoVLA's form that need not be made again"
+    known = "existing captions in DiscoVLA's form, which are kept"
     parser.add_argument("--known", type=Path, metavar="JSON", help=known)
-    parser.add_argument("--frames", type=int, default=12, metavar="N", help="a clip; default: %(default)s")
-    parser.add_argument("--sample-rate", type=float, default=1.0, metavar="R", help="frames a second")
-    parser.add_argument("--damaged", choices=get_args(Damaged), default="refuse")
-    parser.add_argument("--side", type=int, default=768, metavar="PIXELS", help="of the longer side, at most")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode")
-    parser.add_argument("--seconds", type=float, default=300.0, metavar="S", help="that decoding may take")
-    cache = "where captions are kept as they are made; default: <OUT>.cache beside it"
+    frames = "frames per clip; default: %(default)s"
+    parser.add_argument("--frames", type=int, default=12, metavar="N", help=frames)
+    rate = "frames a second; default: %(default)s"
+    parser.add_argument("--sample-rate", type=float, default=1.0, metavar="R", help=rate)
+    damaged = "treatment of clips that end early, as data.damaged; default: %(default)s"
+    parser.add_argument("--damaged", choices=get_args(Damaged), default="refuse", help=damaged)
+    side = "longest side of a picture; default: %(default)s"
+    parser.add_argument("--side", type=int, default=768, metavar="PIXELS", help=side)
+    batch = "pictures per call, or requests at once; default: %(default)s"
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help=batch)
+    workers = "decoding processes; default: %(default)s"
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help=workers)
+    seconds = "time limit for decoding a clip; default: %(default)s"
+    parser.add_argument("--seconds", type=float, default=300.0, metavar="S", help=seconds)
+    cache = "folder that keeps captions as they are made, to resume from; default: <OUT>.cache"
     parser.add_argument("--cache", type=Path, metavar="DIR", help=cache)
     parser.set_defaults(run=_run)
 
@@ -66,45 +87,36 @@ def _run(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     if out.suffix not in (".jsonl", ".json"):
         raise ValueError(f"OUT: expected a .jsonl or a .json, found {out}")
-    clips = _known(read_manifest(arguments.manifest), arguments)
-    left = [clip for clip in clips if clip.split == arguments.split and _bare(clip)]
+    clips = read_manifest(arguments.manifest)
     if not any(clip.split == arguments.split for clip in clips):
         raise ValueError(f"{arguments.manifest}: no clip of the split {arguments.split!r}")
-    found = CaptionedClips(texts={}, bad={}, failed={}, frames=0, asked=0)
-    if left:
-        found = _captioned(left, arguments)
-        clips = with_captions(clips, found.texts)
+    if arguments.known is not None:
+        known = with_frame_captions(clips, read_frame_captions(arguments.known), arguments.split)
+        clips = [new if any(new.frame_captions or ()) else old for old, new in zip(clips, known, strict=True)]
+    pending = [
+        clip
+        for clip in clips
+        if clip.split == arguments.split and (clip.frame_captions is None or None in clip.frame_captions)
+    ]
+    result = CaptionedClips(texts={}, bad={}, failed={}, frames=0, asked=0)
+    if pending:
+        result = _caption(pending, arguments)
+        clips = with_captions(clips, result.texts)
     if out.suffix == ".jsonl":
         write_manifest(out, clips)
     else:
         write_frame_captions(out, clips)
-    print("\n".join([*found.lines(), f"wrote {out}"]))
-    if found.failed:
-        raise ValueError(
-            f"{out}: {len(found.failed)} clips lack a caption; the same command tries them again"
-        )
+    print("\n".join([*result.lines(), f"wrote {out}"]))
+    if result.failed:
+        raise ValueError(f"{out}: {len(result.failed)} clips lack a caption; run the command again to retry")
 
 
-def _known(clips: list[Clip], arguments: argparse.Namespace) -> list[Clip]:
-    """Clips with the captions that are known from a file in DiscoVLA's form."""
-    if arguments.known is None:
-        return clips
-    known = with_frame_captions(clips, read_frame_captions(arguments.known), arguments.split)
-    return [new if any(new.frame_captions or ()) else old for old, new in zip(clips, known, strict=True)]
-
-
-def _bare(clip: Clip) -> bool:
-    """Whether a caption of the clip has no frame captions."""
-    return clip.frame_captions is None or None in clip.frame_captions
-
-
-def _captioned(clips: list[Clip], arguments: argparse.Namespace) -> CaptionedClips:
-    """Clips captioned by the model asked for."""
+def _caption(clips: list[Clip], arguments: argparse.Namespace) -> CaptionedClips:
+    """Caption clips with the chosen model, showing progress."""
     for name in ("frames", "batch_size", "workers", "side", "max_tokens", "tries"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}"
-            )
+        value = getattr(arguments, name)
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
     settings = CaptionSettings(
         frames=arguments.frames,
         sample_rate=arguments.sample_rate,
@@ -119,23 +131,33 @@ def _captioned(clips: list[Clip], arguments: argparse.Namespace) -> CaptionedCli
     store = CaptionStore(cache, captioner.identity)
     with tqdm(unit="clip", disable=None) as bar:
 
-        def told(done: int, total: int) -> None:
+        def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return caption_clips(clips, captioner, store, settings, told=told)
+        return caption_clips(clips, captioner, store, settings, progress=progress)
 
 
 def _captioner(arguments: argparse.Namespace) -> Captioner:
-    """The model asked for."""
+    """Make the captioner of `--model`."""
     kind, _, name = arguments.model.partition(":")
-    asking = Asking(prompt=arguments.prompt, max_tokens=arguments.max_tokens, device=arguments.device)
-    if not name or kind not in ("coca", "hf", "openai"):
+    if kind == "hf":
+        raise ValueError(
+            f"--model: expected {_MODELS}, found {arguments.model!r}; serve it with `vllm serve {name}` and"
+            f" use --model openai:{name} --url http://localhost:8000/v1"
+        )
+    if not name or kind not in ("coca", "openai"):
         raise ValueError(f"--model: expected {_MODELS}, found {arguments.model!r}")
     if (kind == "openai") != (arguments.url is not None):
         raise ValueError(f"--url: expected with --model openai:NAME and with no other, found {arguments.url}")
-    if kind == "openai":
-        key = os.environ.get(arguments.key_variable)
-        server = Server(url=arguments.url, key=key, tries=arguments.tries, parallel=arguments.batch_size)
-        return EndpointCaptioner(name, asking, server)
-    return CoCaCaptioner(name, asking) if kind == "coca" else HuggingFaceCaptioner(name, asking)
+    if kind == "coca":
+        if arguments.prompt is not None:
+            raise ValueError("--prompt: expected none with a CoCa model, which takes no prompt")
+        return CoCaCaptioner(name, arguments.max_tokens, arguments.device)
+    server = Server(
+        url=arguments.url,
+        key=os.environ.get(arguments.key_variable),
+        attempts=arguments.tries,
+        parallel=arguments.batch_size,
+    )
+    return EndpointCaptioner(name, server, arguments.prompt, arguments.max_tokens)

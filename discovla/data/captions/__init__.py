@@ -1,1 +1,1 @@
-"""Captions of frames: made by a captioner, kept, and read."""
+"""Captions of video frames, made by a vision-language model."""

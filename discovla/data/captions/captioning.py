@@ -1,4 +1,4 @@
-"""Captions of the sampled frames of clips, kept as they are made."""
+"""Caption the sampled frames of clips, and store captions so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -11,77 +11,79 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from discovla.data.captions.captioners import Captioner, Failed
-from discovla.data.captions.frames_to_caption import FrameRequest, HashedFrames, hashed_frames
+from discovla.data.captions.captioner import Captioner, NoCaption
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import Damaged
+from discovla.data.video.frames import Damaged, read_frames
 
-_NAMED = 5
+_SHOWN = 5  # clips named in a report
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSettings:
-    """Which frames are captioned, and with how much at once.
-
-    frames, sample_rate: as training samples them, which is DiscoVLA's way wherever there are frame captions.
-    side: pixels of the longer side of a picture, larger ones are reduced.  batch_size: pictures that a
-    captioner gets at once.  workers: processes that decode.  seconds: that a clip may take.
-    """
+    """Frames to caption, and limits."""
 
     frames: int = 12
+    """Sampled per clip as in training with `sampling = "discovla"`."""
     sample_rate: float = 1.0
+    """Frames a second."""
     damaged: Damaged = "refuse"
+    """Treatment of clips that end early."""
     side: int = 768
+    """Pixels of the longer side; larger frames are reduced."""
     batch_size: int = 16
+    """Pictures given to the captioner at once."""
     workers: int = 2
+    """Decoding processes."""
     seconds: float = 300.0
+    """Time limit for decoding one clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedClips:
-    """What came of it.
-
-    texts: by clip id a caption of each of its frames; clips that are not whole are not in it.  bad: clips
-    that give no frames, with reasons.  failed: clips with a frame that got no caption, with its reason.
-    frames: how many different pictures of all clips have a caption; asked: how many of them were asked now.
-    """
+    """Result of `caption_clips`."""
 
     texts: dict[str, tuple[str, ...]]
+    """By clip id, a caption for each frame; only clips whose frames all have one."""
     bad: dict[str, str]
+    """Reasons by clip id, for clips that do not decode."""
     failed: dict[str, str]
+    """Reasons by clip id, for clips with a frame that has no caption."""
     frames: int
+    """Different frames with a caption."""
     asked: int
+    """Frames among them that were captioned now."""
 
     def lines(self) -> list[str]:
-        """A summary to read."""
-        known = self.frames - self.asked
+        """Return a summary."""
         lines = [
-            f"{len(self.texts)} clips captioned: {self.asked} different frames now, {known} were known before"
+            f"{len(self.texts)} clips captioned: {self.asked} different frames now,"
+            f" {self.frames - self.asked} were known before"
         ]
-        for what, found in (("give no frames", self.bad), ("lack the caption of a frame", self.failed)):
-            if found:
-                lines.append(f"{len(found)} clips {what} and are left out:")
-                lines += [f"  {name}: {reason}" for name, reason in list(found.items())[:_NAMED]]
-                lines += [f"  and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
+        for problem, reasons in (("give no frames", self.bad), ("lack the caption of a frame", self.failed)):
+            if reasons:
+                lines.append(f"{len(reasons)} clips {problem} and are left out:")
+                lines += [f"  {name}: {reason}" for name, reason in list(reasons.items())[:_SHOWN]]
+                lines += [f"  and {len(reasons) - _SHOWN} more"] if len(reasons) > _SHOWN else []
         return lines
 
 
 class CaptionStore:
-    """Captions by frame and frames by clip in a JSONL, each line written as soon as it is known.
+    """A JSONL file of captions by frame and frames by clip, appended to as they are made.
 
-    One file holds what one model said to one prompt: its name has the hash of both.
+    There is one file per captioner; its name contains a hash of the captioner's identity.
 
     Args:
-        folder: made where there is none.
+        folder: of the file; created if missing.
         identity: of the captioner.
 
     Raises:
-        ValueError: the file holds something else.
-        OSError: it cannot be read or written.
+        ValueError: the file has other content.
+        OSError: the file cannot be read or written.
     """
 
     def __init__(self, folder: str | Path, identity: str) -> None:
@@ -91,31 +93,31 @@ class CaptionStore:
         self.texts: dict[str, str] = {}
         self.clips: dict[str, tuple[str, ...]] = {}
         if not self._read():
-            self._write([{"model": identity}])
+            self._append([{"model": identity}])
 
     def add_texts(self, texts: dict[str, str]) -> None:
-        """Keep captions by the hash of their frame."""
-        self._write([{"frame": digest, "text": text} for digest, text in texts.items()])
+        """Add captions by the hash of their frame."""
+        self._append([{"frame": digest, "text": text} for digest, text in texts.items()])
         self.texts |= texts
 
     def add_clip(self, key: str, hashes: tuple[str, ...]) -> None:
-        """Keep which frames a clip has, all of which have a caption."""
-        self._write([{"clip": key, "frames": hashes}])
+        """Add the frame hashes of a clip; every frame must have a caption."""
+        self._append([{"clip": key, "frames": hashes}])
         self.clips[key] = hashes
 
-    def of(self, key: str) -> tuple[str, ...] | None:
-        """The captions of a clip's frames, or None where they are not all known."""
+    def captions(self, key: str) -> tuple[str, ...] | None:
+        """Return the captions of a clip's frames, or None if the clip is not stored."""
         hashes = self.clips.get(key)
         return None if hashes is None else tuple(self.texts[digest] for digest in hashes)
 
     def _read(self) -> bool:
-        """Take in what is there, without a last line that was cut short; False where there is nothing."""
+        """Read the file, cutting off an incomplete last line; return False if it has no complete line."""
         if not self.path.exists():
             return False
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        if lines[-1]:
-            os.truncate(self.path, len("".join(f"{line}\n" for line in lines[:-1]).encode()))
-        for number, line in enumerate(lines[:-1], start=1):
+        *lines, rest = self.path.read_text(encoding="utf-8").split("\n")
+        if rest:
+            os.truncate(self.path, len("".join(f"{line}\n" for line in lines).encode()))
+        for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
                 if "frame" in row:
@@ -124,11 +126,11 @@ class CaptionStore:
                     self.clips[row["clip"]] = tuple(row["frames"])
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{self.path}:{number}: not what `caption` wrote; remove the file"
+                    f"{self.path}:{number}: expected a line that `caption` wrote; remove the file"
                 ) from error
-        return len(lines) > 1
+        return bool(lines)
 
-    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+    def _append(self, rows: Sequence[dict[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -139,51 +141,63 @@ def caption_clips(
     store: CaptionStore,
     settings: CaptionSettings,
     *,
-    told: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CaptionedClips:
-    """Caption every sampled frame of clips, each different picture once.
+    """Caption every sampled frame of clips, each different frame once.
 
-    Clips whose captions are known are not opened.  The others are decoded in processes that are replaced
-    where they hang or crash; a clip that gives no frames is named and left out.
+    Clips in the store are not opened.  The others are decoded in sandboxed processes; a clip that does not
+    decode, crashes its process or exceeds its time is reported and left out.
 
     Args:
-        captioner: gets `batch_size` pictures at once.
-        store: where captions are kept, and were by an interrupted run.
-        told: called with how many clips are done and how many there are.
+        captioner: called with `batch_size` pictures at once.
+        store: of captions made now and by earlier runs.
+        progress: called with the number of clips done and of all clips.
+
+    Raises:
+        ValueError: the first batch gets no caption at all, or the captioner raises it.
     """
-    job = _Job(captioner=captioner, store=store, settings=settings)
-    requests = {clip.id: _request(clip, settings) for clip in clips}
-    keys = {name: _key(request) for name, request in requests.items()}
-    left = {name: request for name, request in requests.items() if store.of(keys[name]) is None}
-    known = len(clips) - len(left)
-    told(known, len(clips))
-    named: dict[FrameRequest, list[str]] = {}
-    for name, request in left.items():
-        named.setdefault(request, []).append(name)  # clips that are the same part of the same file
-    for outcome in run_sandboxed(hashed_frames, named, workers=settings.workers, limit=settings.seconds):
-        names = named[outcome.item]
-        if outcome.value is None:
-            job.bad |= dict.fromkeys(names, _reason(outcome.error))
+    batches = _Batches(captioner=captioner, store=store, batch_size=settings.batch_size)
+    keys: dict[str, str] = {}
+    pending: dict[_ClipFrames, list[str]] = {}  # ids of clips that are the same part of the same file
+    for clip in clips:
+        sampling = Sampling(
+            frames=settings.frames, sample_rate=settings.sample_rate, start=clip.start, end=clip.end
+        )
+        request = _ClipFrames(clip.video, sampling, settings.side, settings.damaged)
+        keys[clip.id] = request.key()
+        if store.captions(keys[clip.id]) is None:
+            pending.setdefault(request, []).append(clip.id)
+    bad: dict[str, str] = {}
+    done = len(clips) - sum(map(len, pending.values()))
+    progress(done, len(clips))
+    for result in run_sandboxed(read_clip, pending, workers=settings.workers, limit=settings.seconds):
+        names = pending[result.item]
+        if result.value is None:
+            bad |= dict.fromkeys(names, _reason(result.error))
         else:
-            job.take(keys[names[0]], names, outcome.value)
-        known += len(names)
-        told(known, len(clips))
-    job.finish()
-    texts = {clip.id: found for clip in clips if (found := store.of(keys[clip.id])) is not None}
-    frames = {digest for clip in clips for digest in store.clips.get(keys[clip.id], ())}
+            batches.add(keys[names[0]], names, result.value)
+        done += len(names)
+        progress(done, len(clips))
+    batches.finish()
+    captions = {clip.id: store.captions(keys[clip.id]) for clip in clips}
+    frames = {digest for key in keys.values() for digest in store.clips.get(key, ())}
     return CaptionedClips(
-        texts=texts, bad=job.bad, failed=job.failed, frames=len(frames | job.asked), asked=len(job.asked)
+        texts={name: texts for name, texts in captions.items() if texts is not None},
+        bad=bad,
+        failed=batches.failed,
+        frames=len(frames | batches.asked),
+        asked=len(batches.asked),
     )
 
 
 def with_captions(
     clips: Iterable[Clip], texts: dict[str, tuple[str, ...]], *, keep: bool = True
 ) -> list[Clip]:
-    """Clips with the captions of their frames for each of their captions.
+    """Give the frame captions of a clip to each of its captions.
 
     Args:
-        texts: by clip id; clips without stay as they are.
-        keep: frame captions that a clip has already.
+        texts: by clip id; other clips are unchanged.
+        keep: keep frame captions that a clip already has.
     """
     return [
         clip
@@ -199,55 +213,111 @@ def with_captions(
     ]
 
 
+@dataclass(frozen=True)
+class _ClipFrames:
+    """Frames to decode from one file, at most `side` pixels wide and high."""
+
+    path: Path
+    sampling: Sampling
+    side: int
+    damaged: Damaged
+
+    def key(self) -> str:
+        """Return a hash of the request and of the file's size and modification time."""
+        try:
+            stat = self.path.stat()
+            version = (stat.st_size, stat.st_mtime_ns)
+        except OSError:
+            version = None
+        return hashlib.sha256(repr((self, version)).encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Decoded frames of a clip: the hash of each frame, and the different pictures (uint8 RGB, y x 3)."""
+
+    hashes: tuple[str, ...]
+    images: dict[str, np.ndarray]
+
+
+def read_clip(request: _ClipFrames) -> _Pictures:
+    """Decode, reduce and hash the frames of a clip; runs in a sandboxed process.
+
+    Raises:
+        DecodeError: the clip gives no frames.
+    """
+
+    def reduced(image: Image.Image) -> np.ndarray:
+        scale = request.side / max(image.size)
+        if scale < 1:
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        return np.asarray(image)
+
+    decoded = read_frames(request.path, request.sampling, reduced, damaged=request.damaged)
+    hashes = {index: frame_hash(decoded.images[index]) for index in set(decoded.indices)}
+    return _Pictures(
+        hashes=tuple(hashes[index] for index in decoded.indices),
+        images={digest: decoded.images[index] for index, digest in hashes.items()},
+    )
+
+
+def frame_hash(image: np.ndarray) -> str:
+    """Return a hash of a picture's size and pixels."""
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(np.ascontiguousarray(image).tobytes())
+    return digest.hexdigest()[:32]
+
+
 @dataclass(kw_only=True)
-class _Job:
-    """Pictures that wait for a caption, and the clips that wait for them."""
+class _Batches:
+    """Collect pictures into batches, caption them, and store clips whose pictures all have captions."""
 
     captioner: Captioner
     store: CaptionStore
-    settings: CaptionSettings
-    bad: dict[str, str] = field(default_factory=dict)
+    batch_size: int
     failed: dict[str, str] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     queue: dict[str, np.ndarray] = field(default_factory=dict)
     waiting: dict[str, tuple[list[str], tuple[str, ...]]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    """By clip key, the clip ids and frame hashes of clips not yet complete."""
+    without: dict[str, str] = field(default_factory=dict)
+    """By frame hash, why the captioner gave no caption."""
 
-    def take(self, key: str, names: list[str], found: HashedFrames) -> None:
+    def add(self, key: str, names: list[str], pictures: _Pictures) -> None:
         """Queue the pictures of a clip that have no caption yet, and caption full batches."""
-        self.waiting[key] = (names, found.hashes)
-        known = self.store.texts.keys() | self.refused.keys()
-        self.queue |= {digest: image for digest, image in found.images.items() if digest not in known}
-        while len(self.queue) >= self.settings.batch_size:
-            self._caption()
-        self._settle()
+        self.waiting[key] = (names, pictures.hashes)
+        known = self.store.texts.keys() | self.without.keys()
+        self.queue |= {digest: image for digest, image in pictures.images.items() if digest not in known}
+        while len(self.queue) >= self.batch_size:
+            self._caption_batch()
+        self._store_complete()
 
     def finish(self) -> None:
-        """Caption what is left."""
+        """Caption the rest of the queue."""
         while self.queue:
-            self._caption()
-        self._settle()
+            self._caption_batch()
+        self._store_complete()
 
-    def _caption(self) -> None:
-        """Caption one batch."""
-        batch = [(digest, self.queue[digest]) for digest in list(self.queue)[: self.settings.batch_size]]
-        answers = self.captioner([image for _, image in batch])
+    def _caption_batch(self) -> None:
+        """Caption the next batch of the queue."""
+        digests = list(self.queue)[: self.batch_size]
+        answers = self.captioner([self.queue.pop(digest) for digest in digests])
         texts = {}
-        for (digest, _), answer in zip(batch, answers, strict=True):
-            if isinstance(answer, Failed):
-                self.refused[digest] = answer.reason
+        for digest, answer in zip(digests, answers, strict=True):
+            if isinstance(answer, NoCaption):
+                self.without[digest] = answer.reason
             else:
                 texts[digest] = answer
-            del self.queue[digest]
         self.store.add_texts(texts)
         self.asked |= texts.keys()
         if not texts and not self.store.texts:
-            raise ValueError(f"the first {len(batch)} frames got no caption: {self.refused[batch[0][0]]}")
+            raise ValueError(f"the first {len(digests)} frames got no caption: {self.without[digests[0]]}")
 
-    def _settle(self) -> None:
-        """Write down the clips all of whose pictures have a caption, or that lack one for good."""
+    def _store_complete(self) -> None:
+        """Store the clips whose frames all have captions, and mark those with a frame that has none."""
         for key, (names, hashes) in list(self.waiting.items()):
-            reasons = [self.refused[digest] for digest in hashes if digest in self.refused]
+            reasons = [self.without[digest] for digest in hashes if digest in self.without]
             if reasons:
                 self.failed |= dict.fromkeys(names, reasons[0])
             elif all(digest in self.store.texts for digest in hashes):
@@ -257,26 +327,8 @@ class _Job:
             del self.waiting[key]
 
 
-def _request(clip: Clip, settings: CaptionSettings) -> FrameRequest:
-    """What is decoded of a clip."""
-    sampling = Sampling(
-        frames=settings.frames, sample_rate=settings.sample_rate, start=clip.start, end=clip.end
-    )
-    return FrameRequest(path=clip.video, sampling=sampling, side=settings.side, damaged=settings.damaged)
-
-
-def _key(request: FrameRequest) -> str:
-    """Of a clip as its file is and as it is sampled."""
-    try:
-        stat = request.path.stat()
-        state = (stat.st_size, stat.st_mtime_ns)
-    except OSError:
-        state = None
-    return hashlib.sha256(repr((request, state)).encode(errors="surrogateescape")).hexdigest()[:32]
-
-
 def _reason(error: Exception | None) -> str:
-    """Why a clip gives no frames."""
+    """Return why a clip gives no frames."""
     if isinstance(error, DecodeError):
         return error.reason
     return f"decoding it {error}" if isinstance(error, WorkerLost) else f"{type(error).__name__}: {error}"

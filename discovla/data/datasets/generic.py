@@ -86,15 +86,8 @@ def csv_clips(path: str | Path) -> Annotations:
     path = Path(path)
     clips = _Clips(path.parent)
     for line, row in read_table(path, required=_COLUMNS[:2], allowed=_COLUMNS):
-        times = []
-        for key in ("start", "end"):
-            text = row.get(key, "")
-            try:
-                value: Any = float(text) if text else None
-            except ValueError:
-                value = text
-            times.append(_seconds(value, f"{path}:{line}: {key}", text))
-        clips.add(row["video"], (row["caption"],), row.get("split"), *times, path, line)
+        start, end = (_cell_seconds(row.get(key, ""), f"{path}:{line}: {key}") for key in ("start", "end"))
+        clips.add(row["video"], (row["caption"],), row.get("split"), start, end, path, line)
     if not clips.clips:
         raise ValueError(f"{path}: expected at least one row below the header, found none")
     return clips.annotations()
@@ -168,13 +161,21 @@ def _note(text: str, names: list[str]) -> str:
     return f"{len(names)} {text}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
-def _seconds(value: Any, where: str, text: str | None = None) -> float | None:
-    """Check a time; `text` is shown in the error instead of the value."""
+def _seconds(value: Any, where: str) -> float | None:
+    """Check a time; None is no time."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError(f"{where}: expected seconds not below 0, found {value if text is None else text!r}")
+        raise ValueError(f"{where}: expected seconds not below 0, found {value!r}")
     return float(value)
+
+
+def _cell_seconds(text: str, where: str) -> float | None:
+    """Parse a time in a cell of a table; an empty cell is no time."""
+    try:
+        return _seconds(float(text) if text else None, where)
+    except ValueError:
+        raise ValueError(f"{where}: expected seconds not below 0, found {text!r}") from None
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A server on this machine that speaks OpenAI's protocol, and fails as it is told to."""
+"""A local OpenAI-compatible server with injected faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 @dataclass
 class Fake:
-    """What the server was asked, and what it does to the next requests: `drop`, `stall` or a status."""
+    """State of the server; faults of its next requests are `drop`, `stall`, `cut`, `empty` or a status."""
 
     url: str = ""
     faults: list[str | int] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Fake:
 
 @contextmanager
 def captions_server(*faults: str | int) -> Iterator[Fake]:
-    """A server whose first requests meet these faults."""
+    """Run a server whose first requests have these faults."""
     fake, lock = Fake(faults=list(faults)), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -46,16 +46,16 @@ def captions_server(*faults: str | int) -> Iterator[Fake]:
                 fake.release.wait(20)
                 return self.connection.close()
             if isinstance(fault, int):
-                return self._send(fault, b'{"error": "told to"}')
+                return self._send(fault, b'{"error": "injected"}')
             if fault == "cut":
                 return self._send(200, b'{"choices": [{"mess')
-            if fault == "nothing":
-                return self._send(200, json.dumps(said(" ")).encode())
+            if fault == "empty":
+                return self._send(200, json.dumps(response(" ")).encode())
             with lock:
                 fake.last, fake.headers = json.loads(body), dict(self.headers)
                 picture, text = caption(fake.last)
                 fake.seen.append(picture)
-            return self._send(200, json.dumps(said(text)).encode())
+            return self._send(200, json.dumps(response(text)).encode())
 
         def _send(self, status: int, content: bytes) -> None:
             self.send_response(status)
@@ -78,12 +78,12 @@ def captions_server(*faults: str | int) -> Iterator[Fake]:
         server.server_close()
 
 
-def said(text: str) -> dict:
+def response(text: str) -> dict:
     return {"choices": [{"message": {"role": "assistant", "content": text}}]}
 
 
 def caption(question: dict) -> tuple[str, str]:
-    """The hash of the picture asked about, and its grey as a caption of two lines."""
+    """Return the hash of the picture in a request, and a caption of two lines with its mean grey level."""
     picture, _ = question["messages"][0]["content"]
     content = base64.b64decode(picture["image_url"]["url"].partition(",")[2])
     grey = float(np.asarray(Image.open(io.BytesIO(content))).mean())

@@ -1,4 +1,4 @@
-"""Captions of sampled frames: what is asked, kept, resumed and written."""
+"""Captioning of sampled frames: requests, store, resuming and output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from discovla.cli import main
-from discovla.data.captions.captioners import Failed
+from discovla.data.captions.captioner import NoCaption
 from discovla.data.captions.captioning import CaptionSettings, CaptionStore, caption_clips, with_captions
 from discovla.data.datasets.frame_captions import read_frame_captions, write_frame_captions
 from discovla.data.manifest import Clip, read_manifest, write_manifest
@@ -23,7 +23,7 @@ SETTINGS = CaptionSettings(frames=3, side=32, batch_size=2, workers=1, seconds=2
 
 
 class Grey:
-    """Says the number of a frame of a counting clip, and remembers what it was asked; `fails` on some."""
+    """A captioner that names the number of a frame of a counting clip; it has no caption for `fails`."""
 
     identity = "grey"
 
@@ -32,9 +32,9 @@ class Grey:
 
     def __call__(self, images):
         self.batches.append(len(images))
-        found = [numbers(image[None])[0] for image in images]
-        self.asked += found
-        return [Failed(reason="no answer") if n in self.fails else f"grey {n}" for n in found]
+        frames = [numbers(image[None])[0] for image in images]
+        self.asked += frames
+        return [NoCaption(reason="no answer") if n in self.fails else f"grey {n}" for n in frames]
 
 
 @pytest.fixture
@@ -58,29 +58,29 @@ TEXTS = {
 }
 
 
-def test_every_different_frame_is_asked_once(clips, tmp_path):
+def test_each_different_frame_is_captioned_once(clips, tmp_path):
     captioner = Grey()
-    found = caption_clips(clips, captioner, CaptionStore(tmp_path / "c", "grey"), SETTINGS)
-    assert found.texts == TEXTS
+    result = caption_clips(clips, captioner, CaptionStore(tmp_path / "c", "grey"), SETTINGS)
+    assert result.texts == TEXTS
     assert sorted(captioner.asked) == [0, 4, 9, 19]
     assert captioner.batches == [2, 2]
-    assert (found.asked, found.frames) == (4, 4)
-    assert list(found.bad) == ["bad"]
-    assert "not a video file" in found.bad["bad"]
-    assert found.lines() == [
+    assert (result.asked, result.frames) == (4, 4)
+    assert list(result.bad) == ["bad"]
+    assert "not a video file" in result.bad["bad"]
+    assert result.lines() == [
         "3 clips captioned: 4 different frames now, 0 were known before",
         "1 clips give no frames and are left out:",
-        f"  bad: {found.bad['bad']}",
+        f"  bad: {result.bad['bad']}",
     ]
 
 
-def test_what_is_known_is_not_asked_again(clips, tmp_path):
+def test_stored_captions_are_not_asked_for_again(clips, tmp_path):
     caption_clips(clips[:1], Grey(), CaptionStore(tmp_path / "c", "grey"), SETTINGS)
     captioner = Grey()
-    found = caption_clips(clips, captioner, CaptionStore(tmp_path / "c", "grey"), SETTINGS)
+    result = caption_clips(clips, captioner, CaptionStore(tmp_path / "c", "grey"), SETTINGS)
     assert captioner.asked == [4]
-    assert found.texts == TEXTS
-    assert (found.asked, found.frames) == (1, 4)
+    assert result.texts == TEXTS
+    assert (result.asked, result.frames) == (1, 4)
     again = Grey()
     caption_clips(clips, again, CaptionStore(tmp_path / "c", "grey"), SETTINGS)
     assert again.asked == []
@@ -89,40 +89,40 @@ def test_what_is_known_is_not_asked_again(clips, tmp_path):
     assert len(other.asked) == 4
 
 
-def test_a_line_cut_short_costs_its_frame_alone(clips, tmp_path):
+def test_an_incomplete_last_line_costs_only_its_frame(clips, tmp_path):
     store = CaptionStore(tmp_path / "c", "grey")
     caption_clips(clips[:1], Grey(), store, SETTINGS)
     lines = store.path.read_bytes().split(b"\n")
     assert b"grey 19" in lines[3]
     store.path.write_bytes(b"\n".join([*lines[:3], lines[3][:-9]]))
     captioner = Grey()
-    found = caption_clips(clips[:1], captioner, CaptionStore(tmp_path / "c", "grey"), SETTINGS)
+    result = caption_clips(clips[:1], captioner, CaptionStore(tmp_path / "c", "grey"), SETTINGS)
     assert captioner.asked == [19]
-    assert found.texts["a"] == TEXTS["a"]
+    assert result.texts["a"] == TEXTS["a"]
     store.path.write_bytes(b"1\n")
-    with pytest.raises(ValueError, match=r"jsonl:1: not what `caption` wrote; remove the file"):
+    with pytest.raises(ValueError, match=r"jsonl:1: expected a line that `caption` wrote; remove the file"):
         CaptionStore(tmp_path / "c", "grey")
 
 
-def test_a_frame_without_a_caption_leaves_its_clips_out_and_is_tried_again(clips, tmp_path):
-    found = caption_clips(clips, Grey(19), CaptionStore(tmp_path / "c", "grey"), SETTINGS)
-    assert found.texts == {"b": TEXTS["b"]}
-    assert found.failed == {"a": "no answer", "same": "no answer"}
-    assert "2 clips lack the caption of a frame and are left out:" in found.lines()
+def test_a_frame_without_a_caption_leaves_its_clips_out_and_is_retried_next_time(clips, tmp_path):
+    result = caption_clips(clips, Grey(19), CaptionStore(tmp_path / "c", "grey"), SETTINGS)
+    assert result.texts == {"b": TEXTS["b"]}
+    assert result.failed == {"a": "no answer", "same": "no answer"}
+    assert "2 clips lack the caption of a frame and are left out:" in result.lines()
     captioner = Grey()
-    found = caption_clips(clips, captioner, CaptionStore(tmp_path / "c", "grey"), SETTINGS)
+    result = caption_clips(clips, captioner, CaptionStore(tmp_path / "c", "grey"), SETTINGS)
     assert captioner.asked == [19]
-    assert found.texts == TEXTS
+    assert result.texts == TEXTS
 
 
-def test_a_model_that_answers_nothing_ends_it_at_once(clips, tmp_path):
+def test_a_first_batch_without_captions_stops_at_once(clips, tmp_path):
     captioner = Grey(*range(20))
     with pytest.raises(ValueError, match="the first 2 frames got no caption: no answer"):
         caption_clips(clips, captioner, CaptionStore(tmp_path / "c", "grey"), SETTINGS)
     assert len(captioner.asked) == 2
 
 
-def test_pictures_are_reduced_and_turned_as_displayed(tmp_path):
+def test_pictures_are_reduced_and_rotated_for_display(tmp_path):
     path = movie(tmp_path / "wide.mp4", 2, size=(32, 64), rotation=90)
     seen = []
 
@@ -137,15 +137,15 @@ def test_pictures_are_reduced_and_turned_as_displayed(tmp_path):
     assert np.prod(seen[0]) > 0
 
 
-def test_captions_go_to_every_caption_of_a_clip_and_replace_none(clips):
+def test_frame_captions_go_to_every_caption_and_replace_no_existing_ones(clips):
     old = [Clip(**{**vars(clips[0]), "frame_captions": (None, ("p", "q", "r"))}), *clips[1:]]
-    found = with_captions(old, TEXTS)
-    assert found[0].frame_captions == (TEXTS["a"], ("p", "q", "r"))
-    assert found[1].frame_captions == (TEXTS["b"],)
-    assert found[2].frame_captions is None
+    captioned = with_captions(old, TEXTS)
+    assert captioned[0].frame_captions == (TEXTS["a"], ("p", "q", "r"))
+    assert captioned[1].frame_captions == (TEXTS["b"],)
+    assert captioned[2].frame_captions is None
 
 
-def test_the_official_form_reads_as_it_was_written(clips, tmp_path):
+def test_the_json_of_discovla_reads_back(clips, tmp_path):
     write_frame_captions(tmp_path / "f.json", with_captions(clips, TEXTS))
     assert read_frame_captions(tmp_path / "f.json") == {
         "a_one": TEXTS["a"],
@@ -172,7 +172,7 @@ def words(folder: Path, out: str, url: str, *more: str) -> list[str]:
     ]
 
 
-def test_the_command_writes_a_manifest_and_the_official_form(clips, tmp_path, capsys):
+def test_the_command_writes_a_manifest_or_the_json_of_discovla(clips, tmp_path, capsys):
     with captions_server() as server:
         assert main(words(tmp_path, "out.jsonl", server.url, "--cache", str(tmp_path / "c"))) == 0
         number = len(server.seen)
@@ -186,7 +186,7 @@ def test_the_command_writes_a_manifest_and_the_official_form(clips, tmp_path, ca
     assert "1 clips give no frames and are left out:" in capsys.readouterr().out
 
 
-def test_the_command_does_not_ask_for_what_a_file_of_captions_has(clips, tmp_path):
+def test_the_command_keeps_known_captions(clips, tmp_path):
     known = {"a_one": ["p", "q", "r"], "a_two": ["s", "t", "u"], "same_three": ["v", "w", "x"]}
     (tmp_path / "known.json").write_text(json.dumps(known))
     with captions_server() as server:
@@ -201,15 +201,19 @@ def test_the_command_does_not_ask_for_what_a_file_of_captions_has(clips, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--model", "blip"], "--model: expected coca:ARCHITECTURE@WEIGHTS (open_clip), hf:NAME"),
-        (["--model", "hf:x"], "--url: expected with --model openai:NAME and with no other"),
+        (
+            ["--model", "blip"],
+            "--model: expected openai:NAME (with --url) or coca:ARCHITECTURE@",
+        ),
+        (["--model", "hf:org/x"], "serve it with `vllm serve org/x` and use --model openai:org/x --url"),
+        (["--model", "coca:x@y"], "--url: expected with --model openai:NAME and with no other"),
         (["--split", "dev"], "no clip of the split 'dev'"),
         (["--url", "localhost"], "--url: expected http://... or https://..., found 'localhost'"),
         (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
     ],
     ids=str,
 )
-def test_the_command_names_what_is_wrong(clips, tmp_path, capsys, change, message):
+def test_the_command_refuses_bad_options(clips, tmp_path, capsys, change, message):
     assert main(words(tmp_path, "out.json", "http://localhost:1/v1", *change)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
@@ -229,7 +233,7 @@ main(sys.argv[1:])
 """
 
 
-def test_captioning_that_was_killed_goes_on_and_asks_nothing_twice(tmp_path):
+def test_captioning_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
     rows = []
     for i in range(3):
         path = movie(
@@ -247,3 +251,9 @@ def test_captioning_that_was_killed_goes_on_and_asks_nothing_twice(tmp_path):
         assert len(server.seen) == len(set(server.seen)) == 9
         assert main(words(tmp_path, "whole.json", server.url)) == 0
     assert (tmp_path / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_the_command_refuses_a_prompt_to_coca(clips, tmp_path, capsys):
+    options = ["--model", "coca:x@y", "--prompt", "what is it"]
+    assert main(["caption", str(tmp_path / "m.jsonl"), str(tmp_path / "out.json"), *options]) == 2
+    assert "--prompt: expected none with a CoCa model" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A captioner behind a server that may drop, stall and refuse."""
+"""A captioner behind a server that may drop connections, stall and refuse."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from discovla.data.captions.captioners import Asking, Failed
+from discovla.data.captions.captioner import NoCaption
 from discovla.data.captions.endpoint import EndpointCaptioner, Server
 from tests.data.captions.server import captions_server
 
 
 def captioner(url: str, **options) -> EndpointCaptioner:
-    server = Server(**{"url": url, "wait": 0.01, "tries": 3, "seconds": 10, "parallel": 1} | options)
-    return EndpointCaptioner("m", Asking(max_tokens=7), server)
+    server = Server(**{"url": url, "wait": 0.01, "attempts": 3, "timeout": 10, "parallel": 1} | options)
+    return EndpointCaptioner("m", server, max_tokens=7)
 
 
 GREYS = [np.full((8, 8, 3), level, np.uint8) for level in (40, 80, 120)]
 
 
-def test_each_picture_is_asked_about_in_one_request_and_answered_in_order():
+def test_each_picture_is_one_request_and_captions_keep_the_order():
     with captions_server() as server:
         ask = captioner(server.url, parallel=3, key="secret")
         assert ask(GREYS) == ["a grey of 40", "a grey of 80", "a grey of 120"]
@@ -36,38 +36,38 @@ def test_each_picture_is_asked_about_in_one_request_and_answered_in_order():
 
 
 @pytest.mark.parametrize("fault", ["drop", "cut", 500, 503, 429], ids=str)
-def test_what_may_pass_is_tried_again(fault):
+def test_a_transient_failure_is_retried(fault):
     with captions_server(fault, fault) as server:
         assert captioner(server.url)(GREYS[:1]) == ["a grey of 40"]
         assert server.asked == 3
 
 
-def test_a_server_that_does_not_answer_in_time_is_tried_again():
+def test_a_timeout_is_retried():
     with captions_server("stall") as server:
-        assert captioner(server.url, seconds=3)(GREYS[:1]) == ["a grey of 40"]
+        assert captioner(server.url, timeout=3)(GREYS[:1]) == ["a grey of 40"]
         assert server.asked == 2
 
 
-def test_what_fails_each_time_is_named_and_the_others_go_on():
+def test_a_picture_whose_attempts_all_fail_gives_the_reason_and_others_go_on():
     with captions_server("drop", "drop", "drop") as server:
         first, second = captioner(server.url)(GREYS[:2])
         assert second == "a grey of 80"
-        assert isinstance(first, Failed)
+        assert isinstance(first, NoCaption)
         assert first.reason.startswith(f"{server.url} failed 3 times, the last time: ")
-    with captions_server("nothing") as server:
-        assert captioner(server.url)(GREYS[:1]) == [Failed(reason="the model said nothing")]
+    with captions_server("empty") as server:
+        assert captioner(server.url)(GREYS[:1]) == [NoCaption(reason="the model's answer is empty")]
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_a_refusal_ends_the_run(status):
     with captions_server(status) as server:
-        with pytest.raises(ValueError, match=rf"/v1: m: HTTP {status} .*told to"):
+        with pytest.raises(ValueError, match=rf"/v1: m: HTTP {status} .*injected"):
             captioner(server.url)(GREYS)
         assert server.asked <= 3
 
 
-def test_no_server_is_said():
-    ask = captioner("http://127.0.0.1:9/v1", tries=2)
+def test_a_refused_connection_is_named():
+    ask = captioner("http://127.0.0.1:9/v1", attempts=2)
     (failed,) = ask(GREYS[:1])
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, NoCaption)
     assert "failed 2 times, the last time: URLError: [Errno 111] Connection refused" in failed.reason
