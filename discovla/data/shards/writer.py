@@ -1,4 +1,8 @@
-"""Clips decoded once, into shards: in parallel, whole or not at all, taken up again where it was stopped."""
+"""Decode the clips of a manifest once into shards, in parallel, resuming where an earlier run stopped.
+
+Each clip is decoded into a part file of its own; once all clips of a tar are decoded, their parts are joined
+into the tar and removed. What an earlier run finished is kept in `.state` of the output folder.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +23,11 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from PIL import Image
 
 from discovla.batch import BadClip
 from discovla.data.manifest import Clip, read_manifest
-from discovla.data.sandbox import Result, WorkerLost, run_sandboxed
+from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.data.shards.layout import (
     CLIPS,
     FRAME,
@@ -28,36 +36,26 @@ from discovla.data.shards.layout import (
     SUMMARY,
     VERSION,
     ShardSettings,
-    clip_fields,
+    clip_to_json,
     dali_index,
-    file_sha256,
     npy_bytes,
     tar_end,
-    write_whole,
+    tar_sample,
 )
-from discovla.data.shards.parts import PartItem, decode_part, read_part, write_part
 from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import read_frames
+from discovla.data.video.resize import resize_and_crop
 
 logger = logging.getLogger(__name__)
 
-LIMIT = 120.0  # seconds a clip may take
-_STATE = ".state"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """The arguments of `write_shards`."""
-
-    settings: ShardSettings
-    workers: int
-    limit: float
-    verify: bool
-    log: Callable[[str], object]
+CLIP_SECONDS = 120.0  # limit of one clip
+_PART_TRAILER = struct.Struct("<II8s")  # bytes of the record, checksum, magic
+_PART_MAGIC = b"dvpart01"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What was made.  decoded: clips decoded in this run, the others were there.  size: bytes of all tars."""
+    """Result of a run. decoded: clips decoded by this run, not by an earlier one. size: bytes of all tars."""
 
     shards: int
     clips: int
@@ -66,283 +64,350 @@ class ShardReport:
     bad: tuple[BadClip, ...]
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """A tar to be: its name, its split, and which clips of the manifest it holds."""
-
-    name: str
-    split: str
-    numbers: tuple[int, ...]
-
-
-@dataclass
-class _Work:
-    """Where a run stands."""
-
-    clips: Sequence[Clip]
-    out: Path
-    job: _Job
-    source: str
-    decoded: int = 0
-
-    @property
-    def parts(self) -> Path:
-        return self.out / _STATE / "parts"
-
-    def part(self, number: int) -> Path:
-        return self.parts / f"{number:08d}"
-
-    def state(self, shard: _Shard) -> Path:
-        return self.out / _STATE / f"{shard.name}.json"
-
-
 def write_shards(
     manifest: str | Path,
     out: str | Path,
     settings: ShardSettings,
     *,
     workers: int = 1,
-    limit: float = LIMIT,
+    limit: float = CLIP_SECONDS,
     verify: bool = False,
     log: Callable[[str], object] = logger.info,
 ) -> ShardReport:
-    """Decode the clips of a manifest into a folder of shards, laid out as `layout.py` describes.
+    """Decode the clips of a manifest into a shard folder, whose files `layout.py` describes.
 
-    The same manifest and settings give the same bytes, however often the run was stopped; a clip that was
-    decoded is not decoded again.  A clip that gives no frames is written down with the reason.
+    The same manifest and settings give the same bytes, no matter how often the run was stopped. Clips that
+    an earlier run decoded are not decoded again. A clip without frames is recorded with the reason.
 
     Args:
-        manifest: its videos need not all be there.
-        out: a folder that is empty, or that an earlier run with the same settings began.
-        settings: frames kept of each clip.
+        manifest: JSONL of clips; missing videos are recorded as bad clips.
+        out: an empty or new folder, or one that an earlier run with the same settings began.
         workers: decoding processes; 0 decodes in this process, without a time limit.
         limit: seconds a clip may take.
-        verify: if True, existing tars are checked by checksum and rewritten where they differ.
-        log: called with a line for every shard written.
+        verify: if True, tars of earlier runs are checked by checksum and rewritten where they differ.
+        log: called with a line for every tar written.
 
     Raises:
-        ValueError: the folder holds something else, another process is writing it, or no clip gives frames.
+        ValueError: the folder holds other files or other shards, another process writes to it, or no clip
+            has frames.
         OSError: a file cannot be written.
     """
     manifest, out = Path(manifest), Path(out)
-    job = _Job(settings=settings, workers=workers, limit=limit, verify=verify, log=log)
     clips = read_manifest(manifest)
-    work = _Work(clips, out, job, os.path.normpath(manifest.parent.resolve()))
-    with _owned(out):
-        _begin(work)
-        shards = _planned(clips, settings.clips_per_shard)
-        todo = [shard for shard in shards if not _is_done(work, shard)]
-        for shard in todo:
-            (out / f"{shard.name}.tar").unlink(missing_ok=True)
-        _assemble(work, todo, _decoded(work, todo))
-        return _finish(work, shards)
+    videos = _relative_videos(clips, manifest.parent)
+    with _locked(out) as state:
+        _check_plan(state / "plan.json", clips, videos, settings)
+        tars = _plan_tars(clips, settings.clips_per_shard, out, state)
+        unfinished = {tar.path: tar for tar in tars if not _is_finished(tar, verify)}
+        for path in unfinished:
+            path.unlink(missing_ok=True)
+        parts = _missing_parts(unfinished.values(), clips, settings)
+        missing = Counter(part.tar for part in parts)
+        for path, tar in unfinished.items():
+            if not missing[path]:  # an earlier run decoded all its clips
+                log(_write_tar(tar))
+        with closing(_decode(parts, workers, limit)) as decoded_parts:
+            for part in decoded_parts:
+                missing[part.tar] -= 1
+                if not missing[part.tar]:
+                    log(_write_tar(unfinished[part.tar]))
+        bad, size = _write_index(out, clips, videos, tars, settings)
+        shutil.rmtree(state / "parts")
+    return ShardReport(shards=len(tars), clips=len(clips) - len(bad), size=size, decoded=len(parts), bad=bad)
 
 
 @contextmanager
-def _owned(out: Path) -> Iterator[None]:
-    """The folder, made where there is none, for this process alone."""
+def _locked(out: Path) -> Iterator[Path]:
+    """Create the folder and its state folder, and hold its lock.
+
+    Raises:
+        ValueError: the folder holds other files, or another process holds the lock.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / _STATE).is_dir() and any(out.iterdir()):
+    state = out / ".state"
+    if not state.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out}: expected an empty folder or one of shards, found other files")
-    (out / _STATE).mkdir(exist_ok=True)
-    with (out / _STATE / "lock").open("w") as lock:
+    state.mkdir(exist_ok=True)
+    with (state / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{out}: another process is writing shards there") from None
-        yield
+            raise ValueError(f"{out}: another process writes shards there") from None
+        (state / "parts").mkdir(exist_ok=True)
+        yield state
 
 
-def _begin(work: _Work) -> None:
-    """Write down what is to be made, or see that it is what an earlier run began."""
-    plan = {"version": VERSION, "settings": asdict(work.job.settings), "clips_sha256": _clips_sha256(work)}
-    path = work.out / _STATE / "plan.json"
+def _relative_videos(clips: Sequence[Clip], folder: Path) -> list[str]:
+    """Return the path of each video, relative to the folder of the manifest if it lies below."""
+    folder = Path(os.path.normpath(folder.resolve()))
+    paths = [clip.video for clip in clips]
+    return [(path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix() for path in paths]
+
+
+def _check_plan(path: Path, clips: Sequence[Clip], videos: Sequence[str], settings: ShardSettings) -> None:
+    """Store settings and a checksum of the clips, or compare them with those an earlier run stored.
+
+    Raises:
+        ValueError: the earlier run had other settings or another manifest.
+    """
+    rows = [[video, clip_to_json(clip)] for clip, video in zip(clips, videos, strict=True)]
+    checksum = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    plan = {"version": VERSION, "settings": asdict(settings), "clips_sha256": checksum}
     if not path.exists():
-        write_whole(path, json.dumps(plan, indent=1).encode())
-    began = json.loads(path.read_text())
-    if began.get("version") != VERSION:
-        raise ValueError(f"{work.out}: expected shards of version {VERSION}, found {began.get('version')}")
+        _write_atomically(path, json.dumps(plan, indent=1).encode())
+    out, earlier = path.parents[1], json.loads(path.read_text())
+    if earlier.get("version") != VERSION:
+        raise ValueError(f"{out}: expected shards of version {VERSION}, found {earlier.get('version')}")
     for key, value in plan["settings"].items():
-        if began["settings"].get(key) != value:
-            found = began["settings"].get(key)
-            raise ValueError(f"{work.out}: {key}: its shards were begun with {found!r}, found {value!r}")
-    if began["clips_sha256"] != plan["clips_sha256"]:
-        raise ValueError(f"{work.out}: its shards were begun from another manifest; expected an empty folder")
-    work.parts.mkdir(exist_ok=True)
+        if earlier["settings"].get(key) != value:
+            expected = earlier["settings"].get(key)
+            raise ValueError(f"{out}: {key}: expected {expected!r}, as in its other shards, found {value!r}")
+    if earlier["clips_sha256"] != checksum:
+        raise ValueError(f"{out}: its shards are of another manifest; expected an empty folder")
 
 
-def _clips_sha256(work: _Work) -> str:
-    """Checksum of all the manifest says of its clips."""
-    rows = [[_video(clip, work), clip_fields(clip)] for clip in work.clips]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+@dataclass(frozen=True)
+class _Tar:
+    """A tar to write. numbers: its clips, by their index in the manifest. state: folder of the run."""
+
+    path: Path
+    split: str
+    numbers: tuple[int, ...]
+    state: Path
+
+    @property
+    def record(self) -> Path:
+        """Path of the JSON that is written once the tar is complete."""
+        return self.state / f"{self.path.stem}.json"
+
+    def parts(self) -> list[Path]:
+        """Return the part file of each clip."""
+        return [self.state / "parts" / f"{number:08d}" for number in self.numbers]
 
 
-def _video(clip: Clip, work: _Work) -> str:
-    """The path of a clip's file, relative to the manifest's folder where it lies below."""
-    path = clip.video
-    return (path.relative_to(work.source) if path.is_relative_to(work.source) else path).as_posix()
-
-
-def _planned(clips: Sequence[Clip], each: int) -> list[_Shard]:
-    """Which clips go into which tar: those of a split in the order of the manifest, `each` to a tar."""
+def _plan_tars(clips: Sequence[Clip], clips_per_shard: int, out: Path, state: Path) -> list[_Tar]:
+    """Divide the clips of each split over tars, in the order of the manifest."""
     splits: dict[str, list[int]] = {}
     for number, clip in enumerate(clips):
         splits.setdefault(clip.split, []).append(number)
     return [
-        _Shard(f"{quote(split, safe='')}-{i:06d}", split, tuple(numbers[first : first + each]))
+        _Tar(
+            path=out / f"{quote(split, safe='')}-{i:06d}.tar",
+            split=split,
+            numbers=tuple(numbers[first : first + clips_per_shard]),
+            state=state,
+        )
         for split, numbers in splits.items()
-        for i, first in enumerate(range(0, len(numbers), each))
+        for i, first in enumerate(range(0, len(numbers), clips_per_shard))
     ]
 
 
-def _is_done(work: _Work, shard: _Shard) -> bool:
-    """Whether a shard is there as it was written: by its size, with `verify` by its checksum."""
-    state, tar = work.state(shard), work.out / f"{shard.name}.tar"
-    if not (state.exists() and tar.is_file() and tar.with_suffix(".idx").is_file()):
+def _is_finished(tar: _Tar, verify: bool) -> bool:
+    """Return True if a tar and its index exist and have the recorded size and, to `verify`, checksum."""
+    if not (tar.record.exists() and tar.path.is_file() and tar.path.with_suffix(".idx").is_file()):
         return False
-    known = json.loads(state.read_text())["shard"]
-    whole = tar.stat().st_size == known["bytes"]
-    if whole and work.job.verify:
-        whole = file_sha256(tar) == known["sha256"]
-    if not whole:
-        logger.warning("%s: not what was written, made again", tar)
-    return whole
+    expected = json.loads(tar.record.read_text())["shard"]
+    intact = tar.path.stat().st_size == expected["bytes"]
+    if intact and verify:
+        with tar.path.open("rb") as file:
+            intact = hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]
+    if not intact:
+        logger.warning("%s: differs from what was written; it is written again", tar.path)
+    return intact
 
 
-def _items(work: _Work, todo: Sequence[_Shard]) -> Iterator[PartItem]:
-    """The clips to decode, shard after shard; those an earlier run decoded are left out."""
-    for shard in todo:
-        for number in shard.numbers:
-            if read_part(work.part(number)) is None:
-                yield PartItem(number, work.clips[number], work.part(number), work.job.settings)
+@dataclass(frozen=True)
+class _Part:
+    """A clip to decode into a part file, which becomes part of a tar."""
+
+    path: Path
+    tar: Path
+    number: int
+    clip: Clip
+    settings: ShardSettings
 
 
-def _decoded(work: _Work, todo: Sequence[_Shard]) -> Generator[Result[PartItem, int], None, None]:
-    """Decode all that is left to decode."""
-    items, job = _items(work, todo), work.job
-    if job.workers:
-        yield from run_sandboxed(decode_part, items, workers=job.workers, limit=job.limit)
-        return
-    for item in items:
-        try:
-            yield Result(item=item, value=decode_part(item))
-        except DecodeError as error:
-            yield Result(item=item, error=error)
+def _missing_parts(tars: Iterable[_Tar], clips: Sequence[Clip], settings: ShardSettings) -> list[_Part]:
+    """Return the clips without an intact part file; damaged part files are removed."""
+    missing = []
+    for tar in tars:
+        for number, path in zip(tar.numbers, tar.parts(), strict=True):
+            if _read_part(path) is None:
+                path.unlink(missing_ok=True)
+                missing.append(_Part(path, tar.path, number, clips[number], settings))
+    return missing
 
 
-def _assemble(
-    work: _Work, todo: Sequence[_Shard], outcomes: Generator[Result[PartItem, int], None, None]
-) -> None:
-    """Write every shard as soon as its clips are decoded."""
-    waiting = list(todo)
-    with closing(outcomes):
-        for outcome in outcomes:
-            _keep(work, outcome)
-            while waiting and all(work.part(number).exists() for number in waiting[0].numbers):
-                _write_shard(work, waiting.pop(0))
-    for shard in waiting:
-        _write_shard(work, shard)
-
-
-def _keep(work: _Work, outcome: Result[PartItem, int]) -> None:
-    """Count a clip; one that gives no frames gets a part that says why.
+def _decode(parts: Sequence[_Part], workers: int, limit: float) -> Generator[_Part, None, None]:
+    """Decode clips into their part files, in any order, and yield each one.
 
     Raises:
-        Exception: what stopped a worker and is no fault of the clip.
+        Exception: an error that is not the fault of a clip, such as a full disk.
     """
-    work.decoded += 1
-    error = outcome.error
-    if isinstance(error, DecodeError | WorkerLost):
-        reason = error.reason if isinstance(error, DecodeError) else str(error)
-        write_part(outcome.item.path, b"", {"bad": reason})
-    elif error is not None:
-        raise error
+    if workers == 0:
+        for part in parts:
+            _decode_clip(part)
+            yield part
+        return
+    with closing(run_sandboxed(_decode_clip, parts, workers=workers, limit=limit)) as results:
+        for result in results:
+            if isinstance(result.error, WorkerLost):
+                _write_part(result.item.path, b"", {"bad": str(result.error)})
+            elif result.error is not None:
+                raise result.error
+            yield result.item
 
 
-def _write_shard(work: _Work, shard: _Shard) -> None:
-    """Put a shard together from its parts, and then remove them."""
-    tar, samples, records, size = work.out / f"{shard.name}.tar", [], [], 0
-    digest = hashlib.sha256()
-    part = tar.with_name(f".{tar.name}.part")
-    with part.open("wb") as file:
-        for number in shard.numbers:
-            found = read_part(work.part(number))
-            if found is None:
-                raise ValueError(f"{work.part(number)}: not what was written; run the command again")
-            content, record = found
+def _decode_clip(part: _Part) -> None:
+    """Decode a clip and write its part file; the part of a bad clip holds the reason only."""
+    clip, settings = part.clip, part.settings
+
+    def transform(image: Image.Image) -> np.ndarray:
+        return np.asarray(image) if settings.size is None else resize_and_crop(image, settings.size)
+
+    try:
+        decoded = read_frames(clip.video, settings.sampling_for(clip), transform, damaged=settings.damaged)
+    except DecodeError as error:
+        _write_part(part.path, b"", {"bad": error.reason})
+        return
+    images = [decoded.images[index] for index in decoded.indices]
+    facts = {"count": decoded.count, "rate": decoded.rate}
+    if decoded.problem is not None:
+        facts["problem"] = decoded.problem
+    sample = tar_sample(part.number, clip, images, {"indices": decoded.indices, **facts}, settings)
+    rows = sample.rows.tolist()
+    record = {"members": sample.members, "rows": rows, "shape": images[0].shape[:2], **facts}
+    _write_part(part.path, sample.content, record)
+
+
+def _write_part(path: Path, content: bytes, record: dict[str, Any]) -> None:
+    """Write content and record with a checksum, so that `_read_part` recognises a damaged file."""
+    text = json.dumps(record).encode()
+    trailer = _PART_TRAILER.pack(len(text), zlib.crc32(text, zlib.crc32(content)), _PART_MAGIC)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("wb") as file:
+            file.writelines((content, text, trailer))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read_part(path: Path) -> tuple[memoryview, dict[str, Any]] | None:
+    """Return content and record of a part file, or None if it is missing or damaged."""
+    try:
+        file = memoryview(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    if len(file) < _PART_TRAILER.size:
+        return None
+    body = file[: -_PART_TRAILER.size]
+    length, checksum, magic = _PART_TRAILER.unpack(file[-_PART_TRAILER.size :])
+    if magic != _PART_MAGIC or length > len(body) or zlib.crc32(body) != checksum:
+        return None
+    content_size = len(body) - length
+    return body[:content_size], json.loads(bytes(body[content_size:]))
+
+
+def _write_tar(tar: _Tar) -> str:
+    """Join the parts of a tar, write its DALI index and its record, and remove the parts.
+
+    Returns: a line for the log.
+
+    Raises:
+        ValueError: a part changed since it was written.
+    """
+    samples, records, size, checksum = [], [], 0, hashlib.sha256()
+    unfinished = tar.path.with_name(f".{tar.path.name}.part")
+    with unfinished.open("wb") as file:
+
+        def append(content: bytes | memoryview) -> None:
+            nonlocal size
+            file.write(content)
+            checksum.update(content)
+            size += len(content)
+
+        for number, path in zip(tar.numbers, tar.parts(), strict=True):
+            part = _read_part(path)
+            if part is None:
+                raise ValueError(f"{path}: differs from what was written; run the command again")
+            content, record = part
             if "bad" not in record:
                 samples.append((number, size, record.pop("members")))
-                record["rows"] = [[index, at + size, *rest] for index, at, *rest in record["rows"]]
+                record["rows"] = [[index, offset + size, *rest] for index, offset, *rest in record["rows"]]
             records.append({"number": number, **record})
-            size += _written(file, content, digest)
-        size += _written(file, tar_end(size), digest)
+            append(content)
+        append(tar_end(size))
         file.flush()
         os.fsync(file.fileno())
-    write_whole(tar.with_suffix(".idx"), dali_index(samples).encode())
-    part.replace(tar)
-    facts = {"name": tar.name, "split": shard.split, "clips": len(samples), "bytes": size}
-    state = {"shard": {**facts, "sha256": digest.hexdigest()}, "clips": records}
-    write_whole(work.state(shard), json.dumps(state).encode())
-    for number in shard.numbers:
-        work.part(number).unlink()
-    work.job.log(f"{tar}: {len(samples)} clips, {size / 1e6:.1f} MB")
+    _write_atomically(tar.path.with_suffix(".idx"), dali_index(samples).encode())
+    unfinished.replace(tar.path)
+    summary = {"name": tar.path.name, "split": tar.split, "clips": len(samples), "bytes": size}
+    summary["sha256"] = checksum.hexdigest()
+    _write_atomically(tar.record, json.dumps({"shard": summary, "clips": records}).encode())
+    for path in tar.parts():
+        path.unlink()
+    return f"{tar.path}: {len(samples)} clips, {size / 1e6:.1f} MB"
 
 
-def _written(file: Any, content: bytes | memoryview, digest: Any) -> int:
-    """Write and sum up some bytes; how many."""
-    file.write(content)
-    digest.update(content)
-    return len(content)
+def _write_index(
+    out: Path, clips: Sequence[Clip], videos: Sequence[str], tars: Sequence[_Tar], settings: ShardSettings
+) -> tuple[tuple[BadClip, ...], int]:
+    """Write the index of all tars from their records; shards.json last, which completes the folder.
 
-
-def _finish(work: _Work, shards: Sequence[_Shard]) -> ShardReport:
-    """Write the index of all shards from what is known of each.
+    Returns: clips without frames, and the bytes of all tars.
 
     Raises:
-        ValueError: no clip gives frames.
+        ValueError: no clip has frames.
     """
-    states = [json.loads(work.state(shard).read_text()) for shard in shards]
-    found = {row.pop("number"): (i, row) for i, state in enumerate(states) for row in state["clips"]}
-    bad = tuple(
-        BadClip(id=clip.id, video=str(clip.video), reason=found[number][1]["bad"])
-        for number, clip in enumerate(work.clips)
-        if "bad" in found[number][1]
-    )
-    lines = "".join(f"{json.dumps(asdict(clip), ensure_ascii=False)}\n" for clip in bad)
-    write_whole(work.out / QUARANTINE, lines.encode(errors="surrogateescape"))
-    if len(bad) == len(work.clips):
-        raise ValueError(f"{work.out}: none of {len(bad)} clips gives frames, the first: {bad[0].reason}")
-    rows, clips = _index(work, found)
-    write_whole(work.out / CLIPS, clips)
-    frames = npy_bytes(rows)
-    write_whole(work.out / FRAMES, frames)
-    summary = {
-        "version": VERSION,
-        "settings": asdict(work.job.settings),
-        "shards": [state["shard"] for state in states],
-        "files": {CLIPS: hashlib.sha256(clips).hexdigest(), FRAMES: hashlib.sha256(frames).hexdigest()},
+    tar_records = [json.loads(tar.record.read_text()) for tar in tars]
+    clip_records = {
+        record.pop("number"): (shard, record)
+        for shard, tar_record in enumerate(tar_records)
+        for record in tar_record["clips"]
     }
-    write_whole(work.out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
-    shutil.rmtree(work.parts)
-    size = sum(state["shard"]["bytes"] for state in states)
-    return ShardReport(
-        shards=len(shards), clips=len(work.clips) - len(bad), size=size, decoded=work.decoded, bad=bad
-    )
-
-
-def _index(work: _Work, found: dict[int, tuple[int, dict[str, Any]]]) -> tuple[np.ndarray, bytes]:
-    """Rows of all frames, and a line for each clip that says which of them are its own."""
-    rows: list[np.ndarray] = [np.empty(0, FRAME)]
-    lines, first = [], 0
-    for number, clip in enumerate(work.clips):
-        shard, record = found[number]
-        line: dict[str, Any] = {**clip_fields(clip), "video": _video(clip, work)}
+    bad: list[BadClip] = []
+    rows, lines = [np.empty(0, FRAME)], []
+    first = 0  # row of the next clip
+    for number, (clip, video) in enumerate(zip(clips, videos, strict=True)):
+        shard, record = clip_records[number]
+        line = {**clip_to_json(clip), "video": video}
         if "bad" in record:
+            bad.append(BadClip(id=clip.id, video=str(clip.video), reason=record["bad"]))
             line["bad"] = record["bad"]
         else:
-            own = np.array([tuple(row) for row in record.pop("rows")], FRAME)
+            own = record.pop("rows")
+            rows.append(np.array([tuple(row) for row in own], FRAME))
             line |= {"shard": shard, "first": first, "rows": len(own), **record}
-            rows.append(own)
             first += len(own)
-        lines.append(json.dumps(line))
-    return np.concatenate(rows), ("\n".join(lines) + "\n").encode()
+        lines.append(json.dumps(line) + "\n")
+    quarantine = "".join(f"{json.dumps(asdict(clip), ensure_ascii=False)}\n" for clip in bad)
+    _write_atomically(out / QUARANTINE, quarantine.encode(errors="surrogateescape"))
+    if len(bad) == len(clips):
+        raise ValueError(f"{out}: none of {len(bad)} clips has frames, the first: {bad[0].reason}")
+    files = {CLIPS: "".join(lines).encode(), FRAMES: npy_bytes(np.concatenate(rows))}
+    for name, content in files.items():
+        _write_atomically(out / name, content)
+    summary = {
+        "version": VERSION,
+        "settings": asdict(settings),
+        "shards": [tar_record["shard"] for tar_record in tar_records],
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    _write_atomically(out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    return tuple(bad), sum(shard["bytes"] for shard in summary["shards"])
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write a file completely or not at all; a file with this content keeps its time."""
+    if path.exists() and path.stat().st_size == len(content) and path.read_bytes() == content:
+        return
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

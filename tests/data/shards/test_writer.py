@@ -19,8 +19,7 @@ import pytest
 
 from discovla.cli import main
 from discovla.data.manifest import read_manifest
-from discovla.data.shards import parts as shard_parts
-from discovla.data.shards import writer as shards
+from discovla.data.shards import writer
 from discovla.data.shards.layout import QUARANTINE, ShardSettings
 from discovla.data.shards.writer import write_shards
 from discovla.data.tokens import Tokenizer
@@ -124,7 +123,7 @@ def test_a_process_writes_what_this_one_writes_and_a_finished_folder_is_left_alo
 
 def test_a_run_stopped_after_any_clip_goes_on_with_the_next(raw, world, tmp_path, monkeypatch):
     clips, seen = read_manifest(world), []
-    decode = shard_parts.read_frames
+    decode = writer.read_frames
 
     def stopped(path, *rest, **options):
         if len(seen) % 3 == 2:
@@ -133,7 +132,7 @@ def test_a_run_stopped_after_any_clip_goes_on_with_the_next(raw, world, tmp_path
         seen.append(path)
         return decode(path, *rest, **options)
 
-    monkeypatch.setattr(shard_parts, "read_frames", stopped)
+    monkeypatch.setattr(writer, "read_frames", stopped)
     for _ in range(10):
         try:
             make_shards(world, tmp_path / "out")
@@ -144,9 +143,9 @@ def test_a_run_stopped_after_any_clip_goes_on_with_the_next(raw, world, tmp_path
     assert contents(tmp_path / "out") == contents(raw)
 
 
-@pytest.mark.parametrize("step", ["write_whole", "dali_index", "_finish", "_index"])
+@pytest.mark.parametrize("step", ["_write_atomically", "dali_index", "_write_tar", "_write_index"])
 def test_a_run_stopped_while_it_writes_loses_nothing(step, raw, world, tmp_path, monkeypatch):
-    original, calls = getattr(shards, step), []
+    original, calls = getattr(writer, step), []
 
     def stopped(*arguments):
         calls.append(1)
@@ -154,7 +153,7 @@ def test_a_run_stopped_while_it_writes_loses_nothing(step, raw, world, tmp_path,
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(shards, step, stopped)
+    monkeypatch.setattr(writer, step, stopped)
     with pytest.raises(KeyboardInterrupt):
         make_shards(world, tmp_path / "out")
     for _ in range(2):
@@ -221,8 +220,8 @@ def test_a_tar_that_is_cut_off_changed_or_gone_is_made_again(raw, world, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"frames": 3}, "frames: its shards were begun with 4, found 3"),
-        ({"format": "jpeg"}, "format: its shards were begun with 'raw', found 'jpeg'"),
+        ({"frames": 3}, "frames: expected 4, as in its other shards, found 3"),
+        ({"format": "jpeg"}, "format: expected 'raw', as in its other shards, found 'jpeg'"),
     ],
     ids=["frames", "format"],
 )
@@ -233,7 +232,7 @@ def test_a_folder_begun_otherwise_is_refused(changes, message, raw, world):
 
 def test_a_folder_of_other_clips_or_other_files_is_refused(raw, tmp_path):
     manifest = make_manifest(tmp_path / "other", count=2)
-    with pytest.raises(ValueError, match="begun from another manifest"):
+    with pytest.raises(ValueError, match="its shards are of another manifest"):
         make_shards(manifest, raw)
     with pytest.raises(ValueError, match="expected an empty folder or one of shards"):
         make_shards(manifest, tmp_path / "other")
@@ -247,14 +246,14 @@ def test_a_folder_of_other_clips_or_other_files_is_refused(raw, tmp_path):
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         other.stdout.readline()
-        with pytest.raises(ValueError, match="another process is writing shards there"):
+        with pytest.raises(ValueError, match="another process writes shards there"):
             make_shards(manifest, held)
         other.stdin.close()
 
 
 def test_clips_that_all_give_nothing_are_an_error(tmp_path):
     manifest = make_manifest(tmp_path, count=0)
-    with pytest.raises(ValueError, match="none of 1 clips gives frames, the first: not a video file"):
+    with pytest.raises(ValueError, match="none of 1 clips has frames, the first: not a video file"):
         make_shards(manifest, tmp_path / "out")
 
 
@@ -262,7 +261,7 @@ def test_a_full_disk_stops_the_run(world, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(shard_parts, "write_part", full)
+    monkeypatch.setattr(writer, "_write_part", full)
     with pytest.raises(OSError, match="No space left"):
         make_shards(world, tmp_path / "out")
 
@@ -290,5 +289,5 @@ def test_the_command_takes_frames_and_size_from_a_config(world, tmp_path, capsys
 def test_a_clip_that_takes_too_long_is_named(tmp_path):
     manifest = make_manifest(tmp_path, count=0)
     settings = ShardSettings(frames=FRAMES, size=SIZE, sample_rate=5.0)
-    with pytest.raises(ValueError, match="none of 1 clips gives frames, the first: took longer than 1e-06 s"):
+    with pytest.raises(ValueError, match="none of 1 clips has frames, the first: took longer than 1e-06 s"):
         write_shards(manifest, tmp_path / "out", settings, workers=1, limit=1e-6)
