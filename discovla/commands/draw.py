@@ -1,4 +1,4 @@
-"""`discovla draw`: the clips of the drawn world."""
+"""`discovla draw`: draw the clips of the drawn world."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from discovla.drawn_world.synthetic import WorldSizes, draw_world
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
-    text = "draw the clips of the drawn world and write their manifest; what is there already is kept"
+    text = "draw the clips of the drawn world and write their manifest; existing clips are kept"
     parser = commands.add_parser("draw", help=text, description=text)
     parser.add_argument("out", type=Path, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -21,8 +21,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--workers", type=int, default=cores, metavar="N", help="default: all cores, %(default)s"
     )
     for split, count in asdict(WorldSizes()).items():
-        held = f"clips in the split `{split}`, default: %(default)s"
-        parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=held)
+        number = f"clips in the split `{split}`; default: %(default)s"
+        parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=number)
     parser.set_defaults(run=_draw)
 
 

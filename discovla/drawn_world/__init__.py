@@ -1,1 +1,1 @@
-"""The drawn world: clips and stills of shapes, with captions that are true of them."""
+"""The drawn world: clips and stills of coloured shapes, with captions that describe them correctly."""

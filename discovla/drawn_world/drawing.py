@@ -1,4 +1,4 @@
-"""Pixels of the drawn world: coloured shapes on a tinted ground, drawn with numpy alone."""
+"""Pixels of the drawn world: coloured shapes on a tinted background, drawn with numpy."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ PLACES = {
     "bottom": (32, 51),
     "bottom right": (51, 51),
 }
-JITTER = 3.0  # pixels an object may stand off the centre of its place
+JITTER = 3.0  # largest distance in pixels, along x and y, from the centre of a place
 
 _RAMP = np.linspace(-1, 1, SIDE)
-_REACH = 1.2  # the farthest point of any shape, in radii, with its soft edge
-# Normal quantiles looked up with random bytes: ten times quicker than drawing normals, and enough for noise.
+_REACH = 1.2  # distance of the farthest point of any shape, in radii, with its soft edge
+# Random bytes index normal quantiles: ten times faster than drawing normals, and accurate enough for noise.
 _QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)], np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One object as it stands in one frame.  x, y, radius: pixels."""
+    """One object in one frame; x, y and radius in pixels."""
 
     shape: str
     colour: str
@@ -50,25 +50,25 @@ class Thing:
 
     @property
     def size(self) -> str:
-        """The nearer of the two sizes."""
+        """Return the nearer of the two sizes."""
         return "small" if self.radius < sum(RADII.values()) / 2 else "big"
 
     @property
     def place(self) -> str:
-        """The nearest of the nine places."""
+        """Return the nearest of the nine places."""
         return min(PLACES, key=lambda p: (PLACES[p][0] - self.x) ** 2 + (PLACES[p][1] - self.y) ** 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """How busy a picture is.  clutter: fewest and most ellipses.  noise: deviation in grey levels."""
+    """Ellipses of a background (fewest, most) and standard deviation of the noise in grey levels."""
 
     clutter: tuple[int, int]
     noise: float
 
 
 def ground(rng: np.random.Generator, look: Look) -> np.ndarray:
-    """A tinted gradient with faint ellipses on it.
+    """Draw a tinted gradient with faint ellipses.
 
     Returns:
         y x 3, float32, 0..255.
@@ -84,7 +84,7 @@ def ground(rng: np.random.Generator, look: Look) -> np.ndarray:
 
 
 def picture(canvas: np.ndarray, things: Sequence[Thing]) -> np.ndarray:
-    """The objects on a copy of the ground, later ones in front.
+    """Draw objects on a copy of a background, later ones in front.
 
     Args:
         canvas: y x 3, float32.
@@ -101,7 +101,7 @@ def picture(canvas: np.ndarray, things: Sequence[Thing]) -> np.ndarray:
 
 
 def expose(canvas: np.ndarray, rng: np.random.Generator, look: Look, brightness: float = 1.0) -> np.ndarray:
-    """The picture as a camera would take it: brightness, noise, 8 bits.
+    """Apply brightness and noise, and round to 8 bits.
 
     Returns:
         y x 3, uint8.
@@ -113,13 +113,13 @@ def expose(canvas: np.ndarray, rng: np.random.Generator, look: Look, brightness:
 
 
 def _window(x: float, y: float, reach: float) -> tuple[slice, slice]:
-    """Rows and columns of the canvas that lie within reach of a point."""
+    """Return the rows and columns of the canvas within `reach` of a point."""
     low, high = (lambda v: max(int(v - reach) - 1, 0)), (lambda v: min(int(v + reach) + 3, SIDE))
     return slice(low(y), high(y)), slice(low(x), high(x))
 
 
 def _offsets(x: float, y: float, reach: float) -> tuple[np.ndarray, np.ndarray]:
-    """Distances of the pixels of a window from its point, along x (a row) and y (a column)."""
+    """Return the offsets of a window's pixels from its point: along x as a row, along y as a column."""
     rows, columns = _window(x, y, reach)
     dx = np.arange(columns.start, columns.stop, dtype=np.float32) - np.float32(x)
     dy = np.arange(rows.start, rows.stop, dtype=np.float32) - np.float32(y)
@@ -129,13 +129,13 @@ def _offsets(x: float, y: float, reach: float) -> tuple[np.ndarray, np.ndarray]:
 def _blend(
     canvas: np.ndarray, alpha: np.ndarray, colour: np.ndarray, x: float, y: float, reach: float
 ) -> None:
-    """Lay a colour over a window of the canvas, in place."""
+    """Blend a colour into a window of the canvas, in place."""
     patch = canvas[_window(x, y, reach)]
     patch += alpha[..., None] * (colour.astype(np.float32) - patch)
 
 
 def _ellipse(x: float, y: float, a: float, b: float, turn: float) -> np.ndarray:
-    """Coverage of a turned ellipse with half axes a and b."""
+    """Return the coverage (0..1) of a rotated ellipse with half axes a and b."""
     dx, dy = _offsets(x, y, max(a, b))
     c, s = np.cos(turn), np.sin(turn)
     radius = np.sqrt(((c * dx + s * dy) / a) ** 2 + ((c * dy - s * dx) / b) ** 2)
@@ -143,7 +143,7 @@ def _ellipse(x: float, y: float, a: float, b: float, turn: float) -> np.ndarray:
 
 
 def _distance(shape: str, dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
-    """Pixels from the outline of a shape, negative inside."""
+    """Return the distance from the outline of a shape in pixels, negative inside."""
     ax, ay = np.abs(dx), np.abs(dy)
     match shape:
         case "circle":

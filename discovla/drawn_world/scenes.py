@@ -1,4 +1,4 @@
-"""What happens in a drawn clip: two actors with one event each, and things nobody speaks of."""
+"""Scenes of drawn clips: two actors with one event each, and distractors that no caption mentions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from discovla.drawn_world.drawing import (
 FRAMES = 32
 RATE = 4  # frames a second
 LOOK = Look(clutter=(3, 7), noise=2.5)
-EVENTS = {  # kind -> how often
+EVENTS = {  # kind -> probability
     "moves": 0.34,
     "stays": 0.14,
     "appears": 0.13,
@@ -34,42 +34,44 @@ EVENTS = {  # kind -> how often
     "grows": 0.06,
     "shrinks": 0.06,
 }
-# Facts are hashed into eight parts and each split takes its own, so that no scene is in two splits and yet
-# every clip is made from (seed, split, index) alone.  The four siblings of a group take one part each.
+# The hash of a scene's facts assigns it to one of eight parts.  Splits have separate parts, so no scene is
+# in two splits, although a clip depends on (seed, split, index) alone.  Each sibling has its own part.
 PARTS = {"train": (2, 3), "val": (0,), "test": (1,), "siblings": (4, 5, 6, 7)}
-SIBLINGS = 4  # clips that share their two actors
+SIBLINGS = 4  # clips of a group, with the same two actors
 
 _GROW = {"grows": "small", "shrinks": "big"}
 _BACKWARDS = {"appears": "disappears", "disappears": "appears", "grows": "shrinks", "shrinks": "grows"}
-_THEN = 0.8  # of the scenes in which nobody stays; about 0.6 of all
-_LAST = 0.86  # every event is over by then: 8 of 32 frames are sampled, the last at 28/32
-_STREAMS = ("actors", "scene", "pixels", "captions", "probes")  # each has its own random numbers
+_THEN = 0.8  # share of "then" among scenes where no actor stays; about 0.6 of all scenes
+_LAST = 0.86  # latest end of an event: 8 of 32 frames are sampled, the last at 28/32
+_STREAMS = ("actors", "scene", "pixels", "captions", "probes")  # independent random numbers
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Actor:
-    """A thing and what it does.
-
-    colour, size, place: before the event.  colour_to, place_to: after it, where the event changes them.
-    start, end: of the event, as a share of the clip.  at, to: the centre in pixels, before and after.
-    """
+    """An object and its event; colour, size, place and `at` hold before the event."""
 
     shape: str
     colour: str
     size: str
     place: str
     kind: str
+    """A key of `EVENTS`."""
     start: float
+    """Of the event, as a share of the clip's length."""
     end: float
     at: tuple[float, float]
+    """Centre in pixels before the event."""
     to: tuple[float, float]
+    """Centre in pixels after the event."""
     colour_to: str | None = None
+    """Colour after the event, if it changes."""
     place_to: str | None = None
+    """Place after the event, if it changes."""
 
     def seen(self, time: float) -> Thing | None:
-        """The actor at a time (share of the clip), None while it is not there."""
+        """Return the object at a time (share of the clip's length), or None while it is invisible."""
         done = min(max((time - self.start) / (self.end - self.start), 0.0), 1.0)
         after = done >= 0.5
         if (self.kind == "appears" and not after) or (self.kind == "disappears" and after):
@@ -85,45 +87,46 @@ class Actor:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """order: "then" where the first actor is done before the second begins, "while" where both act."""
+    """Two actors and the distractors."""
 
     actors: tuple[Actor, Actor]
     order: str
+    """ "then" if the first event ends before the second begins, "while" if they overlap."""
     distractors: tuple[Thing, ...]
 
     @property
     def facts(self) -> tuple[object, ...]:
-        """All that a caption could tell; equal for scenes that differ in nothing it could tell."""
+        """Return everything that a caption can express."""
         acts = [(a.shape, a.colour, a.size, a.place, a.kind, a.colour_to, a.place_to) for a in self.actors]
         return (self.order, *(acts if self.order == "then" else sorted(acts, key=str)))
 
     def seen(self, time: float) -> tuple[list[Thing], list[Thing]]:
-        """The actors visible at a time (share of the clip), and the distractors."""
+        """Return the actors visible at a time (share of the clip's length), and the distractors."""
         actors = [thing for actor in self.actors if (thing := actor.seen(time)) is not None]
         return actors, list(self.distractors)
 
 
 def clip_rng(seed: int, split: str, index: int, stream: str) -> np.random.Generator:
-    """The random numbers of one clip for one purpose."""
+    """Return the random generator of one clip for one purpose, a name in `_STREAMS`."""
     return np.random.default_rng((seed, list(PARTS).index(split), index, _STREAMS.index(stream)))
 
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
-    """The scene of one clip; it depends on its three arguments alone."""
+    """Make the scene of one clip, which depends on the arguments alone."""
     group = index // SIBLINGS if split == "siblings" else index
     looks = _looks(clip_rng(seed, split, group, "actors"))
-    wanted = PARTS[split]
+    parts = PARTS[split]
     if split == "siblings":
-        wanted = (wanted[index % SIBLINGS],)
+        parts = (parts[index % SIBLINGS],)
     rng = clip_rng(seed, split, index, "scene")
     while True:
         scene = _scene(rng, looks)
-        if zlib.crc32(repr(scene.facts).encode()) % 8 in wanted:
+        if zlib.crc32(repr(scene.facts).encode()) % 8 in parts:
             return scene
 
 
 def film(scene: Scene, seed: int, split: str, index: int) -> np.ndarray:
-    """The frames of a clip.
+    """Draw the frames of a clip.
 
     Returns:
         f y x 3, uint8.
@@ -141,7 +144,7 @@ def film(scene: Scene, seed: int, split: str, index: int) -> np.ndarray:
 
 
 def backwards(scene: Scene) -> Scene:
-    """The scene that a clip shows when it is played from its end."""
+    """Return the scene of the clip played backwards."""
 
     def back(a: Actor) -> Actor:
         size = a.size if a.kind not in _GROW else ("big" if a.size == "small" else "small")
@@ -157,29 +160,29 @@ def backwards(scene: Scene) -> Scene:
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of some options, all equally likely."""
+    """Choose one of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
 def other(rng: np.random.Generator, options: Sequence[T], *taken: T | None) -> T:
-    """One of the options that are not taken."""
+    """Choose one of the options that are not taken."""
     return pick(rng, [o for o in options if o not in taken])
 
 
-def stand(rng: np.random.Generator, place: str) -> tuple[float, float]:
-    """A centre near that of a place, in pixels."""
+def centre(rng: np.random.Generator, place: str) -> tuple[float, float]:
+    """Choose a centre near that of a place, in pixels."""
     dx, dy = rng.uniform(-JITTER, JITTER, 2)
     x, y = PLACES[place]
     return x + float(dx), y + float(dy)
 
 
 def event_kind(rng: np.random.Generator) -> str:
-    """A kind of event, as often as it is in the world."""
+    """Choose a kind of event by its probability."""
     return list(EVENTS)[int(np.searchsorted(np.cumsum(list(EVENTS.values())), rng.random() * 0.999999))]
 
 
 def _looks(rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Shape, colour and size of two actors that differ in shape or colour."""
+    """Choose shape, colour and size of two actors that differ in shape or colour."""
     pairs = len(SHAPES) * len(COLOURS)
     chosen = rng.choice(pairs, 2, replace=False)
     return [
@@ -189,7 +192,7 @@ def _looks(rng: np.random.Generator) -> list[tuple[str, str, str]]:
 
 
 def _scene(rng: np.random.Generator, looks: list[tuple[str, str, str]]) -> Scene:
-    """A scene of two given actors; no two things share a place, nor a shape with its colour."""
+    """Make a scene of two actors; no two objects share a place, or both shape and colour."""
     kinds = [event_kind(rng), event_kind(rng)]
     while kinds == ["stays", "stays"]:
         kinds[1] = event_kind(rng)
@@ -205,22 +208,22 @@ def _scene(rng: np.random.Generator, looks: list[tuple[str, str, str]]) -> Scene
         if kind == "turns":
             colour_to = other(rng, list(COLOURS), *(c for s, c in taken if s == shape))
             taken.add((shape, colour_to))
-        at = stand(rng, place)
-        to = stand(rng, place_to) if place_to else at
+        at = centre(rng, place)
+        to = centre(rng, place_to) if place_to else at
         size = _GROW.get(kind, size)
         actor = Actor(
             shape=shape, colour=colour, size=size, place=place, kind=kind, start=start, end=end, at=at, to=to
         )
         actors.append(replace(actor, colour_to=colour_to, place_to=place_to))
     if rng.random() < 0.5:
-        # A sibling's actors come from its group in one order; who acts first must not be the same for all.
+        # All siblings of a group have their actors in one order; the first to act must vary.
         (a, b) = actors
         actors = [replace(b, start=a.start, end=a.end), replace(a, start=b.start, end=b.end)]
     return Scene(actors=(actors[0], actors[1]), order=order, distractors=_distractors(rng, places, taken))
 
 
 def _times(rng: np.random.Generator, order: str) -> list[tuple[float, float]]:
-    """Start and end of both events, as shares of the clip."""
+    """Choose start and end of both events, as shares of the clip's length."""
     first, second = rng.uniform(0.12, 0.3, 2)
     if order == "then":
         a, b = rng.uniform(0.06, 0.47 - first), rng.uniform(0.5, _LAST - second)
@@ -233,12 +236,12 @@ def _times(rng: np.random.Generator, order: str) -> list[tuple[float, float]]:
 def _distractors(
     rng: np.random.Generator, places: list[str], taken: set[tuple[str, str]]
 ) -> tuple[Thing, ...]:
-    """None, one or two still things that look like no actor."""
+    """Choose up to two objects without events that differ from the actors in shape or colour."""
     things = []
     for _ in range(rng.choice(3, p=(0.3, 0.5, 0.2))):
         free = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in taken]
         shape, colour = pick(rng, free)
         taken.add((shape, colour))
-        x, y = stand(rng, places.pop())
+        x, y = centre(rng, places.pop())
         things.append(Thing(shape=shape, colour=colour, x=x, y=y, radius=RADII[pick(rng, list(RADII))]))
     return tuple(things)

@@ -1,4 +1,4 @@
-"""Drawn pictures with captions, made on the fly: what the small CLIP of the drawn world learns from."""
+"""Drawn pictures with captions, made while training: the data of the small CLIP of the drawn world."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import numpy as np
 
 from discovla.data.dataset import Sample
 from discovla.drawn_world.drawing import COLOURS, PLACES, RADII, SHAPES, Look, Thing, expose, ground, picture
-from discovla.drawn_world.scenes import event_kind, other, pick, stand
+from discovla.drawn_world.scenes import centre, event_kind, other, pick
 from discovla.drawn_world.wording import EMPTY, ORDERS, Clause, describe, phrase_clause, still
 
 LOOK = Look(clutter=(0, 4), noise=2.0)
-_NUMBER = (0.03, 0.27, 0.35, 0.25, 0.10)  # how often 0, 1, 2, 3, 4 things
-_DESCRIBED = 3  # at most; more would not fit the context
-_VERB, _CONNECTOR = 0.3, 0.2
-_STREAM = 9  # no split of the clips has this number, so that stills and clips share no random numbers
+_NUMBER = (0.03, 0.27, 0.35, 0.25, 0.10)  # probability of 0, 1, 2, 3, 4 objects
+_DESCRIBED = 3  # most objects in a caption; more would exceed the context length
+_VERB, _CONNECTOR = 0.3, 0.2  # probability of each in a clause, and between two
+_STREAM = 9  # no split of the clips has this number, so stills and clips share no random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stills:
-    """A training source of drawn stills, new ones in every epoch.
+    """A training dataset of drawn stills, new ones in every epoch.
 
-    Stills show no events, yet the words for events and their order must be learned, because the adaptation of
-    this model leaves its token embeddings as they are.  So some clauses carry a verb, and some captions a
-    connector, that says nothing about the picture.
+    Stills show no events, but the token embeddings of the words for events must be trained here, because
+    adaptation to video leaves them frozen.  So some clauses have a verb, and some captions a connector, that
+    does not describe the picture.
 
     Args:
         count: pictures in an epoch.
-        seed: of everything.
-        easy_epochs: the first epochs show one thing on an empty ground and name it without verbs; from
-            captions of several things at once the model takes far longer to learn anything but colours.
+        seed: of all random numbers.
+        easy_epochs: number of first epochs with one object on an empty background and no verbs; with several
+            objects from the start, the model takes far longer to learn anything but colours.
     """
 
     count: int
@@ -46,10 +46,10 @@ class Stills:
         return self.count
 
     def sample(self, index: int, epoch: int) -> Sample:
-        """Still `index` of an epoch; it depends on (seed, epoch, index) alone.
+        """Draw still `index` of an epoch; it depends on (seed, epoch, index) alone.
 
         Raises:
-            IndexError: no such still.
+            IndexError: the index is out of range.
         """
         if not 0 <= index < self.count:
             raise IndexError(f"index: expected 0..{self.count - 1}, got {index}")
@@ -65,12 +65,12 @@ class Stills:
 
 
 def make_things(rng: np.random.Generator, number: int) -> list[Thing]:
-    """Things at different places, no two alike in shape and colour."""
+    """Make objects at different places, no two with the same shape and colour."""
     places = rng.choice(len(PLACES), number, replace=False)
     kinds = rng.choice(len(SHAPES) * len(COLOURS), number, replace=False)
     things = []
     for place, kind in zip(places, kinds, strict=True):
-        x, y = stand(rng, list(PLACES)[place])
+        x, y = centre(rng, list(PLACES)[place])
         colour = list(COLOURS)[kind // len(SHAPES)]
         radius = RADII[pick(rng, list(RADII))]
         things.append(Thing(shape=SHAPES[kind % len(SHAPES)], colour=colour, x=x, y=y, radius=radius))
@@ -78,7 +78,7 @@ def make_things(rng: np.random.Generator, number: int) -> list[Thing]:
 
 
 def caption(things: Sequence[Thing], rng: np.random.Generator) -> str:
-    """A caption of up to three of the things, some clauses with a verb that the picture does not show."""
+    """Describe up to three of the objects, some with a verb that the picture does not show."""
     chosen = [things[i] for i in rng.permutation(len(things))[:_DESCRIBED]]
     if not chosen:
         return EMPTY
@@ -97,12 +97,12 @@ def caption(things: Sequence[Thing], rng: np.random.Generator) -> str:
 
 
 def _connector(rng: np.random.Generator) -> str:
-    """A word between two clauses that says nothing about the picture."""
+    """Choose a word between two clauses; it does not describe the picture."""
     return pick(rng, ORDERS[pick(rng, list(ORDERS))]) if rng.random() < _CONNECTOR else "and"
 
 
 def _act(clause: Clause, thing: Thing, rng: np.random.Generator) -> Clause:
-    """The clause with an event of any kind, the picture being a moment before or after it."""
+    """Add an event of any kind to a clause, with the picture as the moment before or after it."""
     clause = replace(clause, kind=event_kind(rng))
     after = rng.random() < 0.5
     if clause.kind == "turns":
@@ -117,7 +117,7 @@ def _act(clause: Clause, thing: Thing, rng: np.random.Generator) -> Clause:
 
 
 def _short(clause: Clause) -> Clause:
-    """The clause without what would not fit beside two others."""
+    """Shorten a clause so that three fit the context length."""
     match clause.kind:
         case None:
             return clause

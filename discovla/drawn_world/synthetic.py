@@ -1,8 +1,8 @@
 """The drawn world: H.264 clips of shapes with captions, made from a seed.
 
-A clip has two actors with one event each, and things nobody speaks of.  Training clips have three captions
-and to each a still caption for every sampled frame; clips of the other splits have one caption.  The gallery
-of `siblings` holds groups of four clips with the same two actors, which only events and places tell apart.
+A clip has two actors with one event each, and distractors that its captions do not mention.  Training clips
+have three captions, each with a still caption for every sampled frame; clips of the other splits have one.
+The split `siblings` has groups of four clips with the same actors, which differ only in events and places.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from discovla.drawn_world.wording import Statement, frame_caption, phrase, tell
 logger = logging.getLogger(__name__)
 
 CAPTIONS = 3  # of a training clip
-SAMPLED = 8  # frames that frame captions speak of: those sampled at one a second
+SAMPLED = 8  # frames with frame captions: those sampled at one a second
 
-_WORLD = 1  # to be raised with every change to what is drawn or said
+_WORLD = 1  # version; raise it with every change to frames or captions
 _PARAMETERS, _MANIFEST = "world.json", "manifest.jsonl"
-_CHUNK = 20  # clips a process draws before it reports
-# One thread, or the bytes would depend on the machine; few reference frames and no B-frames decode quickest.
+_CHUNK = 20  # clips a process draws at once
+# With several threads the bytes would depend on the machine; fastdecode and no B-frames decode fastest.
 _ENCODER = {
     "crf": "26",
     "preset": "veryfast",
@@ -50,7 +50,7 @@ _ENCODER = {
 
 @dataclass(frozen=True, kw_only=True)
 class WorldSizes:
-    """Clips in each split."""
+    """Number of clips in each split."""
 
     train: int = 3000
     val: int = 300
@@ -66,36 +66,40 @@ class WorldSizes:
 def draw_world(out: Path, *, seed: int = 0, sizes: WorldSizes | None = None, workers: int = 2) -> Path:
     """Draw the clips of a world and write their manifest.
 
-    What is there already is kept: a finished world is left as it is, an interrupted one is gone on with.
+    Existing clips are kept: a complete world stays unchanged, an interrupted one is completed.
 
     Args:
-        out: folder for manifest.jsonl, videos/ and world.json, the parameters.
+        out: folder for manifest.jsonl, videos/ and world.json (the parameters).
         seed: of all clips; a clip depends on (seed, split, index) alone.
-        sizes: clips in each split; None for the usual number.
-        workers: processes that draw, at least 1.
+        sizes: number of clips in each split; None for the defaults.
+        workers: drawing processes, at least 1.
 
     Returns:
-        The manifest's path.
+        Path of the manifest.
 
     Raises:
-        ValueError: the folder holds a world with other parameters, or a manifest that is no world's.
+        ValueError: the folder contains a world with other parameters, or a manifest without world.json.
         OSError: a file cannot be written.
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     out, sizes = Path(out), sizes or WorldSizes()
     manifest = out / _MANIFEST
-    _claim(out, {"world": _WORLD, "seed": seed, "sizes": asdict(sizes)})
-    jobs = _jobs(sizes)
-    wanted = [out / _video(split, index) for split, indices in jobs for index in indices]
-    missing = sum(not path.is_file() for path in wanted)
+    _check_parameters(out, {"world": _WORLD, "seed": seed, "sizes": asdict(sizes)})
+    jobs = [
+        (split, range(start, min(start + _CHUNK, count)))
+        for split, count in asdict(sizes).items()
+        for start in range(0, count, _CHUNK)
+    ]
+    videos = [out / _video(split, index) for split, indices in jobs for index in indices]
+    missing = sum(not path.is_file() for path in videos)
     if manifest.is_file() and not missing:
-        logger.info("%s: all %d clips are there", out, len(wanted))
+        logger.info("%s: all %d clips exist", out, len(videos))
         return manifest
-    logger.info("%s: drawing %d of %d clips", out, missing, len(wanted))
+    logger.info("%s: drawing %d of %d clips", out, missing, len(videos))
     (out / "videos").mkdir(exist_ok=True)
     clips: list[Clip] = []
-    with _mapper(workers) as run, tqdm(total=len(wanted), desc="drawing", unit="clip", disable=None) as bar:
+    with _mapper(workers) as run, tqdm(total=len(videos), desc="drawing", unit="clip", disable=None) as bar:
         for chunk in run(partial(_draw_chunk, out, seed), jobs):
             clips += chunk
             bar.update(len(chunk))
@@ -104,7 +108,7 @@ def draw_world(out: Path, *, seed: int = 0, sizes: WorldSizes | None = None, wor
 
 
 def first_caption(seed: int, split: str, index: int) -> tuple[Scene, Statement, str]:
-    """The first caption of a clip as the manifest has it, with the scene it is about and what it says."""
+    """Return the scene of a clip, and its first caption in the manifest as a statement and as text."""
     scene = make_scene(seed, split, index)
     rng = clip_rng(seed, split, index, "captions")
     statement = tell(scene, rng)
@@ -112,7 +116,7 @@ def first_caption(seed: int, split: str, index: int) -> tuple[Scene, Statement, 
 
 
 def encode(frames: np.ndarray) -> bytes:
-    """Frames as an MP4 file with H.264.
+    """Encode frames as an MP4 file with H.264.
 
     Args:
         frames: f y x 3, uint8 RGB.
@@ -128,41 +132,34 @@ def encode(frames: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _claim(out: Path, parameters: dict[str, Any]) -> None:
-    """Make the folder ours, or refuse one that is another world's."""
+def _check_parameters(out: Path, parameters: dict[str, Any]) -> None:
+    """Write the parameters to a new folder; refuse a folder with other parameters."""
     path = out / _PARAMETERS
     if path.is_file():
         try:
-            found = json.loads(path.read_text())
+            existing = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: expected the parameters of a drawn world as JSON, {error}") from error
-        if found != parameters:
-            raise ValueError(f"{path}: expected the world {parameters}, found {found}; choose another folder")
+        if existing != parameters:
+            raise ValueError(
+                f"{path}: expected the world {parameters}, found {existing}; choose another folder"
+            )
         return
     if (out / _MANIFEST).exists():
         raise ValueError(
-            f"{out / _MANIFEST}: expected {_PARAMETERS} beside it, found none: no drawn world's manifest"
+            f"{out / _MANIFEST}: expected {_PARAMETERS} beside it, found none; not a drawn world"
         )
     out.mkdir(parents=True, exist_ok=True)
     _write(path, (json.dumps(parameters, indent=2) + "\n").encode())
 
 
-def _jobs(sizes: WorldSizes) -> list[tuple[str, range]]:
-    """All clips in chunks, in the manifest's order."""
-    return [
-        (split, range(start, min(start + _CHUNK, count)))
-        for split, count in asdict(sizes).items()
-        for start in range(0, count, _CHUNK)
-    ]
-
-
 @contextmanager
 def _mapper(workers: int) -> Iterator[Any]:
-    """`map` over processes, results in order; over this one where there is but one."""
+    """Give a `map` over processes, with results in order; over this process if `workers` is 1."""
     if workers == 1:
         yield map
         return
-    # Not fork: the caller may hold threads, and a fork would copy their locks.
+    # Not fork: the caller may have threads, whose locks a fork would copy.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             yield pool.map
@@ -172,13 +169,13 @@ def _mapper(workers: int) -> Iterator[Any]:
 
 
 def _draw_chunk(out: Path, seed: int, job: tuple[str, range]) -> list[Clip]:
-    """Draw the clips of a chunk that are not there, and say what is in all of them."""
+    """Draw the missing clips of a chunk, and return the manifest entries of all."""
     split, indices = job
     return [_draw(out, seed, split, index) for index in indices]
 
 
 def _draw(out: Path, seed: int, split: str, index: int) -> Clip:
-    """One clip's file, unless it is there, and its manifest entry."""
+    """Draw one clip, unless its file exists, and return its manifest entry."""
     video = out / _video(split, index)
     scene = make_scene(seed, split, index)
     if not video.is_file():
@@ -194,12 +191,12 @@ def _draw(out: Path, seed: int, split: str, index: int) -> Clip:
 
 
 def _video(split: str, index: int) -> Path:
-    """Where a clip's file lies in its world."""
+    """Return the path of a clip's file in the folder of its world."""
     return Path("videos") / f"{split}_{index:05d}.mp4"
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)

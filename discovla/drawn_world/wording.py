@@ -1,4 +1,4 @@
-"""Captions of the drawn world, in a closed vocabulary, and whether they are true."""
+"""Captions of the drawn world, in a closed vocabulary, and a check of their truth."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from discovla.drawn_world.drawing import COLOURS, PLACES, RADII, SHAPES, Thing
 from discovla.drawn_world.scenes import Actor, Scene, event_kind, other, pick
 
-CONTEXT_LENGTH = 32  # every caption is at most 30 tokens with start and end
-VERBS = {  # event -> how it is said; the first is the plain one
+CONTEXT_LENGTH = 32  # captions have at most 30 tokens, start and end included
+VERBS = {  # event -> wordings, the plain one first
     "moves": ("moves", "goes"),
     "stays": ("stays", "remains"),
     "appears": ("appears",),
@@ -40,14 +40,15 @@ EMPTY = "an empty picture"
 
 Facts = Literal["all", "orderless", "actors"]
 
-_SAY_SIZE, _SAY_PLACE, _SLIP, _SAY_DISTRACTOR = 0.4, 0.7, 0.05, 0.5
+# Probabilities that a caption mentions a size, a place, a distractor, and of an error in a still caption.
+_SAY_SIZE, _SAY_PLACE, _SAY_DISTRACTOR, _SLIP = 0.4, 0.7, 0.5, 0.05
 _ON = {"left": "on", "right": "on", "middle": "in"}  # all other places: at
-_ALIKE = {"disappears": "appears", "shrinks": "grows"}  # the same without the direction of time
+_ALIKE = {"disappears": "appears", "shrinks": "grows"}  # equal if the direction of time is ignored
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clause:
-    """What is said of one thing; None where it is left out, kind None where it only is there."""
+    """Attributes of one object in a caption, None if not mentioned; `kind` is None without an event."""
 
     shape: str
     colour: str
@@ -60,18 +61,18 @@ class Clause:
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """What a caption says: two events and their order."""
+    """Meaning of a caption: two events and their order."""
 
     clauses: tuple[Clause, Clause]
     order: str
 
 
 def tell(scene: Scene, rng: np.random.Generator | None = None) -> Statement:
-    """A true statement about a scene.
+    """Make a true statement about a scene.
 
     Args:
-        rng: chooses what is left out (sizes and places) and who comes first in a "while"; None tells all
-            but the sizes.
+        rng: chooses the sizes and places to leave out and the order of the actors in a "while"; None leaves
+            out the sizes alone.
     """
     clauses = [_tell(actor, rng) for actor in scene.actors]
     if rng is not None and scene.order == "while" and rng.random() < 0.5:
@@ -80,13 +81,13 @@ def tell(scene: Scene, rng: np.random.Generator | None = None) -> Statement:
 
 
 def phrase(statement: Statement, rng: np.random.Generator | None = None) -> str:
-    """A statement as a caption; rng chooses among wordings, None takes the plain one."""
+    """Word a statement as a caption; rng chooses among wordings, None takes the plain one."""
     first, second = (phrase_clause(clause, rng) for clause in statement.clauses)
     return f"{first} {_way(ORDERS[statement.order], rng)} {second}"
 
 
 def phrase_clause(clause: Clause, rng: np.random.Generator | None = None) -> str:
-    """A clause as words."""
+    """Word a clause; see `phrase`."""
     noun = " ".join(word for word in ("a", clause.size, clause.colour, clause.shape) if word)
     where = f"{_ON.get(clause.place, 'at')} the {clause.place}" if clause.place else ""
     if clause.kind is None:
@@ -103,7 +104,7 @@ def phrase_clause(clause: Clause, rng: np.random.Generator | None = None) -> str
 
 
 def still(clauses: Sequence[Clause], rng: np.random.Generator) -> str:
-    """A caption of one picture."""
+    """Word a caption of one picture."""
     if not clauses:
         return EMPTY
     opening = "there is " if rng.random() < 0.2 else ""
@@ -111,7 +112,7 @@ def still(clauses: Sequence[Clause], rng: np.random.Generator) -> str:
 
 
 def describe(thing: Thing, rng: np.random.Generator, slip: float = 0.0) -> Clause:
-    """What is said of a thing in a picture; each attribute is wrong with probability `slip`."""
+    """Describe an object in a picture; each attribute is wrong with probability `slip`."""
 
     def read(value: str, options: Sequence[str]) -> str:
         return other(rng, options, value) if rng.random() < slip else value
@@ -125,8 +126,7 @@ def describe(thing: Thing, rng: np.random.Generator, slip: float = 0.0) -> Claus
 
 
 def frame_caption(scene: Scene, time: float, rng: np.random.Generator) -> str:
-    """A caption of one frame, as a model that looks at stills would write it: with slips, and sometimes with
-    a thing the clip's caption does not speak of."""
+    """Caption one frame as an image captioner would: with errors, and sometimes with a distractor."""
     actors, distractors = scene.seen(time)
     things = [*actors]
     if distractors and rng.random() < _SAY_DISTRACTOR:
@@ -135,11 +135,11 @@ def frame_caption(scene: Scene, time: float, rng: np.random.Generator) -> str:
 
 
 def holds(statement: Statement, scene: Scene, facts: Facts = "all") -> bool:
-    """Whether a statement is true of a scene.
+    """Return True if a statement is true of a scene.
 
     Args:
-        facts: which facts count.  "orderless" leaves out all that shows only in the order of frames: the
-            connector, and the direction of every event.  "actors" keeps colour and shape of the two actors.
+        facts: facts to compare.  "orderless" ignores everything that only the order of frames shows: the
+            connector and the direction of events.  "actors" compares only colour and shape of the actors.
     """
     a, b = statement.clauses
     first, second = scene.actors
@@ -152,7 +152,7 @@ def holds(statement: Statement, scene: Scene, facts: Facts = "all") -> bool:
 
 
 def change_event(clause: Clause, rng: np.random.Generator) -> Clause:
-    """The clause with another event at the same place."""
+    """Replace the event of a clause by another one at the same place."""
     kind = event_kind(rng)
     while kind == clause.kind:
         kind = event_kind(rng)
@@ -165,8 +165,8 @@ def change_event(clause: Clause, rng: np.random.Generator) -> Clause:
 
 
 def token_ids() -> tuple[int, ...]:
-    """All token ids that captions of this world can hold, with padding, start and end; ascending."""
-    # Captions alone need no tokeniser, and it takes seconds to import.
+    """Return all token ids of captions of this world, with padding, start and end, ascending."""
+    # Imported here because it takes seconds and captions need no tokenizer.
     from discovla.data.tokens import Tokenizer
 
     ids, _ = Tokenizer(CONTEXT_LENGTH).encode(WORDS)
@@ -174,7 +174,7 @@ def token_ids() -> tuple[int, ...]:
 
 
 def _tell(actor: Actor, rng: np.random.Generator | None) -> Clause:
-    """A clause about an actor, with what is left out chosen by rng."""
+    """Describe an actor; rng chooses the attributes to leave out."""
     clause = Clause(
         shape=actor.shape,
         colour=actor.colour,
@@ -189,7 +189,7 @@ def _tell(actor: Actor, rng: np.random.Generator | None) -> Clause:
         clause = replace(clause, size=actor.size)
     if rng.random() >= _SAY_PLACE:
         return replace(clause, place=None, place_to=None)
-    # One end of a move is left out two times in five.
+    # In two of five moves one end is left out.
     match rng.integers(5) if actor.kind == "moves" else 4:
         case 0:
             return replace(clause, place=None)
@@ -203,17 +203,15 @@ def _way(ways: Sequence[str], rng: np.random.Generator | None) -> str:
 
 
 def _fits(clause: Clause, actor: Actor, facts: Facts) -> bool:
-    """Whether a clause is true of an actor."""
-    said, true = (clause.colour, clause.colour_to), (actor.colour, actor.colour_to)
+    """Return True if a clause is true of an actor."""
     if facts == "actors":
         return clause.shape == actor.shape and clause.colour == actor.colour
-    where, walked = (clause.place, clause.place_to), (actor.place, actor.place_to)
     if facts == "all":
-        pairs = zip((*said, *where, clause.size), (*true, *walked, actor.size), strict=True)
-        same = all(a is None or a == b for a, b in pairs)
+        optional = ("colour", "colour_to", "place", "place_to", "size")
+        same = all(getattr(clause, name) in (None, getattr(actor, name)) for name in optional)
         return same and clause.shape == actor.shape and clause.kind == actor.kind
-    kind, done = (_ALIKE.get(k, k) for k in (clause.kind or "", actor.kind))
+    kind, actor_kind = (_ALIKE.get(k, k) for k in (clause.kind or "", actor.kind))
     size = clause.size is None or kind == "grows" or clause.size == actor.size
-    ends = {p for p in where if p} <= {p for p in walked if p}
-    colours = {c for c in said if c} <= {c for c in true if c}
-    return kind == done and clause.shape == actor.shape and size and ends and colours
+    places = {clause.place, clause.place_to} <= {actor.place, actor.place_to, None}
+    colours = {clause.colour, clause.colour_to} <= {actor.colour, actor.colour_to, None}
+    return kind == actor_kind and clause.shape == actor.shape and size and places and colours

@@ -25,7 +25,7 @@ def test_every_caption_is_true_of_its_clip(split, facts):
     assert all(holds(statement, scene, facts) for scene, statement in zip(*gallery(split), strict=True))
 
 
-def test_what_is_true_with_all_facts_is_true_with_fewer():
+def test_a_statement_true_with_all_facts_is_true_with_fewer():
     scenes, statements = gallery("siblings")
     for statement in statements:
         for scene in scenes:
@@ -35,20 +35,20 @@ def test_what_is_true_with_all_facts_is_true_with_fewer():
                 assert holds(statement, scene, "actors")
 
 
-def test_all_facts_almost_always_find_the_clip_and_actors_alone_do_not():
+def test_the_ceiling_is_near_100_with_all_facts_and_far_below_with_the_actors_alone():
     scenes, statements = gallery("test", 300)
     assert ceiling(scenes, statements) > 99
     assert ceiling(scenes, statements, "orderless") > 99
     assert 65 < ceiling(scenes, statements, "actors") < 90
 
 
-def test_the_actors_alone_find_one_sibling_in_four():
+def test_the_ceiling_of_siblings_with_the_actors_alone_is_one_in_four():
     scenes, statements = gallery("siblings")
     assert ceiling(scenes, statements) > 98
     assert 20 < ceiling(scenes, statements, "actors") <= 25
 
 
-def test_a_reader_who_knows_nothing_apart_guesses():
+def test_the_ceiling_of_equal_scenes_is_chance():
     scene, statement, _ = first_caption(0, "test", 0)
     assert ceiling([scene] * 4, [statement] * 4) == 25
 
@@ -92,7 +92,7 @@ def test_the_true_caption_is_the_plain_one_of_its_clip(probes):
         assert probe.true == phrase(tell(scene))
 
 
-def test_both_ways_of_a_reversal_ask_for_opposite_answers(probes):
+def test_the_two_probes_of_a_reversal_have_opposite_answers(probes):
     reversals = [probe for probe in probes if probe.kind == "reversal"]
     for forth, back in zip(reversals[::2], reversals[1::2], strict=True):
         assert (forth.clip, forth.true, forth.false) == (back.clip, back.false, back.true)
@@ -104,7 +104,7 @@ def test_the_control_of_a_probe_is_another_clip(probes):
     assert all(probe.control != probe.clip and 0 <= probe.control < COUNT for probe in probes)
 
 
-def test_a_bind_probe_keeps_the_words_and_exchanges_who_does_what(probes):
+def test_a_bind_probe_keeps_the_words_and_exchanges_the_events(probes):
     for probe in probes:
         if probe.kind == "bind":
             assert sorted(probe.true.split()) == sorted(probe.false.split())
@@ -117,7 +117,7 @@ def test_probe_captions_fit_the_context_and_the_vocabulary(probes):
     assert {word for text in texts for word in text.split()} <= set(WORDS)
 
 
-def test_one_clip_has_no_control():
+def test_a_single_clip_without_a_control_is_refused():
     with pytest.raises(ValueError, match="count: expected at least 2 clips"):
         make_probes(0, "test", 1)
 

@@ -14,7 +14,7 @@ EASY = [STILLS.sample(i, 0) for i in range(60)]
 
 
 def coloured(frame, colour):
-    """Where a picture has a colour of the world."""
+    """Return the mask of the pixels that have a colour of the world."""
     return np.abs(frame.astype(int) - COLOURS[colour]).max(-1) < 30
 
 
@@ -32,13 +32,13 @@ def test_another_seed_epoch_or_index_draws_another_still(seed, epoch, index):
     assert not np.array_equal(other.frames, HARD[5].frames)
 
 
-def test_a_still_is_one_frame_that_knows_its_index():
+def test_a_still_has_one_frame_and_its_index():
     assert HARD[7].frames.shape == (1, 64, 64, 3)
     assert HARD[7].frames.dtype == np.uint8
     assert HARD[7].video_index == 7
 
 
-def test_an_easy_still_has_the_colour_it_is_said_to_have_at_the_place_it_is_said_to_be():
+def test_an_easy_still_shows_the_colour_of_its_caption_at_the_place_of_its_caption():
     placed = 0
     for sample in EASY:
         words = sample.text.split()
@@ -62,7 +62,7 @@ def test_easy_stills_have_one_noun_and_no_verb():
         assert not verbs & set(words)
 
 
-def test_a_big_thing_is_bigger_than_a_small_one():
+def test_a_big_object_is_bigger_than_a_small_one():
     area = {"small": [], "big": []}
     for sample in EASY:
         words = sample.text.split()
@@ -82,30 +82,30 @@ def test_still_captions_leave_two_tokens_of_the_context_free():
     assert max(tokenizer.length(sample.text) for sample in HARD) <= CONTEXT_LENGTH - 2
 
 
-def test_about_a_third_of_the_clauses_carry_a_verb():
+def test_about_a_third_of_the_clauses_have_a_verb():
     words = [word for sample in HARD for word in sample.text.split()]
     verbs = {way for ways in VERBS.values() for way in ways}
     share = sum(word in verbs for word in words) / sum(word in SHAPES for word in words)
     assert 0.24 < share < 0.36
 
 
-def test_only_a_picture_without_things_is_called_empty():
+def test_only_a_picture_without_objects_is_called_empty():
     empty = [sample for sample in HARD if sample.text == EMPTY]
     assert empty
     for sample in empty:
         assert not any(coloured(sample.frames[0], colour).sum() > 25 for colour in COLOURS)
 
 
-def test_stills_travel_to_other_processes():
+def test_stills_can_be_pickled():
     assert pickle.loads(pickle.dumps(STILLS)).sample(5, 1).text == HARD[5].text
 
 
 @pytest.mark.parametrize("index", [-1, 400])
-def test_a_still_beyond_the_end_is_refused(index):
+def test_an_index_out_of_range_is_refused(index):
     with pytest.raises(IndexError, match=r"index: expected 0\.\.399"):
         STILLS.sample(index, 0)
 
 
-def test_no_stills_at_all_are_refused():
+def test_a_count_of_zero_is_refused():
     with pytest.raises(ValueError, match="count: expected at least 1 still, got 0"):
         Stills(count=0)

@@ -18,12 +18,12 @@ SIZES = WorldSizes(train=30, val=5, test=5, siblings=8)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A small world, drawn by one process."""
+    """Draw a small world by one process."""
     return draw_world(tmp_path_factory.mktemp("world"), sizes=SIZES, workers=1)
 
 
 def contents(manifest):
-    """The bytes of every file of a world, but for world.json."""
+    """Return the bytes of every file of a world except world.json."""
     folder = manifest.parent
     return {
         p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.suffix in {".mp4", ".jsonl"}
@@ -46,7 +46,7 @@ def test_another_seed_draws_another_world(world, tmp_path):
     assert same == set()
 
 
-def test_a_larger_world_holds_the_same_clips(world, tmp_path):
+def test_a_larger_world_contains_the_same_clips(world, tmp_path):
     larger = draw_world(tmp_path, sizes=WorldSizes(train=0, val=7, test=0, siblings=0), workers=1)
     videos = {name: content for name, content in contents(larger).items() if name.suffix == ".mp4"}
     shared = videos.keys() & contents(world).keys()
@@ -54,7 +54,7 @@ def test_a_larger_world_holds_the_same_clips(world, tmp_path):
     assert all(videos[name] == contents(world)[name] for name in shared)
 
 
-def test_the_manifest_holds_as_many_clips_of_each_split_as_asked(world):
+def test_the_manifest_has_the_requested_number_of_clips_of_each_split(world):
     clips = read_manifest(world)
     assert {split: sum(c.split == split for c in clips) for split in PARTS} == {
         "train": 30,
@@ -72,7 +72,7 @@ def test_a_clip_is_h264_of_the_stated_length_and_rate(world):
         assert sum(1 for _ in container.decode(stream)) == FRAMES
 
 
-def test_the_facts_of_a_scene_tell_its_split():
+def test_the_facts_of_a_scene_determine_its_split():
     part = {
         split: {zlib.crc32(repr(make_scene(0, split, i).facts).encode()) % 8 for i in range(60)}
         for split in PARTS
@@ -121,7 +121,7 @@ def test_captions_leave_two_tokens_of_the_context_free(world):
     assert max(tokenizer.length(text) for text in every_text(world)) <= CONTEXT_LENGTH - 2
 
 
-def test_the_first_caption_made_from_the_facts_is_that_of_the_manifest(world):
+def test_first_caption_equals_the_first_caption_in_the_manifest(world):
     test = read_manifest(world, split="test")
     assert [first_caption(0, "test", i)[2] for i in range(len(test))] == [clip.captions[0] for clip in test]
 
@@ -129,7 +129,7 @@ def test_the_first_caption_made_from_the_facts_is_that_of_the_manifest(world):
 @pytest.mark.parametrize(
     "lost", [["manifest.jsonl"], ["videos/train_00001.mp4"], ["manifest.jsonl", "videos/val_00000.mp4"]]
 )
-def test_an_interrupted_world_is_gone_on_with(tmp_path, lost):
+def test_an_interrupted_world_is_completed(tmp_path, lost):
     sizes = WorldSizes(train=2, val=1, test=0, siblings=0)
     whole = contents(draw_world(tmp_path, sizes=sizes, workers=1))
     kept = tmp_path / "videos/train_00000.mp4"
@@ -140,12 +140,12 @@ def test_an_interrupted_world_is_gone_on_with(tmp_path, lost):
     assert kept.stat().st_mtime_ns == before
 
 
-def test_a_finished_world_is_left_alone(world, caplog):
+def test_a_complete_world_stays_unchanged(world, caplog):
     before = {p: p.stat().st_mtime_ns for p in world.parent.rglob("*")}
     with caplog.at_level(logging.INFO):
         assert draw_world(world.parent, sizes=SIZES, workers=1) == world
     assert {p: p.stat().st_mtime_ns for p in world.parent.rglob("*")} == before
-    assert "all 48 clips are there" in caplog.text
+    assert "all 48 clips exist" in caplog.text
 
 
 def test_other_parameters_are_refused(world):
@@ -153,20 +153,20 @@ def test_other_parameters_are_refused(world):
         draw_world(world.parent, seed=7, sizes=SIZES, workers=1)
 
 
-def test_a_manifest_that_is_no_worlds_is_not_overwritten(tmp_path):
+def test_a_manifest_without_world_json_is_not_overwritten(tmp_path):
     (tmp_path / "manifest.jsonl").write_text("mine")
     with pytest.raises(ValueError, match=r"manifest\.jsonl: expected world\.json beside it"):
         draw_world(tmp_path, sizes=SIZES, workers=1)
     assert (tmp_path / "manifest.jsonl").read_text() == "mine"
 
 
-def test_a_spoilt_world_json_is_named(tmp_path):
+def test_a_malformed_world_json_is_named(tmp_path):
     (tmp_path / "world.json").write_text("{")
     with pytest.raises(ValueError, match=r"world\.json: expected the parameters of a drawn world as JSON"):
         draw_world(tmp_path, sizes=SIZES, workers=1)
 
 
-def test_the_recorded_parameters_are_those_asked_for(world):
+def test_world_json_has_the_parameters(world):
     found = json.loads((world.parent / "world.json").read_text())
     assert (found["seed"], found["sizes"]["train"]) == (0, 30)
 
@@ -194,28 +194,28 @@ def test_a_decoded_clip_shows_the_front_actor_in_its_colour_where_it_is(index, t
 
 
 def area(frame, colour, place):
-    """Pixels of a colour within a big thing's reach of a place."""
+    """Count the pixels of a colour within the radius of a big object around a place."""
     rows, columns = np.mgrid[:64, :64]
     near = np.hypot(columns - PLACES[place][0], rows - PLACES[place][1]) < 14
     return (near & (np.abs(frame.astype(int) - COLOURS[colour]).max(-1) < 40)).sum()
 
 
 def front_acts(kind, count=6):
-    """Films of scenes whose front actor does something, with that actor; nothing else shares its colours."""
-    found = []
+    """Return films whose front actor has the event, with that actor; no other object has its colours."""
+    films = []
     for i in range(2000):
         scene = make_scene(0, "train", i)
         front, back = scene.actors[1], scene.actors[0]
         others = {back.colour, back.colour_to, *(thing.colour for thing in scene.distractors)}
         if front.kind == kind and not others & {front.colour, front.colour_to} - {None}:
-            found.append((film(scene, 0, "train", i), front))
-        if len(found) == count:
-            return found
-    raise AssertionError(f"only {len(found)} scenes of {kind}")
+            films.append((film(scene, 0, "train", i), front))
+        if len(films) == count:
+            return films
+    raise AssertionError(f"only {len(films)} scenes of {kind}")
 
 
 @pytest.mark.parametrize("kind", EVENTS)
-def test_a_film_shows_the_event_it_is_of(kind):
+def test_a_film_shows_its_event(kind):
     for frames, a in front_acts(kind):
         first, last = frames[0], frames[28]  # the first and the last that are sampled
         colour, place = a.colour_to or a.colour, a.place_to or a.place
@@ -238,14 +238,14 @@ def test_a_film_shows_the_event_it_is_of(kind):
                 assert abs(after - before) < 0.1 * before
 
 
-def test_the_first_event_is_over_before_the_second_begins_where_the_order_is_then():
+def test_with_then_the_first_event_ends_before_the_second_begins():
     scenes = [make_scene(0, "train", i) for i in range(200)]
     ordered = [scene for scene in scenes if scene.order == "then"]
     assert 0.5 < len(ordered) / len(scenes) < 0.7
     assert all(scene.actors[0].end < scene.actors[1].start for scene in ordered)
 
 
-def test_both_events_overlap_where_the_order_is_while():
+def test_with_while_both_events_overlap():
     scenes = [scene for i in range(200) if (scene := make_scene(0, "train", i)).order == "while"]
     assert all(max(a.start for a in s.actors) < min(a.end for a in s.actors) for s in scenes)
 
