@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 from benchmarks.drawn_figures import Exam, measure
 from benchmarks.measure import read_rows, write_row
 from discovla.config import RunConfig, parse_config
-from discovla.engine.distributed import start
+from discovla.engine.distributed import join_world
 from discovla.engine.log import versions
 from discovla.methods import build
 from discovla.methods.base import Method
@@ -215,7 +215,7 @@ def run_all(place: Place, runs: Iterable[tuple[Row, int]]) -> Iterator[dict[str,
                 mode="json", exclude={"directory": True, "data": {"manifest", "cache"}}
             ),
             "logit_scale": method.logit_scale().item(),
-            "versions": versions(start("cpu")),
+            "versions": versions(join_world("cpu")),
             "weights": weights,
             "identity": identity(row, seed),
         }

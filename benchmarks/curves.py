@@ -34,7 +34,7 @@ from discovla.batch import Batch
 from discovla.config import RunConfig, read_config
 from discovla.data.dataset import BatchSpec, read_clips
 from discovla.data.loader import TrainLoader
-from discovla.engine.distributed import start
+from discovla.engine.distributed import join_world
 from discovla.engine.optim import learning_rate
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan
@@ -68,7 +68,7 @@ def curve(precision: str, words: Sequence[str]) -> Row:
     begin = time.process_time()
     method, loader = _parts(config)
     assert not method.parameter_groups(), "under LoRA all that trains has one rate"
-    world = start("cpu")
+    world = join_world("cpu")
     set_precision(method, config.engine, world.device)
     plan = StepPlan(engine=config.engine, optim=config.optim, world=world, batch_size=config.batch_size)
     strategy = make_strategy(TrainStep(method, world, config.engine.grad_scale), plan)

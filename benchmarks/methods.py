@@ -38,7 +38,7 @@ from benchmarks.measure import machine, read_rows, write_row
 from discovla.config import RunConfig, read_config
 from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.data.manifest import read_manifest
-from discovla.engine.distributed import start
+from discovla.engine.distributed import join_world
 from discovla.load import load_run
 from discovla.methods import build
 from discovla.methods.base import Method
@@ -258,7 +258,7 @@ def costs(place: Place, rounds: int = 7) -> list[dict[str, Any]]:
 
 def _losses(place: Place, row: Row) -> tuple[Callable[[], torch.Tensor], Method]:
     """A function that computes the loss of the first batch, and the method it trains."""
-    world = start("cpu")
+    world = join_world("cpu")
     config = place.config(row, 0, Path("unused"))
     torch.manual_seed(0)
     method = build(config.model, config.method)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.measure import machine, results_file, write_row
 from discovla.engine.config import EngineConfig
-from discovla.engine.distributed import start, stop
+from discovla.engine.distributed import join_world, leave_world
 from discovla.engine.memory import Sizes, TokenLayers, activation_bytes, state_bytes
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategies import make_strategy
@@ -201,7 +201,7 @@ def _rank(rank: int, size: int, wire: int, where: tuple[str, Any]) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
-    world, architecture = start("cpu"), tiny_architecture()
+    world, architecture = join_world("cpu"), tiny_architecture()
     method = DiscoVLA(architecture, DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1))
     initialise(method, architecture, seed=0)
     method.freeze()
@@ -217,7 +217,7 @@ def _rank(rank: int, size: int, wire: int, where: tuple[str, Any]) -> None:
         strategy.step(1e-3)
     model = Model(pairs=own, dim=architecture.embed_dim, frames=FRAMES, wire=wire)
     model = replace(model, trained=trained_size(method))
-    stop()
+    leave_world()
     if rank == 0:
         answers.put((model, sent))
 

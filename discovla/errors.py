@@ -1,4 +1,4 @@
-"""What went wrong, told by each program in one line and once for all its processes."""
+"""Expected errors of a program: one line on stderr, once for all ranks, and an exit status."""
 
 from __future__ import annotations
 
@@ -11,35 +11,32 @@ from contextlib import suppress
 
 from discovla.data.video.errors import DecodeError
 
+EXIT_FAILED = 2
+EXIT_STOPPED = 75  # a signal stopped the run and it can resume: EX_TEMPFAIL of sysexits.h
 EXPECTED = (ValueError, DecodeError, OSError, FloatingPointError)
-FAILED = 2  # exit status
-STOPPED = 75  # exit status of a run that a signal ended and that can go on: "try again later" of sysexits.h
-GRACE = 10.0  # seconds that ranks > 0 leave rank 0 to tell of the same fault, and the launcher to end them
-_READER = re.compile(
-    r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)"
-)  # in torch's words
-_GONE = "a process that reads for this one has ended, as where memory or /dev/shm is short (data.workers)"
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's words
+RANK_ZERO_SECONDS = 10.0  # other ranks wait so long before they print: rank 0 may report the same error
+_WORKER_LOST = re.compile(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)")  # of torch
+_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # of gloo
 
 
 class PeerLost(Exception):
-    """Another process of the run is gone; the message names it."""
+    """Another process of the run is lost; the message names it."""
 
 
 class RunStopped(Exception):
-    """A signal asked the run to stop, and it did, with all that it needs to go on."""
+    """The run stopped because of a signal, with everything saved that it needs to resume."""
 
 
 def run_program(run: Callable[[], None], program: str) -> int:
-    """Run a program; what is wrong with its input or its machine is one line on stderr.
+    """Call `run` and turn expected errors into one line on stderr.
 
-    A fault on all ranks is told by the first: the others wait, and are ended by the launcher, which ends all
-    processes once one has failed.  A fault on one rank alone is told by that rank, before it leaves the
-    collectives in which the others wait.  That a process is lost is told by every other, at once, and that
-    one that read data is, by the rank that it read for.
+    An error on all ranks is printed by rank 0: the others wait first, and the launcher ends them once rank 0
+    has failed.  An error on one rank only is printed by that rank, before it leaves the collectives in which
+    the others wait.  A lost process is printed by every other rank at once, a lost data-loading process by
+    the rank that it loads for.
 
     Returns:
-        The exit status: 0, 2 where something is wrong, 75 where a signal stopped the run.
+        Exit status: 0, `EXIT_FAILED` after an expected error, `EXIT_STOPPED` after a stop signal.
     """
     try:
         run()
@@ -47,57 +44,61 @@ def run_program(run: Callable[[], None], program: str) -> int:
     except RunStopped as stopped:
         if not _rank():
             sys.stderr.write(f"{program}: {stopped}\n")
-        return STOPPED
+        return EXIT_STOPPED
     except PeerLost as error:
-        tell(str(error), program)
-        return FAILED
+        print_error(str(error), program)
+        return EXIT_FAILED
     except EXPECTED as error:
         line = one_line(error)
     except RuntimeError as error:
-        if _READER.search(str(error)):
-            tell(f"{_GONE}: {one_line(error)}", program)
-            return FAILED
-        if not lost_connection(error):
+        if _WORKER_LOST.search(str(error)):
+            print_error(
+                "a data-loading process of this rank has ended, possibly for lack of memory or of /dev/shm "
+                f"(data.workers): {one_line(error)}",
+                program,
+            )
+            return EXIT_FAILED
+        if not is_connection_lost(error):
             raise
-        line = "another process of this run ended; its own message says why"
+        line = "another process of this run ended; see its own message"
     if _rank():
-        time.sleep(GRACE)
-    tell(line, program)
-    return FAILED
+        time.sleep(RANK_ZERO_SECONDS)
+    print_error(line, program)
+    return EXIT_FAILED
 
 
-def tell(line: str, program: str) -> None:
-    """One line on stderr; ranks above the first say which they are."""
+def print_error(line: str, program: str) -> None:
+    """Print one line on stderr, with the rank if it is not 0."""
     rank = _rank()
     sys.stderr.write(f"{program}: error{f' (rank {rank})' if rank else ''}: {line}\n")
     sys.stderr.flush()
 
 
-def end(line: str, last: Callable[[], None]) -> None:
-    """End this process, from whichever thread, for the run cannot go on: after its line, and `last`."""
+def exit_process(line: str, before_exit: Callable[[], None]) -> None:
+    """Print a line, call `before_exit` and end this process at once, from any thread."""
     try:
-        with suppress(OSError):  # nobody may be left to read it
-            tell(line, "train.py")
-        last()
+        with suppress(OSError):  # stderr may be closed
+            print_error(line, "train.py")
+        before_exit()
     finally:
-        os._exit(FAILED)
+        os._exit(EXIT_FAILED)
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error on one line, with the file first where the system names one."""
+    """Return the message of an error on one line, after the file's name if the system gives one."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip()
     if text.startswith("Caught ") and "Traceback" in text:
-        text = text.splitlines()[-1]  # a worker that reads data sends all of its traceback
+        text = text.splitlines()[-1]  # a data-loading process sends its whole traceback
     return " ".join(text.split())
 
 
-def lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone."""
-    import torch.distributed as dist  # not every program has it loaded, and it takes seconds
+def is_connection_lost(error: RuntimeError) -> bool:
+    """Return True if a collective failed because another process is gone."""
+    import torch.distributed as dist  # takes seconds to import, and not every program has it loaded
 
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST)
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in _CONNECTION_LOST)
 
 
 def _rank() -> int:

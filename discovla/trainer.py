@@ -20,17 +20,17 @@ from discovla.data.quarantine import Quarantine
 from discovla.engine.capture import check_capture, make_capture
 from discovla.engine.checkpoint import CheckpointWriter, evaluated
 from discovla.engine.config import EngineConfig
-from discovla.engine.distributed import World, all_reduce_sum, gather_objects, start, stop
+from discovla.engine.distributed import World, all_reduce_sum, gather_objects, join_world, leave_world
 from discovla.engine.ema import make_ema
-from discovla.engine.lifecycle.heartbeat import SETTLE, Heartbeat
-from discovla.engine.lifecycle.pace import Pace, slow
+from discovla.engine.lifecycle.heartbeat import GRACE, Heartbeat
+from discovla.engine.lifecycle.pace import RankTimer, describe_slow_ranks
 from discovla.engine.lifecycle.peers import Peers
-from discovla.engine.lifecycle.signals import REASONS, StopSignals
+from discovla.engine.lifecycle.signals import STOP_REASONS, StopSignals
 from discovla.engine.log import RunLog
 from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan
-from discovla.errors import PeerLost, RunStopped, end, lost_connection
+from discovla.errors import PeerLost, RunStopped, exit_process, is_connection_lost
 from discovla.evaluate import Evaluation, evaluate
 from discovla.methods import build
 from discovla.methods.base import Method
@@ -71,7 +71,9 @@ class Trainer:
         engine = self.config.engine
         self.signals = StopSignals()  # who is above this process is to be seen before it waits for others
         try:
-            self.world = start(engine.device, within=engine.rendezvous_timeout, met=self._begin_watch)
+            self.world = join_world(
+                engine.device, rendezvous_timeout=engine.rendezvous_timeout, on_peers=self._begin_watch
+            )
         except RuntimeError as error:
             self._name_lost(error)
             raise
@@ -79,7 +81,7 @@ class Trainer:
             results = self._carried_out()
             if self.watch is not None:
                 self.watch.close()
-            stop()
+            leave_world()
             if self.asked is not None:
                 self.signals.ignore()
         if self.asked is not None:
@@ -108,18 +110,21 @@ class Trainer:
             raise
         finally:
             if self.watch is not None:
-                self.watch.let_go()
+                self.watch.disarm()
 
-    def _begin_watch(self, world: World, met: Peers) -> None:
+    def _begin_watch(self, world: World, peers: Peers) -> None:
         last = partial(self.writer.leave, SAVED)
         self.watch = Heartbeat(
-            world, met, silence=self.config.engine.heartbeat_timeout, end=partial(end, last=last)
+            world,
+            peers,
+            timeout=self.config.engine.heartbeat_timeout,
+            on_lost=partial(exit_process, before_exit=last),
         )
 
     def _name_lost(self, error: RuntimeError) -> None:
         """Raise PeerLost where an error comes of that."""
-        if self.watch is not None and (self.watch.lost is not None or lost_connection(error)):
-            line = self.watch.line(SETTLE)
+        if self.watch is not None and (self.watch.lost is not None or is_connection_lost(error)):
+            line = self.watch.wait_for_loss(GRACE)
             if line is not None:
                 raise PeerLost(f"{line}; resume=true goes on from the newest checkpoint") from error
 
@@ -186,7 +191,9 @@ class Trainer:
             groups=_groups(self.method),
         )
         towers = [self.method.vision, self.method.text]
-        self.pace = Pace(self.world, towers, every=config.engine.straggler_check_every, name=self._name())
+        self.pace = RankTimer(
+            self.world, towers, every=config.engine.straggler_check_every, name=self._name()
+        )
         how = (config.engine.grad_scale, config.engine.grad_cache_chunks, config.engine.comm_dtype)
         step = TrainStep(self.method, self.world, *how)
         self.strategy = make_strategy(step, plan)
@@ -208,7 +215,7 @@ class Trainer:
 
     def _steps(self, first: int, last: int) -> None:
         """Steps first .. last - 1, or until a signal asks to stop; a checkpoint holds all that were taken."""
-        for step, batch in self.pace.reading(self._batches(first, last)):
+        for step, batch in self.pace.time_loading(self._batches(first, last)):
             batch = self._agreed(step, batch)
             if self.asked is not None:
                 if self.saving.step != step:
@@ -283,7 +290,7 @@ class Trainer:
         """
         self.saving.check()
         counts = all_reduce_sum(torch.tensor([len(batch.bad), *self.signals.counts()]), self.world).tolist()
-        self.asked = next((name for name, count in zip(REASONS, counts[1:], strict=True) if count), None)
+        self.asked = next((name for name, count in zip(STOP_REASONS, counts[1:], strict=True) if count), None)
         if not counts[0]:
             return replace(batch, valid=None)
         bad: list[BadClip] = [clip for share in gather_objects(batch.bad, self.world) for clip in share]
@@ -311,7 +318,7 @@ class Trainer:
         if whole or done == last or better is not None or _every(config.checkpoint_every, done):
             self._save(done, better)
         shares = self.pace.step()
-        for line in slow(shares) if shares else []:
+        for line in describe_slow_ranks(shares) if shares else []:
             logger.warning("step %d: %s", done, line)
             self.log.event("slow", done, {"rank": line})
         self.log.resume_clock()
@@ -334,7 +341,7 @@ class Trainer:
 
     def _name(self) -> str:
         """Of this process, for messages."""
-        return str(self.watch.everyone[self.world.rank]) if self.watch is not None else "the only rank"
+        return str(self.watch.members[self.world.rank]) if self.watch is not None else "the only rank"
 
     def _validate(self, done: int) -> float | None:
         """Figures on the validation split; their score where it is the best so far."""

@@ -170,7 +170,7 @@ def _rank(words: list[str], log: str, env: dict[str, str], befalling: list[str])
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    errors.GRACE = 0.3  # no launcher is waiting to end the others
+    errors.RANK_ZERO_SECONDS = 0.3  # no launcher is waiting to end the others
     for one in befalling:
         _arrange(*one.split(":"))
     sys.exit(import_module("train").main(words))

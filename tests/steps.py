@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from discovla.batch import Batch
-from discovla.engine.distributed import World, gather_objects, start, stop
+from discovla.engine.distributed import World, gather_objects, join_world, leave_world
 from discovla.engine.strategy import average_gradients
 from discovla.methods import METHODS
 from discovla.methods.base import Method
@@ -217,13 +217,13 @@ def _rank(case: Callable[[World], Any], rank: int, size: int, port: int, path: s
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    world = start("cpu")
+    world = join_world("cpu")
     found = case(world)
     everyones = gather_objects(found["loss"], world)
     assert all(one == found["loss"] for one in everyones), "every rank knows the same loss"
     if world.first:
         torch.save(found, path)
-    stop()
+    leave_world()
 
 
 assert runs

@@ -20,13 +20,13 @@ from discovla.data.config import DataConfig
 from discovla.data.dataset import read_clips
 from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.engine import checkpoint
-from discovla.errors import STOPPED
+from discovla.errors import EXIT_STOPPED
 from tests import runs
 
 STEP = "discovla.trainer:learning_rate"  # called once a step
 PIXELS = "discovla.towers.vision:preprocess_frames"  # twice for the figures before training, then once a step
 WRITE = "discovla.engine.checkpoint:_write_tensors"  # twice a checkpoint
-LEAVING = "SIGTERM:discovla.trainer:stop:1"  # as a launcher sends it to those that end after another
+LEAVING = "SIGTERM:discovla.trainer:leave_world:1"  # as a launcher sends it to those that end after another
 NOTICE = 30.0  # seconds in which all others have ended once a process has; 10 on a machine that is not busy
 SHORT = ("data.val_split=", "checkpoint_every=2")
 ZERO2 = ("engine.strategy=deepspeed", "engine.zero_stage=2")
@@ -61,7 +61,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on(
 ):
     words = [runs.write_config(tmp_path, drawn), *SHORT]
     job = runs.start(words, size=2, fault=fault, rank=1)
-    assert job.wait() == [STOPPED, STOPPED]
+    assert job.wait() == [EXIT_STOPPED, EXIT_STOPPED]
     assert told in job.output().splitlines()[-1]
     assert "error" not in job.output() + job.output(rank=1)
     runs.train([*words, "resume=true"], size=2)
@@ -71,7 +71,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on(
 def test_a_signal_to_a_rank_and_its_readers_is_obeyed_by_the_rank(tmp_path, drawn, whole):
     words = [runs.write_config(tmp_path, drawn), *SHORT, "data.workers=2"]
     job = runs.start(words, size=2, fault=f"tree:{STEP}:4", rank=1)
-    assert job.wait() == [STOPPED, STOPPED], job.output() + job.output(rank=1)
+    assert job.wait() == [EXIT_STOPPED, EXIT_STOPPED], job.output() + job.output(rank=1)
     assert "train.py: stopped by SIGTERM after step 4 of 6, which is saved" in job.output()
     assert "error" not in job.output() + job.output(rank=1)
     runs.train([*words, "resume=true"], size=2)
@@ -82,7 +82,7 @@ def test_a_signal_to_a_rank_and_its_readers_is_obeyed_by_the_rank(tmp_path, draw
 def test_a_signal_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path, drawn, whole):
     words = [runs.write_config(tmp_path, drawn), *SHORT]
     job = runs.start(words, size=2, fault=f"SIGTERM:{WRITE}:2")
-    assert job.wait() == [STOPPED, STOPPED]
+    assert job.wait() == [EXIT_STOPPED, EXIT_STOPPED]
     kept = tmp_path / "run/checkpoints"
     assert all(path.name.startswith("step-") for path in kept.iterdir()), list(kept.iterdir())
     runs.train([*words, "resume=true"], size=2)
@@ -113,15 +113,15 @@ def test_every_other_rank_names_the_one_that_was_killed_and_ends(size, rank, tmp
     assert_close(runs.losses(tmp_path / "run"), runs.losses(whole), rtol=1e-5, atol=0)
 
 
-MET = "expected {} processes to come together within 4 s, found "
+MISSING = "expected {} processes to join within 4 s, found "
 
 
 @pytest.mark.parametrize(
     ("size", "rank", "where", "told"),
     [
-        (3, 1, "discovla.trainer:start", MET.format(3) + "2 of them: rank 1 did not come"),
+        (3, 1, "discovla.trainer:join_world", MISSING.format(3) + "2: rank 1 missing"),
         pytest.param(
-            *(2, 0, "discovla.trainer:start", MET.format(2) + "nobody who listens at 127.0.0.1:"),
+            *(2, 0, "discovla.trainer:join_world", MISSING.format(2) + "no listener at 127.0.0.1:"),
             marks=pytest.mark.slow,
         ),
         (3, 2, "discovla.engine.distributed:_backend", ""),
@@ -142,7 +142,7 @@ def test_a_rank_whose_reader_was_killed_says_so_in_one_line(tmp_path, drawn):
     job = runs.start(words, size=2, fault=f"reader:{STEP}:2", rank=1)
     assert job.wait() == [2, 2]
     (line,) = job.output(rank=1).splitlines()
-    assert line.startswith("train.py: error (rank 1): a process that reads for this one has ended, as where ")
+    assert line.startswith("train.py: error (rank 1): a data-loading process of this rank has ended, ")
     assert re.search(r"\(data.workers\): DataLoader worker \(pid \d+\) is killed by signal: Killed", line)
     assert re.search(lost(1, "has ended before the run was over"), job.output())
 
@@ -157,7 +157,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_and_the_last_checkpoint_is_w
     job.processes[0].join(60)
     job.processes[1].kill()
     assert job.wait() == [2, -9]
-    assert re.search(lost(1, "gave no sign of life for 11 seconds"), job.output())
+    assert re.search(lost(1, "sent no heartbeat for 11 seconds"), job.output())
     found = checkpoint.latest(tmp_path / "run/checkpoints")
     assert found is not None and found.step == 1
 
@@ -245,7 +245,9 @@ def test_a_rank_that_holds_the_others_up_is_named(tmp_path, drawn):
     assert job.wait() == [0, 0]
     (found,) = runs.records(tmp_path / "run", "slow")
     name = rf"rank 1 \({re.escape(socket.gethostname())}, process \d+\)"
-    assert re.match(rf"{name} is slow: \d\.\d+ s a step by itself \(0\.[4-9]\d* to read, ", found["rank"])
+    assert re.match(
+        rf"{name} is slow: \d\.\d+ s a step on its own \(0\.[4-9]\d* waiting for batches, ", found["rank"]
+    )
     assert f"step 4: {found['rank']}" in job.output()
 
 
@@ -302,7 +304,7 @@ def test_a_process_ends_where_nobody_reads_its_line():
     """Its launcher may be gone, and with it the pipe."""
     code = (
         "import os, threading, discovla.errors as f\n"
-        "threading.Thread(target=f.end, args=('lost', lambda: os.write(1, b'last'))).start()\n"
+        "threading.Thread(target=f.exit_process, args=('lost', lambda: os.write(1, b'last'))).start()\n"
         "threading.Event().wait(30)\n"
     )
     read, write = os.pipe()

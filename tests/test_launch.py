@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from discovla.errors import STOPPED
+from discovla.errors import EXIT_STOPPED
 from tests import runs
 from tests.engine.launch import LAUNCHER, ROOT, free_port
 
@@ -201,7 +201,7 @@ def test_deepspeed_on_two_machines_ends_with_the_status_of_a_rank_that_is_asked_
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE, "data.workers=2"]
     job = begun(["bash", ROOT / "launch/deepspeed.sh", *words], tmp_path, HOSTFILE=tmp_path / "hostfile")
     rank_of(tmp_path, 1).terminate()
-    assert job.wait(60) == STOPPED, said(tmp_path)
+    assert job.wait(60) == EXIT_STOPPED, said(tmp_path)
     assert "ready" in said(tmp_path) and "all-reduce over 2 ranks" in said(tmp_path)
     first, second = sorted((tmp_path / "logs").glob("*_rank?.log"))
     assert "train.py: stopped by SIGTERM after step " in first.read_text()

@@ -26,7 +26,7 @@ from discovla.data.manifest import Clip, check_clips
 from discovla.data.sampling import clip_sampling
 from discovla.data.shards.reader import open_shards
 from discovla.data.video.errors import DecodeError
-from discovla.engine.distributed import World, all_reduce_sum, gather_objects, start, stop
+from discovla.engine.distributed import World, all_reduce_sum, gather_objects, join_world, leave_world
 from discovla.engine.log import versions
 
 JOIN = 120.0  # seconds for all processes to come together, and for each collective
@@ -76,17 +76,17 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.mib < 1:
         raise ValueError(f"--mib: expected at least 1, got {arguments.mib}")
     try:
-        world = start(device, timeout=timedelta(seconds=JOIN))
+        world = join_world(device, timeout=timedelta(seconds=JOIN))
     except ValueError as error:
         raise ValueError(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {error}") from None
     everyone = gather_objects(look(world, config, free=arguments.free * 2**30), world)
     if wrong := complaint(everyone):
-        stop()
+        leave_world()
         raise ValueError(wrong)
     rate = bandwidth(world, arguments.mib * 2**20)
     if world.first:
         print(table(everyone, rate))
-    stop()
+    leave_world()
 
 
 def look(world: World, config: RunConfig | None, *, free: float) -> Found:

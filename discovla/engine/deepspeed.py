@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from discovla.batch import Batch, Losses
 from discovla.engine.config import EngineConfig, choose_stage
-from discovla.engine.distributed import World, group_of_one
+from discovla.engine.distributed import World, init_single_process_group
 from discovla.engine.grad_cache import GradCache
 from discovla.engine.optim import OptimConfig, for_partitions, make_optimizer, set_learning_rate, start_state
 from discovla.engine.strategy import (
@@ -367,7 +367,7 @@ def load_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         # It would compile a shared-memory all-reduce, a minute's work, that only its inference calls.
         deepspeed.ops.__compatible_ops__ = {}
-    group_of_one(world)
+    init_single_process_group(world)
     return deepspeed
 
 

@@ -1,4 +1,4 @@
-"""One process or many, on CPU or GPU: who we are, and the few collectives that training needs."""
+"""The processes of a run, one or many, on CPU or GPU, and the collectives that training needs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # imported later, it would hold the process group for good
+import torch.distributed.nn.functional  # imported later, it would keep the process group alive
 from torch import Tensor
 
-from discovla.engine.lifecycle.peers import Peers, meet
+from discovla.engine.lifecycle.peers import Peers, find_peers
 
 logger = logging.getLogger(__name__)
 
 GradScale = Literal["exact", "official"]
 CommDtype = Literal["compute", "fp32"]
 
-_LET_GO = 0.1  # seconds; on an idle machine microseconds are enough
+_GLOO_EXIT_SECONDS = 0.1  # for gloo's threads to end; they need microseconds on an idle machine
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all that train together.
+    """This process among those that train together.
 
     rank: 0 .. size - 1.  local_rank: rank on this machine, the index of its GPU.
     """
@@ -40,43 +40,44 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """True on rank 0, which writes files and logs."""
         return self.rank == 0
 
 
-def start(
+def join_world(
     device: str = "auto",
     *,
     timeout: timedelta = timedelta(minutes=30),
-    within: float | None = None,
-    met: Callable[[World, Peers], None] | None = None,
+    rendezvous_timeout: float | None = None,
+    on_peers: Callable[[World, Peers], None] | None = None,
 ) -> World:
-    """Join the processes that a launcher started (deepspeed, torchrun), or be the only one.
+    """Join the processes that a launcher started (deepspeed, torchrun), or return a world of one.
 
     Args:
-        device: "auto" (GPU where there is one), "cpu", "cuda".
-        timeout: of every collective; a rank that died is noticed after it at the latest.
-        within: seconds for all processes to come; default: as `timeout`.
-        met: called once all have come and before they wait for each other in anything else.
+        device: "auto" (a GPU if there is one), "cpu", "cuda".
+        timeout: of every collective.
+        rendezvous_timeout: seconds to wait for all processes; default: `timeout`.
+        on_peers: called once all processes are known and before the first collective.
 
     Returns:
-        The world. Ranks > 0 are silenced: their log records below ERROR and their warnings are dropped.
+        The world. On ranks > 0 log records below ERROR and warnings are dropped.
 
     Raises:
-        ValueError: half of a launcher's variables, or fewer GPUs than processes on this machine.
-        TimeoutError: not all processes have come; says which.
+        ValueError: incomplete launcher variables, or fewer GPUs than processes on this machine.
+        TimeoutError: processes are missing; names them.
     """
-    rank, size, local_rank = _launched()
-    world = World(rank=rank, size=size, local_rank=local_rank, device=_device(device, local_rank))
+    rank, size, local_rank = _launched_ranks()
+    world = World(rank=rank, size=size, local_rank=local_rank, device=_choose_device(device, local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size > 1 and not dist.is_initialized():
-        found = meet(rank, size, timeout.total_seconds() if within is None else within)
-        if met is not None:
-            met(world, found)
-        found.store.set_timeout(timeout)
+        seconds = timeout.total_seconds() if rendezvous_timeout is None else rendezvous_timeout
+        peers = find_peers(rank, size, seconds)
+        if on_peers is not None:
+            on_peers(world, peers)
+        peers.store.set_timeout(timeout)
         dist.init_process_group(
-            _backend(world), store=found.store, rank=rank, world_size=size, timeout=timeout
+            _backend(world), store=peers.store, rank=rank, world_size=size, timeout=timeout
         )
     if not world.first:
         logging.disable(logging.WARNING)
@@ -84,25 +85,24 @@ def start(
     return world
 
 
-def stop() -> None:
+def leave_world() -> None:
     """Leave the process group, if one was joined.
 
-    A thread of gloo that still lets go of a tensor when the interpreter ends aborts the process, after all of
-    its work.  The threads end with the last reference to the group; where a model or DeepSpeed holds one,
-    they get the time that this takes.
+    gloo's threads end with the last reference to the group.  One that still releases a tensor while the
+    interpreter exits aborts the process, so they get time to end if a model or DeepSpeed keeps a reference.
     """
     logging.disable(logging.NOTSET)
     if dist.is_initialized():
         gloo = dist.get_backend() == "gloo"
         dist.destroy_process_group()
         if gloo:
-            time.sleep(_LET_GO)
+            time.sleep(_GLOO_EXIT_SECONDS)
 
 
-def group_of_one(world: World) -> None:
-    """Give a lone process the process group that DeepSpeed asks for; no port is opened.
+def init_single_process_group(world: World) -> None:
+    """Make the process group of one process that DeepSpeed needs, without opening a port.
 
-    The launcher's variables are set beside it, for the library that reads them.
+    Also sets the launcher's variables, which DeepSpeed reads.
     """
     for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
         os.environ.setdefault(name, str(value))
@@ -124,14 +124,14 @@ def gather(x: Tensor, world: World) -> Tensor:
 
 
 def start_gather(x: Tensor, world: World, comm_dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
-    """Begin to concatenate the ranks' tensors, differentiably; what is returned waits and gives the result.
+    """Start to concatenate the ranks' tensors, differentiably; return a function that waits for the result.
 
-    Each rank goes on with the result to its part of one loss.  Backward adds up the parts' gradients and
-    gives each rank its own rows: it begins where the result's gradient is known and is waited for where that
-    of x is asked for, so that what is computed between begin and wait runs beside it, forward and backward.
+    Each rank computes its part of one loss from the result.  Backward sums the gradients over ranks and gives
+    each rank its own rows.  That exchange starts when the result's gradient is known and is waited for when
+    the gradient of x is needed, so computation between start and wait overlaps with it in both directions.
 
     Args:
-        x: n ..., any dtype, the same shape on every rank. What is not floating point carries no gradient.
+        x: n ..., any dtype, the same shape on every rank. Integers and booleans carry no gradient.
         world: of this process.
         comm_dtype: dtype in which wider floating point is sent, rounded once in each direction; gradients are
             summed in x's dtype.  None: send x as it is.
@@ -140,45 +140,47 @@ def start_gather(x: Tensor, world: World, comm_dtype: torch.dtype | None = None)
         return lambda: x
     narrower = comm_dtype is not None and x.is_floating_point() and comm_dtype.itemsize < x.itemsize
     short = comm_dtype if narrower else None
-    coming: list[Callable[[], Any]] = []
-    own = _Wait.apply(x, coming) if x.requires_grad else x
+    pending: list[Callable[[], Any]] = []
+    own = _WaitInBackward.apply(x, pending) if x.requires_grad else x
     rows = own.detach().to(short or x.dtype).contiguous()
     rows = rows.view(torch.uint8) if x.dtype == torch.bool else rows  # gloo knows no bool
-    everyones = [rows.new_empty((world.size * len(rows), *rows.shape[1:]))]
-    sent = _collective("all_gather_single", "all_gather_into_tensor")(everyones[0], rows, async_op=True)
+    buffers = [rows.new_empty((world.size * len(rows), *rows.shape[1:]))]
+    work = _collective("all_gather_single", "all_gather_into_tensor")(buffers[0], rows, async_op=True)
 
     def wait() -> Tensor:
-        sent.wait()
-        found = everyones.pop()
-        found = found.view(x.dtype) if short is None else found.to(x.dtype)
-        return _Whole.apply(own, found, coming, short) if x.requires_grad else found  # type: ignore[return-value]
+        work.wait()
+        gathered = buffers.pop()
+        gathered = gathered.view(x.dtype) if short is None else gathered.to(x.dtype)
+        if not x.requires_grad:
+            return gathered
+        return _ScatterInBackward.apply(own, gathered, pending, short)  # type: ignore[return-value]
 
     return wait
 
 
 def add_over_ranks(*tensors: Tensor) -> Sequence[Tensor]:
-    """The sum over ranks of each of these tensors of one dtype, in one all-reduce.
+    """Sum each of these tensors of one dtype over ranks, in one all-reduce.
 
-    Every rank must compute the same loss of the sums: a gradient passes as it is, and is then the derivative
-    by this rank's tensors.
+    Backward is the identity: it is the derivative by this rank's tensors if every rank computes the same loss
+    from the sums.
     """
     return _Add.apply(*tensors)  # type: ignore[return-value]
 
 
 def largest_over_ranks(x: Tensor) -> Tensor:
-    """The elementwise maximum over ranks, as a new tensor without gradient."""
+    """Return the elementwise maximum over ranks, as a new tensor without gradient."""
     x = x.detach().clone()
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x, whose gradient is multiplied by `factor`."""
+    """Return x with a gradient that is multiplied by `factor`."""
     return x if factor == 1 or not x.requires_grad else _ScaleGradient.apply(x, factor)  # type: ignore[return-value]
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """Every rank's picklable value, in rank order, on every rank."""
+    """Return every rank's picklable value, in rank order, on every rank."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
@@ -187,7 +189,7 @@ def gather_objects(value: Any, world: World) -> list[Any]:
 
 
 def all_reduce_sum(x: Tensor, world: World) -> Tensor:
-    """The sum of x over ranks as a new tensor, without gradient; a copy of x where there is one rank."""
+    """Return the sum of x over ranks as a new tensor without gradient."""
     x = x.detach().clone()
     if world.size > 1:
         dist.all_reduce(x)
@@ -200,56 +202,55 @@ def barrier(world: World) -> None:
         all_reduce_sum(torch.zeros(1, device=world.device), world).item()
 
 
-class _Wait(torch.autograd.Function):
-    """The identity, whose gradient is still being added up over ranks when backward comes here."""
+class _WaitInBackward(torch.autograd.Function):
+    """Identity; backward waits for the exchange that `_ScatterInBackward` started."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, coming: list[Callable[[], Any]]) -> Tensor:
-        ctx.coming = coming
+    def forward(ctx: Any, x: Tensor, pending: list[Callable[[], Any]]) -> Tensor:
+        ctx.pending = pending
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.coming.pop()()
+        ctx.pending.pop()()
         return grads[0], None
 
 
-class _Whole(torch.autograd.Function):
-    """The gathered rows; backward starts to add up their gradients, of which `_Wait` takes this rank's.
+class _ScatterInBackward(torch.autograd.Function):
+    """Return the gathered rows; backward starts the sum of their gradients over ranks.
 
-    In a short dtype ranks exchange their parts, as many bytes, and each adds up its own rows: on the way from
-    rank to rank the sum would be rounded W - 1 times.
-    """
+    In a dtype narrower than x's, ranks exchange their rows (the same number of bytes) and each sums its own:
+    a reduce-scatter would round the sum W - 1 times."""
 
     @staticmethod
     def forward(
-        ctx: Any, own: Tensor, whole: Tensor, coming: list[Callable[[], Any]], short: torch.dtype | None
+        ctx: Any, own: Tensor, gathered: Tensor, pending: list[Callable[[], Any]], short: torch.dtype | None
     ) -> Tensor:
-        ctx.shape, ctx.coming, ctx.short = own.shape, coming, short
-        return whole.view_as(whole)
+        ctx.shape, ctx.pending, ctx.short = own.shape, pending, short
+        return gathered.view_as(gathered)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         own = grads[0].new_empty(ctx.shape)
         if ctx.short is None:
             scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
-            ctx.coming.append(scatter(own, grads[0].contiguous(), async_op=True).wait)
+            ctx.pending.append(scatter(own, grads[0].contiguous(), async_op=True).wait)
             return own, None, None, None
         parts = grads[0].to(ctx.short).contiguous()
         received = torch.empty_like(parts)
-        sent = dist.all_to_all_single(received, parts, async_op=True)
-        assert sent is not None
+        work = dist.all_to_all_single(received, parts, async_op=True)
+        assert work is not None
 
         def add() -> None:
-            sent.wait()
+            work.wait()
             torch.sum(received.view(-1, *ctx.shape), 0, dtype=own.dtype, out=own)
 
-        ctx.coming.append(add)
+        ctx.pending.append(add)
         return own, None, None, None
 
 
 class _Add(torch.autograd.Function):
-    """Sums over ranks; backward is the identity."""
+    """Sum over ranks; backward is the identity."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -275,25 +276,25 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def _collective(name: str, older: str) -> Callable[..., Any]:
-    """A collective of torch by the first of two names that it knows: 2.13 renamed them."""
+    """Return a collective of torch by its name since 2.13 or by its older one."""
     return getattr(dist, name if hasattr(dist, name) else older)
 
 
-def _launched() -> tuple[int, int, int]:
-    """Rank, size and local rank from the launcher's variables; (0, 1, 0) without them."""
+def _launched_ranks() -> tuple[int, int, int]:
+    """Read rank, size and local rank from the launcher's variables; (0, 1, 0) without them."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    found = [name for name in names if name in os.environ]
-    if "RANK" not in found and "WORLD_SIZE" not in found:
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0, 1, 0
-    if len(found) < len(names):
-        missing = ", ".join(name for name in names if name not in found)
-        raise ValueError(f"expected a launcher's RANK, WORLD_SIZE and LOCAL_RANK, found no {missing}")
+    if missing := [name for name in names if name not in os.environ]:
+        raise ValueError(
+            f"expected a launcher's RANK, WORLD_SIZE and LOCAL_RANK, found no {', '.join(missing)}"
+        )
     rank, size, local_rank = (int(os.environ[name]) for name in names)
     return rank, size, local_rank
 
 
-def _device(device: str, local_rank: int) -> torch.device:
-    """The device of this process."""
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    """Return the device of this process."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda, found {device!r}")
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -305,5 +306,5 @@ def _device(device: str, local_rank: int) -> torch.device:
 
 
 def _backend(world: World) -> str:
-    """gloo everywhere, and nccl for what lies on GPUs."""
+    """Return gloo, with nccl for tensors on GPUs."""
     return "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"

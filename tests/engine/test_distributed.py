@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from discovla.engine.distributed import World, gather, start, stop
+from discovla.engine.distributed import World, gather, join_world, leave_world
 from tests.engine.launch import environment, run_jobs
 
 
@@ -62,8 +62,8 @@ def test_gather_is_the_identity_on_one_process():
 def test_a_plain_process_is_the_whole_world(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    world = start("cpu")
-    stop()
+    world = join_world("cpu")
+    leave_world()
     assert (world.rank, world.size, world.first) == (0, 1, True)
     assert not torch.distributed.is_initialized()
 
@@ -73,7 +73,7 @@ def test_half_a_launcher_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(ValueError, match="RANK, WORLD_SIZE and LOCAL_RANK, found no LOCAL_RANK"):
-        start("cpu")
+        join_world("cpu")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_half_a_launcher_is_refused(monkeypatch):
 def test_a_device_that_is_not_there_is_refused(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
-        start(device)
+        join_world(device)
 
 
 ENDING = """
@@ -90,14 +90,14 @@ import os
 from pathlib import Path
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from discovla.engine.distributed import group_of_one, start, stop
-world = start("cpu")
-group_of_one(world)
+from discovla.engine.distributed import init_single_process_group, join_world, leave_world
+world = join_world("cpu")
+init_single_process_group(world)
 def threads():
     return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 DistributedDataParallel(nn.Linear(2, 2))
 assert "pt_gloo_runloop" in threads()
-stop()
+leave_world()
 assert "pt_gloo_runloop" not in threads(), threads()
 """
 

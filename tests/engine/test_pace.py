@@ -1,4 +1,4 @@
-"""Who holds the others up is found by the time that each took by itself."""
+"""Slow ranks are found by each rank's own time per step."""
 
 import time
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from discovla.engine.distributed import World
-from discovla.engine.lifecycle.pace import Pace, Share, slow
+from discovla.engine.lifecycle.pace import RankTime, RankTimer, describe_slow_ranks
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -19,39 +19,38 @@ class Sleeper(nn.Module):
         return seconds
 
 
-def test_reading_and_towers_are_timed_apart_and_averaged_over_steps():
+def test_loading_and_towers_are_timed_separately_and_averaged_over_steps():
     tower = Sleeper()
-    pace = Pace(ALONE, [tower], every=2, name="me")
+    timer = RankTimer(ALONE, [tower], every=2, name="me")
 
     def batches():
         for _ in range(4):
             time.sleep(0.03)
             yield 0.01
 
-    found = []
-    for seconds in pace.reading(batches()):
+    steps = []
+    for seconds in timer.time_loading(batches()):
         tower(seconds)
-        tower(seconds)  # such as captions and frame captions
-        time.sleep(0.05)  # collectives and backward count for nothing
-        found.append(pace.step())
-    assert [shares is None for shares in found] == [True, False, True, False]
-    for shares in (found[1], found[3]):
-        (share,) = shares
-        assert 0.03 <= share.reading < 0.06 and 0.02 <= share.towers < 0.05
+        tower(seconds)  # as for captions and frame captions
+        time.sleep(0.05)  # collectives and backward are not counted
+        steps.append(timer.step())
+    assert [times is None for times in steps] == [True, False, True, False]
+    for (own,) in (steps[1], steps[3]):
+        assert 0.03 <= own.loading < 0.06 and 0.02 <= own.towers < 0.05
 
 
-def test_towers_are_not_timed_while_a_step_is_recorded(monkeypatch):
+def test_towers_are_not_timed_while_a_cuda_graph_is_recorded(monkeypatch):
     tower = Sleeper()
-    pace = Pace(replace(ALONE, device=torch.device("cuda")), [tower], every=1, name="me")
+    timer = RankTimer(replace(ALONE, device=torch.device("cuda")), [tower], every=1, name="me")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(torch.cuda, "Event", None)  # none may be recorded
+    monkeypatch.setattr(torch.cuda, "Event", None)  # calling it would fail
     tower(0.0)
-    (share,) = pace.step()
-    assert share.towers == 0
+    (own,) = timer.step()
+    assert own.towers == 0
 
 
-def shares(*totals: float) -> list[Share]:
-    return [Share(name=f"rank {r}", reading=total / 2, towers=total / 2) for r, total in enumerate(totals)]
+def times(*totals: float) -> list[RankTime]:
+    return [RankTime(name=f"rank {r}", loading=total / 2, towers=total / 2) for r, total in enumerate(totals)]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,9 @@ def shares(*totals: float) -> list[Share]:
         ((9.0, 0.2, 0.2, 7.0), [0, 3]),
         ((0.001, 0.01), []),
     ],
-    ids=["alone", "two", "alike", "two of four", "too little to matter"],
+    ids=["alone", "two", "alike", "two of four", "below the minimum"],
 )
-def test_a_rank_is_slow_beside_the_median_of_the_others(totals, named):
-    assert [line.split(" is slow")[0] for line in slow(shares(*totals))] == [f"rank {rank}" for rank in named]
+def test_a_rank_is_slow_by_the_median_of_the_others(totals, named):
+    assert [line.split(" is slow")[0] for line in describe_slow_ranks(times(*totals))] == [
+        f"rank {rank}" for rank in named
+    ]

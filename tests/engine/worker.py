@@ -23,11 +23,11 @@ from discovla.engine.distributed import (
     all_reduce_sum,
     gather,
     gather_objects,
+    join_world,
     largest_over_ranks,
+    leave_world,
     scale_gradient,
-    start,
     start_gather,
-    stop,
 )
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategies import make_strategy
@@ -287,11 +287,11 @@ CASES = {
 def main() -> None:
     jobs, results = (Path(word) for word in sys.argv[-2:])  # the deepspeed launcher puts --local_rank before
     torch.set_num_threads(1)
-    world = start("cpu")
+    world = join_world("cpu")
     found = [CASES[job.get("case", "train")](world, job) for job in json.loads(jobs.read_text())]
     if world.first:
         results.write_text(json.dumps(found))
-    stop()
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which of a run's processes is gone: each keeps a connection to the first, which closes with its end."""
+"""Heartbeat: each rank keeps a connection to rank 0, by which all ranks notice and name a lost process."""
 
 from __future__ import annotations
 
@@ -15,217 +15,210 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from discovla.engine.distributed import World
-from discovla.engine.lifecycle.peers import Peer, Peers, until
+from discovla.engine.lifecycle.peers import Peer, Peers, wait_until
 
 logger = logging.getLogger(__name__)
 
-BEAT = 5.0  # seconds between signs of life
-SETTLE = 5.0  # seconds the main thread has to end by itself once a process is gone
-_JOIN = 60.0  # seconds for a process that has come to connect
-_KEY = "discovla/watch"  # of where the first process listens
+INTERVAL = 5.0  # seconds between heartbeats
+GRACE = 5.0  # seconds the main thread has to end by itself once a process is lost
+_CONNECT_SECONDS = 60.0  # for a process that has joined to connect
+_ADDRESS_KEY = "discovla/heartbeat"  # port of rank 0 and the secret that connections open with
+_BEAT, _LEAVE = b".", b"bye"  # lines besides "RANK REASON", by which rank 0 reports a lost rank
 
 
 @dataclass(kw_only=True)
-class _Peer:
-    """The other end of a connection, what it has sent of a line, and when it was last heard."""
+class _Connection:
+    """Connection to another rank, an unfinished line from it, and when it last sent something."""
 
     rank: int
-    connection: socket.socket
-    part: bytes = b""
-    heard: float = field(default_factory=time.monotonic)
+    socket: socket.socket
+    buffer: bytes = b""
+    last_heard: float = field(default_factory=time.monotonic)
 
 
 class Heartbeat:
-    """Notices within moments that a process of the run has ended, and names it on every rank.
+    """Notices a lost process of the run within moments and names it on every rank.
 
-    A process that is killed or crashes closes its connection; one whose machine is lost sends no sign of life
-    for `silence` seconds.  The first process tells all others.  A collective may wait for the lost rank for
-    half an hour or, on a GPU, forever: where the main thread has not said `let_go` within `SETTLE` seconds,
-    `end` is called, in another thread, with one line, and is to end the process.
+    A process that exits or is killed closes its connection; one that hangs or whose machine is gone sends no
+    heartbeat for `timeout` seconds.  Rank 0 reports a lost rank to all others.  A collective may wait for the
+    lost rank for half an hour, or forever on a GPU: unless the main thread calls `disarm` within `GRACE`
+    seconds, a thread calls `on_lost` with one line, which has to end this process.
 
     Args:
-        world: of this process, of more than one.
-        met: all processes, before they have waited for each other in anything else.
-        silence: seconds without a sign of life, above `BEAT`.
-        end: ends this process, having said the line.
+        world: of this process, more than one process.
+        peers: all processes, before their first collective.
+        timeout: seconds without a heartbeat after which a process is lost, above `INTERVAL`.
+        on_lost: prints the line and ends this process.
 
     Raises:
-        TimeoutError: another process has come, but does not connect; says which.
+        TimeoutError: a process has joined but does not connect; names it.
     """
 
-    def __init__(self, world: World, met: Peers, *, silence: float, end: Callable[[str], None]) -> None:
-        self.world, self.silence, self._end = world, silence, end
-        self.everyone = met.everyone
+    def __init__(self, world: World, peers: Peers, *, timeout: float, on_lost: Callable[[str], None]) -> None:
+        self.world, self.timeout, self._on_lost = world, timeout, on_lost
+        self.members = peers.members
         self.lost: str | None = None
-        self._known, self._lock = threading.Event(), threading.Lock()
-        self._let_go = self._closed = False
-        self._peers: dict[int, _Peer] = {}
-        self._connect(met)
-        _close_in_children(self)
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._lost_event, self._lock = threading.Event(), threading.Lock()
+        self._disarmed = self._closed = False
+        self._connections: dict[int, _Connection] = {}
+        if world.first:
+            self._accept_all(peers)
+        else:
+            self._connect(peers)
+        _close_in_forked_children(self)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def line(self, wait: float) -> str | None:
-        """Who is gone, once it is known; None where nobody is within `wait` seconds."""
-        self._known.wait(wait)
+    def wait_for_loss(self, seconds: float) -> str | None:
+        """Wait until a process is lost and return the line that names it, or None after `seconds`."""
+        self._lost_event.wait(seconds)
         return self.lost
 
-    def let_go(self) -> None:
-        """The main thread ends by itself, with a message of its own."""
+    def disarm(self) -> None:
+        """Keep the thread from ending this process: the main thread ends it with its own message."""
         with self._lock:
-            self._let_go = True
+            self._disarmed = True
 
     def close(self) -> None:
-        """Tell the others that this process ends as it should."""
-        self.let_go()
+        """Tell the others that this process ends as intended."""
+        self.disarm()
         self._closed = True
-        self._send_all(b"bye\n")
-        self._thread.join(2 * BEAT)
-        for peer in list(self._peers.values()):
-            peer.connection.close()
+        self._send_all(_LEAVE)
+        self._thread.join(2 * INTERVAL)
+        for connection in list(self._connections.values()):
+            connection.socket.close()
 
-    def _connect(self, met: Peers) -> None:
-        """The first process listens, and everyone else connects to it."""
-        if self.world.first:
-            with _listen(len({one.host for one in met.everyone}) > 1) as listener:
-                word = secrets.token_hex(16)
-                met.store.set(_KEY, f"{listener.getsockname()[1]} {word}")
-                self._accept(listener, word)
-            return
-        if not until(lambda: met.store.check([_KEY]), _JOIN):
-            raise TimeoutError(_silent(met.everyone[:1]))
-        port, word = met.store.get(_KEY).decode().split()
-        self._join(int(port), word)
+    def _accept_all(self, peers: Peers) -> None:
+        """Rank 0: publish a port and a secret, and accept the connections of all others."""
+        several_hosts = len({peer.host for peer in peers.members}) > 1
+        # on several hosts listen on every address: MASTER_ADDR may resolve to 127.0.1.1 on this one
+        host = "" if several_hosts else _master_host()
+        secret = secrets.token_hex(16)
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        with socket.create_server((host, 0), backlog=1024) as listener:
+            peers.store.set(_ADDRESS_KEY, f"{listener.getsockname()[1]} {secret}")
+            while len(self._connections) < self.world.size - 1:
+                try:
+                    listener.settimeout(max(0.1, deadline - time.monotonic()))
+                    accepted, _ = listener.accept()
+                except TimeoutError:
+                    absent = [peer for peer in self.members[1:] if peer.rank not in self._connections]
+                    raise TimeoutError(_no_connection(absent)) from None
+                greeting = _read_greeting(accepted)
+                if len(greeting) != 2 or greeting[0] != secret.encode():
+                    accepted.close()
+                    continue
+                accepted.setblocking(False)
+                rank = int(greeting[1])
+                self._connections[rank] = _Connection(rank=rank, socket=accepted)
 
-    def _join(self, port: int, word: str) -> None:
-        """Connect to the first process."""
-        host = _first_host()
+    def _connect(self, peers: Peers) -> None:
+        """Other ranks: connect to rank 0."""
+        if not wait_until(lambda: peers.store.check([_ADDRESS_KEY]), _CONNECT_SECONDS):
+            raise TimeoutError(_no_connection(peers.members[:1]))
+        port, secret = peers.store.get(_ADDRESS_KEY).decode().split()
+        host = _master_host()
         try:
-            connection = socket.create_connection((host, port), timeout=_JOIN)
+            connection = socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS)
         except OSError as error:
             raise OSError(f"cannot reach rank 0 at {host}:{port}: {error.strerror or error}") from error
-        connection.sendall(f"{word} {self.world.rank}\n".encode())
+        connection.sendall(f"{secret} {self.world.rank}\n".encode())
         connection.setblocking(False)
-        self._peers[0] = _Peer(rank=0, connection=connection)
-
-    def _accept(self, listener: socket.socket, word: str) -> None:
-        """Take the connections of all others; a stranger's is closed."""
-        deadline = time.monotonic() + _JOIN
-        while len(self._peers) < self.world.size - 1:
-            try:
-                listener.settimeout(max(0.1, deadline - time.monotonic()))
-                connection, _ = listener.accept()
-            except TimeoutError:
-                others = [one for one in self.everyone[1:] if one.rank not in self._peers]
-                raise TimeoutError(_silent(others)) from None
-            said = _first_line(connection)
-            if len(said) != 2 or said[0] != word.encode():
-                connection.close()
-                continue
-            connection.setblocking(False)
-            self._peers[int(said[1])] = _Peer(rank=int(said[1]), connection=connection)
+        self._connections[0] = _Connection(rank=0, socket=connection)
 
     def _run(self) -> None:
-        """The thread: listen, give signs of life, and act where somebody is gone."""
-        last = 0.0
-        while not self._closed and self.lost is None and self._peers:
-            if time.monotonic() - last >= BEAT:
-                self._send_all(b".\n")
-                last = time.monotonic()
-            self._listen_once()
+        """Body of the thread: send and receive heartbeats; end this process once another is lost."""
+        last_sent = 0.0
+        while not self._closed and self.lost is None and self._connections:
+            if time.monotonic() - last_sent >= INTERVAL:
+                self._send_all(_BEAT)
+                last_sent = time.monotonic()
+            self._receive()
         if self.lost is None:
             return
-        self._known.set()
-        deadline = time.monotonic() + SETTLE
+        self._lost_event.set()
+        deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline:
             time.sleep(0.05)
-            if self._let_go:
+            if self._disarmed:
                 return
         with self._lock:
-            if not self._let_go:
-                self._end(self.lost)
+            if not self._disarmed:
+                self._on_lost(self.lost)
 
-    def _listen_once(self) -> None:
-        """Whatever comes within a moment, and who has not been heard for too long."""
-        with selectors.PollSelector() as selector:  # one without an object in the system that a fork shares
-            for peer in self._peers.values():
-                selector.register(peer.connection, selectors.EVENT_READ, peer)
+    def _receive(self) -> None:
+        """Read what arrives within 0.2 seconds and check for overdue heartbeats."""
+        with selectors.PollSelector() as selector:  # has no kernel object that forked children would share
+            for connection in self._connections.values():
+                selector.register(connection.socket, selectors.EVENT_READ, connection)
             ready = [key.data for key, _ in selector.select(0.2)]
-        for peer in ready:
+        for connection in ready:
             if self.lost is None:
-                self._hear(peer)
-        silent = time.monotonic() - self.silence
-        for peer in list(self._peers.values()):
-            if self.lost is None and peer.heard < silent:
-                self._gone(peer.rank, f"gave no sign of life for {self.silence:g} seconds")
+                self._read(connection)
+        overdue = time.monotonic() - self.timeout
+        for connection in list(self._connections.values()):
+            if self.lost is None and connection.last_heard < overdue:
+                self._report_lost(connection.rank, f"sent no heartbeat for {self.timeout:g} seconds")
 
-    def _hear(self, peer: _Peer) -> None:
-        """Read what a peer sent; nothing at all means that its process has ended."""
+    def _read(self, connection: _Connection) -> None:
+        """Handle the lines of a connection; end of file means that its process has ended."""
         try:
-            received = peer.connection.recv(4096)
+            received = connection.socket.recv(4096)
         except BlockingIOError:
             return
         except OSError:
             received = b""
         if not received:
-            self._gone(peer.rank, "has ended")
+            self._report_lost(connection.rank, "has ended")
             return
-        peer.heard = time.monotonic()
-        *lines, peer.part = (peer.part + received).split(b"\n")
+        connection.last_heard = time.monotonic()
+        *lines, connection.buffer = (connection.buffer + received).split(b"\n")
         for line in lines:
-            if line == b"bye":
-                self._peers.pop(peer.rank).connection.close()
+            if line == _LEAVE:
+                self._connections.pop(connection.rank).socket.close()
                 return
-            if line != b"." and self.lost is None:
-                rank, _, how = line.decode().partition(" ")
-                self._gone(int(rank), how)
+            if line != _BEAT and self.lost is None:
+                rank, _, reason = line.decode().partition(" ")
+                self._report_lost(int(rank), reason)
 
-    def _gone(self, rank: int, how: str) -> None:
-        """A process is gone: the first one tells everybody."""
+    def _report_lost(self, rank: int, reason: str) -> None:
+        """Note a lost process; rank 0 also reports it to all others."""
         if self.world.first:
-            self._send_all(f"{rank} {how}\n".encode())
-        self.lost = f"{self.everyone[rank]} {how} before the run was over"
+            self._send_all(f"{rank} {reason}".encode())
+        self.lost = f"{self.members[rank]} {reason} before the run was over"
 
-    def _send_all(self, words: bytes) -> None:
-        """To all who are connected; who is gone is noticed in reading."""
-        for peer in list(self._peers.values()):
+    def _send_all(self, line: bytes) -> None:
+        """Send a line to all connected ranks; a broken connection is noticed when it is read."""
+        for connection in list(self._connections.values()):
             with suppress(OSError):
-                peer.connection.sendall(words)
+                connection.socket.sendall(line + b"\n")
 
 
-def _silent(processes: Sequence[Peer]) -> str:
-    """That these have come and then do no more."""
-    return f"expected a connection within {_JOIN:g} s, found none of {', '.join(map(str, processes))}"
+def _no_connection(absent: Sequence[Peer]) -> str:
+    names = ", ".join(map(str, absent))
+    return f"expected a heartbeat connection within {_CONNECT_SECONDS:g} s, found none of {names}"
 
 
-def _first_line(connection: socket.socket) -> list[bytes]:
-    """The words of the first line that comes; none where none comes within seconds."""
-    connection.settimeout(BEAT)
+def _read_greeting(connection: socket.socket) -> list[bytes]:
+    """Return the words of the first line; none if it does not arrive within seconds."""
+    connection.settimeout(INTERVAL)
     with suppress(OSError), connection.makefile("rb") as file:
         return file.readline(100).split()
     return []
 
 
-def _first_host() -> str:
+def _master_host() -> str:
     return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
-def _listen(far: bool) -> socket.socket:
-    """A free port, at all addresses of this machine where others connect to it.
+def _close_in_forked_children(heartbeat: Heartbeat) -> None:
+    """Close the connections in forked children, which would keep them open after this process has ended."""
+    reference = weakref.ref(heartbeat)
 
-    The name by which they know it may mean 127.0.1.1 here.
-    """
-    return socket.create_server(("" if far else _first_host(), 0), backlog=1024)
-
-
-def _close_in_children(watch: Heartbeat) -> None:
-    """Processes forked to read data would keep the connection open when this one is gone."""
-    known = weakref.ref(watch)
-
-    def forget() -> None:
-        parent = known()
+    def close() -> None:
+        parent = reference()
         if parent is not None:
-            for peer in parent._peers.values():
-                peer.connection.close()
+            for connection in parent._connections.values():
+                connection.socket.close()
 
-    os.register_at_fork(after_in_child=forget)
+    os.register_at_fork(after_in_child=close)

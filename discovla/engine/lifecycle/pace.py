@@ -1,8 +1,7 @@
-"""How long each rank works for a step, so that one that holds the others up is named."""
+"""Each rank's own time per step, compared over ranks to name those that are slow."""
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,64 +13,61 @@ from torch import nn
 
 from discovla.engine.distributed import World, gather_objects
 
-logger = logging.getLogger(__name__)
-
 Item = TypeVar("Item")
-SLOW = 1.5  # times the others' median
-LEAST = 0.02  # seconds more than it; what is less is no trouble
+SLOW_FACTOR = 1.5  # a rank is slow above this multiple of the others' median
+MIN_DELAY = 0.02  # seconds above the median that count as slow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """Seconds a step that one rank took by itself: to wait for its batch, and in its towers' forward pass."""
+class RankTime:
+    """Seconds a step that a rank spends on its own: waiting for its batch, and in the towers' forward."""
 
     name: str
-    reading: float
+    loading: float
     towers: float
 
     @property
     def total(self) -> float:
-        """Both."""
-        return self.reading + self.towers
+        return self.loading + self.towers
 
 
-class Pace:
-    """Measures this rank's own part of its steps, and now and then compares all ranks.
+class RankTimer:
+    """Measures a rank's own time per step and regularly gathers that of all ranks.
 
-    All ranks end a step together, for they wait for each other in its collectives; what a rank does before
-    the first of them tells who is waited for.  On a GPU the towers' time is that of the device, read once the
-    step is over, so nothing waits for it.
+    All ranks end a step together, because its collectives wait for the slowest; only the time before the
+    first collective tells which rank that is.  On a GPU the towers are timed by CUDA events, read after the
+    step, so nothing waits for them.
 
     Args:
         world: of this process.
-        towers: modules whose forward passes hold no collective (below ZeRO's stage 3).
+        towers: modules whose forward holds no collective (below ZeRO stage 3).
         every: steps between comparisons.
         name: of this process, in messages.
     """
 
     def __init__(self, world: World, towers: Sequence[nn.Module], *, every: int, name: str) -> None:
         self.world, self.every, self.name = world, every, name
-        self._steps, self._reading, self._towers = 0, 0.0, 0.0
-        self._began: list[Any] = []
+        self._steps, self._loading, self._towers = 0, 0.0, 0.0
+        self._starts: list[Any] = []
         self._spans: list[tuple[Any, Any]] = []
         for tower in towers:
-            tower.register_forward_pre_hook(self._begin)
-            tower.register_forward_hook(self._end)
+            tower.register_forward_pre_hook(self._start_tower)
+            tower.register_forward_hook(self._end_tower)
 
-    def reading(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, with the time it took to get each."""
-        iterator = iter(items)
+    def time_loading(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Yield the batches and add up the time spent waiting for them."""
+        iterator = iter(batches)
         while True:
             began = time.perf_counter()
             try:
-                item = next(iterator)
+                batch = next(iterator)
             except StopIteration:
                 return
-            self._reading += time.perf_counter() - began
-            yield item
+            self._loading += time.perf_counter() - began
+            yield batch
 
-    def step(self) -> list[Share] | None:
-        """After a step, once its loss has been read: the shares of all ranks where it is time, else None."""
+    def step(self) -> list[RankTime] | None:
+        """End a step whose loss has been read; return the times of all ranks every `every` steps."""
         for began, ended in self._spans:
             on_gpu = isinstance(began, torch.cuda.Event)
             self._towers += began.elapsed_time(ended) / 1000 if on_gpu else ended - began
@@ -79,20 +75,20 @@ class Pace:
         self._steps += 1
         if self._steps < self.every:
             return None
-        reading, towers = self._reading / self._steps, self._towers / self._steps
-        self._steps, self._reading, self._towers = 0, 0.0, 0.0
-        return gather_objects(Share(name=self.name, reading=reading, towers=towers), self.world)
+        own = RankTime(name=self.name, loading=self._loading / self._steps, towers=self._towers / self._steps)
+        self._steps, self._loading, self._towers = 0, 0.0, 0.0
+        return gather_objects(own, self.world)
 
-    def _begin(self, *_: Any) -> None:
-        if not self._captured():
-            self._began.append(self._now())
+    def _start_tower(self, *_: Any) -> None:
+        if not self._recording_graph():
+            self._starts.append(self._now())
 
-    def _end(self, module: nn.Module, *_: Any) -> None:
-        if not self._captured():
-            self._spans.append((self._began.pop(), self._now()))
+    def _end_tower(self, *_: Any) -> None:
+        if not self._recording_graph():
+            self._spans.append((self._starts.pop(), self._now()))
 
-    def _captured(self) -> bool:
-        """Whether a CUDA graph is being recorded: its events have no time, and its replays call no hook."""
+    def _recording_graph(self) -> bool:
+        """Return True while a CUDA graph is recorded: its events have no time, its replays call no hook."""
         return self.world.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _now(self) -> Any:
@@ -103,16 +99,16 @@ class Pace:
         return event
 
 
-def slow(shares: Sequence[Share]) -> list[str]:
-    """One line for every rank that takes `SLOW` times as long as the others' median."""
+def describe_slow_ranks(times: Sequence[RankTime]) -> list[str]:
+    """Return one line for every rank above `SLOW_FACTOR` times the median of the others."""
     lines = []
-    if len(shares) == 1:
+    if len(times) == 1:
         return lines
-    for rank, share in enumerate(shares):
-        others = statistics.median(other.total for i, other in enumerate(shares) if i != rank)
-        if share.total > max(SLOW * others, others + LEAST):
+    for rank, own in enumerate(times):
+        median = statistics.median(other.total for i, other in enumerate(times) if i != rank)
+        if own.total > max(SLOW_FACTOR * median, median + MIN_DELAY):
             lines.append(
-                f"{share.name} is slow: {share.total:.3f} s a step by itself ({share.reading:.3f} to read, "
-                f"{share.towers:.3f} in the towers), the others' median {others:.3f} s"
+                f"{own.name} is slow: {own.total:.3f} s a step on its own ({own.loading:.3f} waiting for "
+                f"batches, {own.towers:.3f} in the towers), median of the others {median:.3f} s"
             )
     return lines

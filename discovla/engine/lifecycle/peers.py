@@ -1,4 +1,4 @@
-"""How the processes of a run come together: within a time, or those that came say which did not."""
+"""Rendezvous: the processes of a run find each other within a time limit or name the missing ranks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage], it is documented
 
-LINGER = 5.0  # seconds that the first process leaves the others to hear that somebody did not come
-_PAUSE = 0.1  # between two looks
-_FIRST = "discovla/first"  # key of the room in which the first process waits for the others
-_SAID, _HEARD = "said", "heard"  # there: what it says to all, and how many of those that came know
+ACK_SECONDS = 5.0  # rank 0 waits this long for the others to read that ranks are missing
+_POLL_SECONDS = 0.1
+_LEADER = "discovla/leader"  # key of the prefix under which rank 0 keeps the keys of this start
+_ROSTER, _ACKS = "roster", "acks"  # there: the registrations of all ranks, and how many ranks have read them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """Who a rank is, for messages."""
+    """One process of the run."""
 
     rank: int
     host: str
@@ -36,15 +36,15 @@ class Peer:
 
 @dataclass(frozen=True, kw_only=True)
 class Peers:
-    """All processes of a run, by rank, and the store that they share with no others."""
+    """All processes of a run, by rank, and a store that only they share."""
 
     store: Store
-    everyone: list[Peer]
+    members: list[Peer]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Guest:
-    """This process as the others see it; `token` is its own alone."""
+class _Registration:
+    """This process's entry at rank 0; the random `token` tells it from processes of an earlier start."""
 
     rank: int
     size: int
@@ -53,163 +53,165 @@ class _Guest:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @property
-    def card(self) -> list[Any]:
+    def record(self) -> list[Any]:
         return [self.host, self.pid, self.token]
 
 
-# of each rank its host, process and token; None for one that did not come
-_Cards = list[list[Any] | None]
+_Roster = list[list[Any] | None]  # by rank: its record, None if it has not registered
 
 
-def meet(rank: int, size: int, within: float) -> Peers:
-    """Wait until all processes that a launcher started are there.
+def find_peers(rank: int, size: int, timeout: float) -> Peers:
+    """Wait until all processes that a launcher started have registered.
 
-    They find each other at MASTER_ADDR and MASTER_PORT, where the first one listens, or torchrun does for it.
-    The first one opens a room of its own in the store there, waits for all and then tells all; torch itself
-    would wait for half an hour, and then not say who is missing.  Torchrun keeps its store when it starts the
-    processes again: what those before them left in other rooms counts for nothing.
+    Rank 0 (or torchrun's agent) listens at MASTER_ADDR:MASTER_PORT.  Rank 0 collects the registrations under
+    a random prefix of the store there and publishes the roster.  The prefix is new at every start, because
+    torchrun keeps its store, with the keys of earlier processes, when it restarts them.  torch's own
+    rendezvous waits half an hour and does not name missing ranks.
 
     Args:
         rank: of this process.
-        size: processes, more than one.
-        within: seconds for all to come.
+        size: number of processes, more than one.
+        timeout: seconds to wait for all of them.
 
     Raises:
-        TimeoutError: not all have come in that time; names how many did and which ranks did not.
-        ValueError: the launcher gave no address, or nothing can listen there.
+        TimeoutError: ranks are missing after `timeout`; names them.
+        ValueError: no address from the launcher, or nothing can listen there.
     """
-    host, port = _address()
-    store = _store(host, port, size, within, listens=rank == 0 and not _torchrun_listens())
-    me = _Guest(rank=rank, size=size)
+    host, port = _master_address()
+    agent_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = _connect(host, port, size, timeout, listens=rank == 0 and not agent_listens)
+    own = _Registration(rank=rank, size=size)
     try:
-        store.set(_came(rank), "")
-        room, cards = _say(store, me, within) if rank == 0 else _hear(store, me, within)
+        store.set(_arrival_key(rank), "")
+        if rank == 0:
+            run_store, roster = _collect(store, own, timeout)
+        else:
+            run_store, roster = _register(store, own, timeout)
     except dist.DistNetworkError:
-        raise TimeoutError(f"rank 0 at {host}:{port} ended before all {size} processes had come") from None
-    missing = [r for r, card in enumerate(cards) if card is None]
+        raise TimeoutError(f"rank 0 at {host}:{port} ended before all {size} processes had joined") from None
+    missing = [rank for rank, record in enumerate(roster) if record is None]
     if missing:
         raise TimeoutError(
-            f"expected {size} processes to come together within {within:g} s, "
-            f"found {size - len(missing)} of them: {_ranks(missing)} did not come"
+            f"expected {size} processes to join within {timeout:g} s, "
+            f"found {size - len(missing)}: {_format_ranks(missing)} missing"
         )
-    everyone = [Peer(rank=r, host=card[0], pid=card[1]) for r, card in enumerate(cards) if card]
-    return Peers(store=room, everyone=everyone)
+    members = [Peer(rank=r, host=record[0], pid=record[1]) for r, record in enumerate(roster) if record]
+    return Peers(store=run_store, members=members)
 
 
-def until(there: Callable[[], bool], seconds: float) -> bool:
-    """Whether a condition comes true in that time; it is looked at once at least."""
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Poll a condition, at least once; return False if it does not hold within `seconds`."""
     deadline = time.monotonic() + seconds
-    while not there():
+    while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(_PAUSE)
+        time.sleep(_POLL_SECONDS)
     return True
 
 
-def _say(store: Store, me: _Guest, within: float) -> tuple[Store, _Cards]:
-    """The first process waits for all, and tells all who has come."""
-    room = _room(me.token, store)
-    cards: _Cards = [me.card, *[None] * (me.size - 1)]
+def _collect(store: Store, own: _Registration, timeout: float) -> tuple[Store, _Roster]:
+    """Rank 0: collect all registrations and publish the roster."""
+    run_store = _prefixed(store, own.token)
+    roster: _Roster = [own.record, *[None] * (own.size - 1)]
 
     def complete() -> bool:
-        for rank in (r for r, card in enumerate(cards) if card is None):
-            if room.check([_card(rank)]):
-                cards[rank] = json.loads(room.get(_card(rank)))
-        return None not in cards
+        for rank, record in enumerate(roster):
+            if record is None and run_store.check([_record_key(rank)]):
+                roster[rank] = json.loads(run_store.get(_record_key(rank)))
+        return None not in roster
 
-    store.set(_FIRST, me.token)
-    all_came = until(complete, within)
-    room.set(_SAID, json.dumps(cards))
-    if not all_came:
-        others = me.size - cards.count(None) - 1
-        until(lambda: room.add(_HEARD, 0) >= others, LINGER)  # with this process the store may end
-    return room, cards
+    store.set(_LEADER, own.token)
+    all_joined = wait_until(complete, timeout)
+    run_store.set(_ROSTER, json.dumps(roster))
+    if not all_joined:  # the store may end with this process: let the others read the roster first
+        others = own.size - roster.count(None) - 1
+        wait_until(lambda: run_store.add(_ACKS, 0) >= others, ACK_SECONDS)
+    return run_store, roster
 
 
-def _hear(store: Store, me: _Guest, within: float) -> tuple[Store, _Cards]:
-    """The others leave their card in its room and wait for what it says of them."""
-    rooms: dict[str, Store] = {}
-    said: list[tuple[Store, _Cards]] = []
+def _register(store: Store, own: _Registration, timeout: float) -> tuple[Store, _Roster]:
+    """Other ranks: register at rank 0 and wait for a roster that holds this process."""
+    prefixes: dict[str, Store] = {}
+    answers: list[tuple[Store, _Roster]] = []
 
-    def heard() -> bool:
-        if not store.check([_FIRST]):
+    def answered() -> bool:
+        if not store.check([_LEADER]):
             return False
-        name = store.get(_FIRST).decode()
-        if name not in rooms:  # one may be left of those that torchrun started before
-            rooms[name] = _room(name, store)
-            rooms[name].set(_card(me.rank), json.dumps(me.card))
-        room = rooms[name]
-        if not room.check([_SAID]):
+        prefix = store.get(_LEADER).decode()
+        if prefix not in prefixes:  # the first may be that of processes before a restart
+            prefixes[prefix] = _prefixed(store, prefix)
+            prefixes[prefix].set(_record_key(own.rank), json.dumps(own.record))
+        run_store = prefixes[prefix]
+        if not run_store.check([_ROSTER]):
             return False
-        cards: _Cards = json.loads(room.get(_SAID))
-        if cards[me.rank] != me.card:
+        roster: _Roster = json.loads(run_store.get(_ROSTER))
+        if roster[own.rank] != own.record:
             return False
-        room.add(_HEARD, 1)
-        said.append((room, cards))
+        run_store.add(_ACKS, 1)
+        answers.append((run_store, roster))
         return True
 
-    if until(heard, within + LINGER):
-        return said[0]
-    there: _Cards = [me.card if store.check([_came(rank)]) else None for rank in range(me.size)]
-    return store, there if None in there else [None, *there[1:]]
+    if wait_until(answered, timeout + ACK_SECONDS):
+        return answers[0]
+    # without an answer rank 0 counts as missing unless another rank has not even arrived
+    arrived: _Roster = [own.record if store.check([_arrival_key(rank)]) else None for rank in range(own.size)]
+    return store, arrived if None in arrived else [None, *arrived[1:]]
 
 
-def _room(name: str, store: Store) -> Store:
-    rooms = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage], it is documented
-    return rooms(f"discovla/{name}", store)
+def _prefixed(store: Store, prefix: str) -> Store:
+    prefix_store = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage], it is documented
+    return prefix_store(f"discovla/{prefix}", store)
 
 
-def _card(rank: int) -> str:
-    return f"card/{rank}"
+def _record_key(rank: int) -> str:
+    return f"record/{rank}"
 
 
-def _came(rank: int) -> str:
-    """Key that says no more than that a rank has come, at all or since torchrun started all again."""
-    return f"discovla/came/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
+def _arrival_key(rank: int) -> str:
+    """Key that a rank sets once it reaches the store, one for each restart by torchrun."""
+    return f"discovla/arrived/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
 
 
-def _ranks(missing: list[int]) -> str:
-    """`rank 2`, or `ranks 2, 8-15`."""
-    runs = [[r for _, r in group] for _, group in groupby(enumerate(missing), lambda item: item[1] - item[0])]
-    told = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank{'s' if len(missing) > 1 else ''} {told}"
+def _format_ranks(ranks: list[int]) -> str:
+    """Format as `rank 2` or `ranks 2, 8-15`."""
+    runs = [[r for _, r in group] for _, group in groupby(enumerate(ranks), lambda item: item[1] - item[0])]
+    spans = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {spans}"
 
 
-def _address() -> tuple[str, int]:
-    """Where the processes meet, by the launcher's variables."""
+def _master_address() -> tuple[str, int]:
+    """Read the rendezvous address from the launcher's variables."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal():
-        found = f"{host or 'no address'} and {port or 'no port'}"
-        raise ValueError(f"expected a launcher's MASTER_ADDR and MASTER_PORT, found {found}")
+        raise ValueError(
+            "expected a launcher's MASTER_ADDR and MASTER_PORT, found "
+            f"{host or 'no address'} and {port or 'no port'}"
+        )
     return host, int(port)
 
 
-def _torchrun_listens() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _store(host: str, port: int, size: int, within: float, *, listens: bool) -> Store:
-    """The store of all processes, once somebody listens there."""
-    why: list[str] = []
-    if not listens and not until(lambda: _answers(host, port, why), within):
+def _connect(host: str, port: int, size: int, timeout: float, *, listens: bool) -> Store:
+    """Open the store at the address, as its server if `listens`, else once its server answers."""
+    refusals: list[str] = []
+    if not listens and not wait_until(lambda: _accepts(host, port, refusals), timeout):
         raise TimeoutError(
-            f"expected {size} processes to come together within {within:g} s, found nobody who listens at "
-            f"{host}:{port} ({why[-1]}): rank 0 did not come"
+            f"expected {size} processes to join within {timeout:g} s, found no listener at {host}:{port} "
+            f"({refusals[-1]}): rank 0 missing"
         )
     try:
-        wait = timedelta(seconds=max(within, LINGER))
-        tcp = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage], it is documented
-        return tcp(host, port, size, listens, wait, wait_for_workers=False, multi_tenant=True)
+        store_timeout = timedelta(seconds=max(timeout, ACK_SECONDS))
+        tcp_store = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage], it is documented
+        return tcp_store(host, port, size, listens, store_timeout, wait_for_workers=False, multi_tenant=True)
     except dist.DistNetworkError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"MASTER_PORT: expected a meeting at {host}:{port}, found: {reason}") from None
+        raise ValueError(f"MASTER_PORT: expected a free port at {host}:{port}, found: {reason}") from None
 
 
-def _answers(host: str, port: int, why: list[str]) -> bool:
-    """Whether somebody listens there; torch's own attempts would write pages about each that fails."""
+def _accepts(host: str, port: int, refusals: list[str]) -> bool:
+    """Return True if the port accepts connections; torch itself would log every failed attempt at length."""
     try:
         socket.create_connection((host, port), timeout=1.0).close()
         return True
     except OSError as error:
-        why.append(error.strerror or str(error))
+        refusals.append(error.strerror or str(error))
         return False

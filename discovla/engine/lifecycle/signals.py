@@ -1,4 +1,4 @@
-"""What asks a run to stop: noted when it comes, obeyed by all processes after the same step."""
+"""Requests to stop a run: counted when they arrive, obeyed by all ranks after the same step."""
 
 from __future__ import annotations
 
@@ -10,66 +10,66 @@ from types import FrameType
 from typing import Any
 
 # SIGTERM of launchers and schedulers, SIGUSR1 of SLURM's `--signal=USR1@120`
-NAMES = ("SIGTERM", "SIGUSR1")
-REASONS = (*NAMES, "the end of its launcher")
+SIGNALS = ("SIGTERM", "SIGUSR1")
+STOP_REASONS = (*SIGNALS, "the end of its launcher")
 
 
 class StopSignals:
-    """Notes the signals from `with` on; processes forked meanwhile are not ended by them either.
+    """Context in which stop signals are counted instead of ending the process.
 
-    Only the main thread can take signals: in another one nothing is changed.  A launcher that is killed
-    leaves its processes without a signal, and so does that of DeepSpeed where it is asked to end: that the
-    processes above this one are no longer there counts too.
-    """
+    Forked processes inherit the handlers.  Python sets handlers in the main thread only; in another thread
+    nothing changes.  A launcher that is killed sends no signal to its ranks, and DeepSpeed's sends none when
+    it is asked to end, so a change of the parent processes counts as a request too."""
 
     def __init__(self) -> None:
-        self._above = _launcher()
-        self.seen: dict[str, int] = dict.fromkeys(NAMES, 0)
-        self._before: dict[str, Any] = {}
+        self._launchers = _launcher_pids()
+        self.received: dict[str, int] = dict.fromkeys(SIGNALS, 0)
+        self._previous: dict[str, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for name in NAMES:
-                self._before[name] = signal.signal(signal.Signals[name], self._note)
+            for name in SIGNALS:
+                self._previous[name] = signal.signal(signal.Signals[name], self._count)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, handler in self._before.items():
+        for name, handler in self._previous.items():
             signal.signal(signal.Signals[name], signal.SIG_DFL if handler is None else handler)
 
     def counts(self) -> list[int]:
-        """How often each of `REASONS` came to this process."""
-        return [*(self.seen[name] for name in NAMES), int(_above(len(self._above)) != self._above)]
+        """Return how often each of `STOP_REASONS` occurred in this process."""
+        launcher_gone = _parent_pids(len(self._launchers)) != self._launchers
+        return [*(self.received[name] for name in SIGNALS), int(launcher_gone)]
 
     def ignore(self) -> None:
-        """From now on, for good: launchers send them to ranks that end a moment after another."""
-        for name in self._before:
+        """Ignore the signals for good: launchers send them again to ranks that are still ending."""
+        for name in self._previous:
             signal.signal(signal.Signals[name], signal.SIG_IGN)
-            self._before[name] = signal.SIG_IGN
+            self._previous[name] = signal.SIG_IGN
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.seen[signal.Signals(number).name] += 1
+    def _count(self, number: int, _frame: FrameType | None) -> None:
+        self.received[signal.Signals(number).name] += 1
 
 
-def _launcher() -> list[int]:
-    """The processes above this one that are to live as long as it does: none without a launcher."""
+def _launcher_pids() -> list[int]:
+    """Return the parent processes that belong to a launcher; none without one."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun
-        return _above(1)
-    # the command starts a process for each machine, and that one the ranks
-    return _above(2) if b"deepspeed.launcher.launch" in _read(os.getppid(), "cmdline") else []
+        return _parent_pids(1)
+    # the deepspeed command starts one process per machine, which starts the ranks
+    return _parent_pids(2) if b"deepspeed.launcher.launch" in _read_proc(os.getppid(), "cmdline") else []
 
 
-def _above(count: int) -> list[int]:
-    """The process that started this one, and so on upwards; 0 for one that cannot be seen."""
-    found = [os.getppid()] if count else []
-    while len(found) < count:
-        fields = _read(found[-1], "stat").rpartition(b")")[2].split()  # a name may hold spaces
-        found.append(int(fields[1]) if fields else 0)
-    return found
+def _parent_pids(count: int) -> list[int]:
+    """Return the parent, its parent and so on; 0 for a process that cannot be read."""
+    pids = [os.getppid()] if count else []
+    while len(pids) < count:
+        fields = _read_proc(pids[-1], "stat").rpartition(b")")[2].split()  # a name may hold spaces
+        pids.append(int(fields[1]) if fields else 0)
+    return pids
 
 
-def _read(pid: int, name: str) -> bytes:
-    """What the system tells of a process; nothing of one that is gone."""
+def _read_proc(pid: int, name: str) -> bytes:
+    """Read a file of /proc about a process; empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
