@@ -16,7 +16,7 @@ from discovla.engine.capture import make_capture
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
 from discovla.methods.discovla import DiscoVLA
-from discovla.ops.fp8_linear import fp8_lacks
+from discovla.ops.fp8_linear import fp8_unsupported
 from discovla.towers.architecture import Architecture
 from discovla.train_step import TrainStep, set_precision
 
@@ -68,7 +68,7 @@ def unavailable(name: str, device: str) -> str:
     }
     if device == "cpu":
         return next((reason for word, reason in gpus.items() if word in name), "")
-    return fp8_lacks(torch.device(device)) if "fp8" in name else ""
+    return fp8_unsupported(torch.device(device)) if "fp8" in name else ""
 
 
 def make_step(name: str, architecture: Architecture, device: str) -> Step:

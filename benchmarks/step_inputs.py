@@ -24,7 +24,6 @@ STILL = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_
 # ops of our own that start more than one kernel; the last has four more where the logit scale trains
 SEVERAL = {
     "mlp": 2,
-    "adapter_backward": 2,
     "fusion_norm": 2,
     "fusion_norm_backward": 3,
     "alignment_block": 4,

@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
-from discovla.ops.adapter import AdapterWeights, adapter
 from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import quantise_rows
 from discovla.ops.frame_patches import frame_patches
-from discovla.ops.fusion_norm import fusion_norm
-from discovla.ops.layer_norm import Update, layer_norm
+from discovla.ops.fusion_norm import AdapterWeights, fusion_norm
+from discovla.ops.layer_norm import layer_norm
 from discovla.ops.lora_norm import lora_norm
 from discovla.ops.mlp import MLPWeights, mlp
-from discovla.ops.read_lora_norm import read_lora_norm
-from discovla.ops.readout_attention import Readout, readout_attention_rows
+from discovla.ops.readout_attention import Readout, readout_attention
+from discovla.ops.readout_lora_norm import readout_lora_norm
 from discovla.ops.short_attention import Packing, short_attention
-from discovla.ops.temporal_fusion import Groups, temporal_fusion
+from discovla.ops.temporal_fusion import FrameGroups, temporal_fusion
 from discovla.ops.unit_mean import unit_mean
 
 FRAMES, TOKENS, RANK, PATCH = 12, 12, 8, 32  # of a clip, of a caption on average, of an adapter, in pixels
@@ -104,11 +103,11 @@ def _captions(n: int, device: torch.device) -> Packing:
     """Lengths from 6 to 18, 12 on average."""
     lengths = torch.arange(n, device=device) * 5 % (TOKENS + 1) + TOKENS // 2
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Packing(offsets=ends.int(), longest=TOKENS // 2 + TOKENS, count=int(ends[-1]))
+    return Packing(offsets=ends.int(), max_length=TOKENS // 2 + TOKENS, num_rows=int(ends[-1]))
 
 
 @cache
-def _groups(n: int, rows: int, heads: int, packed: bool, device: torch.device) -> Groups:
+def _groups(n: int, rows: int, heads: int, packed: bool, device: torch.device) -> FrameGroups:
     """n frames or captions, up to 12 a group; the last one of all is padding unless it is a group alone."""
     frames = next(f for f in range(FRAMES, 0, -1) if n % f == 0)
     packing = _captions(n, device) if packed else None
@@ -116,9 +115,9 @@ def _groups(n: int, rows: int, heads: int, packed: bool, device: torch.device) -
     last = first if packing is None else packing.offsets[1:].long() - 1
     count = n * rows if packing is None else int(packing.offsets[-1])
     seen = torch.arange(count, device=device) < (first[-1] if frames > 1 else count)
-    return Groups(
+    return FrameGroups(
         heads=heads,
-        readout=last.view(-1, frames),
+        readout_rows=last.view(-1, frames),
         packing=packing,
         causal=packed,
         group_mask=seen if packed else seen.view(n, rows),
@@ -134,7 +133,7 @@ def _affine(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _layer_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     affine = _affine(leaves[0].shape[-1], leaves[0].device)
-    return layer_norm(leaves[0], Update(u=leaves[1]), affine=affine, impl=impl)
+    return layer_norm(leaves[0], leaves[1], affine=affine, impl=impl)
 
 
 def _lora_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
@@ -148,10 +147,6 @@ def _mlp(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     return mlp(leaves[0], MLPWeights(up=up, up_bias=up_bias, down=down, down_bias=down_bias), impl=impl)
 
 
-def _adapter(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-    return adapter(*leaves, impl=impl)
-
-
 def _fusion_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     x, u, *weights = leaves
     names = ("down", "down_bias", "up", "up_bias")
@@ -162,8 +157,8 @@ def _fusion_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
 
 def _read_lora_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     (x, u, a), device = leaves, leaves[0].device
-    read, z, _, z_read = read_lora_norm(
-        x, a, u, _read_rows(len(x), device), affine=_affine(x.shape[-1], device), impl=impl
+    read, z, _, z_read = readout_lora_norm(
+        x, a, u, *_read_rows(len(x), device), affine=_affine(x.shape[-1], device), impl=impl
     )
     return read, z, z_read
 
@@ -202,7 +197,8 @@ def _attention(heads: int, n: int) -> Callable[[list[Tensor], Impl, bool], Resul
 
 def _fusion(heads: int, n: int, rows: int) -> Callable[[list[Tensor], Impl, bool], Results]:
     def call(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-        return temporal_fusion(leaves[0], _groups(n, rows, heads, packed, leaves[0].device), impl=impl)
+        groups = _groups(n, rows, heads, packed, leaves[0].device)
+        return temporal_fusion(leaves[0], groups, impl=impl).tensor_split([-groups.readout_rows.numel()])
 
     return call
 
@@ -212,40 +208,38 @@ def _readout(heads: int, n: int, rows: int) -> Callable[[list[Tensor], Impl, boo
         groups = _groups(n, rows, heads, packed, leaves[0].device)
         readout = Readout(
             heads=heads,
-            ends=groups.readout.flatten(),
-            group=groups.readout.shape[1],
+            rows=groups.readout_rows.flatten(),
+            group=groups.readout_rows.shape[1],
             packing=groups.packing,
             causal=packed,
             group_mask=groups.group_mask,
         )
-        return readout_attention_rows(leaves[0], leaves[1], readout, impl=impl)
+        return readout_attention(leaves[0], leaves[1], readout, impl=impl)
 
     return call
 
 
 def row_case(op: str, n: int, dim: int, **options) -> TowerCase:
-    """An op on n rows of width `dim`: norms, mlp, adapter, or unit_mean of twelve rows n times."""
+    """An op on n rows of width `dim`: norms, mlp, or unit_mean of twelve rows n times."""
     weights, read = ((RANK, dim), (RANK,), (dim, RANK), (dim,)), n + -(-n // FRAMES)
     shapes = {
         "fusion_norm": ((n, dim), (read, dim), *weights),
-        "read_lora_norm": ((n, dim), (n, dim), (RANK, dim)),
+        "readout_lora_norm": ((n, dim), (n, dim), (RANK, dim)),
         "unit_mean": ((n, FRAMES, dim),),
         "layer_norm": ((n, dim), (n, dim)),
         "lora_norm": ((n, dim), (n, dim), (RANK, dim)),
         "mlp": ((n, dim),),
-        "adapter": ((n, dim), *weights),
     }[op]
-    units = {"lora_norm": RANK, "read_lora_norm": RANK, "mlp": 4 * dim, "adapter": RANK}.get(op, 0)
-    # weights of lora_norm and adapter train
-    passes = {"lora_norm": 3, "read_lora_norm": 3, "mlp": 4, "adapter": 6}.get(op, 0)
+    units = {"lora_norm": RANK, "readout_lora_norm": RANK, "mlp": 4 * dim}.get(op, 0)
+    # weights of lora_norm train
+    passes = {"lora_norm": 3, "readout_lora_norm": 3, "mlp": 4}.get(op, 0)
     call = {
         "layer_norm": _layer_norm,
         "lora_norm": _lora_norm,
-        "read_lora_norm": _read_lora_norm,
+        "readout_lora_norm": _read_lora_norm,
         "fusion_norm": _fusion_norm,
         "unit_mean": _unit_mean,
         "mlp": _mlp,
-        "adapter": _adapter,
     }[op]
     products = 2.0 * n * dim * units * passes
     return TowerCase(
@@ -299,7 +293,6 @@ def timed_tower_cases(suite: str) -> list[TowerCase]:
         row_case("layer_norm", 50 * frames, 768),
         row_case("lora_norm", 50 * frames, 768),
         row_case("mlp", 50 * frames, 768),
-        row_case("adapter", frames, 768),
         sequence_case("short_attention", frames, 50, 768, 12),
         sequence_case("short_attention", captions, TOKENS, 512, 8, packed=True),
         sequence_case("temporal_fusion", frames, 50, 768, 12),
@@ -328,7 +321,7 @@ def checked_tower_cases() -> list[TowerCase]:
     cases = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for n, dim in ((1, 40), (7, 64), (130, 96), (1100, 512)):
-            ops = ("layer_norm", "lora_norm", "read_lora_norm", "fusion_norm", "unit_mean", "mlp", "adapter")
+            ops = ("layer_norm", "lora_norm", "readout_lora_norm", "fusion_norm", "unit_mean", "mlp")
             cases += [row_case(op, n, dim, dtype=dtype) for op in ops]
             cases += [rounding_case(n, dim, dtype=dtype)]
         for n, rows, dim, heads in ((1, 1, 16, 1), (6, 7, 40, 4), (12, 50, 128, 2), (4, 130, 128, 2)):

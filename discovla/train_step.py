@@ -25,8 +25,8 @@ from discovla.engine.strategy import cast_frozen
 from discovla.methods.base import Method
 from discovla.nn.features import check_mask
 from discovla.nn.precision import quantise_frozen, widen_residual
-from discovla.ops.buckets import Rows
-from discovla.ops.columns import Columns
+from discovla.ops.buckets import PackedRows
+from discovla.ops.column_shard import ColumnShard
 
 
 class TrainStep(GradCache):
@@ -76,7 +76,7 @@ class TrainStep(GradCache):
         _check(batch)
         return self.recorded(batch)
 
-    def losses(self, batch: Batch, rows: Rows | None = None) -> Losses:
+    def losses(self, batch: Batch, rows: PackedRows | None = None) -> Losses:
         """The same, by no recording.
 
         rows: how many packed captions take, where that is settled; see `ops.buckets`.
@@ -109,7 +109,7 @@ class TrainStep(GradCache):
             kept = gather(valid, world)
             first = int(kept[:first].sum())
             text, everyones, video, index = text[kept], everyones[kept], video[valid], index[valid]
-        columns = Columns(first=first, add=add_over_ranks, largest=largest_over_ranks)
+        columns = ColumnShard(first_text=first, all_reduce=add_over_ranks, all_reduce_max=largest_over_ranks)
         losses = self.method.losses(text, video, same_video=everyones[:, None] == index, columns=columns)
         return replace(losses, total=scale_gradient(losses.total, world.size))
 

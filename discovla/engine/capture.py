@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from discovla.batch import Batch, Losses
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World, largest_over_ranks
-from discovla.ops.buckets import FEWEST, Rows, lots, rows_of
+from discovla.ops.buckets import MIN_ROWS, PackedRows, bucket_sizes, rows_by_shape
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ REMEMBERED = 64  # shapes of batches that came once
 ROOM = 0.45  # of a GPU's memory, which the graphs' pool may take and a step as it is once more
 WARM_UP = 2  # runs before a step is recorded, in which libraries make their plans and kernels are compiled
 
-Step = Callable[[Batch, Rows], Losses]
+Step = Callable[[Batch, PackedRows], Losses]
 Found = tuple[Losses, Sequence[Tensor | None]]  # of a step: losses, and the gradient of each parameter
 # runs a function until it can be recorded, records it, and gives what it found and how to find it anew
 Recorder = Callable[[Callable[[], Found]], tuple[Found, Callable[[], None]]]
@@ -52,13 +52,13 @@ class Bounds:
     """What a capture keeps to.
 
     most: recordings that are kept; the one that was not used for longest gives way.
-    fewest: rows of captions, see `caption_rows`.
+    fewest: rows of captions, see `bucketed_rows`.
     crowded: whether a step as it is may not fit into memory beside the recordings, which then give way.
     largest: the largest of each of a few numbers over all processes, which so record the same at once.
     """
 
     most: int = MOST
-    fewest: int = FEWEST
+    fewest: int = MIN_ROWS
     crowded: Callable[[], bool] = lambda: False
     largest: Callable[[list[int]], list[int]] = list
 
@@ -118,7 +118,7 @@ class Capture:
         total = _Replayed.apply(losses.total, recording, *self.parameters)
         return Losses(total=total, terms={name: term.clone() for name, term in losses.terms.items()})
 
-    def _unrecorded(self, batch: Batch, rows: Rows) -> Losses:
+    def _unrecorded(self, batch: Batch, rows: PackedRows) -> Losses:
         """The step as it is, which needs memory of its own."""
         if self.recordings and self.bounds.largest([int(self.bounds.crowded())])[0]:
             self._say("recordings give way to a step that has none, for lack of memory")
@@ -133,15 +133,15 @@ class Capture:
         read = {id(x) for recording in self.recordings.values() for _, x in _tensors(recording.batch)}
         self.buffers = {key: x for key, x in self.buffers.items() if id(x) in read}
 
-    def _agreed(self, batch: Batch) -> Rows | None:
+    def _agreed(self, batch: Batch) -> PackedRows | None:
         """Rows of captions that all processes have room for; None where they have none, or other shapes."""
         masks = _masks(batch)
-        wanted, room = zip(*lots(masks, self.bounds.fewest), strict=True)
+        wanted, room = zip(*bucket_sizes(masks, self.bounds.fewest), strict=True)
         shapes = zlib.crc32(repr(_shapes(batch)).encode())
         agreed = self.bounds.largest([shapes, -shapes, *wanted, *(-most for most in room)])
         rows, least = agreed[2 : 2 + len(masks)], [-most for most in agreed[2 + len(masks) :]]
         fits = all(count <= most for count, most in zip(rows, least, strict=True))
-        return rows_of(masks, rows) if fits and agreed[0] == -agreed[1] else None
+        return rows_by_shape(masks, rows) if fits and agreed[0] == -agreed[1] else None
 
     def _came_before(self, key: Key) -> bool:
         """Whether batches of this shape have come before; from now on they have."""
@@ -152,7 +152,7 @@ class Capture:
             self._came.popitem(last=False)
         return False
 
-    def _record(self, key: Key, batch: Batch, rows: Rows) -> Recording:
+    def _record(self, key: Key, batch: Batch, rows: PackedRows) -> Recording:
         """The recording of a step on batches of this shape."""
         if len(self.recordings) >= self.bounds.most:
             self._say(

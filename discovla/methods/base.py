@@ -19,7 +19,7 @@ from discovla.nn.fusion import FusionAttention
 from discovla.nn.logit_scale import LogitScale
 from discovla.nn.lora import LoRA
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
-from discovla.ops.columns import Columns
+from discovla.ops.column_shard import ColumnShard
 from discovla.ops.dispatch import Impl
 from discovla.ops.info_nce import EXCLUDED, contrastive_loss, info_nce
 from discovla.ops.token_similarity import TokenInputs, token_similarity
@@ -228,7 +228,7 @@ class Method(nn.Module):
         video: Embedding,
         *,
         same_video: Tensor | None = None,
-        columns: Columns | None = None,
+        columns: ColumnShard | None = None,
     ) -> Losses:
         """The method's own loss of n matching pairs, and with frame captions + alpha l_frm + beta l_dis.
 
@@ -240,7 +240,7 @@ class Method(nn.Module):
         ignore = None
         if self.config.exclude_same_video and same_video is not None:
             ignore = same_video.clone()
-            ignore.diagonal(0 if columns is None else -columns.first).fill_(False)
+            ignore.diagonal(0 if columns is None else -columns.first_text).fill_(False)
         inputs = self._alignment_inputs(text, video, columns)
         if inputs is None:
             own = self.video_losses(text, video, ignore, columns)
@@ -259,7 +259,7 @@ class Method(nn.Module):
         return Losses(total=total, terms=_detached({**own.terms, "frame": frame, "distill": distill}))
 
     def video_losses(
-        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: Columns | None = None
+        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: ColumnShard | None = None
     ) -> VideoLosses:
         """The method's own loss, without alignment, of n pairs or of `columns`.
 
@@ -274,7 +274,7 @@ class Method(nn.Module):
         return VideoLosses(total=loss, terms={"video": loss}, logits=logits)
 
     def _alignment_inputs(
-        self, text: Embedding, video: Embedding, columns: Columns | None
+        self, text: Embedding, video: Embedding, columns: ColumnShard | None
     ) -> AlignmentInputs | None:
         """What frame-level alignment compares; None where either side has no frames' features."""
         if text.frames is None or video.frames is None:

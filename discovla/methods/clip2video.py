@@ -28,7 +28,7 @@ from discovla.methods.released import by_name
 from discovla.nn.block import BlockShape, LayerNorm
 from discovla.nn.features import check_mask
 from discovla.nn.temporal_heads import SoftVLAD, Table, Transformer
-from discovla.ops.columns import Columns
+from discovla.ops.column_shard import ColumnShard
 from discovla.ops.info_nce import contrastive_loss
 from discovla.ops.unit_mean import unit_mean
 from discovla.towers.architecture import Architecture
@@ -245,7 +245,7 @@ class CLIP2Video(Method):
         return whole, self.logit_scale() * text.tokens[:, 0] @ video.tokens[:, 0].T
 
     def video_losses(
-        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: Columns | None = None
+        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: ColumnShard | None = None
     ) -> VideoLosses:
         """w l(S_glob) + (1 - w) l(S_TAB)."""
         whole, aligned = self.similarities(text, video)

@@ -26,7 +26,7 @@ from discovla.methods.config import MethodConfig
 from discovla.methods.released import by_name
 from discovla.nn.features import check_mask
 from discovla.nn.temporal_heads import LSTM, PairScorer, Table, Transformer
-from discovla.ops.columns import Columns
+from discovla.ops.column_shard import ColumnShard
 from discovla.ops.info_nce import contrastive_loss
 from discovla.ops.unit_mean import unit_mean
 from discovla.towers.architecture import Architecture
@@ -139,11 +139,11 @@ class CLIP4Clip(Method):
         return self._scores(text, video, len(video)) if self.tight else super().similarity(text, video)
 
     def video_losses(
-        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: Columns | None = None
+        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: ColumnShard | None = None
     ) -> VideoLosses:
         if not self.tight or columns is None:
             return super().video_losses(text, video, ignore, columns)
-        most = int(columns.largest(torch.tensor(len(video))))
+        most = int(columns.all_reduce_max(torch.tensor(len(video))))
         logits = excluded(self._scores(text, video, most), ignore)
         loss = contrastive_loss(logits, columns)
         return VideoLosses(total=loss, terms={"video": loss}, logits=logits)

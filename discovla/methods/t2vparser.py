@@ -24,7 +24,7 @@ from discovla.methods.config import MethodConfig
 from discovla.nn.decomposition import Decomposition, FeedForward
 from discovla.nn.features import check_mask, masked_mean, on, unit, widen
 from discovla.nn.stan import STAN, StanState
-from discovla.ops.columns import Columns
+from discovla.ops.column_shard import ColumnShard
 from discovla.ops.info_nce import contrastive_loss
 from discovla.ops.token_similarity import Padding, TokenInputs, token_similarity, token_training_similarity
 from discovla.towers.architecture import Architecture
@@ -233,17 +233,17 @@ class T2VParser(Method):
         return scores / config.tau
 
     def video_losses(
-        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: Columns | None = None
+        self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: ColumnShard | None = None
     ) -> VideoLosses:
         """NCE + diversity Div; NCE is the sum of both directions, Div the mean of both sides."""
         config = self.config
         logits = excluded(self.training_logits(text, video), ignore)
         nce = 2 * contrastive_loss(logits, columns)
-        own = text if columns is None else text[columns.first :][: len(video)]
+        own = text if columns is None else text[columns.first_text :][: len(video)]
         views = [_tokens(side)[:, -config.views :] for side in (own, video)]
         div = (diversity(views[0], len(text)) + diversity(views[1], len(text))) / 2
         if columns is not None:
-            (div,) = columns.add(div)
+            (div,) = columns.all_reduce(div)
         total = nce + config.diversity_ratio * config.diversity * div
         return VideoLosses(total=total, terms={"nce": nce, "diversity": div}, logits=logits)
 

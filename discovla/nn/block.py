@@ -19,11 +19,10 @@ from discovla.nn.layout import Rows, SequenceLayout
 from discovla.nn.lora import LoRA
 from discovla.nn.memory import checkpointed, recomputing
 from discovla.nn.recompute import normed_lora_projection, quick_gelu_mlp, recompute_in_backward
-from discovla.ops.adapter import AdapterWeights
 from discovla.ops.attention import attention
 from discovla.ops.dispatch import Impl, choose
 from discovla.ops.fp8_mlp import FP8MLPWeights, fp8_mlp
-from discovla.ops.layer_norm import Update
+from discovla.ops.fusion_norm import AdapterWeights
 from discovla.ops.lora_norm import (
     LoRAWeights,
     lora_norm,
@@ -31,8 +30,8 @@ from discovla.ops.lora_norm import (
     lora_weights,
 )
 from discovla.ops.mlp import Activation, MLPWeights, mlp
-from discovla.ops.read_lora_norm import read_lora_norm, read_lora_projection
-from discovla.ops.readout_attention import Readout, readout_attention_rows
+from discovla.ops.readout_attention import Readout, readout_attention
+from discovla.ops.readout_lora_norm import readout_lora_norm, readout_lora_projection
 from discovla.ops.short_attention import short_attention
 
 # rows, their update by attention, and of a fused block by ops the adapter of what follows the rows in it
@@ -98,7 +97,7 @@ class Attention(nn.Module):
         """x + u, and what `project` gives of its norm; in a pruned block readout rows and `project_read`."""
         (x, u), width = rows, self.qkv.in_features
         if not self.updated_by_op(norm):
-            x, y = norm.of_sum(x, None if u is None else Update(u=u), impl)
+            x, y = norm.of_sum(x, u, impl)
             if not sequences.pruned:
                 return x, (self.project_normed(y),)
             queries = self.project_normed(sequences.read(y), slice(0, width))
@@ -110,9 +109,9 @@ class Attention(nn.Module):
         if not sequences.pruned:
             x, z, low = lora_norm(x, weights.a, u, **how)
             return x, (lora_projection(z, low, weights),)
-        places = sequences.ends(x.shape[1]), sequences.slots(x)
-        x, z, low, read = read_lora_norm(x, weights.a, u, places, **how)
-        return x, read_lora_projection(z, low, read, weights)
+        readout_rows, readout_index = sequences.ends(x.shape[1]), sequences.slots(x)
+        x, z, low, read = readout_lora_norm(x, weights.a, u, readout_rows, readout_index, **how)
+        return x, readout_lora_projection(z, low, read, weights)
 
     def updated_by_op(self, norm: LayerNorm) -> bool:
         """Whether `lora_norm` and `lora_projection` compute the projection of the norm's rows."""
@@ -130,7 +129,7 @@ class Attention(nn.Module):
     def read_rows(
         self, parts: tuple[Tensor, ...], sequences: SequenceLayout, impl: Impl, position: Tensor | None = None
     ) -> Tensor:
-        """`readout_attention_rows` of what `projections` gave; masks of single heads have no kernel."""
+        """`readout_attention` of what `projections` gave; masks of single heads have no kernel."""
         (q, kv), mask = parts, sequences.key_mask
         if mask is not None and mask.dim() == 3:
             if self.fuses and sequences.group:
@@ -138,15 +137,15 @@ class Attention(nn.Module):
             return recompute_in_backward(partial(self.attend_read, sequences), q, kv)
         readout = Readout(
             heads=self.heads,
-            ends=sequences.ends(kv.shape[1]),
+            rows=sequences.ends(kv.shape[1]),
             group=sequences.group if self.fuses else 0,
-            alone=sequences.alone,
+            ungrouped=sequences.alone,
             packing=sequences.packing,
             causal=sequences.causal,
             key_mask=sequences.of_rows(mask),
             group_mask=sequences.of_rows(sequences.fusion_key_mask),
         )
-        return readout_attention_rows(q, kv, readout, position=position, impl=impl)
+        return readout_attention(q, kv, readout, position=position, impl=impl)
 
     def attend_rows(self, qkv: Tensor, sequences: SequenceLayout, impl: Impl) -> Tensor:
         """`attend`, of which q, k and v alone are kept for backward; masks of single heads have no kernel."""
@@ -227,7 +226,7 @@ class MLP(nn.Module):
         if up is not None and down is not None:
             weights = FP8MLPWeights(up=up, up_bias=self.up.bias, down=down, down_bias=self.down.bias)
             needed, impl = not recomputing(), self.up.fp8_impl
-            return fp8_mlp(x, weights, activation=self.kind, needed=needed, impl=impl)
+            return fp8_mlp(x, weights, activation=self.kind, output_needed=needed, impl=impl)
         if self.activation is quick_gelu and plain(self.up, self.down):
             weights = self.up.weights(x.dtype), self.down.weights(x.dtype)
             return quick_gelu_mlp(x, *weights, needed=not recomputing())
@@ -239,7 +238,7 @@ class MLP(nn.Module):
             return self(x)
         up, down = self.up.weights(x.dtype), self.down.weights(x.dtype)
         weights = MLPWeights(up=up[0], up_bias=up[1], down=down[0], down_bias=down[1])
-        return mlp(x, weights, activation=self.kind, needed=not recomputing(), impl=impl)
+        return mlp(x, weights, activation=self.kind, output_needed=not recomputing(), impl=impl)
 
 
 class Block(nn.Module):
@@ -288,7 +287,7 @@ class Block(nn.Module):
             x = x + update
             return x, self.mlp(self.ln_2(x))
         if adapter is None:
-            x, y = self.ln_2.of_sum(x, Update(u=update), impl)
+            x, y = self.ln_2.of_sum(x, update, impl)
         else:
             slots = sequences.slots(x), sequences.alone
             x, y = self.ln_2.of_fusion(x, (update, adapter), slots, impl)

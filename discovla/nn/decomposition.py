@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discovla.nn.block import Linear
-from discovla.ops.attention import attention, attention_with_dropout
+from discovla.ops.attention import attention
 
 DROPOUT = 0.1
 HEADS = 4
@@ -58,10 +58,8 @@ class MemoryAttention(nn.Module):
         """mask: n m, bool, true on rows of the memory that may be seen."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x, memory))
         keys = None if mask is None else mask[:, None, None]  # n 1 1 m
-        if self.training and self.dropout:
-            read = attention_with_dropout(q, k, v, self.dropout, mask=keys)
-        else:
-            read = attention(q, k, v, mask=keys)  # n h q c
+        dropout = self.dropout if self.training else 0.0
+        read = attention(q, k, v, mask=keys, dropout=dropout)  # n h q c
         return self.out(read.transpose(1, 2).flatten(2))
 
 

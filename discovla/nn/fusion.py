@@ -19,10 +19,10 @@ from discovla.nn.block import (
 )
 from discovla.nn.layout import SequenceLayout
 from discovla.nn.recompute import recompute_in_backward, take_rows
-from discovla.ops.adapter import AdapterWeights
 from discovla.ops.attention import attention
 from discovla.ops.dispatch import Impl
-from discovla.ops.temporal_fusion import Groups, temporal_fusion_rows
+from discovla.ops.fusion_norm import AdapterWeights
+from discovla.ops.temporal_fusion import FrameGroups, temporal_fusion
 
 FRAME_POSITIONS = 128  # rows of a table of frame positions
 
@@ -99,16 +99,16 @@ class FusionAttention(Attention):
         if sequences.pruned:
             update = self.read_rows(parts, sequences, impl, self.frame_position)
             return x, self.out(update), self.adapter.weights
-        groups = Groups(
+        groups = FrameGroups(
             heads=self.heads,
-            readout=sequences.ends(x.shape[1])[sequences.alone :].unflatten(0, (-1, sequences.group)),
-            alone=sequences.alone,
+            readout_rows=sequences.ends(x.shape[1])[sequences.alone :].unflatten(0, (-1, sequences.group)),
+            ungrouped=sequences.alone,
             packing=sequences.packing,
             causal=sequences.causal,
             key_mask=sequences.of_rows(sequences.key_mask),
             group_mask=sequences.of_rows(sequences.fusion_key_mask),
         )
-        update = temporal_fusion_rows(parts[0], groups, position=self.frame_position, impl=impl)
+        update = temporal_fusion(parts[0], groups, position=self.frame_position, impl=impl)
         return x, self.out(update), self.adapter.weights
 
     def attend_of_group(

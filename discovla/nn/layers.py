@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from discovla.nn.layout import Rows
 from discovla.nn.recompute import SLOPE, recompute_in_backward
-from discovla.ops.adapter import AdapterWeights
 from discovla.ops.dispatch import Impl, choose
 from discovla.ops.fp8_linear import FP8Weight, fp8_linear
-from discovla.ops.fusion_norm import fusion_norm
-from discovla.ops.layer_norm import Update, layer_norm
+from discovla.ops.fusion_norm import AdapterWeights, fusion_norm
+from discovla.ops.layer_norm import layer_norm
 
 
 class Linear(nn.Linear):
@@ -75,7 +74,7 @@ class LayerNorm(nn.LayerNorm):
         y = F.layer_norm(x.to(work), self.normalized_shape, weight.to(work), bias.to(work), self.eps)
         return y.to(self.compute or x.dtype)
 
-    def of_sum(self, x: Tensor, update: Update | None, impl: Impl) -> tuple[Tensor, Tensor]:
+    def of_sum(self, x: Tensor, update: Tensor | None, impl: Impl) -> tuple[Tensor, Tensor]:
         """x + update and its norm, by the op."""
         dtype = self.compute or x.dtype
         if frozen(self):
@@ -102,7 +101,7 @@ class LayerNorm(nn.LayerNorm):
 
     def of_rows(self, x: Rows, impl: str) -> Tensor:
         """The norm of rows, or of the sum that a chain of ops left as two; impl: what computes blocks."""
-        x, update = (x[0], Update(u=x[1])) if isinstance(x, tuple) else (x, None)
+        x, update = x if isinstance(x, tuple) else (x, None)
         chosen = choose("block", impl, x.device.type, operands=(x,))
         return self(x) if chosen == "torch" else self.of_sum(x, update, cast(Impl, chosen))[1]
 

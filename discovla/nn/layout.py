@@ -60,11 +60,11 @@ class SequenceLayout:
 
     def pad(self, x: Tensor) -> Tensor:
         """Rows as n l w."""
-        return x if self.packing is None else pad_rows(x, self.packing.places, self.packing.rows)
+        return x if self.packing is None else pad_rows(x, self.packing.pad_index, self.packing.pack_index)
 
     def unpad(self, x: Tensor) -> Tensor:
         """The inverse of `pad`."""
-        return x if self.packing is None else take_rows(x.flatten(0, 1), self.packing.rows)
+        return x if self.packing is None else take_rows(x.flatten(0, 1), self.packing.pack_index)
 
     def ends(self, length: int) -> Tensor:
         """n, int64: where the readout row of each sequence is among all rows; length: l of rows n l w."""
@@ -116,14 +116,14 @@ class SequenceLayout:
     def across(self) -> Tensor | None:
         """fusion_key_mask, without padding; None where there is none."""
         if self.fusion_key_mask is None and self.packing is not None:
-            return self.packing.real
+            return self.packing.mask
         return self.fusion_key_mask
 
     def of_rows(self, mask: Tensor | None) -> Tensor | None:
         """A mask n l as the rows are: n l, or t; None where it hides nothing but padding."""
         if mask is None or self.packing is None:
             return mask
-        return None if mask is self.packing.real else mask.flatten()[self.packing.rows]
+        return None if mask is self.packing.mask else mask.flatten()[self.packing.pack_index]
 
     def seen_by_readout(self, length: int) -> Tensor | None:
         """n 1|h 1 l, bool: the keys that the readout rows may see; None where they may see all."""

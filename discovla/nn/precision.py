@@ -7,7 +7,7 @@ from torch import nn
 
 from discovla.nn.block import Block, Linear, frozen
 from discovla.ops.dispatch import Impl
-from discovla.ops.fp8_linear import fp8_lacks, quantise_weight
+from discovla.ops.fp8_linear import fp8_unsupported, quantise_weight
 
 
 def widen_residual(module: nn.Module, compute: torch.dtype) -> None:
@@ -35,7 +35,7 @@ def quantise_frozen(
     if not layers:
         raise ValueError("fp8: expected frozen linear layers, found none (method.tune = 'lora' has them)")
     for name, layer in layers.items():
-        if reason := fp8_lacks(device, (layer.out_features, layer.in_features)):
+        if reason := fp8_unsupported(device, (layer.out_features, layer.in_features)):
             raise ValueError(f"fp8: {name}: {reason}")
     for layer in layers.values():
         rounded = quantise_weight(layer.weight, backward=backward)

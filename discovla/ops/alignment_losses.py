@@ -10,7 +10,14 @@ from torch import Tensor
 
 from discovla.ops.alignment_block import alignment_block, fits_a_block
 from discovla.ops.blocks import ELEMENTS, EXCLUDED, expect_shape, wide
-from discovla.ops.columns import ALL, Columns, column_losses, merged_losses, placed, statistics
+from discovla.ops.column_shard import (
+    ALL_COLUMNS,
+    ColumnShard,
+    column_losses,
+    merged_losses,
+    placed,
+    statistics,
+)
 from discovla.ops.contrastive import contrastive_columns, contrastive_streamed
 from discovla.ops.dispatch import Impl, choose
 from discovla.ops.frame_similarity import frame_similarity
@@ -35,7 +42,7 @@ class AlignmentInputs:
     video_frames: Tensor
     text_mask: Tensor | None = None
     video_mask: Tensor | None = None
-    columns: Columns | None = None
+    columns: ColumnShard | None = None
     group: int | None = None
 
 
@@ -204,20 +211,20 @@ def _losses_of_groups(
     ignore: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Frame-level loss and distillation inside groups; the student is pooled cosines where none is given."""
-    n, v, columns, group = len(inputs.text), len(inputs.video), inputs.columns or ALL, inputs.group
+    n, v, columns, group = len(inputs.text), len(inputs.video), inputs.columns or ALL_COLUMNS, inputs.group
     assert group is not None, "asked for"
-    start, end = columns.first // group * group, columns.first + v
+    start, end = columns.first_text // group * group, columns.first_text + v
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     # one group at least, be it empty: every process must reach the same tensors in backward
     for first in range(start, max(end, start + 1), group):
         rows = slice(first, min(first + group, n))
-        own = slice(max(first - columns.first, 0), min(first + group, end) - columns.first)
+        own = slice(max(first - columns.first_text, 0), min(first + group, end) - columns.first_text)
         left_out = None if ignore is None else ignore[rows, own]
         part = _part(inputs, rows, own)
         frame = _frame_logits(part, scale, left_out, "auto")
         logits = scale * cosine_similarity(part.text, part.video) if student is None else student[rows, own]
         logits = logits if left_out is None else logits.masked_fill(left_out, EXCLUDED)
-        found.append(statistics(logits, frame, columns.first + own.start - first, detach_teacher))
+        found.append(statistics(logits, frame, columns.first_text + own.start - first, detach_teacher))
     rows, across, matched = (list(parts) for parts in zip(*found, strict=True))
     of_rows = placed(torch.cat(rows, dim=1), start, n)
     weight = 100 / (group * n) if kl_norm == "official" else kl_weight(kl_norm, n)

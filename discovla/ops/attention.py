@@ -17,7 +17,14 @@ CHUNK = 4_000_000  # scores that backward holds at once on a CPU: 16 MB
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, impl: Impl = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    impl: Impl = "auto",
 ) -> Tensor:
     """softmax(q kᵀ / sqrt(c) + log mask) v.
 
@@ -25,6 +32,8 @@ def attention(
         q: n h i c.  k, v: n h j c.
         mask: bool, broadcastable to n h i j; true where a query may see a key.  Every query must see one key.
         causal: query i sees keys j <= i only (besides `mask`).
+        dropout: probability with which a softmax weight is dropped; the others are divided by 1 - dropout.
+            Any value but 0 uses torch's fused attention.
         impl: reference (plain torch), torch (its fused kernel) or auto.
 
     Returns:
@@ -34,18 +43,13 @@ def attention(
     if causal and mask is not None:
         mask = mask & _causal(q.shape[-2], k.shape[-2], q.device)
         causal = False
+    if dropout:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     if chosen == "torch" and q.device.type == "cpu" and q.dtype in HALVES:
         return _HalfOnCPU.apply(q, k, v, mask, causal)
     if chosen == "torch":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return attention_reference(q, k, v, mask=mask, causal=causal)
-
-
-def attention_with_dropout(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, *, mask: Tensor | None = None
-) -> Tensor:
-    """`attention` in training: a weight is dropped with probability `dropout`, else over 1 - dropout."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 def attention_reference(

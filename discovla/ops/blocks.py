@@ -29,9 +29,16 @@ def _runs(count: int, size: int) -> Iterator[slice]:
 
 
 def expect_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor of another shape: a kernel would read beside it.  None is what was not given."""
+    """Raise ValueError if x has another shape: a kernel would read out of bounds.  None passes."""
     if x is not None and tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, found {tuple(x.shape)}")
+
+
+def expect_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the mask is bool and has this shape: a kernel reads its bytes."""
+    expect_shape(name, mask, shape)
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"{name}: expected bool, found {mask.dtype}")
 
 
 def wide(x: Tensor) -> torch.dtype:

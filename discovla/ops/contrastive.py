@@ -25,7 +25,7 @@ from discovla.ops.blocks import (
     unit_rows,
     wide,
 )
-from discovla.ops.columns import Columns, merged_losses
+from discovla.ops.column_shard import ColumnShard, merged_losses
 from discovla.ops.dispatch import kernel
 from discovla.ops.frame_similarity import part
 from discovla.ops.frame_similarity import tile_functions as frame_tiles
@@ -309,7 +309,11 @@ contrastive_streamed.register_autograd(_differentiate, setup_context=_keep)
 
 
 def contrastive_columns(
-    tensors: tuple[Tensor | None, ...], columns: Columns, kl_weight: float, detach_teacher: bool, impl: str
+    tensors: tuple[Tensor | None, ...],
+    columns: ColumnShard,
+    kl_weight: float,
+    detach_teacher: bool,
+    impl: str,
 ) -> Tensor:
     """Losses of whole matrices, 1 or 3, from the columns of one process.
 
@@ -324,13 +328,15 @@ class _Columns(torch.autograd.Function):
     """A `torch.library` op could not call what adds up over processes."""
 
     @staticmethod
-    def forward(ctx: Any, columns: Columns, how: tuple[float, bool, str], *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, columns: ColumnShard, how: tuple[float, bool, str], *tensors: Tensor | None
+    ) -> Tensor:
         kl_weight, detach_teacher, impl = how
-        blocks = Blocks(tensors, impl, keep=False, first=columns.first)
+        blocks = Blocks(tensors, impl, keep=False, first=columns.first_text)
         rows, across = (blocks.scale.new_empty(blocks.kinds, count) for count in (blocks.t, blocks.v))
         matched = fill_sums(blocks, (rows, across)).sum(1)
         losses, rows = merged_losses(rows, across, matched, columns, kl_weight, detach_teacher)
-        ctx.first, ctx.how = columns.first, how
+        ctx.first, ctx.how = columns.first_text, how
         ctx.save_for_backward(rows, across, *tensors)
         return losses
 

@@ -23,7 +23,6 @@ Memory = Literal["auto", "keep", "recompute_mlp", "recompute_projections", "reco
 
 # op -> implementations that exist, and the one `auto` takes on each device
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "adapter": ("reference", "triton"),
     "frame_patches": ("reference", "triton"),
     "fusion_norm": ("reference", "triton"),
     "attention": ("reference", "torch"),
@@ -39,7 +38,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "preprocess_frames": ("reference", "triton"),
     "quantise_rows": ("reference", "triton"),
     "rank_of_positive": ("reference", "torch", "triton", "cuda"),
-    "read_lora_norm": ("reference", "triton"),
+    "readout_lora_norm": ("reference", "triton"),
     "readout_attention": ("reference", "torch", "triton"),
     "short_attention": ("reference", "torch", "triton"),
     "temporal_fusion": ("reference", "torch", "triton"),
@@ -53,11 +52,10 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 # op -> the file of discovla_kernels that has its kernels
 KERNELS: dict[str, str] = {
-    "adapter": "adapter",
     "block": "layer_norm",
     "preprocess_frames": "preprocess_frames",
     "frame_patches": "preprocess_frames",
-    "fusion_norm": "layer_norm",
+    "fusion_norm": "fusion_norm",
     "alignment_losses": "alignment_block",
     "fp8_linear": "quantise_rows",
     "frame_similarity": "frame_similarity",
@@ -68,7 +66,7 @@ KERNELS: dict[str, str] = {
     "mlp": "mlp",
     "quantise_rows": "quantise_rows",
     "rank_of_positive": "rank_of_positive",
-    "read_lora_norm": "lora_norm",
+    "readout_lora_norm": "lora_norm",
     "readout_attention": "readout_attention",
     "short_attention": "short_attention",
     "temporal_fusion": "temporal_fusion",
@@ -115,7 +113,7 @@ def choose(
         impl: "auto", or an implementation, which is then never replaced by another.
         device_type: "cpu" or "cuda".
         small: whether the whole op is one block, so that streaming it has no point.
-        operands: what the kernel of the op will be asked to take, in the order of its `supports`.
+        operands: what the kernel of the op will be asked to take, in the order of its `unsupported`.
 
     Raises:
         KernelUnavailable: `impl` is not among the op's implementations, or cannot run here.
@@ -154,7 +152,7 @@ def _triton_lacks(op: str, device_type: str, operands: Sequence[Tensor | None]) 
         return "triton is not installed: pip install triton"
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs a CUDA device, or TRITON_INTERPRET=1 in the environment before Python starts"
-    return kernel(op).supports(*operands) if operands else ""
+    return kernel(op).unsupported(*operands) if operands else ""
 
 
 def _cuda_lacks(op: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
@@ -163,7 +161,7 @@ def _cuda_lacks(op: str, device_type: str, operands: Sequence[Tensor | None]) ->
         return f"its tensors are on {device_type}: move them to a CUDA device, or use impl='torch'"
     if reason := library.missing():
         return reason
-    return kernel(op, "cuda").supports(*operands) if operands else ""
+    return kernel(op, "cuda").unsupported(*operands) if operands else ""
 
 
 @cache

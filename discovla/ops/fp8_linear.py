@@ -95,7 +95,7 @@ def fp8_linear(x: Tensor, weight: FP8Weight, bias: Tensor, *, impl: Impl = "auto
     return out.view(*x.shape[:-1], len(weight.bits))
 
 
-def fp8_lacks(device: torch.device, sizes: tuple[int, int] = (MULTIPLE, MULTIPLE)) -> str:
+def fp8_unsupported(device: torch.device, sizes: tuple[int, int] = (MULTIPLE, MULTIPLE)) -> str:
     """Why a weight of these sizes (o i) cannot be multiplied in FP8 there, in one line; empty where it can.
 
     A CPU computes the same numbers by the reference, slowly.

@@ -30,7 +30,7 @@ def fp8_mlp(
     weights: FP8MLPWeights,
     *,
     activation: Activation = "quick_gelu",
-    needed: bool = True,
+    output_needed: bool = True,
     impl: Impl = "auto",
 ) -> Tensor:
     """down act(up x + up_bias) + down_bias, both products and their gradients as of `fp8_linear`.
@@ -41,7 +41,7 @@ def fp8_mlp(
     Args:
         x: ... w.
         activation: quick_gelu, h sigmoid(1.702 h), or gelu, h Phi(h).
-        needed: whether the result is read; else its numbers are any.
+        output_needed: whether the result is read; else its numbers are any.
         impl: of `fp8_linear`.
 
     Returns:
@@ -55,20 +55,20 @@ def fp8_mlp(
     check_fp8(x, weights.up, weights.up_bias)
     check_fp8(x.new_empty(0, hidden), weights.down, weights.down_bias)
     how = how_multiplied(impl, x)
-    out = _FP8MLP.apply(x.reshape(-1, width), weights, activation, how, needed)
+    out = _FP8MLP.apply(x.reshape(-1, width), weights, activation, how, output_needed)
     return out.view(*x.shape[:-1], len(weights.down.bits))
 
 
 class _FP8MLP(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: FP8MLPWeights, activation: Activation, how: How, needed: bool
+        ctx: Any, x: Tensor, weights: FP8MLPWeights, activation: Activation, how: How, output_needed: bool
     ) -> Tensor:
         up, down, (product, impl) = weights.up, weights.down, how
         h = product(quantise_rows(x, impl=impl), up.bits, up.scale, weights.up_bias.to(x.dtype), x.dtype)
         ctx.how, ctx.activation, ctx.counts = how, activation, (len(up.kept), len(down.kept))
         ctx.save_for_backward(h, *up.kept, *down.kept)
-        if not needed:
+        if not output_needed:
             return x.new_empty(len(x), len(down.bits))
         rows = quantise_rows(h, through=Through(activation=activation), impl=impl)
         return product(rows, down.bits, down.scale, weights.down_bias.to(x.dtype), x.dtype)

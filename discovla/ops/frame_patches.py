@@ -17,14 +17,14 @@ from discovla.ops.preprocess_frames import (
 )
 
 CENTRE = 128  # of a byte: what is left of it is exact in bfloat16
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in [0, 1]
+PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in [0, 1]
 
 
 def frame_patches(
     frames: Tensor,
     patch_size: int,
     *,
-    statistics: Statistics | None = (CLIP_MEAN, CLIP_STD),
+    statistics: PixelStatistics | None = (CLIP_MEAN, CLIP_STD),
     dtype: torch.dtype = torch.float32,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -62,7 +62,7 @@ def frame_patches(
 def frame_patches_reference(
     frames: Tensor,
     patch_size: int,
-    statistics: Statistics | None,
+    statistics: PixelStatistics | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The formula of `frame_patches`."""
@@ -77,7 +77,7 @@ def frame_patches_reference(
 def fold_normalisation(
     weight: Tensor,
     *,
-    statistics: Statistics = (CLIP_MEAN, CLIP_STD),
+    statistics: PixelStatistics = (CLIP_MEAN, CLIP_STD),
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def _(weight, scale, offset, dtype):
     )
 
 
-def _check(frames: Tensor, patch_size: int, statistics: Statistics | None) -> None:
+def _check(frames: Tensor, patch_size: int, statistics: PixelStatistics | None) -> None:
     if frames.dtype != torch.uint8 or frames.ndim != 5:
         found = f"{frames.dtype} of shape {tuple(frames.shape)}"
         raise ValueError(f"frames: expected uint8, b f y x c, found {found}")

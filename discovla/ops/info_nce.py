@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discovla.ops.blocks import ELEMENTS, EXCLUDED, expect_shape, wide
-from discovla.ops.columns import Columns, column_losses
+from discovla.ops.column_shard import ColumnShard, column_losses
 from discovla.ops.contrastive import contrastive_columns, contrastive_streamed
 from discovla.ops.dispatch import Impl, choose
 
@@ -18,7 +18,7 @@ def info_nce(
     logit_scale: Tensor,
     *,
     ignore: Tensor | None = None,
-    columns: Columns | None = None,
+    columns: ColumnShard | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Mean of both directions' cross-entropy of the matching pairs.
@@ -56,7 +56,11 @@ def info_nce(
 
 
 def info_nce_reference(
-    text: Tensor, video: Tensor, logit_scale: Tensor, ignore: Tensor | None, columns: Columns | None = None
+    text: Tensor,
+    video: Tensor,
+    logit_scale: Tensor,
+    ignore: Tensor | None,
+    columns: ColumnShard | None = None,
 ) -> Tensor:
     """The formula of `info_nce`, with S in memory."""
     logits = logit_scale * cosine_similarity(text, video)  # t v
@@ -70,7 +74,7 @@ def cosine_similarity(text: Tensor, video: Tensor) -> Tensor:
     return (text / text.norm(dim=-1, keepdim=True)) @ (video / video.norm(dim=-1, keepdim=True)).T
 
 
-def contrastive_loss(logits: Tensor, columns: Columns | None = None) -> Tensor:
+def contrastive_loss(logits: Tensor, columns: ColumnShard | None = None) -> Tensor:
     """The symmetric cross-entropy of `info_nce` on given logits, n n, diagonal right; or n v."""
     if columns is not None:
         return column_losses(logits, None, columns)[0]

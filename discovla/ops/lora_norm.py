@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from discovla.ops.blocks import expect_shape, wide
 from discovla.ops.dispatch import Impl, choose, kernel
-from discovla.ops.layer_norm import Affine, Update, checked_affine, layer_norm_reference
+from discovla.ops.layer_norm import Affine, check_affine, layer_norm_reference
 
 
 def lora_norm(
@@ -55,7 +55,7 @@ def lora_norm(
     rank = copies.shape[1]
     expect_shape("a", copies, (len(copies), rank, x.shape[-1]))
     dtype = dtype or (x if u is None else u).dtype
-    gain, shift = checked_affine(affine, x)
+    gain, shift = check_affine(affine, x)
     like = torch.empty(0, dtype=dtype, device=x.device)
     if choose("lora_norm", impl, x.device.type, operands=(x, copies, like, u, gain, shift)) == "reference":
         return lora_norm_reference(x, copies[0], u, affine, eps, dtype)
@@ -72,8 +72,7 @@ def lora_norm_reference(
     x: Tensor, a: Tensor, u: Tensor | None, affine: Affine | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula of `lora_norm`."""
-    update = None if u is None else Update(u=u)
-    total, y = layer_norm_reference(x, update, affine, eps, dtype)
+    total, y = layer_norm_reference(x, u, affine, eps, dtype)
     low = y @ a.to(dtype).T  # ... k
     return total, torch.cat([y, F.pad(low, (0, padding(len(a)) - len(a)))], dim=-1), low.detach()
 

@@ -34,7 +34,7 @@ def mlp(
     weights: MLPWeights,
     *,
     activation: Activation = "quick_gelu",
-    needed: bool = True,
+    output_needed: bool = True,
     impl: Impl = "auto",
 ) -> Tensor:
     """down act(up x + up_bias) + down_bias.
@@ -46,7 +46,7 @@ def mlp(
         x: ... w.
         weights: computed with in the dtype of x.
         activation: quick_gelu, h sigmoid(1.702 h), or gelu, h Phi(h).
-        needed: whether the result is read; else its numbers are any, and the kernel computes h alone.
+        output_needed: whether the result is read; else its numbers are any, and the kernel computes h alone.
         impl: reference (plain torch), triton, or auto.
 
     Returns:
@@ -63,7 +63,7 @@ def mlp(
         return mlp_reference(x, up, up_bias, down, down_bias, activation)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, up, up_bias, down, down_bias))
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return _mlp(rows, up, up_bias, down, down_bias, activation, keep, needed)[0].view(x.shape)
+    return _mlp(rows, up, up_bias, down, down_bias, activation, keep, output_needed)[0].view(x.shape)
 
 
 def mlp_reference(
@@ -97,15 +97,15 @@ def _mlp(
     down_bias: Tensor,
     activation: str,
     keep: bool,
-    needed: bool,
+    output_needed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The result, r w, of any numbers unless `needed`, and h, r m, for backward; empty unless `keep`."""
+    """The output, r w (uninitialised unless `output_needed`), and h, r m (empty unless `keep`)."""
     h, g = kernel("mlp").hidden(x, up, up_bias.contiguous(), activation == "gelu", keep)
-    return F.linear(g, down, down_bias) if needed else torch.empty_like(x), h
+    return F.linear(g, down, down_bias) if output_needed else torch.empty_like(x), h
 
 
 @_mlp.register_fake
-def _(x, up, up_bias, down, down_bias, activation, keep, needed):
+def _(x, up, up_bias, down, down_bias, activation, keep, output_needed):
     return torch.empty_like(x), x.new_empty(len(x), len(up)) if keep else x.new_empty(0)
 
 

@@ -10,59 +10,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discovla.ops.attention import attention
-from discovla.ops.blocks import expect_shape
+from discovla.ops.blocks import expect_mask
 from discovla.ops.dispatch import Impl, choose, kernel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How n sequences of different lengths lie end to end in r rows, without padding.
+    """Layout of n sequences of different lengths, end to end in r rows without padding.
 
     offsets: n + 1, int32, on the device of the rows: the first row of each sequence, and r.
-    longest: l, at least the rows of any sequence.
-    count: r.
+    max_length: l, at least the number of rows of any sequence.
+    num_rows: r.
     """
 
     offsets: Tensor
-    longest: int
-    count: int
+    max_length: int
+    num_rows: int
 
     @staticmethod
-    def of(kept: Tensor, count: int | None = None) -> Packing:
-        """Of the tokens to keep of padded sequences, n k, bool; on the CPU, or a GPU is waited for.
+    def from_mask(kept: Tensor, num_rows: int | None = None) -> Packing:
+        """Pack the tokens of padded sequences at which `kept`, n k, bool, is true.
 
-        count: how many they are, where that is known: then nobody waits, and `longest` is k.
+        num_rows: their number, if known; `max_length` is then k, and nothing is read from the device.
+            Without it a mask on a GPU makes this a sync.
         """
         lengths = kept.sum(1)
         offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        if count is not None:
-            return Packing(offsets=offsets, longest=kept.shape[1], count=count)
-        return Packing(offsets=offsets, longest=int(lengths.max()), count=int(offsets[-1]))
+        if num_rows is not None:
+            return Packing(offsets=offsets, max_length=kept.shape[1], num_rows=num_rows)
+        return Packing(offsets=offsets, max_length=int(lengths.max()), num_rows=int(offsets[-1]))
 
     def to(self, device: torch.device | str) -> Packing:
-        """The same on `device`."""
+        """Copy to `device`."""
         return replace(self, offsets=self.offsets.to(device, non_blocking=True))
 
     @cached_property
     def lengths(self) -> Tensor:
-        """n 1, int32."""
+        """Rows of each sequence: n 1, int32."""
         return self.offsets.diff()[:, None]
 
     @cached_property
-    def real(self) -> Tensor:
-        """n l, bool, false at padding, which comes last."""
-        return torch.arange(self.longest, device=self.offsets.device) < self.lengths
+    def mask(self) -> Tensor:
+        """Real tokens of the padded layout: n l, bool; padding comes last."""
+        return torch.arange(self.max_length, device=self.offsets.device) < self.lengths
 
     @cached_property
-    def places(self) -> Tensor:
-        """n l, int64, the row at each place; at padding that of the last one before it."""
-        place = torch.arange(self.longest, device=self.offsets.device)
+    def pad_index(self) -> Tensor:
+        """Index that pads: the packed row at each place of n l, int64; padding repeats the last row."""
+        place = torch.arange(self.max_length, device=self.offsets.device)
         return (self.offsets[:-1, None] + torch.minimum(place, self.lengths - 1)).long()
 
     @cached_property
-    def rows(self) -> Tensor:
-        """r, int64, the inverse of `places`: where in the flattened n l each row is."""
-        return self.real.flatten().nonzero_static(size=self.count)[:, 0]
+    def pack_index(self) -> Tensor:
+        """Index that packs: the place in the flattened n l of each packed row, r, int64."""
+        return self.mask.flatten().nonzero_static(size=self.num_rows)[:, 0]
 
 
 def short_attention(
@@ -101,7 +102,7 @@ def short_attention(
     if chosen != "triton":
         return short_attention_reference(qkv, heads, packing, causal, key_mask, chosen)
     mask = None if key_mask is None else key_mask.flatten().contiguous()
-    length = qkv.shape[-2] if packing is None else packing.longest
+    length = qkv.shape[-2] if packing is None else packing.max_length
     rows = qkv.reshape(-1, qkv.shape[-1]).contiguous()
     out = _short_attention(rows, offsets, mask, heads, length, causal)
     return out.view(*qkv.shape[:-1], width)
@@ -118,8 +119,8 @@ def short_attention_reference(
     """The formula of `short_attention`, of packed sequences padded to the longest; impl: of `attention`."""
     seen = key_mask
     if packing is not None:
-        qkv, real = qkv[packing.places], packing.real
-        seen = real if key_mask is None else key_mask[packing.places] & real
+        qkv, real = qkv[packing.pad_index], packing.mask
+        seen = real if key_mask is None else key_mask[packing.pad_index] & real
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # 3 n h l c
     if seen is None:
         out = attention(q, k, v, causal=causal, impl=_impl(impl))
@@ -129,14 +130,7 @@ def short_attention_reference(
         some = pairs.any(-1, keepdim=True)
         out = attention(q, k, v, mask=pairs | ~some, impl=_impl(impl)) * some
     out = out.transpose(1, 2).flatten(2)  # n l w
-    return out if packing is None else out.flatten(0, 1)[packing.rows]
-
-
-def expect_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Refuse what is no mask of this shape: a kernel would read its bytes otherwise."""
-    expect_shape(name, mask, shape)
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"{name}: expected bool, found {mask.dtype}")
+    return out if packing is None else out.flatten(0, 1)[packing.pack_index]
 
 
 def _impl(name: str) -> Impl:
@@ -154,8 +148,8 @@ def _check(qkv: Tensor, heads: int, packing: Packing | None, key_mask: Tensor | 
     if packing is not None and (packing.offsets.dtype != torch.int32 or packing.offsets.ndim != 1):
         found = f"{packing.offsets.dtype} of shape {tuple(packing.offsets.shape)}"
         raise ValueError(f"packing.offsets: expected one axis of int32, found {found}")
-    if packing is not None and packing.count != len(qkv):
-        raise ValueError(f"packing.count: expected the {len(qkv)} rows there are, found {packing.count}")
+    if packing is not None and packing.num_rows != len(qkv):
+        raise ValueError(f"packing.num_rows: expected {len(qkv)}, the rows of qkv, found {packing.num_rows}")
     return width
 
 

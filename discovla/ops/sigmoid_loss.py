@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discovla.ops.blocks import ELEMENTS, expect_shape, pair_blocks, product, through_unit, unit_rows, wide
-from discovla.ops.columns import Columns
+from discovla.ops.column_shard import ColumnShard
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.info_nce import cosine_similarity
 from discovla.ops.streamed import sigmoid_loss as streamed
@@ -21,7 +21,7 @@ def sigmoid_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    columns: Columns | None = None,
+    columns: ColumnShard | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """-1/n sum_ij log sigmoid(z_ij (s t̂_i · v̂_j + b)), z_ij = 1 where i = j, else -1.
@@ -47,12 +47,12 @@ def sigmoid_loss(
     small = len(text) * len(video) <= ELEMENTS
     chosen = choose("sigmoid_loss", impl, text.device.type, small=small, operands=(text, video))
     scale, bias = logit_scale.to(wide(text)), logit_bias.to(wide(text))
-    first = 0 if columns is None else columns.first
+    first = 0 if columns is None else columns.first_text
     if chosen == "reference":
         own = sigmoid_loss_reference(text, video, scale, bias, first)
     else:
         own = _sigmoid_loss(text, video, scale, bias, chosen, first)
-    return own if columns is None else columns.add(own)[0]
+    return own if columns is None else columns.all_reduce(own)[0]
 
 
 def sigmoid_loss_reference(

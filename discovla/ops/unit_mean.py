@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from discovla.ops.blocks import expect_mask
 from discovla.ops.dispatch import Impl, choose, kernel
-from discovla.ops.short_attention import expect_mask
 
 
 def unit_mean(x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:

@@ -15,7 +15,7 @@ from discovla.nn.layout import Rows as BlockRows
 from discovla.nn.layout import SequenceLayout
 from discovla.nn.memory import MemoryPlan
 from discovla.nn.recompute import take_rows
-from discovla.ops.buckets import Rows, widened
+from discovla.ops.buckets import PackedRows, fill_bucket
 from discovla.ops.dispatch import Impl, Memory
 from discovla.ops.short_attention import Packing
 from discovla.towers.architecture import Architecture
@@ -43,7 +43,7 @@ class TextTower(nn.Module):
         shape = architecture.text
         make_block = make_block or (lambda layer: Block(shape.block(architecture.activation)))
         table = torch.empty(architecture.vocab_size, shape.width)  # its own start imports torch._dynamo
-        self.rows: Rows = {}
+        self.rows: PackedRows = {}
         self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.position_embedding = nn.Parameter(torch.empty(architecture.context_length, shape.width))
         self.blocks = nn.ModuleList(make_block(layer) for layer in range(shape.layers))
@@ -74,20 +74,20 @@ class TextTower(nn.Module):
         if mask is None:
             return plain
         kept, count = self._kept(mask)
-        packing = Packing.of(kept, count).to(ids.device)
+        packing = Packing.from_mask(kept, count).to(ids.device)
         places = on(ids.device, torch.where(mask, kept.cumsum(1) - 1, -1))
         readout = places.gather(1, at_end)[:, 0]
         expect(readout >= 0, "mask: expected true at the end-of-text token of each caption")
         seen = None
         if count is not None:  # real tokens come before the others that are kept
             lengths = on(ids.device, mask.sum(1, keepdim=True))
-            seen = torch.arange(packing.longest, device=ids.device) < lengths
+            seen = torch.arange(packing.max_length, device=ids.device) < lengths
         return replace(plain, readout=readout, fusion_key_mask=seen, packing=packing)
 
     def _kept(self, mask: Tensor) -> tuple[Tensor, int | None]:
         """Which tokens n l are computed, and how many where `rows` settles that."""
         count = self.rows.get((len(mask), mask.shape[1]))
-        return (mask, None) if count is None else (widened(mask, count), count)
+        return (mask, None) if count is None else (fill_bucket(mask, count), count)
 
     @overload
     def forward(
@@ -200,7 +200,7 @@ class TextTower(nn.Module):
         every = self.sequences(ids, mask, *groups)
         assert few.packing is not None and every.packing is not None, "they have masks"
         assert isinstance(x, Tensor), "neither the tokens nor rows that are not pruned are left as two"
-        rows = few.packing.places[of].flatten()[every.packing.rows]
+        rows = few.packing.pad_index[of].flatten()[every.packing.pack_index]
         x = self._through(self.blocks[below:], x.index_select(0, rows), every, pruned=True)
         return self.project(x)
 

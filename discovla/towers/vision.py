@@ -14,7 +14,7 @@ from discovla.nn.block import Block, LayerNorm, prepared
 from discovla.nn.layout import Rows, SequenceLayout
 from discovla.nn.memory import MemoryPlan
 from discovla.ops.dispatch import Impl, Memory, choose
-from discovla.ops.frame_patches import Statistics, fold_normalisation, frame_patches
+from discovla.ops.frame_patches import PixelStatistics, fold_normalisation, frame_patches
 from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD, preprocess_frames
 from discovla.towers.architecture import Architecture
 
@@ -30,7 +30,7 @@ class CentredPatches:
     """
 
     rows: Tensor
-    statistics: Statistics
+    statistics: PixelStatistics
 
     @property
     def shape(self) -> torch.Size:

@@ -13,7 +13,7 @@ from torch import Tensor
 from discovla_kernels import contrastive, frame_similarity
 from discovla_kernels.tiles import accumulator
 
-supports = frame_similarity.supports
+unsupported = frame_similarity.unsupported
 MAX_WIDTH = 4096  # of an embedding: a row of it lives in registers
 ELEMENTS = 4096  # of a tile of rows
 SAMPLES = 256  # of a tile of statistics

@@ -7,16 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import EXCLUDED, Traffic, accumulator, precision, product_tile, unsupported
+from discovla_kernels.tiles import (
+    EXCLUDED,
+    Traffic,
+    accumulator,
+    precision,
+    product_tile,
+    unsupported_tensors,
+)
 
 BLOCK_BYTES = 1 << 26  # of the derivative of one block
 BLOCK_D = 64
 Rows = tuple[Tensor, Tensor]  # embeddings r d, and the inverses of their norms, r
 
 
-def supports(*tensors: Tensor | None) -> str:
+def unsupported(*tensors: Tensor | None) -> str:
     """Why the kernels do not take these tensors; empty where they do."""
-    return unsupported(*tensors)
+    return unsupported_tensors(*tensors)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from discovla_kernels.tiles import (
     part_rows,
     precision,
     product_tile,
-    unsupported,
+    unsupported_tensors,
 )
 
 MAX_PARTS = 256  # of a text: their maxima live in registers
@@ -27,11 +27,11 @@ BLOCK_BYTES = 3 << 25  # of one block of pairs
 BLOCK_R, BLOCK_C = 32, 128  # products of parts that a tile of backward writes
 
 
-def supports(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
+def unsupported(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
     """Why the kernel does not take t i d texts and v j d videos; empty where it does."""
     if text.shape[1] > MAX_PARTS:
         return f"expected at most {MAX_PARTS} parts of a text, found {text.shape[1]}"
-    return unsupported(text, video, *masks)
+    return unsupported_tensors(text, video, *masks)
 
 
 @triton.jit

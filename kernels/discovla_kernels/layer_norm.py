@@ -7,18 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import accumulator, unsupported
+from discovla_kernels.tiles import accumulator, unsupported_tensors
 
 ELEMENTS = 4096  # of a tile: 32 of each thread of four warps
 
 
-def supports(*tensors: Tensor | None) -> str:
+def unsupported(*tensors: Tensor | None) -> str:
     """Why the kernels do not take these tensors, whose dtypes may differ; empty where they do."""
     given = [x for x in tensors if x is not None]
     for x in given:
         if x.device != given[0].device:
             return f"expected all tensors on {given[0].device}, found one on {x.device}"
-        if reason := unsupported(x):
+        if reason := unsupported_tensors(x):
             return reason
     return ""
 
@@ -32,15 +32,15 @@ def load_row(ptr, W, BLOCK_W: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _layer_norm_forward(
-    x_ptr, u_ptr, bias_ptr, added_ptr, slot_ptr, gain_ptr, shift_ptr, sum_ptr, y_ptr, stat_ptr, R, W, FIRST,
-    eps, HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_AFFINE: tl.constexpr,
+    x_ptr, u_ptr, added_ptr, index_ptr, gain_ptr, shift_ptr, sum_ptr, y_ptr, stat_ptr, R, W, FIRST,
+    eps, HAS_U: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x' = x + u + bias + added[slot], mu = mean x', r = 1 / sqrt(var x' + eps), y = (x' - mu) r, and
+    """x' = x + u + added[index], mu = mean x', r = 1 / sqrt(var x' + eps), y = (x' - mu) r, and
     with HAS_AFFINE y gain + shift.
 
     Tile: BLOCK_R whole rows in registers. x' is rounded to the dtype of x before it is normed, so that
-    backward finds the same row. Slots count from FIRST; those before it add nothing.
+    backward finds the same row. Indices count from FIRST; those below it add nothing.
     Traffic: x and u read, x' and y written, 8 bytes of (mu, r) a row; without u, x read and y written.
     Backward: `_layer_norm_backward`.
     """
@@ -50,12 +50,10 @@ def _layer_norm_forward(
     x = tl.load(x_ptr + place, mask=here, other=0.0)
     if HAS_U:
         total = x.to(ACC) + tl.load(u_ptr + place, mask=here, other=0.0).to(ACC)
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + w, mask=w < W, other=0.0).to(ACC)[None, :]
         if HAS_ADDED:
-            slot = tl.load(slot_ptr + r, mask=r < R, other=-1).to(tl.int64) - FIRST
-            more = here & (slot >= 0)[:, None]
-            total += tl.load(added_ptr + slot[:, None] * W + w[None, :], mask=more, other=0.0).to(ACC)
+            index = tl.load(index_ptr + r, mask=r < R, other=-1).to(tl.int64) - FIRST
+            more = here & (index >= 0)[:, None]
+            total += tl.load(added_ptr + index[:, None] * W + w[None, :], mask=more, other=0.0).to(ACC)
         x = total.to(x_ptr.dtype.element_ty)
         tl.store(sum_ptr + place, x, mask=here)
     x = x.to(ACC)
@@ -72,11 +70,11 @@ def _layer_norm_forward(
 
 @triton.jit
 def _layer_norm_backward(
-    dy_ptr, dsum_ptr, x_ptr, stat_ptr, slot_ptr, gain_ptr, dx_ptr, du_ptr, dadded_ptr, R, W, FIRST,
+    dy_ptr, dsum_ptr, x_ptr, stat_ptr, index_ptr, gain_ptr, dx_ptr, du_ptr, dadded_ptr, R, W, FIRST,
     HAS_DSUM: tl.constexpr, HAS_DU: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx = r (dy - mean(dy) - y mean(dy y)) + dx', y = (x' - mu) r; du = dx, dadded[slot] = dx.
+    """dx = r (dy - mean(dy) - y mean(dy y)) + dx', y = (x' - mu) r; du = dx, dadded[index] = dx.
 
     With a gain dy is that of y gain. Tile: BLOCK_R whole rows in registers. Rows do not meet, since the gain
     is frozen: there is no gradient of it to sum.
@@ -100,68 +98,67 @@ def _layer_norm_backward(
     if HAS_DU:
         tl.store(du_ptr + place, dx, mask=here)
     if HAS_ADDED:
-        slot = tl.load(slot_ptr + r, mask=r < R, other=-1).to(tl.int64) - FIRST
-        more = here & (slot >= 0)[:, None]
-        tl.store(dadded_ptr + slot[:, None] * W + w[None, :], dx, mask=more)
+        index = tl.load(index_ptr + r, mask=r < R, other=-1).to(tl.int64) - FIRST
+        more = here & (index >= 0)[:, None]
+        tl.store(dadded_ptr + index[:, None] * W + w[None, :], dx, mask=more)
 
 
 def forward(
     x: Tensor,
     u: Tensor | None,
-    bias: Tensor | None,
-    added: tuple[Tensor, Tensor] | None,
-    affine: tuple[Tensor, Tensor] | None,
-    how: tuple[float, torch.dtype],
+    gain: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    added: Tensor | None = None,
+    added_index: Tensor | None = None,
     first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x' (empty without u), y and (mean, 1 / deviation) of r w rows.
+    """Return x' (empty without u), y in `dtype`, and mean and 1 / deviation of every row; x: r w.
 
-    added: n w and its slot of each row, counted from `first`.  affine: gain and shift.  how: epsilon, and the
-    dtype of y.
+    added, added_index: n w and r: row i of u also gets added[added_index[i] - first], if that is not below 0.
     """
-    (rows, width), (eps, dtype) = x.shape, how
+    rows, width = x.shape
     acc = torch.promote_types(x.dtype, torch.float32)
     total = x.new_empty(0) if u is None else torch.empty_like(x)
     y, stats = x.new_empty(rows, width, dtype=dtype), x.new_empty(2, rows, dtype=acc)
-    values, slots = (x, x) if added is None else added
-    gain, shift = (x, x) if affine is None else affine
     tile = _tile(width)
     _layer_norm_forward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
-        x, x if u is None else u, x if bias is None else bias, values, slots, gain, shift, total, y, stats,
-        rows, width, first, eps, HAS_U=u is not None, HAS_BIAS=bias is not None, HAS_ADDED=added is not None,
-        HAS_AFFINE=affine is not None, ACC=accumulator(x), **tile,
+        x, x if u is None else u, x if added is None else added, x if added_index is None else added_index,
+        x if gain is None else gain, x if shift is None else shift, total, y, stats, rows, width, first, eps,
+        HAS_U=u is not None, HAS_ADDED=added is not None, HAS_AFFINE=gain is not None, ACC=accumulator(x),
+        **tile,
     )  # fmt: skip
     return total, y, stats
 
 
 def backward(
-    grads: tuple[Tensor, Tensor | None],
-    x: Tensor,
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
     stats: Tensor,
     gain: Tensor | None,
-    slots: Tensor | None,
-    added: Tensor,
-    du: Tensor | None = None,
+    du: Tensor,
+    *,
+    dadded: Tensor | None = None,
+    added_index: Tensor | None = None,
     first: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Gradients by x and by u (empty where it is that by x); that by what was added goes into `added`.
+) -> Tensor:
+    """Return the gradient by x; write it to `du` too, unless that is empty, and its rows to `dadded`.
 
-    grads: by y, and by the sum.  x: the sum that was normed.  added: in the dtype of u; empty where nothing
-    was.  du: where that by u is wanted.  first: as in `forward`.
+    total: x' of `forward`.  The others: as there.
     """
-    grad, grad_of_sum = grads
-    rows, width = x.shape
-    dx = torch.empty_like(x)
-    if du is None:
-        du = x.new_empty(0) if added.dtype == x.dtype else torch.empty_like(x, dtype=added.dtype)
-    tile = _tile(width)
+    rows, width = total.shape
+    dx, tile = torch.empty_like(total), _tile(width)
     _layer_norm_backward[(triton.cdiv(rows, tile["BLOCK_R"]),)](
-        grad, x if grad_of_sum is None else grad_of_sum, x, stats, x if slots is None else slots,
-        x if gain is None else gain, dx, du, added, rows, width, first, HAS_DSUM=grad_of_sum is not None,
-        HAS_DU=du.numel() > 0, HAS_ADDED=slots is not None, HAS_AFFINE=gain is not None, ACC=accumulator(x),
-        **tile,
+        grad_y, total if grad_total is None else grad_total, total, stats,
+        total if added_index is None else added_index, total if gain is None else gain, dx, du,
+        total if dadded is None else dadded, rows, width, first, HAS_DSUM=grad_total is not None,
+        HAS_DU=du.numel() > 0, HAS_ADDED=dadded is not None, HAS_AFFINE=gain is not None,
+        ACC=accumulator(total), **tile,
     )  # fmt: skip
-    return dx, du
+    return dx
 
 
 def _tile(width: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from discovla_kernels.layer_norm import load_row
-from discovla_kernels.layer_norm import supports as norm_supports
+from discovla_kernels.layer_norm import unsupported as norm_unsupported
 from discovla_kernels.tiles import accumulator, precision
 
 MAX_RANK = 64  # of an update: its part of a tile lives in registers
@@ -17,14 +17,14 @@ BLOCK_R = 16  # rows of a tile
 PROGRAMS = 264  # of backward: two for each processor of an H200, each with a sum of its own
 
 
-def supports(x: Tensor, a: Tensor, z: Tensor, *others: Tensor | None) -> str:
+def unsupported(x: Tensor, a: Tensor, z: Tensor, *others: Tensor | None) -> str:
     """Why the kernels do not take these tensors, a: p k w, z: of its dtype; empty where they do."""
     rank, width = a.shape[1:]
     if rank > MAX_RANK or width > MAX_WIDTH:
         return f"expected rank and width of at most {MAX_RANK} and {MAX_WIDTH}, found {(rank, width)}"
     if z.is_cuda and z.element_size() > 2 and width > MAX_WIDTH // 2:
         return f"expected float32 rows of at most {MAX_WIDTH // 2} in shared memory, found {width}"
-    return norm_supports(x, a, z, *others)
+    return norm_unsupported(x, a, z, *others)
 
 
 def programs(rows: int) -> int:

@@ -7,16 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import accumulator, precision, unsupported
+from discovla_kernels.tiles import accumulator, precision, unsupported_tensors
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0
 QUICK = tl.constexpr(1.702)
 
 
-def supports(*tensors: Tensor | None) -> str:
+def unsupported(*tensors: Tensor | None) -> str:
     """Why the kernels do not take these tensors; empty where they do."""
-    return unsupported(*tensors)
+    return unsupported_tensors(*tensors)
 
 
 @triton.jit

@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import accumulator, part_rows, precision, product_tile, unsupported
+from discovla_kernels.tiles import accumulator, part_rows, precision, product_tile, unsupported_tensors
 
 MAX_PRODUCTS = 1 << 14  # of one pair, both sides padded: they and a few more of that size live in registers
 BLOCK_BYTES = 3 << 25  # of the derivative of one block
 Masks = tuple[Tensor | None, Tensor | None]
 
 
-def supports(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
+def unsupported(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
     """Why the kernels do not take t i d texts and v j d videos; empty where they do."""
     rows, columns = padded(text.shape[1]), padded(video.shape[1])
     if max(16, rows) * max(16, columns) > MAX_PRODUCTS:
@@ -21,7 +21,7 @@ def supports(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
             f"expected at most {MAX_PRODUCTS} products of a pair's rows, counts rounded up to powers of two, "
             f"found {rows} x {columns}"
         )
-    return unsupported(text, video, *masks)
+    return unsupported_tensors(text, video, *masks)
 
 
 @triton.jit

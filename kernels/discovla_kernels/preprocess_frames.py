@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import accumulator, unsupported
+from discovla_kernels.tiles import accumulator, unsupported_tensors
 
 
-def supports(source: Tensor, like: Tensor) -> str:
+def unsupported(source: Tensor, like: Tensor) -> str:
     """Why no kernel makes these frames, or this weight, into the dtype of `like`; empty where one does."""
-    return unsupported(source) or unsupported(like)
+    return unsupported_tensors(source) or unsupported_tensors(like)
 
 
 @triton.jit

@@ -8,19 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from discovla_kernels.mlp import activate, activation_slope
-from discovla_kernels.tiles import unsupported
+from discovla_kernels.tiles import unsupported_tensors
 
 WIDEST = 16384  # columns of a row that one program holds
 HELD = 4096  # numbers that a program holds, of narrower rows
 
 
-def supports(x: Tensor, hidden: Tensor | None = None) -> str:
+def unsupported(x: Tensor, hidden: Tensor | None = None) -> str:
     """Why the kernel does not take these rows; empty where it does."""
     if x.dtype == torch.float64:
         return "float64 has no kernel: impl='reference' computes it"
     if x.shape[-1] > WIDEST:
         return f"expected rows of at most {WIDEST} numbers, found {x.shape[-1]}"
-    return unsupported(x, hidden)
+    return unsupported_tensors(x, hidden)
 
 
 @triton.jit

@@ -7,16 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import Traffic, accumulator, precision, product_tile, unsupported
+from discovla_kernels.tiles import Traffic, accumulator, precision, product_tile, unsupported_tensors
 
 MAX_GROUP = 128  # items of a group: a tile holds whole groups
 
 
-def supports(query: Tensor, items: Tensor, groups: Tensor | None) -> str:
+def unsupported(query: Tensor, items: Tensor, groups: Tensor | None) -> str:
     """Why the kernel does not take these; empty where it does."""
     if groups is not None and (largest := int(groups.bincount().max())) > MAX_GROUP:
         return f"expected at most {MAX_GROUP} items of a group, found {largest}"
-    return unsupported(query, items)
+    return unsupported_tensors(query, items)
 
 
 @triton.jit

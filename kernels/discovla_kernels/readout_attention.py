@@ -21,19 +21,18 @@ from discovla_kernels.attention_tiles import (
     store_rows,
     visible,
 )
-from discovla_kernels.short_attention import supports as attention_supports
+from discovla_kernels.short_attention import unsupported as attention_unsupported
 from discovla_kernels.tiles import LOWEST
 
-Sizes = tuple[int, int, bool, int, int]  # heads, length, causal, sequences that stand alone, group (0: none)
 MAX_FRAMES = 64  # of a group: a query of each lives in registers
 
 
-def supports(q: Tensor, kv: Tensor, members: Tensor, *others: Tensor | None) -> str:
+def unsupported(q: Tensor, kv: Tensor, members: Tensor, *others: Tensor | None) -> str:
     """Why the kernels do not take queries n h c and rows ... 2 h c in groups b f; empty where they do."""
     if members.shape[1] > MAX_FRAMES:
         return f"expected groups of at most {MAX_FRAMES} frames, found {members.shape[1]}"
     for other in (kv, members, *others):
-        if reason := attention_supports(q, other, None):
+        if reason := attention_unsupported(q, other, None):
             return reason
     return ""
 
@@ -167,15 +166,34 @@ def _readout_attention_backward(
     store_rows(dq_ptr + h * C, first_s + slot, slot < count, width, C, dq, BLOCK_C)
 
 
-def forward(q: Tensor, kv: Tensor, ends: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes) -> Tensor:
-    """Outputs n w, and within their sequences those of sequences in groups, n' w, end to end.
+def forward(
+    q: Tensor,
+    kv: Tensor,
+    readout_rows: Tensor,
+    offsets: Tensor | None,
+    key_mask: Tensor | None,
+    group_mask: Tensor | None,
+    position: Tensor | None,
+    heads: int,
+    length: int,
+    causal: bool,
+    ungrouped: int,
+    group: int,
+) -> Tensor:
+    """Return g (o of ungrouped sequences), n w, then o of the n' grouped ones: (n + n') w.
 
-    q: n w.  kv: r 2w.  ends: n, int64, rows.  others: offsets n + 1, int32, of sequences of up to `length`
-    rows (None: all have it), key mask and group mask r, positions f w; each may be None. All contiguous.
+    q: n w.  kv: r 2w.  readout_rows: n, int64.  offsets: n + 1, int32, of sequences of at most `length` rows;
+    None if all have `length`.  key_mask, group_mask: r.  position: f w.  group: 0 for none.  All contiguous.
     """
-    out = q.new_empty(2 * len(q) - sizes[3] if sizes[4] else len(q), q.shape[1])
-    grid, pointers, numbers, constants = _launch(q, kv, ends, others, sizes)
-    _readout_attention_forward[grid](*pointers, out, out[len(q) :], *numbers, **constants)
+    n, channels = len(q), q.shape[1] // heads
+    out = q.new_empty(2 * n - ungrouped if group else n, q.shape[1])
+    alone, frames = (ungrouped, group) if group else (n, 1)
+    _readout_attention_forward[(alone + (n - alone) // frames, heads)](
+        q, kv, q if offsets is None else offsets, mask_pointer(key_mask, q), mask_pointer(group_mask, q),
+        readout_rows, q if position is None else position, out, out[n:], length, alone, frames, heads,
+        channels, channels**-0.5,
+        **_constants(q, offsets, key_mask, group_mask, position, heads, length, causal, group),
+    )  # fmt: skip
     return out
 
 
@@ -183,41 +201,49 @@ def backward(
     grad: Tensor,
     q: Tensor,
     kv: Tensor,
-    ends: Tensor,
-    others: tuple[Tensor | None, ...],
-    sizes: Sizes,
+    readout_rows: Tensor,
+    offsets: Tensor | None,
+    key_mask: Tensor | None,
+    group_mask: Tensor | None,
+    position: Tensor | None,
+    heads: int,
+    length: int,
+    causal: bool,
+    ungrouped: int,
+    group: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by queries, by rows, and of each group by the positions (n' w; empty without).
+    """Return gradients by queries, by rows, and by the positions of every group (n' w; empty without).
 
-    grad: by the result of `forward`, contiguous.  The others: as there.
+    grad: by the result of `forward`, contiguous.
     """
+    n, channels = len(q), q.shape[1] // heads
     dq, dkv = torch.empty_like(q), torch.empty_like(kv)
     acc = torch.promote_types(q.dtype, torch.float32)
-    grid, pointers, numbers, constants = _launch(q, kv, ends, others, sizes)
-    places = len(q) - sizes[3] if constants["HAS_POSITION"] else 0
-    dposition = q.new_empty(places, q.shape[1], dtype=acc)
-    _readout_attention_backward[grid](
-        *pointers, grad, grad[len(q) :], dq, dkv, dposition, *numbers, **constants
-    )
+    dposition = q.new_empty(0 if position is None else n - ungrouped, q.shape[1], dtype=acc)
+    alone, frames = (ungrouped, group) if group else (n, 1)
+    _readout_attention_backward[(alone + (n - alone) // frames, heads)](
+        q, kv, q if offsets is None else offsets, mask_pointer(key_mask, q), mask_pointer(group_mask, q),
+        readout_rows, q if position is None else position, grad, grad[n:], dq, dkv, dposition, length, alone,
+        frames, heads, channels, channels**-0.5,
+        **_constants(q, offsets, key_mask, group_mask, position, heads, length, causal, group),
+    )  # fmt: skip
     return dq, dkv, dposition
 
 
-def _launch(q: Tensor, kv: Tensor, ends: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes):
-    """Grid, what both kernels begin with, their numbers and their constants."""
-    (offsets, mask, group_mask, position), (heads, length, causal, alone, group) = others, sizes
-    alone, channels = alone if group else len(q), q.shape[1] // heads
-    pointers = (
-        q,
-        kv,
-        q if offsets is None else offsets,
-        mask_pointer(mask, q),
-        mask_pointer(group_mask, q),
-        ends,
-        q if position is None else position,
-    )
-    constants = settings(q, channels, length) | {
+def _constants(
+    q: Tensor,
+    offsets: Tensor | None,
+    key_mask: Tensor | None,
+    group_mask: Tensor | None,
+    position: Tensor | None,
+    heads: int,
+    length: int,
+    causal: bool,
+    group: int,
+) -> dict[str, object]:
+    constants = settings(q, q.shape[1] // heads, length) | {
         "HAS_OFFSETS": offsets is not None,
-        "HAS_MASK": mask is not None,
+        "HAS_MASK": key_mask is not None,
         "HAS_GROUP_MASK": group_mask is not None,
         "HAS_POSITION": position is not None,
         "GROUPED": group > 0,
@@ -225,6 +251,4 @@ def _launch(q: Tensor, kv: Tensor, ends: Tensor, others: tuple[Tensor | None, ..
         "BLOCK_F": max(16, triton.next_power_of_2(max(1, group))),
     }
     del constants["ONE"]
-    group = max(1, group)
-    numbers = (length, alone, group, heads, channels, channels**-0.5)
-    return (alone + (len(q) - alone) // group, heads), pointers, numbers, constants
+    return constants

@@ -19,16 +19,16 @@ from discovla_kernels.attention_tiles import (
     visible_pairs,
     whole_slopes,
 )
-from discovla_kernels.tiles import LOWEST, unsupported
+from discovla_kernels.tiles import LOWEST, unsupported_tensors
 
 MAX_CHANNELS = 128  # of a head: a tile of rows lives in registers
 
 
-def supports(qkv: Tensor, mask: Tensor | None, offsets: Tensor | None) -> str:
+def unsupported(qkv: Tensor, mask: Tensor | None, offsets: Tensor | None) -> str:
     """Why the kernels do not take rows ... 3 h c; empty where they do."""
     if qkv.shape[-1] > MAX_CHANNELS:
         return f"expected heads of at most {MAX_CHANNELS} channels, found {qkv.shape[-1]}"
-    return unsupported(qkv, mask, offsets)
+    return unsupported_tensors(qkv, mask, offsets)
 
 
 @triton.jit

@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import Traffic, accumulator, precision, product_tile, unsupported
+from discovla_kernels.tiles import Traffic, accumulator, precision, product_tile, unsupported_tensors
 
 BLOCK_BYTES = 1 << 26  # of the derivative of one block
 
 
-def supports(*tensors: Tensor | None) -> str:
+def unsupported(*tensors: Tensor | None) -> str:
     """Why the kernels do not take these tensors; empty where they do."""
-    return unsupported(*tensors)
+    return unsupported_tensors(*tensors)
 
 
 @triton.jit

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import Traffic, accumulator, mask_pointer, precision, unsupported
+from discovla_kernels.tiles import Traffic, accumulator, mask_pointer, precision, unsupported_tensors
 
 MAX_SHARES = 1 << 13  # tokens x centres of a sample, both padded: a few arrays of that size live in registers
 BLOCK_ELEMENTS = 1 << 24  # tokens' numbers of the samples that are pooled at once
 
 
-def supports(tokens: Tensor, mask: Tensor, assignment: Tensor) -> str:
+def unsupported(tokens: Tensor, mask: Tensor, assignment: Tensor) -> str:
     """Why the kernels do not take n l d tokens and k d centres; empty where they do."""
     length, centres = padded(tokens.shape[1]), padded(len(assignment))
     if length * centres > MAX_SHARES:
@@ -21,7 +21,7 @@ def supports(tokens: Tensor, mask: Tensor, assignment: Tensor) -> str:
             f"expected at most {MAX_SHARES} tokens x centres, counts rounded up to powers of two, "
             f"found {length} x {centres}"
         )
-    return unsupported(tokens, mask)
+    return unsupported_tensors(tokens, mask)
 
 
 @triton.jit

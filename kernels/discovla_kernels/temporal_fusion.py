@@ -25,19 +25,18 @@ from discovla_kernels.attention_tiles import (
     visible_pairs,
     whole_slopes,
 )
-from discovla_kernels.short_attention import supports as attention_supports
+from discovla_kernels.short_attention import unsupported as attention_unsupported
 from discovla_kernels.tiles import LOWEST
 
-Sizes = tuple[int, int, bool, int]  # heads, length, causal, sequences that stand alone
 MAX_FRAMES = 64  # of a group: a query of each lives in registers
 
 
-def supports(qkv: Tensor, readout: Tensor, *others: Tensor | None) -> str:
+def unsupported(qkv: Tensor, readout: Tensor, *others: Tensor | None) -> str:
     """Why the kernels do not take rows ... 3 h c with readout rows b f; empty where they do."""
     if readout.shape[1] > MAX_FRAMES:
         return f"expected groups of at most {MAX_FRAMES} frames, found {readout.shape[1]}"
     for other in (readout, *others):
-        if reason := attention_supports(qkv, other, None):
+        if reason := attention_unsupported(qkv, other, None):
             return reason
     return ""
 
@@ -173,75 +172,87 @@ def _temporal_fusion_backward(
 
 
 def forward(
-    qkv: Tensor, readout: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes
+    qkv: Tensor,
+    readout_rows: Tensor,
+    offsets: Tensor | None,
+    key_mask: Tensor | None,
+    group_mask: Tensor | None,
+    position: Tensor | None,
+    heads: int,
+    length: int,
+    causal: bool,
+    ungrouped: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs r w and own n w end to end; for backward what readout rows read, n w, and its lse, n h.
+    """Return o and g, (r + n) w; for backward g in float32 at least, n w, and its log-sum-exp, n h.
 
-    qkv: r 3w, contiguous.  readout: b f, int64, rows.  others: offsets n + 1, int32, of sequences of up to
-    `length` rows (None: all have it), key mask and group mask r, positions f w; each may be None.
-    sizes: heads, length, causal, and how many sequences stand alone before the groups.
+    qkv: r 3w, contiguous.  readout_rows: b f, int64.  offsets: n + 1, int32, of sequences of at most `length`
+    rows; None if all have `length`.  key_mask, group_mask: r.  position: f w.
     """
-    heads, length, _, alone = sizes
-    rows, width = len(qkv), qkv.shape[1] // 3
-    acc, n = torch.promote_types(qkv.dtype, torch.float32), readout.numel()
+    rows, width, n = len(qkv), qkv.shape[1] // 3, readout_rows.numel()
+    acc = torch.promote_types(qkv.dtype, torch.float32)
     out = qkv.new_empty(rows + n, width)
-    read, lse = qkv.new_empty(n, width, dtype=acc), qkv.new_empty(n, heads, dtype=acc)
-    pointers, tile = _launch(qkv, readout, others, sizes)
-    del tile["ONE"]
-    _temporal_fusion_forward[(alone + len(readout), heads)](
-        *pointers, out, out[rows:], read, lse, length, alone, readout.shape[1], heads, width // heads,
-        (width // heads) ** -0.5, **tile,
+    fused, lse = qkv.new_empty(n, width, dtype=acc), qkv.new_empty(n, heads, dtype=acc)
+    constants = _constants(qkv, readout_rows, offsets, key_mask, group_mask, position, heads, length, causal)
+    del constants["ONE"]
+    _temporal_fusion_forward[(ungrouped + len(readout_rows), heads)](
+        qkv, qkv if offsets is None else offsets, mask_pointer(key_mask, qkv), mask_pointer(group_mask, qkv),
+        readout_rows, qkv if position is None else position, out, out[rows:], fused, lse, length, ungrouped,
+        readout_rows.shape[1], heads, width // heads, (width // heads) ** -0.5, **constants,
     )  # fmt: skip
-    return out, read, lse
+    return out, fused, lse
 
 
 def backward(
     grad: Tensor,
     qkv: Tensor,
-    readout: Tensor,
-    others: tuple[Tensor | None, ...],
-    kept: tuple[Tensor, Tensor],
-    sizes: Sizes,
+    readout_rows: Tensor,
+    offsets: Tensor | None,
+    key_mask: Tensor | None,
+    group_mask: Tensor | None,
+    position: Tensor | None,
+    fused: Tensor,
+    lse: Tensor,
+    heads: int,
+    length: int,
+    causal: bool,
+    ungrouped: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by the packed rows and, of each group, by the positions (b f w; empty without).
+    """Return gradients by the packed rows and by the positions of every group (b f w; empty without).
 
-    grad: by outputs and own end to end, contiguous.  kept: the last two results of `forward`.  The others: as
-    there.
+    grad: by o and g, (r + n) w, contiguous.  fused, lse: of `forward`.
     """
-    (rows, width), (heads, length, _, alone) = qkv.shape, sizes
-    width //= 3
+    rows, width = len(qkv), qkv.shape[1] // 3
     acc = torch.promote_types(qkv.dtype, torch.float32)
-    pointers, tile = _launch(qkv, readout, others, sizes)
-    dposition = qkv.new_empty(*(readout.shape if tile["HAS_POSITION"] else (0, 0)), width, dtype=acc)
-    lse, mean = (qkv.new_empty(0 if tile["ONE"] else rows, heads, dtype=acc) for _ in range(2))
+    constants = _constants(qkv, readout_rows, offsets, key_mask, group_mask, position, heads, length, causal)
+    dposition = qkv.new_empty(*((0, 0) if position is None else readout_rows.shape), width, dtype=acc)
+    row_lse, mean = (qkv.new_empty(0 if constants["ONE"] else rows, heads, dtype=acc) for _ in range(2))
     dqkv = torch.empty_like(qkv)
-    tile["num_warps"] = 8 if tile["BLOCK"] == 64 else 4  # four would spill
-    _temporal_fusion_backward[(alone + len(readout), heads)](
-        *pointers, grad, grad[rows:], *kept, dqkv, dposition, lse, mean, length, alone, readout.shape[1],
-        heads, width // heads, (width // heads) ** -0.5, **tile,
+    constants["num_warps"] = 8 if constants["BLOCK"] == 64 else 4  # four would spill
+    _temporal_fusion_backward[(ungrouped + len(readout_rows), heads)](
+        qkv, qkv if offsets is None else offsets, mask_pointer(key_mask, qkv), mask_pointer(group_mask, qkv),
+        readout_rows, qkv if position is None else position, grad, grad[rows:], fused, lse, dqkv, dposition,
+        row_lse, mean, length, ungrouped, readout_rows.shape[1], heads, width // heads,
+        (width // heads) ** -0.5, **constants,
     )  # fmt: skip
     return dqkv, dposition
 
 
-def _launch(
-    qkv: Tensor, readout: Tensor, others: tuple[Tensor | None, ...], sizes: Sizes
-) -> tuple[tuple[Tensor, ...], dict[str, object]]:
-    """What both kernels begin with, and their constants."""
-    (offsets, mask, group_mask, position), (heads, length, causal, _) = others, sizes
-    pointers = (
-        qkv,
-        qkv if offsets is None else offsets,
-        mask_pointer(mask, qkv),
-        mask_pointer(group_mask, qkv),
-        readout,
-        qkv if position is None else position,
-    )
-    constants = settings(qkv, qkv.shape[1] // 3 // heads, length) | {
+def _constants(
+    qkv: Tensor,
+    readout_rows: Tensor,
+    offsets: Tensor | None,
+    key_mask: Tensor | None,
+    group_mask: Tensor | None,
+    position: Tensor | None,
+    heads: int,
+    length: int,
+    causal: bool,
+) -> dict[str, object]:
+    return settings(qkv, qkv.shape[1] // 3 // heads, length) | {
         "HAS_OFFSETS": offsets is not None,
-        "HAS_MASK": mask is not None,
+        "HAS_MASK": key_mask is not None,
         "HAS_GROUP_MASK": group_mask is not None,
         "HAS_POSITION": position is not None,
         "CAUSAL": causal,
-        "BLOCK_F": max(16, triton.next_power_of_2(readout.shape[1])),
+        "BLOCK_F": max(16, triton.next_power_of_2(readout_rows.shape[1])),
     }
-    return pointers, constants

@@ -81,7 +81,7 @@ def mask_pointer(mask: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def unsupported(*tensors: Tensor | None) -> str:
+def unsupported_tensors(*tensors: Tensor | None) -> str:
     """Why no kernel takes these tensors; empty where one does."""
     given = [x for x in tensors if x is not None]
     on_gpu = given[0].is_cuda

@@ -7,10 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.pairs import Masks, pair_products, pair_settings, pairs_per_block, supports, tile_sizes
+from discovla_kernels.pairs import (
+    Masks,
+    pair_products,
+    pair_settings,
+    pairs_per_block,
+    tile_sizes,
+    unsupported,
+)
 from discovla_kernels.tiles import Traffic, dense_matmul, mask_pointer
 
-__all__ = ["gradients", "pairs_per_block", "scores", "supports", "traffic"]
+__all__ = ["gradients", "pairs_per_block", "scores", "traffic", "unsupported"]
 
 
 @triton.jit

@@ -7,16 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import accumulator, mask_pointer, unsupported
+from discovla_kernels.tiles import accumulator, mask_pointer, unsupported_tensors
 
 MAX_WIDTH = 8192  # of a row, which lives in registers
 
 
-def supports(x: Tensor, *others: Tensor | None) -> str:
+def unsupported(x: Tensor, *others: Tensor | None) -> str:
     """Why the kernels do not take rows n k d; empty where they do."""
     if x.shape[-1] > MAX_WIDTH:
         return f"expected rows of at most {MAX_WIDTH} numbers, found {x.shape[-1]}"
-    return unsupported(x, *others)
+    return unsupported_tensors(x, *others)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ from discovla.engine.optim import OptimConfig
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan, cast_frozen
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
-from discovla.ops.columns import Columns
+from discovla.ops.column_shard import ColumnShard
 from discovla.ops.info_nce import contrastive_loss
 from discovla.testing import noise_batch, tiny_architecture
 from discovla.towers.weights import initialise
@@ -70,7 +70,9 @@ class Pairs(nn.Module):
         first, columns = self.world.rank * len(v), None
         if self.world.size > 1:
             t = start_gather(t, self.world)()
-            columns = Columns(first=first, add=add_over_ranks, largest=largest_over_ranks)
+            columns = ColumnShard(
+                first_text=first, all_reduce=add_over_ranks, all_reduce_max=largest_over_ranks
+            )
         logits = self.log_scale.exp() * t @ v.T
         total = contrastive_loss(logits, columns)
         target = first + torch.arange(len(v))

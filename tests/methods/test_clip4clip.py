@@ -12,7 +12,7 @@ from discovla.methods import clip4clip
 from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
 from discovla.methods.released import load_released
 from discovla.nn.features import unit
-from discovla.ops.columns import Columns
+from discovla.ops.column_shard import ColumnShard
 from discovla.ops.info_nce import contrastive_loss
 from discovla.testing import noise_batch, tiny_architecture
 from discovla.towers.architecture import TowerShape
@@ -110,7 +110,7 @@ def test_processes_score_as_many_blocks_whatever_clips_they_could_read(monkeypat
     method.scorer.register_forward_hook(lambda *_: calls.append(1))
     monkeypatch.setattr(clip4clip, "HIDDEN", 1500)
     text, video = method.encode(noise_batch(method.architecture, size=5))
-    columns = Columns(first=0, add=lambda *x: x, largest=lambda x: x.clamp(min=4))
+    columns = ColumnShard(first_text=0, all_reduce=lambda *x: x, all_reduce_max=lambda x: x.clamp(min=4))
     method.video_losses(text, video[:own], None, columns)
     most = len(calls)
     calls.clear()

@@ -106,16 +106,16 @@ def test_recomputation_keeps_its_inputs_alone():
 
 def test_rows_are_packed_padded_and_taken():
     kept = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 1, 0]]).bool()
-    packing = Packing.of(kept)
-    assert packing.real.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
+    packing = Packing.from_mask(kept)
+    assert packing.mask.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
     x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    padded = pad_rows(x, packing.places, packing.rows)
+    padded = pad_rows(x, packing.pad_index, packing.pack_index)
     assert (
         torch.equal(padded[0], x[:3])
         and torch.equal(padded[1, 0], x[3])
         and torch.equal(padded[2, :2], x[4:])
     )
-    assert torch.equal(take_rows(padded.flatten(0, 1), packing.rows), x)
+    assert torch.equal(take_rows(padded.flatten(0, 1), packing.pack_index), x)
     assert torch.autograd.gradcheck(lambda x: take_rows(x, torch.tensor([4, 0, 2])), x)
-    real = packing.real[..., None].double()
-    assert torch.autograd.gradcheck(lambda x: pad_rows(x, packing.places, packing.rows) * real, x)
+    real = packing.mask[..., None].double()
+    assert torch.autograd.gradcheck(lambda x: pad_rows(x, packing.pad_index, packing.pack_index) * real, x)

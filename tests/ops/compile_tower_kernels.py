@@ -13,9 +13,9 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
 from discovla_kernels import (
-    adapter,
     alignment_block,
     attention_tiles,
+    fusion_norm,
     layer_norm,
     lora_norm,
     mlp,
@@ -38,6 +38,7 @@ OTHERS = {  # of arguments that are not rows, by how their names end
     "part_ptr": "*fp32",
     "ends_ptr": "*i64",
     "slot_ptr": "*i32",
+    "index_ptr": "*i32",
     "offsets_ptr": "*i32",
     "readout_ptr": "*i64",
     "mask_ptr": "*u8",
@@ -96,7 +97,7 @@ def row_cases() -> list[Case]:
         (
             layer_norm._layer_norm_forward,
             HALF,
-            norm | {"HAS_U": True, "HAS_BIAS": True, "HAS_ADDED": True, "HAS_AFFINE": True},
+            norm | {"HAS_U": True, "HAS_ADDED": True, "HAS_AFFINE": True},
         ),
         (
             layer_norm._layer_norm_backward,
@@ -115,8 +116,8 @@ def row_cases() -> list[Case]:
         tile = mlp._tile(x, 1 << 12, 1 << 12) | {"GELU": gelu}
         cases += [(mlp._mlp_forward, dtype, tile | {"KEEP": True, "stride_wk": 1})]
         cases += [(mlp._mlp_backward, dtype, tile | {"stride_wn": 1})]
-        cases += [(adapter._adapter_forward, dtype, adapter._tile(x, 8) | {"COPY": not gelu})]
-        cases += [(adapter._adapter_backward, dtype, adapter._tile(x, 8))]
+        cases += [(fusion_norm._adapter_forward, dtype, fusion_norm._tile(x, 8))]
+        cases += [(fusion_norm._adapter_backward, dtype, fusion_norm._tile(x, 8))]
     colours = {"SCALE": (0.1, 0.2, 0.3), "SHIFT": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
     folding = {"SCALE": (0.1, 0.2, 0.3), "OFFSET": (1.0, 2.0, 3.0), "C": 3, "BLOCK": 1024}
     cases += [(preprocess_frames._fold_normalisation_forward, HALF, folding)]

@@ -3,7 +3,7 @@ import torch
 from tests.nn.test_chain import results
 
 from discovla.batch import Batch
-from discovla.ops.buckets import FEWEST, caption_rows, widened
+from discovla.ops.buckets import MIN_ROWS, bucketed_rows, fill_bucket
 from discovla.testing import random_captions, relative_error, tiny_architecture
 from tests import steps
 
@@ -19,7 +19,7 @@ def test_little_is_waste_and_few_numbers_come(pairs):
     found = set()
     for seed in range(40):
         masks = captions(pairs, 32, seed), captions(12 * pairs, 32, seed + 1000)
-        rows, tokens = caption_rows(masks), [int(mask.sum()) for mask in masks]
+        rows, tokens = bucketed_rows(masks), [int(mask.sum()) for mask in masks]
         ours = [rows[len(mask), 32] for mask in masks]
         assert all(own >= real for own, real in zip(ours, tokens, strict=True))
         assert rows[13 * pairs, 32] == sum(ours) <= 1.05 * sum(tokens)
@@ -29,22 +29,24 @@ def test_little_is_waste_and_few_numbers_come(pairs):
 
 def test_a_small_batch_takes_a_step_of_its_own_and_never_more_than_there_are_places():
     few, full = captions(1, 32), torch.ones(3, 5, dtype=torch.bool)
-    assert caption_rows([few]) == {(1, 32): 32}
-    assert caption_rows([captions(12, 32)]) == {(12, 32): -(-int(captions(12, 32).sum()) // FEWEST) * FEWEST}
-    assert caption_rows([full]) == {(3, 5): 15}
+    assert bucketed_rows([few]) == {(1, 32): 32}
+    assert bucketed_rows([captions(12, 32)]) == {
+        (12, 32): -(-int(captions(12, 32).sum()) // MIN_ROWS) * MIN_ROWS
+    }
+    assert bucketed_rows([full]) == {(3, 5): 15}
     holes = torch.tensor([[True, False, True, False], [True, True, False, False]])
-    assert caption_rows([holes]) == {(2, 4): 7}, "a place before the last token would be seen"
+    assert bucketed_rows([holes]) == {(2, 4): 7}, "a place before the last token would be seen"
 
 
 def test_lots_of_one_shape_share_their_rows():
     some, more = captions(20, 32), torch.ones(20, 32, dtype=torch.bool)
-    assert caption_rows([some, more], fewest=1) == {(20, 32): 640, (40, 32): 1280}
+    assert bucketed_rows([some, more], fewest=1) == {(20, 32): 640, (40, 32): 1280}
 
 
 @pytest.mark.parametrize("rows", [6, 7, 9])
 def test_a_widened_mask_has_so_many_places_none_before_a_token(rows):
     mask = torch.tensor([[True, False, True, False], [True, False, False, False], [True, True, True, False]])
-    found = widened(mask, rows)
+    found = fill_bucket(mask, rows)
     assert found.sum() == rows and (found | ~mask).all()
     assert not found[0, 1]
 
@@ -58,7 +60,7 @@ def test_losses_and_gradients_are_those_without_more_rows(variant, impl):
         batch.text_mask,
         *([] if batch.frame_text_mask is None else [batch.frame_text_mask.flatten(0, 1)]),
     ]
-    exact, rounded = (caption_rows(masks, fewest) for fewest in (1, 16))
+    exact, rounded = (bucketed_rows(masks, fewest) for fewest in (1, 16))
     method.text.rows = rounded
     passed = []
     method.text.blocks[0].register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0].shape[:-1]))
@@ -74,7 +76,7 @@ def test_losses_and_gradients_are_those_without_more_rows(variant, impl):
 def test_of_masks_on_another_device_nothing_is_read_back():
     method, batch = steps.make("discovla"), steps.whole_batch(bad=False)
     assert batch.frame_text_mask is not None
-    method.text.rows = caption_rows([batch.text_mask, batch.frame_text_mask.flatten(0, 1)])
+    method.text.rows = bucketed_rows([batch.text_mask, batch.frame_text_mask.flatten(0, 1)])
     text = method.to("meta").encode_texts(batch.map(lambda x: x.to("meta")))
     assert all(x.is_meta for x in text.tensors().values())
 
@@ -84,7 +86,7 @@ def test_words_are_the_same(impl):
     method, (ids, mask) = steps.make("tokens"), random_captions(tiny_architecture(), 5, torch.Generator())
     method.text.impl = impl
     want = method.text(ids, mask, words=True, dtype=torch.float64)
-    method.text.rows = caption_rows([mask], fewest=8)
+    method.text.rows = bucketed_rows([mask], fewest=8)
     got = method.text(ids, mask, words=True, dtype=torch.float64)
     torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got[1][mask], want[1][mask], rtol=1e-12, atol=1e-12)

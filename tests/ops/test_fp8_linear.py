@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from discovla.ops.dispatch import KernelUnavailable
-from discovla.ops.fp8_linear import FP8, fp8_lacks, fp8_linear, quantise_rows, quantise_weight
+from discovla.ops.fp8_linear import FP8, fp8_linear, fp8_unsupported, quantise_rows, quantise_weight
 from discovla.testing import relative_error
 from tests.ops.kernels import DEVICE
 
@@ -182,7 +182,7 @@ def test_outputs_can_be_left_out(backward):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_product_in_fp8_is_the_reference(device):
-    if reason := fp8_lacks(torch.device(device)):
+    if reason := fp8_unsupported(torch.device(device)):
         pytest.skip(reason)
     x, weight, bias = (part.to(device, torch.bfloat16) for part in made(t=33))
     rounded = quantise_weight(weight, backward=True)
@@ -201,14 +201,18 @@ def test_the_product_in_fp8_is_the_reference(device):
 def test_a_gpu_without_fp8_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    assert fp8_lacks(torch.device("cuda")) == (
+    assert fp8_unsupported(torch.device("cuda")) == (
         "expected a GPU of compute capability 9.0 (Hopper) or later, found NVIDIA A100 with 8.0"
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert fp8_lacks(torch.device("cuda"), (64, 40)) == (
+    assert fp8_unsupported(torch.device("cuda"), (64, 40)) == (
         "expected widths that are multiples of 16, found a weight of 64 x 40"
     )
-    assert fp8_lacks(torch.device("cuda"), (64, 48)) == fp8_lacks(torch.device("cpu"), (64, 40)) == ""
+    assert (
+        fp8_unsupported(torch.device("cuda"), (64, 48))
+        == fp8_unsupported(torch.device("cpu"), (64, 40))
+        == ""
+    )
 
 
 def test_bad_shapes_and_a_bias_that_trains_are_refused():

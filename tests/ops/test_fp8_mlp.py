@@ -55,7 +55,7 @@ def test_what_is_hidden_alone_is_kept_and_a_result_that_is_not_read_not_computed
     (h,) = [t for t in kept if id(t) not in own]
     assert h.shape == (T, M) and h.dtype == out.dtype == torch.bfloat16
     (want,) = torch.autograd.grad(out, x, torch.ones_like(out))
-    other = fp8_mlp(x, weights, needed=False)
+    other = fp8_mlp(x, weights, output_needed=False)
     (got,) = torch.autograd.grad(other, x, torch.ones_like(out))
     assert other.shape == out.shape and torch.equal(got, want)
 

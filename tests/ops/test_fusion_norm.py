@@ -2,9 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from discovla.ops.adapter import AdapterWeights
-from discovla.ops.dispatch import IMPLEMENTATIONS
-from discovla.ops.fusion_norm import _fusion_norm, fusion_norm
+from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
+from discovla.ops.fusion_norm import AdapterWeights, _fusion_norm, fusion_norm
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 IMPLS = IMPLEMENTATIONS["fusion_norm"]
@@ -105,9 +104,21 @@ def test_what_does_not_fit_is_refused_by_name(impl):
     x, places = leaves(4, 2, (SINGLE, SINGLE)), slots(4, 2)
     for message, wrong in (
         ("u: expected at least 4 rows 33 wide", lambda: call([x[0], x[1][:3], *x[2:]], places, impl)),
-        ("slots: expected shape", lambda: call(x, places[:3], impl)),
+        ("readout_index: expected shape", lambda: call(x, places[:3], impl)),
         ("down: expected shape", lambda: call([*x[:2], x[2][:, 1:], *x[3:]], places, impl)),
         ("up_bias: expected shape", lambda: call([*x[:5], x[5][1:]], places, impl)),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             wrong()
+
+
+def test_a_bottleneck_too_wide_for_the_kernel_is_refused():
+    x = torch.zeros(2, 4, device=DEVICE)
+    weights = AdapterWeights(
+        down=torch.zeros(65, 4, device=DEVICE),
+        down_bias=torch.zeros(65, device=DEVICE),
+        up=torch.zeros(4, 65, device=DEVICE),
+        up_bias=torch.zeros(4, device=DEVICE),
+    )
+    with pytest.raises(KernelUnavailable, match="rank of at most 64, found 65"):
+        fusion_norm(x, x, weights, torch.zeros(2, dtype=torch.int32, device=DEVICE), impl="triton")

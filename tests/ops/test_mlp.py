@@ -123,6 +123,6 @@ def test_what_does_not_fit_is_refused_by_name(impl):
 def test_a_result_that_is_not_read_has_the_same_gradients(impl):
     x = leaves(7, 12, 20, torch.float32)
     weights = MLPWeights(up=x[1], up_bias=x[2], down=x[3], down_bias=x[4])
-    outs = [mlp(x[0], weights, needed=needed, impl=impl) for needed in (True, False)]
+    outs = [mlp(x[0], weights, output_needed=needed, impl=impl) for needed in (True, False)]
     grads = [torch.autograd.grad(out, x, torch.ones_like(out)) for out in outs]
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))

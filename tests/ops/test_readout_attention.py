@@ -46,12 +46,12 @@ class Case:
         shape = (sum(self.lengths),) if self.packed else (len(self.lengths), self.lengths[0])
         masks = [mask.view(shape).to(DEVICE) if self.masked else None for mask in self.masks()]
         offsets = torch.tensor([0, *self.lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
-        packing = Packing(offsets=offsets, longest=max(self.lengths), count=sum(self.lengths))
+        packing = Packing(offsets=offsets, max_length=max(self.lengths), num_rows=sum(self.lengths))
         return Readout(
             heads=HEADS,
-            ends=self.ends.to(DEVICE),
+            rows=self.ends.to(DEVICE),
             group=self.group,
-            alone=self.alone,
+            ungrouped=self.alone,
             packing=packing if self.packed else None,
             causal=self.causal,
             key_mask=masks[0],
@@ -69,7 +69,8 @@ class Case:
     def run(self, leaves: list[Tensor], impl) -> tuple[Tensor, Tensor]:
         kv = leaves[1] if self.packed else leaves[1].unflatten(0, (len(self.lengths), -1))
         position = leaves[2] if self.position else None
-        return readout_attention(leaves[0], kv, self.readout(), position=position, impl=impl)
+        out = readout_attention(leaves[0], kv, self.readout(), position=position, impl=impl)
+        return out.tensor_split([len(leaves[0])])
 
 
 def plain(case: Case, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -147,8 +148,8 @@ def test_queries_that_may_see_no_key_give_zeros_and_get_none_back(impl):
     mask = torch.tensor([[False] * 3, [False] * 3, [True] * 3, [True] * 3], device=DEVICE)
     ends = torch.arange(0, 12, 3, device=DEVICE)
     leaves = q.requires_grad_(), kv.requires_grad_()
-    readout = Readout(heads=HEADS, ends=ends, group=2, key_mask=mask, group_mask=mask)
-    rows, own = readout_attention(*leaves, readout, impl=impl)
+    readout = Readout(heads=HEADS, rows=ends, group=2, key_mask=mask, group_mask=mask)
+    rows, own = readout_attention(*leaves, readout, impl=impl).tensor_split([4])
     grads = torch.autograd.grad(rows.sum() + own.sum(), leaves)
     assert not rows[:2].any() and not own[:2].any() and rows[2:].all() and own[2:].all()
     assert all(g.isfinite().all() and not g[:2].any() for g in grads)
@@ -184,7 +185,7 @@ def test_the_op_is_registered_soundly():
     q, kv, position = case.leaves(torch.float64)
     position = position.detach()[:2].requires_grad_()
     readout = case.readout()
-    tensors = (q, kv, readout.ends, readout.packing.offsets, None, None, position)
+    tensors = (q, kv, readout.rows, readout.packing.offsets, None, None, position)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(_readout_attention, (*tensors, HEADS, 4, True, 1, 2), test_utils=tests)
 
@@ -194,26 +195,26 @@ def test_what_does_not_fit_is_refused_by_name(impl):
     q, kv, ends = torch.zeros(4, 4), torch.zeros(4, 3, 8), torch.arange(0, 12, 3)
     seen = torch.ones(4, 3) > 0
 
-    def call(q=q, kv=kv, *, ends=ends, position=None, group=2, key=seen, across=seen):
-        readout = Readout(heads=2, ends=ends, group=group, key_mask=key, group_mask=across)
+    def call(q=q, kv=kv, *, rows=ends, position=None, group=2, key=seen, across=seen):
+        readout = Readout(heads=2, rows=rows, group=group, key_mask=key, group_mask=across)
         return readout_attention(q, kv, readout, position=position, impl=impl)
 
     for message, wrong in (
         ("q: expected n w, w a multiple of 2 heads", lambda: call(q[0])),
         ("q: expected one row a sequence, found 2", lambda: call(q[:2])),
         ("kv: expected n l 8", lambda: call(kv=kv[0])),
-        ("ends: expected shape", lambda: call(ends=ends[:2])),
-        ("ends: expected int64", lambda: call(ends=ends.int())),
-        ("group: expected one of which 4 is a multiple, found 3", lambda: call(group=3)),
+        ("rows: expected shape", lambda: call(rows=ends[:2])),
+        ("rows: expected int64", lambda: call(rows=ends.int())),
+        ("group: expected a divisor of 4, found 3", lambda: call(group=3)),
         ("key_mask: expected shape", lambda: call(key=seen[:2])),
         ("group_mask: expected bool, found torch.uint8", lambda: call(across=seen.to(torch.uint8))),
-        ("position: expected it 4 wide and at least 2 long", lambda: call(position=q[:1])),
+        ("position: expected at least 2 rows 4 wide", lambda: call(position=q[:1])),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             wrong()
 
 
 def test_groups_too_large_for_the_kernel_are_refused():
-    readout = Readout(heads=1, ends=torch.arange(65), group=65)
+    readout = Readout(heads=1, rows=torch.arange(65), group=65)
     with pytest.raises(KernelUnavailable, match="groups of at most 64 frames, found 65"):
         readout_attention(torch.zeros(65, 1), torch.zeros(65, 1, 2), readout, impl="triton")

@@ -41,7 +41,7 @@ def rows(lengths: list[int], dtype: torch.dtype) -> Tensor:
 
 def ragged(lengths: list[int]) -> Packing:
     ends = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
-    return Packing(offsets=ends, longest=max(lengths), count=sum(lengths))
+    return Packing(offsets=ends, max_length=max(lengths), num_rows=sum(lengths))
 
 
 def some_keys(lengths: list[int]) -> Tensor:
@@ -148,15 +148,18 @@ def test_the_op_is_registered_soundly():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_what_does_not_fit_is_refused_by_name(impl):
     x = rows([4], torch.float32)
-    wide = Packing(offsets=torch.tensor([0, 4]), longest=4, count=4)
-    short = Packing(offsets=torch.tensor([0, 3], dtype=torch.int32), longest=3, count=3)
+    wide = Packing(offsets=torch.tensor([0, 4]), max_length=4, num_rows=4)
+    short = Packing(offsets=torch.tensor([0, 3], dtype=torch.int32), max_length=3, num_rows=3)
     cases = [
         ("qkv: expected n l 3w, w a multiple of 2 heads, found", lambda: short_attention(x, 2, impl=impl)),
         ("qkv: expected n l 3w, w a multiple of 3", lambda: short_attention(x[None], 3, impl=impl)),
         ("key_mask", lambda: short_attention(x[None], 2, key_mask=torch.ones(4) > 0, impl=impl)),
         ("key_mask: expected bool", lambda: short_attention(x[None], 2, key_mask=x[None, :, 0], impl=impl)),
         ("packing.offsets: .* int32, found", lambda: short_attention(x, 2, packing=wide, impl=impl)),
-        ("packing.count: expected the 4 rows", lambda: short_attention(x, 2, packing=short, impl=impl)),
+        (
+            "packing.num_rows: expected 4, the rows of qkv, found 3",
+            lambda: short_attention(x, 2, packing=short, impl=impl),
+        ),
     ]
     for message, call in cases:
         with pytest.raises(ValueError, match=f"^{message}"):

@@ -7,11 +7,10 @@ from torch import Tensor
 from discovla.nn.block import BlockShape
 from discovla.nn.fusion import FusionAttention
 from discovla.nn.layout import SequenceLayout
-from discovla.ops.adapter import adapter
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
-from discovla.ops.layer_norm import Update, layer_norm
+from discovla.ops.fusion_norm import fusion_norm
 from discovla.ops.short_attention import Packing
-from discovla.ops.temporal_fusion import Groups, _temporal_fusion, temporal_fusion
+from discovla.ops.temporal_fusion import FrameGroups, _temporal_fusion, temporal_fusion
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 IMPLS = IMPLEMENTATIONS["temporal_fusion"]
@@ -59,21 +58,21 @@ class Case:
         group = torch.cat([torch.full((n,), s % frames != 1) for s, n in enumerate(self.flat)])
         return key.to(DEVICE), group.to(DEVICE)
 
-    def groups(self) -> Groups:
+    def groups(self) -> FrameGroups:
         shape = (sum(self.flat),) if self.packed else (len(self.flat), self.flat[0])
         masks = [None if mask is None else mask.view(shape) for mask in self.masks()]
         packing = None
         if self.packed:
             offsets = torch.tensor([*self.starts, sum(self.flat)], dtype=torch.int32, device=DEVICE)
-            packing = Packing(offsets=offsets, longest=max(self.flat), count=sum(self.flat))
-        return Groups(
+            packing = Packing(offsets=offsets, max_length=max(self.flat), num_rows=sum(self.flat))
+        return FrameGroups(
             heads=HEADS,
-            readout=self.readout,
+            readout_rows=self.readout,
             packing=packing,
             causal=self.causal,
             key_mask=masks[0],
             group_mask=masks[1],
-            alone=len(self.alone),
+            ungrouped=len(self.alone),
         )
 
     def leaves(self, dtype: torch.dtype) -> list[Tensor]:
@@ -88,8 +87,8 @@ class Case:
         """Rows r w and own n w."""
         qkv = leaves[0] if self.packed else leaves[0].view(len(self.flat), self.flat[0], -1)
         position = leaves[1] if self.position else None
-        rows, own = temporal_fusion(qkv, self.groups(), position=position, impl=impl)
-        return [rows.reshape(len(leaves[0]), -1), own.flatten(0, 1)]
+        out = temporal_fusion(qkv, self.groups(), position=position, impl=impl)
+        return list(out.tensor_split([len(leaves[0])]))
 
 
 def plain(case: Case, leaves: list[Tensor]) -> list[Tensor]:
@@ -169,9 +168,10 @@ def test_readout_rows_whose_group_is_all_padding_are_zero(impl):
     x = torch.randn(4, 3, 3 * HEADS * CHANNELS, device=DEVICE, requires_grad=True)
     mask = torch.tensor([[False] * 3, [False] * 3, [True] * 3, [True] * 3], device=DEVICE)
     readout = torch.arange(0, 12, 3, device=DEVICE).view(2, 2)
-    groups = Groups(heads=HEADS, readout=readout, group_mask=mask)
-    rows, own = temporal_fusion(x, groups, impl=impl)
-    (grad,) = torch.autograd.grad(rows.sum() + own.sum(), x)
+    groups = FrameGroups(heads=HEADS, readout_rows=readout, group_mask=mask)
+    out = temporal_fusion(x, groups, impl=impl)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    rows, own = out[:12].view(4, 3, -1), out[12:]
     assert not rows[:2, 0].any() and rows[2:, 0].all() and own.all()
     assert grad.isfinite().all()
 
@@ -186,13 +186,11 @@ def test_with_adapter_and_layer_norm_it_is_the_attention_of_a_fusion_block(impl)
     readout = torch.arange(0, 30, 5, device=DEVICE).view(2, 3)
     first = torch.zeros(6, dtype=torch.long, device=DEVICE)
     want = block(x, SequenceLayout(group=3, readout=first, fusion_key_mask=mask))
-    groups = Groups(heads=2, readout=readout, group_mask=mask)
-    rows, own = temporal_fusion(block.qkv(x), groups, position=block.frame_position, impl=impl)
-    down, up = block.adapter.down, block.adapter.up
-    added = adapter(block.out(own), down.weight, down.bias, up.weight, up.bias, impl=impl).flatten(0, 1)
-    slots = torch.full((30,), -1, dtype=torch.int32, device=DEVICE)
-    slots[readout.flatten()] = torch.arange(6, dtype=torch.int32, device=DEVICE)
-    total, _ = layer_norm(x, Update(u=block.out(rows), added=added, slots=slots), impl=impl)
+    groups = FrameGroups(heads=2, readout_rows=readout, group_mask=mask)
+    out = temporal_fusion(block.qkv(x), groups, position=block.frame_position, impl=impl)
+    readout_index = torch.full((30,), -1, dtype=torch.int32, device=DEVICE)
+    readout_index[readout.flatten()] = torch.arange(6, dtype=torch.int32, device=DEVICE)
+    total, _ = fusion_norm(x, block.out(out), block.adapter.weights, readout_index, impl=impl)
     torch.testing.assert_close(total, x + want, atol=1e-5, rtol=1e-5)
 
 
@@ -236,24 +234,24 @@ def test_what_does_not_fit_is_refused_by_name(impl):
     x, readout = torch.zeros(4, 3, 12), torch.arange(0, 12, 3).view(2, 2)
     seen = torch.ones(4, 3) > 0
 
-    def call(qkv=x, *, readout=readout, position=None, key=seen, group=seen):
-        groups = Groups(heads=2, readout=readout, key_mask=key, group_mask=group)
+    def call(qkv=x, *, readout_rows=readout, position=None, key=seen, group=seen):
+        groups = FrameGroups(heads=2, readout_rows=readout_rows, key_mask=key, group_mask=group)
         return temporal_fusion(qkv, groups, position=position, impl=impl)
 
     for message, wrong in (
         ("qkv: expected n l 3w, w a multiple of 2 heads", lambda: call(x[0])),
-        ("readout: expected int64, b f of 4 sequences", lambda: call(readout=readout[:1])),
-        ("readout: expected int64, b f of 4 sequences", lambda: call(readout=readout.int())),
+        ("readout_rows: expected int64, b f of 4 sequences", lambda: call(readout_rows=readout[:1])),
+        ("readout_rows: expected int64, b f of 4 sequences", lambda: call(readout_rows=readout.int())),
         ("key_mask: expected shape", lambda: call(key=seen[:2])),
         ("group_mask: expected bool, found torch.uint8", lambda: call(group=seen.to(torch.uint8))),
         ("group_mask: expected shape", lambda: call(group=seen[:2])),
-        ("position: expected it 4 wide and at least 2 long", lambda: call(position=x[0, :1, :4])),
+        ("position: expected at least 2 rows 4 wide", lambda: call(position=x[0, :1, :4])),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             wrong()
 
 
 def test_groups_too_large_for_the_kernel_are_refused():
-    groups = Groups(heads=1, readout=torch.arange(65)[None])
+    groups = FrameGroups(heads=1, readout_rows=torch.arange(65)[None])
     with pytest.raises(KernelUnavailable, match="groups of at most 64 frames, found 65"):
         temporal_fusion(torch.zeros(65, 1, 3), groups, impl="triton")

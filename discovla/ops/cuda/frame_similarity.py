@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from discovla.ops.blocks import product
-from discovla.ops.cuda.library import ops, rows, unsupported
+from discovla.ops.cuda.library import ops, rows, unsupported_tensors
 
 MAX_PARTS = 144  # their products with as many lie in the shared memory of an A100
 BLOCK_BYTES = 3 << 25  # of one block of pairs
 Masks = tuple[Tensor | None, Tensor | None]
 
 
-def supports(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
+def unsupported(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
     """Why the kernel does not take t i d texts and v j d videos; empty where it does."""
     for name, x in (("text", text), ("video", video)):
         if x.shape[1] > MAX_PARTS:
             return f"expected at most {MAX_PARTS} parts of a {name}, found {x.shape[1]}"
-    return unsupported(text, video, *masks)
+    return unsupported_tensors(text, video, *masks)
 
 
 @dataclass(frozen=True, kw_only=True)

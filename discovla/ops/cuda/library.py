@@ -31,7 +31,7 @@ def ops() -> Any:
     return torch.ops.discovla
 
 
-def unsupported(*tensors: Tensor | None) -> str:
+def unsupported_tensors(*tensors: Tensor | None) -> str:
     """Why no CUDA kernel takes these tensors; empty where one does."""
     given = [x for x in tensors if x is not None]
     rows = [x for x in given if x.is_floating_point()]

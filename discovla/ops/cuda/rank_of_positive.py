@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.ops.cuda.library import ops, rows, unsupported
+from discovla.ops.cuda.library import ops, rows, unsupported_tensors
 
 
-def supports(query: Tensor, items: Tensor, groups: Tensor | None) -> str:
+def unsupported(query: Tensor, items: Tensor, groups: Tensor | None) -> str:
     """Why the kernel does not take these; empty where it does."""
-    return unsupported(query, items, groups)
+    return unsupported_tensors(query, items, groups)
 
 
 def counts(

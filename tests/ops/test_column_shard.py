@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
-from discovla.ops.columns import Columns
+from discovla.ops.column_shard import ColumnShard
 from discovla.ops.info_nce import contrastive_loss, cosine_similarity, info_nce
 from discovla.ops.sigmoid_loss import sigmoid_loss
 from discovla.testing import peak_bytes, relative_error
@@ -28,17 +28,19 @@ class Ranks:
         self.sizes, self.barrier = sizes, Barrier(len(sizes))
         self.given: dict[int, tuple[Tensor, ...]] = {}
 
-    def run(self, part: Callable[[slice, Columns], list[Tensor]]) -> list[list[Tensor]]:
+    def run(self, part: Callable[[slice, ColumnShard], list[Tensor]]) -> list[list[Tensor]]:
         """part(its columns) of every rank."""
         with ThreadPoolExecutor(len(self.sizes)) as pool:
             return list(pool.map(lambda rank: self._run(rank, part), range(len(self.sizes))))
 
-    def _run(self, rank: int, part: Callable[[slice, Columns], list[Tensor]]) -> list[Tensor]:
+    def _run(self, rank: int, part: Callable[[slice, ColumnShard], list[Tensor]]) -> list[Tensor]:
         first = sum(self.sizes[:rank])
-        columns = Columns(
-            first=first,
-            add=lambda *own: [_Sum.apply(x, y) for x, y in zip(own, self._sums(rank, own), strict=True)],
-            largest=lambda own: torch.stack([given[0] for given in self._everyones(rank, (own,))]).amax(0),
+        columns = ColumnShard(
+            first_text=first,
+            all_reduce=lambda *own: [
+                _Sum.apply(x, y) for x, y in zip(own, self._sums(rank, own), strict=True)
+            ],
+            all_reduce_max=lambda own: torch.stack([x[0] for x in self._everyones(rank, (own,))]).amax(0),
         )
         try:
             return part(slice(first, first + self.sizes[rank]), columns)
@@ -81,14 +83,16 @@ def masks_and_ignore() -> tuple[Tensor, Tensor, Tensor]:
     return text_mask, video_mask, (clip[:, None] == clip).fill_diagonal_(False)
 
 
-def check(losses: Callable[[list[Tensor], slice, Columns | None], list[Tensor]], sizes: list[int]) -> None:
+def check(
+    losses: Callable[[list[Tensor], slice, ColumnShard | None], list[Tensor]], sizes: list[int]
+) -> None:
     """Every rank's losses are the whole ones, and their gradients add up to the whole one."""
     x = leaves()
     wanted = losses(x, slice(None), None)
     weights = [0.7, 0.4, 1.3][: len(wanted)]
     whole = torch.autograd.grad(_weighed(wanted, weights), x, allow_unused=True)
 
-    def part(own: slice, columns: Columns) -> list[Tensor]:
+    def part(own: slice, columns: ColumnShard) -> list[Tensor]:
         mine = [leaf.detach().requires_grad_() for leaf in x]
         found = losses(mine, own, columns)
         grads = torch.autograd.grad(_weighed(found, weights), mine, allow_unused=True)
@@ -109,7 +113,7 @@ def _weighed(losses: list[Tensor], weights: list[float]) -> Tensor:
 def inputs(
     x: list[Tensor],
     own: slice,
-    columns: Columns | None,
+    columns: ColumnShard | None,
     masks: Sequence[Tensor],
     group: int | None = None,
 ) -> AlignmentInputs:
@@ -234,9 +238,9 @@ def test_logits_far_apart_on_ranks_neither_overflow_nor_vanish(impl):
     torch.testing.assert_close([loss for (loss,) in found], [torch.tensor(500.0)] * 2)
 
 
-def alone(first: int) -> Columns:
+def alone(first: int) -> ColumnShard:
     """Columns of a process that hears nothing of the others: for counting its own work."""
-    return Columns(first=first, add=lambda *own: own, largest=lambda x: x)
+    return ColumnShard(first_text=first, all_reduce=lambda *own: own, all_reduce_max=lambda x: x)
 
 
 def block(n: int, videos: int, group: int | None = None) -> Callable[[str], None]:

@@ -10,27 +10,31 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
+class ColumnShard:
     """The columns of one process: all texts against its own videos.
 
-    first: the text that matches the first of these videos; the others match in order.
-    add: of tensors of one dtype, the sum of each over processes.  Every process computes the same loss from
-        it, so that a gradient passes as it is: what arrives at a process's tensors is the derivative by them.
-    largest: of one tensor, the elementwise maximum over processes, without gradient.
+    first_text: the text that matches the first of these videos; the others match in order.
+    all_reduce: sums each of several tensors of one dtype over processes.  Every process computes the same
+        loss from the sums, so its backward passes the gradient on unchanged: the gradient by a local tensor
+        is the derivative of the loss by it.
+    all_reduce_max: the elementwise maximum of one tensor over processes, without gradient.
     """
 
-    first: int
-    add: Callable[..., Sequence[Tensor]]
-    largest: Callable[[Tensor], Tensor]
+    first_text: int
+    all_reduce: Callable[..., Sequence[Tensor]]
+    all_reduce_max: Callable[[Tensor], Tensor]
 
 
-ALL = Columns(first=0, add=lambda *tensors: tensors, largest=torch.Tensor.detach)  # of the only process
+# of a single process
+ALL_COLUMNS = ColumnShard(
+    first_text=0, all_reduce=lambda *tensors: tensors, all_reduce_max=torch.Tensor.detach
+)
 
 
 def column_losses(
     student: Tensor,
     teacher: Tensor | None,
-    columns: Columns,
+    columns: ColumnShard,
     *,
     kl_weight: float = 0.0,
     detach_teacher: bool = False,
@@ -45,7 +49,7 @@ def column_losses(
     Returns:
         1 or 3 losses of the whole matrices, on every process.
     """
-    sums = statistics(student, teacher, columns.first, detach_teacher)
+    sums = statistics(student, teacher, columns.first_text, detach_teacher)
     return merged_losses(*sums, columns, kl_weight, detach_teacher)[0]
 
 
@@ -77,7 +81,7 @@ def _along(student: Tensor, teacher: Tensor | None, dim: int, detach: bool) -> T
 
 
 def merged_losses(
-    rows: Tensor, across: Tensor, matched: Tensor, columns: Columns, kl_weight: float, detach: bool
+    rows: Tensor, across: Tensor, matched: Tensor, columns: ColumnShard, kl_weight: float, detach: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses from the statistics of one process's columns; two collectives, of 2 or 5 numbers a text.
 
@@ -92,16 +96,16 @@ def merged_losses(
         The losses, 1 or 3, and the statistics k t of whole rows.
     """
     m, count = len(matched), 2 * rows.shape[1]
-    highest = columns.largest(rows[:m].detach())
+    highest = columns.all_reduce_max(rows[:m].detach())
     weights = (rows[:m] - highest).exp()  # m t
     own = across[:m].sum(1) - 2 * matched
     if m == 1:
-        total, own = columns.add(weights, own)
+        total, own = columns.all_reduce(weights, own)
         whole = highest + total.log()
         return (whole.sum(1) + own) / count, whole
     differences = (across[2] - _fixed(across[1], detach) + across[0]).sum()
     parts = torch.cat([weights, (_fixed(weights[1], detach) * rows[2])[None]])
-    total, own = columns.add(parts, torch.cat([own, differences[None]]))
+    total, own = columns.all_reduce(parts, torch.cat([own, differences[None]]))
     whole, mean = highest + total[:m].log(), total[2] / _fixed(total[1], detach)
     distill = kl_weight * ((mean - _fixed(whole[1], detach) + whole[0]).sum() + own[2]) / 2
     losses = (whole.sum(1) + own[:m]) / count

@@ -11,15 +11,16 @@ from torch.autograd.function import once_differentiable
 
 from discovla.ops.blocks import expect_shape, wide
 from discovla.ops.dispatch import Impl, choose, kernel
-from discovla.ops.layer_norm import Affine, checked_affine
+from discovla.ops.layer_norm import Affine, check_affine
 from discovla.ops.lora_norm import LoRAWeights, expect_rows, lora_norm_reference, padding
 
 
-def read_lora_norm(
+def readout_lora_norm(
     x: Tensor,
     a: Tensor,
     u: Tensor | None,
-    places: tuple[Tensor, Tensor],
+    readout_rows: Tensor,
+    readout_index: Tensor,
     *,
     affine: Affine | None = None,
     eps: float = 1e-5,
@@ -29,8 +30,8 @@ def read_lora_norm(
     """`lora_norm`, and of n rows x' and z once more, by themselves: x' of the others nobody wants.
 
     Args:
-        places: of the n rows where they are among all r, n, int64, all different; and of all r which of the n
-            they are, int32, -1 where none.
+        readout_rows: n, int64, the n rows among all r, each once.
+        readout_index: r, int32, the inverse: which of the n rows a row is, or -1.
         x, a, u, affine, eps, dtype, impl: as in `lora_norm`.
 
     Returns:
@@ -40,38 +41,37 @@ def read_lora_norm(
         ValueError: shapes that do not fit, or a gain or shift that asks for a gradient.
         KernelUnavailable: the implementation asked for by name cannot run here.
     """
-    ends, slots = places
     copies = a if a.ndim == 3 else a[None]
     dtype, width = dtype or (x if u is None else u).dtype, x.shape[-1]
     expect_shape("u", u, tuple(x.shape))
     expect_shape("a", copies, (*copies.shape[:2], width))
-    expect_shape("slots", slots, (x.numel() // width,))
-    gain, shift = checked_affine(affine, x)
+    expect_shape("readout_index", readout_index, (x.numel() // width,))
+    gain, shift = check_affine(affine, x)
     like = torch.empty(0, dtype=dtype, device=x.device)
     if (
-        choose("read_lora_norm", impl, x.device.type, operands=(x, copies, like, u, gain, shift))
+        choose("readout_lora_norm", impl, x.device.type, operands=(x, copies, like, u, gain, shift))
         == "reference"
     ):
         total, z, low = lora_norm_reference(x, copies[0], u, affine, eps, dtype)
-        return total.flatten(0, -2)[ends], z, low, z.flatten(0, -2)[ends]
+        return total.flatten(0, -2)[readout_rows], z, low, z.flatten(0, -2)[readout_rows]
     rows = x.reshape(-1, width).contiguous()
     more = None if u is None else u.reshape(rows.shape).contiguous()
     if a.ndim == 2:
         copies = a.contiguous().expand(kernel("lora_norm").programs(len(rows)), -1, -1)
     _, z, low, _, read, z_read = _read_lora_norm(
-        rows, copies, more, gain, shift, slots, len(ends), eps, dtype
+        rows, copies, more, gain, shift, readout_index, len(readout_rows), eps, dtype
     )
     z, low = (part.view(*x.shape[:-1], part.shape[1]) for part in (z, low))
     return read, z, low, z_read
 
 
-def read_lora_projection(
+def readout_lora_projection(
     z: Tensor, low: Tensor, z_read: Tensor, weights: LoRAWeights
 ) -> tuple[Tensor, Tensor]:
     """Of `lora_projection` to queries, keys and values the queries of the rows read; the others of all.
 
     Args:
-        z, low, z_read: as `read_lora_norm` gives them.
+        z, low, z_read: as `readout_lora_norm` gives them.
 
     Returns:
         n w and ... 2w.
@@ -106,25 +106,25 @@ class _ReadLoRAProjection(torch.autograd.Function):
         return grad_kv @ augmented[width:], None, grad_q @ augmented[:width], None, None, grad_b
 
 
-@torch.library.custom_op("discovla::read_lora_norm", mutates_args=())
+@torch.library.custom_op("discovla::readout_lora_norm", mutates_args=())
 def _read_lora_norm(
     x: Tensor,
     a: Tensor,
     u: Tensor | None,
     gain: Tensor | None,
     shift: Tensor | None,
-    slots: Tensor,
+    readout_index: Tensor,
     count: int,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `_lora_norm`, then x' and z of the rows that are read, `count` of them."""
     affine = None if gain is None or shift is None else (gain, shift)
-    return kernel("lora_norm").forward(x, u, a[0], affine, (eps, dtype), (slots, count))
+    return kernel("lora_norm").forward(x, u, a[0], affine, (eps, dtype), (readout_index, count))
 
 
 @_read_lora_norm.register_fake
-def _(x, a, u, gain, shift, slots, count, eps, dtype):
+def _(x, a, u, gain, shift, readout_index, count, eps, dtype):
     rank, width = a.shape[1:]
     total = x.new_empty(0) if u is None else torch.empty_like(x)
     z, low = (x.new_empty(len(x), n, dtype=dtype) for n in (width + padding(rank), rank))
@@ -132,7 +132,7 @@ def _(x, a, u, gain, shift, slots, count, eps, dtype):
     return total, z, low, stats, read, z.new_empty(count, z.shape[1])
 
 
-@torch.library.custom_op("discovla::read_lora_norm_backward", mutates_args=())
+@torch.library.custom_op("discovla::readout_lora_norm_backward", mutates_args=())
 def _read_lora_norm_backward(
     grad: Tensor,
     grad_read: Tensor,
@@ -142,29 +142,29 @@ def _read_lora_norm_backward(
     a: Tensor,
     gain: Tensor | None,
     shift: Tensor | None,
-    slots: Tensor,
+    readout_index: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, by u (empty where it is that by x) and by a, p k w."""
     affine = None if gain is None or shift is None else (gain, shift)
-    read = grad_read.contiguous(), grad_z_read.contiguous(), slots
+    read = grad_read.contiguous(), grad_z_read.contiguous(), readout_index
     dx, du, parts = kernel("lora_norm").backward((grad.contiguous(), None), x, stats, a, affine, read)
     return dx, du, parts.to(a.dtype)
 
 
 @_read_lora_norm_backward.register_fake
-def _(grad, grad_read, grad_z_read, x, stats, a, gain, shift, slots):
+def _(grad, grad_read, grad_z_read, x, stats, a, gain, shift, readout_index):
     du = x.new_empty(0) if grad.dtype == x.dtype else torch.empty_like(x, dtype=grad.dtype)
     return torch.empty_like(x), du, a.new_empty(a.shape)
 
 
 def _keep(ctx, inputs, output) -> None:
-    x, a, u, gain, shift, slots, _, _, ctx.dtype = inputs
+    x, a, u, gain, shift, readout_index, _, _, ctx.dtype = inputs
     total, _, low, stats, _, _ = output
     ctx.mark_non_differentiable(total, low, stats)
     ctx.set_materialize_grads(False)
     ctx.shapes = [(part.shape, part.dtype) for part in (output[1], *output[4:])]
     ctx.u_dtype = None if u is None else u.dtype
-    ctx.save_for_backward(x if u is None else total, stats, a, gain, shift, slots)
+    ctx.save_for_backward(x if u is None else total, stats, a, gain, shift, readout_index)
 
 
 def _differentiate(ctx, _total, grad, _low, _stats, grad_read, grad_z_read):

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.lora_norm import lora_norm, lora_weights
-from discovla.ops.read_lora_norm import _read_lora_norm, read_lora_norm, read_lora_projection
+from discovla.ops.readout_lora_norm import _read_lora_norm, readout_lora_norm, readout_lora_projection
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 from tests.ops.test_lora_norm import BUDGET, HALF, SINGLE, assert_close, leaves
 
-IMPLS = IMPLEMENTATIONS["read_lora_norm"]
+IMPLS = IMPLEMENTATIONS["readout_lora_norm"]
 # rows, how many are read, dtypes of the stream and of what is added to it
 CASES = [(1, 1, SINGLE, SINGLE), (7, 3, SINGLE, SINGLE), (63, 9, SINGLE, SINGLE), (130, 40, SINGLE, SINGLE)]
 CASES += [(7, 2, torch.float64, torch.float64), (20, 4, SINGLE, HALF), (7, 7, HALF, HALF)]
@@ -31,7 +31,7 @@ def test_values_and_gradients_are_those_of_the_rows_of_lora_norm(rows, n, stream
     truth = [leaf.detach().double().requires_grad_() for leaf in x]
     total, z, _ = lora_norm(*truth, impl="reference")
     want = total[where[0]], z, z[where[0]]
-    read, found_z, low, z_read = read_lora_norm(*x, where, impl=impl)
+    read, found_z, low, z_read = readout_lora_norm(*x, *where, impl=impl)
     assert torch.equal(low, found_z[:, 33:36]) and not low.requires_grad
     got, budget = (read, found_z, z_read), max(BUDGET[stream], BUDGET[dtype])
     directions = [torch.randn(w.shape, dtype=torch.float64, device=DEVICE) for w in want]
@@ -51,7 +51,7 @@ def test_nothing_need_be_added_nor_all_be_used(impl):
     for which in range(3):
         total, z, _ = lora_norm(x, a, impl="reference")
         want = (total[where[0]], z, z[where[0]])[which]
-        read, found_z, _, z_read = read_lora_norm(x, a, None, where, impl=impl)
+        read, found_z, _, z_read = readout_lora_norm(x, a, None, *where, impl=impl)
         got = (read, found_z, z_read)[which]
         assert_close(got, want, BUDGET[SINGLE], "value")
         (wanted,) = torch.autograd.grad(want.sin().sum(), x)
@@ -68,8 +68,8 @@ def test_with_its_projection_it_is_that_of_the_rows_read(impl):
     b.requires_grad_()
     where = places(20, 5)
     weights = lora_weights([(weight, bias)], [(a, b)], rows=20, dtype=SINGLE, impl=impl)[0]
-    _, z, low, z_read = read_lora_norm(x, weights.a, u, where, impl=impl)
-    got = read_lora_projection(z, low, z_read, weights)
+    _, z, low, z_read = readout_lora_norm(x, weights.a, u, *where, impl=impl)
+    got = readout_lora_projection(z, low, z_read, weights)
     y = F.layer_norm(x + u, (33,))
     qkv = F.linear(y, weight, bias) + y @ a.T @ b.T
     want = qkv[where[0], :33], qkv[:, 33:]
@@ -94,9 +94,9 @@ def test_what_does_not_fit_is_refused_by_name(impl):
     x, a, u = leaves(4, (SINGLE, SINGLE))
     ends, slots = places(4, 2)
     for name, call in (
-        ("u", lambda: read_lora_norm(x, a, u[:2], (ends, slots), impl=impl)),
-        ("a", lambda: read_lora_norm(x, a[:, :3], u, (ends, slots), impl=impl)),
-        ("slots", lambda: read_lora_norm(x, a, u, (ends, slots[1:]), impl=impl)),
+        ("u", lambda: readout_lora_norm(x, a, u[:2], ends, slots, impl=impl)),
+        ("a", lambda: readout_lora_norm(x, a[:, :3], u, ends, slots, impl=impl)),
+        ("readout_index", lambda: readout_lora_norm(x, a, u, ends, slots[1:], impl=impl)),
     ):
         with pytest.raises(ValueError, match=f"^{name}: expected shape"):
             call()

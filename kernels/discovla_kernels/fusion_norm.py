@@ -7,27 +7,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from discovla_kernels.layer_norm import unsupported as norm_unsupported
 from discovla_kernels.mlp import activate, activation_slope
-from discovla_kernels.tiles import accumulator, precision, product_tile, unsupported
+from discovla_kernels.tiles import accumulator, precision, product_tile
 
 MAX_RANK = 64  # of a bottleneck: it lives in registers
 
 
-def supports(x: Tensor, down: Tensor, *others: Tensor) -> str:
-    """Why the kernels do not take these tensors; empty where they do."""
+def unsupported(
+    x: Tensor,
+    u: Tensor,
+    readout_index: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    down: Tensor,
+    *weights: Tensor,
+) -> str:
+    """Return why the kernels cannot take these tensors, or "".  The adapter's weights have any dtype."""
     if len(down) > MAX_RANK:
         return f"expected a rank of at most {MAX_RANK}, found {len(down)}"
-    if reason := unsupported(x):
-        return reason
-    if found := next((w.device for w in (down, *others) if w.device != x.device), None):
-        return f"expected all tensors on {x.device}, found one on {found}"
-    return ""
+    if other := next((w.device for w in (down, *weights) if w.device != x.device), None):
+        return f"expected all tensors on {x.device}, found one on {other}"
+    return norm_unsupported(x, u, readout_index, gain, shift)
 
 
 @triton.jit
 def _wide_product(
     z, x_ptr, matrix_ptr, rank, real, out_ptr, bias_ptr, more_ptr, n, N, W, RANK, stride_k, stride_w,
-    FORWARD: tl.constexpr, MORE: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
+    FORWARD: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Writes rows n of z matrix, z: n rank, rank by W through strides, W in steps.
@@ -44,21 +51,18 @@ def _wide_product(
         if FORWARD:
             out += tl.load(bias_ptr + w, mask=w < W, other=0.0).to(ACC)[None, :]
         tl.store(out_ptr + place, out, mask=here)
-        if MORE:
-            x = tl.load(x_ptr + place, mask=here, other=0.0)
-            if FORWARD:
-                tl.store(more_ptr + place, x, mask=here)
-            else:
-                found = tl.dot(tl.trans(half), x, input_precision=PRECISION, out_dtype=ACC)
-                tl.store(
-                    more_ptr + rank[:, None] * W + w[None, :], found, mask=real[:, None] & (w < W)[None, :]
-                )
+        x = tl.load(x_ptr + place, mask=here, other=0.0)
+        if FORWARD:
+            tl.store(more_ptr + place, x, mask=here)
+        else:
+            grad = tl.dot(tl.trans(half), x, input_precision=PRECISION, out_dtype=ACC)
+            tl.store(more_ptr + rank[:, None] * W + w[None, :], grad, mask=real[:, None] & (w < W)[None, :])
 
 
 @triton.jit
 def _adapter_forward(
     x_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, out_ptr, copy_ptr, N, W, RANK,
-    COPY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_W: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """z = U quick_gelu(D x + d) + u, D: rank w, U: w rank; with COPY also a copy of x.
@@ -73,7 +77,7 @@ def _adapter_forward(
     h += tl.load(down_bias_ptr + rank, mask=real, other=0.0).to(ACC)[None, :]
     _wide_product(
         activate(h, False), x_ptr, up_ptr, rank, real, out_ptr, up_bias_ptr, copy_ptr, n, N, W, RANK, 1, RANK,
-        True, COPY, BLOCK_W, PRECISION, ACC,
+        True, BLOCK_W, PRECISION, ACC,
     )  # fmt: skip
 
 
@@ -113,37 +117,45 @@ def _adapter_backward(
     dh = tl.where((n < N)[:, None], dh * activation_slope(h, False), 0.0)
     tl.store(part_ptr + RANK * W + rank, tl.sum(dh, axis=0), mask=real)
     _wide_product(
-        dh, x_ptr, down_ptr, rank, real, dx_ptr, dx_ptr, part_ptr, n, N, W, RANK, W, 1, False, True, BLOCK_W,
+        dh, x_ptr, down_ptr, rank, real, dx_ptr, dx_ptr, part_ptr, n, N, W, RANK, W, 1, False, BLOCK_W,
         PRECISION, ACC,
     )  # fmt: skip
 
 
-def forward(x: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], copy: Tensor | None = None) -> Tensor:
-    """n w to n w; all contiguous.
-
-    weights: down, its bias, up, its bias, of any dtype.  copy: n w, for a copy of x.
-    """
-    out, (n, width), rank = torch.empty_like(x), x.shape, len(weights[0])
+def forward(
+    x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, *, copy: Tensor
+) -> Tensor:
+    """Return adapter(x), n w, and write a copy of x to `copy`; all contiguous, weights of any dtype."""
+    out, (n, width), rank = torch.empty_like(x), x.shape, len(down)
     tile = _tile(x, rank)
     _adapter_forward[(triton.cdiv(n, tile["BLOCK_N"]),)](
-        x, *weights, out, out if copy is None else copy, n, width, rank, COPY=copy is not None,
+        x, down, down_bias, up, up_bias, out, copy, n, width, rank,
         PRECISION=precision(x), ACC=accumulator(x), **tile,
     )  # fmt: skip
     return out
 
 
-def backward(grad: Tensor, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], dx: Tensor) -> Tensor:
-    """Writes the gradient by x to dx, n w; those by all weights come in parts p s that are to be added.
-
-    weights: down, its bias, up.
-    """
-    (n, width), rank = x.shape, len(weights[0])
+def backward(grad: Tensor, x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, dx: Tensor) -> Tensor:
+    """Write the gradient by x to `dx`; return those by all weights, flat, one partial sum a program."""
+    (n, width), rank = x.shape, len(down)
     tile = _tile(x, rank)
     programs = triton.cdiv(n, tile["BLOCK_N"])
     acc = torch.promote_types(x.dtype, torch.float32)
     parts = x.new_empty(programs, 2 * rank * width + rank + width, dtype=acc)
     _adapter_backward[(programs,)](
-        grad, x, *weights, dx, parts, n, width, rank, PRECISION=precision(x), ACC=accumulator(x), **tile
+        grad,
+        x,
+        down,
+        down_bias,
+        up,
+        dx,
+        parts,
+        n,
+        width,
+        rank,
+        PRECISION=precision(x),
+        ACC=accumulator(x),
+        **tile,
     )
     return parts
 
