@@ -1,4 +1,4 @@
-"""The `discovla` command: one subcommand a job, each a file of `commands/`."""
+"""The `discovla` command. Each subcommand is a file of `commands/`, imported only when it is called."""
 
 from __future__ import annotations
 
@@ -6,41 +6,45 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from discovla import __version__
-from discovla.commands import (
-    caption,
-    data_bench,
-    doctor,
-    draw,
-    evaluate,
-    export,
-    frames,
-    preflight,
-    prepare,
-    shard,
-    zero,
-)
 from discovla.errors import run_program
 
-COMMANDS = (frames, prepare, doctor, caption, shard, data_bench, draw, evaluate, export, zero, preflight)
+COMMANDS = {
+    "prepare": "Turn a dataset, or videos of your own, into a manifest.",
+    "doctor": "Check every clip of a manifest and list the broken ones.",
+    "frames": "Write the frames of a video that a model would see as PNG files.",
+    "caption": "Caption the sampled frames of clips with an image captioner.",
+    "shard": "Decode the clips of a manifest once and store their frames as tar shards.",
+    "data-bench": "Measure how many frames a second each decoder reads.",
+    "draw": "Draw the synthetic clips that the quickstart trains on.",
+    "config": "Print every config key with its value, default, type and meaning.",
+    "zero": "Print a run's DeepSpeed settings and its predicted memory per GPU.",
+    "preflight": "Check every machine of a run before it starts.",
+    "evaluate": "Measure retrieval by a trained run, or by a similarity matrix of any model.",
+    "export": "Write the trained parameters of a run for other programs.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; what is wrong with the input is one line on stderr and exit status 2."""
-    arguments = _parser().parse_args(argv)
+    """Run one subcommand. Wrong input is one line on stderr and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(argv[0] if argv else None).parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="discovla: %(levelname)s: %(message)s")
     return run_program(lambda: arguments.run(arguments), "discovla")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="discovla", description="Video-text retrieval.")
+def _parser(called: str | None) -> argparse.ArgumentParser:
+    """Make the parser; only the called subcommand is imported, so that --help is quick."""
+    parser = argparse.ArgumentParser(
+        prog="discovla", description="Text-video retrieval: data, training, evaluation."
+    )
     parser.add_argument("--version", action="version", version=f"discovla {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add(commands)
+    for name, sentence in COMMANDS.items():
+        if name == called:
+            import_module(f"discovla.commands.{name.replace('-', '_')}").add(commands)
+        else:
+            commands.add_parser(name, help=sentence)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

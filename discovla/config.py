@@ -1,17 +1,18 @@
-"""One run as typed values: a TOML file, dotted overrides, and the config classes of their owners."""
+"""The configuration of a run: a TOML file with dotted overrides, parsed into typed config classes."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from discovla.data.loader import DataConfig
+from discovla.data.config import DataConfig
 from discovla.engine.config import EngineConfig
 from discovla.engine.optim import OptimConfig
 from discovla.methods import METHODS
@@ -42,36 +43,36 @@ REMOVED_VALUES = {
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run; the message names the dotted key, what was expected and what was found."""
+    """A config that cannot be run. The message has the dotted key, what was expected and what was found."""
 
 
 class RunConfig(BaseModel):
-    """Everything a run depends on.
+    """Everything a run depends on."""
 
-    directory: where checkpoints, logs and results go.
-    resume: go on from the newest whole checkpoint in `directory`, if there is one.
-    seed: of the order of samples, augmentation and new parameters.
-    batch_size: clips in a step over all processes.
-    epochs: passes over the training samples; `steps`, where given, overrides them.
-    stop_at: leave after this step, as if interrupted (the schedule is that of the whole run).
-    evaluate_every, checkpoint_every: steps between; an epoch's end always has both.
-    keep_checkpoints: how many of the newest are kept, besides the best.
-    eval_batch_size: clips or captions at once in evaluation, per process.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     directory: Path
+    """Folder of the run: checkpoints, logs and results."""
     resume: bool = False
+    """Continue from the newest complete checkpoint in `directory`, if there is one."""
     seed: int = 42
+    """Seed of new parameters, of the order of training pairs and of augmentation."""
     batch_size: int = Field(default=128, ge=1)
+    """Training pairs in a step, over all processes."""
     epochs: int = Field(default=5, ge=1)
+    """Passes over the training pairs; `steps` overrides it."""
     steps: int | None = Field(default=None, ge=1)
+    """Steps of the run."""
     stop_at: int | None = Field(default=None, ge=1)
+    """Stop after this step as if interrupted; the learning rate follows the schedule of the complete run."""
     evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations on the validation split, which also follow every epoch."""
     checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints, which also follow every epoch."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """Number of newest checkpoints to keep, besides the best."""
     eval_batch_size: int = Field(default=64, ge=1)
+    """Captions or clips that each process embeds at once in evaluation."""
     model: ModelConfig = ModelConfig()
     method: SerializeAsAny[MethodConfig]
     data: DataConfig
@@ -79,20 +80,25 @@ class RunConfig(BaseModel):
     engine: EngineConfig = EngineConfig()
 
     def to_json(self) -> str:
-        """The resolved config, as it is kept in the run directory."""
+        """Return the resolved config as JSON; `read_config` reads it back."""
         return json.dumps(self.model_dump(mode="json"), indent=2)
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a TOML file (or a run directory's resolved JSON) with dotted overrides.
+    """Read a TOML config, or the resolved `config.json` of a run directory, and apply overrides.
 
     Args:
-        path: of the file.
+        path: file that ends in .toml or .json.
         overrides: words such as "optim.lr=6e-4", applied in order.
 
     Raises:
-        ConfigError: unreadable file, unknown key, wrong type, bad choice; one line with the dotted key.
+        ConfigError: unreadable file, unknown key, wrong type or bad choice, in one line with the dotted key.
     """
+    return parse_config(read_values(path, overrides), str(path))
+
+
+def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a config as plain values with overrides applied; the keys are not checked yet."""
     path = Path(path)
     try:
         text = path.read_text()
@@ -102,32 +108,48 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: expected valid TOML, found: {error}") from None
     for word in overrides:
-        _override(values, word)
-    return parse_config(values, str(path))
+        apply_override(values, word)
+    return values
 
 
-def parse_stored_config(values: Mapping[str, Any], source: str) -> RunConfig:
-    """Parse a config that this or an older version stored in a checkpoint; old keys are translated."""
-    values = json.loads(json.dumps(values))
-    for old, new in RENAMED_KEYS.items():
-        if _is_field(new) and (value := _pop(values, old)) is not None:
-            _set(values, new, value)
-    for key in REMOVED_KEYS:
-        if not _is_field(key):
-            _pop(values, key)
-    for (key, value), new in REMOVED_VALUES.items():
-        if (stored := _pop(values, key)) is not None:
-            _set(values, key, new if stored == value else stored)
-    return parse_config(values, source)
+def apply_override(values: dict[str, Any], word: str) -> None:
+    """Apply one "a.b=value" in place. The value is parsed as TOML and is a string if it is not valid TOML."""
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override: expected key=value, found {word!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.split(".")
+    table = values
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override: {key}: expected a table at {part!r}, found {table!r}")
+    if key == "method" and isinstance(value, str):
+        # each method has its own options: another method starts from its defaults
+        if values.get("method", {}).get("name") != value:
+            values["method"] = {"name": value}
+    else:
+        table[last] = value
 
 
 def parse_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:
-    """A run from plain values; `source` names them in messages."""
+    """Parse plain values.
+
+    Args:
+        values: nested tables, as TOML gives them.
+        source: file that the values are from, for messages.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
     values = dict(values)
     method = values.pop("method", None)
     if not isinstance(method, Mapping) or method.get("name") not in METHODS:
-        found = method.get("name") if isinstance(method, Mapping) else method
-        raise ConfigError(f"{source}: method.name: expected one of {', '.join(METHODS)}, found {found!r}")
+        name = method.get("name") if isinstance(method, Mapping) else method
+        raise ConfigError(f"{source}: method.name: expected one of {', '.join(METHODS)}, found {name!r}")
     cls = METHODS[method["name"]].Config
     try:
         parsed = cls.model_validate(dict(method))
@@ -139,78 +161,73 @@ def parse_config(values: Mapping[str, Any], source: str = "config") -> RunConfig
         raise _config_error(source, "", RunConfig, error) from None
 
 
-def _override(values: dict[str, Any], word: str) -> None:
-    """Apply one "a.b=value"; the value is read as TOML, or as a string where it is no TOML."""
-    key, equals, text = word.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override: expected key=value, found {word!r}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *path, last = key.split(".")
+def parse_stored_config(values: Mapping[str, Any], source: str) -> RunConfig:
+    """Parse the config in a checkpoint, with the keys of older versions translated."""
+    values = json.loads(json.dumps(values))
+    for old, new in RENAMED_KEYS.items():
+        table, name = _table(values, old)
+        if name in table:
+            new_table, new_name = _table(values, new)
+            new_table[new_name] = table.pop(name)
+    for key in REMOVED_KEYS:
+        table, name = _table(values, key)
+        table.pop(name, None)
+    for (key, value), new in REMOVED_VALUES.items():
+        table, name = _table(values, key)
+        if table.get(name) == value:
+            table[name] = new
+    return parse_config(values, source)
+
+
+def _table(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """Return the table that a dotted key is in, made if absent, and the last part of the key."""
+    *path, name = key.split(".")
     for part in path:
         values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"override: {key}: expected a table at {part!r}, found {values!r}")
-    if key == "method" and isinstance(value, str):
-        # another method has other options: only its name is carried over
-        same = values.get("method", {}).get("name") == value
-        values["method"] = values["method"] if same else {"name": value}
-    else:
-        values[last] = value
+    return values, name
 
 
 def _config_error(source: str, prefix: str, model: type[BaseModel], error: ValidationError) -> ConfigError:
-    """The first complaint as one line."""
+    """Make one line of the first of pydantic's errors."""
     first = error.errors()[0]
     key = prefix + ".".join(str(part) for part in first["loc"])
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden" and key in RENAMED_KEYS:
-        return ConfigError(f"{source}: {key}: renamed, use {RENAMED_KEYS[key]}{more}")
-    if first["type"] == "extra_forbidden" and key in REMOVED_KEYS:
-        return ConfigError(f"{source}: {key}: removed: {REMOVED_KEYS[key]}{more}")
-    if first["type"] == "extra_forbidden":
-        known = _fields(model, first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
-        return ConfigError(f"{source}: {key}: unknown key; {hint}{more}")
-    if first["type"] == "missing":
-        return ConfigError(f"{source}: {key}: expected a value, found none{more}")
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    return ConfigError(f"{source}: {key}: {message}; found {first['input']!r}{more}")
+    match first["type"]:
+        case "extra_forbidden" if key in RENAMED_KEYS:
+            message = f"{key}: renamed; use {RENAMED_KEYS[key]}"
+        case "extra_forbidden" if key in REMOVED_KEYS:
+            message = f"{key}: removed: {REMOVED_KEYS[key]}"
+        case "extra_forbidden":
+            known = _field_names(model, first["loc"][:-1])
+            close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+            message = f"{key}: unknown key; {hint}"
+        case "missing":
+            message = f"{key}: expected a value, found none"
+        case "value_error":  # by a validator of ours
+            text = str(first["ctx"]["error"])
+            named = re.match(r"(\w+): ", text)  # one of a whole table begins with the key
+            message = f"{key}.{text}" if named else f"{key}: {text}"
+            if "found " not in text:
+                message += f", found {first['input']!r}"
+        case _:
+            text = first["msg"].replace("Input should be ", "expected ", 1)
+            message = f"{key}: {text[:1].lower()}{text[1:]}, found {first['input']!r}"
+    return ConfigError(f"{source}: {message}{more}")
 
 
-def _fields(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
-    """Names of the fields at a dotted path."""
+def submodel(annotation: Any) -> type[BaseModel] | None:
+    """Return the config class of a field that is a table of its own, also if the table is optional."""
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def _field_names(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """Return the names of the fields at a dotted path."""
     for part in path:
-        annotation = model.model_fields[part].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
+        child = submodel(model.model_fields[part].annotation)
+        assert child is not None, path
+        model = child
     return list(model.model_fields)
-
-
-def _is_field(key: str) -> bool:
-    """True if a config of this version has the key."""
-    section, _, name = key.partition(".")
-    field = RunConfig.model_fields.get(section)
-    if not name or field is None or section == "method":
-        return field is not None
-    assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    return name in field.annotation.model_fields
-
-
-def _pop(values: dict[str, Any], key: str) -> Any:
-    """Remove a dotted key and return its value, or None without it."""
-    *path, last = key.split(".")
-    for part in path:
-        values = values.get(part, {})
-    return values.pop(last, None)
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        values = values.setdefault(part, {})
-    values[last] = value

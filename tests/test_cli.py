@@ -6,8 +6,9 @@ import av
 import numpy as np
 import pytest
 
-from discovla.cli import main
+from discovla.cli import COMMANDS, main
 from discovla.data.manifest import read_manifest
+from discovla.methods import METHODS
 
 
 @pytest.fixture
@@ -93,9 +94,70 @@ def test_bad_input_is_one_line_and_status_2(words, message, tmp_path, monkeypatc
     assert printed.err.count("\n") == 1
 
 
-def test_the_command_runs_as_a_process():
-    code = "import sys; from discovla.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+def run_python(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+
+
+def test_python_m_discovla_is_the_command():
+    done = run_python("-m", "discovla", "--help")
     assert done.returncode == 0
-    for command in ("frames", "prepare", "draw", "evaluate"):
+    for command in COMMANDS:
         assert command in done.stdout
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, discovla.cli as c\ntry: c.main(['--help'])\nfinally: print('torch' in sys.modules)"
+    assert run_python("-c", code).stdout.endswith("\nFalse\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_text(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"usage: discovla {command} " in capsys.readouterr().out
+
+
+def test_config_prints_where_each_value_is_from(tmp_path, capsys):
+    (tmp_path / "c.toml").write_text(
+        'directory = "x"\nseed = 42\n[method]\nname = "clip"\n[data]\nmanifest = "m"\nframes = 4\n'
+    )
+    assert main(["config", str(tmp_path / "c.toml"), "optim.lr=1e-3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "data.frames = 4  (file; default 12)" in lines
+    assert "seed = 42  (file)" in lines
+    assert "optim.lr = 0.001  (override; default 0.0006)" in lines
+    assert "resume = false" in lines
+
+
+def test_config_without_a_file_prints_the_defaults_of_a_method(capsys):
+    assert main(["config", "method.name=clip4clip", "--json"]) == 0
+    keys = {key["key"]: key for key in json.loads(capsys.readouterr().out)}
+    assert keys["directory"]["default"] == "(required)"
+    assert keys["method.name"] | {"doc": ""} == {
+        "key": "method.name",
+        "value": "clip4clip",
+        "default": "clip4clip",
+        "type": '"clip4clip"',
+        "doc": "",
+        "source": "override",
+    }
+    assert keys["method.head"]["source"] == "default"
+    assert keys["batch_size"]["type"] == "integer >= 1"
+
+
+def test_config_as_markdown_has_a_row_for_every_key_of_every_method(capsys):
+    assert main(["config", "--markdown"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    for name, method in METHODS.items():
+        for field in method.Config.model_fields:
+            assert any(row.startswith(f"| `method.{field}` |") for row in rows), (name, field)
+    assert len([row for row in rows if row.startswith("| `method.name`")]) == len(METHODS)
+    assert any(row.startswith("| `data.stills.count` | `(required)` | `integer >= 1` |") for row in rows)
+
+
+def test_config_of_a_wrong_override_is_one_line(capsys):
+    assert main(["config", "optim.lrr=1"]) == 2
+    assert capsys.readouterr().err == (
+        "discovla: error: config: optim.lrr: unknown key; did you mean 'lr'?\n"
+    )

@@ -32,6 +32,7 @@ HIGH = {
     "trainer": 8,
     "commands": 9,
     "cli": 10,
+    "__main__": 11,
     "testing": 9,
 }  # these may import whatever is lower
 FOREIGN = {  # file -> all it may import that is neither of the house nor of the standard library

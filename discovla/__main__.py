@@ -1,0 +1,7 @@
+"""`python -m discovla` runs the `discovla` command."""
+
+import sys
+
+from discovla.cli import main
+
+sys.exit(main())
