@@ -31,7 +31,7 @@ from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan
 from discovla.errors import PeerLost, RunStopped, exit_process, is_connection_lost
-from discovla.evaluate import Evaluation, evaluate
+from discovla.evaluate import EvalOptions, evaluate
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
@@ -168,7 +168,7 @@ class Trainer:
 
     def _evaluate(self, method: Method, split: str, *, rerank: bool = False) -> dict[str, Any]:
         bank = [text for clip in self.splits.get("train", []) for text in clip.captions] if rerank else []
-        how = Evaluation(
+        how = EvalOptions(
             data=self.config.data,
             device=self.world.device,
             batch_size=self.config.eval_batch_size,

@@ -13,7 +13,7 @@ from discovla import evaluate as module
 from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip, write_manifest
 from discovla.data.video.errors import DecodeError
-from discovla.evaluate import Evaluation, evaluate, evaluate_manifest, evaluate_matrix, results_table
+from discovla.evaluate import EvalOptions, evaluate, evaluate_manifest, evaluate_matrix, results_table
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.retrieval.metrics import retrieval_metrics
 from discovla.testing import tiny_architecture
@@ -53,9 +53,9 @@ def clips(tmp_path):
 
 
 @pytest.fixture
-def how(tmp_path):
+def options(tmp_path):
     data = DataConfig(manifest=tmp_path / "m.jsonl", frames=2, context_length=12, workers=0)
-    return Evaluation(data=data, batch_size=2, rerank=True, bank=["a green dot", "a grey box", "night"])
+    return EvalOptions(data=data, batch_size=2, rerank=True, bank=["a green dot", "a grey box", "night"])
 
 
 def similarity(method, clips, data):
@@ -66,41 +66,41 @@ def similarity(method, clips, data):
     return method.similarity(text, video).detach().numpy()
 
 
-def test_clips_are_ranked_by_the_similarity_of_the_method(method, clips, how):
-    expected = retrieval_metrics(similarity(method, clips, how.data), [0, 1, 1, 1, 2, 3, 3])
-    assert evaluate(method, clips, how)["raw"] == expected
+def test_clips_are_ranked_by_the_similarity_of_the_method(method, clips, options):
+    expected = retrieval_metrics(similarity(method, clips, options.data), [0, 1, 1, 1, 2, 3, 3])
+    assert evaluate(method, clips, options)["raw"] == expected
 
 
-def test_reranked_figures_stand_beside_the_raw_ones(method, clips, how):
-    found = evaluate(method, clips, how)
+def test_reranked_figures_stand_beside_the_raw_ones(method, clips, options):
+    found = evaluate(method, clips, options)
     assert list(found) == ["raw", "dual softmax", "QB-Norm"]
     assert list(found["dual softmax"]) == ["t2v", "v2t"]
     assert list(found["QB-Norm"]) == ["t2v"]
-    assert evaluate(method, clips, replace(how, rerank=False)) == {"raw": found["raw"]}
+    assert evaluate(method, clips, replace(options, rerank=False)) == {"raw": found["raw"]}
 
 
-def test_sets_too_large_for_a_matrix_are_ranked_alike_and_say_so(method, clips, how, monkeypatch, caplog):
-    expected = evaluate(method, clips, how)
+def test_sets_too_large_for_a_matrix_are_ranked_alike_and_say_so(method, clips, options, monkeypatch, caplog):
+    expected = evaluate(method, clips, options)
     monkeypatch.setattr(module, "LARGEST_MATRIX", 1)
     with caplog.at_level(logging.WARNING):
-        found = evaluate(method, clips, how)
+        found = evaluate(method, clips, options)
     assert found == {name: expected[name] for name in ("raw", "dual softmax")}
     assert "7 x 4 scores: ranked without QB-Norm, which needs them all" in caplog.text
 
 
 def test_large_sets_of_a_method_that_scores_otherwise_are_ranked_in_tiles(
-    method, clips, how, monkeypatch, caplog
+    method, clips, options, monkeypatch, caplog
 ):
-    expected = evaluate(method, clips, how)["raw"]
+    expected = evaluate(method, clips, options)["raw"]
     monkeypatch.setattr(module, "LARGEST_MATRIX", 1)
     monkeypatch.setattr(CLIP, "scores_pooled", False)
     with caplog.at_level(logging.WARNING):
-        assert evaluate(method, clips, how) == {"raw": expected}
+        assert evaluate(method, clips, options) == {"raw": expected}
     assert "7 x 4 scores: ranked in tiles, without re-ranking" in caplog.text
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_find_what_one_finds(method, clips, how, processes):
+def test_several_processes_find_what_one_finds(method, clips, options, processes):
     shares, barrier = [None] * processes, Barrier(processes)
 
     def run(rank):
@@ -111,45 +111,45 @@ def test_several_processes_find_what_one_finds(method, clips, how, processes):
             barrier.wait(timeout=60)
             return collected
 
-        setting = replace(how, rank=rank, world_size=processes, gather=gather)
+        setting = replace(options, rank=rank, world_size=processes, gather=gather)
         return evaluate(copy.deepcopy(method), clips, setting)
 
     with ThreadPoolExecutor(processes) as pool:
         found = list(pool.map(run, range(processes)))
-    assert found == [evaluate(method, clips, how)] * processes
+    assert found == [evaluate(method, clips, options)] * processes
 
 
-def test_a_manifest_lends_its_training_captions_to_qb_norm(method, clips, how, tmp_path):
-    train = replace(clips[0], id="t", captions=tuple(how.bank), split="train")
+def test_a_manifest_lends_its_training_captions_to_qb_norm(method, clips, options, tmp_path):
+    train = replace(clips[0], id="t", captions=tuple(options.bank), split="train")
     write_manifest(tmp_path / "m.jsonl", [*clips, train])
-    plain = replace(how, rerank=False, bank=())
-    assert evaluate_manifest(method, tmp_path / "m.jsonl", "test", plain) == evaluate(method, clips, how)
+    plain = replace(options, rerank=False, bank=())
+    assert evaluate_manifest(method, tmp_path / "m.jsonl", "test", plain) == evaluate(method, clips, options)
     assert "QB-Norm" not in evaluate_manifest(method, tmp_path / "m.jsonl", "train", plain)
 
 
-def test_a_split_without_clips_is_an_error(method, clips, how, tmp_path):
+def test_a_split_without_clips_is_an_error(method, clips, options, tmp_path):
     write_manifest(tmp_path / "m.jsonl", clips)
     with pytest.raises(ValueError, match=r"m\.jsonl.*'dev'"):
-        evaluate_manifest(method, tmp_path / "m.jsonl", "dev", how)
+        evaluate_manifest(method, tmp_path / "m.jsonl", "dev", options)
 
 
-def test_a_clip_that_does_not_decode_is_an_error_that_names_it(method, clips, how):
+def test_a_clip_that_does_not_decode_is_an_error_that_names_it(method, clips, options):
     clips[2].video.write_bytes(b"no video")
     with pytest.raises(DecodeError, match=r"2\.mp4"):
-        evaluate(method, clips, how)
+        evaluate(method, clips, options)
 
 
-def test_a_caption_longer_than_the_context_is_an_error_unless_it_may_be_cut(method, clips, how):
+def test_a_caption_longer_than_the_context_is_an_error_unless_it_may_be_cut(method, clips, options):
     clips[1] = replace(clips[1], captions=("word " * 40,))
     with pytest.raises(ValueError, match="1 longer than 12 tokens, the first of clip 'c1' has 42"):
-        evaluate(method, clips, how)
-    cut = replace(how, data=how.data.model_copy(update={"long_captions": "truncate"}))
+        evaluate(method, clips, options)
+    cut = replace(options, data=options.data.model_copy(update={"long_captions": "truncate"}))
     assert "raw" in evaluate(method, clips, cut)
 
 
-def test_no_clips_is_an_error(method, how):
+def test_no_clips_is_an_error(method, options):
     with pytest.raises(ValueError, match="at least one clip, found none"):
-        evaluate(method, [], how)
+        evaluate(method, [], options)
 
 
 def test_a_matrix_file_with_groups_gives_its_figures(tmp_path):

@@ -1,4 +1,4 @@
-"""Embeddings of whole sets: made batch by batch on the device, kept on the CPU."""
+"""Embed complete sets of captions and videos batch by batch; the embeddings are kept on the CPU."""
 
 from __future__ import annotations
 
@@ -16,70 +16,70 @@ Inputs = Iterable[tuple[Tensor, Tensor]]
 
 
 def embed_texts(method: Method, batches: Inputs, device: torch.device | str) -> Embedding:
-    """Embeddings of all captions, in their order, on the CPU.
+    """Embed all captions, in order, onto the CPU.
 
     Args:
-        method: lies on `device`; works in evaluation mode and returns to the mode it was in.
+        method: on `device`; it runs in evaluation mode and returns to the mode it was in.
         batches: ids (n l, int64) and mask (n l, bool).
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: no batch.
     """
     return _embed(method, method.encode_text, batches, device)
 
 
 def embed_videos(method: Method, batches: Inputs, device: torch.device | str) -> Embedding:
-    """Embeddings of all videos, as `embed_texts`, from frames (n f y x c, uint8) and mask (n f, bool)."""
+    """Embed all videos, as `embed_texts`, from frames (n f y x c, uint8) and mask (n f, bool)."""
     return _embed(method, method.encode_video, batches, device)
 
 
 def concatenate(parts: Sequence[Embedding]) -> Embedding:
-    """One embedding of all rows of `parts`, which must agree on the fields they have.
+    """Concatenate embeddings with the same fields.
 
     Raises:
-        ValueError: there is no part, or a field is in some parts only.
+        ValueError: no embedding, or a field that only some of them have.
     """
     if not parts:
         raise ValueError("embeddings: expected at least one batch, found none")
     values = {}
     for name in (field.name for field in fields(Embedding)):
-        given = [value for part in parts if (value := getattr(part, name)) is not None]
-        if given and len(given) < len(parts):
-            raise ValueError(f"embeddings: expected {name} in all {len(parts)} batches, found {len(given)}")
-        values[name] = torch.cat(given) if given else None
+        tensors = [value for part in parts if (value := getattr(part, name)) is not None]
+        if tensors and len(tensors) < len(parts):
+            raise ValueError(f"embeddings: expected {name} in all {len(parts)} batches, found {len(tensors)}")
+        values[name] = torch.cat(tensors) if tensors else None
     return Embedding(**values)
 
 
 def in_order(shares: Sequence[tuple[Tensor, Embedding]], count: int) -> Embedding:
-    """The embeddings of `count` inputs, put together from the shares of several processes.
+    """Join the embeddings of `count` inputs from the shares of several processes.
 
     Args:
-        shares: per process the place of each of its rows (n, int64) and their embedding. A row that two
-            processes embedded is taken once.
+        shares: of each process the positions of its rows (n, int64) and their embedding. A row that two
+            processes embedded is used once.
 
     Raises:
         ValueError: a row is missing.
     """
-    places = torch.cat([place for place, _ in shares])
-    found = torch.full((count,), -1)
-    found[places] = torch.arange(len(places))
-    if (missing := (found < 0).nonzero()).numel():
+    positions = torch.cat([position for position, _ in shares])
+    rows = torch.full((count,), -1)
+    rows[positions] = torch.arange(len(positions))
+    if (missing := (rows < 0).nonzero()).numel():
         raise ValueError(
             f"embeddings: expected {count} rows, found {count - len(missing)}; row {missing[0, 0]} is missing"
         )
-    return concatenate([embedding for _, embedding in shares])[found]
+    return concatenate([embedding for _, embedding in shares])[rows]
 
 
 def _embed(
     method: Method, encode: Callable[[Tensor, Tensor], Embedding], batches: Inputs, device: torch.device | str
 ) -> Embedding:
     with evaluating(method):
-        return concatenate([_kept(encode(x.to(device), mask.to(device))) for x, mask in batches])
+        return concatenate([_compared(encode(x.to(device), mask.to(device))) for x, mask in batches])
 
 
 @contextmanager
 def evaluating(method: Method) -> Iterator[None]:
-    """In evaluation mode and without gradients; the method returns to the mode it was in."""
+    """Run in evaluation mode without gradients; the method returns to the mode it was in."""
     mode = method.training
     method.eval()
     try:
@@ -89,6 +89,6 @@ def evaluating(method: Method) -> Iterator[None]:
         method.train(mode)
 
 
-def _kept(part: Embedding) -> Embedding:
-    """What similarities compare, on the CPU: frames serve training alone."""
+def _compared(part: Embedding) -> Embedding:
+    """Move to the CPU the part that similarities compare; frames serve training only."""
     return replace(part, frames=None, frame_mask=None).to("cpu")

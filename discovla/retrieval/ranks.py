@@ -1,4 +1,11 @@
-"""Ranks without the whole similarity matrix: tile after tile, never more than one in memory."""
+"""Ranks of the matching item and the tie rule, from a similarity matrix or from its tiles.
+
+The tie rule: a tie counts against the query. The rank of the matching item is 1 + the number of other items
+with a score at least as high; the optimistic rank beside it is 1 + the number with a strictly higher score.
+A model that gives every pair the same score is therefore last, not first. `count_above` and
+`Ranks.from_counts` implement the rule; `ops.rank_of_positive` implements it again for GPUs and is tested
+against them.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +14,74 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from discovla.batch import Embedding
-from discovla.methods.base import Method
-from discovla.ops.rank_of_positive import rank_of_positive
-from discovla.retrieval.embed import evaluating
-from discovla.retrieval.metrics import Ranks, best_of_groups, checked_groups, require_finite
 
 Array = np.ndarray[Any, np.dtype[Any]]
-TileOf = Callable[[Array, slice], Array]  # indices of texts, slice of videos -> t v
+TileOf = Callable[[Array, slice], Array]  # indices of texts, slice of videos -> scores t v
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Ranks of the matching item from 1, one per query.
+
+    ties_against: n, int64, ties counted against the query.  optimistic: n, int64, ties counted for it.
+    """
+
+    ties_against: Array
+    optimistic: Array
+
+    @classmethod
+    def from_counts(cls, counts: Array) -> Ranks:
+        """Make ranks from the summed results of `count_above`, 2 n."""
+        return cls(ties_against=counts[0], optimistic=1 + counts[1])
+
+
+def count_above(scores: Array, target: Array, *, axis: int) -> Array:
+    """Count the scores that reach the target and those that exceed it, 2 n.
+
+    The target's own score is among `scores`, in one of the tiles if there are several, and reaches itself.
+    """
+    return np.stack([(scores >= target).sum(axis=axis), (scores > target).sum(axis=axis)])
+
+
+def text_to_video_ranks(similarity: Array, groups: Sequence[int] | Array | None = None) -> Ranks:
+    """Rank each text's video among all videos.
+
+    Args:
+        similarity: t v, any real dtype; higher is closer.
+        groups: t, the video of each text; None if text i describes video i.
+
+    Raises:
+        ValueError: a score that is not finite, or groups that do not fit the matrix.
+    """
+    similarity, groups = checked(similarity, groups)
+    target = similarity[np.arange(len(groups)), groups]
+    return Ranks.from_counts(count_above(similarity, target[:, None], axis=1))
+
+
+def video_to_text_ranks(similarity: Array, groups: Sequence[int] | Array | None = None) -> Ranks:
+    """Rank each video's best text among the best texts of all videos; arguments as `text_to_video_ranks`.
+
+    With U[g, v] = max over texts i with groups[i] = g of similarity[i, v], the rank of v is that of U[v, v]
+    in column v.
+    """
+    similarity, groups = checked(similarity, groups)
+    best = best_of_groups(similarity, groups)  # g v
+    return Ranks.from_counts(count_above(best, best.diagonal(), axis=0))
+
+
+def best_of_groups(similarity: Array, groups: Array) -> Array:
+    """Return the maximum over the texts of each group, g v, groups in ascending order."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    return np.maximum.reduceat(similarity[order], starts, axis=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """How a similarity matrix is cut: whole groups of texts by runs of videos.
+    """A similarity matrix cut into tiles: complete groups of texts by runs of videos.
 
-    groups: t, int64, the video of each text.  videos: how many.  block: how many rows and columns a tile has
-    at most; but a video with more captions than that still has all of them in one tile.
+    groups: t, int64, the video of each text.  videos: their number.  block: largest number of rows and
+    columns of a tile, except that all captions of one video share a tile.
     """
 
     groups: Array
@@ -33,7 +89,7 @@ class Tiles:
     block: int
 
     def rows(self) -> Iterator[tuple[Array, slice]]:
-        """Texts of a run of videos, and that run, until every video has had its turn."""
+        """Yield the texts of a run of videos and that run, over all videos."""
         order = np.argsort(self.groups, kind="stable")
         ends = np.cumsum(np.bincount(self.groups, minlength=self.videos))
         first = 0
@@ -44,37 +100,23 @@ class Tiles:
             first = last
 
     def columns(self) -> Iterator[slice]:
-        """Runs of videos."""
+        """Yield runs of videos, over all videos."""
         for first in range(0, self.videos, self.block):
             yield slice(first, min(first + self.block, self.videos))
-
-
-def similarity_tile(method: Method, text: Embedding, video: Embedding, device: torch.device | str) -> TileOf:
-    """The function that makes a tile of `method.similarity` on `device`, as a float array on the CPU.
-
-    It scores in evaluation mode, in whichever mode the method is.
-    """
-
-    def tile(texts: Array, videos: slice) -> Array:
-        rows = text[torch.from_numpy(texts)].to(device)
-        with evaluating(method):
-            return method.similarity(rows, video[videos].to(device)).cpu().numpy()
-
-    return tile
 
 
 def streamed_ranks(
     tile: TileOf, texts: int, videos: int, groups: Sequence[int] | Array | None = None, *, block: int = 1024
 ) -> tuple[Ranks, Ranks]:
-    """Ranks text to video and video to text, equal to those of the whole matrix.
+    """Rank text to video and video to text with one tile in memory at a time; equal to ranks of the matrix.
 
-    The scores of the right pairs are taken first, from the very tiles they are then compared in: a tile of
+    The scores of matching pairs are read first, from the same tiles as they are compared in: a tile of
     another shape may round differently, and a score must tie with itself.
 
     Args:
-        tile: gives the scores of some texts and a run of videos, t v; the same each time it is asked.
-        texts, videos: how many there are.
-        groups: t, the video of each text; None where text i describes video i.
+        tile: returns the scores of some texts and a run of videos, t v, and the same scores each time.
+        texts, videos: their numbers.
+        groups: t, the video of each text; None if text i describes video i.
         block: rows and columns of a tile.
 
     Raises:
@@ -86,70 +128,76 @@ def streamed_ranks(
     for rows, _ in tiles.rows():
         for columns in tiles.columns():
             scores = _finite(tile(rows, columns), rows, columns)
-            text_counts[:, rows] += _counts(scores, text_target[rows, None], axis=1)
+            text_counts[:, rows] += count_above(scores, text_target[rows, None], axis=1)
             best = best_of_groups(scores, tiles.groups[rows])
-            video_counts[:, columns] += _counts(best, video_target[columns], axis=0)
-    return _ranks(text_counts), _ranks(video_counts)
-
-
-def pooled_ranks(
-    text: Tensor,
-    video: Tensor,
-    groups: Sequence[int] | Array | None = None,
-    *,
-    dual_softmax_scale: float | None = None,
-) -> tuple[Ranks, Ranks]:
-    """Ranks text to video and video to text by the cosines of pooled features, which no memory ever holds.
-
-    Args:
-        text: t d.  video: v d.  Un-normalised, on one device.
-        groups: t, the video of each text; None where text i describes video i.
-        dual_softmax_scale: re-weigh as `metrics.dual_softmax` does the cosines times this, in a second pass.
-
-    Raises:
-        ValueError: groups that do not fit, or a feature that is zero or not finite.
-    """
-    found = checked_groups(groups, len(text), len(video))
-    own, every = torch.from_numpy(found).to(text.device), torch.arange(len(video), device=video.device)
-    t2v = rank_of_positive(text, video, own, dual_softmax_scale=dual_softmax_scale)
-    v2t = rank_of_positive(video, text, every, groups=own, dual_softmax_scale=dual_softmax_scale)
-    return _as_ranks(*t2v), _as_ranks(*v2t)
-
-
-def similarity_matrix(tile: TileOf, texts: int, videos: int, *, block: int = 1024) -> Array:
-    """The whole matrix, t v, for sets that are small enough."""
-    rows = [np.arange(first, min(first + block, texts)) for first in range(0, texts, block)]
-    columns = [slice(first, min(first + block, videos)) for first in range(0, videos, block)]
-    return np.concatenate([np.concatenate([tile(row, column) for column in columns], axis=1) for row in rows])
+            video_counts[:, columns] += count_above(best, video_target[columns], axis=0)
+    return Ranks.from_counts(text_counts), Ranks.from_counts(video_counts)
 
 
 def _targets(tile: TileOf, tiles: Tiles) -> tuple[Array, Array]:
-    """Score of each text with its video, and of each video with the best of its texts."""
+    """Return the score of each text with its video, and of each video with the best of its texts."""
     text_target = np.zeros(len(tiles.groups))
     for rows, own in tiles.rows():
         for columns in tiles.columns():
             if columns.start >= own.stop or columns.stop <= own.start:
                 continue
             video = tiles.groups[rows]
-            here = (video >= columns.start) & (video < columns.stop)
+            inside = (video >= columns.start) & (video < columns.stop)
             scores = _finite(tile(rows, columns), rows, columns)
-            text_target[rows[here]] = scores[here, video[here] - columns.start]
+            text_target[rows[inside]] = scores[inside, video[inside] - columns.start]
     return text_target, best_of_groups(text_target[:, None], tiles.groups)[:, 0]
-
-
-def _counts(scores: Array, target: Array, *, axis: int) -> Array:
-    """How many scores reach the target and how many exceed it, 2 n."""
-    return np.stack([(scores >= target).sum(axis=axis), (scores > target).sum(axis=axis)])
-
-
-def _ranks(counts: Array) -> Ranks:
-    return Ranks(ties_against=counts[0], optimistic=1 + counts[1])
-
-
-def _as_ranks(ties_against: Tensor, optimistic: Tensor) -> Ranks:
-    return Ranks(ties_against=ties_against.cpu().numpy(), optimistic=optimistic.cpu().numpy())
 
 
 def _finite(scores: Array, rows: Array, columns: slice) -> Array:
     require_finite(scores, texts=rows, first_video=columns.start)
     return scores
+
+
+def checked(similarity: Array, groups: Sequence[int] | Array | None) -> tuple[Array, Array]:
+    """Return the matrix and the groups as arrays, or raise ValueError if either is unfit."""
+    similarity = np.asarray(similarity)
+    if similarity.ndim != 2 or 0 in similarity.shape:
+        raise ValueError(f"similarity: expected a matrix of texts x videos, found shape {similarity.shape}")
+    if similarity.dtype.kind not in "fiu":
+        raise ValueError(f"similarity: expected real numbers, found {similarity.dtype}")
+    require_finite(similarity)
+    return similarity, checked_groups(groups, *similarity.shape)
+
+
+def require_finite(scores: Array, *, texts: Array | None = None, first_video: int = 0) -> None:
+    """Raise ValueError on NaN or infinity; `texts` and `first_video` locate a tile in the matrix."""
+    bad = np.argwhere(~np.isfinite(scores))
+    if len(bad):
+        row, column = bad[0]
+        text = row if texts is None else texts[row]
+        raise ValueError(
+            f"similarity: expected finite scores, found {len(bad)} that are not, "
+            f"the first {scores[row, column]} at text {text}, video {first_video + column}"
+        )
+
+
+def checked_groups(groups: Sequence[int] | Array | None, texts: int, videos: int) -> Array:
+    """Return the video of each text, t int64; None pairs text i with video i."""
+    if groups is None:
+        if texts != videos:
+            raise ValueError(
+                f"similarity: expected as many texts as videos without groups, found {texts} and {videos}"
+            )
+        return np.arange(texts)
+    groups = np.asarray(groups)
+    if groups.shape != (texts,) or groups.dtype.kind not in "iu":
+        raise ValueError(
+            f"groups: expected the video of each of {texts} texts as integers, "
+            f"found {groups.dtype} of shape {groups.shape}"
+        )
+    outside = np.flatnonzero((groups < 0) | (groups >= videos))
+    if len(outside):
+        raise ValueError(
+            f"groups: expected 0..{videos - 1}, found {groups[outside[0]]} for text {outside[0]}"
+        )
+    bare = np.flatnonzero(np.bincount(groups, minlength=videos) == 0)
+    if len(bare):
+        raise ValueError(
+            f"groups: expected a text for every video, found none for {len(bare)}, e.g. video {bare[0]}"
+        )
+    return groups.astype(np.int64)

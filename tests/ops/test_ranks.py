@@ -6,7 +6,8 @@ from torch import Tensor
 from discovla.ops.dispatch import KernelUnavailable
 from discovla.ops.rank_of_positive import rank_of_positive
 from discovla.ops.top_k import top_k
-from discovla.retrieval.metrics import dual_softmax, text_to_video_ranks, video_to_text_ranks
+from discovla.retrieval.ranks import text_to_video_ranks, video_to_text_ranks
+from discovla.retrieval.rerank import dual_softmax
 from tests.ops.kernels import DEVICE, runnable, skip_what_no_gpu_kernel_takes
 
 SIZES = [1, 7, 63, 130]

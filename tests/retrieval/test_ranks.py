@@ -1,32 +1,83 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from discovla.batch import Embedding
-from discovla.methods.clip import CLIP, CLIPConfig
-from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
-from discovla.retrieval.metrics import dual_softmax, text_to_video_ranks, video_to_text_ranks
+from discovla.ops.rank_of_positive import rank_of_positive
 from discovla.retrieval.ranks import (
+    Ranks,
     Tiles,
-    pooled_ranks,
-    similarity_matrix,
-    similarity_tile,
     streamed_ranks,
+    text_to_video_ranks,
+    video_to_text_ranks,
 )
-from discovla.testing import tiny_architecture
-from discovla.towers.weights import initialise
+from discovla.retrieval.similarity import pooled_ranks
 
 
 def tile_of(matrix):
     return lambda texts, videos: matrix[texts, videos]
 
 
+def rank_by_definition(row, right):
+    """Ties against and optimistic rank of item `right` among the scores of one query."""
+    others = np.delete(row, right)
+    return 1 + (others >= row[right]).sum(), 1 + (others > row[right]).sum()
+
+
+def ranks_by_definition(matrix, groups):
+    """Both directions, one query at a time."""
+    best = np.stack([matrix[groups == g].max(0) for g in range(matrix.shape[1])])  # g v
+    to_video = [rank_by_definition(row, g) for row, g in zip(matrix, groups, strict=True)]
+    to_text = [rank_by_definition(column, v) for v, column in enumerate(best.T)]
+    return np.array(to_video).T, np.array(to_text).T
+
+
+def matrix_ranks(text, video, groups):
+    matrix = (text @ video.T).numpy()
+    return text_to_video_ranks(matrix, groups), video_to_text_ranks(matrix, groups)
+
+
+def tile_ranks(block, text, video, groups):
+    matrix = (text @ video.T).numpy()
+    return streamed_ranks(tile_of(matrix), *matrix.shape, groups, block=block)
+
+
+def op_ranks(impl, text, video, groups):
+    right, every = torch.from_numpy(groups), torch.arange(len(video))
+    to_video = rank_of_positive(text, video, right, impl=impl)
+    to_text = rank_of_positive(video, text, every, groups=right, impl=impl)
+    return tuple(Ranks(ties_against=x[0].numpy(), optimistic=x[1].numpy()) for x in (to_video, to_text))
+
+
+IMPLEMENTATIONS = {
+    "matrix": matrix_ranks,
+    **{f"tiles of {block}": partial(tile_ranks, block) for block in (1, 3, 100)},
+    **{f"op, {impl}": partial(op_ranks, impl) for impl in ("reference", "torch")},
+    "pooled features": pooled_ranks,
+}
+
+
+@pytest.mark.parametrize("captions", [[1] * 9, [1, 4, 2, 12, 1, 3, 1, 5, 2]], ids=["pairs", "groups"])
+@pytest.mark.parametrize("ranks", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_every_implementation_ranks_ties_by_the_rule(ranks, captions):
+    generator = np.random.default_rng(0)
+    groups = generator.permutation(np.repeat(np.arange(9), captions))
+    # rows of ±1 of one length: cosines are exact, and many tie
+    text, video = (torch.from_numpy(generator.choice([-1.0, 1.0], (n, 16))) for n in (len(groups), 9))
+    for ours, expected in zip(
+        ranks(text, video, groups), ranks_by_definition((text @ video.T).numpy(), groups), strict=True
+    ):
+        np.testing.assert_array_equal(ours.ties_against, expected[0])
+        np.testing.assert_array_equal(ours.optimistic, expected[1])
+
+
 def assert_same_ranks(matrix, groups, block):
     streamed = streamed_ranks(tile_of(matrix), len(matrix), len(matrix.T), groups, block=block)
-    whole = text_to_video_ranks(matrix, groups), video_to_text_ranks(matrix, groups)
-    for ours, expected in zip(streamed, whole, strict=True):
-        np.testing.assert_array_equal(ours.ties_against, expected.ties_against)
-        np.testing.assert_array_equal(ours.optimistic, expected.optimistic)
+    expected = text_to_video_ranks(matrix, groups), video_to_text_ranks(matrix, groups)
+    for ours, theirs in zip(streamed, expected, strict=True):
+        np.testing.assert_array_equal(ours.ties_against, theirs.ties_against)
+        np.testing.assert_array_equal(ours.optimistic, theirs.optimistic)
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 100])
@@ -61,82 +112,3 @@ def test_a_score_that_is_not_finite_is_named_by_its_place_in_the_whole_matrix():
     matrix[5, 4] = np.nan
     with pytest.raises(ValueError, match="found 1 that are not, the first nan at text 5, video 4"):
         streamed_ranks(tile_of(matrix), 6, 6, block=4)
-
-
-def test_similarity_matrix_puts_tiles_where_they_belong():
-    matrix = np.random.default_rng(0).normal(size=(11, 5))
-    np.testing.assert_array_equal(similarity_matrix(tile_of(matrix), 11, 5, block=3), matrix)
-
-
-def test_tiles_hold_the_similarity_of_the_method():
-    method = CLIP(tiny_architecture(), CLIPConfig())
-    text, video = Embedding(pooled=torch.randn(5, 16)), Embedding(pooled=torch.randn(4, 16))
-    tile = similarity_tile(method, text, video, "cpu")
-    expected = method.similarity(text, video).detach().numpy()
-    np.testing.assert_allclose(similarity_matrix(tile, 5, 4, block=2), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_a_method_ranks_alike_streamed_and_whole():
-    method = CLIP(tiny_architecture(), CLIPConfig())
-    text, video = Embedding(pooled=torch.randn(40, 16)), Embedding(pooled=torch.randn(20, 16))
-    groups = torch.arange(40) % 20
-    tile = similarity_tile(method, text, video, "cpu")
-    streamed, _ = streamed_ranks(tile, 40, 20, groups.numpy(), block=8)
-    whole = text_to_video_ranks(similarity_matrix(tile, 40, 20), groups.numpy())
-    np.testing.assert_array_equal(streamed.ties_against, whole.ties_against)
-
-
-def assert_ranks_of(found, by_text, by_video, groups):
-    wanted = text_to_video_ranks(by_text, groups), video_to_text_ranks(by_video, groups)
-    for ours, expected in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(ours.ties_against, expected.ties_against)
-        np.testing.assert_array_equal(ours.optimistic, expected.optimistic)
-
-
-@pytest.mark.parametrize("captions", [1, 3])
-def test_pooled_features_rank_as_their_matrix_does(captions):
-    groups = np.random.default_rng(captions).permutation(np.repeat(np.arange(13), captions))
-    # rows of ±1 of one length: cosines are exact, and many tie
-    text, video = (torch.randint(0, 2, (n, 16)).float() * 2 - 1 for n in (len(groups), 13))
-    matrix = (text @ video.T).numpy()
-    assert_ranks_of(pooled_ranks(text, video, groups), matrix, matrix, groups)
-
-
-def test_pooled_features_are_re_weighed_as_their_matrix_is():
-    groups = np.array([3, 0, 1, 2, 2, 4, 0, 2, 5, 3, 2])
-    text, video = (torch.randn(n, 9, dtype=torch.float64) for n in (len(groups), 6))
-    cosines = torch.nn.functional.normalize(text) @ torch.nn.functional.normalize(video).T
-    by_text, by_video = dual_softmax(20 * cosines.numpy())
-    assert_ranks_of(pooled_ranks(text, video, groups, dual_softmax_scale=20), by_text, by_video, groups)
-
-
-def test_a_method_that_scores_pooled_features_ranks_alike_with_and_without_its_matrix():
-    method = CLIP(tiny_architecture(), CLIPConfig())
-    text, video = Embedding(pooled=torch.randn(60, 16)), Embedding(pooled=torch.randn(20, 16))
-    groups = (torch.arange(60) % 20).numpy()
-    matrix = similarity_matrix(similarity_tile(method, text, video, "cpu"), 60, 20)
-    assert method.scores_pooled
-    assert_ranks_of(pooled_ranks(text.pooled, video.pooled, groups), matrix, matrix, groups)
-
-
-def test_a_pooled_feature_that_is_not_finite_is_named():
-    text = torch.randn(3, 4)
-    text[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="expected finite rows that are not 0, found row 1"):
-        pooled_ranks(text, torch.randn(3, 4))
-
-
-def test_a_method_in_training_is_scored_without_its_dropout():
-    config = CLIP4ClipConfig(head="tightTransf", head_layers=1)
-    method = CLIP4Clip(tiny_architecture(), config)
-    initialise(method, method.architecture, seed=0)
-    width = method.architecture.embed_dim
-    text = Embedding(pooled=torch.randn(3, width))
-    video = Embedding(
-        pooled=torch.randn(4, width), tokens=torch.randn(4, 2, width), mask=torch.ones(4, 2) > 0
-    )
-    with torch.no_grad():
-        expected = method.eval().similarity(text, video).numpy()
-    tile = similarity_tile(method.train(), text, video, "cpu")
-    np.testing.assert_array_equal(tile(np.arange(3), slice(0, 4)), expected)
-    assert method.training
