@@ -102,7 +102,7 @@ class CheckpointManager:
         strategy.load_optimizer_state(found.tensors["optimizer"])
         self.step = found.step
         if self.world.first:
-            checkpoint.reselect(self.directory, found.step)
+            checkpoint.reselect_best(self.directory, found.step)
             known, better = checkpoint.best(self.directory), found.meta["better"]
             # the run may have ended before it wrote this down
             if better is not None and (known is None or better > known[1]):
@@ -169,7 +169,7 @@ class CheckpointManager:
         path = checkpoint.save(self.directory, step=step, tensors=tensors, meta=meta)
         if meta["better"] is not None:
             checkpoint.set_best(self.directory, path, meta["better"])
-        checkpoint.keep(self.directory, self.config.keep_checkpoints)
+        checkpoint.prune(self.directory, self.config.keep_checkpoints)
 
 
 def load_trained(strategy: Strategy, trained: dict[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ def load_run(path: Path | str) -> LoadedRun:
     config = parse_stored_config(found.meta["config"], str(found.path / checkpoint.STATE))
     method = build(config.model, config.method)
     checkpoint.check_fingerprint(found.meta["fingerprint"], method.fingerprint(), str(found.path))
-    method.load_trained_state(checkpoint.evaluated(found))
+    method.load_trained_state(checkpoint.selected_weights(found))
     return LoadedRun(config=config, method=method, step=found.step)
 
 

@@ -118,7 +118,7 @@ class TrainStep(GradCache):
         if self.grad_cache_chunks == 1:
             return encode(batch)
         bounds = [len(batch) * part // self.grad_cache_chunks for part in range(self.grad_cache_chunks + 1)]
-        return self.encoded(encode, [batch[start:stop] for start, stop in pairwise(bounds)])
+        return self.encode_chunks(encode, [batch[start:stop] for start, stop in pairwise(bounds)])
 
     def _scaled(self, x: Embedding) -> Embedding:
         """The embedding, whose gradient alone is not made up for the average over ranks where official."""

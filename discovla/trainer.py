@@ -18,7 +18,7 @@ from discovla.checkpoints import METHOD, CheckpointManager, TrainState, load_tra
 from discovla.config import RunConfig
 from discovla.data.quarantine import Quarantine
 from discovla.engine.capture import check_capture, make_capture
-from discovla.engine.checkpoint import CheckpointWriter, evaluated
+from discovla.engine.checkpoint import CheckpointWriter, selected_weights
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, join_world, leave_world
 from discovla.engine.ema import make_ema
@@ -113,7 +113,7 @@ class Trainer:
                 self.watch.disarm()
 
     def _begin_watch(self, world: World, peers: Peers) -> None:
-        last = partial(self.writer.leave, SAVED)
+        last = partial(self.writer.finish_within, SAVED)
         self.watch = Heartbeat(
             world,
             peers,
@@ -206,7 +206,7 @@ class Trainer:
             self.log.describe(config.to_json())
             if first == 0 and "val" in self.splits:
                 self._validate(0)  # where training starts from, and that every clip can be read
-                self.log.resume_clock()
+                self.log.reset_clock()
             self._steps(first, last)
             self.saving.finish()
         finally:
@@ -321,7 +321,7 @@ class Trainer:
         for line in describe_slow_ranks(shares) if shares else []:
             logger.warning("step %d: %s", done, line)
             self.log.event("slow", done, {"rank": line})
-        self.log.resume_clock()
+        self.log.reset_clock()
 
     def _save(self, done: int, better: float | None) -> None:
         """Begin a checkpoint of `done` steps; `better` is its score where it is the best so far."""
@@ -345,7 +345,7 @@ class Trainer:
 
     def _validate(self, done: int) -> float | None:
         """Figures on the validation split; their score where it is the best so far."""
-        with self.strategy.whole(), nullcontext() if self.average is None else self.average.in_place():
+        with self.strategy.gathered(), nullcontext() if self.average is None else self.average.applied():
             figures = self._evaluate(self.method, "val")["raw"]
         self.log.evaluation(done, "val", figures)
         return self.saving.better(figures["t2v"]["R@1"] + figures["v2t"]["R@1"])
@@ -356,10 +356,10 @@ class Trainer:
         step = self.total
         if selected is not None:
             step = selected.step
-            load_trained(self.strategy, evaluated(selected))
+            load_trained(self.strategy, selected_weights(selected))
         elif self.average is not None:
             self.strategy.load_trained_state(self.average.state())
-        with self.strategy.whole():
+        with self.strategy.gathered():
             figures = self._evaluate(self.method, "test", rerank=True)
         name = f"{self.config.method.name}, step {step}"
         rows[name] = figures.pop("raw")

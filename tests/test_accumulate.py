@@ -27,7 +27,7 @@ def test_dropout_is_the_same_both_times(monkeypatch):
     after = torch.rand(1)
     other = steps.take(step, batch)
     assert relative_error(other["loss"], cached["loss"]) > 1e-6, "dropout was meant to take place"
-    monkeypatch.setattr("discovla.engine.grad_cache._again", lambda encode, part: encode(part))
+    monkeypatch.setattr("discovla.engine.grad_cache._encode_recomputed", lambda encode, part: encode(part))
     torch.manual_seed(5)
     wanted = steps.take(step, batch)
     assert torch.equal(torch.rand(1), after), "encoding again drew random numbers of its own"

@@ -162,7 +162,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_and_the_last_checkpoint_is_w
     assert found is not None and found.step == 1
 
 
-def test_a_truncated_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, drawn, whole):
+def test_a_truncated_newest_checkpoint_is_skipped_for_the_one_before(tmp_path, drawn, whole):
     words = [runs.write_config(tmp_path, drawn), *SHORT]
     runs.train([*words, "stop_at=4"], size=2)
     broken = tmp_path / "run/checkpoints/step-00000004/trained.safetensors"
@@ -170,7 +170,7 @@ def test_a_truncated_newest_checkpoint_is_passed_over_for_the_one_before(tmp_pat
     with broken.open("r+b") as file:
         file.truncate(size // 2)
     job = runs.train([*words, "resume=true"], size=2)
-    assert f"checkpoint passed over: {broken}: expected bytes {size}, found {size // 2}" in job.output()
+    assert f"checkpoint skipped: {broken}: expected bytes {size}, found {size // 2}" in job.output()
     assert "resuming at step 2 of 6" in job.output()
     assert_same(tmp_path / "run", whole)
 

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,31 @@ def test_imports_go_down_only(name):
 def test_one_method_never_imports_another(name):
     siblings = {i.split(".")[2] for i in imports(FILES[name]) if i.startswith("discovla.methods.")}
     assert siblings <= SHARED, siblings
+
+
+def modules() -> dict[str, set[str]]:
+    """Every module of discovla with the modules of discovla it imports."""
+    names = {
+        f"discovla.{name.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__") for name in FILES
+    }
+
+    def module_of(imported: str) -> str | None:
+        """Return the module that holds an imported name."""
+        return next((name for name in (imported, imported.rpartition(".")[0]) if name in names), None)
+
+    graph = {}
+    for file, path in FILES.items():
+        name = f"discovla.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__")
+        graph[name] = {module for one in imports(path) if (module := module_of(one)) and module != name}
+    return graph
+
+
+def test_imports_have_no_cycle():
+    graph = modules()
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("name", FOREIGN)

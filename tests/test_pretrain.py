@@ -90,7 +90,7 @@ def test_an_average_follows_its_formula_and_parameters_come_back():
         expected = 0.75 * expected + 0.25 * weight.detach()
     assert_close(average.state()["w"], expected)
     trained = weight.detach().clone()
-    with average.in_place():
+    with average.applied():
         assert_close(weight.detach(), expected)
     assert torch.equal(weight.detach(), trained)
 

@@ -110,9 +110,9 @@ def averaged(world: World, stage: Literal[0, 3]) -> dict[str, Tensor]:
         state, average = average.state(), make_ema(strategy, 0.5)
         assert average is not None
         average.load(state)
-    with strategy.whole() as module, torch.no_grad():
+    with strategy.gathered() as module, torch.no_grad():
         before = module.method.encode_texts(batch).pooled
-        with average.in_place():
+        with average.applied():
             inside = module.method.encode_texts(batch).pooled
         after = module.method.encode_texts(batch).pooled
     return {**average.state(), "before": before, "inside": inside, "after": after}
@@ -182,7 +182,7 @@ def evaluated(world: World) -> list[Tensor]:
     strategy = split(TrainStep(Case(variant="discovla").method(), world, "exact"), world)
     batch, seen = steps.share(steps.whole_batch(bad=False), world), []
     for _ in range(2):
-        with strategy.whole() as module, torch.no_grad():
+        with strategy.gathered() as module, torch.no_grad():
             for _ in range(1 + 2 * world.rank):
                 text, video = module.method.encode(batch)
         seen.append(text.pooled @ video.pooled.T)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, checked by sum, put in place by one rename."""
+"""Checkpoints on disk: written to a temporary folder, verified by checksum, put in place by one rename."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _NAME = re.compile(r"(\.old-)?step-(\d{8,})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; says which file, what was expected and what found."""
+    """A checkpoint cannot be written or read; names the file, what was expected and what was found."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a checkpoint holds.
+    """Content of a checkpoint.
 
     step: optimiser steps taken.
-    tensors: by part ("trained", "optimizer", and "average" where there is one), then by name.
-    meta: anything JSON; its "fingerprint" says what the tensors belong to.
+    tensors: by part ("trained", "optimizer", and "average" with an EMA), then by name.
+    meta: JSON values; "fingerprint" identifies the architecture that the tensors belong to.
     """
 
     path: Path
@@ -50,47 +50,46 @@ class Checkpoint:
 def save(
     directory: Path | str, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]
 ) -> Path:
-    """Write one checkpoint. Only one process of a run may.
+    """Write one checkpoint; only one process of a run may call it.
 
-    It is written into a folder beside its place, flushed to the disk and renamed: whoever looks finds all of
-    it or nothing. A checkpoint of the same step is replaced. Remains of interrupted writes are removed.
+    The files are written to a temporary folder, flushed to the disk and renamed, so a reader sees all of the
+    checkpoint or nothing.  It replaces one of the same step. Remains of interrupted writes are removed.
 
     Args:
-        directory: of the run's checkpoints; made if absent.
+        directory: folder of the run's checkpoints, created if missing.
         step: optimiser steps taken, >= 0.
-        tensors: parts, each one safetensors file; an empty part is allowed.
-        meta: anything `json` writes.
+        tensors: by part; each part becomes one safetensors file and may be empty.
+        meta: JSON values.
 
     Returns:
         The checkpoint's folder, `step-00000120`.
 
     Raises:
-        CheckpointError: no room, no permission, or any other refusal of the disk. Earlier checkpoints are
-            untouched.
+        CheckpointError: disk full, no permission or another disk error; earlier checkpoints are untouched.
     """
     directory = Path(directory)
     final = directory / f"step-{step:08d}"
     writing = directory / f".writing-{final.name}"
-    with _disk(final, remains=writing):
+    with _disk_errors(final, temporary=writing):
         directory.mkdir(parents=True, exist_ok=True)
-        _clear_remains(directory)
+        _clean_up(directory)
         writing.mkdir()
         files = {f"{part}.safetensors": dict(named) for part, named in tensors.items()}
         for name, named in files.items():
             _write_tensors(writing / name, named)
-        sums = {name: _sum_and_size(writing / name) for name in files}
-        state = {"format": FORMAT, "step": step, "files": sums, "meta": dict(meta)}
-        _write_text(writing / STATE, json.dumps({**state, "sha256": _sum_of_state(state)}, indent=2))
+        checksums = {name: _checksum(writing / name) for name in files}
+        state = {"format": FORMAT, "step": step, "files": checksums, "meta": dict(meta)}
+        _write_text(writing / STATE, json.dumps({**state, "sha256": _state_checksum(state)}, indent=2))
         _flush(writing)
         _put_in_place(writing, final)
     return final
 
 
 def load(path: Path | str) -> Checkpoint:
-    """Read a checkpoint, verifying every byte.
+    """Read a checkpoint and verify every file.
 
     Raises:
-        CheckpointError: a file is missing, cut off or changed; the message says which.
+        CheckpointError: a file is missing, truncated or changed; names it.
     """
     path = Path(path)
     state = _read_state(path)
@@ -102,46 +101,46 @@ def load(path: Path | str) -> Checkpoint:
 
 
 def latest(directory: Path | str) -> Checkpoint | None:
-    """The newest whole checkpoint, or None; a broken one is passed over with a warning that says why."""
+    """Return the newest complete checkpoint, or None; skip broken ones with a warning."""
     for path in reversed(_list(Path(directory))):
         try:
             return load(path)
         except CheckpointError as error:
-            logger.warning("checkpoint passed over: %s", error)
+            logger.warning("checkpoint skipped: %s", error)
     return None
 
 
-def evaluated(found: Checkpoint) -> dict[str, Tensor]:
-    """The trained parameters that were evaluated and are to be used: their average, where there is one."""
-    return found.tensors.get("average", found.tensors["trained"])
+def selected_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the parameters to evaluate and export: the EMA if there is one, else the trained parameters."""
+    return checkpoint.tensors.get("average", checkpoint.tensors["trained"])
 
 
 def set_best(directory: Path | str, path: Path, score: float) -> None:
-    """Record the checkpoint at `path` as the best so far, with its score on validation.
+    """Record the checkpoint at `path` as the best so far, with its validation score.
 
     Raises:
-        CheckpointError: the disk refuses.
+        CheckpointError: disk error.
     """
     pointer = Path(directory) / BEST
     writing = pointer.with_name(f".writing-{BEST}")
-    with _disk(pointer, remains=writing):
+    with _disk_errors(pointer, temporary=writing):
         _write_text(writing, json.dumps({"checkpoint": path.name, "score": score}))
         os.replace(writing, pointer)
         _flush(pointer.parent)
 
 
 def best(directory: Path | str) -> tuple[Path, float] | None:
-    """The best checkpoint's folder and its score, or None where none was recorded.
+    """Return the best checkpoint's folder and score, or None if none was recorded.
 
     Raises:
-        CheckpointError: the record is not readable, or its checkpoint is gone.
+        CheckpointError: the record is unreadable, or its checkpoint is gone.
     """
     pointer = Path(directory) / BEST
     if not pointer.exists():
         return None
     try:
-        found = json.loads(pointer.read_text())
-        path, score = Path(directory) / found["checkpoint"], float(found["score"])
+        record = json.loads(pointer.read_text())
+        path, score = Path(directory) / record["checkpoint"], float(record["score"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{pointer}: expected a checkpoint and its score, found {error!r}") from None
     if not path.is_dir():
@@ -149,22 +148,22 @@ def best(directory: Path | str) -> tuple[Path, float] | None:
     return path, score
 
 
-def reselect(directory: Path | str, step: int) -> None:
-    """Point to a checkpoint that can be read as the best, for a run that goes on from `step`.
+def reselect_best(directory: Path | str, step: int) -> None:
+    """Select the best checkpoint again for a run that resumes at `step`.
 
-    Where the best was broken, or is of a step that will be taken again, the best of the whole checkpoints up
-    to `step` takes its place, by the score in its meta's "better"; where none has one, none is the best.
+    If the recorded best is broken or newer than `step`, the complete checkpoint up to `step` with the highest
+    score (its meta's "better") replaces it; without a scored one the record is removed.
 
     Raises:
-        CheckpointError: the disk refuses, or the record of the best is not readable.
+        CheckpointError: disk error, or the record of the best is unreadable.
     """
     directory = Path(directory)
-    known = best(directory)
-    if known is None or (_step(known[0]) <= step and is_whole(known[0])):
+    recorded = best(directory)
+    if recorded is None or (_step(recorded[0]) <= step and is_complete(recorded[0])):
         return
-    logger.warning("checkpoint no longer the best: %s is broken or newer than step %d", known[0], step)
-    whole = [path for path in _list(directory) if _step(path) <= step and is_whole(path)]
-    scores = [(_read_state(path)["meta"].get("better"), path) for path in whole]
+    logger.warning("checkpoint no longer the best: %s is broken or newer than step %d", recorded[0], step)
+    complete = [path for path in _list(directory) if _step(path) <= step and is_complete(path)]
+    scores = [(_read_state(path)["meta"].get("better"), path) for path in complete]
     scored = [(score, path) for score, path in scores if score is not None]
     if scored:
         score, path = max(scored)
@@ -173,30 +172,30 @@ def reselect(directory: Path | str, step: int) -> None:
         (directory / BEST).unlink()
 
 
-def keep(directory: Path | str, count: int) -> None:
-    """Remove all but the newest `count` whole checkpoints and the best.
+def prune(directory: Path | str, count: int) -> None:
+    """Remove all but the best and the newest `count` complete checkpoints, at least one.
 
-    Broken ones are removed too once `count` whole ones are newer; the last whole one never is.
+    Broken checkpoints are removed once `count` complete ones are newer.
     """
     directory = Path(directory)
-    pointed = best(directory)
-    whole = 0
+    recorded = best(directory)
+    complete = 0
     for path in reversed(_list(directory)):
-        if whole >= max(1, count):
-            if pointed is None or path != pointed[0]:
+        if complete >= max(1, count):
+            if recorded is None or path != recorded[0]:
                 shutil.rmtree(path, ignore_errors=True)
-        elif is_whole(path):
-            whole += 1
+        elif is_complete(path):
+            complete += 1
 
 
 def check_fingerprint(
     found: Mapping[str, Any], expected: Mapping[str, Any], source: str = "checkpoint"
 ) -> None:
-    """Refuse a checkpoint that belongs to something else.
+    """Raise CheckpointError if a checkpoint belongs to another architecture.
 
     Args:
-        found: of the checkpoint.
-        expected: of this run; nested mappings are compared key by key.
+        found: fingerprint of the checkpoint.
+        expected: fingerprint of this run; nested mappings are compared key by key.
         source: names the checkpoint in the message.
 
     Raises:
@@ -209,32 +208,31 @@ def check_fingerprint(
 
 
 class CheckpointWriter:
-    """Runs what writes a checkpoint in a thread of its own.
+    """Writes checkpoints in a thread of its own while training continues, one at a time.
 
-    One write is in flight at most: the next waits for it.  What goes wrong in it is raised by whichever
-    method is called next.  When the interpreter ends, it waits for a write that is still going on.
-    """
+    An error of a write is raised by the next call of any method.  The interpreter waits for a write in
+    progress before it exits."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Begin to write, once the write before is done.
+        """Start a write after the previous one is done.
 
         Args:
-            write: touches no tensor that training changes.
+            write: must not touch tensors that training changes.
         """
         self.wait()
         self._last = self._thread.submit(write)
 
     def check(self) -> None:
-        """Raise the error of a write that has ended with one."""
+        """Raise the error of a write that has failed."""
         if self._last is not None and self._last.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until everything is written; raises the error of the last write."""
+        """Wait until everything is written; raise the error of the last write."""
         last = self._last
         if last is not None:
             try:
@@ -242,15 +240,15 @@ class CheckpointWriter:
             finally:
                 self._last = None
 
-    def leave(self, within: float) -> None:
-        """Before this process is ended from another thread: give a write that is going on so many seconds."""
+    def finish_within(self, seconds: float) -> None:
+        """Give a write in progress this long, before another thread ends the process."""
         last = self._last
         if last is not None:
-            wait([last], timeout=within)
+            wait([last], timeout=seconds)
 
 
 def _differences(found: Any, expected: Any, key: str = "") -> Iterator[str]:
-    """One line for every key whose values differ."""
+    """Yield one line for every key whose values differ."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for name in sorted(found.keys() | expected.keys()):
             inner = f"{key}.{name}" if key else name
@@ -260,17 +258,17 @@ def _differences(found: Any, expected: Any, key: str = "") -> Iterator[str]:
 
 
 @contextmanager
-def _disk(target: Path, *, remains: Path) -> Iterator[None]:
-    """Turn what the disk says into one line, and leave nothing half-written behind."""
+def _disk_errors(target: Path, *, temporary: Path) -> Iterator[None]:
+    """Turn disk errors into a CheckpointError of one line and remove the temporary file or folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        _remove(remains)
+        _remove(temporary)
         raise CheckpointError(f"{target}: expected to write it, found: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    """What the system said, and which room is left where that is the trouble."""
+    """Return the system's message; for a full disk add that earlier checkpoints are untouched."""
     code = getattr(error, "errno", None)
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
@@ -278,7 +276,7 @@ def _reason(error: Exception) -> str:
 
 
 def _write_tensors(path: Path, named: dict[str, Tensor]) -> None:
-    """One safetensors file, flushed to the disk."""
+    """Write one safetensors file and flush it to the disk."""
     save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in named.items()}, path)
     _flush(path)
 
@@ -291,7 +289,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or a folder's list of names to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -300,7 +298,7 @@ def _flush(path: Path) -> None:
 
 
 def _put_in_place(writing: Path, final: Path) -> None:
-    """Rename; one of the same step steps aside first and is removed after."""
+    """Rename to the final path; an existing checkpoint of the same step is moved aside, then removed."""
     old = final.with_name(f".old-{final.name}")
     if final.exists():
         os.rename(final, old)
@@ -309,8 +307,8 @@ def _put_in_place(writing: Path, final: Path) -> None:
     _remove(old)
 
 
-def _clear_remains(directory: Path) -> None:
-    """Remove what interrupted writes left; a checkpoint that had stepped aside comes back."""
+def _clean_up(directory: Path) -> None:
+    """Remove remains of interrupted writes; restore a checkpoint that was moved aside but not replaced."""
     for path in directory.glob(".old-step-*"):
         final = path.with_name(path.name.removeprefix(".old-"))
         if not final.exists():
@@ -321,7 +319,7 @@ def _clear_remains(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder or a file; what resists stays, for nobody takes it for a checkpoint."""
+    """Remove a folder or file; what cannot be removed is ignored later because of its name."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -330,11 +328,11 @@ def _remove(path: Path) -> None:
 
 
 def _list(directory: Path) -> list[Path]:
-    """Folders named like checkpoints, oldest first; one that stepped aside comes before its successor."""
+    """List checkpoint folders, oldest first; one that was moved aside precedes its successor."""
     if not directory.is_dir():
         return []
-    found = [(path, match) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for path, match in sorted(found, key=lambda item: (int(item[1][2]), not item[1][1]))]
+    named = [(path, match) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for path, match in sorted(named, key=lambda item: (int(item[1][2]), not item[1][1]))]
 
 
 def _step(path: Path) -> int:
@@ -342,8 +340,8 @@ def _step(path: Path) -> int:
     return int(match[2]) if match else -1
 
 
-def is_whole(path: Path) -> bool:
-    """Whether every byte of a checkpoint is as it was written."""
+def is_complete(path: Path) -> bool:
+    """Return True if every file of a checkpoint is as it was written."""
     try:
         state = _read_state(path)
         for name, expected in state["files"].items():
@@ -354,7 +352,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """state.json, with the keys that loading needs."""
+    """Read and verify state.json."""
     try:
         state = json.loads((path / STATE).read_text())
     except OSError as error:
@@ -364,21 +362,21 @@ def _read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else state
         raise CheckpointError(f"{path / STATE}: expected format {FORMAT}, found {found!r}")
-    expected, found = state.pop("sha256", None), _sum_of_state(state)
+    expected, found = state.pop("sha256", None), _state_checksum(state)
     if found != expected:
         raise CheckpointError(f"{path / STATE}: expected sha256 {expected}, found {found}")
     return state
 
 
-def _sum_of_state(state: dict[str, Any]) -> str:
-    """Of its content, however it is laid out."""
+def _state_checksum(state: dict[str, Any]) -> str:
+    """Return the SHA-256 of the content, independent of its layout."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _verify(path: Path, expected: dict[str, Any]) -> None:
-    """Refuse a file that is not what was written."""
+    """Raise CheckpointError if a file is not as it was written."""
     try:
-        found = _sum_and_size(path)
+        found = _checksum(path)
     except OSError as error:
         raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
     for key in ("bytes", "sha256"):
@@ -386,6 +384,7 @@ def _verify(path: Path, expected: dict[str, Any]) -> None:
             raise CheckpointError(f"{path}: expected {key} {expected[key]}, found {found[key]}")
 
 
-def _sum_and_size(path: Path) -> dict[str, Any]:
+def _checksum(path: Path) -> dict[str, Any]:
+    """Return the size and SHA-256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

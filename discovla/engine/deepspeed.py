@@ -1,4 +1,7 @@
-"""DeepSpeed behind the strategy's door: ZeRO 0 to 3, whose partitioned state is read and written by name."""
+"""DeepSpeed strategy: its settings, and ZeRO 0 to 3 with sharded state read and written by parameter name.
+
+The library is imported when the first strategy is made, not with this module.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,13 @@ from discovla.batch import Batch, Losses
 from discovla.engine.config import EngineConfig, choose_stage
 from discovla.engine.distributed import World, init_single_process_group
 from discovla.engine.grad_cache import GradCache
-from discovla.engine.optim import OptimConfig, for_partitions, make_optimizer, set_learning_rate, start_state
+from discovla.engine.optim import (
+    OptimConfig,
+    for_partitions,
+    make_optimizer,
+    set_learning_rate,
+    start_state,
+)
 from discovla.engine.strategy import (
     MOMENTS,
     StepPlan,
@@ -30,56 +39,56 @@ from discovla.engine.strategy import (
     clip_gradients,
     collect_state,
     copy_to_cpu,
-    finite,
-    not_finite,
+    full_shape,
+    is_finite,
+    nonfinite_message,
     restore_state,
     trained_size,
-    whole_shape,
 )
 
 logger = logging.getLogger(__name__)
 
-HOOKS = "deepspeed.runtime.zero.parameter_offload"  # where it notes at stage 3 which modules run
-LARGEST_BUCKET = 50_000_000  # elements that travel, and are buffered, at once
+MAX_BUCKET = 50_000_000  # elements that are buffered and communicated at once
+OFFLOAD_MODULE = "deepspeed.runtime.zero.parameter_offload"  # holds the stack of running modules at stage 3
 
 
 def deepspeed_settings(
     config: EngineConfig, optim: OptimConfig, *, micro_batch: int, world_size: int, trained: int
 ) -> dict[str, Any]:
-    """The settings `deepspeed.initialize` takes.
+    """Return the settings for `deepspeed.initialize`.
 
     Args:
         config: of the engine.
-        optim: of the optimiser; at stage 0 clipping is the strategy's own, for DeepSpeed's forgets the norm.
-        micro_batch: clips of a step on one process.
-        world_size: processes.
-        trained: trained parameters, to size the buckets: DeepSpeed's default would take 2 GB for adapters.
+        optim: of the optimiser; at stage 0 the strategy clips itself, because DeepSpeed does not keep the
+        norm. micro_batch: clips per step on one process. world_size: number of processes. trained: number of
+        trained parameters, for the bucket sizes: DeepSpeed's defaults take 2 GB for adapters.
     """
     stage = choose_stage(config, trained, world_size)
-    bucket = max(2, min(LARGEST_BUCKET, trained + trained % 2))  # DeepSpeed wants it even
-    settings: dict[str, Any] = {
+    bucket = max(2, min(MAX_BUCKET, trained + trained % 2))  # DeepSpeed needs an even number
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,  # a fixed order of sums, so that runs are reproducible bit for bit
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": config.offload, "pin_memory": True}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": config.offload, "pin_memory": True}
+    if stage == 3:
+        zero["stage3_prefetch_bucket_size"] = bucket
+    settings = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "train_batch_size": micro_batch * world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip_grad_norm if stage > 0 and optim.clip_grad_norm else 0.0,
-        "zero_allow_untested_optimizer": True,  # elementwise, so a flat partition changes nothing
+        "zero_allow_untested_optimizer": True,  # our optimisers are elementwise: sharding changes nothing
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "bf16": {"enabled": config.bf16_parameters},
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": False,  # one order of sums: a run can be repeated bit for bit
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
+        "zero_optimization": zero,
     }
-    if config.offload != "none":
-        settings["zero_optimization"]["offload_optimizer"] = {"device": config.offload, "pin_memory": True}
-    if config.offload_parameters:
-        settings["zero_optimization"]["offload_param"] = {"device": config.offload, "pin_memory": True}
-    if stage == 3:
-        settings["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
-        # one backward a step, or with parts several
+    if stage == 3:  # with gradient caching a step has several backward passes
         settings["managed_gradient_accumulation"] = config.grad_cache_chunks == 1
     return settings
 
@@ -88,26 +97,26 @@ class DeepSpeedStrategy(Strategy):
     """DeepSpeed's engine around the module.
 
     Stages 1 and 2 give every rank a slice of one flat tensor of all trained parameters, stage 3 a slice of
-    each parameter. `pieces` finds what this rank holds of a parameter, or of a moment; reading puts the
-    pieces of all ranks together, writing cuts them out of the whole.
-    """
+    each parameter.  `local_slice` finds this rank's slice of a parameter or moment; reading a state assembles
+    the slices of all ranks, loading one copies this rank's slice from it."""
 
     def __init__(self, module: nn.Module, plan: StepPlan) -> None:
         super().__init__(module, plan)
         trained = trained_size(module)
         self.stage = choose_stage(plan.engine, trained, plan.world.size)
-        self.later: list[Callable[[], Tensor]] = []  # parts of a batch to be encoded again
-        # DeepSpeed gathers no parameters for a forward pass inside backward
+        self.deferred: list[Callable[[], Tensor]] = []  # chunks of the batch to encode again after backward
+        # at stage 3 DeepSpeed gathers no parameters for a forward pass inside backward
         if self.stage == 3 and plan.engine.grad_cache_chunks > 1:
             if not isinstance(module, GradCache):
                 raise ValueError(
                     "engine.grad_cache_chunks: expected 1 with zero_stage 3 and a module without gradient "
                     f"caching, found {plan.engine.grad_cache_chunks}"
                 )
-            module.later = self.later
+            module.deferred = self.deferred
         if plan.engine.bf16_parameters:
             _check_full_fine_tuning(module, trained)
-        self.shell = _Shell(self.module, list(self.trained.values()) if self.stage in (1, 2) else [])
+        reached = list(self.trained.values()) if self.stage in (1, 2) else []
+        self.shell = _Shell(self.module, reached)
         optim = for_partitions(plan.optim) if self.stage > 0 else plan.optim
         optimizer = make_optimizer(self.module, optim, plan.groups)
         deepspeed = load_deepspeed(plan.world)
@@ -121,32 +130,32 @@ class DeepSpeedStrategy(Strategy):
         )
         broadcast_module(self.module, plan.world)
         if self.stage == 3:
-            _refuse_records(self.module)
-        with _scalars_survive(deepspeed, self.module, self.stage):
+            _refuse_non_tensor_outputs(self.module)
+        with _scalars_allowed(deepspeed, self.module, self.stage):
             self.engine, *_ = deepspeed.initialize(model=self.shell, optimizer=optimizer, config=settings)
         self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
-        start_state(self.optimizer, self._flat())
-        self.running: list[nn.Module] = importlib.import_module(HOOKS).FWD_MODULE_STACK
+        start_state(self.optimizer, self._flat_tensors())
+        self.running: list[nn.Module] = importlib.import_module(OFFLOAD_MODULE).FWD_MODULE_STACK
         self.idle = len(self.running)
-        self.order = _Order(list(self.trained.values()), plan.world) if self.stage == 2 else None
+        self.order = _GradientOrder(list(self.trained.values()), plan.world) if self.stage == 2 else None
 
     def __call__(self, batch: Batch) -> Losses:
         if self.stage == 3:
-            # modules whose second pass was cut short, once backward had all it needs, still count as running
+            # recomputed modules whose forward was cut short in backward still count as running
             del self.running[self.idle :]
-            # it would go on with the last step's gradient of what this one does not touch
+            # else parameters that this step does not reach keep the last step's gradient
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
-        self.later.clear()
+        self.deferred.clear()
         total, *terms = self.engine(batch)
         return Losses(total=total, terms=dict(zip(self.shell.names, terms, strict=True)))
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
-        for part in self.later:
-            share = self.engine(part)
-            if share.requires_grad:  # of a frozen tower it has none
-                self.engine.backward(share)
-        self.later.clear()
+        for encode_again in self.deferred:
+            surrogate = self.engine(encode_again)
+            if surrogate.requires_grad:  # False for a frozen tower
+                self.engine.backward(surrogate)
+        self.deferred.clear()
         if self.order is not None:
             self.order.check()
 
@@ -158,8 +167,8 @@ class DeepSpeedStrategy(Strategy):
             return norm
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        if not finite(norm):
-            raise FloatingPointError(not_finite(norm))
+        if not is_finite(norm):
+            raise FloatingPointError(nonfinite_message(norm))
         return norm
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -168,7 +177,7 @@ class DeepSpeedStrategy(Strategy):
         return {name: self._read(param, None) for name, param in self.trained.items()}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        check_state("trained state", state, {name: whole_shape(p) for name, p in self.trained.items()})
+        check_state("trained state", state, {name: full_shape(p) for name, p in self.trained.items()})
         params: list[Any] = list(self.trained.values())
         if self.stage == 3:
             params[0].all_gather(params)
@@ -177,7 +186,7 @@ class DeepSpeedStrategy(Strategy):
                 param.copy_(state[name])
         if self.stage == 3:
             params[0].partition(params, has_been_updated=True)
-        if self.stage > 0:  # the masters that the optimiser updates are copies
+        if self.stage > 0:  # the optimiser updates master copies
             for name, param in self.trained.items():
                 self._write(param, None, state[name])
 
@@ -185,7 +194,7 @@ class DeepSpeedStrategy(Strategy):
         if self.stage == 0:
             return collect_state(self.optimizer, self.trained)
         state = {f"{key}/{name}": self._read(p, key) for key in MOMENTS for name, p in self.trained.items()}
-        state["step"] = self.optimizer.state[self._flat()[0]]["step"].to("cpu", torch.int64)
+        state["step"] = self.optimizer.state[self._flat_tensors()[0]]["step"].to("cpu", torch.int64)
         return state
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
@@ -195,98 +204,102 @@ class DeepSpeedStrategy(Strategy):
         for name, param in self.trained.items():
             for key in MOMENTS:
                 self._write(param, key, state[f"{key}/{name}"])
-        for flat in self._flat():
+        for flat in self._flat_tensors():
             self.optimizer.state[flat]["step"].fill_(state["step"].item())
 
     @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def gathered(self) -> Iterator[nn.Module]:
         if self.stage < 3:
             yield self.module
             return
-        # its hooks would let go of parameters and gather them anew, with every rank, at each call of a module
-        hooks = self.engine.optimizer.parameter_offload
+        # DeepSpeed's hooks would release and gather parameters on all ranks at each call of a module
+        offload = self.engine.optimizer.parameter_offload
         with self.zero.GatheredParameters(list(self.module.parameters())):
-            for hook in (*hooks.forward_hooks, *hooks.backward_hooks):
+            for hook in (*offload.forward_hooks, *offload.backward_hooks):
                 hook.remove()
-            hooks.forward_hooks, hooks.backward_hooks = [], []
+            offload.forward_hooks, offload.backward_hooks = [], []
             try:
                 yield self.module
             finally:
-                hooks._register_deepspeed_module(hooks.module)
+                offload._register_deepspeed_module(offload.module)
 
-    def _flat(self) -> list[Tensor]:
-        """The tensors the optimiser really updates on this rank."""
+    def _flat_tensors(self) -> list[Tensor]:
+        """Return the tensors that the optimiser updates on this rank."""
         if self.stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
     def _read(self, param: nn.Parameter, key: str | None) -> Tensor:
-        """The whole of a parameter's master (None) or of a moment, on the CPU."""
-        return copy_to_cpu(self.together(param, self.pieces(param, key)))
+        """Return a parameter's unsharded master (key None) or moment on the CPU."""
+        return copy_to_cpu(self.assemble(param, self.local_slice(param, key)))
 
-    def together(self, param: nn.Parameter, pieces: list[tuple[Tensor, int]]) -> Tensor:
-        """A whole in float32, of a parameter's shape, from the pieces on all ranks."""
-        whole = torch.zeros(whole_shape(param), dtype=torch.float32, device=self.plan.world.device)
-        for piece, start in pieces:
-            whole.view(-1)[start : start + piece.numel()].copy_(piece)
-        if self.plan.world.size > 1:  # as integers: 0.0 + -0.0 would lose a sign
-            dist.all_reduce(whole.view(torch.int32))
-        return whole
+    def _write(self, param: nn.Parameter, key: str | None, value: Tensor) -> None:
+        """Copy this rank's slice of an unsharded master (key None) or moment."""
+        held = self.local_slice(param, key)
+        if held is not None:
+            target, start = held
+            target.copy_(value.reshape(-1)[start : start + target.numel()])
 
-    def _write(self, param: nn.Parameter, key: str | None, whole: Tensor) -> None:
-        """Cut this rank's piece of a master (None) or of a moment out of the whole."""
-        for piece, start in self.pieces(param, key):
-            piece.copy_(whole.reshape(-1)[start : start + piece.numel()])
+    def assemble(self, param: nn.Parameter, held: tuple[Tensor, int] | None) -> Tensor:
+        """Return an unsharded float32 tensor of a parameter's shape from the slices of all ranks."""
+        full = torch.zeros(full_shape(param), dtype=torch.float32, device=self.plan.world.device)
+        if held is not None:
+            values, start = held
+            full.view(-1)[start : start + values.numel()].copy_(values)
+        if self.plan.world.size > 1:  # summed as integers, because 0.0 + -0.0 loses the sign
+            dist.all_reduce(full.view(torch.int32))
+        return full
 
     @torch.no_grad()
-    def pieces(self, param: nn.Parameter, key: str | None = None) -> list[tuple[Tensor, int]]:
-        """What the optimiser of this rank holds of a parameter's master (None) or of a moment.
+    def local_slice(self, param: nn.Parameter, key: str | None = None) -> tuple[Tensor, int] | None:
+        """Return this rank's slice of a parameter's master (key None) or moment, None if it has none.
 
-        At most one flat view, with where in the parameter it begins; it stays the same over steps.
-        """
+        The slice is a flat view, with the index of its first element in the parameter; both stay the same
+        over steps."""
         if self.stage == 3:
             zero: Any = self.engine.optimizer
             group, offset, length = zero.grad_position[zero.get_param_id(param)]
             start = length * self.plan.world.rank
-            held = min(length, max(0, whole_shape(param).numel() - start))  # the rest pads the last rank
+            count = min(length, max(0, full_shape(param).numel() - start))  # the rest is padding
             flat = zero.fp32_partitioned_groups_flat[group]
         else:
             mapping: Any = getattr(param, "_hp_mapping", None)
             if mapping is None:
-                return []
-            offset, held = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+                return None
+            offset, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
             start = mapping.lp_fragment_address.start
             flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
         tensor = flat if key is None else self.optimizer.state[flat][key]
-        return [(tensor.detach().narrow(0, offset, held), start)] if held else []
+        return (tensor.detach().narrow(0, offset, count), start) if count else None
 
 
 class _Shell(nn.Module):
-    """Returns losses as a tuple, for DeepSpeed hooks only tensors that lie in tuples, lists and dicts.
+    """Returns losses as a tuple, because DeepSpeed hooks only tensors in tuples, lists and dicts.
 
-    The module's own hooks are passed by for the same reason: its direct parameters count as the shell's.
-    `touched` get a gradient even where this rank's loss does not reach them: stages 1 and 2 reduce gradients
-    as they come, and ranks that reduce different ones wait for each other, or take one for another.
+    It calls the module's forward without the module's own hooks for the same reason; the module's direct
+    parameters count as the shell's.  Parameters in `reached` get a gradient even if this rank's loss does not
+    reach them: stages 1 and 2 reduce gradients in the order they arrive, and ranks that reduce different
+    parameters would hang or mix them up.
     """
 
-    def __init__(self, module: nn.Module, touched: list[nn.Parameter]) -> None:
+    def __init__(self, module: nn.Module, reached: list[nn.Parameter]) -> None:
         super().__init__()
         self.inner = module
-        self.touched = tuple(touched)
+        self.reached = tuple(reached)
         self.names: tuple[str, ...] = ()
 
     def forward(self, batch: Batch | Callable[[], Tensor]) -> tuple[Tensor, ...] | Tensor:
-        """Losses of a batch, or what a part of one gives that is encoded again."""
+        """Return the losses of a batch, or the surrogate loss of a chunk that is encoded again."""
         if not isinstance(batch, Batch):
             return batch()
         losses = self.inner.forward(batch)
         self.names = tuple(losses.terms)
-        total = _Touch.apply(losses.total, *self.touched) if self.touched else losses.total
+        total = _ReachAll.apply(losses.total, *self.reached) if self.reached else losses.total
         return total, *losses.terms.values()
 
 
-class _Touch(torch.autograd.Function):
-    """The identity on its first argument, with zero gradients for the others."""
+class _ReachAll(torch.autograd.Function):
+    """Identity on the first argument, with zero gradients for the others."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, *params: Tensor) -> Tensor:
@@ -299,11 +312,11 @@ class _Touch(torch.autograd.Function):
         return grads[0], *zeros
 
 
-class _Order:
-    """Whether gradients came in the same order on every rank.
+class _GradientOrder:
+    """Checks that gradients arrive in the same order on every rank.
 
-    Stage 2 packs them as they come and averages the packs, so it would add up gradients of different
-    parameters where ranks differ in what their losses reach. Nothing else would notice.
+    Stage 2 packs gradients in the order they arrive and averages the packs.  If the losses of ranks reach
+    different parameters, it would sum gradients of different parameters without an error.
     """
 
     def __init__(self, params: list[nn.Parameter], world: World) -> None:
@@ -313,22 +326,25 @@ class _Order:
             param.register_post_accumulate_grad_hook(lambda _, index=index: self.arrived.append(index))
 
     def check(self) -> None:
-        """After a backward pass; a RuntimeError on every rank where one differs."""
-        found = zlib.crc32(repr(self.arrived).encode())
+        """Raise RuntimeError on every rank after a backward pass whose order differs on one."""
+        checksum = zlib.crc32(repr(self.arrived).encode())
         self.arrived.clear()
         if self.world.size == 1:
             return
-        largest = torch.tensor([found, -found], device=self.world.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        if largest.sum().item() != 0:
+        bounds = torch.tensor([checksum, -checksum], device=self.world.device)
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+        if bounds.sum().item() != 0:
             raise RuntimeError(
                 "zero_stage 2: expected every rank's loss to reach the same parameters, found ranks that "
-                "differ; stages 0 and 1 can do that"
+                "differ; use stage 0 or 1"
             )
 
 
-def _refuse_records(module: nn.Module) -> None:
-    """Stage 3: an error where DeepSpeed would silently compute gradients from parameters gone by then."""
+def _refuse_non_tensor_outputs(module: nn.Module) -> None:
+    """Raise ValueError at stage 3 if a module with parameters returns anything but tensors.
+
+    DeepSpeed hooks tensors only, and would compute gradients from parameters that are already released.
+    """
 
     def check(submodule: nn.Module, _inputs: Any, output: Any) -> None:
         parts = output.values() if isinstance(output, dict) else output
@@ -345,38 +361,39 @@ def _refuse_records(module: nn.Module) -> None:
 
 
 def load_deepspeed(world: World) -> Any:
-    """Import DeepSpeed for this world's device, quietly, and give it a process group.
+    """Import DeepSpeed for this world's device without its log lines, and ensure a process group.
 
     Raises:
-        ValueError: DeepSpeed was imported before, for another device.
+        ValueError: DeepSpeed was imported before for another device.
     """
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="torch.distributed"
-    )  # its calls, not ours
+    # DeepSpeed calls deprecated functions of torch.distributed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     disabled = logging.root.manager.disable
-    logging.disable(max(disabled, logging.INFO))  # it reports its own import
+    logging.disable(max(disabled, logging.INFO))  # its import logs
     try:
         deepspeed = importlib.import_module("deepspeed")
     finally:
         logging.disable(disabled)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    found = deepspeed.get_accelerator().device_name()
-    if found != world.device.type:
-        raise ValueError(f"DS_ACCELERATOR: expected {world.device.type!r} for this run, found {found!r}")
+    accelerator = deepspeed.get_accelerator().device_name()
+    if accelerator != world.device.type:
+        raise ValueError(
+            f"DS_ACCELERATOR: expected {world.device.type!r} for this run, found {accelerator!r}"
+        )
     if world.device.type == "cpu":
-        # It would compile a shared-memory all-reduce, a minute's work, that only its inference calls.
+        # it would compile a shared-memory all-reduce for a minute, which only its inference uses
         deepspeed.ops.__compatible_ops__ = {}
     init_single_process_group(world)
     return deepspeed
 
 
 @contextmanager
-def _scalars_survive(deepspeed: Any, module: nn.Module, stage: int) -> Iterator[None]:
-    """Let parameters without dimensions (a logit scale) through DeepSpeed's start.
+def _scalars_allowed(deepspeed: Any, module: nn.Module, stage: int) -> Iterator[None]:
+    """Let `deepspeed.initialize` accept parameters without dimensions (a logit scale).
 
-    0.19.8 sends parameters round as bytes, which fails on them. Below stage 3 that broadcast is left out,
-    ours came before it; at stage 3 they get one dimension until they are split, and lose it again.
+    DeepSpeed 0.19.8 broadcasts parameters as bytes, which fails on scalars.  Below stage 3 its broadcast is
+    skipped, since `broadcast_module` ran before; at stage 3 scalars get one dimension for the call.
     """
     engine = deepspeed.DeepSpeedEngine
     original = engine._broadcast_model
@@ -389,11 +406,11 @@ def _scalars_survive(deepspeed: Any, module: nn.Module, stage: int) -> Iterator[
     finally:
         engine._broadcast_model = original
         for param in scalars:
-            param.ds_shape = torch.Size([])  # what a gathered parameter is viewed as
+            param.ds_shape = torch.Size([])  # the shape of the gathered parameter
 
 
 def _check_full_fine_tuning(module: nn.Module, trained: int) -> None:
-    """Refuse DeepSpeed's bf16 mode where adapters are trained: it casts them too."""
+    """Raise ValueError if adapters are trained in DeepSpeed's bf16 mode, which casts them too."""
     total = sum(p.numel() for p in module.parameters())
     if 2 * trained < total:
         raise ValueError(

@@ -1,42 +1,42 @@
-"""The exponential moving average of what is trained: what is evaluated and exported in its place."""
+"""Exponential moving average of the trained parameters, evaluated and exported in their place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from discovla.engine.strategy import Strategy, check_state, copy_to_cpu, whole_shape
+from discovla.engine.deepspeed import DeepSpeedStrategy
+from discovla.engine.strategy import Strategy, check_state, copy_to_cpu, full_shape
 
 
 class EMA:
-    """a <- decay a + (1 - decay) x after each step, in float32, whole on every process.
+    """Average a <- decay a + (1 - decay) x after each step, in float32, unsharded on every process.
 
     Args:
-        trained: parameters by name, where the average starts.
+        trained: parameters by name, the initial value of the average.
         decay: above 0 and below 1.
     """
 
     def __init__(self, trained: Mapping[str, Tensor], decay: float) -> None:
         self.trained = dict(trained)
         self.values = {name: param.detach().float().clone() for name, param in trained.items()}
-        self._average = get_ema_multi_avg_fn(decay)
+        self._update = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:
-        """Take the parameters in as they are after a step."""
+        """Update the average with the parameters after a step."""
         current = [param.detach().float() for param in self.trained.values()]
-        self._average(list(self.values.values()), current, 1)
+        self._update(list(self.values.values()), current, 1)
 
     def state(self) -> dict[str, Tensor]:
-        """The average by name, copied to the CPU; to be called on every process."""
+        """Return the average by name, copied to the CPU; call it on every process."""
         return {name: copy_to_cpu(value) for name, value in self.values.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put an average back.
+        """Load an average.
 
         Raises:
             ValueError: a tensor is missing, unexpected or of another shape.
@@ -46,58 +46,44 @@ class EMA:
             value.copy_(state[name])
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The average stands where the parameters are, which come back as they were; not to be trained in."""
+    def applied(self) -> Iterator[None]:
+        """Set the parameters to the average inside the context, and back after it; do not train inside."""
         parameters = self._parameters()
-        kept = {name: param.detach().clone() for name, param in parameters.items()}
+        originals = {name: param.detach().clone() for name, param in parameters.items()}
         with torch.no_grad():
             for name, param in parameters.items():
-                param.copy_(self._whole(name))
+                param.copy_(self._full(name))
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, param in parameters.items():
-                    param.copy_(kept[name])
+                    param.copy_(originals[name])
 
     def _parameters(self) -> Mapping[str, Tensor]:
         return self.trained
 
-    def _whole(self, name: str) -> Tensor:
+    def _full(self, name: str) -> Tensor:
         return self.values[name]
 
 
-class Splits(Protocol):
-    """A strategy at ZeRO's stage 3, of whose parameters a process holds slices; see `DeepSpeedStrategy`."""
-
-    trained: dict[str, nn.Parameter]
-
-    def pieces(self, param: nn.Parameter) -> list[tuple[Tensor, int]]:
-        """This process's part of a parameter, and where in it that begins."""
-        ...
-
-    def together(self, param: nn.Parameter, pieces: list[tuple[Tensor, int]]) -> Tensor:
-        """The whole of all processes' pieces."""
-        ...
-
-
 class ShardedEMA(EMA):
-    """The same, of which every process holds the slices that it has of the parameters' float32 masters.
+    """EMA at ZeRO stage 3: each process averages its slices of the parameters' float32 masters.
 
-    `in_place` needs whole parameters, as they are inside of the strategy's `whole`.
+    `applied` needs unsharded parameters, as inside the strategy's `gathered`.
     """
 
-    def __init__(self, strategy: Splits, decay: float) -> None:
+    def __init__(self, strategy: DeepSpeedStrategy, decay: float) -> None:
         self.strategy = strategy
-        held = {name: strategy.pieces(param) for name, param in strategy.trained.items()}
-        self.starts = {name: start for name, pieces in held.items() for _, start in pieces}
-        super().__init__({name: piece for name, pieces in held.items() for piece, _ in pieces}, decay)
+        slices = {name: strategy.local_slice(param) for name, param in strategy.trained.items()}
+        self.starts = {name: held[1] for name, held in slices.items() if held is not None}
+        super().__init__({name: held[0] for name, held in slices.items() if held is not None}, decay)
 
     def state(self) -> dict[str, Tensor]:
-        return {name: copy_to_cpu(self._whole(name)) for name in self._parameters()}
+        return {name: copy_to_cpu(self._full(name)) for name in self._parameters()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        check_state("average", dict(state), {name: whole_shape(p) for name, p in self._parameters().items()})
+        check_state("average", dict(state), {name: full_shape(p) for name, p in self._parameters().items()})
         for name, value in self.values.items():
             start = self.starts[name]
             value.copy_(state[name].reshape(-1)[start : start + value.numel()])
@@ -105,15 +91,15 @@ class ShardedEMA(EMA):
     def _parameters(self) -> Mapping[str, nn.Parameter]:
         return self.strategy.trained
 
-    def _whole(self, name: str) -> Tensor:
-        held = [(self.values[name], self.starts[name])] if name in self.values else []
-        return self.strategy.together(self.strategy.trained[name], held)
+    def _full(self, name: str) -> Tensor:
+        held = (self.values[name], self.starts[name]) if name in self.values else None
+        return self.strategy.assemble(self.strategy.trained[name], held)
 
 
 def make_ema(strategy: Strategy, decay: float | None) -> EMA | None:
-    """The average of what a strategy trains; None where none is asked for."""
+    """Return the average of a strategy's trained parameters, or None without a decay."""
     if decay is None:
         return None
-    if getattr(strategy, "stage", 0) == 3:
-        return ShardedEMA(cast(Splits, strategy), decay)
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.stage == 3:
+        return ShardedEMA(strategy, decay)
     return EMA(strategy.trained, decay)

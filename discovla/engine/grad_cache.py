@@ -1,4 +1,7 @@
-"""A batch encoded in parts, each twice: for its embeddings, and once more when their gradients are known."""
+"""Gradient caching: encode a batch in chunks, and each chunk again once its embeddings' gradients are known.
+
+Source: Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (arXiv 2101.06983).
+"""
 
 from __future__ import annotations
 
@@ -17,65 +20,66 @@ Encode = Callable[[Batch], Embedding]
 
 
 class GradCache(nn.Module):
-    """A module that may encode its batches in parts.
+    """Module that can encode its batches in chunks, keeping the activations of one chunk at a time.
 
-    later: None where backward encodes again by itself, in one graph.  A strategy that gathers parameters for
-    a forward pass alone puts a list here: `forward` then ends its graph at the embeddings and leaves in it a
-    function for each part.  Called after backward, it encodes again and gives a scalar: the gradient of that
-    by the parameters is the part's share.
-    """
+    deferred: None if backward encodes each chunk again by itself, in one graph.  A strategy that gathers
+    parameters for a forward pass only (ZeRO stage 3) sets a list: the graph of `forward` then ends at the
+    embeddings, and the list receives one function per chunk.  Called after backward, it encodes the chunk
+    again and returns a scalar whose gradient by the parameters is the chunk's part."""
 
-    later: list[Callable[[], Tensor]] | None = None
+    deferred: list[Callable[[], Tensor]] | None = None
 
-    def encoded(self, encode: Encode, parts: Sequence[Batch]) -> Embedding:
-        """The embeddings of all parts, of which nothing else is kept for backward."""
-        if self.later is None:
-            found = [_again(encode, part).tensors() for part in parts]
-            return Embedding(**{name: torch.cat([x[name] for x in found]) for name in found[0]})
-        states, found = [], []
+    def encode_chunks(self, encode: Encode, chunks: Sequence[Batch]) -> Embedding:
+        """Return the embeddings of all chunks; nothing else is kept for backward."""
+        if self.deferred is None:
+            outputs = [_encode_recomputed(encode, chunk).tensors() for chunk in chunks]
+            return Embedding(**{name: torch.cat([x[name] for x in outputs]) for name in outputs[0]})
+        states, outputs = [], []
         with torch.no_grad():
-            for part in parts:
-                states.append(_Random.at(part.text_ids))
-                found.append(encode(part).tensors())
-        whole = {name: torch.cat([x[name] for x in found]) for name in found[0]}
-        leaves = {name: x.requires_grad_() for name, x in whole.items() if x.is_floating_point()}
+            for chunk in chunks:
+                states.append(_RandomState.capture(chunk.text_ids))
+                outputs.append(encode(chunk).tensors())
+        tensors = {name: torch.cat([x[name] for x in outputs]) for name in outputs[0]}
+        leaves = {name: x.requires_grad_() for name, x in tensors.items() if x.is_floating_point()}
         start = 0
-        for part, state in zip(parts, states, strict=True):
-            rows = slice(start, start := start + len(part))
-            self.later.append(partial(_share, encode, part, state, leaves, rows))
-        return Embedding(**whole)
+        for chunk, state in zip(chunks, states, strict=True):
+            rows = slice(start, start := start + len(chunk))
+            self.deferred.append(partial(_surrogate_loss, encode, chunk, state, leaves, rows))
+        return Embedding(**tensors)
 
 
 @dataclass(frozen=True)
-class _Random:
-    """The state of the random generators that towers draw from, on the CPU and where a tensor lies."""
+class _RandomState:
+    """State of the random generators that towers draw from: the CPU's, and that of a tensor's device."""
 
     cpu: Tensor
     devices: list[int]
     states: list[Tensor]
 
     @classmethod
-    def at(cls, x: Tensor) -> _Random:
+    def capture(cls, x: Tensor) -> _RandomState:
         return cls(torch.get_rng_state(), *get_device_states(x))
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """As it was then; afterwards as it is now."""
+    def restored(self) -> Iterator[None]:
+        """Restore the captured state inside the context, and the present one after it."""
         with torch.random.fork_rng(devices=self.devices):
             torch.set_rng_state(self.cpu)
             set_device_states(self.devices, self.states)
             yield
 
 
-def _share(encode: Encode, part: Batch, state: _Random, leaves: dict[str, Tensor], rows: slice) -> Tensor:
-    """sum of x g over a part's embeddings x, encoded again, and their gradients g."""
-    with state.again():
-        found = encode(part).tensors()
-    terms = [(found[name] * x.grad[rows]).sum() for name, x in leaves.items() if x.grad is not None]
+def _surrogate_loss(
+    encode: Encode, chunk: Batch, state: _RandomState, leaves: dict[str, Tensor], rows: slice
+) -> Tensor:
+    """Return the sum of x g over a chunk's embeddings x, encoded again, and their cached gradients g."""
+    with state.restored():
+        embeddings = encode(chunk).tensors()
+    terms = [(embeddings[name] * x.grad[rows]).sum() for name, x in leaves.items() if x.grad is not None]
     return torch.stack(terms).sum()
 
 
-def _again(encode: Encode, batch: Batch) -> Embedding:
-    """encode(batch), of which nothing is kept for backward, which encodes once more."""
-    # an argument tells which device's random state to keep; stopping early would skip hooks of modules
+def _encode_recomputed(encode: Encode, batch: Batch) -> Embedding:
+    """Return encode(batch); backward encodes the batch again instead of keeping its activations."""
+    # the tensor argument tells which device's random state to save; stopping early would skip module hooks
     return checkpoint(lambda _: encode(batch), batch.text_ids, use_reentrant=False, early_stop=False)

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: config, versions, metrics.jsonl, TensorBoard and a progress bar."""
+"""Log of a run: config, versions, metrics.jsonl, TensorBoard and a progress bar."""
 
 from __future__ import annotations
 
@@ -38,21 +38,20 @@ PACKAGES = (
 
 
 class RunLog:
-    """Writes on the first rank only; on the others every method does nothing.
+    """Log of rank 0; on other ranks every method does nothing.
 
-    The run directory gets `config.json`, `versions.json` (with the git commit), `metrics.jsonl` with one line
-    a record, and TensorBoard files. A resumed run drops records of steps it will take again, so that no step
-    stands twice.
+    The run directory gets `config.json`, `versions.json` (with the git commit), `metrics.jsonl` with one
+    record per line, and TensorBoard files.  A resumed run drops the records of steps that it will repeat.
 
     Args:
-        directory: of the run, made if absent.
+        directory: of the run, created if missing.
         world: of this process.
         total: steps of the whole run, for the progress bar.
         start: first step of this process; records of steps >= start are dropped.
-        progress: whether to draw the bar. Where stderr is no terminal it is drawn every ten seconds only.
+        progress: True to draw the bar, every ten seconds if stderr is no terminal.
 
     Raises:
-        OSError: the directory or a file in it cannot be written; it names which.
+        OSError: the directory or a file in it cannot be written; names it.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class RunLog:
         self.close()
 
     def describe(self, config: str) -> None:
-        """Keep the resolved config (JSON text), the versions of what runs, and the git commit."""
+        """Write the resolved config (JSON text), the versions of packages, and the git commit."""
         if self.world.first:
             (self.directory / "config.json").write_text(config)
             (self.directory / "versions.json").write_text(json.dumps(versions(self.world), indent=2))
@@ -95,8 +94,8 @@ class RunLog:
 
         Args:
             step: from 0.
-            clips: trained on in this step, over all ranks.
-            values: loss and its terms, lr, grad_norm; plain numbers.
+            clips: number of clips in this step over all ranks.
+            values: loss and its terms, lr, grad_norm.
         """
         if not self.world.first:
             return
@@ -118,9 +117,9 @@ class RunLog:
         """Record metrics of a split; nested mappings become slashed names in TensorBoard.
 
         Args:
-            step: optimiser steps taken before; a resumed run that starts there keeps the record.
+            step: optimiser steps taken; a run that resumes there keeps the record.
             split: "val" or "test".
-            values: numbers or mappings of numbers.
+            values: numbers or nested mappings of numbers.
         """
         if not self.world.first:
             return
@@ -129,28 +128,23 @@ class RunLog:
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Record what happened beside training after `step` steps: a checkpoint, a rank that is slow."""
+        """Record an event after `step` steps, such as a checkpoint or a slow rank."""
         if self.world.first:
             self._write({"kind": kind, "step": step, **values, "seconds": time.monotonic() - self._began})
 
-    def say(self, message: str) -> None:
-        """Print a line above the progress bar."""
-        if self.world.first:
-            self._bar.write(message)
-
-    def resume_clock(self) -> None:
-        """Forget the time since the last step: evaluation and saving are no part of clips/s."""
+    def reset_clock(self) -> None:
+        """Restart the clock of clips/s, to leave out evaluation and saving."""
         self._last = time.monotonic()
 
     def close(self) -> None:
-        """Bring everything to the disk."""
+        """Close all files."""
         if self.world.first and not self._file.closed:
             self._bar.close()
             self._board.close()
             self._file.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        """One line, at once: a killed run has it."""
+        """Write one line without buffering, so that a killed run keeps it."""
         try:
             self._file.write(f"{json.dumps(record)}\n".encode())
         except OSError as error:
@@ -158,9 +152,10 @@ class RunLog:
 
 
 def drop_records(path: Path, start: int) -> None:
-    """Remove from metrics.jsonl what a run that starts at `start` will write again, and a half-written line.
+    """Remove records from metrics.jsonl that a run from step `start` will write again.
 
-    Training records of steps >= start go, and evaluations after more than `start` steps; at 0 all go.
+    These are training records of steps >= start, evaluations after more than `start` steps (all of them at
+    0), and a line that a kill cut off.
     """
     if not path.exists():
         return
@@ -169,7 +164,7 @@ def drop_records(path: Path, start: int) -> None:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the line a kill cut off
+            continue  # cut off by a kill
         if record["step"] < start or (record["kind"] != "train" and 0 < record["step"] == start):
             kept.append(line + "\n")
     writing = path.with_name(f".writing-{path.name}")
@@ -178,23 +173,23 @@ def drop_records(path: Path, start: int) -> None:
 
 
 def versions(world: World) -> dict[str, Any]:
-    """Of what runs: packages, python, machine, git commit."""
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    """Return the versions of packages and Python, the machine, and the git commit."""
+    record: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            record[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    found["cuda"] = torch.version.cuda
+            record[name] = None
+    record["cuda"] = torch.version.cuda
     if world.device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(world.device)
-    found["processes"] = world.size
-    found["git_commit"] = git_commit()
-    return found
+        record["gpu"] = torch.cuda.get_device_name(world.device)
+    record["processes"] = world.size
+    record["git_commit"] = git_commit()
+    return record
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, with "+" where it was changed since; None outside of a checkout."""
+    """Return the commit of this code, with "+" if files were changed since; None outside a git checkout."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(
@@ -214,7 +209,7 @@ def git_commit() -> str | None:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of nested mappings under slashed names."""
+    """Flatten nested mappings of numbers to slashed names."""
     flat: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from discovla.engine.config import EngineConfig, choose_stage
-from discovla.engine.deepspeed import LARGEST_BUCKET
+from discovla.engine.deepspeed import MAX_BUCKET
 
 FULL = 4  # bytes of a float32
 # bytes of a frozen element; FP8 keeps its 16-bit ones too, and both ways the 8-bit ones twice
@@ -62,7 +62,7 @@ def state_bytes(config: EngineConfig, sizes: Sizes) -> dict[str, int]:
     short = config.bf16_parameters
     t = 2 if short else FULL
     f = FROZEN[config.precision]
-    bucket = min(LARGEST_BUCKET, trained)
+    bucket = min(MAX_BUCKET, trained)
     whole, part = f * sizes.frozen + t * trained, _share(trained, w)
     gradients = {
         0: t * trained * (2 if w > 1 else 1),

@@ -1,4 +1,4 @@
-"""The strategies by their names in the config."""
+"""Strategies by their names in the config."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ STRATEGIES: dict[str, type[Strategy]] = {"deepspeed": DeepSpeedStrategy, "torch"
 
 
 def make_strategy(module: nn.Module, plan: StepPlan) -> Strategy:
-    """The configured strategy around `module`; DeepSpeed is imported only where it is asked for.
+    """Make the configured strategy for a module.
 
     Args:
         module: its forward(batch) returns `Losses`; parameters with requires_grad are trained.
         plan: of the run.
 
     Raises:
-        ValueError: nothing to train, or a setting that does not suit the module.
+        ValueError: nothing to train, or a setting that does not fit the module.
     """
 
     return STRATEGIES[plan.engine.strategy](module, plan)

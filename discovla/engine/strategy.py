@@ -1,4 +1,4 @@
-"""A training step behind one door: forward, backward, average over ranks, clip, update; and its state."""
+"""Interface of a training step (forward, backward, update, state) and its plain torch implementation."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What a strategy needs to know of the run.
+    """Settings of a run that a strategy needs.
 
-    batch_size: clips of a step over all processes.  groups: parameters that differ in lr or decay.
+    batch_size: clips per step over all processes.  groups: parameters with their own lr or weight decay.
     """
 
     engine: EngineConfig
@@ -44,19 +44,18 @@ class StepPlan:
             raise ValueError(
                 f"batch_size: expected a multiple of the {self.world.size} processes, found {self.batch_size}"
             )
-        clips, parts = self.batch_size // self.world.size, self.engine.grad_cache_chunks
-        if parts > clips:
+        clips, chunks = self.batch_size // self.world.size, self.engine.grad_cache_chunks
+        if chunks > clips:
             raise ValueError(
-                f"engine.grad_cache_chunks: expected at most the {clips} clips of a process, found {parts}"
+                f"engine.grad_cache_chunks: expected at most the {clips} clips of a process, found {chunks}"
             )
 
 
 class Strategy(ABC):
     """Trains a module whose forward(batch) returns `Losses`.
 
-    All states are complete on every rank, on the CPU, by the names of `module.named_parameters()`: they know
-    neither the number of processes nor the ZeRO stage. What is loaded must be equal on every rank.
-    """
+    States are unsharded on every rank, on the CPU, by the names of `module.named_parameters()`, so they do
+    not depend on the number of processes or the ZeRO stage.  A loaded state must be equal on every rank."""
 
     module: nn.Module
     plan: StepPlan
@@ -68,15 +67,15 @@ class Strategy(ABC):
 
     @abstractmethod
     def __call__(self, batch: Batch) -> Losses:
-        """Forward, as training does it."""
+        """Run the forward pass of a training step."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Gradients of `loss`, averaged over ranks; trained parameters the loss does not touch get zeros."""
+        """Compute gradients averaged over ranks; zeros for parameters that the loss does not reach."""
 
     @abstractmethod
     def step(self, lr: float) -> float:
-        """Clip, update and forget the gradients.
+        """Clip the gradients, update the parameters and clear the gradients.
 
         Args:
             lr: of this step; groups scale it.
@@ -90,11 +89,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def trained_state(self) -> dict[str, Tensor]:
-        """Trained parameters, fp32, by name."""
+        """Return the trained parameters in fp32, by name."""
 
     @abstractmethod
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """Put trained parameters back.
+        """Load trained parameters.
 
         Raises:
             ValueError: a parameter is missing, unexpected or of another shape.
@@ -102,24 +101,24 @@ class Strategy(ABC):
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimiser's moments as "exp_avg/NAME" and "exp_avg_sq/NAME", and "step", the steps taken."""
+        """Return the moments as "exp_avg/NAME" and "exp_avg_sq/NAME", and the number of steps as "step"."""
 
     @abstractmethod
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Put the optimiser's state back.
+        """Load the optimiser state.
 
         Raises:
             ValueError: a tensor is missing, unexpected or of another shape.
         """
 
     @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
-        """The module with complete parameters, to evaluate with or to export; not to be trained inside."""
+    def gathered(self) -> Iterator[nn.Module]:
+        """Yield the module with unsharded parameters, for evaluation or export; do not train inside."""
         yield self.module
 
 
 class TorchStrategy(Strategy):
-    """Plain torch: one all-reduce of one flat gradient, then the optimiser on every rank alike."""
+    """Plain torch: one all-reduce of one flat gradient, then the same update on every rank."""
 
     def __init__(self, module: nn.Module, plan: StepPlan) -> None:
         super().__init__(module, plan)
@@ -163,19 +162,19 @@ class TorchStrategy(Strategy):
 
 
 def trained_size(module: nn.Module) -> int:
-    """Elements of the parameters that are trained."""
+    """Return the number of elements of trained parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what is not trained in `dtype`: it saves memory, and whoever computes casts anyway.
+    """Cast frozen parameters to `dtype`, to save memory.
 
-    To be called after the weights are in place and before a strategy is made. Buffers stay as they are, for
-    they may be tables of positions that a short dtype would spoil, and so do single numbers: the logarithm of
-    a logit scale of 100 would be 1 % off in bf16.
+    Call it after the weights are loaded and before a strategy is made.  Buffers keep their dtype, because
+    they may be position tables that need fp32, and so do scalars: the log of a logit scale of 100 would be 1
+    % off in bf16.
 
     Args:
-        module: parameters with requires_grad are left alone, in fp32.
+        module: parameters with requires_grad stay in fp32.
         dtype: floating point.
     """
     for param in module.parameters():
@@ -184,7 +183,7 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def broadcast_module(module: nn.Module, world: World) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
+    """Copy rank 0's parameters and buffers to every rank."""
     if world.size > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), src=0)
@@ -201,18 +200,18 @@ def average_gradients(params: Sequence[nn.Parameter], size: int) -> None:
 
 
 def clip_gradients(params: Sequence[nn.Parameter], limit: float | None) -> float:
-    """Scale gradients by min(1, limit / (norm + 1e-6)) and return the global norm they had.
+    """Scale gradients by min(1, limit / (norm + 1e-6)) and return their global norm before.
 
     Raises:
-        FloatingPointError: the norm is not finite; gradients are dropped.
+        FloatingPointError: the norm is not finite; gradients are cleared.
     """
     grads = [param.grad for param in params if param.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad.float()) for grad in grads]))
     value = norm.item()
-    if not finite(value):
+    if not is_finite(value):
         for param in params:
             param.grad = None
-        raise FloatingPointError(not_finite(value))
+        raise FloatingPointError(nonfinite_message(value))
     if limit is not None:
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:
@@ -220,23 +219,22 @@ def clip_gradients(params: Sequence[nn.Parameter], limit: float | None) -> float
     return value
 
 
-def finite(value: float) -> bool:
-    """Whether a gradient norm is a number; DeepSpeed says -1 where it is not."""
+def is_finite(value: float) -> bool:
+    """Return True if a gradient norm is finite; DeepSpeed returns -1 if it is not."""
     return 0.0 <= value < float("inf")
 
 
-def not_finite(value: float) -> str:
-    """What to say of such a norm."""
+def nonfinite_message(value: float) -> str:
     return f"gradient norm: expected a finite number, found {value}; the step was not taken"
 
 
 def copy_to_cpu(tensor: Tensor) -> Tensor:
-    """A copy on the CPU that later steps do not touch."""
+    """Copy a tensor to the CPU, so that later steps do not change it."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def collect_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The state of an optimiser that holds whole parameters."""
+    """Return the state of an optimiser over unsharded parameters."""
     moments = optimizer.state
     state = {f"{key}/{name}": copy_to_cpu(moments[p][key]) for key in MOMENTS for name, p in trained.items()}
     state["step"] = moments[next(iter(trained.values()))]["step"].to("cpu", torch.int64)
@@ -246,7 +244,7 @@ def collect_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parame
 def restore_state(
     optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], state: dict[str, Tensor]
 ) -> None:
-    """Put a state back into an optimiser that holds whole parameters."""
+    """Load a state into an optimiser over unsharded parameters."""
     check_optimizer_state(state, trained)
     for name, param in trained.items():
         for key in MOMENTS:
@@ -255,22 +253,22 @@ def restore_state(
 
 
 def check_optimizer_state(state: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> None:
-    """Refuse an optimiser state that is not of these parameters."""
-    shapes = {f"{key}/{name}": whole_shape(p) for key in MOMENTS for name, p in trained.items()}
+    """Raise ValueError unless an optimiser state belongs to these parameters."""
+    shapes = {f"{key}/{name}": full_shape(p) for key in MOMENTS for name, p in trained.items()}
     check_state("optimizer state", state, {**shapes, "step": torch.Size([])})
 
 
-def check_state(what: str, state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
-    """Refuse a state whose names or shapes are not those expected."""
+def check_state(label: str, state: dict[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raise ValueError unless a state has these names and shapes."""
     if missing := sorted(shapes.keys() - state.keys()):
-        raise ValueError(f"{what}: expected {missing[0]!r}, found none ({len(missing)} missing)")
-    if more := sorted(state.keys() - shapes.keys()):
-        raise ValueError(f"{what}: expected no {more[0]!r}, found it ({len(more)} unexpected)")
+        raise ValueError(f"{label}: expected {missing[0]!r}, found none ({len(missing)} missing)")
+    if unexpected := sorted(state.keys() - shapes.keys()):
+        raise ValueError(f"{label}: expected no {unexpected[0]!r}, found it ({len(unexpected)} unexpected)")
     for name, shape in shapes.items():
         if state[name].shape != shape:
-            raise ValueError(f"{what}: {name}: expected {tuple(shape)}, found {tuple(state[name].shape)}")
+            raise ValueError(f"{label}: {name}: expected {tuple(shape)}, found {tuple(state[name].shape)}")
 
 
-def whole_shape(param: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, also of one that ZeRO 3 has split."""
+def full_shape(param: nn.Parameter) -> torch.Size:
+    """Return the unsharded shape of a parameter, which ZeRO stage 3 may have sharded."""
     return torch.Size(getattr(param, "ds_shape", param.shape))

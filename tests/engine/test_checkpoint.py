@@ -18,10 +18,10 @@ from discovla.engine.checkpoint import (
     CheckpointWriter,
     best,
     check_fingerprint,
-    keep,
     latest,
     load,
-    reselect,
+    prune,
+    reselect_best,
     save,
     set_best,
 )
@@ -141,7 +141,7 @@ from discovla.engine import checkpoint
 for step in range(1, 100000):
     x = torch.full((20000,), float(step))
     checkpoint.save(sys.argv[1], step=step, tensors={"trained": {"x": x}}, meta={})
-    checkpoint.keep(sys.argv[1], 2)
+    checkpoint.prune(sys.argv[1], 2)
     print(step, flush=True)
 """
 
@@ -241,7 +241,7 @@ def test_a_best_that_is_gone_is_an_error(tmp_path):
 def test_keep_removes_the_oldest_but_never_the_best(tmp_path):
     paths = [_save(tmp_path, step) for step in range(1, 6)]
     set_best(tmp_path, paths[1], 1.0)
-    keep(tmp_path, 2)
+    prune(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == [paths[i].name for i in (1, 3, 4)]
 
 
@@ -249,7 +249,7 @@ def test_keep_never_removes_the_last_whole_one(tmp_path):
     paths = [_save(tmp_path, step) for step in range(1, 5)]
     for path in paths[2:]:
         _flip(path / "trained.safetensors")
-    keep(tmp_path, 1)
+    prune(tmp_path, 1)
     found = latest(tmp_path)
     assert found is not None and found.step == 2
     assert not paths[0].exists()
@@ -279,10 +279,10 @@ def test_a_best_that_is_broken_gives_way_to_the_best_of_the_whole_ones(tmp_path,
         _scored(tmp_path, step, score) for step, score in ((1, 3.0), (2, 4.0), (3, None), (4, 5.0), (5, None))
     ]
     set_best(tmp_path, paths[3], 5.0)
-    reselect(tmp_path, 5)
+    reselect_best(tmp_path, 5)
     assert best(tmp_path) == (paths[3], 5.0)
     _flip(paths[3] / "trained.safetensors")
-    reselect(tmp_path, 5)
+    reselect_best(tmp_path, 5)
     assert best(tmp_path) == (paths[1], 4.0)
     assert "step-00000004 is broken or newer than step 5" in caplog.text
 
@@ -290,7 +290,7 @@ def test_a_best_that_is_broken_gives_way_to_the_best_of_the_whole_ones(tmp_path,
 def test_a_best_of_steps_to_be_taken_again_is_forgotten(tmp_path):
     paths = [_scored(tmp_path, step, score) for step, score in ((2, None), (4, 5.0))]
     set_best(tmp_path, paths[1], 5.0)
-    reselect(tmp_path, 2)
+    reselect_best(tmp_path, 2)
     assert best(tmp_path) is None
 
 
@@ -326,12 +326,12 @@ def test_a_writer_that_is_left_gives_a_write_its_time_and_no_more():
         going.wait(10)
         done.append(True)
 
-    writer.leave(10)  # nothing to wait for
+    writer.finish_within(10)  # nothing to wait for
     writer.start(slow)
-    writer.leave(0.05)
+    writer.finish_within(0.05)
     assert not done
     threading.Timer(0.05, going.set).start()
-    writer.leave(10)
+    writer.finish_within(10)
     assert done
 
 
@@ -347,6 +347,6 @@ def test_a_write_that_is_waited_for_is_given_its_time_too():
     waiting.start()
     time.sleep(0.05)  # until it waits
     threading.Timer(0.05, going.set).start()
-    writer.leave(10)
+    writer.finish_within(10)
     assert done
     waiting.join()

@@ -116,7 +116,7 @@ def train(world: World, job: dict) -> dict:
         terms.append({name: value.item() for name, value in found.terms.items()})
     if job.get("final"):
         save(world, strategy, job["final"])
-    with strategy.whole() as whole:
+    with strategy.gathered() as whole:
         evaluated = whole.encode(whole.text, torch.ones(1, 3)).sum().item()
     dtypes = sorted({f"{p.requires_grad} {p.dtype}" for p in module.parameters()})
     return {"losses": losses, "terms": terms, "norms": norms, "evaluated": evaluated, "dtypes": dtypes}
