@@ -1,45 +1,276 @@
-"""Write the tables of the READMEs from the committed results.
+"""Make the tables of the documentation from the committed results.
 
-    python benchmarks/tables.py            bring README.md and benchmarks/README.md up to date
-    python benchmarks/tables.py --check    exit 1 where one is not
+    python benchmarks/tables.py              update the tables in all pages
+    python benchmarks/tables.py --check      exit 1 if a table is outdated
+    python benchmarks/tables.py NAME         print one table
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES.
+A table is between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of TABLES.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 
-from benchmarks import ablation, curves, methods, step_table
-from benchmarks.measure import read_rows
+from benchmarks.experiments import ABLATION_RUNS, EXPERIMENTS, LADDER, METHOD_RUNS, PRECISIONS, Run
+from benchmarks.measure import RESULTS, ROOT, read_rows
 
-ROOT = Path(__file__).parents[1]
+Row = dict[str, Any]
 PAGES = ("README.md", "benchmarks/README.md")
+ABSENT = "-"
+LAST = 20  # steps whose mean loss is the end of a loss curve
+
+METHOD_COLUMNS = {  # heading -> path of the number in a row
+    "zero-shot t2v": "before/t2v/R@1",
+    "t2v": "test/t2v/R@1",
+    "t2v R@5": "test/t2v/R@5",
+    "zero-shot v2t": "before/v2t/R@1",
+    "v2t": "test/v2t/R@1",
+    "v2t R@5": "test/v2t/R@5",
+    "verb": "probes/verb/clip",
+    "bind": "probes/bind/clip",
+    "reversal": "probes/reversal/clip",
+    "on another clip": "probes/reversal/control",
+}
+SHORT_COLUMNS = ("zero-shot t2v", "t2v", "t2v R@5", "zero-shot v2t", "v2t", "v2t R@5", "verb", "reversal")
+ABLATION_COLUMNS = {
+    "retrieval": {
+        "test t2v": "figures/test/t2v/R@1",
+        "R@5": "figures/test/t2v/R@5",
+        "test v2t": "figures/test/v2t/R@1",
+        "R@5 ": "figures/test/v2t/R@5",
+        "siblings t2v": "figures/siblings/t2v/R@1",
+        "siblings v2t": "figures/siblings/v2t/R@1",
+        "val t2v": "figures/val/t2v/R@1",
+    },
+    "choices": {
+        "verb": "figures/probes/verb/clip",
+        "control": "figures/probes/verb/control",
+        "bind": "figures/probes/bind/clip",
+        "control ": "figures/probes/bind/control",
+        "reversal": "figures/probes/reversal/clip",
+        "control  ": "figures/probes/reversal/control",
+        "flip": "figures/flip",
+    },
+    "losses": {
+        "video": "last steps/video",
+        "frame": "last steps/frame",
+        "distill": "last steps/distill",
+        "gradient": "last steps/grad_norm",
+        "teacher": "figures/judges/teacher R@1",
+        "student": "figures/judges/student R@1",
+        "teacher H": "figures/judges/teacher entropy",
+        "student H": "figures/judges/student entropy",
+    },
+}
+
+
+def markdown(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in [heads, *body]]
+    lines.insert(1, "|---" * len(heads) + "|")
+    return "\n".join(lines)
+
+
+def mean_and_range(rows: Sequence[Row], path: str, form: str = ".1f") -> str:
+    """Return the mean of a number over rows, with the least and the largest if they differ."""
+    values = []
+    for row in rows:
+        value: Any = row
+        for key in path.split("/"):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            values.append(float(value))
+    if not values:
+        return ABSENT
+    mean = f"{statistics.fmean(values):{form}}"
+    return mean if min(values) == max(values) else f"{mean} ({min(values):{form}}-{max(values):{form}})"
+
+
+def rows_by_name(runs: Sequence[Run], results: Sequence[Row]) -> dict[str, list[Row]]:
+    """Group results by the name of their run, in the order of the runs; other results are left out."""
+    groups: dict[str, list[Row]] = {run.name: [] for run in runs}
+    names = {run.identity: run.name for run in runs}
+    for row in results:
+        if row.get("identity") in names:
+            groups[names[row["identity"]]].append(row)
+    return {name: rows for name, rows in groups.items() if rows}
+
+
+def methods_table(results: Sequence[Row], columns: Sequence[str] = tuple(METHOD_COLUMNS)) -> str:
+    """Return the table of all methods: means over seeds, with the least and the largest."""
+    costs = {row["name"]: row for row in results if row["kind"] == "cost"}
+    body = []
+    for name, rows in rows_by_name(METHOD_RUNS, results).items():
+        cost = costs.get(name)
+        body.append(
+            [
+                name,
+                str(len(rows)),
+                f"{rows[0]['trained_parameters'] / 1e3:,.0f} k",
+                f"{cost['step_over_meanP']:.2f}x" if cost else ABSENT,
+                f"{cost['saved_mb']:,.0f} MB" if cost else ABSENT,
+                f"{max(row['peak_rss_mb'] for row in rows):,} MB",
+                *(mean_and_range(rows, METHOD_COLUMNS[column]) for column in columns),
+            ]
+        )
+    return markdown(["", "seeds", "trained", "step", "kept", "peak", *columns], body)
+
+
+def ablation_table(results: Sequence[Row], title: str, names: Sequence[str] | None = None) -> str:
+    """Return one of ABLATION_COLUMNS as a table, of all runs or of some."""
+    columns = ABLATION_COLUMNS[title]
+    body = []
+    order = dict.fromkeys([*LADDER, *(run.name for run in ABLATION_RUNS)])
+    groups = rows_by_name(ABLATION_RUNS, results)
+    for name in (name for name in names or order if name in groups):
+        cells = []
+        for path in columns.values():
+            small = path.startswith("last") or "entropy" in path
+            form = ".0e" if path == "figures/flip" else ".2f" if small else ".1f"
+            cells.append(mean_and_range(groups[name], path, form))
+        body.append([name, str(len(groups[name])), *cells])
+    return markdown(["", "seeds", *columns], body)
+
+
+def precision_table(results: Sequence[Row]) -> str:
+    """Return the errors of each precision, and the differences of its loss curve from that of float32."""
+    errors = {row["precision"]: row for row in results if row["kind"] == "errors"}
+    curves = {row["precision"]: row["losses"] for row in results if row["kind"] == "curve"}
+    kinds = ("captions", "frames", "frame_captions", "loss", "gradients")
+    body = []
+    for precision in (name for name in PRECISIONS if name in errors):
+        cells = [precision, *(f"{errors[precision][kind]:.1e}" for kind in kinds)]
+        if precision == "fp32" or "fp32" not in curves or precision not in curves:
+            cells += [ABSENT] * 3
+        else:
+            first, mean, end = curve_differences(curves[precision], curves["fp32"])
+            cells += [f"{first:.2%}", f"{mean:.2%}", f"{end:+.2%}"]
+        body.append(cells)
+    heads = ["precision", "captions", "frames", "frame captions", "loss", "gradients"]
+    heads += ["loss of the first step", "of all steps, mean", f"of the last {LAST}, mean"]
+    return markdown(heads, body) if body else "Not measured yet."
+
+
+def curve_differences(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """Return relative differences of two loss curves: first step, mean over steps, means of the ends."""
+    relative = [abs(x / y - 1) for x, y in zip(losses, base, strict=True)]
+    end = statistics.fmean(losses[-LAST:]) / statistics.fmean(base[-LAST:]) - 1
+    return relative[0], statistics.fmean(relative), end
+
+
+BASELINES = ("reference", "reference anomaly", "reference bf16 sdpa", "reference bf16 sdpa compiled", "peft")
+
+
+def newest_steps(folder: Path = RESULTS) -> list[Row]:
+    """Return the rows of the last run of each comparison on each device, in the order they were timed."""
+    rows = [row for file in sorted(folder.glob("*/*-train-step.jsonl")) for row in read_rows(file)]
+    last: dict[tuple[str, str], str] = {}
+    for row in rows:
+        key = row["device"], row["name"]
+        last[key] = max(last.get(key, ""), row["time"])
+    return [row for row in rows if row["time"] == last[row["device"], row["name"]]]
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """Return a line for each training step, then the steps that were left out, with the reason."""
+    timed = [row for row in rows if "ms_p50" in row]
+    if not timed:
+        return "Not measured yet."
+    bases = [name for name in BASELINES if any(row["impl"] == name for row in timed)]
+    heads = ["step", "implementation", "ms (p20-p80)", "pairs/s"]
+    heads += [f"times as fast as {name}" for name in bases]
+    heads += ["TFLOP", "TFLOP/s", "MFU", "kept MB", "peak GB", "launches"]
+    body = []
+    for row in timed:
+        same = (row["device"], row["name"])
+        others = {other["impl"]: other for other in timed if (other["device"], other["name"]) == same}
+        ratios = [_ratio(row, others.get(name)) for name in bases]
+        body.append([*_step_times(row), *ratios, *_step_counts(row)])
+    known = [column for column in range(len(heads)) if any(cells[column] != ABSENT for cells in body)]
+    table = markdown([heads[i] for i in known], [[cells[i] for i in known] for cells in body])
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "left_out" in row:
+            left_out.setdefault((row["impl"], row["left_out"]), []).append(row["name"])
+    lines = [f"- {impl} of {', '.join(names)}: {why}" for (impl, why), names in left_out.items()]
+    return "\n".join([table, *(["", *lines] if lines else [])])
+
+
+def step_conditions(rows: Sequence[Row]) -> str:
+    """Return one line for each comparison: device, threads, torch and commit."""
+    lines = []
+    for row in (row for row in rows if "ms_p50" in row):
+        threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
+        commit = row["commit"] + (" with changes" if row["dirty"] else "")
+        rounds = f"median of {row['n']} rounds"
+        lines.append(
+            f"- {row['name']}: {row['device']}, {threads}, torch {row['torch']}, {rounds}, commit {commit}"
+        )
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _step_times(row: Row) -> list[str]:
+    """Return name and milliseconds; a CPU has none, because other processes affect its times."""
+    name = row["name"].removeprefix("step ")
+    if row["device"] == "cpu":
+        return [name, row["impl"], ABSENT, ABSENT]
+    span = f"{row['ms_p50']:,.0f} ({row['ms_p20']:,.0f}-{row['ms_p80']:,.0f})"
+    return [name, row["impl"], span, f"{row['samples_s']:.2f}"]
+
+
+def _ratio(row: Row, base: Row | None) -> str:
+    """Return the median over rounds of the base's time over the step's; all ratios have one common base."""
+    if base is None or "ratios" not in row:
+        return ABSENT
+    return f"{statistics.median(x / y for x, y in zip(row['ratios'], base['ratios'], strict=True)):.2f}x"
+
+
+def _step_counts(row: Row) -> list[str]:
+    """Return counted figures; peft and the matmul-only lower bound have no closed form of their work."""
+    work = None
+    if not row["impl"].startswith(("peft", "matmul only", "products alone")):
+        work = row["needed_tflop" if row["impl"].startswith("ours") else "reference_tflop"]
+    return [
+        ABSENT if work is None else f"{work:.3g}",
+        ABSENT if work is None or row["device"] == "cpu" else f"{1000 * work / row['ms_p50']:.3g}",
+        f"{row['mfu']:.1%}" if "mfu" in row else ABSENT,
+        f"{row['kept_mb']:,.0f}",
+        f"{row['peak_gb']:.1f}" if "peak_gb" in row else ABSENT,
+        f"{row['launches'] if 'launches' in row else row['dispatched']:,}",
+    ]
+
+
+def _results(experiment: str) -> list[Row]:
+    return read_rows(EXPERIMENTS[experiment].results)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "ladder": lambda: ablation.table(read_rows(ablation.RESULTS), "retrieval", ablation.LADDER),
-    "retrieval": lambda: ablation.table(read_rows(ablation.RESULTS), "retrieval"),
-    "choices": lambda: ablation.table(read_rows(ablation.RESULTS), "choices"),
-    "losses": lambda: ablation.table(read_rows(ablation.RESULTS), "losses"),
-    "methods": lambda: methods.table(read_rows(methods.RESULTS)),
-    "methods-short": lambda: methods.table(read_rows(methods.RESULTS), methods.SHORT),
-    "precision": lambda: curves.table(read_rows(curves.RESULTS)),
-    "train-step": lambda: step_table.table(step_table.newest()),
-    "train-step-runs": lambda: step_table.where(step_table.newest()),
+    "ladder": lambda: ablation_table(_results("ablation"), "retrieval", LADDER),
+    "retrieval": lambda: ablation_table(_results("ablation"), "retrieval"),
+    "choices": lambda: ablation_table(_results("ablation"), "choices"),
+    "losses": lambda: ablation_table(_results("ablation"), "losses"),
+    "methods": lambda: methods_table(_results("methods")),
+    "methods-short": lambda: methods_table(_results("methods"), SHORT_COLUMNS),
+    "precision": lambda: precision_table(_results("precision")),
+    "train-step": lambda: step_table(newest_steps()),
+    "train-step-runs": lambda: step_conditions(newest_steps()),
 }
 BLOCK = re.compile(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def filled(page: str) -> str:
-    """The text of a page with every table made anew.
+def fill(page: str) -> str:
+    """Return the text of a page with all tables made anew.
 
     Raises:
-        ValueError: a block names no table.
+        ValueError: a block names an unknown table.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -52,20 +283,24 @@ def filled(page: str) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Rewrite or check the pages."""
-    parser = argparse.ArgumentParser(description="The tables of the READMEs, from the committed results.")
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 where a table is old")
-    given = parser.parse_args(words)
-    old = []
+    """Update or check the pages, or print one table."""
+    parser = argparse.ArgumentParser(description="Make the tables of the documentation from the results.")
+    parser.add_argument("table", nargs="?", choices=TABLES, help="print this table and change nothing")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is outdated")
+    options = parser.parse_args(words)
+    if options.table:
+        print(TABLES[options.table]())
+        return 0
+    outdated = []
     for name in PAGES:
         path = ROOT / name
         text = path.read_text()
-        if (new := filled(text)) != text:
-            old.append(name)
-            if not given.check:
+        if (new := fill(text)) != text:
+            outdated.append(name)
+            if not options.check:
                 path.write_text(new)
-    if given.check and old:
-        print(f"{', '.join(old)}: older than the results; run python benchmarks/tables.py", file=sys.stderr)
+    if options.check and outdated:
+        print(f"{', '.join(outdated)}: outdated; run python benchmarks/tables.py", file=sys.stderr)
         return 1
     return 0
 

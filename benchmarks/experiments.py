@@ -1,0 +1,551 @@
+"""Experiments on the drawn world: training runs of the quickstart with other options.
+
+    discovla draw data/drawn_world
+    python benchmarks/experiments.py methods       all methods and some combinations
+    python benchmarks/experiments.py ablation      the parts of DiscoVLA
+    python benchmarks/experiments.py precision     bf16 and FP8: errors against float64, losses of 200 steps
+    python benchmarks/experiments.py stages        ZeRO stages on two processes
+    python benchmarks/experiments.py rates         learning rates, compared on the validation split
+    python benchmarks/experiments.py costs         time and memory of a step of each method
+
+Runs whose results are in the results file are not repeated.  `--share 0/2` takes every second run, so that
+two processes can share an experiment.  Further words (`steps=2`) are overrides of every run, for a trial.
+benchmarks/tables.py makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import math
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
+
+from benchmarks.drawn_figures import DrawnEvaluation, measure
+from benchmarks.measure import RESULTS, ROOT, machine, read_rows, relative_frobenius, write_row
+from benchmarks.step_inputs import bytes_kept
+from discovla.batch import Batch
+from discovla.config import RunConfig, read_config
+from discovla.data.dataset import BatchSpec, read_clips
+from discovla.data.loader import TrainLoader
+from discovla.engine.distributed import join_world
+from discovla.load import load_run
+from discovla.methods import build
+from discovla.methods.base import Method
+from discovla.towers.architecture import config_from_architecture
+from discovla.towers.weights import DRAWN_CLIP, read_drawn_clip
+from discovla.train_step import TrainStep, set_precision
+
+Row = dict[str, Any]
+QUICKSTART = "configs/quickstart.toml"
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run: overrides of the quickstart."""
+
+    name: str
+    words: str
+    seed: int = 0
+    kind: str = "run"
+    processes: int = 1
+    logit_scale: float | None = None
+    """Replaces the pretrained one.  No training has fitted the model's similarities to it, unlike the scale
+    near 100 of OpenAI's CLIP."""
+
+    @property
+    def identity(self) -> str:
+        """Return a text that is equal for equal runs, whatever their names."""
+        parts = [
+            self.words,
+            f"seed={self.seed}",
+            "" if self.logit_scale is None else f"logit_scale={self.logit_scale:g}",
+            "" if self.processes == 1 else f"processes={self.processes}",
+            "" if self.kind == "run" else self.kind,
+        ]
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Paths and further overrides of all runs."""
+
+    manifest: Path
+    words: tuple[str, ...] = ()
+    fresh_clips: int = 300
+    """Clips of another world on which the teacher and the student of DiscoVLA are compared."""
+
+    def overrides(self, run: Run) -> list[str]:
+        """Return the overrides of a run, without its directory."""
+        words = [f"seed={run.seed}", f"data.manifest={self.manifest}", "engine.device=cpu"]
+        return [*run.words.split(), *words, *self.words]
+
+    def identity(self, run: Run) -> str:
+        return " ".join([run.identity, *self.words])
+
+    def config(self, run: Run) -> RunConfig:
+        return read_config(ROOT / QUICKSTART, self.overrides(run))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Runs, their measurement, and the file of their results."""
+
+    results: Path
+    runs: Sequence[Run]
+    measure: Callable[[Run, Setting], list[Row]]
+
+
+def run_experiment(experiment: Experiment, setting: Setting, runs: Sequence[Run]) -> list[Row]:
+    """Measure the runs that are not in the results file; append the rows of each as soon as it is done.
+
+    Raises:
+        ValueError: results in the file started from other pretrained weights.
+        RuntimeError: a run failed.
+    """
+    weights = zlib.crc32(DRAWN_CLIP.read_bytes())
+    written = []
+    for run in runs:
+        known = read_rows(experiment.results)
+        if any(row.get("weights", weights) != weights for row in known):
+            raise ValueError(f"{experiment.results}: expected runs from {DRAWN_CLIP}, found other weights")
+        identity = setting.identity(run)
+        if identity in {row.get("identity") for row in known}:
+            continue
+        common = {"kind": run.kind, "name": run.name, "seed": run.seed, "identity": identity}
+        for figures in experiment.measure(run, setting):
+            row = common | {"weights": weights} | machine("cpu") | figures
+            write_row(experiment.results, row)
+            written.append(row)
+            print(summary(row), flush=True)
+    return written
+
+
+def summary(row: Row) -> str:
+    """Return one line for a row."""
+    figures = row.get("figures", row)
+    if "test" in figures:
+        scores = [f"{way} R@1 {figures['test'][way]['R@1']:.1f}" for way in ("t2v", "v2t")]
+        return f"{row['name']}, seed {row['seed']}: {', '.join(scores)}"
+    left_out = ("identity", "losses", "time", "torch", "device", "cuda", "dirty", "weights", "commit")
+    return json.dumps({key: value for key, value in row.items() if key not in left_out})
+
+
+def train(run: Run, setting: Setting, directory: Path) -> dict[str, float]:
+    """Train by the command that users type; return CPU seconds and the largest resident set.
+
+    A run that already ended in the directory is not repeated, an interrupted one is resumed.
+
+    Raises:
+        RuntimeError: the command failed; the message has the end of its output.
+    """
+    words = [*setting.overrides(run), f"directory={directory}", "resume=true"]
+    if run.logit_scale is not None:
+        words += drawn_clip_with_scale(directory.parent, run.logit_scale)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = ["deepspeed", "-q", "--num_accelerators", str(run.processes), "--master_port", port]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryFile("w+") as log:
+        command = [*launcher, "train.py", QUICKSTART, *words]
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(words)}: {log.read()[-2000:]}")
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return {"cpu_seconds": round(cpu_seconds, 1), "peak_rss_mb": round(usage.ru_maxrss / 1024)}
+
+
+def drawn_clip_with_scale(folder: Path, scale: float) -> list[str]:
+    """Write the drawn CLIP with another logit scale; return the overrides that load it."""
+    pretrained = read_drawn_clip(DRAWN_CLIP)
+    assert pretrained.weights is not None
+    weights = pretrained.weights | {"logit_scale": torch.tensor(math.log(scale))}
+    save_file({name: x.contiguous() for name, x in weights.items()}, folder / "drawn.safetensors")
+    sizes = json.dumps(config_from_architecture(pretrained.architecture))
+    (folder / "drawn.json").write_text(sizes)
+    return [f"model.pretrained={folder}/drawn.safetensors", f"model.architecture={folder}/drawn.json"]
+
+
+def records(directory: Path, kind: str) -> list[Row]:
+    """Read the records of one kind in a run's metrics."""
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def without_optimistic(metrics: Row) -> Row:
+    """Return retrieval metrics without those that resolve ties in the query's favour."""
+    return {way: {k: v for k, v in metrics[way].items() if k != "optimistic"} for way in ("t2v", "v2t")}
+
+
+MEAN_POOLING = "CLIP4Clip meanP"  # the base of `costs`
+_LAYERS = "method.head_layers=2"  # the drawn CLIP has three text layers to start a head from
+_FULL = "optim.lr=1e-3 method.clip_lr_scale=0.3"  # CLIP itself trains at 0.3 times the rate of new parameters
+_LORA = "method.tune=lora"  # at the quickstart's rate, 4e-3
+_ALIGN = "method.alpha=0.3 method.beta=0.25 method.kl_norm=fixed method.exclude_same_video=true"
+_TIGHT = "method.head=tightTransf method.head_layers=1"  # one block: it reads every caption with every video
+METHODS = {
+    MEAN_POOLING: f"method=clip4clip {_FULL}",
+    "CLIP4Clip seqLSTM": f"method=clip4clip method.head=seqLSTM {_FULL}",
+    "CLIP4Clip seqTransf": f"method=clip4clip method.head=seqTransf {_LAYERS} {_FULL}",
+    "CLIP4Clip tightTransf": f"method=clip4clip {_TIGHT} {_FULL}",
+    "CLIP2Video": f"method=clip2video {_LAYERS} {_FULL}",
+    "T2VParser": f"method=t2vparser method.stan_layers=2 method.decomposition_layers=2 {_FULL}",
+    "DiscoVLA": "method=discovla",
+    "CLIP4Clip seqTransf, LoRA": f"method=clip4clip method.head=seqTransf {_LAYERS} {_LORA}",
+    "CLIP2Video, LoRA": f"method=clip2video {_LAYERS} {_LORA}",
+    "CLIP4Clip seqTransf, alignment": f"method=clip4clip method.head=seqTransf {_LAYERS} {_FULL} {_ALIGN}",
+    "DiscoVLA, token similarity": "method=discovla method.similarity=tokens",
+    "DiscoVLA, frame positions": "method=discovla method.frame_position=true",
+}
+METHOD_RUNS = [Run(name=name, words=words, seed=seed) for seed in SEEDS for name, words in METHODS.items()]
+RATES = {
+    MEAN_POOLING: ("optim.lr=1e-4", "optim.lr=4e-4", "optim.lr=1e-3"),
+    "CLIP4Clip seqTransf": ("optim.lr=4e-4", "optim.lr=1e-3"),
+    "CLIP4Clip seqTransf, LoRA": ("optim.lr=1e-3", "optim.lr=4e-3"),
+}
+RATE_RUNS = [
+    Run(name=f"{name}: {rate}", words=f"{METHODS[name]} {rate}", kind="rate")
+    for name, rates in RATES.items()
+    for rate in rates
+]
+
+
+def measure_method(run: Run, setting: Setting) -> list[Row]:
+    """Train with selection on `val`, then measure the checkpoint, which must reproduce the run's results.
+
+    Raises:
+        RuntimeError: the reloaded checkpoint has other results than the run reported.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "run"
+        usage = train(run, setting, directory)
+        results = json.loads((directory / "results.json").read_text())
+        loaded = load_run(directory)
+    before = next(metrics for name, metrics in results.items() if name.endswith("untrained"))
+    selected, after = next((n, m) for n, m in results.items() if ", step " in n and "+" not in n)
+    evaluation = DrawnEvaluation(manifest=setting.manifest, data=loaded.config.data, fresh_clips=0)
+    figures = measure(loaded.method, evaluation)
+    for way in ("t2v", "v2t"):
+        if abs(figures["test"][way]["R@1"] - after[way]["R@1"]) > 1e-9:
+            raise RuntimeError(f"{run.name}: expected R@1 {after[way]}, found {figures['test'][way]}")
+    row = {
+        "step": loaded.step,
+        "selected": selected,
+        "plain": without_optimistic(results["zero-shot, mean pooling"]),
+        "before": without_optimistic(before),
+        "test": without_optimistic(after),
+        "trained_parameters": sum(x.numel() for x in loaded.method.trained_state().values()),
+    }
+    return [usage | row | {key: figures[key] for key in ("siblings", "val", "probes", "flip")}]
+
+
+def measure_rate(run: Run, setting: Setting) -> list[Row]:
+    """Train once and return the figures on `val`; the test split is not evaluated."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "run"
+        train(replace(run, words=f"{run.words} data.test_split=siblings"), setting, directory)
+        val = records(directory, "val")
+    scores = [{"step": x["step"], **{way: x[way]["R@1"] for way in ("t2v", "v2t")}} for x in val]
+    return [{"val": scores}]
+
+
+def measure_costs(_: Run, setting: Setting, rounds: int = 7) -> list[Row]:
+    """Time a step of each method, relative to CLIP4Clip meanP in the same round, and count what it saves.
+
+    All methods take one step a round, one after another on one core: a noisy machine affects all alike.
+    """
+    torch.set_num_threads(1)
+    world = join_world("cpu")
+    steps: dict[str, tuple[Method, Callable[[], Tensor]]] = {}
+    for name, words in METHODS.items():
+        method, loader = method_and_loader(setting.config(Run(name=name, words=words)))
+        batch = replace(next(iter(loader.epoch(0))), valid=None)
+        module = TrainStep(method, world, "exact")
+        steps[name] = method, lambda module=module, batch=batch: module(batch).total
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, (method, loss) in steps.items():
+            gc.collect()
+            begin = time.process_time()
+            loss().backward()
+            if number:  # the first round warms up
+                times[name].append(time.process_time() - begin)
+            method.zero_grad()
+    rows = []
+    for name, (method, loss) in steps.items():
+        ratios = sorted(a / b for a, b in zip(times[name], times[MEAN_POOLING], strict=True))
+        row = {"name": name, "step_over_meanP": statistics.median(ratios), "rounds": rounds}
+        row |= {"least": ratios[0], "most": ratios[-1]}
+        rows.append(row | {"saved_mb": bytes_kept(loss, list(method.parameters())) / 1e6})
+    return rows
+
+
+def method_and_loader(config: RunConfig) -> tuple[Method, TrainLoader]:
+    """Build the method of a run before training, and its training loader."""
+    torch.manual_seed(config.seed)
+    method = build(config.model, config.method)
+    spec = BatchSpec(
+        batch_size=config.batch_size,
+        rank=0,
+        world_size=1,
+        seed=config.seed,
+        image_size=method.architecture.image_size,
+        context_length=config.data.context_length,
+        frame_captions=method.needs_frame_captions,
+    )
+    data = config.data.model_copy(update={"workers": 0})
+    return method, TrainLoader(read_clips(data, data.train_split), data, spec)
+
+
+_FIXED = "engine.strategy=torch data.val_split= data.workers=0"  # nothing is selected
+_BLOCKS = "method.fused_vision_blocks={} method.fused_text_blocks={}"
+
+
+def _discovla(fused: bool = True, alpha: float = 0.3, w: float = 0.0, more: str = "") -> str:
+    """Return the overrides of a DiscoVLA; `w` is the weight of the distillation's mean over rows."""
+    blocks = _BLOCKS.format(*((2, 1) if fused else (0, 0)))
+    beta = f"{w * 1.28:.4g}"  # with kl_norm=fixed, the weight is 100 / 128 beta
+    words = f"method=discovla {blocks} method.alpha={alpha} method.beta={beta} method.kl_norm=fixed {more}"
+    return f"{words.strip()} {_FIXED}"
+
+
+_DETACHED = "method.detach_teacher=true"
+_ALIGNED, _FUSION = _discovla(), _discovla(alpha=0)
+_OFFICIAL = _discovla(more="method.beta=1.0 method.kl_norm=official")  # w = 100 / batch
+_FROZEN = f"method=clip method.tune=frozen steps=0 {_FIXED}"
+LADDER = (
+    "zero-shot, mean pooling",
+    "zero-shot, fusion untrained",
+    "LoRA + mean pooling",
+    "+ fusion",
+    "+ alignment",
+    "+ distillation, official (w 2.08)",
+    "+ distillation, w 0.78",
+    "+ distillation, w 0.2",
+)
+
+
+def _ablation_runs() -> list[Run]:
+    """Return the runs of the ablation, the most informative first."""
+    several = {
+        "LoRA + mean pooling": _discovla(fused=False, alpha=0),
+        "+ fusion": _FUSION,
+        "+ alignment": _ALIGNED,
+        "+ distillation, official (w 2.08)": _OFFICIAL,
+        "+ distillation, w 0.78": _discovla(w=0.78),
+        "+ distillation, w 0.2": _discovla(w=0.2),
+        "official, teacher detached": f"{_OFFICIAL} {_DETACHED}",
+        "w 0.78, teacher detached": _discovla(w=0.78, more=_DETACHED),
+    }
+    longer = "steps=450"
+    return [
+        Run(name="zero-shot, mean pooling", words=_FROZEN),
+        Run(name="zero-shot, fusion untrained", words=f"{_FUSION} steps=0"),
+        *(Run(name=name, words=words, seed=seed) for seed in SEEDS for name, words in several.items()),
+        Run(name="fusion, scale 100", words=_FUSION, logit_scale=100),
+        Run(name="official, scale 100", words=_OFFICIAL, logit_scale=100),
+        Run(name="official, learning rate 2e-3", words=f"{_OFFICIAL} optim.lr=2e-3"),
+        Run(name="fusion, 450 steps", words=f"{_FUSION} {longer}"),
+        Run(name="fusion, 450 steps, scale 100", words=f"{_FUSION} {longer}", logit_scale=100),
+        Run(name="official, 450 steps", words=f"{_OFFICIAL} {longer}"),
+        Run(name="official, 450 steps, scale 100", words=f"{_OFFICIAL} {longer}", logit_scale=100),
+    ]
+
+
+ABLATION_RUNS = _ablation_runs()
+
+
+def measure_part(run: Run, setting: Setting) -> list[Row]:
+    """Train for a fixed number of steps and measure once, at the last; nothing is selected."""
+    if " steps=0" in run.words:
+        config = setting.config(replace(run, words=run.words.replace(" steps=0", "")))
+        torch.manual_seed(config.seed)
+        method, usage, last = build(config.model, config.method), {}, {}
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder) / "run"
+            usage = train(run, setting, directory)
+            loaded = load_run(directory)
+            method, config = loaded.method, loaded.config
+            steps = records(directory, "train")[-10:]
+        terms = [name for name in ("video", "frame", "distill", "grad_norm") if name in steps[0]]
+        last = {name: statistics.fmean(step[name] for step in steps) for name in terms}
+    evaluation = DrawnEvaluation(manifest=setting.manifest, data=config.data, fresh_clips=setting.fresh_clips)
+    scale = method.logit_scale().item()
+    return [usage | {"last steps": last, "figures": measure(method, evaluation), "logit_scale": scale}]
+
+
+PRECISIONS = {
+    "fp32": "engine.precision=fp32",
+    "bf16": "engine.precision=bf16",
+    "bf16, residual fp32": "engine.precision=bf16 engine.residual_dtype=fp32",
+    "fp8": "engine.precision=fp8",
+    "fp8, backward too": "engine.precision=fp8_backward",
+}
+PRECISION_RUNS = [
+    Run(name=name, words=f"{words} steps=200 {_FIXED}", kind=kind)
+    for name, words in PRECISIONS.items()
+    for kind in ("errors", "curve")
+]
+
+
+def measure_precision(run: Run, setting: Setting) -> list[Row]:
+    """Measure the losses of a training run, or errors against float64; on a CPU, FP8 is emulated."""
+    if run.kind == "errors":
+        return [{"precision": run.name} | precision_errors(setting.config(run))]
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "run"
+        usage = train(run, setting, directory)
+        losses = [record["loss"] for record in records(directory, "train")]
+    return [{"precision": run.name, "losses": losses, "cpu_seconds": usage["cpu_seconds"]}]
+
+
+def precision_errors(config: RunConfig) -> dict[str, float]:
+    """Return ‖error‖ / ‖truth‖ of features, loss and gradients of one batch; the truth is in float64."""
+    method, loader = method_and_loader(config)
+    with torch.no_grad():  # parameters that start at zero would hide the gradients of others
+        for parameter in method.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    batch = replace(next(iter(loader.epoch(0))), valid=None)
+    truth = copy.deepcopy(method).double()
+    truth.compute_dtype = torch.float64
+    expected = _outputs(truth, batch)
+    set_precision(method, config.engine, torch.device("cpu"))
+    outputs = _outputs(method, batch)
+    return {name: relative_frobenius(outputs[name], want) for name, want in expected.items()}
+
+
+def _outputs(method: Method, batch: Batch) -> dict[str, Tensor]:
+    """Compute features, loss and all gradients as one vector."""
+    text, video = method.encode(batch)
+    loss = method.losses(text, video).total
+    loss.backward()
+    gradients = [p.grad.flatten().double() for p in method.parameters() if p.grad is not None]
+    assert text.frames is not None and video.frames is not None, "the quickstart's recipe aligns frames"
+    return {
+        "captions": text.pooled.detach(),
+        "frames": video.frames.detach(),
+        "frame_captions": text.frames.detach(),
+        "loss": loss.detach(),
+        "gradients": torch.cat(gradients),
+    }
+
+
+ONE_PROCESS = Run(name="one process", words="engine.zero_stage=auto")
+STAGE_RUNS = [
+    ONE_PROCESS,
+    *(
+        Run(name=f"2 processes, zero_stage {stage}", words=f"engine.zero_stage={stage}", processes=2)
+        for stage in range(4)
+    ),
+]
+STAGES = RESULTS / "cpu/stages-drawn-world.jsonl"
+
+
+def measure_stage(run: Run, setting: Setting) -> list[Row]:
+    """Train and compare the losses, step by step, with those of one process.
+
+    The order of samples depends on seed and epoch alone, so the losses differ by the rounding of sums.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "run"
+        train(run, setting, directory)
+        results = json.loads((directory / "results.json").read_text())
+        losses = [record["loss"] for record in records(directory, "train")]
+    selected, metrics = next((n, m) for n, m in results.items() if ", step " in n and "+" not in n)
+    row = {"processes": run.processes, "selected": selected, "losses": losses}
+    row |= {way: {k: metrics[way][k] for k in ("R@1", "R@5")} for way in ("t2v", "v2t")}
+    base = next((x for x in read_rows(STAGES) if x["identity"] == setting.identity(ONE_PROCESS)), None)
+    return [row | (loss_differences(losses, base["losses"]) if base is not None else {})]
+
+
+def loss_differences(losses: Sequence[float], base: Sequence[float]) -> Row:
+    """Return the largest relative difference of a loss and its step, and the largest of the first ten steps.
+
+    Raises:
+        ValueError: the numbers of steps differ.
+    """
+    if len(losses) != len(base) or not base:
+        raise ValueError(f"losses: expected those of {len(base)} steps, found {len(losses)}")
+    relative = [abs(x - y) / abs(y) for x, y in zip(losses, base, strict=True)]
+    largest = max(relative)
+    return {
+        "largest": largest,
+        "at_step": relative.index(largest),
+        "largest_of_first_ten": max(relative[:10]),
+    }
+
+
+EXPERIMENTS = {
+    "methods": Experiment(
+        results=RESULTS / "cpu/methods-drawn-world.jsonl", runs=METHOD_RUNS, measure=measure_method
+    ),
+    "rates": Experiment(
+        results=RESULTS / "cpu/methods-drawn-world.jsonl", runs=RATE_RUNS, measure=measure_rate
+    ),
+    "costs": Experiment(
+        results=RESULTS / "cpu/methods-drawn-world.jsonl",
+        runs=[Run(name="costs", words="", kind="cost")],
+        measure=measure_costs,
+    ),
+    "ablation": Experiment(
+        results=RESULTS / "cpu/ablation-drawn-world.jsonl", runs=ABLATION_RUNS, measure=measure_part
+    ),
+    "precision": Experiment(
+        results=RESULTS / "cpu/precision-drawn-world.jsonl", runs=PRECISION_RUNS, measure=measure_precision
+    ),
+    "stages": Experiment(results=STAGES, runs=STAGE_RUNS, measure=measure_stage),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run an experiment."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("words", nargs="*", metavar="a.b=c", help="overrides of every run")
+    parser.add_argument("--manifest", type=Path, default=ROOT / "data/drawn_world/manifest.jsonl")
+    parser.add_argument("--results", type=Path, help="default: the experiment's file of benchmarks/results")
+    parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name matches")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th run, from the I-th on")
+    options = parser.parse_args(words)
+    if not re.fullmatch(r"\d+/[1-9]\d*", options.share):
+        parser.error(f"--share: expected I/N, found {options.share!r}")
+    first, shares = map(int, options.share.split("/"))
+    experiment = EXPERIMENTS[options.experiment]
+    if options.results is not None:
+        experiment = replace(experiment, results=options.results)
+    setting = Setting(manifest=options.manifest.resolve(), words=tuple(options.words))
+    runs = [run for run in experiment.runs if re.search(options.only, run.name)][first::shares]
+    run_experiment(experiment, setting, runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
