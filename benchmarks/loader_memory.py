@@ -27,14 +27,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
 
-from benchmarks.fuzz_videos import draw_sources, write_mutated
 from benchmarks.measure import machine, results_file, write_row
 from discovla.data.config import DataConfig
 from discovla.data.dataset import BatchSpec
-from discovla.data.doctor import Checks, diagnose
+from discovla.data.doctor import ExamineOptions, diagnose
 from discovla.data.loader import TrainLoader
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
+from tests.soak.fuzz_videos import draw_sources, write_mutated
 
 BOUND_MB = 48.0  # the tables of 10,000 short clips, in the process that decodes, and what allocators keep
 FRAMES, SIZE, BATCH = 4, 32, 20
@@ -82,7 +82,9 @@ def through_loader(clips: Sequence[Clip]) -> Iterator[int]:
 def through_doctor(clips: Sequence[Clip], told: Callable[[int, int], None]) -> None:
     """Examine all clips."""
     with tempfile.TemporaryDirectory() as out:
-        diagnose(clips, out, Checks(sampling=Sampling(frames=FRAMES), seconds=60.0, workers=1), told=told)
+        diagnose(
+            clips, out, ExamineOptions(sampling=Sampling(frames=FRAMES), seconds=60.0, workers=1), report=told
+        )
 
 
 def watch(subject: str, clips: Sequence[Clip]) -> dict[str, Any]:

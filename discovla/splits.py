@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
-from pathlib import Path
-
 from discovla.config import RunConfig
-from discovla.data.choice import choose_decoder
 from discovla.data.dataset import check_captions, read_clips
 from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.quarantine import without_quarantined
 from discovla.drawn_world.stills import Stills
-from discovla.engine.distributed import World, gather_objects
+from discovla.engine.distributed import World
 from discovla.methods.base import Method
 
 
@@ -34,30 +29,6 @@ def read_splits(config: RunConfig) -> dict[str, list[Clip]]:
             check_clips(splits[use], files=data.shards is None)
             check_captions(splits[use], data.context_length, long=data.long_captions)
     return splits
-
-
-def settle_decoder(
-    config: RunConfig, method: Method, splits: dict[str, list[Clip]], world: World
-) -> RunConfig:
-    """A config whose decoder `auto` has become `dali+pyav` where that is faster, the same for all processes.
-
-    The first of them measures; a run that goes on keeps what it began with, so that it sees the same pixels.
-    """
-    if config.data.decoder != "auto" or "train" not in splits:
-        return config
-    began = _began_with(config.directory) if config.resume and world.first else None
-    if began is None and world.first:
-        began = choose_decoder(splits["train"], config.data, method.architecture.image_size)
-    decoder = gather_objects(began, world)[0]
-    return config.model_copy(update={"data": config.data.model_copy(update={"decoder": decoder})})
-
-
-def _began_with(directory: Path) -> str | None:
-    """What `auto` became in a run, from its directory; None where it has not begun."""
-    with suppress(OSError, json.JSONDecodeError, KeyError):
-        decoder = json.loads((directory / "config.json").read_text())["data"]["decoder"]
-        return decoder if decoder in ("auto", "dali+pyav") else None
-    return None
 
 
 def train_loader(

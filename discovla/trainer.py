@@ -37,7 +37,7 @@ from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
 from discovla.ops.dispatch import KernelUnavailable, choose
-from discovla.splits import read_splits, settle_decoder, train_loader
+from discovla.splits import read_splits, train_loader
 from discovla.train_step import TrainStep, set_precision
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,6 @@ class Trainer:
         torch.manual_seed(config.seed)  # new parameters
         self.method = build(config.model, config.method)
         fingerprint = self.method.fingerprint()
-        config = self.config = settle_decoder(config, self.method, self.splits, self.world)
         self.loader = train_loader(config, self.method, self.splits, self.world)
         self.total = config.steps or config.epochs * self.loader.steps_per_epoch
         fixed = schedule(config, self.total, len(self.loader.source))

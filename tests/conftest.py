@@ -7,6 +7,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +20,21 @@ from discovla.drawn_world.synthetic import WorldSizes, draw_world
 torchvision_cpu.install()  # tests import open_clip as their reference
 
 TESTS = Path(__file__).parent
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+_BUILD = f"py{sys.version_info.major}{sys.version_info.minor}_{'cu' if torch.version.cuda else 'cpu'}"
+_BUILD += (torch.version.cuda or "").replace(".", "")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_CACHE / "torch_extensions" / _BUILD))  # see _own_index_dir
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 # `torch.device("meta")` notes at its first use which functions it redirects: they must be torch's own then
 with torch.device("meta"):
     torch.empty(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_index_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep frame indices out of the user's cache, also those of runs that tests start."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

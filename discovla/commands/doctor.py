@@ -1,4 +1,4 @@
-"""`discovla doctor`: open every clip before training does."""
+"""`discovla doctor`: examine every video of a manifest before training."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from typing import get_args
 from tqdm import tqdm
 
 from discovla.config import read_config
-from discovla.data.doctor import Checks, diagnose
+from discovla.data.doctor import ExamineOptions, diagnose
 from discovla.data.manifest import read_manifest
 from discovla.data.sampling import Sampler, Sampling, clip_sampling
-from discovla.data.video.frames import Damaged
+from discovla.data.video.frames import Damaged, FileDecoder, check_decoder
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
-    text = "open every clip of a manifest, say what its videos are, and list the broken ones with reasons"
+    text = "decode every video of a manifest, summarize them, and list the broken clips with reasons"
     parser = commands.add_parser("doctor", help=text, description=text)
     parser.add_argument("manifest", type=Path, metavar="MANIFEST")
-    out = "folder for files.jsonl and quarantine.jsonl; default: <manifest>.doctor beside it"
+    out = "folder for files.jsonl and quarantine.jsonl; default: <manifest>.doctor beside the manifest"
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help=out)
-    parser.add_argument("--split", metavar="NAME", help="of the manifest; default: all")
-    config = "take what is sampled from a run's config instead of from the options below"
+    parser.add_argument("--split", metavar="NAME", help="split of the manifest; default: all")
+    config = "config of a run, which replaces the options of sampling, --damaged and --index-dir"
     parser.add_argument("--config", type=Path, metavar="TOML", help=config)
-    parser.add_argument("--frames", type=int, default=12, metavar="N", help="a clip; default: %(default)s")
+    parser.add_argument("--frames", type=int, default=12, metavar="N", help="of a clip; default: %(default)s")
     parser.add_argument("--sampling", choices=get_args(Sampler), default="discovla")
     parser.add_argument("--sample-rate", type=float, default=1.0, metavar="R", help="frames a second")
-    damaged = "whether files that break off are broken; default: %(default)s"
+    damaged = "refuse files that break off, or use their frames up to there; default: %(default)s"
     parser.add_argument("--damaged", choices=get_args(Damaged), default="refuse", help=damaged)
-    cache = (
-        "data.cache of the run to come, whose first visit of each file is then made already; default: that of"
-        " --config"
+    decoder = "compare the frames of this decoder with those of PyAV, and list clips where they differ"
+    parser.add_argument("--decoder", choices=get_args(FileDecoder), default="pyav", help=decoder)
+    index_dir = (
+        "folder of frame indices, which training then finds (data.index_dir); default: the user's own, "
+        "$XDG_CACHE_HOME/discovla/frame_index"
     )
-    parser.add_argument("--cache", type=Path, metavar="DIR", help=cache)
-    seconds = "that a file may take before its process is ended; default: %(default)g"
+    parser.add_argument("--index-dir", type=Path, metavar="DIR", help=index_dir)
+    seconds = "limit for a file, after which its process is replaced; default: %(default)g"
     parser.add_argument("--seconds", type=float, default=300.0, metavar="S", help=seconds)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
-    strict = "exit with an error where a clip is broken"
-    parser.add_argument("--strict", action="store_true", help=strict)
+    parser.add_argument("--strict", action="store_true", help="exit with an error if a clip is broken")
     parser.set_defaults(run=_run)
 
 
@@ -50,33 +51,34 @@ def _run(arguments: argparse.Namespace) -> None:
     out = arguments.out or manifest.with_name(f"{manifest.stem}.doctor")
     with tqdm(unit="file", disable=None) as bar:
 
-        def told(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        found = diagnose(clips, out, _checks(arguments), told=told)
-    print("\n".join(found.lines()))
-    if found.broken and arguments.strict:
-        raise ValueError(f"{manifest}: {len(found.broken)} of {found.clips} clips give no frames")
+        diagnosis = diagnose(clips, out, _options(arguments), report=report)
+    print("\n".join(diagnosis.lines()))
+    if diagnosis.broken and arguments.strict:
+        raise ValueError(f"{manifest}: {len(diagnosis.broken)} of {diagnosis.clips} clips give no frames")
 
 
-def _checks(arguments: argparse.Namespace) -> Checks:
-    """How to examine, by the options or by a run's config."""
+def _options(arguments: argparse.Namespace) -> ExamineOptions:
+    """Return the options of the command line, or those of a run's config."""
     if arguments.workers < 1:
-        raise ValueError(f"--workers: expected at least 1, got {arguments.workers}")
+        raise ValueError(f"--workers: expected at least 1, found {arguments.workers}")
+    check_decoder(arguments.decoder)
     sampling = Sampling(
         frames=arguments.frames, sampler=arguments.sampling, sample_rate=arguments.sample_rate
     )
-    damaged: Damaged = arguments.damaged
-    cache: Path | None = arguments.cache
+    damaged, index_dir = arguments.damaged, arguments.index_dir
     if arguments.config is not None:
         data = read_config(arguments.config).data
-        damaged, cache = data.damaged, cache or data.cache
+        damaged, index_dir = data.damaged, index_dir or data.cache
         sampling = clip_sampling(data)
-    return Checks(
+    return ExamineOptions(
         sampling=sampling,
         damaged=damaged,
+        decoder=arguments.decoder,
         seconds=arguments.seconds,
         workers=arguments.workers,
-        cache=cache,
+        index_dir=index_dir,
     )

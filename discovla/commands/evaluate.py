@@ -44,13 +44,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _evaluate_run(arguments: argparse.Namespace) -> dict:
     """Figures of a run by name: raw, and re-ranked beside them."""
-    from discovla.data.choice import readable_here
     from discovla.engine.distributed import join_world
     from discovla.evaluate import EvalOptions, evaluate_manifest
     from discovla.load import load_run
 
     world = join_world(arguments.device)
     run = load_run(arguments.run_path)
-    data = readable_here(run.config.data)
+    data = run.config.data
     how = EvalOptions(data=data, device=world.device, batch_size=run.config.eval_batch_size, rerank=True)
     return evaluate_manifest(run.method.to(world.device), arguments.manifest, arguments.split, how)

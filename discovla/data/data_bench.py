@@ -25,7 +25,7 @@ from discovla.data.sampling import Sampling
 from discovla.data.shards.reader import Shards, open_shards
 from discovla.data.video import torchcodec
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import DecoderName, FrameRequest, SandboxedReader
+from discovla.data.video.frames import FileDecoder, FrameRequest, SandboxedReader
 
 # Frames a second on one H200: the samples a second that the performance plan aims at (batch 128, bf16) times
 # the 12 frames of each. Targets, none of them measured.
@@ -84,7 +84,7 @@ def bench(
                 path=clip.video,
                 sampling=Sampling(frames=settings.frames, start=clip.start, end=clip.end),
                 image_size=settings.image_size,
-                cache=Path(folder),
+                index_dir=Path(folder),
             )
             for clip in clips
         ]
@@ -101,7 +101,7 @@ def bench(
 
 
 def _by_torchcodec(readings: Sequence[FrameRequest], read: Read, settings: BenchSettings) -> BenchRow:
-    name: DecoderName = "torchcodec"
+    name: FileDecoder = "torchcodec"
     lacking = torchcodec.missing()
     if lacking is not None:
         return BenchRow(name="torchcodec, known files", reason=lacking)

@@ -20,7 +20,7 @@ from discovla.data.sampling import Sampling, clip_sampling
 from discovla.data.shards.reader import Shards, open_shards
 from discovla.data.tokens import Tokenizer
 from discovla.data.video.errors import DecodeError, check_file
-from discovla.data.video.frames import FrameRequest, SandboxedReader, check_decoder, resizing
+from discovla.data.video.frames import FrameRequest, SandboxedReader, check_decoder, frame_transform
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class FileClipReader:
                 seed=seed,
                 damaged=chosen.damaged,
                 decoder=chosen.decoder,
-                cache=chosen.cache,
+                index_dir=chosen.cache,
             )
         )
 
@@ -255,7 +255,7 @@ class ShardClipReader(FileClipReader):
     ) -> np.ndarray:
         size = self.settings.image_size
         whole = self._shards.settings.size is None
-        each = resizing(augment, seed, size) if whole or augment in FULL_SIZE else None
+        each = frame_transform(augment, seed, size) if whole or augment in FULL_SIZE else None
         return self._shards.frames(clip, sampling, each, damaged=self.settings.damaged)
 
 

@@ -1,4 +1,4 @@
-"""Opening every clip of a manifest before training does, and writing down which are broken and why."""
+"""Examine every video of a manifest before training, and list the clips that give no frames, with reasons."""
 
 from __future__ import annotations
 
@@ -6,44 +6,60 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+from av.error import FFmpegError
+from PIL import Image
+
 from discovla.data.manifest import Clip, write_whole
 from discovla.data.sampling import Sampling
-from discovla.data.sandbox import run_sandboxed
-from discovla.data.video.examine import Request, examine
-from discovla.data.video.frames import Damaged
+from discovla.data.sandbox import WorkerLost, run_sandboxed
+from discovla.data.video.errors import DecodeError
+from discovla.data.video.frames import Damaged, FileDecoder, read_frames
+from discovla.data.video.index import FrameIndex, FrameIndexStore, default_index_dir
+from discovla.data.video.pyav import open_video
 
-_COMMON = 6  # values named of each kind in the summary
-_NAMED = 40  # broken clips named in the summary
+_VARIABLE = 1.5  # the rate is variable if the longest gap between frames exceeds the shortest by this factor
+_COMMON = 6  # values of each kind in the summary
+_NAMED = 40  # broken clips in the summary
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checks:
-    """How clips are examined.
+class ExamineOptions:
+    """How files are examined.
 
-    sampling: what a run takes of a clip; its span is the clip's own.  damaged: whether a file that breaks off
-    is refused or used.  seconds: that a file may take, all its clips together.  workers: processes.  cache:
-    `data.cache` of a run, whose first visit of each file is made by the examination; None leaves it to it.
+    sampling: of a training run; the span is that of each clip.
+    damaged: "refuse" or "use" files that break off.
+    decoder: decoder whose frames are compared with those of PyAV.
+    seconds: limit for a file with all its clips.
+    workers: number of processes.
+    index_dir: folder that receives the frame index of each file, so that training need not decode the file
+        for it; None is the user's default.
     """
 
     sampling: Sampling
     damaged: Damaged = "refuse"
+    decoder: FileDecoder = "pyav"
     seconds: float = 300.0
     workers: int = 2
-    cache: Path | None = None
+    index_dir: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What the doctor found.
+    """Result of an examination.
 
-    files: of each video what `examine` gives, with its path.  broken: id, path and reason of each clip that
-    gives no frames.  clips: how many there are.  quarantine: where the broken are listed.
+    files: result of `examine` for each video, with its path.
+    broken: id, path and reason of each clip that gives no frames.
+    clips: number of clips.
+    quarantine: path of the list of broken clips.
     """
 
     files: tuple[dict[str, Any], ...]
@@ -52,20 +68,20 @@ class Diagnosis:
     quarantine: Path
 
     def lines(self) -> list[str]:
-        """A summary to read: how many, of what kind, what is odd, and each broken clip with its reason."""
+        """Return a summary: counts of files by kind, unusual facts, each broken clip and its reason."""
         kinds = Counter(file["kind"] for file in self.files)
-        told = ", ".join(f"{kinds[kind]} {kind}" for kind in ("ok", "damaged", "refused"))
-        lines = [f"{len(self.files)} files, {self.clips} clips: {told}"]
-        seen = [file for file in self.files if file.get("count")]
-        if seen:
-            sizes = (f"{file['width']}x{file['height']}" for file in seen)
-            lines.append(f"  codec      {_counted(file['codec'] for file in seen)}")
+        counts = ", ".join(f"{kinds[kind]} {kind}" for kind in ("ok", "damaged", "refused"))
+        lines = [f"{len(self.files)} files, {self.clips} clips: {counts}"]
+        decoded = [file for file in self.files if file.get("count")]
+        if decoded:
+            sizes = (f"{file['width']}x{file['height']}" for file in decoded)
+            lines.append(f"  codec      {_counted(file['codec'] for file in decoded)}")
             lines.append(f"  size       {_counted(sizes)}")
-            lines.append(f"  frames/s   {_spread([file['rate'] for file in seen if file['rate']])}")
-            lines.append(f"  seconds    {_spread([file['duration'] for file in seen if file['duration']])}")
-            lines.append(f"  frames     {_spread([file['count'] for file in seen])}")
-            odd = _counted(name for file in seen for name in file["unusual"])
-            lines.append(f"  unusual    {odd or 'nothing'}")
+            lines.append(f"  frames/s   {_range([file['rate'] for file in decoded if file['rate']])}")
+            lines.append(f"  seconds    {_range([file['duration'] for file in decoded if file['duration']])}")
+            lines.append(f"  frames     {_range([file['count'] for file in decoded])}")
+            unusual = _counted(name for file in decoded for name in file["unusual"])
+            lines.append(f"  unusual    {unusual or 'nothing'}")
         lines.append(f"{len(self.broken)} of {self.clips} clips give no frames{':' if self.broken else ''}")
         lines += [f"  {name}  ({video}): {reason}" for name, video, reason in self.broken[:_NAMED]]
         if len(self.broken) > _NAMED:
@@ -74,98 +90,224 @@ class Diagnosis:
         return lines
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExamineRequest:
+    """A file, the samplings of the clips that are parts of it, and the options of `ExamineOptions`."""
+
+    path: Path
+    samplings: tuple[Sampling, ...]
+    damaged: Damaged = "refuse"
+    decoder: FileDecoder = "pyav"
+    index_dir: Path | None = None
+
+
 def diagnose(
     clips: Sequence[Clip],
     out: str | Path,
-    checks: Checks,
+    options: ExamineOptions,
     *,
-    told: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Diagnosis:
-    """Examine the video of every clip, each in a process that is replaced where it hangs or crashes.
+    """Examine the video of every clip, each in a process that is replaced if it hangs or crashes.
 
-    What is found of a file is written to `files.jsonl` at once.  Whoever is interrupted goes on from there: a
-    file that has not changed is not opened again under the same checks.
+    The result of each file is appended to `files.jsonl` at once.  A later call with the same options goes on
+    from there: files that have not changed are not opened again.
 
     Args:
         clips: of a manifest.
-        out: folder for `files.jsonl` and `quarantine.jsonl`, made where there is none.
-        checks: how.
-        told: called with how many files are examined and how many there are.
+        out: folder for `files.jsonl` and `quarantine.jsonl`, made if it does not exist.
+        report: called with the number of files examined and their total.
 
     Raises:
-        ValueError: no clips.
+        ValueError: no clips, or `files.jsonl` is not one of the doctor's.
         OSError: the folder cannot be written.
     """
     if not clips:
         raise ValueError("expected at least one clip, found none")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    requests = _requests(clips, checks)
-    keys = {path: _key(request, checks) for path, request in requests.items()}
+    requests = _requests(clips, options)
+    keys = {path: _key(request, options) for path, request in requests.items()}
     record = out / "files.jsonl"
-    rows = {row["key"]: row for row in _known(record)}
+    rows = {row["key"]: row for row in _earlier_rows(record)}
     left = [request for path, request in requests.items() if keys[path] not in rows]
     done = len(requests) - len(left)
-    told(done, len(requests))
-    workers = min(checks.workers, len(left) or 1)
+    report(done, len(requests))
+    workers = min(options.workers, len(left) or 1)
     with record.open("a", encoding="utf-8") as file:
-        for outcome in run_sandboxed(examine, left, workers=workers, limit=checks.seconds):
-            path = outcome.item.path
-            found = outcome.value or _lost(outcome.error, len(outcome.item.samplings))
-            row = {"video": str(path), "key": keys[path], **found}
+        for result in run_sandboxed(examine, left, workers=workers, limit=options.seconds):
+            path = result.item.path
+            facts = result.value or _failed(result.error, len(result.item.samplings))
+            row = {"video": str(path), "key": keys[path], **facts}
             rows[keys[path]] = row
             file.write(_line(row))
             file.flush()
             done += 1
-            told(done, len(requests))
+            report(done, len(requests))
     ordered = [rows[keys[path]] for path in requests]
     write_whole(record, "".join(map(_line, ordered)))
     return _diagnosis(clips, ordered, out / "quarantine.jsonl")
 
 
-def _requests(clips: Sequence[Clip], checks: Checks) -> dict[Path, Request]:
-    """What is asked of each video, with the parts of it that clips are, in the order of the clips."""
+def examine(request: ExamineRequest) -> dict[str, Any]:
+    """Decode all of a file, then the frames that each of its clips samples.
+
+    Returns: JSON values.
+        kind, reason: "ok" decodes to its end, "damaged" breaks off, "refused" gives no frame; why.
+        clips: for each sampling why it gives no frames, or None.
+        container, codec, pixels: FFmpeg's names.
+        width, height: as displayed; coded_width, coded_height: as stored; rotation: in degrees.
+        aspect: of a pixel.
+        streams: number of video streams.
+        declared_rate, declared_duration, declared_count: of the header; rate, duration, count: of the frames.
+        gaps: least and greatest seconds between two frames.
+        keys: number of keyframes at which decoding can start.
+        unusual: unusual facts in words.
+    """
+    store = FrameIndexStore()  # of this call: an earlier index would replace the decoding
+    reasons = [_failure(request, sampling, store) for sampling in request.samplings]
+    try:
+        index = store.get(request.path)
+    except OSError:
+        index = None  # there is no such file
+    if index is None:
+        reason = next(filter(None, reasons), "it does not open")
+        return {"kind": "refused", "reason": reason, "clips": reasons}
+    FrameIndexStore(request.index_dir or default_index_dir()).put(request.path, index)
+    kind = "refused" if index.count == 0 else "ok" if index.problem is None else "damaged"
+    facts = {"kind": kind, "reason": index.fault(), "clips": reasons}
+    facts |= _header_facts(request.path) | _frame_facts(index)
+    return facts | {"unusual": _unusual(facts) if index.count else []}
+
+
+def _failure(request: ExamineRequest, sampling: Sampling, store: FrameIndexStore) -> str | None:
+    """Return why a clip gives no frames, None if it does."""
+
+    def read(decoder: FileDecoder, transform: Callable[[Image.Image], np.ndarray]) -> dict[int, np.ndarray]:
+        return read_frames(
+            request.path, sampling, transform, damaged=request.damaged, decoder=decoder, store=store
+        ).images
+
+    try:
+        if request.decoder == "pyav":
+            read("pyav", lambda image: np.zeros((1, 1, 3), np.uint8))
+            return None
+        images, others = read("pyav", np.asarray), read(request.decoder, np.asarray)
+    except DecodeError as error:
+        return error.reason
+    wrong = [number for number, image in images.items() if not np.array_equal(image, others[number])]
+    return f"decoder = {request.decoder!r} gives another frame {wrong[0]} than PyAV" if wrong else None
+
+
+def _header_facts(path: Path) -> dict[str, Any]:
+    """Return the header's part of `examine`, and the rotation of the first frame."""
+    with open_video(path) as video:
+        context, stream = video.stream.codec_context, video.stream
+        aspect = context.sample_aspect_ratio
+        facts: dict[str, Any] = {
+            "container": video.container.format.name,
+            "codec": context.codec.canonical_name,
+            "coded_width": context.width,
+            "coded_height": context.height,
+            "aspect": None if not aspect else str(aspect),
+            "streams": len(video.container.streams.video),
+            "declared_rate": _rounded(stream.average_rate),
+            "rotation": 0,
+        }
+        with suppress(FFmpegError, StopIteration):  # the index says that there is no frame
+            facts["rotation"] = next(frame.rotation for frame in video.container.decode(stream))
+    return facts
+
+
+def _frame_facts(index: FrameIndex) -> dict[str, Any]:
+    """Return the frames' part of `examine`."""
+    seconds = sorted(index.seconds(i) for i, time in enumerate(index.times) if time is not None)
+    gaps = [after - before for before, after in pairwise(seconds)]
+    span = seconds[-1] - seconds[0] if gaps else 0.0
+    return {
+        "width": index.size[0],
+        "height": index.size[1],
+        "pixels": index.pixel_format,
+        "rate": _rounded(len(gaps) / span) if span else None,
+        "duration": _rounded(span * (1 + 1 / len(gaps))) if span else None,
+        "gaps": [round(min(gaps), 6), round(max(gaps), 6)] if gaps else None,
+        "declared_duration": _rounded(index.header_seconds),
+        "declared_count": index.header_count,
+        "count": index.count,
+        "keys": len(index.keyframes),
+        "steady": index.uniform,
+        "ordered": index.ascending,
+        "faults": index.faults,
+    }
+
+
+def _unusual(facts: Mapping[str, Any]) -> list[str]:
+    """Return what is unusual about a file that gives frames."""
+    low, high = facts["gaps"] or (0.0, 0.0)
+    rate, declared = facts["rate"], facts["declared_rate"]
+    unusual = {
+        "variable rate": high > _VARIABLE * low > 0,
+        "declares another rate": bool(rate and declared and abs(rate / declared - 1) > 0.02),
+        "declares another number of frames": facts["declared_count"] not in (0, facts["count"]),
+        "turned": bool(facts["rotation"]),
+        "pixels not square": facts["aspect"] not in (None, "1"),
+        "several video streams": facts["streams"] > 1,
+        "size or format changes": not facts["steady"],
+        "times do not ascend": not facts["ordered"],
+        "decoder reports errors": facts["faults"] > 0,
+        "one frame": facts["count"] == 1,
+    }
+    return [name for name, true in unusual.items() if true]
+
+
+def _requests(clips: Sequence[Clip], options: ExamineOptions) -> dict[Path, ExamineRequest]:
+    """Return the request for each video, with the parts of it that clips are, in the order of the clips."""
     parts: dict[Path, list[Sampling]] = {}
     for clip in clips:
-        parts.setdefault(clip.video, []).append(replace(checks.sampling, start=clip.start, end=clip.end))
+        parts.setdefault(clip.video, []).append(replace(options.sampling, start=clip.start, end=clip.end))
     return {
-        path: Request(path=path, samplings=tuple(samplings), damaged=checks.damaged, cache=checks.cache)
+        path: ExamineRequest(
+            path=path,
+            samplings=tuple(samplings),
+            damaged=options.damaged,
+            decoder=options.decoder,
+            index_dir=options.index_dir,
+        )
         for path, samplings in parts.items()
     }
 
 
 def _diagnosis(clips: Sequence[Clip], rows: Sequence[dict[str, Any]], quarantine: Path) -> Diagnosis:
-    """Verdicts by clip, the broken ones written down in the form in which training keeps its own."""
+    """Collect the broken clips and list them in the form of a run's own quarantine."""
     reasons = {row["video"]: iter(row["clips"]) for row in rows}
-    told = [(clip.id, str(clip.video), next(reasons[str(clip.video)])) for clip in clips]
-    broken = tuple(row for row in told if row[2] is not None)
+    verdicts = [(clip.id, str(clip.video), next(reasons[str(clip.video)])) for clip in clips]
+    broken = tuple(verdict for verdict in verdicts if verdict[2] is not None)
     lines = [_line({"id": name, "video": video, "reason": reason}) for name, video, reason in broken]
     write_whole(quarantine, "".join(lines))
     return Diagnosis(files=tuple(rows), broken=broken, clips=len(clips), quarantine=quarantine)
 
 
-def _lost(error: Exception | None, clips: int) -> dict[str, Any]:
-    """What is known of a file that its process did not survive, or that raised what nobody expected."""
-    reason = (
-        f"decoding it {error}" if type(error).__name__ == "WorkerLost" else f"{type(error).__name__}: {error}"
-    )
+def _failed(error: Exception | None, clips: int) -> dict[str, Any]:
+    """Return the facts of a file that crashed its process, took too long or raised an unexpected error."""
+    reason = f"decoding it {error}" if isinstance(error, WorkerLost) else f"{type(error).__name__}: {error}"
     return {"kind": "refused", "reason": reason, "clips": [reason] * clips}
 
 
-def _key(request: Request, checks: Checks) -> str:
-    """Of a file as it is and the checks as they are."""
+def _key(request: ExamineRequest, options: ExamineOptions) -> str:
+    """Return the key of a file in its present state under these options."""
     try:
         stat = request.path.stat()
         state = (stat.st_size, stat.st_mtime_ns)
     except OSError:
         state = None
-    cache = () if checks.cache is None else (str(checks.cache),)
-    text = repr((str(request.path), state, request.samplings, request.damaged, checks.seconds, *cache))
+    index_dir = str(request.index_dir or default_index_dir())
+    values = (str(request.path), state, request.samplings, request.damaged, request.decoder)
+    text = repr((*values, options.seconds, index_dir))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
 
-def _known(record: Path) -> list[dict[str, Any]]:
-    """What was found before; a last line cut short by a crash is dropped, and its file examined again."""
+def _earlier_rows(record: Path) -> list[dict[str, Any]]:
+    """Return the rows of an earlier call, without a last line that a crash cut short."""
     if not record.exists():
         return []
     lines = record.read_text(encoding="utf-8").split("\n")
@@ -178,7 +320,9 @@ def _known(record: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             row = None
         if not isinstance(row, dict) or not row.keys() >= {"key", "video", "kind", "clips"}:
-            raise ValueError(f"{record}:{number}: not what the doctor wrote; remove the file to begin anew")
+            raise ValueError(
+                f"{record}:{number}: expected a row of the doctor; remove the file to begin anew"
+            )
         rows.append(row)
     return rows
 
@@ -188,15 +332,20 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _counted(values: Iterable[str]) -> str:
-    """Values with their numbers, the most common first."""
-    found = Counter(values).most_common()
-    more = sum(number for _, number in found[_COMMON:])
-    shown = ", ".join(f"{value} {number}" for value, number in found[:_COMMON])
-    return shown + (f", others {more}" if more else "")
+    """Return the values with their counts, the most common first."""
+    counts = Counter(values).most_common()
+    others = sum(count for _, count in counts[_COMMON:])
+    text = ", ".join(f"{value} {count}" for value, count in counts[:_COMMON])
+    return text + (f", others {others}" if others else "")
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Least, middle and greatest."""
+def _range(values: Sequence[float]) -> str:
+    """Return the least, greatest and median value."""
     if not values:
         return "unknown"
     return f"{min(values):g} to {max(values):g}, median {median(values):g}"
+
+
+def _rounded(value: Any) -> float | None:
+    """Return a number rounded to six decimal places, None if there is none."""
+    return None if not value else round(float(value), 6)

@@ -1,4 +1,4 @@
-"""What processes are given to do in tests: every way in which an item can end."""
+"""Work for sandboxed processes in tests: every way in which an item can end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from discovla.data.video.examine import Request, examine
+from discovla.data.doctor import ExamineRequest, examine
 
 
 class Unsendable(Exception):
@@ -21,7 +21,7 @@ class Unsendable(Exception):
 
 
 def task(item: str) -> Any:
-    """Every way in which an item can end."""
+    """End in the way that the item names."""
     match item:
         case "hang":
             time.sleep(60)
@@ -45,13 +45,13 @@ def task(item: str) -> Any:
 
 
 def stopped(_: str) -> None:
-    """Neither ends nor answers, whatever the alarm says."""
+    """Neither end nor answer, and ignore the alarm."""
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     time.sleep(60)
 
 
-def examination(request: Request) -> dict[str, Any]:
-    """What the doctor asks for, of files whose name says how their decoding ends."""
+def examination(request: ExamineRequest) -> dict[str, Any]:
+    """Examine a file whose name says how its decoding ends."""
     task(request.path.stem)
     return examine(request)
 

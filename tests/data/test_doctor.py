@@ -15,24 +15,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fuzz_videos import HEADER, SAMPLING, disagreements, draw_sources, write_mutated
 from discovla.cli import main
 from discovla.data import doctor
-from discovla.data.cache import FrameCache
 from discovla.data.dali import support as dali
-from discovla.data.doctor import Checks, Diagnosis, diagnose
+from discovla.data.doctor import Diagnosis, ExamineOptions, ExamineRequest, diagnose, examine
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.quarantine import Quarantine, without_quarantined
 from discovla.data.sampling import Sampling
 from discovla.data.video import frames, torchcodec
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.index import FrameIndexStore
+from discovla.data.video.frames import read_frames
+from discovla.data.video.index import FrameIndexStore, default_index_dir
 from tests import runs
 from tests.data.odd_clips import KINDS, Kind, odd_clip
 from tests.data.sandbox_tasks import examination
 from tests.data.test_sandbox import children, ended
+from tests.soak.fuzz_videos import HEADER, SAMPLING, disagreements, draw_sources, write_mutated
 
-CHECKS = Checks(sampling=Sampling(frames=4), seconds=20, workers=1)
+OPTIONS = ExamineOptions(sampling=Sampling(frames=4), seconds=20, workers=1)
 
 
 def clip(path: Path, name: str = "", **span: float) -> Clip:
@@ -62,7 +62,7 @@ def clips_of(folder: Path) -> list[Clip]:
 
 @pytest.fixture(scope="module")
 def found(folder, tmp_path_factory) -> Diagnosis:
-    return diagnose(clips_of(folder), tmp_path_factory.mktemp("out"), CHECKS)
+    return diagnose(clips_of(folder), tmp_path_factory.mktemp("out"), OPTIONS)
 
 
 def test_every_file_has_its_verdict_and_facts(found):
@@ -99,7 +99,7 @@ def test_what_is_unusual_is_said(found):
 def test_a_true_rate_differs_from_the_one_declared(tmp_path, monkeypatch):
     slow = Kind(suffix=".mkv", times=lambda i: i * 200, count=10)  # its header says 10 a second
     monkeypatch.setitem(KINDS, "slow", slow)
-    found = diagnose([clip(odd_clip(tmp_path, "slow"))], tmp_path / "out", CHECKS).files[0]
+    found = diagnose([clip(odd_clip(tmp_path, "slow"))], tmp_path / "out", OPTIONS).files[0]
     assert (found["rate"], found["declared_rate"]) == (5.0, 10.0)
     assert found["unusual"] == ["declares another rate"]
 
@@ -120,7 +120,7 @@ def test_the_list_and_the_summary_name_every_broken_clip(found):
 def test_clips_are_judged_by_their_own_part_of_a_file(folder, tmp_path):
     path = folder / "counting.mp4"
     clips = [clip(path, "all"), clip(path, "part", start=0.5, end=1.0), clip(path, "late", start=30.0)]
-    found = diagnose(clips, tmp_path, CHECKS)
+    found = diagnose(clips, tmp_path, OPTIONS)
     assert len(found.files) == 1
     assert [(name, reason) for name, _, reason in found.broken] == [
         ("late", "start: expected a time before the end of the clip (2.000 s, 20 frames), found 30 s")
@@ -128,8 +128,8 @@ def test_clips_are_judged_by_their_own_part_of_a_file(folder, tmp_path):
 
 
 def test_what_breaks_off_is_no_fault_where_it_is_used(folder, tmp_path):
-    checks = Checks(sampling=CHECKS.sampling, damaged="use", seconds=20)
-    found = diagnose([clip(folder / "cut.mp4")], tmp_path, checks)
+    options = ExamineOptions(sampling=OPTIONS.sampling, damaged="use", seconds=20)
+    found = diagnose([clip(folder / "cut.mp4")], tmp_path, options)
     assert (found.files[0]["kind"], found.broken) == ("damaged", ())
 
 
@@ -140,7 +140,7 @@ def test_a_decoder_that_hangs_or_crashes_costs_its_own_file_alone(folder, tmp_pa
         path = tmp_path / f"{name}.mp4"
         path.write_bytes((folder / "counting.mp4").read_bytes())
         clips.append(clip(path))
-    found = diagnose(clips, tmp_path / "out", Checks(sampling=CHECKS.sampling, seconds=2))
+    found = diagnose(clips, tmp_path / "out", ExamineOptions(sampling=OPTIONS.sampling, seconds=2))
     assert {name: reason for name, _, reason in found.broken} == {
         "hang in native code.mp4": "decoding it took longer than 2 s",
         "crash.mp4": "decoding it its process died of SIGSEGV",
@@ -162,41 +162,73 @@ def test_files_that_have_not_changed_are_not_opened_again(folder, tmp_path, monk
 
     run_sandboxed = doctor.run_sandboxed
     monkeypatch.setattr(doctor, "run_sandboxed", listened)
-    diagnose(clips, tmp_path / "out", CHECKS)
+    diagnose(clips, tmp_path / "out", OPTIONS)
     assert asked == ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
     content = (tmp_path / "out/files.jsonl").read_bytes()
     (tmp_path / "out/files.jsonl").write_bytes(content[:-20])  # the last line was not written to its end
     clips[0].video.write_bytes((folder / "cut.mp4").read_bytes())
     asked.clear()
-    found = diagnose(clips, tmp_path / "out", CHECKS)
+    found = diagnose(clips, tmp_path / "out", OPTIONS)
     assert asked == ["0.mp4", "3.mp4"]
     assert [row["kind"] for row in found.files] == ["damaged", "ok", "ok", "refused"]
     asked.clear()
-    diagnose(clips, tmp_path / "out", Checks(sampling=Sampling(frames=5), seconds=20, workers=1))
+    diagnose(clips, tmp_path / "out", ExamineOptions(sampling=Sampling(frames=5), seconds=20, workers=1))
     assert len(asked) == 4
 
 
-def test_a_run_with_its_cache_need_not_count_the_frames_of_any_file(folder, tmp_path, monkeypatch):
+def test_a_run_finds_the_indices_of_all_files(folder, tmp_path, monkeypatch):
     videos = [tmp_path / name for name in ("counting.mp4", "cut.mp4")]
     for video in videos:
         video.write_bytes((folder / video.name).read_bytes())
     write_manifest(tmp_path / "m.jsonl", [clip(video) for video in videos])
     words = ["doctor", str(tmp_path / "m.jsonl"), "--workers", "1", "--frames", "4"]
-    assert main(words) == main([*words, "--cache", str(tmp_path / "cache")]) == 0
-    monkeypatch.setattr(frames, "scan", None)
-    decoder = frames.Decoder("pyav", FrameIndexStore(FrameCache(tmp_path / "cache", ".table")))
-    assert decoder.read(videos[0], Sampling(frames=4), np.asarray).count == 20
-    with pytest.raises(DecodeError, match="damaged: "):
-        decoder.read(videos[1], Sampling(frames=4), np.asarray)
-    table = decoder.tables.get(videos[0])
-    assert table is not None
-    assert all(table.mean(index) for index in range(20))  # so that whatever is sampled later is checked
+    assert main(words) == main([*words, "--index-dir", str(tmp_path / "indices")]) == 0
+    monkeypatch.setattr(frames, "decode_through", None)
+    for store in (FrameIndexStore(tmp_path / "indices"), FrameIndexStore(default_index_dir())):
+        assert read_frames(videos[0], Sampling(frames=4), store=store).count == 20
+        with pytest.raises(DecodeError, match="damaged: "):
+            read_frames(videos[1], Sampling(frames=4), store=store)
+
+
+def other_decoder(monkeypatch, change) -> None:
+    """Have torchcodec give frames that PyAV decodes, changed."""
+
+    def decode(path, index, numbers, transform):
+        return change(frames.pyav.decode_frames(path, index, numbers, transform))
+
+    monkeypatch.setattr(torchcodec, "decode_frames", decode)
+
+
+def other(images: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    return {number: image + np.uint8(number == 6) for number, image in images.items()}
+
+
+def test_another_decoder_is_compared_with_pyav_frame_by_frame(folder, monkeypatch):
+    path = folder / "counting.mp4"
+    request = ExamineRequest(
+        path=path, samplings=(Sampling(frames=4, sample_rate=10.0),), decoder="torchcodec"
+    )
+    other_decoder(monkeypatch, lambda images: images)
+    assert examine(request)["clips"] == [None]
+    other_decoder(monkeypatch, other)
+    assert examine(request)["clips"] == ["decoder = 'torchcodec' gives another frame 6 than PyAV"]
+
+
+@pytest.mark.skipif(torchcodec.missing() is not None, reason=str(torchcodec.missing()))
+def test_files_that_another_decoder_refuses_are_listed(tmp_path):
+    names = ("long-gop", "ten-bit")
+    write_manifest(tmp_path / "m.jsonl", [clip(odd_clip(tmp_path, name), name) for name in names])
+    words = ["doctor", str(tmp_path / "m.jsonl"), "--workers", "1", "--decoder", "torchcodec"]
+    assert main(words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "m.doctor/quarantine.jsonl").open()]
+    assert [row["id"] for row in rows] == ["ten-bit"]
+    assert rows[0]["reason"].startswith("cannot be read by decoder = 'torchcodec': it has 10 bits")
 
 
 def test_a_record_of_something_else_is_refused(folder, tmp_path):
     (tmp_path / "files.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"files.jsonl:1: not what the doctor wrote; remove the file"):
-        diagnose([clip(folder / "counting.mp4")], tmp_path, CHECKS)
+    with pytest.raises(ValueError, match=r"files.jsonl:1: expected a row of the doctor; remove"):
+        diagnose([clip(folder / "counting.mp4")], tmp_path, OPTIONS)
 
 
 KILLED = """
@@ -214,8 +246,8 @@ def killed(*words, **options):
             os.kill(os.getpid(), 9)
         yield outcome
 doctor.run_sandboxed = killed
-checks = doctor.Checks(sampling=Sampling(frames=4), seconds=20)
-doctor.diagnose(read_manifest("manifest.jsonl"), "out", checks)
+options = doctor.ExamineOptions(sampling=Sampling(frames=4), seconds=20)
+doctor.diagnose(read_manifest("manifest.jsonl"), "out", options)
 """
 
 
@@ -232,8 +264,8 @@ def test_a_doctor_that_was_killed_goes_on_and_leaves_no_process(folder, tmp_path
     assert all(ended(pid) for pid in started)
     before = (tmp_path / "out/files.jsonl").read_text().splitlines()
     assert len(before) == 5
-    diagnose(clips, tmp_path / "out", CHECKS)
-    diagnose(clips, tmp_path / "whole", CHECKS)
+    diagnose(clips, tmp_path / "out", OPTIONS)
+    diagnose(clips, tmp_path / "whole", OPTIONS)
     contents = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("out", "whole")]
     assert contents[0] == contents[1]
     after = contents[0]["files.jsonl"].decode().splitlines()
@@ -304,7 +336,7 @@ def assert_judged(
 ) -> None:
     """Damaged copies of clips get one of three verdicts, and frames or the reason of the doctor."""
     clips = write_mutated(sources, folder / "clips", count, seed=7)
-    found = diagnose(clips, folder / "out", Checks(sampling=SAMPLING, seconds=20))
+    found = diagnose(clips, folder / "out", ExamineOptions(sampling=SAMPLING, seconds=20))
     assert {row["kind"] for row in found.files} == {"ok", "damaged", "refused"}
     assert disagreements(found, clips, 20, decoder, lit=lit)[0] == []
     assert children() == set()
@@ -339,7 +371,7 @@ def test_realdata_every_file_gets_its_facts(realdata, tmp_path):
     facts = {str(realdata / row["file"]): row["facts"] for row in rows if row["file"].startswith("videos/")}
     clips = [clip(Path(path), path) for path in facts]
     found = diagnose(
-        clips, tmp_path, Checks(sampling=Sampling(frames=2), seconds=120, workers=os.cpu_count() or 1)
+        clips, tmp_path, ExamineOptions(sampling=Sampling(frames=2), seconds=120, workers=os.cpu_count() or 1)
     )
     assert len(found.files) == len(facts)
     for row in found.files:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from discovla.data.augment import crop_box
-from discovla.data.cache import FrameCache
 from discovla.data.config import FULL_SIZE, Augment, FrameSettings
 from discovla.data.dali.augment import drawn_steps
 from discovla.data.dali.plans import Plan, no_plan
@@ -21,8 +20,9 @@ from discovla.data.sampling import Sampling, clip_sampling
 from discovla.data.sandbox import Sandbox, WorkerLost
 from discovla.data.shards.reader import Shards
 from discovla.data.video.errors import DecodeError, check_file
-from discovla.data.video.frames import look_through, sampled, warn_once
+from discovla.data.video.frames import sampled_indices, warn_once
 from discovla.data.video.index import FrameIndex, FrameIndexStore
+from discovla.data.video.pyav import index_video
 from discovla.data.video.resize import resize_geometry
 
 
@@ -68,10 +68,8 @@ class DaliClipReader:
             raise ValueError(f"decoder: {lacking}")
         self.settings, self.shards, self.instead = settings, shards, instead
         self.graph = _graph_settings(settings, augment, threads, shards)
-        self._tables = FrameIndexStore(
-            None if settings.cache is None else FrameCache(settings.cache, ".table")
-        )
-        self._counter = None if settings.limit is None else Sandbox(look_through, limit=settings.limit)
+        self._tables = FrameIndexStore(settings.cache)
+        self._counter = None if settings.limit is None else Sandbox(index_video, limit=settings.limit)
 
     def sample(self, clip: Clip, augment: Augment | None = None, seed: str = "") -> tuple[Plan, int]:
         """The plan of a clip's frames, as `FileClipReader.sample`, and how many frames it has.
@@ -109,15 +107,13 @@ class DaliClipReader:
         """Frames of a file, and their width and height."""
         path = clip.video
         check_file(path)
-        table = self._table(path, sampling)
-        indices = sampled(path, table, sampling, self.settings.damaged)
+        table = self._table(path)
+        indices = sampled_indices(path, table, sampling, self.settings.damaged)
         reason = unfit(table, cuda=self.graph.device is not None)
         if reason is not None:
             raise Otherwise(path, f"cannot be read by decoder = 'dali': {reason}")
         chosen, places = np.unique(indices, return_inverse=True)
-        unknown = (np.nan,) * 3
-        means = np.array([table.mean(index) or unknown for index in chosen.tolist()], np.float32)
-        return replace(self._plan(clip, chosen, places), means=means, spread=table.spread), table.size
+        return self._plan(clip, chosen, places), table.size
 
     def _of_shards(self, clip: Clip, sampling: Sampling) -> tuple[Plan, tuple[int, int]]:
         """Frames in shards, and their width and height."""
@@ -145,13 +141,12 @@ class DaliClipReader:
         steps = drawn_steps(seed, size) if self.graph.augment == "randaugment" else ()
         return replace(plan, cut=(top, left), part=(side, side), size=(height, width), steps=steps)
 
-    def _table(self, path: Path, sampling: Sampling) -> FrameIndex:
+    def _table(self, path: Path) -> FrameIndex:
         """The table of a file, counted where it is not known, with what the frames sampled look like."""
         table = self._tables.get(path)
         if table is None:
             try:
-                item = (path, sampling)
-                table = look_through(item) if self._counter is None else self._counter(item)
+                table = index_video(path) if self._counter is None else self._counter(path)
             except WorkerLost as error:
                 raise DecodeError(path, f"not decoded: {error}") from error
             self._tables.put(path, table)

@@ -56,14 +56,14 @@ def unfit(table: FrameIndex, *, cuda: bool) -> str | None:
     if table.codec not in codecs:
         where = "the GPU" if cuda else "a CPU"
         return f"its codec is {table.codec}, DALI decodes {', '.join(sorted(codecs))} on {where}"
-    if not table.ordered:
-        return "it breaks off, changes its size or has frames without ascending times"
-    if table.turn:
+    if not table.seekable:
+        return "it is damaged, changes its size or has frames without ascending times"
+    if table.rotation:
         return "its frames are shown turned, which DALI does not do"
     if table.packets != table.count:
         return f"it has {table.packets} packets, which DALI takes for frames, and {table.count} frames decode"
-    if table.stream:
-        return f"its best video stream is number {table.stream} of the file, DALI takes the first"
-    if "10" in table.pixels or "12" in table.pixels:
-        return f"its pixels are {table.pixels}, DALI's are of 8 bits"
+    if table.stream_index:
+        return f"its best video stream is number {table.stream_index} of the file, DALI takes the first"
+    if "10" in table.pixel_format or "12" in table.pixel_format:
+        return f"its pixels are {table.pixel_format}, DALI's are of 8 bits"
     return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class DecodeError(Exception):
-    """A video that gives no frames, or not the frames asked for."""
+    """A video file that gives no frames, or not the sampled ones."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(path, reason)
@@ -17,11 +17,15 @@ class DecodeError(Exception):
         return f"{self.path}: {self.reason}"
 
 
+class WrongFrames(Exception):
+    """A decoder cannot give the frames of the index of a file."""
+
+
 def check_file(path: Path) -> None:
-    """Refuse what is not a regular file with something in it.
+    """Check that a path is a regular file that is not empty.
 
     Raises:
-        DecodeError: the path is no such file.
+        DecodeError: it is not.
     """
     try:
         if not path.exists():
@@ -31,9 +35,9 @@ def check_file(path: Path) -> None:
         if path.stat().st_size == 0:
             raise DecodeError(path, "the file is empty (0 bytes)")
     except OSError as error:
-        raise DecodeError(path, f"cannot be read: {words(error)}") from error
+        raise DecodeError(path, f"cannot be read: {error_text(error)}") from error
 
 
-def words(error: Exception) -> str:
-    """An error of the system or of FFmpeg without its number and path."""
+def error_text(error: Exception) -> str:
+    """Return the text of an error of the system or of FFmpeg without its number and path."""
     return getattr(error, "strerror", None) or str(error)

@@ -1,14 +1,19 @@
-"""What is known of the frames of a file that was decoded to its end: how many, when, where to enter it."""
+"""Index of the frames of a video file: number, times and keyframes, built by decoding the file once."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import logging
+import os
 import struct
+import threading
+import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,289 +21,282 @@ from typing import Any
 import numpy as np
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
-from av.video.stream import VideoStream
-from PIL import Image
 
-from discovla.data.cache import FrameCache
-from discovla.data.video.fingerprints import UNKNOWN, Colour, Fingerprint, Fingerprints, fingerprint, spread
+logger = logging.getLogger(__name__)
 
-_VERSION = "frame table 5"
-_KEPT = 64 << 20  # bytes of tables that a process keeps, of about 10,000 clips of 15 s
-_LENGTH = struct.Struct("<I")  # of what a packed table says in words; its times, checksums and colours follow
-_COMPARED = 4  # frames of a file whose mean colour is taken in another way too
+VERSION = 6  # of the fields of `FrameIndex` and of the rules by which it is built
+_MEMORY = 64 << 20  # bytes of indices that a process keeps, enough for about 20,000 clips of 15 s
+_MAGIC = b"dvindex1"
+_HEADER = struct.Struct("<8sII")  # magic, CRC-32 of the rest, length of the JSON; the times follow
 _NO_TIME = np.iinfo(np.int64).min
-
-_QUARTER_TURNS = {
-    90: Image.Transpose.ROTATE_90,
-    180: Image.Transpose.ROTATE_180,
-    270: Image.Transpose.ROTATE_270,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameIndex:
-    """The frames that decode, in the order in which they are shown.
+    """The frames of a file that decode, in presentation order.
 
-    count: how many.  rate: average frames per second of the stream.  header_count: frames the header
-    promises, 0 where it says nothing.  size: width and height as displayed.  problem: what ended the decoding
-    early, or None.  stream: index in the file.  tick: seconds of a unit of time, numerator and denominator.
-    times: of each frame in ticks, None where the file has none.  keys: frames after which nothing depends on
-    what came before, each with the time of decoding to seek.  codec, pixels: the stream's codec and pixel
-    format.  packets: that hold something.  turn: degrees counterclockwise by which frames are shown turned.
-    steady: whether size and format are those of the first frame throughout.  sums: checksum of each frame,
-    `UNKNOWN` where there is none.  means: of each frame with a checksum three bytes, its colour.  spread: by
-    how many levels that may be off.  sequential: whether other frames came where the file was entered at a
-    key frame.
+    count: number of frames that decode.
+    times: presentation time of each frame in units of `time_base`, None where the file gives none.
+    keyframes: frames at which decoding can start, each as (frame, decoding time in units of `time_base`).
+    time_base: seconds of one unit of time, as (numerator, denominator).
+    header_rate: average frames per second in the header, None where it has none.
+    header_count: number of frames in the header, 0 where it has none.
+    header_seconds: duration in the header, None where it has none.
+    stream_index: index of the video stream in the file.
+    container, codec, pixel_format: FFmpeg's names.
+    size: width and height as displayed.
+    rotation: degrees counterclockwise by which frames are turned for display.
+    packets: number of packets that are not empty.
+    uniform: True if all frames have the size, pixel format and rotation of the first.
+    interlaced: True if a frame is interlaced.
+    problem: the error that ended decoding early, None if the file decodes to its end.
+    faults: number of errors that the decoder reported but decoded past, as in a damaged file.
+    sequential: True if seeking to a keyframe gave other frames than the index has.
     """
 
     count: int
-    rate: float | None
-    header_count: int
-    size: tuple[int, int]
-    problem: str | None
-    stream: int
-    tick: tuple[int, int]
     times: tuple[int | None, ...]
-    keys: tuple[tuple[int, int], ...]
+    keyframes: tuple[tuple[int, int], ...]
+    time_base: tuple[int, int]
+    header_rate: float | None
+    header_count: int
+    header_seconds: float | None
+    stream_index: int
+    container: str
     codec: str
-    pixels: str
+    pixel_format: str
+    size: tuple[int, int]
+    rotation: int
     packets: int
-    turn: int
-    steady: bool
-    sums: tuple[int, ...]
-    means: bytes
-    spread: float
+    uniform: bool
+    interlaced: bool
+    problem: str | None
+    faults: int
     sequential: bool = False
 
-    @property
-    def ordered(self) -> bool:
-        """Whether the file can be entered and its frames told by their times: it is whole, they ascend."""
+    @cached_property
+    def ascending(self) -> bool:
+        """True if every frame has a time and the times ascend."""
         known = [time for time in self.times if time is not None]
-        ascending = all(a < b for a, b in pairwise(known))
-        whole = self.problem is None and self.steady and not self.sequential
-        return whole and len(known) == self.count and ascending
+        return len(known) == self.count and all(a < b for a, b in pairwise(known))
 
-    def mean(self, index: int) -> Colour | None:
-        """The mean colour of a frame in levels, None where it is not known."""
-        if index >= len(self.sums) or self.sums[index] == UNKNOWN:
+    @cached_property
+    def seekable(self) -> bool:
+        """True if frames decoded from a keyframe on are known to be those decoded from the start.
+
+        What a decoder makes of damaged data depends on the frames decoded before.
+        """
+        undamaged = self.problem is None and self.faults == 0
+        return undamaged and self.uniform and self.ascending and not self.sequential
+
+    @property
+    def rate(self) -> float | None:
+        """Average frames per second: of the header, else by the times of the frames; None if unknown."""
+        if self.header_rate is not None:
+            return self.header_rate
+        known = sorted(time for time in self.times if time is not None)
+        if len(known) < 2 or known[0] == known[-1] or self.time_base[0] == 0:
             return None
-        red, green, blue = self.means[3 * index : 3 * index + 3]
-        return red, green, blue
+        return float((len(known) - 1) / ((known[-1] - known[0]) * Fraction(*self.time_base)))
 
-    def differs(self, index: int, image: Image.Image, tolerance: int = 0) -> bool:
-        """Whether an image is known to be another than a frame, of whose pixels it is `tolerance` off."""
-        mean = self.mean(index)
-        if mean is None:
-            return False
-        found = fingerprint(image, self.turn)
-        if not tolerance:
-            return found.checksum != self.sums[index]
-        off = np.abs(np.subtract(found.mean, mean))
-        return float(off.max()) > tolerance + 0.5  # means are kept as whole numbers
+    def seconds(self, frame: int) -> float:
+        """Return the presentation time of a frame in seconds, by the rate where the file gives no time."""
+        time = self.times[frame]
+        if time is None or self.time_base[0] == 0:
+            return frame / self.rate if self.rate else 0.0
+        return float(time * Fraction(*self.time_base))
 
-    def key_of(self, index: int) -> int:
-        """The place in `keys` of the last one at or before a frame, -1 where there is none."""
-        return bisect_right(self.keys, (index, np.inf)) - 1
+    def keyframe_before(self, frame: int) -> int:
+        """Return the position in `keyframes` of the last one at or before a frame, -1 if there is none."""
+        return bisect_right(self.keyframes, (frame, np.inf)) - 1
 
-    def seconds(self, index: int) -> float:
-        """The time of a frame, where the file gives it, and otherwise as by its rate."""
-        time = self.times[index]
-        if time is None or self.tick[0] == 0:
-            return index / self.rate if self.rate else 0.0
-        return float(time * Fraction(*self.tick))
-
-    def nothing(self) -> str:
-        """Why there is no frame."""
-        return f"no frame decodes: {self.problem or 'the video stream is empty'}"
-
-    def broken(self) -> str:
-        """Where the decoding ended."""
+    def fault(self) -> str:
+        """Return why the file gives no frames or only its first ones, "" if it decodes to its end."""
+        if self.count == 0:
+            return f"no frame decodes: {self.problem or 'the video stream is empty'}"
+        if self.problem is None:
+            return ""
         promised = f" of the {self.header_count} its header promises" if self.header_count else ""
         return f"damaged: {self.count} frames decode{promised}, then {self.problem}"
 
 
 @dataclass(kw_only=True)
 class FrameIndexBuilder:
-    """A table that grows while a file is decoded."""
+    """Collects the packets and frames of a file while it is decoded; the fields are those of `FrameIndex`."""
 
-    rate: float | None
+    time_base: tuple[int, int]
+    header_rate: float | None
     header_count: int
-    stream: int
-    tick: tuple[int, int]
+    header_seconds: float | None
+    stream_index: int
+    container: str
     codec: str
-    packets: int = 0
-    turn: int = 0
     count: int = 0
-    size: tuple[int, int] = (0, 0)
+    packets: int = 0
+    faults: int = 0
     problem: str | None = None
-    pixels: str = ""
-    steady: bool = True
+    size: tuple[int, int] = (0, 0)
+    uniform: bool = True
+    interlaced: bool = False
     times: list[int | None] = field(default_factory=list)
-    prints: Fingerprints | None = None
-    seen: dict[int, Fingerprint] = field(default_factory=dict)  # of frames that were converted whole
-    spread: float = 0.0
-    entries: list[tuple[int, int]] = field(default_factory=list)  # times of showing and decoding
-    intra: set[int | None] = field(default_factory=set)  # times of showing
+    _format: tuple[int, int, str, int] = (0, 0, "", 0)  # of the first frame
+    _starts: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # keyframe packets: times of display, decoding
+    _intra: set[int] = field(default_factory=set)  # display times of frames that refer to no earlier one
 
-    @staticmethod
-    def of(stream: VideoStream, *, prints: bool) -> FrameIndexBuilder:
-        """What the header of a stream says.
+    def add_packet(self, packet: Packet) -> None:
+        """Count a packet and note the times of a keyframe."""
+        if not packet.size:
+            return
+        self.packets += 1
+        if packet.is_keyframe and packet.pts is not None:
+            self._starts.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
 
-        Args:
-            prints: whether to note what tells each frame from others.
-        """
-        tick = stream.time_base or Fraction(0)
-        return FrameIndexBuilder(
-            rate=float(stream.average_rate or 0) or None,
-            header_count=stream.frames,
-            stream=stream.index,
-            tick=(tick.numerator, tick.denominator),
-            codec=stream.codec.canonical_name,
-            prints=Fingerprints() if prints else None,
-        )
-
-    def saw_packet(self, packet: Packet) -> None:
-        """Count a packet, and note where the file can be entered."""
-        self.packets += packet.size > 0
-        if packet.is_keyframe and packet.size and packet.pts is not None and packet.dts is not None:
-            self.entries.append((packet.pts, packet.dts))
-
-    def saw_frame(self, frame: VideoFrame) -> int:
-        """Count a frame and give its index."""
-        kind = (displayed_size(frame), frame.format.name, _turn(frame))
+    def add_frame(self, frame: VideoFrame) -> int:
+        """Add the next frame in presentation order and return its number."""
+        shape = (frame.width, frame.height, frame.format.name, quarter_turns(frame))
         if self.count == 0:
-            self.size, self.pixels, self.turn = kind
-        elif self.steady:
-            self.steady = (self.size, self.pixels, self.turn) == kind
-        if self.prints is not None and self.steady:
-            self.prints.add(frame)
-        # The pictures from which a refresh begins are marked as key frames too, but build on earlier ones.
-        if frame.key_frame and frame.pict_type == PictureType.I:
-            self.intra.add(frame.pts)
+            self._format = shape
+            self.size = displayed_size(frame)
+        elif shape != self._format:
+            self.uniform = False
+        if frame.interlaced_frame:
+            self.interlaced = True
+        if frame.is_corrupt:
+            self.faults += 1
+        # The first picture of a gradual refresh is marked as a keyframe too but refers to earlier ones.
+        if frame.key_frame and frame.pts is not None and frame.pict_type == PictureType.I:
+            self._intra.add(frame.pts)
         self.times.append(frame.pts)
         self.count += 1
         return self.count - 1
 
-    def saw_image(self, image: Image.Image) -> None:
-        """Note how the last frame is displayed."""
-        if self.prints is None:
-            return
-        found = self.seen[self.count - 1] = fingerprint(image, self.turn)
-        if len(self.seen) <= _COMPARED:
-            self.spread = max(self.spread, spread(image, found))
-
-    def table(self) -> FrameIndex:
-        """The table of what was decoded."""
-        index_of = {time: index for index, time in enumerate(self.times)}
-        entered = (entry for entry in self.entries if entry[0] in self.intra)
-        keys = sorted((index_of[shown], decoded) for shown, decoded in entered)
-        prints = [] if self.prints is None or not self.steady else self.prints.all()
-        known = [each or self.seen.get(index) for index, each in enumerate(prints)]
-        colours = [(0.0, 0.0, 0.0) if each is None else each.mean for each in known]
+    def build(self) -> FrameIndex:
+        """Return the index of all that was added."""
+        frame_at = {time: frame for frame, time in enumerate(self.times)}
+        _, _, pixel_format, turns = self._format
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return FrameIndex(
-            count=self.count,
-            rate=self.rate,
-            header_count=self.header_count,
-            size=self.size,
-            problem=self.problem,
-            stream=self.stream,
-            tick=self.tick,
-            times=tuple(self.times),
-            keys=tuple(keys),
-            codec=self.codec,
-            pixels=self.pixels,
-            packets=self.packets,
-            turn=self.turn,
-            steady=self.steady,
-            sums=tuple(UNKNOWN if each is None else each.checksum for each in known),
-            means=np.rint(np.array(colours)).astype(np.uint8).tobytes(),
-            spread=math.ceil(self.spread),
+            **(public | {"times": tuple(self.times)}),
+            keyframes=tuple(sorted((frame_at[pts], dts) for pts, dts in self._starts if pts in self._intra)),
+            pixel_format=pixel_format,
+            rotation=turns,
         )
 
 
 class FrameIndexStore:
-    """Tables of files, in memory for a bounded number of frames and on disk where there is a cache.
+    """Frame indices by file: in memory up to a number of bytes, and in a folder where one is given.
 
-    A table is known by the file's path, size and time of change: that of a changed file is never met again.
+    The key of an index is the path, size and modification time of its file and the version of the format,
+    so that a file that has changed is indexed again.  Files are written whole or not at all; one that is
+    damaged is ignored and written again.
     """
 
-    def __init__(self, cache: FrameCache | None = None) -> None:
-        self._cache = cache
-        self._kept: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._packed: OrderedDict[str, bytes] = OrderedDict()
         self._bytes = 0
 
-    def get(self, path: Path) -> FrameIndex | None:
-        """The table of a file, or None where it is not known."""
-        name = _name(path)
-        content = self._kept.get(name)
+    def get(self, video: Path) -> FrameIndex | None:
+        """Return the index of a file, None if it has not been indexed."""
+        key = _key(video)
+        content = self._packed.get(key)
         if content is not None:
-            self._kept.move_to_end(name)
-        elif self._cache is not None:
-            found = self._cache.get(self._cache.key(path, _VERSION))
-            if found is not None:
-                content = found.tobytes()
-                self._keep(name, content)
-        return None if content is None else unpacked(content)
+            self._packed.move_to_end(key)
+            return unpack_index(content)
+        if self.folder is None:
+            return None
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        index = unpack_index(content)
+        if index is None:
+            logger.warning("%s: damaged frame index; %s is indexed again", path, video)
+        else:
+            self._keep(key, content)
+        return index
 
-    def put(self, path: Path, table: FrameIndex) -> None:
-        """Keep a table in place of an earlier one."""
-        content = packed(table)
-        self._keep(_name(path), content)
-        if self._cache is not None:
-            column = np.frombuffer(content, np.uint8).reshape(1, -1, 1, 1)
-            self._cache.put(self._cache.key(path, _VERSION), column)
+    def put(self, video: Path, index: FrameIndex) -> None:
+        """Keep the index of a file in place of an earlier one.
 
-    def _keep(self, name: tuple[str, int, int], content: bytes) -> None:
-        self._bytes += len(content) - len(self._kept.pop(name, b""))
-        self._kept[name] = content
-        while self._bytes > _KEPT:
-            self._bytes -= len(self._kept.popitem(last=False)[1])
+        A folder that cannot be written is one warning: the index then stays in memory only.
+        """
+        key, content = _key(video), pack_index(index)
+        self._keep(key, content)
+        if self.folder is None:
+            return
+        path = self._path(key)
+        part = path.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            part.replace(path)
+        except OSError as error:
+            _warn_unwritable(str(self.folder), error.strerror or str(error))
 
+    def _keep(self, key: str, content: bytes) -> None:
+        self._bytes += len(content) - len(self._packed.pop(key, b""))
+        self._packed[key] = content
+        while self._bytes > _MEMORY:
+            self._bytes -= len(self._packed.popitem(last=False)[1])
 
-def packed(table: FrameIndex) -> bytes:
-    """A table as bytes."""
-    words = {name: value for name, value in vars(table).items() if name not in ("times", "sums", "means")}
-    text = json.dumps(words, separators=(",", ":")).encode()
-    times = np.array([_NO_TIME if time is None else time for time in table.times], "<i8")
-    parts = (text, times.tobytes(), np.array(table.sums, "<u4").tobytes(), table.means)
-    return _LENGTH.pack(len(text)) + b"".join(parts)
-
-
-def unpacked(content: bytes) -> FrameIndex:
-    """The table in bytes."""
-    end = _LENGTH.size + _LENGTH.unpack_from(content)[0]
-    fields = json.loads(content[_LENGTH.size : end])
-    times = np.frombuffer(content, "<i8", fields["count"], end).tolist()
-    end += 8 * len(times)
-    number = (len(content) - end) // 7
-    pairs: dict[str, Any] = {"keys": tuple((index, time) for index, time in fields["keys"])}
-    for name in ("size", "tick"):
-        pairs[name] = tuple(fields[name])
-    pairs["times"] = tuple(None if time == _NO_TIME else time for time in times)
-    pairs["sums"] = tuple(np.frombuffer(content, "<u4", number, end).tolist())
-    pairs["means"] = content[end + 4 * number :]
-    return FrameIndex(**(fields | pairs))
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / key[:2] / f"{key}.index"
 
 
-def displayed_size(frame: VideoFrame) -> tuple[int, int]:
-    """Width and height of a frame after it is turned."""
-    return (frame.height, frame.width) if _turn(frame) % 180 else (frame.width, frame.height)
+def default_index_dir() -> Path:
+    """Return the folder of frame indices where none is configured: of the user, below `$XDG_CACHE_HOME`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "discovla" / "frame_index"
 
 
-def displayed(frame: VideoFrame, size: tuple[int, int]) -> Image.Image:
-    """A frame in RGB as displayed, at the size of the first frame where the stream changes size."""
-    image = frame.to_image()
-    turn = _turn(frame)
-    if turn:
-        image = image.transpose(_QUARTER_TURNS[turn])
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+def pack_index(index: FrameIndex) -> bytes:
+    """Return an index as bytes."""
+    values = {name: getattr(index, name) for name in index.__dataclass_fields__ if name != "times"}
+    text = json.dumps(values, separators=(",", ":")).encode()
+    times = np.array([_NO_TIME if time is None else time for time in index.times], "<i8").tobytes()
+    return _HEADER.pack(_MAGIC, zlib.crc32(text + times), len(text)) + text + times
 
 
-def _turn(frame: VideoFrame) -> int:
-    """Degrees to turn a frame counterclockwise, a whole number of quarter turns."""
+def unpack_index(content: bytes) -> FrameIndex | None:
+    """Return the index packed in bytes, None if they are damaged."""
+    if len(content) < _HEADER.size:
+        return None
+    magic, checksum, length = _HEADER.unpack_from(content)
+    body = content[_HEADER.size :]
+    if magic != _MAGIC or zlib.crc32(body) != checksum:
+        return None
+    values: dict[str, Any] = json.loads(body[:length])
+    times = np.frombuffer(body, "<i8", offset=length).tolist()
+    values["times"] = tuple(None if time == _NO_TIME else time for time in times)
+    values["keyframes"] = tuple((frame, time) for frame, time in values["keyframes"])
+    for name in ("time_base", "size"):
+        values[name] = tuple(values[name])
+    return FrameIndex(**values)
+
+
+def quarter_turns(frame: VideoFrame) -> int:
+    """Return the degrees by which a frame is turned counterclockwise: 0, 90, 180 or 270."""
     return round(frame.rotation / 90) * 90 % 360
 
 
-def _name(path: Path) -> tuple[str, int, int]:
-    stat = path.stat()
-    return str(path), stat.st_size, stat.st_mtime_ns
+def displayed_size(frame: VideoFrame) -> tuple[int, int]:
+    """Return width and height of a frame once it is turned."""
+    return (frame.height, frame.width) if quarter_turns(frame) % 180 else (frame.width, frame.height)
+
+
+def _key(video: Path) -> str:
+    stat = video.stat()
+    text = f"{video}\n{stat.st_size}\n{stat.st_mtime_ns}\n{VERSION}"
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+@lru_cache(maxsize=16)
+def _warn_unwritable(folder: str, reason: str) -> None:
+    """Warn once per process, folder and reason."""
+    logger.warning(
+        "data.index_dir: %s cannot be written (%s): each process decodes each file once more", folder, reason
+    )

@@ -1,13 +1,15 @@
-"""Video files by PyAV: opening, decoding to the end, seeking by the index."""
+"""Video files by PyAV: open, decode to the end, decode single frames by the index."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 import av
+import av.logging
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
@@ -16,57 +18,140 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from discovla.data.sampling import Sampling
-from discovla.data.video.errors import DecodeError, check_file, words
-from discovla.data.video.index import FrameIndex, FrameIndexBuilder, displayed
+from discovla.data.video.errors import DecodeError, WrongFrames, check_file, error_text
+from discovla.data.video.index import FrameIndex, FrameIndexBuilder, quarter_turns
+
+Transform = Callable[[Image.Image], np.ndarray]  # of an RGB image as displayed, to uint8 y x 3
+Images = dict[int, np.ndarray]  # transformed frames by their number
+
+_TURNS = {
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
+
+
+@dataclass(frozen=True)
+class OpenVideo:
+    """An open file, its best video stream, and the messages that FFmpeg logs while it is read."""
+
+    container: InputContainer
+    stream: VideoStream
+    messages: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def take_faults(self) -> int:
+        """Return how many errors FFmpeg has logged since the last call."""
+        faults = sum(level <= av.logging.ERROR for level, _, _ in self.messages)
+        self.messages.clear()
+        return faults
 
 
 @contextmanager
-def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """A file and its best video stream, to be decoded on one thread.
+def open_video(path: Path) -> Iterator[OpenVideo]:
+    """Open a file and its best video stream for decoding on one thread.
 
     Raises:
-        DecodeError: it is no file, does not open or holds no video.
+        DecodeError: it is not a file, does not open or has no video stream.
     """
     check_file(path)
-    try:
-        # A title in a broken encoding is no reason to refuse a video.
-        container = av.open(str(path.absolute()), metadata_errors="replace")
-    except (FFmpegError, OSError) as error:
-        raise DecodeError(path, _unopened(path, error)) from error
-    with container:
-        stream = _best(path, container)
-        # Frame threading gives other frames, and other numbers of them, on broken files.
-        stream.thread_type = "SLICE"
-        stream.codec_context.thread_count = 1
-        yield container, stream
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    with av.logging.Capture() as messages:
+        try:
+            # A title in a broken encoding is no reason to refuse a video.
+            container = av.open(str(path.absolute()), metadata_errors="replace")
+        except (FFmpegError, OSError) as error:
+            raise DecodeError(path, _open_failure(path, error)) from error
+        with container:
+            stream = _best_stream(path, container)
+            # Frame threading gives other frames, and other numbers of them, on broken files.
+            stream.thread_type = "SLICE"
+            stream.codec_context.thread_count = 1
+            yield OpenVideo(container, stream, messages)
 
 
-def _unopened(path: Path, error: Exception) -> str:
-    """Why a file does not open."""
-    if isinstance(error, PermissionError):
-        return f"cannot be read: {words(error)}"
-    with path.open("rb") as file:
-        head = file.read(12)
-    if head[4:8] == b"ftyp":
-        return f"truncated: an MP4 file without its index ({words(error)})"
-    return f"not a video file ({words(error)})"
+def decode_through(
+    path: Path,
+    transform: Transform,
+    *,
+    sampling: Sampling | None = None,
+    frames: Collection[int] | None = None,
+) -> tuple[Images, FrameIndex]:
+    """Decode a file to its end, transforming some of its frames, and index all of them.
+
+    Args:
+        sampling: keep the frames it takes if the number of frames and the rate are those of the header, or
+            else those of the packets; the index tells whether they are.
+        frames: keep these frames instead.
+
+    Raises:
+        DecodeError: the file does not open.
+    """
+    images: Images = {}
+    with open_video(path) as video:
+        index = _builder(video)
+        if frames is None:
+            frames = set() if sampling is None else _expected_frames(path, index, sampling)
+        try:
+            for packet in video.container.demux(video.stream):
+                index.add_packet(packet)
+                for frame in packet.decode():
+                    number = index.add_frame(frame)
+                    if number in frames:
+                        images[number] = transform(displayed_image(frame, index.size))
+                if video.messages:
+                    index.faults += video.take_faults()
+        except FFmpegError as error:
+            index.problem = error_text(error) + (" (the file is cut off)" if is_cut_off(path) else "")
+    return images, index.build()
 
 
-def _best(path: Path, container: InputContainer) -> VideoStream:
-    """The best video stream, a picture on a sound file's cover not being one."""
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream) or stream.disposition & stream.disposition.attached_pic:
-        if container.streams.video and not isinstance(stream, VideoStream):
-            raise DecodeError(path, "no video stream that can be decoded")
-        kind = "audio only" if container.streams.audio else "neither video nor audio in it"
-        raise DecodeError(path, f"no video stream: {kind}")
-    if stream.codec_context is None:
-        raise DecodeError(path, "no decoder for its video stream")
-    return stream
+def index_video(path: Path) -> FrameIndex:
+    """Decode a file to its end and return its index.
+
+    Raises:
+        DecodeError: the file does not open.
+    """
+    return decode_through(path, np.asarray)[1]
+
+
+def decode_frames(path: Path, index: FrameIndex, frames: Sequence[int], transform: Transform) -> Images:
+    """Decode single frames of a file, each from the last keyframe before it on.
+
+    Pictures that no other refers to are skipped.  With one keyframe in the file that is all up to the last
+    frame, with many the way from a keyframe to each frame.
+
+    Args:
+        path, index: a file and its index, which is `seekable`.
+        frames: numbers below `index.count`.
+
+    Raises:
+        WrongFrames: a frame of the index is not found, or is damaged.
+        DecodeError: the file no longer opens.
+    """
+    images: Images = {}
+    with open_video(path) as video:
+        for keyframe, group in groupby(sorted(set(frames)), index.keyframe_before):
+            for number, frame in _frames_after(video, index, keyframe, list(group)):
+                if frame.is_corrupt:
+                    raise WrongFrames(
+                        f"frame {number} is damaged, which it is not when decoded from the start"
+                    )
+                images[number] = transform(displayed_image(frame, index.size))
+    return images
+
+
+def displayed_image(frame: VideoFrame, size: tuple[int, int]) -> Image.Image:
+    """Return a frame in RGB as displayed, at the size of the first frame where the stream changes size."""
+    image = frame.to_image()
+    turns = quarter_turns(frame)
+    if turns:
+        image = image.transpose(_TURNS[turns])
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def is_cut_off(path: Path) -> bool:
-    """Whether an MP4 file ends before the last of its boxes does."""
+    """Return True if an MP4 file ends before the last of its boxes does."""
     end, size = 0, path.stat().st_size
     with path.open("rb") as file:
         while end < size:
@@ -78,131 +163,112 @@ def is_cut_off(path: Path) -> bool:
             if length == 1:
                 length = int.from_bytes(head[8:], "big")
             if length < 8:
-                return False  # 0: the box runs to the end of the file, whatever that is
+                return False  # 0: the box runs to the end of the file, wherever that is
             end += length
     return end > size
 
 
-def scan(
-    path: Path,
-    sampling: Sampling | None,
-    each: Callable[[Image.Image], np.ndarray],
-    count: int | None,
-    *,
-    prints: bool = False,
-) -> tuple[dict[int, np.ndarray], FrameIndex]:
-    """Decode the whole file, keeping the frames sampled where `count` frames decode; None is a guess.
-
-    Args:
-        prints: whether the table is to tell each frame from others.
-
-    Returns: frames by index, those of another count where the guess was wrong, and the table of all.
-
-    Raises:
-        DecodeError: the file does not open.
-    """
-    images: dict[int, np.ndarray] = {}
-    with open_video(path) as (container, stream):
-        draft = FrameIndexBuilder.of(stream, prints=prints)
-        wanted = _wanted(sampling, _guess(path, stream) if count is None else count, draft.rate)
-        try:
-            for packet in container.demux(stream):
-                draft.saw_packet(packet)
-                for frame in packet.decode():
-                    if draft.saw_frame(frame) in wanted:
-                        image = displayed(frame, draft.size)
-                        draft.saw_image(image)
-                        images[draft.count - 1] = each(image)
-        except FFmpegError as error:
-            draft.problem = words(error) + (" (the file is cut off)" if is_cut_off(path) else "")
-    return images, draft.table()
+def _builder(video: OpenVideo) -> FrameIndexBuilder:
+    """Return an empty index with the header of a file."""
+    stream = video.stream
+    base = stream.time_base
+    seconds = float(stream.duration * base) if stream.duration and base else 0.0
+    if not seconds and video.container.duration:
+        seconds = video.container.duration / av.time_base
+    return FrameIndexBuilder(
+        time_base=(base.numerator, base.denominator) if base else (0, 1),
+        header_rate=float(stream.average_rate or 0) or None,
+        header_count=stream.frames,
+        header_seconds=seconds or None,
+        stream_index=stream.index,
+        container=video.container.format.name,
+        codec=stream.codec.canonical_name,
+    )
 
 
-def _wanted(sampling: Sampling | None, count: int | None, rate: float | None) -> set[int]:
-    """Frames to keep if `count` decode; none where that cannot be right, which the true count then shows."""
-    if sampling is None or rate is None or not count:
-        return set()
+def _expected_frames(path: Path, index: FrameIndexBuilder, sampling: Sampling) -> set[int]:
+    """Return the frames that are sampled if as many decode as the header promises or the file has packets."""
+    count, rate = index.header_count, index.header_rate
+    if not count or rate is None:
+        times: list[int | None] = []
+        with open_video(path) as video:
+            try:
+                times = [packet.pts for packet in video.container.demux(video.stream) if packet.size]
+            except FFmpegError:
+                return set()
+        count = count or len(times)
+        known = [time for time in times if time is not None]
+        if rate is None and len(known) > 1 and max(known) > min(known) and index.time_base[0]:
+            ticks = (max(known) - min(known)) * index.time_base[0]
+            rate = (len(known) - 1) * index.time_base[1] / ticks
     try:
-        return set(sampling.indices(count, rate))
+        return set(sampling.indices(count, rate or sampling.sample_rate))
     except ValueError:
         return set()
 
 
-def _guess(path: Path, stream: VideoStream) -> int:
-    """How many frames may decode: what the header promises, or else the packets of the file."""
-    if stream.frames:
-        return stream.frames
-    with open_video(path) as (container, again):
-        try:
-            return sum(1 for packet in container.demux(again) if packet.size)
-        except FFmpegError:
-            return 0
-
-
-class Astray(Exception):
-    """A file which, entered at its key frames, does not give the frames of its table."""
-
-
-def read_entering(
-    path: Path, table: FrameIndex, indices: Sequence[int], each: Callable[[Image.Image], np.ndarray]
-) -> dict[int, np.ndarray]:
-    """Frames from the last key frame before each on, leaving out those which no other frame needs.
-
-    How far apart the key frames are decides how much is decoded: with one in the file all up to the last
-    frame wanted but the pictures no other refers to, with many the way from a key frame to each frame.
+def _frames_after(
+    video: OpenVideo, index: FrameIndex, keyframe: int, frames: list[int]
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode frames that all come after one keyframe, in any order.
 
     Args:
-        path, table: a file and the table of it, whose times are `ordered`.
-        indices: of frames, each < table.count.
-        each: as of `read_frames`.
-
-    Raises:
-        Astray: a frame does not come, or not as it was when the table was made.
-        DecodeError: the file no longer opens.
+        keyframe: position in `index.keyframes`, -1 decodes from where the file stands.
     """
-    images: dict[int, np.ndarray] = {}
-    wanted = sorted(set(indices))
-    with open_video(path) as (container, stream):
-        for key, group in groupby(wanted, table.key_of):
-            for index, frame in _found(container, stream, table, key, list(group)):
-                image = displayed(frame, table.size)
-                if table.differs(index, image):
-                    raise Astray(f"frame {index} is not the one it was")
-                images[index] = each(image)
-    return images
-
-
-def _found(
-    container: InputContainer, stream: VideoStream, table: FrameIndex, key: int, indices: list[int]
-) -> Iterator[tuple[int, VideoFrame]]:
-    """The frames of these indices, all after the same key frame, in any order."""
-    index_of = {table.times[index]: index for index in indices}
-    # Some formats seek the time at which a key frame is shown, others that at which it is decoded.
-    shown, decoded = (None, None) if key < 0 else (table.times[table.keys[key][0]], table.keys[key][1])
-    for time in (shown, decoded):
+    number_at = {index.times[number]: number for number in frames}
+    # Some formats seek to the time at which a keyframe is shown, others to the one at which it is decoded.
+    starts: tuple[int | None, ...] = (None,)
+    if keyframe >= 0:
+        number, decoding_time = index.keyframes[keyframe]
+        starts = (index.times[number], decoding_time)
+    for start in starts:
         try:
-            if time is not None:
-                container.seek(time, stream=stream, backward=True)
-            for frame in _entered(container, stream, set(index_of)):
-                yield index_of.pop(frame.pts), frame
+            if start is not None:
+                video.container.seek(start, stream=video.stream, backward=True)
+            for frame in _decode_times(video, set(number_at)):
+                yield number_at.pop(frame.pts), frame
         except FFmpegError as error:
-            raise Astray(words(error)) from error
-        if not index_of:
+            raise WrongFrames(error_text(error)) from error
+        if not number_at:
             return
-    raise Astray(f"frame {min(index_of.values())} does not come")
+    raise WrongFrames(f"frame {min(number_at.values())} is not found")
 
 
-def _entered(container: InputContainer, stream: VideoStream, times: set[int | None]) -> Iterator[VideoFrame]:
-    """The frames of these times, from where the file stands to where the last of them is decoded."""
+def _decode_times(video: OpenVideo, times: set[int | None]) -> Iterator[VideoFrame]:
+    """Decode the frames with these times, up to the last of them."""
     unsent = set(times)
-    for packet in container.demux(stream):
+    context = video.stream.codec_context
+    for packet in video.container.demux(video.stream):
         if packet.size:
             unsent.discard(packet.pts)
-            # Pictures that no other refers to are left out, those wanted excepted.
-            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in times else "NONREF"
-        frames = stream.decode(packet)
+            context.skip_frame = "DEFAULT" if packet.pts in times else "NONREF"
+        frames = video.stream.decode(packet)
         if packet.size and not unsent:
-            frames += stream.decode(None)  # what the decoder holds back; seeking wakes it again
+            frames += video.stream.decode(None)  # frames that the decoder holds back; a seek resets it
         yield from (frame for frame in frames if frame.pts in times)
         if not unsent:
             return
+
+
+def _open_failure(path: Path, error: Exception) -> str:
+    """Return why a file does not open."""
+    if isinstance(error, PermissionError):
+        return f"cannot be read: {error_text(error)}"
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp":
+        return f"truncated: an MP4 file without its index ({error_text(error)})"
+    return f"not a video file ({error_text(error)})"
+
+
+def _best_stream(path: Path, container: InputContainer) -> VideoStream:
+    """Return the best video stream, not the cover picture of a sound file."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream) or stream.disposition & stream.disposition.attached_pic:
+        if container.streams.video and not isinstance(stream, VideoStream):
+            raise DecodeError(path, "no video stream that can be decoded")
+        kind = "audio only" if container.streams.audio else "neither video nor audio in it"
+        raise DecodeError(path, f"no video stream: {kind}")
+    if stream.codec_context is None:
+        raise DecodeError(path, "no decoder for its video stream")
+    return stream

@@ -1,4 +1,4 @@
-"""What happens to the pixels of a frame before they are sent to the device."""
+"""Resize and crop frames to the square that the model sees."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from PIL import Image
 
 
 def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
-    """A square of a frame: the short side resized to `size`, bicubic, then the middle cut out.
-
-    Args:
-        image: RGB.
-        size: pixels of a side of the square.
+    """Resize the short side of an RGB frame to `size` pixels, bicubic, and cut out the middle square.
 
     Returns: uint8, y x 3 with y = x = size.
 
@@ -26,7 +22,7 @@ def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def resize_geometry(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height to which a frame is resized, and left and top of the square then cut out."""
+    """Return width and height after the resize, and left and top of the square then cut out."""
     short, long = sorted((width, height))
     stretched = int(size * long / short)
     width, height = (size, stretched) if width <= height else (stretched, size)

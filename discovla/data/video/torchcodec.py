@@ -1,92 +1,122 @@
-"""Frames by torchcodec, which brings its own reading of files on the FFmpeg of the system."""
+"""Video frames by torchcodec, an optional decoder on the FFmpeg of the system."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
+from ctypes.util import find_library
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from av.video.format import VideoFormat
 from PIL import Image
 
+from discovla.data.video.errors import WrongFrames
 from discovla.data.video.index import FrameIndex
+from discovla.data.video.pyav import Images, Transform
 
-TOLERANCE = 2  # levels: equal but for MPEG-4 part 2, whose transform FFmpeg's versions round differently
-_ROUNDED = ("mpeg4",)
-
-
-class Unfit(Exception):
-    """A file that a decoder cannot read exactly, or a decoder that is not there."""
+# Its transform is rounded otherwise by each version of FFmpeg; the planes of svq1 are scaled otherwise.
+_INEXACT_CODECS = ("mpeg4", "svq1")
+# FFmpeg seeks in these by decoding time, torchcodec by presentation time.
+_SOUGHT_BY_DECODING_TIME = ("mpegts", "mpeg", "avi")
 
 
 def missing() -> str | None:
-    """Why torchcodec cannot be used here, or None."""
+    """Return why torchcodec cannot be used here, None if it can."""
     if importlib.util.find_spec("torchcodec") is None:
-        return "torchcodec is not installed: pip install 'discovla[torchcodec]'"
+        return "torchcodec is not installed: pip install 'discovla[torchcodec]' and FFmpeg"
     try:
-        _decoders()  # loads its libraries, which need those of FFmpeg
+        _decoders()
     except (ImportError, OSError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        return f"torchcodec does not load: it needs the system's FFmpeg (apt-get install ffmpeg): {first}"
+        version, torch = (importlib.metadata.version(name) for name in ("torchcodec", "torch"))
+        text = str(error).strip() or repr(error)
+        if find_library("avcodec") is None or find_library("avformat") is None:
+            return (
+                f"torchcodec {version} does not load: expected the libraries of FFmpeg (apt-get install "
+                f"ffmpeg), found none: {text.splitlines()[0]}"
+            )
+        return (
+            f"torchcodec {version} does not load beside torch {torch}, although FFmpeg is installed; the "
+            f"extra discovla[torchcodec] pins the version that does: {text.splitlines()[0]}"
+        )
     return None
 
 
-def unfit(table: FrameIndex) -> str | None:
-    """Why torchcodec would give other frames or other pixels than are wanted, or None."""
-    if not table.ordered:
-        return "it breaks off, changes its size or has frames without ascending times"
-    pixels = VideoFormat(table.pixels)
+def unfit(index: FrameIndex) -> str | None:
+    """Return why torchcodec would give other frames or pixels of a file than PyAV, None if it would not."""
+    if not index.seekable:
+        return "it is damaged, changes its size or has frames without ascending times"
+    if index.codec in _INEXACT_CODECS:
+        return f"its codec is {index.codec}, whose pixels differ between versions of FFmpeg"
+    if index.interlaced:
+        return "its frames are interlaced, whose colours torchcodec places elsewhere"
+    pixels = VideoFormat(index.pixel_format)
     bits = max(part.bits for part in pixels.components)
     if bits > 8:
         return f"it has {bits} bits a colour, which torchcodec rounds differently"
-    if pixels.chroma_width(2) == 1 and (table.size[0] % 2 or table.size[1] % 2):
-        width, height = table.size
-        return f"its size {width}x{height} is odd, where torchcodec places colours differently"
+    width, height = index.size
+    if pixels.chroma_width(2) == 1 and (width % 2 or height % 2):
+        return f"its size {width}x{height} is odd, where torchcodec places colours elsewhere"
+    if not index.keyframes or index.keyframes[0][0] != 0:
+        return "its first frame is not a keyframe"
+    if index.container in _SOUGHT_BY_DECODING_TIME and any(
+        index.times[frame] != time for frame, time in index.keyframes
+    ):
+        return f"its frames are reordered, which torchcodec does not find in {index.container} files"
     return None
 
 
-def read_torchcodec(
-    path: Path, table: FrameIndex, indices: Sequence[int], each: Callable[[Image.Image], np.ndarray]
-) -> dict[int, np.ndarray]:
-    """Frames of a file by torchcodec, checked by number, time and checksum against its table.
-
-    What versions of FFmpeg make of broken pictures differs: only the checksums tell.
-
-    Args:
-        path, table, indices, each: as of `read_entering`.
+def decode_frames(path: Path, index: FrameIndex, frames: Sequence[int], transform: Transform) -> Images:
+    """Decode single frames of a file; torchcodec seeks by our index instead of one of its own.
 
     Raises:
-        Unfit: torchcodec does not give the frames of the table.
+        WrongFrames: torchcodec does not give the frames of the index.
     """
-    reason = unfit(table)
+    reason = unfit(index)
     if reason is not None:
-        raise Unfit(reason)
-    images: dict[int, np.ndarray] = {}
+        raise WrongFrames(reason)
+    images: Images = {}
+    # Without a duration in the header torchcodec needs an index of its own.
+    mappings = None if index.header_seconds is None else _frame_mappings(index)
     try:
         decoder = _decoders().VideoDecoder(
-            str(path.absolute()), stream_index=table.stream, dimension_order="NHWC"
+            str(path.absolute()),
+            stream_index=index.stream_index,
+            dimension_order="NHWC",
+            custom_frame_mappings=mappings,
         )
-        if len(decoder) != table.count:
-            raise Unfit(f"torchcodec counts {len(decoder)} frames, {table.count} decode")
-        for index in sorted(set(indices)):
-            frame = decoder.get_frame_at(index)
-            seconds = table.seconds(index)
+        if mappings is None and len(decoder) != index.count:
+            raise WrongFrames(f"torchcodec counts {len(decoder)} frames, {index.count} decode")
+        for number in sorted(set(frames)):
+            frame = decoder.get_frame_at(number)
+            seconds = index.seconds(number)
             if abs(frame.pts_seconds - seconds) > 1e-4:
-                raise Unfit(
-                    f"torchcodec has frame {index} at {frame.pts_seconds:.4f} s, not at {seconds:.4f}"
+                raise WrongFrames(
+                    f"torchcodec has frame {number} at {frame.pts_seconds:.4f} s, not at {seconds:.4f}"
                 )
-            image = Image.fromarray(frame.data.numpy())
-            if table.differs(index, image, TOLERANCE if table.codec in _ROUNDED else 0):
-                raise Unfit(f"torchcodec has another frame {index}")
-            images[index] = each(image)
+            images[number] = transform(Image.fromarray(frame.data.numpy()))
     except (RuntimeError, ValueError, IndexError) as error:
-        raise Unfit(f"torchcodec: {str(error).strip().splitlines()[0]}") from error
+        raise WrongFrames(f"torchcodec: {str(error).strip().splitlines()[0]}") from error
     return images
 
 
+def _frame_mappings(index: FrameIndex) -> str:
+    """Return the frames of an index in the form that torchcodec reads."""
+    starts = {frame for frame, _ in index.keyframes}
+    times = [time for time in index.times if time is not None]
+    durations = [after - time for time, after in pairwise(times)]
+    durations.append(durations[-1] if durations else 1)
+    rows = [
+        {"pts": time, "duration": duration, "key_frame": int(frame in starts)}
+        for frame, (time, duration) in enumerate(zip(times, durations, strict=True))
+    ]
+    return json.dumps({"frames": rows})
+
+
 def _decoders() -> Any:
-    """torchcodec's module of decoders."""
+    """Return torchcodec's module of decoders, whose import loads the libraries of FFmpeg."""
     return importlib.import_module("torchcodec.decoders")

@@ -21,11 +21,10 @@ from discovla.data.dataset import FileClipReader
 from discovla.data.manifest import Clip
 from discovla.data.sandbox import Sandbox
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import tabulate
+from discovla.data.video.pyav import index_video
 from tests.data.odd_clips import odd_clip
 from tests.data.sandbox_tasks import hang_at
-from tests.data.video.test_decoders import eval_rate
-from tests.data.video.test_frames import expected_verdict, realdata_videos
+from tests.data.video.test_frames import expected_verdict, header_rate, realdata_videos
 
 LACKING = missing()
 with_dali = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
@@ -104,8 +103,7 @@ def test_golden_crops_are_those_of_pyav_within_the_tolerance(folder):
 def test_realdata_frames_are_those_of_pyav_or_the_file_is_refused(realdata, graph):
     read, refused = [], 0
     for path, facts in realdata_videos(realdata):
-        rate = (facts.get("video") or {}).get("avg_rate")
-        settings = replace(SETTINGS, sample_rate=1.0 if rate and eval_rate(rate) > 1 else 0.1)
+        settings = replace(SETTINGS, sample_rate=1.0 if header_rate(facts) > 1 else 0.1)
         try:
             planned, _ = DaliClipReader(settings, "none").sample(clip(path))
         except DecodeError as error:
@@ -170,27 +168,6 @@ def test_a_clip_that_ends_the_graph_is_named_and_the_others_are_read(folder, gra
 
 
 @with_dali
-def test_another_picture_than_the_one_planned_is_refused(folder, graph):
-    reader = DaliClipReader(SETTINGS, "none")
-    reader.sample(clip(folder / "vp9.webm"))  # the first visit
-    first, second = (
-        reader.sample(clip(folder / "vp9.webm", start=0.7, end=1.9))[0],
-        plan(folder / "mjpeg.avi"),
-    )
-    reader.close()
-    assert first.means is not None
-    assert np.isfinite(first.means).all()  # of frames that it did not sample
-    assert np.diff(first.means, axis=0).any()
-    means = first.means + np.array([0, 80, 0], np.float32) * (first.indices[:, None] == first.indices[2])
-    frames, reasons = graph.read([replace(first, means=means), second])
-    what = f"it makes another picture of frame {first.indices[2]}, its mean colour "
-    assert str(reasons[0]).startswith(f"cannot be read by decoder = 'dali': {what}")
-    assert not frames[0].any()
-    assert reasons[1] is None
-    assert_near(frames[1].cpu().numpy(), folder / "mjpeg.avi")
-
-
-@with_dali
 def test_what_the_graph_fails_at_is_read_by_another_reader(folder, graph, tmp_path, caplog):
     gone = tmp_path / "gone.webm"
     other = FileClipReader(replace(SETTINGS, limit=None))
@@ -238,16 +215,16 @@ def test_a_clip_that_hangs_its_process_is_named_and_the_others_are_read(tmp_path
 
 
 def test_what_dali_would_read_otherwise_is_known(folder):
-    table = tabulate(folder / "vp9.webm")
+    table = index_video(folder / "vp9.webm")
     assert unfit(table, cuda=False) is None
-    assert unfit(tabulate(folder / "long-gop.mp4"), cuda=True) is None
+    assert unfit(index_video(folder / "long-gop.mp4"), cuda=True) is None
     cases = {
-        "shown turned": tabulate(folder / "turned.mp4"),
+        "shown turned": index_video(folder / "turned.mp4"),
         "packets": replace(table, packets=41),
-        "30 packets, which DALI takes for frames, and 27 frames decode": tabulate(folder / SKIPPING),
-        "stream is number 1": replace(table, stream=1),
-        "8 bits": replace(table, pixels="yuv420p10le"),
-        "breaks off": replace(table, problem="cut"),
+        "30 packets, which DALI takes for frames, and 27 frames decode": index_video(folder / SKIPPING),
+        "stream is number 1": replace(table, stream_index=1),
+        "8 bits": replace(table, pixel_format="yuv420p10le"),
+        "damaged": replace(table, problem="cut"),
         "codec is prores": replace(table, codec="prores"),
     }
     for words, case in cases.items():

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from discovla.batch import Batch
-from discovla.data.cache import FrameCache
 from discovla.data.dali.support import TOLERANCE_MEAN, missing
 from discovla.data.dataset import frame_origin, read_clips
 from discovla.data.loader import DataConfig, TrainLoader, video_batches
@@ -195,8 +194,8 @@ def test_the_cache_keeps_what_is_known_of_files_and_says_that_it_keeps_no_frames
     source = loader(data).source
     source.sample(0, 0)
     assert "cache: decoder = 'dali' keeps what is known of each file there, but no frames" in caplog.text
-    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".table"}
-    table = FrameIndexStore(FrameCache(tmp_path, ".table")).get(read_clips(data, "train")[0].video)
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".index"}
+    table = FrameIndexStore(tmp_path).get(read_clips(data, "train")[0].video)
     assert table is not None
     assert table.count == 40
     assert np.all(np.diff(table.times) > 0)

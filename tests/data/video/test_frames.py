@@ -1,14 +1,13 @@
-"""Video files to frames, and what is said of files that give none."""
+"""Sampled frames of video files, and the reasons of files that give none."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -16,10 +15,36 @@ import pytest
 from PIL import Image
 
 from discovla.data.sampling import Sampling
+from discovla.data.video import frames
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import decode, inspect, read_frames, write_frames
-from discovla.data.video.pyav import is_cut_off, open_video
+from discovla.data.video.frames import DecodedFrames, read_frames, write_frames
+from discovla.data.video.index import FrameIndexStore
+from discovla.data.video.pyav import index_video, is_cut_off, open_video
 from tests.data.conftest import movie, numbers
+from tests.data.odd_clips import KINDS, odd_clip, picture
+
+TEN = Sampling(frames=10, sample_rate=10.0)
+
+
+def decode(path: Path, count: int, *, damaged: str = "refuse", **options) -> DecodedFrames:
+    """Read `count` frames as on a first visit."""
+    return read_frames(path, Sampling(frames=count, **options), damaged=damaged)
+
+
+def verdict(path: Path) -> tuple[str, str, int]:
+    """Return "ok", "damaged" or "refused", the reason, and how many frames decode."""
+    try:
+        index = index_video(path)
+    except DecodeError as error:
+        return "refused", error.reason, 0
+    kind = "refused" if index.count == 0 else "damaged" if index.problem else "ok"
+    return kind, index.fault(), index.count
+
+
+def same(found: DecodedFrames, wanted: DecodedFrames) -> bool:
+    """Return True if two readings agree in everything."""
+    facts = [(d.indices, d.seconds, d.count, d.rate, d.problem) for d in (found, wanted)]
+    return facts[0] == facts[1] and np.array_equal(found.frames, wanted.frames)
 
 
 def test_frames_come_at_the_sampled_indices_in_presentation_order(counting):
@@ -68,26 +93,27 @@ def test_rotation_in_the_file_is_applied(tmp_path, rotation, row, column):
     assert frame.shape[:2] == ((64, 32) if rotation % 180 else (32, 64))
     corners = {(r, c): int(frame[r, c].mean()) for r in (0, -1) for c in (0, -1)}
     assert max(corners, key=corners.__getitem__) == (row, column)
-    assert inspect(path).size == (frame.shape[1], frame.shape[0])
+    assert index_video(path).size == (frame.shape[1], frame.shape[0])
 
 
 def test_the_header_count_is_a_guess_only(tmp_path, monkeypatch):
     path = movie(tmp_path / "clip.mp4", 20)
-    for wrong in (0, 7, 33):
-        monkeypatch.setattr("discovla.data.video.pyav._guess", lambda *_, wrong=wrong: wrong)
+    for wrong in ({0}, {0, 2, 4, 6}, {30, 32}):
+        monkeypatch.setattr("discovla.data.video.pyav._expected_frames", lambda *_, wrong=wrong: wrong)
         decoded = decode(path, 4, sample_rate=10.0)
         assert (decoded.count, decoded.indices) == (20, (0, 6, 12, 19))
         assert numbers(decoded.frames) == [0, 6, 12, 19]
 
 
 def test_files_are_decoded_on_one_thread(counting):
-    with open_video(counting) as (_, stream):
-        assert (stream.thread_type.name, stream.codec_context.thread_count) == ("SLICE", 1)
+    with open_video(counting) as video:
+        context = video.stream.codec_context
+        assert (context.thread_type.name, context.thread_count) == ("SLICE", 1)
 
 
 def test_a_container_without_a_count_is_counted(tmp_path):
     path = movie(tmp_path / "clip.ts", 20)
-    assert inspect(path).header_count == 0
+    assert index_video(path).header_count == 0
     assert numbers(decode(path, 4, sample_rate=10.0).frames) == [0, 6, 12, 19]
 
 
@@ -104,21 +130,27 @@ def test_only_the_chosen_frames_are_converted(counting):
 
 
 def test_a_clip_that_breaks_off_is_refused_and_says_where(cut_off):
-    verdict = inspect(cut_off)
-    assert verdict.kind == "damaged"
-    assert 1 <= verdict.count < 20
-    assert verdict.reason.endswith("(the file is cut off)")
-    with pytest.raises(
-        DecodeError, match=rf"cut_off.mp4: damaged: {verdict.count} frames decode of the 20 its"
-    ):
-        decode(cut_off, 4)
+    kind, reason, count = verdict(cut_off)
+    assert kind == "damaged"
+    assert 1 <= count < 20
+    assert reason.endswith("(the file is cut off)")
+    store = FrameIndexStore()
+    for _ in range(2):
+        with pytest.raises(DecodeError, match=rf"cut_off.mp4: damaged: {count} frames decode of the 20 its"):
+            read_frames(cut_off, TEN, store=store)
 
 
 def test_a_clip_that_breaks_off_is_used_up_to_there_by_option(cut_off):
-    count = inspect(cut_off).count
+    _, _, count = verdict(cut_off)
     decoded = decode(cut_off, 2, sample_rate=10.0, damaged="use")
     assert decoded.indices == (0, count - 1)
     assert decoded.problem is not None
+    store = FrameIndexStore()
+    for _ in range(2):
+        assert same(
+            read_frames(cut_off, TEN, damaged="use", store=store),
+            decode(cut_off, 10, sample_rate=10.0, damaged="use"),
+        )
 
 
 def test_a_whole_file_is_not_cut_off(counting, tmp_path):
@@ -213,9 +245,9 @@ def playlist(folder: Path) -> Path:
 @pytest.mark.timeout(20)
 def test_a_file_without_frames_is_refused_with_its_reason(tmp_path, make, reason):
     path = make(tmp_path)
-    verdict = inspect(path)
-    assert (verdict.kind, verdict.count) == ("refused", 0)
-    assert verdict.reason.startswith(reason)
+    kind, why, count = verdict(path)
+    assert (kind, count) == ("refused", 0)
+    assert why.startswith(reason)
     for damaged in ("refuse", "use"):
         with pytest.raises(DecodeError) as error:
             decode(path, 4, damaged=damaged)
@@ -228,27 +260,128 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
 
     path = movie(tmp_path / "clip.mp4", 2)
     monkeypatch.setattr("discovla.data.video.pyav.av.open", denied)
-    assert inspect(path).reason == "cannot be read: Permission denied"
+    assert verdict(path)[1] == "cannot be read: Permission denied"
 
 
-def test_a_file_without_a_rate_is_whole_but_cannot_be_sampled(counting, monkeypatch):
-    class NoRate:
-        """A video stream but for its rate."""
+def ogg(folder: Path, count: int) -> Path:
+    """A VP8 clip at 10 frames a second in Ogg, whose header has no rate and no number of frames."""
+    path = folder / f"{count}.ogg"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx", rate=10, options={"g": "6", "crf": "4", "b": "2M"})
+        stream.height = stream.width = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(count):
+            picture = np.full((64, 64, 3), 8 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
 
-        def __init__(self, stream):
-            self.frames, self.index, self.time_base = stream.frames, stream.index, stream.time_base
-            self.average_rate, self.codec = None, stream.codec
 
-    @contextmanager
-    def without_rate(path):
-        with open_video(path) as (container, stream):
-            yield SimpleNamespace(demux=lambda _: container.demux(stream)), NoRate(stream)
+def test_a_file_without_a_rate_is_sampled_by_the_times_of_its_frames(tmp_path):
+    path = ogg(tmp_path, 30)
+    index = index_video(path)
+    assert (index.header_rate, index.count, index.rate) == (None, 30, 10.0)
+    store = FrameIndexStore()
+    for _ in range(2):
+        decoded = read_frames(path, Sampling(frames=3), store=store)
+        assert (decoded.rate, decoded.indices, decoded.seconds) == (10.0, (0, 10, 20), (0.0, 1.0, 2.0))
+        assert numbers(decoded.frames) == [0, 10, 20]
 
-    monkeypatch.setattr("discovla.data.video.pyav.open_video", without_rate)
-    verdict = inspect(counting)
-    assert (verdict.kind, verdict.count, verdict.rate) == ("ok", 20, None)
-    with pytest.raises(DecodeError, match=r"counting.mp4: no average frame rate: expected one above 0"):
-        decode(counting, 2)
+
+def test_a_first_visit_of_a_file_without_a_rate_decodes_once(tmp_path, monkeypatch):
+    path = ogg(tmp_path, 30)
+    calls = []
+    decode_through = frames.decode_through
+    monkeypatch.setattr(
+        frames,
+        "decode_through",
+        lambda *args, **options: calls.append(args) or decode_through(*args, **options),
+    )
+    decode(path, 3)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("sampler", ["discovla", "clip4clip", "clip2video", "t2vparser"])
+@pytest.mark.parametrize("suffix", ["gif", "ogg"])
+def test_a_single_picture_is_a_clip_of_one_frame(tmp_path, suffix, sampler):
+    path = tmp_path / f"one.{suffix}"
+    if suffix == "gif":
+        Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(path)
+    else:
+        path = ogg(tmp_path, 1)
+    decoded = read_frames(path, Sampling(frames=2, sampler=sampler))
+    assert decoded.count == 1
+    assert set(decoded.indices) == {0}
+
+
+def test_frames_without_times_and_rate_cannot_be_sampled(counting, tmp_path):
+    store = FrameIndexStore()
+    store.put(counting, replace(index_video(counting), header_rate=None, times=(None,) * 20))
+    with pytest.raises(DecodeError, match=r"counting.mp4: frame rate: expected one in the header or times"):
+        read_frames(counting, TEN, store=store)
+
+
+def test_a_known_file_is_not_decoded_to_its_end_again(counting, monkeypatch):
+    store = FrameIndexStore()
+    read_frames(counting, TEN, store=store)
+    monkeypatch.setattr(frames, "decode_through", None)
+    moved = read_frames(counting, Sampling(frames=3, sample_rate=10.0), store=store)
+    assert numbers(moved.frames) == [0, 9, 19]
+
+
+def test_a_changed_file_is_decoded_to_its_end_again(tmp_path):
+    store = FrameIndexStore()
+    path = movie(tmp_path / "clip.mp4", 20)
+    assert read_frames(path, TEN, store=store).count == 20
+    assert read_frames(movie(path, 12), TEN, store=store).count == 12
+
+
+def test_a_file_in_which_a_frame_is_not_found_is_decoded_from_its_start(counting, caplog):
+    store = FrameIndexStore()
+    wanted = read_frames(counting, TEN, store=store)
+    index = store.get(counting)
+    assert index is not None
+    moved = (*index.times[:4], index.times[4] + 1, *index.times[5:])
+    store.put(counting, replace(index, times=moved))
+    for _ in range(3):
+        assert np.array_equal(read_frames(counting, TEN, store=store).frames, wanted.frames)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    expected = f"{counting}: decoded from its start on each visit: from a keyframe on, frame 4 is not found"
+    assert expected in caplog.text
+
+
+def test_a_damaged_file_is_decoded_from_its_start_on_each_visit(counting, monkeypatch):
+    store = FrameIndexStore()
+    wanted = read_frames(counting, TEN, store=store)
+    store.put(counting, replace(index_video(counting), faults=1))
+    monkeypatch.setattr(frames.pyav, "decode_frames", None)
+    assert same(read_frames(counting, TEN, store=store), wanted)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_golden_every_visit_gives_the_same_frames(name, tmp_path):
+    path, store = odd_clip(tmp_path, name), FrameIndexStore()
+    wanted = read_frames(path, TEN)
+    assert all(same(read_frames(path, TEN, store=store), wanted) for _ in range(3))
+
+
+EDITED = [name for name, kind in KINDS.items() if kind.skipped or kind.delayed]
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_golden_an_edit_list_leaves_out_and_delays_frames(name, tmp_path):
+    kind, shown = KINDS[name], KINDS[name].shown
+    seconds = [(kind.times(i) - kind.skipped + kind.delayed) / kind.ticks for i in shown]
+    pictures = np.stack([picture(i, *kind.size)[::4, ::4] for i in range(kind.count)]).astype(int)
+    path, store = odd_clip(tmp_path, name), FrameIndexStore()
+    for start in (0, 0, 9, 14):  # to its end, then from keyframes on
+        sampling = Sampling(frames=len(shown) - start, sample_rate=10.0, start=start / 10)
+        decoded = read_frames(path, sampling, store=store)
+        assert (decoded.count, decoded.indices) == (len(shown), tuple(range(start, len(shown))))
+        assert decoded.seconds == pytest.approx(seconds[start:], abs=1e-4)
+        small = decoded.frames[:, ::4, ::4]
+        nearest = [int(np.abs(pictures - frame).mean((1, 2, 3)).argmin()) for frame in small]
+        assert nearest == shown[start:]
 
 
 def test_a_sample_rate_too_fine_names_the_file(tmp_path):
@@ -270,7 +403,7 @@ def test_an_error_survives_the_way_out_of_a_worker(tmp_path):
 
 
 def test_frames_are_written_as_the_model_sees_them(counting, tmp_path):
-    files = write_frames(counting, tmp_path / "out", 4, sample_rate=10.0)
+    files = write_frames(counting, tmp_path / "out", Sampling(frames=4, sample_rate=10.0))
     assert [file.name for file in files] == [
         "00_frame000000.png",
         "01_frame000006.png",
@@ -304,24 +437,31 @@ def expected_verdict(facts: dict) -> str:
     return "damaged" if video.get("decode_error") or facts.get("demux_error") else "ok"
 
 
+def header_rate(facts: dict) -> float:
+    """Return the frames per second that the facts give, 0 where they give none."""
+    number, _, divisor = ((facts.get("video") or {}).get("avg_rate") or "0").partition("/")
+    return float(number) / float(divisor or 1) if float(divisor or 1) else 0.0
+
+
 def test_realdata_every_file_gets_its_verdict_and_count(realdata):
     for path, facts in realdata_videos(realdata):
-        verdict = inspect(path)
-        count = (facts.get("video") or {}).get("decoded_frames") or 0
-        assert (verdict.kind, verdict.count) == (expected_verdict(facts), count), path
-        assert bool(verdict.reason) == (verdict.kind != "ok"), path
+        kind, reason, count = verdict(path)
+        decoded = (facts.get("video") or {}).get("decoded_frames") or 0
+        assert (kind, count) == (expected_verdict(facts), decoded), path
+        assert bool(reason) == (kind != "ok"), path
 
 
 def test_realdata_every_file_decodes_or_names_itself(realdata):
     for path, facts in realdata_videos(realdata):
-        wanted, rate = expected_verdict(facts), inspect(path).rate
-        if wanted != "refused" and rate:
-            sampling = Sampling(frames=12, sample_rate=min(rate, 1.0))
+        wanted = expected_verdict(facts)
+        if wanted != "refused":
+            rate = index_video(path).rate
+            sampling = Sampling(frames=12, sample_rate=min(rate or 1.0, 1.0))
             decoded = read_frames(
                 path, sampling, lambda image: np.asarray(image.resize((8, 8))), damaged="use"
             )
             assert decoded.count == facts["video"]["decoded_frames"], path
-            assert list(decoded.indices) == sampling.indices(decoded.count, decoded.rate), path
+            assert list(decoded.indices) == sampling.indices(decoded.count, decoded.rate or 1.0), path
             assert decoded.frames.shape == (12, 8, 8, 3), path
         if wanted != "ok":
             with pytest.raises(DecodeError) as error:
@@ -331,11 +471,11 @@ def test_realdata_every_file_decodes_or_names_itself(realdata):
 
 @pytest.fixture(scope="module")
 def first_frames(realdata) -> list[tuple[Path, dict, np.ndarray]]:
-    """Every video that gives frames at a rate, its facts and its first frame."""
+    """Every video that gives frames, its facts and its first frame."""
     rows = []
     for path, facts in realdata_videos(realdata):
-        rate = inspect(path).rate
-        if expected_verdict(facts) != "refused" and rate:
+        if expected_verdict(facts) != "refused":
+            rate = index_video(path).rate or 1.0
             decoded = decode(path, 1, sample_rate=min(rate, 1.0), damaged="use")
             rows.append((path, facts["video"], decoded.frames[0]))
     return rows

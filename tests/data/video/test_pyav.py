@@ -1,4 +1,4 @@
-"""Files entered at their key frames: the same frames as decoding the whole gives."""
+"""Frames decoded from keyframes on are those of decoding the whole file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from discovla.data.sampling import Sampling
 from discovla.data.video import pyav
-from discovla.data.video.errors import DecodeError
+from discovla.data.video.errors import DecodeError, WrongFrames
 from discovla.data.video.index import FrameIndex
-from discovla.data.video.pyav import Astray, open_video, read_entering, scan
+from discovla.data.video.pyav import OpenVideo, decode_frames, decode_through, index_video, open_video
 from tests.data.odd_clips import KINDS, odd_clip
 from tests.data.video.test_frames import realdata_videos
 
@@ -25,47 +24,45 @@ def odd(request, tmp_path_factory) -> Path:
 
 
 def whole(path: Path, limit: int = 40) -> tuple[dict[int, np.ndarray], FrameIndex]:
-    """Up to `limit` frames of a file and its table, all of it decoded."""
-    _, table = scan(path, None, np.asarray, 0)
-    if not table.count or not table.rate:
-        return {}, table
-    chosen = Sampling(frames=min(limit, table.count), sample_rate=table.rate)
-    return scan(path, chosen, np.asarray, table.count)[0], table
+    """Return up to `limit` frames of a file, all of it decoded, and its index."""
+    count = index_video(path).count
+    frames = {count * place // limit for place in range(limit)} if count else set()
+    return decode_through(path, np.asarray, frames=frames)
 
 
-def differing(path: Path, images: dict[int, np.ndarray], table: FrameIndex, step: int) -> list[int]:
-    """Frames, one in `step`, that entering gives otherwise."""
-    indices = sorted(images)[::step]
-    found = read_entering(path, table, indices, np.asarray)
-    assert sorted(found) == indices
-    return [index for index in indices if not np.array_equal(found[index], images[index])]
+def differing(path: Path, images: dict[int, np.ndarray], index: FrameIndex, step: int) -> list[int]:
+    """Return the frames, one in `step`, that differ when decoded from keyframes on."""
+    frames = sorted(images)[::step]
+    found = decode_frames(path, index, frames, np.asarray)
+    assert sorted(found) == frames
+    return [frame for frame in frames if not np.array_equal(found[frame], images[frame])]
 
 
 @pytest.mark.parametrize("step", [1, 3, 13])
-def test_frames_are_those_of_the_whole_file(odd, step):
-    images, table = whole(odd)
-    assert table.count == len(KINDS[odd.stem].shown)
-    assert table.ordered
-    assert differing(odd, images, table, step) == []
+def test_golden_frames_are_those_of_the_whole_file(odd, step):
+    images, index = whole(odd)
+    assert index.count == len(KINDS[odd.stem].shown)
+    assert index.seekable
+    assert differing(odd, images, index, step) == []
 
 
 def test_a_frame_alone_is_that_of_the_whole_file(odd):
-    images, table = whole(odd)
-    for index in (table.count - 1, table.count // 2, 0):
-        assert np.array_equal(read_entering(odd, table, [index], np.asarray)[index], images[index])
+    images, index = whole(odd)
+    for frame in (index.count - 1, index.count // 2, 0):
+        assert np.array_equal(decode_frames(odd, index, [frame], np.asarray)[frame], images[frame])
 
 
 @pytest.mark.slow
 def test_realdata_frames_are_those_of_the_whole_file(realdata):
-    entered = 0
+    sought = 0
     for path, facts in realdata_videos(realdata):
         if not (facts.get("video") or {}).get("decoded_frames"):
             continue
-        images, table = whole(path, 12)
-        if table.ordered and images:
-            assert differing(path, images, table, 1) == [], path
-            entered += 1
-    assert entered
+        images, index = whole(path, 12)
+        if index.seekable and images:
+            assert differing(path, images, index, 1) == [], path
+            sought += 1
+    assert sought
 
 
 @pytest.fixture
@@ -74,51 +71,59 @@ def sent(monkeypatch) -> list[int | None]:
     times: list[int | None] = []
 
     @contextmanager
-    def watched(path):
-        with open_video(path) as (container, stream):
+    def recorded(path):
+        with open_video(path) as video:
 
             def demux(stream):
-                for packet in container.demux(stream):
+                for packet in video.container.demux(stream):
                     times.append(packet.pts)
                     yield packet
 
-            yield SimpleNamespace(demux=demux, seek=container.seek), stream
+            container = SimpleNamespace(demux=demux, seek=video.container.seek)
+            yield OpenVideo(container, video.stream, video.messages)
 
-    monkeypatch.setattr(pyav, "open_video", watched)
+    monkeypatch.setattr(pyav, "open_video", recorded)
     return times
 
 
 @pytest.mark.parametrize(
     "name", ["short-gop", "every-frame-key", "open-gop", "hevc-open-gop", "vp9", "mjpeg"]
 )
-def test_reading_begins_at_the_last_key_frame(tmp_path, sent, name):
+def test_decoding_starts_at_the_last_keyframe(tmp_path, monkeypatch, name, request):
     path = odd_clip(tmp_path, name)
-    images, table = whole(path)
-    key, _ = table.keys[-1]
-    assert key > 20
-    sent.clear()
-    found = read_entering(path, table, [key, table.count - 1], np.asarray)
-    assert sent[0] == table.times[key]
-    assert len(sent) <= table.count - key + 1
-    assert all(np.array_equal(found[index], images[index]) for index in found)
+    images, index = whole(path)
+    sent = request.getfixturevalue("sent")
+    keyframe, _ = index.keyframes[-1]
+    assert keyframe > 20
+    found = decode_frames(path, index, [keyframe, index.count - 1], np.asarray)
+    assert sent[0] == index.times[keyframe]
+    assert len(sent) <= index.count - keyframe + 1
+    assert all(np.array_equal(found[frame], images[frame]) for frame in found)
 
 
-def test_a_table_of_other_frames_is_seen(tmp_path):
+def test_an_index_of_other_frames_is_noticed(tmp_path):
     path = odd_clip(tmp_path, "short-gop")
-    images, table = whole(path)
-    moved = replace(table, times=tuple(time + 1 for time in table.times))
-    with pytest.raises(Astray, match="frame 5 does not come"):
-        read_entering(path, moved, [5], np.asarray)
-    assert table.sums == ()
-    changed = replace(table, sums=(1,) * table.count, means=bytes(3 * table.count))
-    with pytest.raises(Astray, match="frame 5 is not the one it was"):
-        read_entering(path, changed, [5], np.asarray)
-    assert np.array_equal(read_entering(path, table, [5], np.asarray)[5], images[5])
+    _, index = whole(path)
+    moved = replace(index, times=tuple(time + 1 for time in index.times))
+    with pytest.raises(WrongFrames, match="frame 5 is not found"):
+        decode_frames(path, moved, [5], np.asarray)
+
+
+def test_errors_that_the_decoder_conceals_are_counted(tmp_path):
+    path = odd_clip(tmp_path, "mpeg4-b-frames")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"movi") + 3000
+    content[at : at + 40] = bytes(40)
+    path.write_bytes(content)
+    index = index_video(path)
+    assert index.problem is None
+    assert index.faults > 0
+    assert not index.seekable
 
 
 def test_a_file_that_is_gone_says_so(tmp_path):
     path = odd_clip(tmp_path, "one-frame")
-    _, table = whole(path)
+    index = index_video(path)
     path.unlink()
     with pytest.raises(DecodeError, match="there is no such file"):
-        read_entering(path, table, [0], np.asarray)
+        decode_frames(path, index, [0], np.asarray)

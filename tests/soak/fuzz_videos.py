@@ -34,12 +34,11 @@ from discovla.data.config import FrameSettings
 from discovla.data.dali.frames import DaliFrames
 from discovla.data.dali.reader import DaliClipReader
 from discovla.data.dali.support import TOLERANCE_MEAN
-from discovla.data.doctor import Checks, Diagnosis, diagnose
+from discovla.data.doctor import Diagnosis, ExamineOptions, diagnose
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import DecoderName, FrameRequest, SandboxedReader
-from discovla.data.video.torchcodec import TOLERANCE
+from discovla.data.video.frames import FileDecoder, FrameRequest, SandboxedReader
 
 HEADER = 1500  # bytes at either end, where indexes and headers are
 KINDS = {"mp4": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "mkv": "mjpeg", "ts": "libx264"}
@@ -47,7 +46,7 @@ SAMPLING = Sampling(frames=4)
 LATER = 0.5  # seconds that a second visit leaves out, so that it samples other frames
 SIZE = 16
 OTHERWISE = "cannot be read by decoder ="  # what a decoder says of a file that it would read otherwise
-TOLERANCES = {"torchcodec": TOLERANCE, "dali": TOLERANCE_MEAN}
+TOLERANCES = {"torchcodec": 0, "dali": TOLERANCE_MEAN}
 
 Read = Callable[[Clip], np.ndarray]
 
@@ -99,7 +98,7 @@ def write_mutated(sources: Sequence[Path], folder: Path, count: int, seed: int =
 
 
 @contextmanager
-def read_by_file(decoder: DecoderName, seconds: float) -> Iterator[Read]:
+def read_by_file(decoder: FileDecoder, seconds: float) -> Iterator[Read]:
     """What the loader reads of a clip, in a process that is replaced where it is lost."""
     reader = SandboxedReader(seconds)
     try:
@@ -220,8 +219,8 @@ def main() -> None:
         sources = [p for p in given if p.stat().st_size > HEADER] or draw_sources(folder / "sources")
         clips = write_mutated(sources, folder / "clips", arguments.count, arguments.seed)
         begin = time.perf_counter()
-        checks = Checks(sampling=SAMPLING, seconds=arguments.seconds, workers=arguments.workers)
-        found = diagnose(clips, folder / "doctor", checks)
+        options = ExamineOptions(sampling=SAMPLING, seconds=arguments.seconds, workers=arguments.workers)
+        found = diagnose(clips, folder / "doctor", options)
         spent = time.perf_counter() - begin
         row = {
             "files": len(clips),
