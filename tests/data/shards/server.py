@@ -1,4 +1,4 @@
-"""Shards behind an address, on a server that can be made to fail."""
+"""An HTTP server of a shard folder that can be made to fail; it answers requests of s3fs and gcsfs too."""
 
 from __future__ import annotations
 
@@ -8,36 +8,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 
 class Server:
-    """Shards over HTTP: `faults` says what befalls the n-th request for the same bytes of a path."""
+    """Files of a folder, by the last part of a request's path.
+
+    faults: for a file, what happens to the n-th request for the same bytes; the last fault repeats. An HTTP
+    status; `drop` half of the body; `hang` without an answer; `whole`: the file instead of a range; `short`:
+    a range without its last byte; None: nothing.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.faults, self.seen, self._same = folder, {}, Counter(), Counter()
+        self.folder, self.faults, self.requests, self._repeats = folder, {}, Counter(), Counter()
+        self.closed = threading.Event()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        path = request.path.lstrip("/").partition("?")[0]
-        wanted = request.headers.get("Range")
-        self.seen[path] += 1
-        self._same[path, wanted] += 1
-        faults = self.faults.get(path, [])
-        fault = faults[min(self._same[path, wanted], len(faults)) - 1] if faults else None
-        content = (self.folder / path).read_bytes() if (self.folder / path).is_file() else None
-        if content is None:
-            return request.send_error(404)
-        if fault == 503 or fault == 404:
+        file = unquote(urlsplit(request.path).path).rsplit("/", 1)[1]
+        requested = request.headers.get("Range")
+        self.requests[file] += 1
+        self._repeats[file, requested] += 1
+        faults = self.faults.get(file, [None])
+        fault = faults[min(self._repeats[file, requested], len(faults)) - 1]
+        if fault == "hang":
+            self.closed.wait()
+        if isinstance(fault, int):
             return request.send_error(fault)
-        first, last = (
-            (int(x) for x in wanted[6:].split("-")) if wanted and fault != "whole" else (0, len(content))
-        )
-        if wanted and first >= len(content):
-            return request.send_error(416)
-        body = content[first : last + 1]
-        request.send_response(206 if wanted and fault != "whole" else 200)
+        if not (self.folder / file).is_file():
+            return request.send_error(404)
+        body = (self.folder / file).read_bytes()
+        partial = requested is not None and fault != "whole"
+        if partial:
+            first, last = (int(number) for number in requested.removeprefix("bytes=").split("-"))
+            if first >= len(body):
+                return request.send_error(416)
+            body = body[first : last + 1]
+        if fault == "short":
+            body = body[:-1]
+        request.send_response(206 if partial else 200)
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()
-        request.wfile.write(body[: len(body) // 2] if fault == "drop" else body)
+        if request.command == "GET":
+            request.wfile.write(body[: len(body) // 2] if fault == "drop" else body)
         if fault == "drop":
             request.close_connection = True
         return None
@@ -45,7 +57,7 @@ class Server:
 
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[str, Server]]:
-    """An address of a folder's files."""
+    """Serve a folder and yield its address."""
     server = Server(folder)
 
     class Handler(BaseHTTPRequestHandler):
@@ -54,10 +66,15 @@ def served(folder: Path) -> Iterator[tuple[str, Server]]:
         def do_GET(self) -> None:
             server.answer(self)
 
+        do_HEAD = do_GET
+
         def log_message(self, *_) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         http.daemon_threads = True
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}", server
-        http.shutdown()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}", server
+        finally:
+            server.closed.set()
+            http.shutdown()

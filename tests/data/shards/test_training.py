@@ -14,6 +14,7 @@ from discovla.data.loader import DataConfig, TrainLoader, video_batches
 from discovla.data.manifest import read_manifest
 from discovla.data.video.errors import DecodeError
 from tests.data.conftest import batch_spec
+from tests.data.shards.server import served
 from tests.data.shards.world import FRAMES, SIZE, make_manifest, make_shards
 
 FIELDS = ("text_ids", "text_mask", "frames", "frame_mask", "video_index", "valid")
@@ -106,9 +107,12 @@ def test_ranks_take_slices_and_an_epoch_goes_on_in_its_middle(made, world):
     assert order != [batch.video_index.tolist() for batch in whole]
 
 
-def test_workers_change_nothing(made, world):
-    data = {"shards": str(made())}
-    assert_same(batches(config(world, workers=2, **data)), batches(config(world, **data)))
+@pytest.mark.parametrize("place", ["folder", "server"])
+def test_workers_give_the_batches_of_one_process(place, made, world):
+    with served(made()) as (address, _):
+        shards = str(made()) if place == "folder" else address
+        found = batches(config(world, workers=2, shards=shards))
+    assert_same(found, batches(config(world)))
 
 
 def test_evaluation_sees_the_same_from_shards(made, world):
@@ -131,7 +135,7 @@ def test_shards_need_neither_manifest_nor_videos(made, world, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"augment": "randaugment"}, "expected frames of full size, for this augment, found 16"),
+        ({"augment": "randaugment"}, "expected whole frames, which this augment needs, found 16"),
         ({"frames": FRAMES + 2}, "found no frame"),
         ({"damaged": "use"}, "damaged: expected 'refuse', as the shards .* were made with, found 'use'"),
         ({"sampling": "t2vparser", "sample_rate": 1.0}, "sampling = 't2vparser'"),

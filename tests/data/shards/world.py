@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from discovla.data.manifest import Clip, write_manifest
+from discovla.data.sampling import Sampling
 from discovla.data.shards.layout import ShardSettings
 from discovla.data.shards.writer import ShardReport, write_shards
 from tests.data.conftest import movie
@@ -12,7 +13,7 @@ from tests.data.conftest import movie
 FRAMES, SIZE = 4, 16
 
 
-def make_manifest(folder: Path, cut_off: Path | None = None, count: int = 5) -> Path:
+def make_manifest(folder: Path, cut_off: Path | None = None, count: int = 5, split: str = "train") -> Path:
     """Clips of 20 frames at 10 a second in two splits, one too short, one spanned, two bad ones."""
     clips = []
     for i in range(count):
@@ -22,7 +23,7 @@ def make_manifest(folder: Path, cut_off: Path | None = None, count: int = 5) -> 
                 id=f"clip/{i}.x",
                 video=path,
                 captions=(f"caption {i} a", f"one that is longer {i} b"),
-                split="val" if i == 2 else "train",
+                split="val" if i == 2 else split,
                 start=0.5 if i == 3 else None,
                 frame_captions=(tuple(f"still {i} {f}" for f in range(FRAMES)), None),
             )
@@ -34,6 +35,11 @@ def make_manifest(folder: Path, cut_off: Path | None = None, count: int = 5) -> 
         clips.append(Clip(id="cut", video=cut_off, captions=("cut off",), split="train"))
     write_manifest(folder / "manifest.jsonl", clips)
     return folder / "manifest.jsonl"
+
+
+def sampling(clip: Clip, seed: str | None = None, **changes) -> Sampling:
+    fields = {"frames": FRAMES, "sample_rate": 5.0, "start": clip.start, "seed": seed}
+    return Sampling(**(fields | changes))
 
 
 def settings(**changes) -> ShardSettings:
