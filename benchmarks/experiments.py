@@ -45,8 +45,8 @@ from benchmarks.measure import RESULTS, ROOT, machine, read_rows, relative_frobe
 from benchmarks.step_inputs import bytes_kept
 from discovla.batch import Batch
 from discovla.config import RunConfig, read_config
-from discovla.data.dataset import BatchSpec, read_clips
-from discovla.data.loader import TrainLoader
+from discovla.data.dataset import read_clips
+from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.engine.distributed import join_world
 from discovla.load import load_run
 from discovla.methods import build

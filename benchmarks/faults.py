@@ -76,7 +76,6 @@ class Place:
             "directory": self.folder / name,
             "model.architecture": self.folder / "sizes.json",
             "data.manifest": self.manifest,
-            "data.cache": self.folder / "cache",
             "steps": self.steps,
         }
         return [*WORDS, *self.engine, *(f"{key}={value}" for key, value in given.items())]

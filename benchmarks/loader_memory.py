@@ -29,9 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 
 from benchmarks.measure import machine, results_file, write_row
 from discovla.data.config import DataConfig
-from discovla.data.dataset import BatchSpec
 from discovla.data.doctor import ExamineOptions, diagnose
-from discovla.data.loader import TrainLoader
+from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from tests.soak.fuzz_videos import draw_sources, write_mutated

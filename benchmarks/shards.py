@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 
 from benchmarks.data import GOPS, RATE, draw
 from benchmarks.measure import machine, results_file, write_row
-from discovla.data.config import DataConfig, FrameSettings
-from discovla.data.dataset import BatchSpec, ClipDataset, FileClipReader, ShardClipReader, training_pairs
-from discovla.data.loader import TrainLoader
+from discovla.data.config import DataConfig
+from discovla.data.dataset import ClipDataset, ClipReader, FileClipReader, ShardClipReader, training_pairs
+from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.shards.layout import ShardSettings
 from discovla.data.shards.reader import Shards
@@ -83,32 +82,32 @@ def sharded(manifest: Path, form: Any) -> Shards:
 def reading_ways(manifest: Path) -> dict[str, Call]:
     """Every way to read all clips once."""
     clips = read_manifest(manifest)
-    settings = FrameSettings(frames=FRAMES, image_size=SIZE)
-    readers: dict[str, FileClipReader] = {"decode": FileClipReader(settings)}
+    config = DataConfig(manifest=manifest, frames=FRAMES)
+    readers: dict[str, ClipReader] = {"decode": FileClipReader(config, SIZE, sandbox=False)}
     for form in ("raw", "jpeg"):
-        readers[form] = ShardClipReader(settings, sharded(manifest, form))
+        readers[form] = ShardClipReader(config, SIZE, sharded(manifest, form))
     return {
         name: lambda reader=reader: [reader.read(clip) for clip in clips] for name, reader in readers.items()
     }
 
 
-class ReadyReader(FileClipReader):
-    """Gives frames that are there, as a decoder would give them: what is left is what the loader does."""
+class ReadyReader:
+    """A `ClipReader` that decodes nothing, so that only the work of the loader is measured."""
 
-    def __init__(self, settings: FrameSettings) -> None:
-        super().__init__(settings)
-        shape = (settings.frames, settings.image_size, settings.image_size, 3)
-        self.frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        shape = (config.frames, SIZE, SIZE, 3)
+        self._frames = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
-    def _decoded(self, *_: object) -> np.ndarray:
-        return self.frames.copy()
+    def read(self, clip: Clip, seed: str | None = None) -> np.ndarray:
+        return self._frames.copy()
 
 
-def loading_ways(manifest: Path, reader: FileClipReader) -> dict[str, Call]:
+def loading_ways(manifest: Path, reader: ClipReader) -> dict[str, Call]:
     """The clips by their reader alone, and by the loader around it."""
     clips = read_manifest(manifest)
     pairs = training_pairs(clips, frame_captions=False, missing="error")
-    source = ClipDataset(clips=clips, pairs=pairs, reader=reader)
+    source = ClipDataset(clips=clips, pairs=pairs, reader=reader, seed=0)
     shape = BatchSpec(
         batch_size=len(clips),
         rank=0,
@@ -118,7 +117,7 @@ def loading_ways(manifest: Path, reader: FileClipReader) -> dict[str, Call]:
         context_length=32,
         frame_captions=False,
     )
-    loader = TrainLoader(source, DataConfig(manifest=manifest, workers=0), shape)
+    loader = TrainLoader(source, DataConfig(manifest=manifest, frames=FRAMES, workers=0), shape)
     return {
         "decode": lambda: [reader.read(clip) for clip in clips],
         "loader": lambda: list(loader.epoch(0)),
@@ -171,14 +170,12 @@ def main() -> None:
     for kind in arguments.kinds:
         with tempfile.TemporaryDirectory() as folder:
             manifest = drawn(Path(folder), GOPS[kind], arguments.clips, arguments.seconds)
-            settings = FrameSettings(frames=FRAMES, image_size=SIZE)
+            config = DataConfig(manifest=manifest, frames=FRAMES, decode_seconds=LIMIT)
             subjects = {
                 "reading": reading_ways(manifest),
-                "loader": loading_ways(manifest, FileClipReader(settings)),
-                "loader, decoder in a process": loading_ways(
-                    manifest, FileClipReader(replace(settings, limit=LIMIT))
-                ),
-                "loader, frames ready": loading_ways(manifest, ReadyReader(settings)),
+                "loader": loading_ways(manifest, FileClipReader(config, SIZE, sandbox=False)),
+                "loader, decoder in a process": loading_ways(manifest, FileClipReader(config, SIZE)),
+                "loader, frames ready": loading_ways(manifest, ReadyReader(config)),
             }
             shape = {"clips": f"{kind} 320x240 {arguments.seconds:g} s, {FRAMES} x {SIZE}"}
             found: dict[str, dict[str, dict[str, float]]] = {}

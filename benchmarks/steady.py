@@ -158,7 +158,6 @@ def prepare(folder: Path, given: argparse.Namespace) -> Run:
         "directory": folder / "run",
         "model.architecture": folder / "sizes.json",
         "data.manifest": draw_world(folder / "world", sizes=world, workers=1),
-        "data.cache": folder / "cache",
         "batch_size": given.batch,
         "steps": given.steps,
         "checkpoint_every": given.checkpoint_every,

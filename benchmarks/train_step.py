@@ -42,8 +42,8 @@ from benchmarks.step_profile import by_component
 from benchmarks.step_work import needed_flops, reference_flops
 from discovla.batch import Batch
 from discovla.data.config import DataConfig
-from discovla.data.dataset import BatchSpec, read_clips
-from discovla.data.loader import TrainLoader
+from discovla.data.dataset import read_clips
+from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.methods.discovla import DiscoVLAConfig
 from discovla.towers.architecture import Architecture
 
@@ -311,7 +311,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="7 on a CPU, 50 on a GPU")
     parser.add_argument("--profile", action="store_true", help="take one more step of each apart")
     parser.add_argument("--manifest", type=Path, help="clips with frame captions, for batches by the loader")
-    parser.add_argument("--cache", type=Path, help="folder of decoded frames, with --manifest")
     parser.add_argument("--workers", type=int, default=2, help="processes that read, with --manifest")
     return parser.parse_args(words)
 
@@ -327,7 +326,6 @@ def main(words: Sequence[str] | None = None) -> int:
         data = DataConfig(
             manifest=options.manifest,
             frames=options.frames,
-            cache=options.cache,
             workers=options.workers,
             context_length=LENGTH,
         )

@@ -16,7 +16,11 @@ import torch
 from discovla.batch import BadClip, Batch
 from discovla.checkpoints import METHOD, CheckpointManager, TrainState, load_trained, schedule, set_aside
 from discovla.config import RunConfig
+from discovla.data.dataset import read_splits
+from discovla.data.loader import BatchSpec, TrainLoader
+from discovla.data.manifest import Clip
 from discovla.data.quarantine import Quarantine
+from discovla.drawn_world.stills import Stills
 from discovla.engine.capture import check_capture, make_capture
 from discovla.engine.checkpoint import CheckpointWriter, selected_weights
 from discovla.engine.config import EngineConfig
@@ -37,7 +41,6 @@ from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
 from discovla.ops.dispatch import KernelUnavailable, choose
-from discovla.splits import read_splits, train_loader
 from discovla.train_step import TrainStep, set_precision
 
 logger = logging.getLogger(__name__)
@@ -133,13 +136,13 @@ class Trainer:
         config = self.config
         self.directory.mkdir(parents=True, exist_ok=True)
         check_capture(config.engine, self.world)
-        self.splits = read_splits(config)
+        self.splits = read_splits(config.data)
         torch.manual_seed(config.seed)  # new parameters
         self.method = build(config.model, config.method)
         fingerprint = self.method.fingerprint()
-        self.loader = train_loader(config, self.method, self.splits, self.world)
+        self.loader = _train_loader(config, self.method, self.splits.get("train", []), self.world)
         self.total = config.steps or config.epochs * self.loader.steps_per_epoch
-        fixed = schedule(config, self.total, len(self.loader.source))
+        fixed = schedule(config, self.total, len(self.loader.dataset))
         self.saving = CheckpointManager(config, self.world, fingerprint, fixed, self.writer)
         self.found = self.saving.find()
         set_precision(self.method, config.engine, self.world.device)
@@ -148,7 +151,7 @@ class Trainer:
         if not config.resume:
             set_aside(self.directory, self.world)
         quarantine = self.directory / "quarantine.jsonl"
-        clips = len(self.splits["train"]) if "train" in self.splits else len(self.loader.source)
+        clips = len(self.splits["train"]) if "train" in self.splits else len(self.loader.dataset)
         self.quarantine = Quarantine(quarantine, clips=clips, share=config.data.bad_clip_share)
 
     def _before(self) -> Results:
@@ -382,6 +385,24 @@ def compute_as(method: Method, engine: EngineConfig, device: torch.device) -> No
     for tower in (method.vision, method.text):
         tower.impl, tower.memory = engine.impl, engine.memory
     method.text.distinct = engine.distinct_captions
+
+
+def _train_loader(config: RunConfig, method: Method, clips: list[Clip], world: World) -> TrainLoader:
+    """Return the loader of the training clips, or of drawn stills if the config has them."""
+    data, longest = config.data, method.architecture.context_length
+    if data.context_length > longest:
+        raise ValueError(f"data.context_length: expected at most {longest}, found {data.context_length}")
+    spec = BatchSpec(
+        batch_size=config.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        image_size=method.architecture.image_size,
+        context_length=data.context_length,
+        frame_captions=method.needs_frame_captions,
+    )
+    stills = None if data.stills is None else Stills(seed=config.seed, **data.stills.model_dump())
+    return TrainLoader(clips if stills is None else stills, data, spec)
 
 
 def _groups(method: Method) -> list[ParameterGroup]:

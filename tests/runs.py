@@ -60,7 +60,6 @@ fused_text_blocks = 1
 manifest = "{manifest}"
 frames = 8
 workers = 0
-cache = "{cache}"
 augment = "light"
 [optim]
 lr = 1e-3
@@ -117,7 +116,7 @@ def write_config(folder: Path, manifest: Path) -> Path:
     """A run of a tiny model on a manifest; its directory is `folder`/run."""
     (folder / "tiny.json").write_text(json.dumps(TINY))
     path = folder / "small.toml"
-    path.write_text(CONFIG.format(folder=folder, manifest=manifest, cache=manifest.parent / "cache"))
+    path.write_text(CONFIG.format(folder=folder, manifest=manifest))
     return path
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from discovla.cli import main
-from discovla.data.dali.support import missing
+from discovla.data.dali.reader import missing
 from tests import runs
 
 LACKING = missing()
@@ -40,7 +40,7 @@ def test_a_run_killed_in_mid_epoch_ends_as_one_never_stopped_and_near_one_withou
     words += ["data.val_split="]  # each evaluation builds a graph
     whole, killed, plain = (tmp_path / name for name in ("whole", "killed", "plain"))
     runs.train([*words, f"directory={plain}"], timeout=300)
-    words += ["data.decoder=dali", "data.cache="]
+    words += ["data.decoder=dali"]
     runs.train([*words, f"directory={whole}"], timeout=300)
     words += [f"directory={killed}", "resume=true"]
     job = runs.start(words)
@@ -69,7 +69,7 @@ def test_a_run_does_not_go_on_by_another_decoder(tmp_path, drawn, shards):
 
 def test_a_decoder_that_refuses_every_clip_stops_the_run_with_one_line(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "steps=2", "data.val_split=", "data.decoder=dali"]
-    job = runs.start([*words, "data.cache="])
+    job = runs.start(words)
     assert job.wait() == [2]
     last = job.output().splitlines()[-1]
     assert (

@@ -72,7 +72,7 @@ def _options(arguments: argparse.Namespace) -> ExamineOptions:
     damaged, index_dir = arguments.damaged, arguments.index_dir
     if arguments.config is not None:
         data = read_config(arguments.config).data
-        damaged, index_dir = data.damaged, index_dir or data.cache
+        damaged, index_dir = data.damaged, index_dir or data.index_dir
         sampling = clip_sampling(data)
     return ExamineOptions(
         sampling=sampling,

@@ -1,4 +1,4 @@
-"""Changes to the pixels of a training clip, drawn once per clip and the same for all its frames."""
+"""Augmentation of training clips, drawn once per clip and the same for all its frames."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from discovla.torchvision_cpu import install
 
@@ -27,15 +25,15 @@ _CROP_AREA, _CROP_ASPECT, _CROP_TRIES = (0.08, 1.0), math.log(4 / 3), 10
 
 
 def draw_randaugment(seed: str) -> Callable[[Image.Image], Image.Image]:
-    """The released augmentation for one clip: RandAugment, to be applied to each frame at its full size.
+    """Draw DiscoVLA's RandAugment for one clip, to be applied to each frame at full size.
 
-    4 of 15 operations with replacement, each applied with probability 1/2, magnitude from N(7, 0.5^2) within
-    0 .. 10, bicubic, filled with grey.  No crop, no flip.
+    Four of 15 operations with replacement, each applied with probability 1/2, magnitude from N(7, 0.5^2)
+    within 0 .. 10, bicubic, filled with grey.  No crop, no flip.
 
     Args:
-        seed: what the draws depend on, and the only thing; the random state of the process is left as it was.
+        seed: seed of the draws.  The random state of the process is not changed.
 
-    Returns: from an RGB image to one of the same size.
+    Returns: a function from an RGB image to one of the same size.
 
     Source: the released DiscoVLA code; the operations are timm's, Apache-2.0.
     """
@@ -50,54 +48,46 @@ def draw_randaugment(seed: str) -> Callable[[Image.Image], Image.Image]:
 
 
 def randaugment_steps(seed: str) -> list[_Step]:
-    """The operations of `draw_randaugment` in order: timm's function, its arguments, its options."""
+    """Return the operations of `draw_randaugment` in order: timm's function, its arguments, its options."""
     with _random_state(seed):
         return [step for op in random.choices(_policy().ops, k=_policy().num_layers) for step in _drawn(op)]
 
 
 def draw_light(seed: str) -> Callable[[np.ndarray], np.ndarray]:
-    """A cheap augmentation for one clip: brightness and contrast changed by up to a fifth.
+    """Draw a change of brightness and contrast by up to a fifth for one clip.
 
     x' = ((x - m) c + m) b with m the mean of the clip and b, c from U(0.8, 1.2), as one table of 256 values.
 
     Args:
-        seed: what the draws depend on, and the only thing.
+        seed: seed of the draws.
 
-    Returns: from uint8 frames, f y x 3, to new ones of the same shape.
+    Returns: a function from uint8 frames, f y x 3, to new ones of the same shape.
     """
     return lambda frames: light_table(seed, frames.mean())[frames]
 
 
-def light_table(seed: str, middle: float) -> np.ndarray:
-    """What `draw_light` makes of each of 256 values, uint8, in a clip whose mean is `middle`."""
+def light_table(seed: str, mean: float) -> np.ndarray:
+    """Return the result of `draw_light` for each of 256 values, uint8, in a clip with this mean."""
     draws = random.Random(seed)
     brightness, contrast = (draws.uniform(1 - _LIGHT, 1 + _LIGHT) for _ in range(2))
-    table = ((np.arange(256) - middle) * contrast + middle) * brightness
+    table = ((np.arange(256) - mean) * contrast + mean) * brightness
     return np.clip(np.rint(table), 0, 255).astype(np.uint8)
 
 
-def apply_table(frames: Tensor, table: np.ndarray) -> None:
-    """Put what a table makes of its 256 values in place of uint8 frames, where they are."""
-    if frames.is_cuda:
-        frames.copy_(torch.from_numpy(table).to(frames.device)[frames.int()])
-    else:
-        np.take(table, frames.numpy(), out=frames.numpy(), mode="clip")
-
-
 def draw_resized_crop(seed: str, size: int) -> Callable[[Image.Image], Image.Image]:
-    """A random part of a clip's frames, the same of each, resized to a square.
+    """Draw a random crop for one clip, which is resized to a square.
 
-    Its area is a U(0.08, 1) part of the frame's and its aspect log-uniform in 3/4 .. 4/3, drawn up to ten
-    times until it fits; else it is the largest square in the middle.
+    The area of the crop is U(0.08, 1) of the frame's and its aspect log-uniform in 3/4 .. 4/3, drawn up to
+    ten times until it fits; otherwise the crop is the largest square in the middle.
 
     Args:
-        seed: what the draws depend on, and the only thing.
+        seed: seed of the draws.
         size: pixels of a side of the square.
 
-    Returns: from an RGB image to one of size x size; frames of one size are cut alike.
+    Returns: a function from an RGB image to one of size x size.
 
-    Source: specification of T2VParser, section on data.  It is cut from the full frame, not from one whose
-    short side was made 256 before: the same part, resampled once.
+    Source: T2VParser, section on data.  The crop is cut from the full frame, not from one resized to a short
+    side of 256 first: the same part, resampled once.
     """
 
     def augment(image: Image.Image) -> Image.Image:
@@ -108,7 +98,7 @@ def draw_resized_crop(seed: str, size: int) -> Callable[[Image.Image], Image.Ima
 
 
 def crop_box(draws: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the part to keep."""
+    """Draw the left, top, right and bottom of `draw_resized_crop`."""
     for _ in range(_CROP_TRIES):
         area = draws.uniform(*_CROP_AREA) * width * height
         aspect = math.exp(draws.uniform(-_CROP_ASPECT, _CROP_ASPECT))
@@ -122,7 +112,7 @@ def crop_box(draws: random.Random, width: int, height: int) -> tuple[int, int, i
 
 
 def _drawn(op: Any) -> list[_Step]:
-    """One operation with its arguments drawn, or nothing where the coin says so."""
+    """Draw the arguments of an operation; return no step if it is not applied."""
     if random.random() > op.prob:
         return []
     magnitude = min(max(random.gauss(op.magnitude, op.magnitude_std), 0.0), 10.0)
@@ -132,7 +122,7 @@ def _drawn(op: Any) -> list[_Step]:
 
 @contextmanager
 def _random_state(seed: str) -> Iterator[None]:
-    """Python's global generator, from which timm draws signs, seeded for a while."""
+    """Seed Python's global generator, from which timm draws signs, and restore it afterwards."""
     before = random.getstate()
     random.seed(seed)
     try:
@@ -143,7 +133,7 @@ def _random_state(seed: str) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _policy() -> RandAugment:
-    """timm's operations under the released settings."""
+    """Return timm's RandAugment with the released settings."""
     install()
     from timm.data.auto_augment import rand_augment_transform  # imports torchvision, so only after install()
 

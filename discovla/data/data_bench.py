@@ -14,12 +14,10 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from discovla.data.config import FrameSettings
-from discovla.data.dali import support as dali
-from discovla.data.dali.frames import DaliFrames
-from discovla.data.dali.graph import CLIPS
-from discovla.data.dali.plans import Plan
-from discovla.data.dali.reader import DaliClipReader
+from discovla.data.config import DataConfig
+from discovla.data.dali.pipeline import CLIPS, Plan
+from discovla.data.dali.reader import DaliClipReader, DaliDecoder
+from discovla.data.dali.reader import missing as dali_missing
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.shards.reader import Shards, open_shards
@@ -117,14 +115,18 @@ def _by_dali(
     """All clips through DALI's graph, some at a time: files, each counted before, or JPEG in shards."""
     where = "the GPU" if torch.cuda.is_available() else "the CPU"
     name = f"dali on {where}, {'known files' if shards is None else 'jpeg shards'}"
-    lacking = dali.missing()
+    lacking = dali_missing()
     if lacking is not None:
         return BenchRow(name=name, reason=lacking)
-    chosen = FrameSettings(
-        frames=settings.frames, image_size=settings.image_size, cache=cache, limit=settings.limit
+    config = DataConfig(
+        manifest=Path("clips"),
+        frames=settings.frames,
+        index_dir=cache,
+        decode_seconds=settings.limit,
+        workers=settings.workers,
     )
-    reader = DaliClipReader(chosen, "none", threads=settings.workers, shards=shards)
-    graph = DaliFrames(reader.graph)
+    reader = DaliClipReader(config, settings.image_size, shards)
+    graph = DaliDecoder(reader.pipeline)
     size = min(CLIPS, len(clips))
     batches = [clips[first : first + size] for first in range(0, len(clips), size)]
     _made(batches[0], reader, graph)  # the graph is built by the first batch
@@ -136,20 +138,20 @@ def _by_dali(
     return _row(name, found, seconds)
 
 
-def _made(clips: Sequence[Clip], reader: DaliClipReader, graph: DaliFrames) -> list[int | DecodeError]:
+def _made(clips: Sequence[Clip], reader: DaliClipReader, graph: DaliDecoder) -> list[int | DecodeError]:
     """How many frames of each clip DALI made, or why none."""
     planned: list[Plan] = []
     found: list[int | DecodeError] = []
     for clip in clips:
         try:
-            plan, shown = reader.sample(clip)
+            plan = reader.read(clip)
         except DecodeError as error:
             found.append(error)
         else:
             planned.append(plan)
-            found.append(shown)
+            found.append(len(plan))
     rows = [row for row, each in enumerate(found) if isinstance(each, int)]
-    for row, plan, reason in zip(rows, planned, graph.read(planned)[1], strict=True):
+    for row, plan, reason in zip(rows, planned, graph.decode(planned)[1], strict=True):
         if reason is not None:
             found[row] = DecodeError(plan.path, reason)
     return found

@@ -3,49 +3,60 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.data
 from torch import Tensor
-from torch.utils import data
 
 from discovla.batch import BadClip, Batch
 from discovla.data.config import DataConfig
-from discovla.data.dali.frames import DaliFrames
-from discovla.data.dali.plans import Plan
-from discovla.data.dali.reader import DaliClipReader
-from discovla.data.dataset import (
-    BatchSpec,
-    ClipDataset,
-    ClipReader,
-    Dataset,
-    Frames,
-    Sample,
-    clip_dataset,
-    clip_reader,
-)
+from discovla.data.dali.reader import DaliClipReader, DaliDecoder
+from discovla.data.dataset import ClipDataset, Dataset, Pair, Sample, clip_dataset, clip_reader
 from discovla.data.manifest import Clip, check_clips
-from discovla.data.resident import Resident
 from discovla.data.tokens import Tokenizer
 from discovla.data.video.errors import DecodeError
 
-logger = logging.getLogger(__name__)
 
-_FILL = 16  # clips read at once into memory
+@dataclass(frozen=True, kw_only=True)
+class BatchSpec:
+    """Shape and order of the batches of one rank.
+
+    batch_size: training pairs of a batch, over all ranks.
+    seed: seed of the order and of the augmentation.
+    image_size: pixels of a side of the frames.
+    context_length: tokens of a caption.
+    frame_captions: batches have one caption per frame.
+    """
+
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    image_size: int
+    context_length: int
+    frame_captions: bool
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank: expected 0 .. {self.world_size - 1}, found {self.rank}")
+        if self.batch_size < 1 or self.batch_size % self.world_size:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {self.world_size} processes, found {self.batch_size}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoBatch:
-    """Frames for evaluation: b f y x 3 uint8, their mask b f bool, and b int64, which clips of the list."""
+    """Frames for evaluation: b f y x 3 uint8, their mask b f bool, and the indices of the clips, b int64."""
 
     frames: Tensor
     frame_mask: Tensor
@@ -58,71 +69,57 @@ class VideoBatch:
 class TrainLoader:
     """Training batches of one rank.
 
-    The order of all pairs depends on (seed, epoch) alone; every step takes the next `batch_size` of them and
-    rank r of w the r-th contiguous part, so the batches of all ranks set side by side are those of one
-    process.  The last, smaller batch is left out.  One iterator may be in use at a time.
+    The order of all pairs depends on (seed, epoch) alone.  Each step takes the next `batch_size` pairs, and
+    rank r its r-th contiguous part, so the batches of all ranks concatenated are those of a single process.
+    The last, smaller batch of an epoch is dropped.  Only one iterator may be in use at a time.
 
     Args:
-        source: clips, which are checked before anything is read, or any other `Dataset`.
-        config: what is read and how.  Frames that are to be resident are read here.
-        shape: what the batches look like.
+        dataset: clips, which are checked here, or any other `Dataset`.
 
     Raises:
-        ValueError: a batch that does not divide, fewer pairs than a batch, clips that cannot be used, or
-            frames that do not fit in memory.
+        ValueError: fewer pairs than a batch, or clips that cannot be used.
     """
 
-    def __init__(self, source: Sequence[Clip] | Dataset, config: DataConfig, shape: BatchSpec) -> None:
-        if shape.world_size < 1 or not 0 <= shape.rank < shape.world_size:
-            raise ValueError(f"rank: expected 0 .. world_size - 1, got {shape.rank} of {shape.world_size}")
-        if shape.batch_size < 1 or shape.batch_size % shape.world_size:
-            raise ValueError(
-                f"batch_size: expected a multiple of the {shape.world_size} processes, got {shape.batch_size}"
+    def __init__(self, dataset: Sequence[Clip] | Dataset, config: DataConfig, spec: BatchSpec) -> None:
+        if isinstance(dataset, Sequence):
+            dataset = clip_dataset(
+                dataset,
+                config,
+                image_size=spec.image_size,
+                context_length=spec.context_length,
+                frame_captions=spec.frame_captions,
+                seed=spec.seed,
             )
-        if isinstance(source, Sequence):
-            source = clip_dataset(source, config, shape)
-        self.source = source
-        self.shape = shape
-        self.steps_per_epoch = len(source) // shape.batch_size
+        self.dataset, self.spec = dataset, spec
+        self.steps_per_epoch = len(dataset) // spec.batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"batch_size: expected at most the {len(source)} training pairs, got {shape.batch_size}"
+                f"batch_size: expected at most the {len(dataset)} training pairs, found {spec.batch_size}"
             )
-        tokenizer = Tokenizer(shape.context_length)
-        self._steps = _Steps()
-        self._loader = _loader(_Items(source), self._steps, _Collate(tokenizer), config.workers)
-        self._graph = _graph(source.reader) if isinstance(source, ClipDataset) else None
-        self._resident = None
-        if config.resident != "none" and isinstance(source, ClipDataset):
-            read = _finished(_all_clips(source, config.workers), self._graph)
-            self._resident = Resident(source, read, config.resident, tokenizer)
+        tokenizer = Tokenizer(spec.context_length)
+        self._reader = _BatchReader(dataset, spec.image_size, tokenizer, config.workers, persistent=True)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from its step `start` on.
+        """Return the batches of an epoch from step `start` on.
 
         Raises:
             ValueError: `start` lies outside the epoch.
         """
         if not 0 <= start <= self.steps_per_epoch:
-            raise ValueError(f"start: expected 0 .. {self.steps_per_epoch}, got {start}")
-        order = epoch_order(len(self.source), self.shape.seed, epoch).tolist()
-        share = self.shape.batch_size // self.shape.world_size
-        size, skipped = self.shape.batch_size, self.shape.rank * share
-        firsts = (step * size + skipped for step in range(start, self.steps_per_epoch))
-        self._steps.rows = [[(i, epoch) for i in order[first : first + share]] for first in firsts]
-        if self._resident is None:
-            with closing(_finished(self._loader, self._graph)) as finished:
-                yield from (Batch(**fields) for fields in finished)
-            return
-        for row in self._steps.rows:
-            yield Batch(**self._resident.batch([index for index, _ in row], epoch))
+            raise ValueError(f"start: expected 0 .. {self.steps_per_epoch}, found {start}")
+        order = epoch_order(len(self.dataset), self.spec.seed, epoch).tolist()
+        size, share = self.spec.batch_size, self.spec.batch_size // self.spec.world_size
+        firsts = (step * size + self.spec.rank * share for step in range(start, self.steps_per_epoch))
+        steps = [[(i, epoch) for i in order[first : first + share]] for first in firsts]
+        with closing(self._reader.read(steps)) as batches:
+            yield from (Batch(**fields) for fields in batches)
 
 
-def epoch_order(number: int, seed: int, epoch: int) -> Tensor:
-    """The order of `number` pairs in an epoch, int64: a permutation that depends on (seed, epoch) alone."""
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return a permutation of `count` pairs, int64, that depends on (seed, epoch) alone."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randperm(number, generator=generator)
+    return torch.randperm(count, generator=generator)
 
 
 def video_batches(
@@ -134,176 +131,177 @@ def video_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[VideoBatch]:
-    """Frames of this rank's contiguous part of the clips, in order, without augmentation.
+    """Yield the frames of this rank's contiguous part of the clips, in order, without augmentation.
 
     Args:
-        clips: all of them; `clip_index` counts in this list.
-        batch_size: clips of a batch; the last may be smaller.
+        clips: the clips of all ranks; `clip_index` counts in this list.
+        batch_size: clips of a batch; the last batch may be smaller.
 
     Raises:
-        ValueError: clips whose files are not there, before anything is read.
-        DecodeError: clips that give no frames; all of the batch are named.
+        ValueError: a video file is missing, found before anything is read.
+        DecodeError: a clip gives no frames; all such clips of the batch are named.
     """
     check_clips(clips, files=config.shards is None)
-    reader = clip_reader(clips, config, image_size, None)
+    reader = clip_reader(clips, config, image_size, training=False)
+    dataset = ClipDataset(clips=clips, pairs=[Pair(i, 0) for i in range(len(clips))], reader=reader)
     low, high = (len(clips) * r // world_size for r in (rank, rank + 1))
     firsts = range(low, high, batch_size)
-    steps = _Steps([[(i, 0) for i in range(first, min(first + batch_size, high))] for first in firsts])
-    source = _VideoSource(clips=clips, reader=reader)
+    steps = [[(i, 0) for i in range(first, min(first + batch_size, high))] for first in firsts]
     workers = min(config.workers, len(steps))
-    graph = _graph(reader)
-    loader = _loader(_Items(source), steps, _Collate(None), workers, persistent=False)
-    for fields in _finished(loader, graph):
-        bad: tuple[BadClip, ...] = fields["bad"]
-        if bad:
-            named = "; ".join(f"{clip.id!r} ({clip.video}): {clip.reason}" for clip in bad)
-            raise DecodeError(bad[0].video, f"{len(bad)} clips cannot be evaluated: {named}")
-        yield VideoBatch(
-            frames=fields["frames"], frame_mask=fields["frame_mask"], clip_index=fields["video_index"]
-        )
-    if graph is not None:
-        graph.close()
+    batch_reader = _BatchReader(dataset, image_size, None, workers, persistent=False)
+    with closing(batch_reader), closing(batch_reader.read(steps)) as batches:
+        for fields in batches:
+            bad: tuple[BadClip, ...] = fields["bad"]
+            if bad:
+                named = "; ".join(f"{clip.id!r} ({clip.video}): {clip.reason}" for clip in bad)
+                raise DecodeError(bad[0].video, f"{len(bad)} clips cannot be evaluated: {named}")
+            yield VideoBatch(
+                frames=fields["frames"], frame_mask=fields["frame_mask"], clip_index=fields["video_index"]
+            )
 
 
 def text_batches(
     texts: Sequence[str], context_length: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and mask, b l int64 and bool, of texts in order, cut to the context; the last may be less."""
+    """Yield token ids and mask, b l int64 and bool, of texts in order; long texts are cut to the context."""
     tokenizer = Tokenizer(context_length)
     for first in range(0, len(texts), batch_size):
         yield tokenizer.encode(texts[first : first + batch_size])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _VideoSource:
-    """Each clip once, without a text."""
-
-    clips: Sequence[Clip]
-    reader: ClipReader
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def sample(self, index: int, epoch: int) -> Sample:
-        clip = self.clips[index]
-        try:
-            frames, shown = self.reader.sample(clip)
-            return Sample(text="", frames=frames, video_index=index, shown=shown)
-        except DecodeError as error:
-            bad = BadClip(id=clip.id, video=str(clip.video), reason=error.reason)
-            return Sample(text="", frames=self.reader.blank(), video_index=index, bad=bad)
+Item = tuple[int, int]  # index of a sample, epoch
 
 
-def _graph(reader: ClipReader) -> DaliFrames | None:
-    """What makes the frames that a reader plans; None where it reads them itself."""
-    return DaliFrames(reader.graph, reader.instead) if isinstance(reader, DaliClipReader) else None
+class _BatchReader:
+    """Fields of batches, read by worker processes and decoded by DALI if the dataset has plans for it.
 
+    Args:
+        tokenizer: None for evaluation, which reads no texts.
+        persistent: keep the workers for the next `read`.
+    """
 
-def _finished(
-    batches: Iterable[dict[str, Any]], graph: DaliFrames | None
-) -> Generator[dict[str, Any], None, None]:
-    """Batches with their frames made, where they are planned."""
-    yield from batches if graph is None else graph.finished(batches)
+    def __init__(
+        self,
+        dataset: Dataset,
+        image_size: int,
+        tokenizer: Tokenizer | None,
+        workers: int,
+        *,
+        persistent: bool,
+    ) -> None:
+        reader = dataset.reader if isinstance(dataset, ClipDataset) else None
+        self._dali = DaliDecoder(reader.pipeline) if isinstance(reader, DaliClipReader) else None
+        self._steps = _Steps()
+        forks = workers > 0 and multiprocessing.get_start_method() == "forkserver"
+        self._loader = torch.utils.data.DataLoader(
+            _Items(dataset),
+            batch_sampler=self._steps,
+            collate_fn=_Collate(
+                frames_per_clip=dataset.frames_per_clip,
+                image_size=image_size,
+                plans=self._dali is not None,
+                tokenizer=tokenizer,
+            ),
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_block_signals,
+            # "forkserver" is the default from Python 3.14 on, but its server dies of a launcher's SIGTERM.
+            multiprocessing_context="fork" if forks else None,
+            # Own generator: if drawn from the global one, the workers' seeds would shift a resumed run.
+            generator=torch.Generator().manual_seed(0),
+        )
 
+    def read(self, steps: list[list[Item]]) -> Generator[dict[str, Any], None, None]:
+        """Yield the fields of one batch per step."""
+        self._steps.items = steps
+        yield from self._loader if self._dali is None else self._dali.decode_batches(self._loader)
 
-def _all_clips(source: ClipDataset, workers: int) -> Iterable[dict[str, Any]]:
-    """Every clip of a source once, a few at a time, as collated for evaluation."""
-    count = len(source.clips)
-    steps = _Steps([[(i, 0) for i in range(k, min(k + _FILL, count))] for k in range(0, count, _FILL)])
-    videos = _VideoSource(clips=source.clips, reader=source.reader)
-    return _loader(_Items(videos), steps, _Collate(None), min(workers, len(steps)), persistent=False)
+    def close(self) -> None:
+        """End the process in which DALI runs."""
+        if self._dali is not None:
+            self._dali.close()
 
 
 @dataclass(frozen=True)
-class _Items(data.Dataset[Sample]):
-    """A source as torch's loader asks for it: the epoch travels with the index, workers hold no state."""
+class _Items(torch.utils.data.Dataset[Sample]):
+    """A dataset indexed by (index, epoch): the epoch travels with the index, so workers hold no state."""
 
-    source: Dataset
+    dataset: Dataset
 
-    def __getitem__(self, item: tuple[int, int]) -> Sample:
-        index, epoch = item
-        return self.source.sample(index, epoch)
+    def __getitem__(self, item: Item) -> Sample:
+        return self.dataset.sample(*item)
 
 
 class _Steps:
-    """The items of each step to come; set anew for each epoch, under workers that live on."""
+    """Batch sampler whose items are replaced for each epoch, while the workers live on."""
 
-    def __init__(self, rows: list[list[tuple[int, int]]] | None = None) -> None:
-        self.rows = rows or []
+    items: Sequence[list[Item]] = ()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.items)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.rows)
+    def __iter__(self) -> Iterator[list[Item]]:
+        return iter(self.items)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Collate:
-    """Samples to the fields of a `Batch`, a dict because torch pins the tensors of dicts only."""
+    """Collate samples to the fields of a `Batch`: a dict, because torch pins the tensors of dicts only.
 
+    frames_per_clip: clips with fewer frames are padded with black frames, which the mask hides.
+    plans: frames are plans, which `DaliDecoder` replaces.
+    """
+
+    frames_per_clip: int
+    image_size: int
+    plans: bool
     tokenizer: Tokenizer | None
 
-    def __call__(self, rows: list[Sample]) -> dict[str, Any]:
-        frames = _together([row.frames for row in rows])
-        f = frames[0].room if isinstance(frames, tuple) else frames.shape[1]
-        shown = torch.tensor([f if row.shown is None else row.shown for row in rows])
+    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
+        frames = tuple(sample.frames for sample in samples) if self.plans else self._padded(samples)
+        # A bad clip has no masked frame: its row is skipped as a whole.
+        lengths = [self.frames_per_clip if s.frames is None else len(s.frames) for s in samples]
         fields: dict[str, Any] = {
             "frames": frames,
-            "frame_mask": torch.arange(f) < shown[:, None],  # b f
-            "video_index": torch.tensor([row.video_index for row in rows]),
-            "valid": torch.tensor([row.bad is None for row in rows]),
-            "bad": tuple(row.bad for row in rows if row.bad is not None),
+            "frame_mask": torch.arange(self.frames_per_clip) < torch.tensor(lengths)[:, None],  # b f
+            "video_index": torch.tensor([sample.video_index for sample in samples]),
+            "valid": torch.tensor([sample.bad is None for sample in samples]),
+            "bad": tuple(sample.bad for sample in samples if sample.bad is not None),
         }
         if self.tokenizer is None:
             return fields
-        fields["text_ids"], fields["text_mask"] = self.tokenizer.encode([row.text for row in rows])  # b l
-        stills = [row.frame_texts for row in rows if row.frame_texts is not None]
-        if stills:
-            ids, mask = self.tokenizer.encode([text for texts in stills for text in texts])
-            shape = (len(rows), f, self.tokenizer.context_length)
+        fields["text_ids"], fields["text_mask"] = self.tokenizer.encode([s.text for s in samples])  # b l
+        captions = [s.frame_captions for s in samples if s.frame_captions is not None]
+        if captions:
+            ids, mask = self.tokenizer.encode([text for texts in captions for text in texts])
+            shape = (len(samples), self.frames_per_clip, self.tokenizer.context_length)
             fields["frame_text_ids"], fields["frame_text_mask"] = ids.view(shape), mask.view(shape)  # b f l
         return fields
 
-
-def _together(frames: Sequence[Frames]) -> Tensor | tuple[Plan, ...]:
-    """Frames of clips, b f y x c, or the plans of them."""
-    plans = tuple(each for each in frames if isinstance(each, Plan))
-    return plans or torch.from_numpy(np.stack([each for each in frames if not isinstance(each, Plan)]))
-
-
-def _loader(
-    items: _Items, steps: _Steps, collate: _Collate, workers: int, *, persistent: bool = True
-) -> Iterable[dict[str, Any]]:
-    """torch's loader over given steps, in order, with pinned memory where there is a GPU."""
-    forks = workers > 0 and multiprocessing.get_start_method() == "forkserver"
-    return data.DataLoader(
-        items,
-        batch_sampler=steps,
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=persistent and workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_spared_signals,
-        # the server that would fork them, Python's choice from 3.14 on, dies of a launcher's SIGTERM
-        multiprocessing_context="fork" if forks else None,
-        # Its own generator: drawn from the global one, the workers' seeds would shift a resumed run.
-        generator=torch.Generator().manual_seed(0),
-    )
+    def _padded(self, samples: list[Sample]) -> Tensor:
+        """Return the frames of all samples, b f y x c uint8."""
+        arrays = [s.frames if isinstance(s.frames, np.ndarray) else None for s in samples]
+        size = next((a.shape[1:] for a in arrays if a is not None), (self.image_size, self.image_size, 3))
+        frames = np.zeros((len(arrays), self.frames_per_clip, *size), np.uint8)
+        for row, array in zip(frames, arrays, strict=True):
+            if array is not None:
+                row[: len(array)] = array
+        return torch.from_numpy(frames)
 
 
-def _spared_signals(_: int) -> None:
-    """Let a process that reads obey the one that started it alone.
+def _block_signals(_: int) -> None:
+    """Make a worker process end by SIGTERM of its parent only.
 
-    Launchers send SIGTERM to all processes of a job; that which trains has its readers end once it is done.
+    Launchers send SIGTERM to all processes of a job; the training process ends its workers when it is done.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey_parent, name="signals", daemon=True).start()
+    threading.Thread(target=_await_parent_signal, name="signals", daemon=True).start()
 
 
-def _obey_parent() -> None:
-    """End this process where the one that started it asks for it."""
+def _await_parent_signal() -> None:
+    """End this process when its parent sends SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

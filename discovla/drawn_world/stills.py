@@ -37,6 +37,7 @@ class Stills:
     count: int
     seed: int = 0
     easy_epochs: int = 0
+    frames_per_clip: int = 1
 
     def __post_init__(self) -> None:
         if self.count < 1:

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.gpu_data import measure_data
 from benchmarks.measure import read_rows
-from discovla.data.dali import support as dali
+from discovla.data.dali import reader as dali
 
 
 @pytest.mark.slow

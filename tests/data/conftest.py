@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from discovla.data.dataset import BatchSpec
+from discovla.data.loader import BatchSpec
 
 STEP = 8  # grey levels between one frame and the next, well above what encoding changes
 

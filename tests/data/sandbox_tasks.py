@@ -57,11 +57,11 @@ def examination(request: ExamineRequest) -> dict[str, Any]:
 
 
 def hang_at(item: Any) -> tuple[np.ndarray, list[str | None]]:
-    """What a graph is asked for: white frames of every clip, but a clip of the id `hang`."""
-    if any(plan.id == "hang" for plan in item.plans):
+    """Decode a batch of plans to white frames, but hang at a clip with the id `hang`."""
+    config, plans = item
+    if any(plan is not None and plan.id == "hang" for plan in plans):
         task("hang")
-    size = item.settings.image_size
-    frames = np.zeros((len(item.plans), item.settings.frames, size, size, 3), np.uint8)
-    for row, plan in enumerate(item.plans):
-        frames[row] = 0 if plan.empty else 255
-    return frames, [None] * len(item.plans)
+    frames = np.zeros((len(plans), config.frames, config.image_size, config.image_size, 3), np.uint8)
+    for row, plan in enumerate(plans):
+        frames[row] = 0 if plan is None else 255
+    return frames, [None] * len(plans)

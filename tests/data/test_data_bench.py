@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from discovla.cli import main
-from discovla.data.dali import support as dali
+from discovla.data.dali import reader as dali
 from discovla.data.data_bench import DEMAND, BenchRow, BenchSettings, bench, table
 from discovla.data.manifest import Clip
 from discovla.data.shards.layout import ShardSettings

@@ -1,4 +1,4 @@
-"""Clips as a source of samples."""
+"""Training pairs, the readers of their frames, and the samples they make."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from discovla.data.config import FrameSettings
-from discovla.data.dataset import ClipDataset, FileClipReader, Pair, check_captions
-from discovla.data.loader import DataConfig, TrainLoader
-from discovla.data.manifest import Clip
-from tests.data.conftest import batch_spec, movie, numbers
+from discovla.data.config import DataConfig
+from discovla.data.dataset import (
+    ClipDataset,
+    FileClipReader,
+    Pair,
+    check_captions,
+    read_splits,
+    training_pairs,
+)
+from discovla.data.manifest import Clip, write_manifest
+from tests.data.conftest import movie, numbers
 
 
 @pytest.fixture(scope="module")
@@ -23,100 +29,115 @@ def clip(tmp_path_factory) -> Clip:
     )
 
 
-def source(clip: Clip, **changes) -> ClipDataset:
+def reader(**changes) -> FileClipReader:
+    """A reader of 2 frames at 16 pixels, in this process."""
+    fields = {"manifest": Path("unused"), "frames": 2, "sample_rate": 10.0}
+    return FileClipReader(DataConfig(**(fields | changes)), 16, sandbox=False)
+
+
+def dataset(clip: Clip, clip_reader: FileClipReader | None = None, **changes) -> ClipDataset:
     fields = {
         "clips": [clip],
         "pairs": [Pair(0, 1), Pair(0, 0)],
-        "reader": FileClipReader(FrameSettings(frames=2, image_size=16, sample_rate=10.0)),
+        "reader": clip_reader or reader(),
+        "seed": 0,
     }
     return ClipDataset(**(fields | changes))
 
 
-def test_a_sample_is_its_pair(clip):
-    sample = source(clip, frame_captions=True).sample(0, 0)
-    assert (sample.text, sample.frame_texts, sample.video_index, sample.bad) == (
-        "two words",
-        ("x", "y"),
-        0,
-        None,
-    )
+def test_a_sample_has_the_caption_and_the_frames_of_its_pair(clip):
+    sample = dataset(clip, frame_captions=True).sample(0, 0)
+    assert sample.text == "two words"
+    assert sample.frame_captions == ("x", "y")
+    assert sample.video_index == 0
+    assert sample.bad is None
     assert sample.frames.shape == (2, 16, 16, 3)
     assert numbers(sample.frames) == [0, 19]
 
 
-def test_frame_captions_are_left_out_where_they_are_not_asked_for(clip):
-    assert source(clip).sample(0, 0).frame_texts is None
+def test_samples_have_no_frame_captions_by_default(clip):
+    assert dataset(clip).sample(0, 0).frame_captions is None
 
 
-def test_the_span_of_a_clip_is_kept(clip):
+def test_frames_lie_within_the_span_of_a_clip(clip):
     spanned = Clip(id="a", video=clip.video, captions=("one",), split="train", start=0.5, end=1.0)
-    frames = source(spanned, pairs=[Pair(0, 0)]).sample(0, 0).frames
-    assert numbers(frames) == [5, 10]
+    assert numbers(reader().read(spanned)) == [5, 10]
 
 
 @pytest.mark.parametrize("augment", ["light", "randaugment"])
 def test_augmentation_depends_on_seed_epoch_and_sample(clip, augment):
-    def frames(seed: int, epoch: int, index: int) -> bytes:
-        return (
-            source(clip, augment=augment, seed=seed, pairs=[Pair(0, 0)] * 9)
-            .sample(index, epoch)
-            .frames.tobytes()
-        )
+    def frames(seed: int, epoch: int) -> list[bytes]:
+        augmented = dataset(clip, reader(augment=augment), seed=seed, pairs=[Pair(0, 0)] * 9)
+        return [augmented.sample(index, epoch).frames.tobytes() for index in range(9)]
 
-    assert [frames(0, 0, i) for i in range(9)] == [frames(0, 0, i) for i in range(9)]
-    for seed, epoch in ((1, 0), (0, 1)):
-        assert [frames(0, 0, i) for i in range(9)] != [frames(seed, epoch, i) for i in range(9)]
-    assert len({frames(0, 0, i) for i in range(9)}) > 4
+    first = frames(0, 0)
+    assert first == frames(0, 0)
+    assert first != frames(1, 0)
+    assert first != frames(0, 1)
+    assert len(set(first)) > 4
 
 
-def test_a_crop_of_a_training_clip_is_one_part_of_all_its_frames(tmp_path):
+@pytest.mark.parametrize("augment", ["light", "randaugment", "resized_crop"])
+def test_evaluation_has_no_augmentation(clip, augment):
+    assert np.array_equal(reader(augment=augment).read(clip), reader().read(clip))
+
+
+def test_a_crop_is_the_same_part_of_all_frames_of_a_clip(tmp_path):
     def ramp(i: int, height: int, width: int) -> np.ndarray:
         return np.broadcast_to(np.linspace(0, 255, width, dtype=np.uint8)[None, :, None], (height, width, 3))
 
     clip = Clip(id="a", video=movie(tmp_path / "a.mp4", 20, draw=ramp), captions=("one",), split="train")
-    reader = FileClipReader(FrameSettings(frames=2, image_size=16, sample_rate=10.0))
-    cuts = [reader.read_augmented(clip, "resized_crop", f"0/0/{i}") for i in range(6)]
+    cropping = reader(augment="resized_crop")
+    cuts = [cropping.read(clip, f"0/0/{i}") for i in range(6)]
     assert {cut.shape for cut in cuts} == {(2, 16, 16, 3)}
     for cut in cuts:
-        assert np.abs(cut[0].astype(int) - cut[1]).max() <= 8, "the frames of the clip are the same picture"
+        assert np.abs(cut[0].astype(int) - cut[1]).max() <= 8, "both frames show the same picture"
     spans = [np.ptp(cut[0, 8, :, 0]) for cut in cuts]
-    assert max(spans) - min(spans) > 30, "parts of other sizes show more or less of the ramp"
+    assert max(spans) - min(spans) > 30, "crops of other sizes show more or less of the ramp"
 
 
-def test_a_source_travels_to_a_worker(clip, tmp_path):
-    reader = FileClipReader(FrameSettings(frames=2, image_size=16, cache=tmp_path / "cache"))
-    ours = source(clip, augment="randaugment", reader=reader)
-    theirs = pickle.loads(pickle.dumps(ours))
-    assert np.array_equal(ours.sample(1, 2).frames, theirs.sample(1, 2).frames)
+def test_a_pickled_dataset_gives_the_same_samples(clip):
+    original = dataset(clip, reader(augment="randaugment"))
+    copy = pickle.loads(pickle.dumps(original))
+    assert np.array_equal(original.sample(1, 2).frames, copy.sample(1, 2).frames)
 
 
-def test_a_blank_has_the_shape_of_frames(clip):
-    bad = Clip(id="b", video=Path("/none.mp4"), captions=("one",), split="train")
-    sample = source(bad, pairs=[Pair(0, 0)]).sample(0, 0)
-    assert sample.bad is not None
+def test_a_clip_without_frames_gives_a_bad_sample(clip):
+    missing = Clip(id="b", video=Path("/none.mp4"), captions=("one",), split="train")
+    sample = dataset(missing, pairs=[Pair(0, 0)]).sample(0, 0)
+    assert sample.frames is None
     assert (sample.bad.id, sample.bad.reason) == ("b", "there is no such file")
-    assert sample.frames.shape == source(clip).sample(0, 0).frames.shape
 
 
-def test_a_clip_missing_under_a_cache_is_bad_too(tmp_path):
-    bad = Clip(id="b", video=tmp_path / "none.mp4", captions=("one",), split="train")
-    reader = FileClipReader(FrameSettings(frames=2, image_size=16, cache=tmp_path / "cache"))
-    sample = source(bad, pairs=[Pair(0, 0)], reader=reader).sample(0, 0)
-    assert sample.bad is not None
-    assert sample.bad.reason == "there is no such file"
+def test_a_clip_from_which_nothing_is_sampled_is_bad(clip):
+    sample = dataset(clip, reader(sampling="clip2video", sample_rate=5.0, sampling_divisor=11)).sample(0, 0)
+    assert sample.bad.reason.startswith("sampling_divisor: expected at most the 10 frames stored")
 
 
-@pytest.mark.parametrize("augment", ["randaugment", "resized_crop"])
-def test_what_changes_full_frames_beside_a_cache_says_that_it_decodes_every_time(
-    augment, clip, tmp_path, caplog
-):
-    config = DataConfig(
-        manifest=tmp_path / "m", frames=2, augment=augment, cache=tmp_path / "cache", workers=0
-    )
-    shape = batch_spec()
-    next(TrainLoader([clip], config, shape).epoch(0))
-    assert "training decodes clips every time" in caplog.text
-    assert not list((tmp_path / "cache").rglob("*.frames"))
+def test_a_short_clip_gives_fewer_frames(clip):
+    short = dataset(clip, reader(frames=5, sampling="clip4clip", sample_rate=1.0))
+    assert short.frames_per_clip == 5
+    assert numbers(short.sample(0, 0).frames) == [0, 10]
+
+
+@pytest.mark.parametrize("augment", ["none", "light", "randaugment"])
+def test_random_sampling_depends_on_the_sample(clip, augment):
+    def frames(epoch: int) -> list[bytes]:
+        random_reader = reader(frames=3, sampling="t2vparser", sample_rate=1.0, augment=augment)
+        random_dataset = dataset(clip, random_reader, pairs=[Pair(0, 0)] * 6)
+        return [random_dataset.sample(i, epoch).frames.tobytes() for i in range(6)]
+
+    first = frames(0)
+    assert frames(0) == first
+    assert frames(1) != first
+    assert len(set(first)) > 1
+
+
+def test_evaluation_samples_the_same_frames_each_time(clip):
+    random_reader = reader(frames=3, sampling="t2vparser", sample_rate=1.0)
+    assert numbers(random_reader.read(clip)) == [3, 9, 16]
+    assert len({tuple(numbers(random_reader.read(clip, f"0/0/{i}"))) for i in range(8)}) > 4
+    assert numbers(random_reader.read(clip)) == [3, 9, 16]
 
 
 def test_captions_that_fit_are_not_counted(clip):
@@ -127,67 +148,80 @@ def test_long_captions_are_counted_once_each(clip):
     assert check_captions([clip], 3, long="truncate") == 1
 
 
-def seen(reader: FileClipReader, clip: Clip, seeds: range) -> list[tuple[int, ...]]:
-    """The numbers of the frames of training samples."""
-    return [tuple(numbers(reader.read_augmented(clip, "none", f"0/0/{i}"))) for i in seeds]
+def unread_clip(name: str, **changes) -> Clip:
+    fields = {
+        "id": name,
+        "video": Path(f"/{name}.mp4"),
+        "captions": (f"{name} 0", f"{name} 1"),
+        "split": "train",
+    }
+    return Clip(**(fields | changes))
 
 
-def test_a_sample_of_too_few_frames_is_filled_with_placeholders_that_are_counted(clip):
-    reader = FileClipReader(FrameSettings(frames=5, image_size=16, sampling="clip4clip"))
-    sample = source(clip, reader=reader).sample(0, 0)
-    assert sample.shown == 2
-    assert numbers(sample.frames) == [0, 10, 0, 0, 0]
-    assert not sample.frames[2:].any()
+def test_pairs_go_clip_by_clip():
+    pairs = training_pairs([unread_clip("a"), unread_clip("b")], frame_captions=False, missing="error")
+    assert pairs == [Pair(0, 0), Pair(0, 1), Pair(1, 0), Pair(1, 1)]
 
 
-def test_placeholders_are_no_part_of_a_light_augmentation(clip):
-    reader = FileClipReader(FrameSettings(frames=5, image_size=16, sampling="clip4clip"))
-    frames = source(clip, reader=reader, augment="light").sample(0, 0).frames
-    assert not frames[2:].any()
+def test_pairs_follow_the_caption_order():
+    clips = [unread_clip("a", caption_order=(5, 1)), unread_clip("b", caption_order=(0, 7))]
+    pairs = training_pairs(clips, frame_captions=False, missing="error")
+    assert pairs == [Pair(1, 0), Pair(0, 1), Pair(0, 0), Pair(1, 1)]
 
 
-@pytest.mark.parametrize("augment", ["none", "light", "randaugment"])
-def test_frames_drawn_for_training_are_those_of_the_sample(clip, augment):
-    def frames(epoch: int, index: int) -> bytes:
-        reader = FileClipReader(FrameSettings(frames=3, image_size=16, sampling="t2vparser"))
-        ours = source(clip, augment=augment, reader=reader, pairs=[Pair(0, 0)] * 6)
-        return ours.sample(index, epoch).frames.tobytes()
-
-    first = [frames(0, i) for i in range(6)]
-    assert [frames(0, i) for i in range(6)] == first
-    assert [frames(1, i) for i in range(6)] != first
-    assert len(set(first)) > 1
+def test_a_caption_order_of_some_clips_only_is_refused():
+    clips = [unread_clip("a", caption_order=(0, 1)), unread_clip("b")]
+    with pytest.raises(ValueError, match="caption_order: expected all 2 clips to have one, found 1"):
+        training_pairs(clips, frame_captions=False, missing="error")
 
 
-def test_a_cache_of_frames_for_testing_is_not_taken_for_training_that_draws_them(clip, tmp_path):
-    settings = FrameSettings(frames=3, image_size=16, sampling="t2vparser", cache=tmp_path / "cache")
-    fixed = numbers(FileClipReader(settings).read(clip))
-    assert fixed == [3, 9, 16]
-    drawn = seen(FileClipReader(settings), clip, range(8))
-    assert len(set(drawn)) > 4
-    assert numbers(FileClipReader(settings).read(clip)) == fixed
-    assert len(list((tmp_path / "cache").rglob("*.frames"))) == 1
+def test_pairs_without_frame_captions_are_dropped_and_counted(caplog):
+    clips = [unread_clip("a", frame_captions=(None, ("x",))), unread_clip("b")]
+    assert training_pairs(clips, frame_captions=True, missing="drop") == [Pair(0, 1)]
+    assert "3 of 4 captions have no frame captions and are left out" in caplog.text
 
 
-def test_a_cache_serves_training_on_frames_that_stay(clip, tmp_path):
-    settings = FrameSettings(frames=4, image_size=16, sampling="clip4clip", cache=tmp_path / "cache")
-    assert seen(FileClipReader(settings), clip, range(2)) == [(0, 10)] * 2
-    assert len(list((tmp_path / "cache").rglob("*.frames"))) == 1
+def test_a_set_without_any_frame_captions_is_refused():
+    with pytest.raises(ValueError, match="frame captions: none of 2 captions has any"):
+        training_pairs([unread_clip("a")], frame_captions=True, missing="drop")
 
 
-def test_jitter_beside_a_cache_says_that_it_decodes_every_time(clip, tmp_path, caplog):
-    config = DataConfig(
-        manifest=tmp_path / "m", frames=2, sampling="t2vparser", cache=tmp_path / "cache", workers=0
-    )
-    shape = batch_spec()
-    next(TrainLoader([clip], config, shape).epoch(0))
-    assert "sampling = 't2vparser' draws frames anew in each epoch, training decodes" in caplog.text
+def write_splits(folder: Path, splits: tuple[str, ...] = ("train", "train", "val", "test")) -> Path:
+    clips = []
+    for number, split in enumerate(splits):
+        video = folder / f"{number}.mp4"
+        video.write_bytes(b"x")
+        clips.append(unread_clip(str(number), video=video, split=split))
+    write_manifest(folder / "m.jsonl", clips)
+    return folder / "m.jsonl"
 
 
-def test_a_clip_that_its_sampling_leaves_nothing_of_is_bad(clip):
-    settings = FrameSettings(
-        frames=2, image_size=16, sampling="clip2video", sample_rate=5.0, sampling_divisor=11
-    )
-    sample = source(clip, reader=FileClipReader(settings)).sample(0, 0)
-    assert sample.bad is not None
-    assert sample.bad.reason.startswith("sampling_divisor: expected at most the 10 frames stored")
+def test_splits_are_read_by_their_use(tmp_path):
+    splits = read_splits(DataConfig(manifest=write_splits(tmp_path)))
+    assert {use: [clip.id for clip in clips] for use, clips in splits.items()} == {
+        "train": ["0", "1"],
+        "val": ["2"],
+        "test": ["3"],
+    }
+
+
+def test_a_split_for_two_uses_is_refused(tmp_path):
+    config = DataConfig(manifest=write_splits(tmp_path), val_split="test")
+    with pytest.raises(
+        ValueError, match=r"data: expected different splits .* found \['train', 'test', 'test'\]"
+    ):
+        read_splits(config)
+
+
+def test_quarantine_takes_clips_from_training_only(tmp_path):
+    quarantine = tmp_path / "quarantine.jsonl"
+    rows = (f'{{"id": "{i}", "video": "v", "reason": "r"}}\n' for i in (1, 3))
+    quarantine.write_text("".join(rows))
+    splits = read_splits(DataConfig(manifest=write_splits(tmp_path), quarantine=quarantine))
+    assert [clip.id for clip in splits["train"]] == ["0"]
+    assert [clip.id for clip in splits["test"]] == ["3"]
+
+
+def test_stills_need_no_training_split(tmp_path):
+    config = DataConfig(manifest=write_splits(tmp_path, ("val", "test")), stills={"count": 3})
+    assert set(read_splits(config)) == {"val", "test"}

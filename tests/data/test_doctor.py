@@ -17,7 +17,7 @@ import pytest
 
 from discovla.cli import main
 from discovla.data import doctor
-from discovla.data.dali import support as dali
+from discovla.data.dali import reader as dali
 from discovla.data.doctor import Diagnosis, ExamineOptions, ExamineRequest, diagnose, examine
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.quarantine import Quarantine, without_quarantined
@@ -235,7 +235,7 @@ KILLED = """
 import os
 from pathlib import Path
 from discovla.data import doctor
-from discovla.data.dali import support as dali
+from discovla.data.dali import reader as dali
 from discovla.data.video import torchcodec
 from discovla.data.manifest import read_manifest
 from discovla.data.sampling import Sampling

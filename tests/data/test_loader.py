@@ -1,4 +1,4 @@
-"""Batches: their order, their shares, their bad clips."""
+"""Batches: their order, the shares of ranks, bad clips."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COUNT = 7  # clips, of two captions each
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> list[Clip]:
-    """Clips of one grey each, which tells their number."""
+    """Clips of one grey level each, by which they are told apart."""
     folder = tmp_path_factory.mktemp("loader")
 
     def painted(level: int):
@@ -54,22 +54,22 @@ def config(**changes) -> DataConfig:
     return DataConfig(**({"manifest": Path("m.jsonl"), "frames": 2, "workers": 0} | changes))
 
 
-def shape(**changes) -> BatchSpec:
+def spec(**changes) -> BatchSpec:
     return batch_spec(**({"batch_size": 4} | changes))
 
 
-def test_an_empty_cache_or_quarantine_is_none():
-    assert config(cache="", quarantine="") == config()
+def test_an_empty_path_is_none():
+    assert config(index_dir="", quarantine="") == config()
 
 
 def same(a: Batch, b: Batch) -> bool:
-    """Whether two batches hold the same."""
+    """Return True if two batches are equal."""
     names = ("text_ids", "text_mask", "frames", "frame_mask", "video_index", "valid")
     return a.bad == b.bad and all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
-def test_a_batch_has_frames_texts_and_indices_of_its_pairs(clips):
-    batch = next(TrainLoader(clips, config(), shape()).epoch(0))
+def test_a_batch_has_the_frames_texts_and_indices_of_its_pairs(clips):
+    batch = next(TrainLoader(clips, config(), spec()).epoch(0))
     assert batch.frames.shape == (4, 2, 16, 16, 3)
     assert batch.frames.dtype == torch.uint8
     assert batch.text_ids.shape == batch.text_mask.shape == (4, 12)
@@ -82,16 +82,16 @@ def test_a_batch_has_frames_texts_and_indices_of_its_pairs(clips):
         assert (texts == batch.text_ids[row]).all(1).any()
 
 
-def test_an_epoch_walks_through_every_pair_but_the_last_few(clips):
-    loader = TrainLoader(clips, config(), shape(batch_size=2))
+def test_an_epoch_has_every_pair_but_the_last_incomplete_batch(clips):
+    loader = TrainLoader(clips, config(), spec(batch_size=2))
     assert loader.steps_per_epoch == COUNT
     seen = torch.cat([batch.video_index for batch in loader.epoch(0)])
     assert seen.bincount().tolist() == [2] * COUNT
-    assert TrainLoader(clips, config(), shape(batch_size=4)).steps_per_epoch == 3
+    assert TrainLoader(clips, config(), spec(batch_size=4)).steps_per_epoch == 3
 
 
-def test_frame_captions_come_one_per_frame(clips):
-    batch = next(TrainLoader(clips, config(), shape(frame_captions=True)).epoch(0))
+def test_batches_have_one_frame_caption_per_frame(clips):
+    batch = next(TrainLoader(clips, config(), spec(frame_captions=True)).epoch(0))
     assert batch.frame_text_ids.shape == (4, 2, 12)
     row = 1
     clip = clips[batch.video_index[row]]
@@ -113,37 +113,37 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_is_repeated_exactly(clips, workers):
-    loader = TrainLoader(clips, config(workers=workers, augment="light"), shape())
+    loader = TrainLoader(clips, config(workers=workers, augment="light"), spec())
     first = list(loader.epoch(1))
     assert all(same(a, b) for a, b in zip(first, loader.epoch(1), strict=True))
     assert not any(same(a, b) for a, b in zip(first, loader.epoch(2), strict=True))
 
 
-def test_workers_and_none_give_the_same_batches(clips):
-    mine = TrainLoader(clips, config(workers=0, augment="light"), shape()).epoch(1)
-    theirs = TrainLoader(clips, config(workers=2, augment="light"), shape()).epoch(1)
+def test_batches_do_not_depend_on_workers(clips):
+    mine = TrainLoader(clips, config(workers=0, augment="light"), spec()).epoch(1)
+    theirs = TrainLoader(clips, config(workers=2, augment="light"), spec()).epoch(1)
     assert all(same(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_start_in_mid_epoch_gives_what_skipping_gives(clips, workers):
-    loader = TrainLoader(clips, config(workers=workers, augment="light"), shape())
+def test_a_start_in_mid_epoch_gives_the_remaining_batches(clips, workers):
+    loader = TrainLoader(clips, config(workers=workers, augment="light"), spec())
     whole = list(loader.epoch(2))
     rest = list(loader.epoch(2, start=1))
     assert len(rest) == 2
     assert all(same(a, b) for a, b in zip(whole[1:], rest, strict=True))
 
 
-def test_an_epoch_left_in_the_middle_does_not_disturb_the_next(clips):
-    loader = TrainLoader(clips, config(workers=2), shape())
+def test_an_abandoned_epoch_does_not_change_the_next(clips):
+    loader = TrainLoader(clips, config(workers=2), spec())
     whole = list(loader.epoch(1))
     next(loader.epoch(0))
     assert all(same(a, b) for a, b in zip(whole, loader.epoch(1), strict=True))
 
 
-def test_ranks_side_by_side_are_the_batch_of_one_process(clips):
-    one = list(TrainLoader(clips, config(augment="light"), shape()).epoch(0))
-    halves = [shape(world_size=2, rank=rank) for rank in (0, 1)]
+def test_batches_of_all_ranks_concatenate_to_the_batch_of_one_process(clips):
+    one = list(TrainLoader(clips, config(augment="light"), spec()).epoch(0))
+    halves = [spec(world_size=2, rank=rank) for rank in (0, 1)]
     ranks = [list(TrainLoader(clips, config(augment="light"), half).epoch(0)) for half in halves]
     for whole, left, right in zip(one, *ranks, strict=True):
         assert torch.equal(whole.frames, torch.cat([left.frames, right.frames]))
@@ -151,10 +151,10 @@ def test_ranks_side_by_side_are_the_batch_of_one_process(clips):
         assert torch.equal(whole.video_index, torch.cat([left.video_index, right.video_index]))
 
 
-def test_reading_leaves_the_random_state_alone(clips):
+def test_reading_does_not_change_the_random_state(clips):
     states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
-    list(TrainLoader(clips, config(augment="randaugment"), shape()).epoch(0))
-    list(TrainLoader(clips, config(workers=1), shape()).epoch(0))
+    list(TrainLoader(clips, config(augment="randaugment"), spec()).epoch(0))
+    list(TrainLoader(clips, config(workers=1), spec()).epoch(0))
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
     assert (np.random.get_state()[1] == states[2]).all()
@@ -167,8 +167,8 @@ def broken(clips: list[Clip], tmp_path: Path) -> list[Clip]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_clip_becomes_a_row_that_is_not_valid(clips, tmp_path, workers):
-    loader = TrainLoader(broken(clips, tmp_path), config(workers=workers), shape(batch_size=2))
+def test_a_bad_clip_becomes_an_invalid_row(clips, tmp_path, workers):
+    loader = TrainLoader(broken(clips, tmp_path), config(workers=workers), spec(batch_size=2))
     batches = list(loader.epoch(0))
     assert len(batches) == COUNT
     for batch in batches:
@@ -188,7 +188,7 @@ def test_evaluation_stops_at_a_bad_clip_and_names_it(clips, tmp_path, workers):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_reads_every_clip_once_over_the_ranks(clips, world_size):
+def test_ranks_read_every_clip_once_for_evaluation(clips, world_size):
     seen = []
     for rank in range(world_size):
         for batch in video_batches(clips, config(), 16, 2, rank=rank, world_size=world_size):
@@ -198,12 +198,12 @@ def test_evaluation_reads_every_clip_once_over_the_ranks(clips, world_size):
     assert seen == list(range(COUNT))
 
 
-def test_evaluation_with_more_ranks_than_clips_gives_some_nothing(clips):
+def test_some_ranks_have_no_clip_if_there_are_more_ranks_than_clips(clips):
     sizes = [len(list(video_batches(clips[:1], config(), 16, 2, rank=r, world_size=2))) for r in (0, 1)]
     assert sorted(sizes) == [0, 1]
 
 
-def test_texts_come_in_order_and_cut():
+def test_texts_are_in_order_and_cut_to_the_context():
     texts = [f"a caption number {i} of many words" for i in range(5)]
     rows = list(text_batches(texts, 6, 2))
     assert [len(ids) for ids, _ in rows] == [2, 2, 1]
@@ -213,60 +213,63 @@ def test_texts_come_in_order_and_cut():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 5, "world_size": 2}, "batch_size: expected a multiple of the 2 processes, got 5"),
-        ({"batch_size": 0}, "batch_size: expected a multiple of the 1 processes, got 0"),
-        ({"batch_size": 64}, "batch_size: expected at most the 14 training pairs, got 64"),
-        ({"rank": 2, "world_size": 2}, r"rank: expected 0 .. world_size - 1, got 2 of 2"),
+        ({"batch_size": 5, "world_size": 2}, "batch_size: expected a multiple of the 2 processes, found 5"),
+        ({"batch_size": 0}, "batch_size: expected a multiple of the 1 processes, found 0"),
+        ({"batch_size": 64}, "batch_size: expected at most the 14 training pairs, found 64"),
+        ({"rank": 2, "world_size": 2}, r"rank: expected 0 .. 1, found 2"),
         (
             {"context_length": 4},
-            "captions: 14 longer than 4 tokens, the first of clip 'clip0' has 5: 'caption",
+            "captions: expected at most 4 tokens, found 14 longer captions, the first of clip 'clip0' with 5",
         ),
     ],
     ids=["indivisible", "empty", "too large", "rank", "long captions"],
 )
-def test_what_cannot_be_read_is_refused_before_training(clips, changes, message):
+def test_an_unusable_batch_size_rank_or_caption_is_refused_before_training(clips, changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainLoader(clips, config(), shape(**changes))
+        TrainLoader(clips, config(), spec(**changes))
 
 
 def test_a_missing_video_is_refused_before_training(clips, tmp_path):
     clips = [replace(clips[0], video=tmp_path / "none.mp4"), *clips[1:]]
     with pytest.raises(ValueError, match="clip 'clip0': expected a video file, found nothing"):
-        TrainLoader(clips, config(), shape())
+        TrainLoader(clips, config(), spec())
 
 
 def test_frame_captions_of_another_number_are_refused_before_training(clips):
     with pytest.raises(ValueError, match="clip 'clip0': frame captions of caption 0: expected 3, found 2"):
-        TrainLoader(clips, config(frames=3), shape(frame_captions=True))
+        TrainLoader(clips, config(frames=3), spec(frame_captions=True))
 
 
-def test_long_frame_captions_count_where_they_are_used(clips):
+def test_long_frame_captions_are_refused_only_if_they_are_used(clips):
     long = [replace(clip, frame_captions=(("word " * 40,) * 2,) * 2) for clip in clips]
-    TrainLoader(long, config(), shape())
-    with pytest.raises(ValueError, match="captions: 7 longer than 12 tokens"):
-        TrainLoader(long, config(), shape(frame_captions=True))
+    TrainLoader(long, config(), spec())
+    with pytest.raises(ValueError, match="captions: expected at most 12 tokens, found 7 longer"):
+        TrainLoader(long, config(), spec(frame_captions=True))
 
 
-def test_long_captions_are_cut_by_option_and_told(clips, caplog):
+def test_truncated_captions_are_logged(clips, caplog):
     with caplog.at_level(logging.WARNING):
-        TrainLoader(clips, config(long_captions="truncate"), shape(context_length=4))
-    assert "captions: 14 longer than 4 tokens" in caplog.text
+        TrainLoader(clips, config(long_captions="truncate"), spec(context_length=4))
+    assert "captions: expected at most 4 tokens, found 14 longer" in caplog.text
     assert "they are cut" in caplog.text
 
 
-def test_pairs_without_frame_captions_are_left_out_by_option(clips):
+def test_pairs_without_frame_captions_are_dropped_by_option(clips):
     some = [replace(clips[0], frame_captions=(None, clips[0].frame_captions[1])), *clips[1:]]
-    with pytest.raises(ValueError, match="frame captions: 1 of 14 captions have none"):
-        TrainLoader(some, config(), shape(frame_captions=True))
+    with pytest.raises(
+        ValueError,
+        match=r"expected one list for each of 14 captions, found 1 .* without",
+    ):
+        TrainLoader(some, config(), spec(frame_captions=True))
     dropping = config(missing_frame_captions="drop")
-    loader = TrainLoader(some, dropping, shape(frame_captions=True, batch_size=1))
+    loader = TrainLoader(some, dropping, spec(frame_captions=True, batch_size=1))
     assert loader.steps_per_epoch == 13
 
 
 @pytest.mark.parametrize("sampling", ["clip4clip", "clip2video"])
-def test_frames_a_clip_lacks_are_masked_in_training_and_testing(clips, sampling):
+def test_missing_frames_are_black_and_masked_in_training_and_evaluation(clips, sampling):
     settings = config(sampling=sampling, sample_rate=5.0, frames=3)  # clips of 0.4 s: 2 frames
-    batches = [next(TrainLoader(clips, settings, shape()).epoch(0)), *video_batches(clips, settings, 16, 4)]
+    batches = [next(TrainLoader(clips, settings, spec()).epoch(0)), *video_batches(clips, settings, 16, 4)]
     for batch in batches:
         assert batch.frames.shape[1:] == (3, 16, 16, 3)
         assert batch.frame_mask.tolist() == [[True, True, False]] * len(batch)
@@ -275,33 +278,33 @@ def test_frames_a_clip_lacks_are_masked_in_training_and_testing(clips, sampling)
 
 
 @pytest.mark.parametrize("sampling", ["discovla", "t2vparser"])
-def test_frames_that_are_repeated_are_not_masked(clips, sampling):
-    batch = next(TrainLoader(clips, config(sampling=sampling, frames=9), shape()).epoch(0))
+def test_repeated_frames_are_not_masked(clips, sampling):
+    batch = next(TrainLoader(clips, config(sampling=sampling, frames=9), spec()).epoch(0))
     assert batch.frame_mask.all()
 
 
-def test_a_bad_clip_has_no_masked_frame_whatever_the_sampling(clips, tmp_path):
+def test_a_bad_clip_has_no_masked_frame(clips, tmp_path):
     settings = config(sampling="clip4clip", frames=3)
-    for batch in TrainLoader(broken(clips, tmp_path), settings, shape(batch_size=2)).epoch(0):
+    for batch in TrainLoader(broken(clips, tmp_path), settings, spec(batch_size=2)).epoch(0):
         assert torch.equal(batch.frame_mask.all(1), ~batch.valid)  # the others have 1 frame
 
 
-def test_frame_captions_of_other_frames_are_refused(clips):
+def test_frame_captions_need_the_sampling_that_they_describe(clips):
     with pytest.raises(ValueError, match=r"sampling: expected 'discovla', .* found 'clip4clip'"):
-        TrainLoader(clips, config(sampling="clip4clip"), shape(frame_captions=True))
+        TrainLoader(clips, config(sampling="clip4clip"), spec(frame_captions=True))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sampling": "clip5"}, "Input should be 'discovla'"),
-        ({"sampling": "t2vparser", "sample_rate": 2.0}, "expected 1.0: sampling = 't2vparser' takes frames"),
+        ({"sampling": "t2vparser", "sample_rate": 2.0}, "expected 1.0 with sampling = 't2vparser'"),
         ({"sampling": "clip4clip", "sample_rate": 0.5}, "expected a whole number of frames a second"),
-        ({"sampling_divisor": 2}, "expected none without sampling = 'clip2video', whose option it is"),
+        ({"sampling_divisor": 2}, "expected the default unless sampling = 'clip2video'"),
         ({"sampling": "clip2video", "sampling_divisor": 0}, "greater than or equal to 1"),
         (
             {"sampling": "clip2video", "sampling_slice": "last"},
-            "expected none without sampling = 'clip4clip'",
+            "expected the default unless sampling = 'clip4clip'",
         ),
     ],
     ids=["unknown", "no rate", "part of a frame", "divisor", "no divisor", "slice"],
@@ -311,20 +314,22 @@ def test_an_option_of_another_sampling_is_refused(changes, message):
         config(**changes)
 
 
-def test_options_of_the_sampling_are_taken():
+def test_the_options_of_the_sampling_are_accepted():
     assert config(sampling="clip2video", sampling_divisor=2, sampling_slice="even").sampling_divisor == 2
     assert config(sampling="clip4clip", sampling_slice="last", sampling_divisor=1).sampling_slice == "last"
 
 
 def test_a_start_outside_the_epoch_is_refused(clips):
-    loader = TrainLoader(clips, config(), shape())
-    with pytest.raises(ValueError, match=r"start: expected 0 .. 3, got 4"):
+    loader = TrainLoader(clips, config(), spec())
+    with pytest.raises(ValueError, match=r"start: expected 0 .. 3, found 4"):
         next(loader.epoch(0, start=4))
     assert list(loader.epoch(0, start=3)) == []
 
 
 class Numbers:
-    """A source of its own: rows that tell their index and epoch."""
+    """A dataset whose frames show their index and epoch."""
+
+    frames_per_clip = 2
 
     def __len__(self) -> int:
         return 6
@@ -334,24 +339,24 @@ class Numbers:
         return Sample(text=f"number {index}", frames=frames, video_index=index)
 
 
-def test_any_source_can_be_trained_on():
-    loader = TrainLoader(Numbers(), config(), shape(batch_size=2))
+def test_any_dataset_can_be_loaded():
+    loader = TrainLoader(Numbers(), config(), spec(batch_size=2))
     for batch in loader.epoch(3):
         assert batch.frames[:, 0, 0, 0, 0].tolist() == (30 + batch.video_index).tolist()
         assert batch.frame_text_ids is None
 
 
-def test_a_config_of_an_unknown_key_is_refused():
+def test_an_unknown_key_is_refused():
     with pytest.raises(ValidationError, match="frame"):
         config(frame=3)
 
 
-def test_drawn_stills_can_be_trained_on():
+def test_drawn_stills_can_be_loaded():
     from discovla.drawn_world.stills import Stills
 
     data = config(stills={"count": 6, "easy_epochs": 1})
     loader = TrainLoader(
-        Stills(seed=1, **data.stills.model_dump()), data, shape(batch_size=3, context_length=48)
+        Stills(seed=1, **data.stills.model_dump()), data, spec(batch_size=3, context_length=48)
     )
     batches = list(loader.epoch(0))
     assert [len(batch) for batch in batches] == [3, 3]

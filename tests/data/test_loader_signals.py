@@ -1,4 +1,4 @@
-"""Signals to the processes that read."""
+"""Signals to the worker processes of a loader."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import multiprocessing
 import subprocess
 import time
 
-from discovla.data.loader import _spared_signals
+from discovla.data.loader import _block_signals
 
 
 def read(ready) -> None:
-    _spared_signals(0)
+    _block_signals(0)
     ready.set()
     time.sleep(60)
 
 
-def test_a_reader_ends_where_its_starter_asks_and_no_other():
+def test_only_the_parent_can_end_a_worker_by_sigterm():
     fork = multiprocessing.get_context("fork")
     ready = fork.Event()
-    reader = fork.Process(target=read, args=(ready,), daemon=True)
-    reader.start()
+    worker = fork.Process(target=read, args=(ready,), daemon=True)
+    worker.start()
     assert ready.wait(20)
     for name in ("TERM", "USR1"):
-        subprocess.run(["kill", f"-{name}", str(reader.pid)], check=True)
-    reader.join(0.5)
-    assert reader.is_alive()
-    reader.terminate()
-    reader.join(20)
-    assert reader.exitcode == 0
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0

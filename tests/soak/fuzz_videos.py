@@ -30,10 +30,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
 
 from benchmarks.measure import machine, write_row
-from discovla.data.config import FrameSettings
-from discovla.data.dali.frames import DaliFrames
-from discovla.data.dali.reader import DaliClipReader
-from discovla.data.dali.support import TOLERANCE_MEAN
+from discovla.data.config import DataConfig
+from discovla.data.dali.reader import TOLERANCE_MEAN, DaliClipReader, DaliDecoder
 from discovla.data.doctor import Diagnosis, ExamineOptions, diagnose
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
@@ -117,15 +115,16 @@ def read_by_file(decoder: FileDecoder, seconds: float) -> Iterator[Read]:
 @contextmanager
 def read_by_dali(seconds: float) -> Iterator[Read]:
     """What DALI's graph makes of a clip."""
-    reader = DaliClipReader(FrameSettings(frames=SAMPLING.frames, image_size=SIZE, limit=seconds), "none")
-    graph = DaliFrames(reader.graph)
+    config = DataConfig(manifest=Path("none"), frames=SAMPLING.frames, decode_seconds=seconds)
+    reader = DaliClipReader(config, SIZE)
+    graph = DaliDecoder(reader.pipeline)
 
     def read(clip: Clip) -> np.ndarray:
-        plan, shown = reader.sample(clip)
-        frames, (reason,) = graph.read([plan])
+        plan = reader.read(clip)
+        frames, (reason,) = graph.decode([plan])
         if reason is not None:
             raise DecodeError(clip.video, f"{OTHERWISE}: {reason}")
-        return frames[0, :shown].cpu().numpy()
+        return frames[0, : len(plan)].cpu().numpy()
 
     try:
         yield read

@@ -1,1 +1,1 @@
-"""Frames of whole batches by NVIDIA DALI's graph."""
+"""Decoding of whole batches by NVIDIA DALI."""

@@ -1,27 +1,29 @@
-"""RandAugment in DALI's graph, against timm's operations on PIL images."""
+"""Augmentation and resizing of decoded frames on the device, against PIL operations of the PyAV reader."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 from discovla.data.augment import draw_randaugment, randaugment_steps
-from discovla.data.dali.augment import LAYERS, NOTHING, drawn_steps, packed_steps, step_of
-from discovla.data.dali.plans import Plan, Step
-from discovla.data.dali.support import DaliSettings, missing
+from discovla.data.dali import pipeline
+from discovla.data.dali.pipeline import PipelineConfig, augment_and_resize, randaugment
+from discovla.data.video.frames import frame_transform
+from discovla.torchvision_cpu import install
 
-LACKING = missing()
 SIZE = 96
-# Mean of the differences, in levels, of a frame as cameras give them: soft, with edges and a little noise.
-# Moving is bicubic in timm and linear in DALI, which is softer.  A step of PIL's equalizing is whole,
-# and its sharpening leaves the outermost pixels out.  What else there is differs by a rounding now and then.
-MOVED, EQUALIZED, SHARPENED, OTHERS = 1.5, 0.7, 0.05, 0.001
-TOLERANCES = dict.fromkeys(("rotate", "shear_x", "shear_y", "translate_x_rel", "translate_y_rel"), MOVED)
-TOLERANCES |= {"equalize": EQUALIZED, "sharpness": SHARPENED}
-DRAWN = 3.0  # of whole draws, where an operation stretches the error of the one before it
+# Mean difference in levels of a picture like a camera's: soft, with edges and a little noise.  Geometric
+# operations are bicubic in timm and bilinear here; blending rounds in torchvision and truncates in PIL.
+GEOMETRIC, BLENDED = 1.5, 0.5
+TOLERANCES = dict.fromkeys(("rotate", "shear_x", "shear_y", "translate_x_rel", "translate_y_rel"), GEOMETRIC)
+TOLERANCES |= dict.fromkeys(("color", "contrast", "auto_contrast"), BLENDED)
+DRAWN = 3.0  # of whole draws, whose operations stretch the error of those before
 GREY = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BICUBIC}
 CASES = [
     ("auto_contrast", ()),
@@ -45,10 +47,15 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def torchvision() -> None:
+    install()
+
+
 def photo(seed: int) -> Image.Image:
     """A soft picture with edges and a little noise, of a limited range."""
     draws = np.random.default_rng(seed)
-    coarse = Image.fromarray(draws.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize((SIZE, SIZE))
+    coarse = Image.fromarray(draws.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize((SIZE + 30, SIZE))
     picture = np.asarray(coarse).copy()
     picture[20:60, 30:50] = (200, 60, 30)
     soft = np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.8)))
@@ -56,68 +63,54 @@ def photo(seed: int) -> Image.Image:
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
-def plan(pictures: list[Image.Image], steps: tuple[Step, ...]) -> Plan:
-    """A clip of raw frames that are neither resized nor cut."""
-    numbers, whole = np.arange(len(pictures)), (SIZE, SIZE)
-    content = np.stack([np.asarray(picture) for picture in pictures])
-    return Plan(
-        id="x",
-        path=Path("x"),
-        room=len(pictures),
-        indices=numbers.astype(np.int32),
-        places=numbers,
-        content=content,
-        part=whole,
-        size=whole,
-        steps=steps,
-    )
+PHOTOS = [photo(0), photo(1)]
+FRAMES = torch.from_numpy(np.stack([np.asarray(picture) for picture in PHOTOS]))  # f y x c
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
-def test_golden_operations_are_those_of_timm_within_the_tolerances(monkeypatch):
-    from timm.data import auto_augment
-
-    from discovla.data.dali.graph import Graph
-
-    pictures = [photo(0), photo(1)]
-    content = np.stack([np.asarray(picture) for picture in pictures])
-    settings = DaliSettings(content="raw", frames=2, image_size=SIZE, augment="randaugment", threads=1)
-    graph = Graph(settings)
-    plans = [plan(pictures, (step_of(name, words, (SIZE, SIZE)),)) for name, words in CASES]
-    frames, reasons = graph.read(plans)
-    assert reasons == [None] * len(CASES)
-    for (name, words), found in zip(CASES, frames.numpy().astype(int), strict=True):
-        wanted = np.stack([np.asarray(getattr(auto_augment, name)(p, *words, **GREY)) for p in pictures])
-        error = float(np.abs(found - wanted).mean())
-        assert np.abs(wanted.astype(int) - content).mean() > max(0.5, 5 * error), (
-            name
-        )  # that it does something
-        assert error <= TOLERANCES.get(name, OTHERS), (name, words, error)
-    seeds = [f"0/0/{n}" for n in range(12)]
-    frames, _ = graph.read([plan(pictures, drawn_steps(seed, (SIZE, SIZE))) for seed in seeds])
-    for seed, found in zip(seeds, frames.numpy().astype(int), strict=True):
-        change = draw_randaugment(seed)
-        wanted = np.stack([np.asarray(change(p)) for p in pictures])
-        assert np.abs(found - wanted).mean() <= DRAWN, (
-            seed,
-            [s[0].__name__ for s in randaugment_steps(seed)],
-        )
+def apply_steps(monkeypatch, steps: Sequence[tuple[Any, ...]]) -> np.ndarray:
+    """Return the photos after given operations instead of drawn ones."""
+    monkeypatch.setattr(pipeline, "randaugment_steps", lambda seed: steps)
+    return randaugment(FRAMES.permute(0, 3, 1, 2), "").permute(0, 2, 3, 1).numpy().astype(int)
 
 
-@pytest.mark.slow  # it imports timm
-def test_every_draw_has_its_operations_in_order():
-    kinds = set()
+@pytest.mark.slow  # imports timm
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=str)
+def test_operations_are_near_to_those_of_timm(name, arguments, monkeypatch):
+    function = getattr(importlib.import_module("timm.data.auto_augment"), name)
+    expected = np.stack([np.asarray(function(picture, *arguments, **GREY)) for picture in PHOTOS])
+    augmented = apply_steps(monkeypatch, [(function, arguments, {})])
+    error = float(np.abs(augmented - expected).mean())
+    assert error <= TOLERANCES.get(name, 0.001)
+    change = np.abs(expected.astype(int) - FRAMES.numpy()).mean()
+    assert change > max(0.5, 5 * error), "the operation changes the picture"
+
+
+@pytest.mark.slow  # imports timm
+@pytest.mark.parametrize("number", range(12))
+def test_randaugment_is_near_to_that_of_the_pyav_reader(number):
+    seed = f"0/0/{number}"
+    change = draw_randaugment(seed)
+    expected = np.stack([np.asarray(change(picture)) for picture in PHOTOS]).astype(int)
+    augmented = randaugment(FRAMES.permute(0, 3, 1, 2), seed).permute(0, 2, 3, 1).numpy()
+    names = [step[0].__name__ for step in randaugment_steps(seed)]
+    assert np.abs(augmented - expected).mean() <= DRAWN, names
+
+
+@pytest.mark.slow  # imports timm
+def test_every_drawn_operation_has_a_counterpart():
+    drawn = set()
     for number in range(60):
-        seed = f"0/1/{number}"
-        steps = drawn_steps(seed, (64, 48))
-        assert len(steps) == len(randaugment_steps(seed)) <= LAYERS
-        kinds |= {step.kind for step in steps}
-        packed = packed_steps(steps)
-        assert packed["kinds"].tolist() == [s.kind for s in steps] + [NOTHING] * (LAYERS - len(steps))
-    assert kinds == set(range(1, 9))
+        drawn |= {step[0].__name__ for step in randaugment_steps(f"0/1/{number}")}
+        randaugment(FRAMES[:1, :8, :8].permute(0, 3, 1, 2), f"0/1/{number}")
+    assert drawn == {name for name, _ in CASES}
 
 
-def test_an_operation_that_the_graph_lacks_is_named():
-    with pytest.raises(ValueError, match="expected an operation that DALI's graph has, got 'gaussian_blur'"):
-        step_of("gaussian_blur", (0.5,), (4, 4))
+@pytest.mark.parametrize("augment", ["none", "resized_crop"])
+@pytest.mark.parametrize("size", [32, 96, 128])
+def test_resizing_and_cropping_are_near_to_those_of_the_pyav_reader(augment, size):
+    config = PipelineConfig(frames=2, image_size=size, augment=augment)
+    resized = augment_and_resize(FRAMES, "0/0/3", config).numpy().astype(int)
+    resize = frame_transform(augment, "0/0/3", size)
+    expected = np.stack([resize(picture) for picture in PHOTOS])
+    assert resized.shape == expected.shape == (2, size, size, 3)
+    assert np.abs(resized - expected).mean() <= 0.5

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from discovla.batch import Batch
-from discovla.data import resident
 from discovla.data.dataset import read_clips
 from discovla.data.loader import DataConfig, TrainLoader, video_batches
 from discovla.data.manifest import read_manifest
@@ -115,7 +114,7 @@ def test_workers_give_the_batches_of_one_process(place, made, world):
     assert_same(found, batches(config(world)))
 
 
-def test_evaluation_sees_the_same_from_shards(made, world):
+def test_evaluation_batches_from_shards_equal_those_from_files(made, world):
     plain, sharded = config(world), config(world, shards=str(made()))
     clips = read_clips(sharded, "val")
     wanted = list(video_batches(read_manifest(world, split="val"), plain, SIZE, 2))
@@ -137,7 +136,7 @@ def test_shards_need_neither_manifest_nor_videos(made, world, tmp_path):
     [
         ({"augment": "randaugment"}, "expected whole frames, which this augment needs, found 16"),
         ({"frames": FRAMES + 2}, "found no frame"),
-        ({"damaged": "use"}, "damaged: expected 'refuse', as the shards .* were made with, found 'use'"),
+        ({"damaged": "use"}, "damaged: expected 'refuse', with which the shards .* found 'use'"),
         ({"sampling": "t2vparser", "sample_rate": 1.0}, "sampling = 't2vparser'"),
     ],
     ids=["full", "frames", "damaged", "sampling"],
@@ -145,48 +144,3 @@ def test_shards_need_neither_manifest_nor_videos(made, world, tmp_path):
 def test_shards_made_for_something_else_are_refused_at_once(changes, message, made, world):
     with pytest.raises(ValueError, match=message):
         batches(config(world, **({"shards": str(made())} | changes)))
-
-
-@pytest.mark.parametrize("way", ["none", "light", "clip4clip"])
-def test_resident_frames_give_the_batches_that_reading_gives(way, made, world):
-    of_data, of_shards = WAYS[way]
-    data = {"shards": str(made(**of_shards)), "missing_frame_captions": "drop", **of_data}
-    stills = way == "none"
-    wanted = batches(config(world, **data), frame_captions=stills, start=1)
-    found = batches(config(world, resident="cpu", **data), frame_captions=stills, start=1)
-    assert_same(found, wanted)
-    if stills:
-        for a, b in zip(found, wanted, strict=True):
-            assert torch.equal(a.frame_text_ids, b.frame_text_ids)
-            assert torch.equal(a.frame_text_mask, b.frame_text_mask)
-    assert all(a.text_ids.dtype == torch.int64 for a in found)
-
-
-def test_resident_frames_come_from_files_by_workers_too(world):
-    data = {"augment": "light"}
-    assert_same(batches(config(world, resident="cpu", workers=1, **data)), batches(config(world, **data)))
-
-
-@pytest.mark.gpu
-def test_frames_resident_on_the_gpu_are_those_of_the_host(made, world):
-    data = {"shards": str(made()), "augment": "light"}
-    found = batches(config(world, resident="cuda", **data))
-    assert all(batch.frames.is_cuda for batch in found)
-    assert_same([batch.to("cpu") for batch in found], batches(config(world, **data)))
-
-
-def test_frames_that_do_not_fit_or_do_not_stay_are_refused(made, world, monkeypatch):
-    data = {"shards": str(made()), "resident": "cpu"}
-    monkeypatch.setattr(resident, "_free_memory", lambda: 10_000)
-    with pytest.raises(
-        ValueError, match=r"resident: expected memory for 0.0 GB of frames, found 0.0 GB \('cpu'\)"
-    ):
-        batches(config(world, **data))
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="resident: expected a GPU for 'cuda', found none"):
-            batches(config(world, **(data | {"resident": "cuda"})))
-    for moving in ({"augment": "randaugment"}, {"sampling": "t2vparser"}):
-        with pytest.raises(
-            ValueError, match=r"resident\n.*expected 'none' with an augment, sampling or stills"
-        ):
-            config(world, resident="cpu", **({"sample_rate": 1.0} | moving))

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from discovla.data.config import FrameSettings
 from discovla.data.dataset import FileClipReader
 from discovla.data.loader import DataConfig, TrainLoader
 from discovla.data.manifest import Clip
@@ -98,7 +97,7 @@ def test_a_reader_travels(counting, reader):
 def test_a_decoder_that_is_not_there_is_refused_before_request(monkeypatch):
     monkeypatch.setattr("discovla.data.video.torchcodec.missing", lambda: "torchcodec is not installed")
     with pytest.raises(ValueError, match="decoder: torchcodec is not installed"):
-        FileClipReader(FrameSettings(frames=2, image_size=16, decoder="torchcodec"))
+        FileClipReader(DataConfig(manifest=Path("none"), decoder="torchcodec"), 16)
 
 
 def test_processes_share_the_indices_of_their_folder(counting, reader, tmp_path):
