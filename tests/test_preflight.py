@@ -1,4 +1,4 @@
-"""`discovla preflight` finds on two processes what a run would stumble over, and says where."""
+"""`discovla preflight` names the rank and host of a problem before the run begins."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from discovla.cli import main
-from discovla.commands.preflight import Found, complaint, room, table
+from discovla.commands.preflight import RankReport, first_problem, format_table, free_disk
 from tests import runs
 from tests.engine.launch import environment, free_port
 
@@ -22,7 +22,7 @@ COMMAND = "import sys; from discovla.cli import main; sys.exit(main(sys.argv[1:]
 
 
 def preflight(words: list, size: int) -> tuple[list[int], list[str], float]:
-    """Status and output of every rank, and the seconds it took."""
+    """Return the exit status and output of every rank, and the seconds taken."""
     began, port = time.monotonic(), free_port()
     command = [sys.executable, "-c", COMMAND, "preflight", *map(str, words)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -35,7 +35,7 @@ def preflight(words: list, size: int) -> tuple[list[int], list[str], float]:
     return [process.returncode for process in ranks], outputs, time.monotonic() - began
 
 
-def test_two_processes_that_are_fit_get_a_table(tmp_path, drawn):
+def test_two_ready_processes_get_a_table(tmp_path, drawn):
     config = runs.write_config(tmp_path, drawn)
     status, (first, second), _ = preflight([config, "--mib", 2, "--free", 0.001], size=2)
     assert status == [0, 0], first + second
@@ -50,8 +50,8 @@ def test_two_processes_that_are_fit_get_a_table(tmp_path, drawn):
 
 
 @pytest.mark.slow
-def test_what_one_rank_lacks_is_told_with_its_rank_and_host(tmp_path, drawn):
-    """The disk of a rank is full: both leave at once, with a line that names it."""
+def test_a_problem_of_one_rank_ends_all_and_names_rank_and_host(tmp_path, drawn):
+    """The disk is full."""
     config = runs.write_config(tmp_path, drawn)
     status, (first, _), seconds = preflight([config, "--free", 1e9], size=2)
     assert status == [2, 2]
@@ -70,43 +70,45 @@ def test_one_process_needs_no_launcher_and_no_config(capsys):
 
 
 @pytest.mark.parametrize("missing", ["manifest", "video", "shards"])
-def test_clips_that_cannot_be_reached_are_named(missing, tmp_path, drawn, capsys):
+def test_missing_clips_are_named(missing, tmp_path, drawn, capsys):
     words = [str(runs.write_config(tmp_path, drawn))]
-    told = "gone.jsonl"
+    named = "gone.jsonl"
     if missing == "manifest":
         words.append(f"data.manifest={tmp_path}/gone.jsonl")
     elif missing == "video":
-        (tmp_path / "other.jsonl").write_text(drawn.read_text())  # whose videos lie beside the first one
+        (tmp_path / "other.jsonl").write_text(drawn.read_text())  # its videos are relative to the first one
         words.append(f"data.manifest={tmp_path}/other.jsonl")
-        told = f"{tmp_path}/videos/val_00000.mp4"
+        named = f"{tmp_path}/videos/val_00000.mp4"
     else:
         words.append(f"data.shards={tmp_path}/gone.jsonl")
     assert main(["preflight", *words, "--free", "0"]) == 2
-    told_line = capsys.readouterr().err
-    assert told_line.startswith(f"discovla: error: rank 0 on {HOST}: ") and told in told_line
+    error = capsys.readouterr().err
+    assert error.startswith(f"discovla: error: rank 0 on {HOST}: ") and named in error
 
 
-def ranks(**changes: list) -> list[Found]:
-    """Three ranks that are fit, but for what is changed by rank."""
-    one = Found(
-        rank=0, host="a", gpu="cpu", free=1e12, clock=1e9, versions={"torch": "2"}, clips=5, wrong=None
+def reports(**changes: list) -> list[RankReport]:
+    """Return reports of three ready ranks, with the given values by rank."""
+    one = RankReport(
+        rank=0, host="a", gpu="cpu", free=1e12, clock=1e9, versions={"torch": "2"}, clips=5, problem=None
     )
-    fit = [dataclasses.replace(one, rank=rank, host=f"node{rank}") for rank in range(3)]
-    return [dataclasses.replace(x, **{name: values[x.rank] for name, values in changes.items()}) for x in fit]
+    ready = [dataclasses.replace(one, rank=rank, host=f"node{rank}") for rank in range(3)]
+    return [
+        dataclasses.replace(x, **{name: values[x.rank] for name, values in changes.items()}) for x in ready
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
         ({}, None),
-        ({"wrong": [None, "no disk", None]}, "rank 1 on node1: no disk"),
+        ({"problem": [None, "no disk", None]}, "rank 1 on node1: no disk"),
         (
             {"clock": [1e9, 1e9 + 1, 1e9 - 60]},
             "rank 2 on node2: expected a clock within 5 s of the others', found one -60.0 s off",
         ),
         (
             {"versions": [{"torch": "3"}, {"torch": "2"}, {"torch": "2"}]},
-            "rank 0 on node0: torch: expected 2 as elsewhere, found 3",
+            "rank 0 on node0: torch: expected 2 as on other ranks, found 3",
         ),
         (
             {"clips": [5, 5, 4]},
@@ -114,14 +116,14 @@ def ranks(**changes: list) -> list[Found]:
             "4 on rank 2 (node2)",
         ),
     ],
-    ids=["fit", "told", "clock", "versions", "clips"],
+    ids=["ready", "problem", "clock", "versions", "clips"],
 )
-def test_the_first_complaint_names_rank_and_host(changes, line):
-    assert complaint(ranks(**changes)) == line
+def test_the_first_problem_names_rank_and_host(changes, line):
+    assert first_problem(reports(**changes)) == line
 
 
 def test_a_table_without_a_config_has_no_disk_and_no_clips():
-    lines = table(ranks(free=[float("inf")] * 3, clips=[None] * 3), None).splitlines()
+    lines = format_table(reports(free=[float("inf")] * 3, clips=[None] * 3), None).splitlines()
     assert lines[1].split() == ["0", "node0", "cpu", "-", "+0.00s", "-"]
 
 
@@ -131,4 +133,4 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(PermissionError, match="Permission denied"):
-        room(tmp_path / "a/b", 0)
+        free_disk(tmp_path / "a/b", 0)

@@ -1,4 +1,4 @@
-"""`discovla zero` prints the settings a run would give DeepSpeed, and what a GPU will hold."""
+"""`discovla zero` prints a run's DeepSpeed settings and the predicted memory of a GPU."""
 
 import json
 from dataclasses import replace
@@ -26,16 +26,23 @@ ARCHITECTURE = {
 }
 
 
-def test_the_settings_printed_are_those_a_run_takes(capsys):
+def test_the_printed_settings_are_those_of_a_run(capsys):
     assert main(["zero", CONFIG, "engine.zero_stage=2", "--gpus", "4", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    sizes = found["parameters"]
+    report = json.loads(capsys.readouterr().out)
+    sizes = report["parameters"]
     assert (sizes["trained"], sizes["world_size"]) == (561_200, 4)  # as the release trains at ViT-B/32
     config = parse_config({"directory": "x", "method": {"name": "discovla"}, "data": {"manifest": "y"}})
     engine = config.engine.model_copy(update={"zero_stage": 2})
     settings = deepspeed_settings(engine, config.optim, micro_batch=32, world_size=4, trained=561_200)
-    assert found["deepspeed"] == settings
-    assert set(found["bytes"]) == {"parameters", "masters", "moments", "gradients", "gathered", "activations"}
+    assert report["deepspeed"] == settings
+    assert set(report["bytes"]) == {
+        "parameters",
+        "masters",
+        "moments",
+        "gradients",
+        "gathered",
+        "activations",
+    }
 
 
 def test_the_table_ends_with_the_total(capsys):
@@ -48,20 +55,20 @@ def test_the_table_ends_with_the_total(capsys):
     assert total == pytest.approx(sum(sizes.values()), abs=0.5)
 
 
-def test_what_offload_takes_of_the_machine_has_a_table_of_its_own(capsys):
+def test_offloaded_state_has_a_table_of_its_own(capsys):
     words = ["zero", CONFIG, "method.tune=full", "engine.offload=cpu", "--gpus", "2"]
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    trained = found["parameters"]["trained"]
-    assert found["deepspeed"]["zero_optimization"]["stage"] == 1
-    assert found["bytes"]["masters"] == found["bytes"]["moments"] == 0
-    assert found["host_bytes"]["moments"] == pytest.approx(8 * trained / 2, abs=8)
-    assert found["parameters"]["largest"] == 49408 * 512  # the token embedding
+    report = json.loads(capsys.readouterr().out)
+    trained = report["parameters"]["trained"]
+    assert report["deepspeed"]["zero_optimization"]["stage"] == 1
+    assert report["bytes"]["masters"] == report["bytes"]["moments"] == 0
+    assert report["host_bytes"]["moments"] == pytest.approx(8 * trained / 2, abs=8)
+    assert report["parameters"]["largest"] == 49408 * 512  # the token embedding
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    host = lines[lines.index("and for each GPU in its machine's memory, in MiB:") + 1 :]
+    host = lines[lines.index("in the host's memory for each GPU, in MiB:") + 1 :]
     sizes = {name: float(size.replace(",", "")) for name, size in map(str.split, host)}
-    assert sizes["total"] == pytest.approx(sum(found["host_bytes"].values()) / 2**20, abs=0.5)
+    assert sizes["total"] == pytest.approx(sum(report["host_bytes"].values()) / 2**20, abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -71,13 +78,13 @@ def test_what_offload_takes_of_the_machine_has_a_table_of_its_own(capsys):
         (["engine.zero_stage=3"], "bytes", 4),
         (["engine.zero_stage=3", "engine.offload=cpu"], "host_bytes", 4),
     ],
-    ids=["whole", "split", "offloaded"],
+    ids=["unsharded", "sharded", "offloaded"],
 )
-def test_an_average_is_counted_where_it_lies(capsys, words, place, share):
+def test_the_ema_counts_where_it_is_stored(capsys, words, place, share):
     assert main(["zero", CONFIG, "optim.ema=0.9", *words, "--gpus", "4", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found[place]["average"] == 4 * 561_200 / share
-    assert sum("average" in found[name] for name in ("bytes", "host_bytes")) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report[place]["average"] == 4 * 561_200 / share
+    assert sum("average" in report[name] for name in ("bytes", "host_bytes")) == 1
 
 
 def test_a_number_of_gpus_that_does_not_divide_the_batch_is_refused(capsys):
@@ -86,7 +93,7 @@ def test_a_number_of_gpus_that_does_not_divide_the_batch_is_refused(capsys):
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_activations_are_predicted_from_above_and_by_less_than_a_third(tune, tmp_path):
+def test_predicted_activations_exceed_the_real_ones_by_less_than_a_third(tune, tmp_path):
     (tmp_path / "sizes.json").write_text(json.dumps(ARCHITECTURE))
     config = parse_config(
         {
@@ -103,7 +110,7 @@ def test_activations_are_predicted_from_above_and_by_less_than_a_third(tune, tmp
     }
     batch = replace(noise_batch(method.architecture, size=2), valid=None)
     full = {name: torch.ones_like(getattr(batch, name)) for name in ("text_mask", "frame_text_mask")}
-    batch = replace(batch, **full)  # captions as long as they may be
+    batch = replace(batch, **full)  # captions of full length
     kept = bytes_kept(lambda: method.encode(batch), list(method.parameters()))
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     sizes = Sizes(frozen=0, trained=trained, world_size=1)

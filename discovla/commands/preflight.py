@@ -1,4 +1,4 @@
-"""`discovla preflight`: is every machine of a run fit for it, before the run begins."""
+"""`discovla preflight`: check every machine of a run before the run begins."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from discovla.data.video.errors import DecodeError
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, join_world, leave_world
 from discovla.engine.log import versions
 
-JOIN = 120.0  # seconds for all processes to come together, and for each collective
-SKEW = 5.0  # seconds between clocks above which logs and files of machines cannot be put in order
-DISK = 10 * 2**30  # bytes that shall be free where a run is kept
-ROUNDS = 8  # of the all-reduce that is timed
-TRIES = 5  # clips
+TIMEOUT = 120.0  # seconds to wait for all processes, and for each collective
+MAX_CLOCK_OFFSET = 5.0  # seconds; above it logs and files of machines cannot be ordered by time
+MIN_FREE = 10 * 2**30  # bytes in the run directory
+ROUNDS = 8  # timed all-reduces
+READ_ATTEMPTS = 5  # clips at each end of a split's shards
 PACKAGES = ("python", "torch", "deepspeed", "numpy", "safetensors", "cuda", "git_commit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What one rank found on its machine; `wrong` is why a run cannot go there, in one line, or None."""
+class RankReport:
+    """Result of the checks on one rank; `problem` is one line that names what prevents a run, or None."""
 
     rank: int
     host: str
@@ -48,14 +48,14 @@ class Found:
     clock: float
     versions: dict[str, Any]
     clips: int | None
-    wrong: str | None
+    problem: str | None
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
     text = (
-        "check on every rank that a run can start: its GPU, the all-reduce and its bandwidth, clocks, "
-        "versions, clips or shards, disk; to be started by the launcher of the run"
+        "check on every rank that a run can start: GPU, all-reduce and its bandwidth, clocks, versions, "
+        "clips or shards, disk; start it with the launcher of the run"
     )
     parser = commands.add_parser(
         "preflight", help="check every machine of a run before it begins", description=text
@@ -63,10 +63,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="TOML of the run")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="dotted overrides of it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the config's, else auto")
-    mib = "of the tensor that is reduced, default: %(default)s"
+    mib = "size of the all-reduced tensor in MiB, default: %(default)s"
     parser.add_argument("--mib", type=int, default=64, metavar="N", help=mib)
-    need = "GiB to be free where the run is kept, default: %(default)g"
-    parser.add_argument("--free", type=float, default=DISK / 2**30, metavar="GIB", help=need)
+    need = "disk space needed in the run directory, default: %(default)g"
+    parser.add_argument("--free", type=float, default=MIN_FREE / 2**30, metavar="GIB", help=need)
     parser.set_defaults(run=_run)
 
 
@@ -76,78 +76,80 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.mib < 1:
         raise ValueError(f"--mib: expected at least 1, got {arguments.mib}")
     try:
-        world = join_world(device, timeout=timedelta(seconds=JOIN))
+        world = join_world(device, timeout=timedelta(seconds=TIMEOUT))
     except ValueError as error:
         raise ValueError(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {error}") from None
-    everyone = gather_objects(look(world, config, free=arguments.free * 2**30), world)
-    if wrong := complaint(everyone):
+    reports = gather_objects(check_rank(world, config, min_free=arguments.free * 2**30), world)
+    if problem := first_problem(reports):
         leave_world()
-        raise ValueError(wrong)
-    rate = bandwidth(world, arguments.mib * 2**20)
+        raise ValueError(problem)
+    rate = all_reduce_bandwidth(world, arguments.mib * 2**20)
     if world.first:
-        print(table(everyone, rate))
+        print(format_table(reports, rate))
     leave_world()
 
 
-def look(world: World, config: RunConfig | None, *, free: float) -> Found:
-    """What this rank finds on its machine."""
-    all_reduce_sum(torch.zeros(1, device=world.device), world)  # it works, and clocks are read at one time
-    clock, there, clips, wrong = time.time(), float("inf"), None, None
+def check_rank(world: World, config: RunConfig | None, *, min_free: float) -> RankReport:
+    """Check this rank's machine."""
+    all_reduce_sum(
+        torch.zeros(1, device=world.device), world
+    )  # also lets all ranks read their clocks together
+    clock, free, clips, problem = time.time(), float("inf"), None, None
     try:
         if config is not None:
-            there = room(config.directory, free)
-            clips = _clips(config)
+            free = free_disk(config.directory, min_free)
+            clips = _count_clips(config)
     except (OSError, ValueError, DecodeError) as error:
-        wrong = " ".join(str(error).split())
+        problem = " ".join(str(error).split())
     gpu = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
-    return Found(
+    return RankReport(
         rank=world.rank,
         host=socket.gethostname(),
         gpu=gpu,
-        free=there,
+        free=free,
         clock=clock,
         versions={name: value for name, value in versions(world).items() if name in PACKAGES},
         clips=clips,
-        wrong=wrong,
+        problem=problem,
     )
 
 
-def room(directory: Path, needed: float) -> float:
-    """Bytes free where a run is to be kept, once a file could be written there and was removed again.
+def free_disk(directory: Path, needed: float) -> float:
+    """Return the free bytes at a run directory, after writing and removing a file there.
 
     Raises:
-        ValueError: there is less than needed.
-        OSError: nothing can be written there.
+        ValueError: less is free than needed.
+        OSError: no file can be written there.
     """
-    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    probe = place / f".preflight-{uuid.uuid4().hex}"
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    probe = existing / f".preflight-{uuid.uuid4().hex}"
     try:
         probe.write_bytes(b"x" * 4096)
     finally:
         probe.unlink(missing_ok=True)
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"{place}: expected {needed / 2**30:.1f} GiB free for checkpoints, found {free / 2**30:.1f}"
+            f"{existing}: expected {needed / 2**30:.1f} GiB free for checkpoints, found {free / 2**30:.1f}"
         )
     return free
 
 
-def _clips(config: RunConfig) -> int:
-    """How many clips the splits have here: all files are there, or the ends of each split's shards read."""
+def _count_clips(config: RunConfig) -> int:
+    """Count the clips of all splits; check that the files exist, or read both ends of each split's shards."""
     data = config.data
     names = [data.val_split, data.test_split, *([] if data.stills is not None else [data.train_split])]
     splits = [read_clips(data, name) for name in names if name]
     for clips in splits:
         check_clips(clips, files=data.shards is None)
         if data.shards is not None:
-            for end in (clips[:TRIES], clips[::-1][:TRIES]):
+            for end in (clips[:READ_ATTEMPTS], clips[::-1][:READ_ATTEMPTS]):
                 _read_one(end, data)
     return sum(map(len, splits))
 
 
 def _read_one(clips: Sequence[Clip], data: DataConfig) -> None:
-    """Read the frames of the first of these clips that gives any; DecodeError where none does."""
+    """Read frames from the first of these clips that can be decoded; raise DecodeError if none can."""
     assert data.shards is not None
     shards = open_shards(data.shards)
     sampling = clip_sampling(data)
@@ -155,41 +157,45 @@ def _read_one(clips: Sequence[Clip], data: DataConfig) -> None:
         try:
             shards.frames(clip, sampling, None, damaged=data.damaged)
             return
-        except DecodeError:  # a clip may be bad; a shard that cannot be read fails them all
+        except DecodeError:  # a single clip may be bad; an unreadable shard fails all of them
             if number == len(clips):
                 raise
 
 
-def complaint(everyone: Sequence[Found]) -> str | None:
-    """The first thing that stands in the way, naming rank and host."""
-    for one in everyone:
-        if one.wrong is not None:
-            return f"rank {one.rank} on {one.host}: {one.wrong}"
-    middle = statistics.median(one.clock for one in everyone)
-    for one in everyone:
-        if abs(one.clock - middle) > SKEW:
+def first_problem(reports: Sequence[RankReport]) -> str | None:
+    """Return the first problem, naming rank and host, or None."""
+    for report in reports:
+        if report.problem is not None:
+            return f"rank {report.rank} on {report.host}: {report.problem}"
+    median = statistics.median(report.clock for report in reports)
+    for report in reports:
+        if abs(report.clock - median) > MAX_CLOCK_OFFSET:
             return (
-                f"rank {one.rank} on {one.host}: expected a clock within {SKEW:g} s of the others', "
-                f"found one {one.clock - middle:+.1f} s off"
+                f"rank {report.rank} on {report.host}: expected a clock within {MAX_CLOCK_OFFSET:g} s of the "
+                f"others', found one {report.clock - median:+.1f} s off"
             )
-    for name in everyone[0].versions:
-        counts = Counter(str(one.versions[name]) for one in everyone)
+    for name in reports[0].versions:
+        counts = Counter(str(report.versions[name]) for report in reports)
         usual = counts.most_common(1)[0][0]
-        for one in everyone:
-            if str(one.versions[name]) != usual:
-                found = one.versions[name]
-                return f"rank {one.rank} on {one.host}: {name}: expected {usual} as elsewhere, found {found}"
-    clips = {one.clips for one in everyone}
-    if len(clips) > 1:
-        told = ", ".join(f"{one.clips} on rank {one.rank} ({one.host})" for one in everyone)
-        return f"clips: expected the same number on all ranks, found {told}"
+        for report in reports:
+            if str(report.versions[name]) != usual:
+                return (
+                    f"rank {report.rank} on {report.host}: {name}: expected {usual} as on other ranks, "
+                    f"found {report.versions[name]}"
+                )
+    if len({report.clips for report in reports}) > 1:
+        counts = ", ".join(f"{report.clips} on rank {report.rank} ({report.host})" for report in reports)
+        return f"clips: expected the same number on all ranks, found {counts}"
     return None
 
 
-def bandwidth(world: World, size: int) -> float | None:
-    """Bytes a second that an all-reduce of `size` bytes moves through each rank's link; None for one rank.
+def all_reduce_bandwidth(world: World, size: int) -> float | None:
+    """Measure the bytes per second through each rank's link in an all-reduce of `size` bytes.
 
-    A ring moves 2 (W - 1) / W of the tensor through every link; the median of some rounds counts.
+    A ring moves 2 (W - 1) / W of the tensor through every link.
+
+    Returns:
+        The median over rounds; None for one rank.
 
     Raises:
         ValueError: the sum is wrong.
@@ -200,10 +206,10 @@ def bandwidth(world: World, size: int) -> float | None:
     seconds = []
     for _ in range(ROUNDS + 2):
         x.fill_(1.0)
-        _settle(world)
+        _synchronize(world)
         began = time.perf_counter()
         dist.all_reduce(x)
-        _settle(world)
+        _synchronize(world)
         seconds.append(time.perf_counter() - began)
         if x[0].item() != world.size or x[-1].item() != world.size:
             raise ValueError(
@@ -213,22 +219,23 @@ def bandwidth(world: World, size: int) -> float | None:
     return 2 * (world.size - 1) / world.size * size / statistics.median(seconds[2:])
 
 
-def _settle(world: World) -> None:
+def _synchronize(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
 
 
-def table(everyone: Sequence[Found], rate: float | None) -> str:
-    """One line a rank, and what holds for all."""
-    middle = statistics.median(one.clock for one in everyone)
+def format_table(reports: Sequence[RankReport], rate: float | None) -> str:
+    """Format one line per rank, the versions and the bandwidth."""
+    median = statistics.median(report.clock for report in reports)
     lines = [f"{'rank':>4}  {'host':<20} {'device':<24} {'free GiB':>9} {'clock':>8} {'clips':>8}"]
-    for one in everyone:
-        free = "-" if one.free == float("inf") else f"{one.free / 2**30:.1f}"
-        clips = "-" if one.clips is None else str(one.clips)
+    for report in reports:
+        free = "-" if report.free == float("inf") else f"{report.free / 2**30:.1f}"
+        clips = "-" if report.clips is None else str(report.clips)
         lines.append(
-            f"{one.rank:>4}  {one.host:<20} {one.gpu:<24} {free:>9} {one.clock - middle:>+7.2f}s {clips:>8}"
+            f"{report.rank:>4}  {report.host:<20} {report.gpu:<24} {free:>9} {report.clock - median:>+7.2f}s "
+            f"{clips:>8}"
         )
-    lines.append(", ".join(f"{name} {value}" for name, value in everyone[0].versions.items() if value))
+    lines.append(", ".join(f"{name} {value}" for name, value in reports[0].versions.items() if value))
     if rate is not None:
-        lines.append(f"all-reduce over {len(everyone)} ranks: {rate / 1e9:.2f} GB/s through each link")
+        lines.append(f"all-reduce over {len(reports)} ranks: {rate / 1e9:.2f} GB/s through each link")
     return "\n".join([*lines, "ready"])

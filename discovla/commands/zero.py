@@ -1,4 +1,4 @@
-"""`discovla zero`: the DeepSpeed settings that follow from a config, and the memory a GPU will need."""
+"""`discovla zero`: print the DeepSpeed settings of a config and the predicted memory of each GPU."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from discovla.config import RunConfig, read_config
 from discovla.engine.config import choose_stage
 from discovla.engine.deepspeed import deepspeed_settings
-from discovla.engine.memory import FULL, Sizes, TokenLayers, activation_bytes, host_bytes, state_bytes
+from discovla.engine.memory import FP32_BYTES, Sizes, TokenLayers, activation_bytes, host_bytes, state_bytes
 from discovla.engine.strategy import trained_size
 from discovla.methods import METHODS
 from discovla.methods.base import Method
 from discovla.nn.memory import WIDTHS
 from discovla.towers.weights import load_pretrained
 
-FULL_TUNING = 2  # times as much is kept where the blocks' own weights train: the inputs of their products
+FULL_TUNING_FACTOR = 2  # trained weights of the blocks keep the inputs of their matrix products too
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -26,8 +26,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("zero", help=text, description=text)
     parser.add_argument("config", metavar="CONFIG", help="TOML of a run")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="dotted overrides of it")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON with both")
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="number of GPUs, default: %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="print settings and memory as one JSON object")
     parser.set_defaults(run=_run)
 
 
@@ -51,21 +53,21 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     memory, host = predicted(config, method, sizes), host_bytes(config.engine, sizes)
     if config.optim.ema is not None:
-        whole = choose_stage(config.engine, trained, arguments.gpus) < 3
-        lies = memory if whole or config.engine.offload == "none" else host
-        lies["average"] = FULL * (trained if whole else -(-trained // arguments.gpus))
+        sharded = choose_stage(config.engine, trained, arguments.gpus) == 3
+        place = host if sharded and config.engine.offload != "none" else memory
+        place["average"] = FP32_BYTES * (-(-trained // arguments.gpus) if sharded else trained)
     if arguments.json:
-        found = {"deepspeed": settings, "parameters": vars(sizes), "bytes": memory, "host_bytes": host}
-        print(json.dumps(found, indent=2))
+        report = {"deepspeed": settings, "parameters": vars(sizes), "bytes": memory, "host_bytes": host}
+        print(json.dumps(report, indent=2))
         return
     print(json.dumps(settings, indent=2))
     print(_table(config, sizes, memory))
     if any(host.values()):
-        print("\n".join(["and for each GPU in its machine's memory, in MiB:", *_lines(host)]))
+        print("\n".join(["in the host's memory for each GPU, in MiB:", *_lines(host)]))
 
 
 def sketch(config: RunConfig) -> Method:
-    """The method of a run without its weights, which are neither read nor held where sizes are named."""
+    """Build the method of a run on the meta device; with sizes in the config no weights are read."""
     model = config.model
     if model.architecture is not None and model.pretrained != "drawn":
         model = model.model_copy(update={"pretrained": "random", "activation": "auto"})
@@ -77,9 +79,10 @@ def sketch(config: RunConfig) -> Method:
 
 
 def predicted(config: RunConfig, method: Method, sizes: Sizes) -> dict[str, int]:
-    """Bytes on each GPU, by part; captions count as long as they may be, though padding is left out.
+    """Return the predicted bytes on each GPU, by part.
 
-    Where `engine.memory` is "auto", all is kept: a GPU that cannot hold it computes the rest again.
+    Captions count with their longest length, although padding is skipped.  `engine.memory` = "auto" counts as
+    "keep"; a GPU with less memory recomputes some activations.
     """
     a, data = method.architecture, config.data
     pairs = config.batch_size // sizes.world_size
@@ -90,29 +93,29 @@ def predicted(config: RunConfig, method: Method, sizes: Sizes) -> dict[str, int]
         TokenLayers(rows=captions * data.context_length, width=a.text.width, layers=a.text.layers),
     ]
     mode = "keep" if config.engine.memory == "auto" else config.engine.memory
-    more = FULL_TUNING if config.method.tune == "full" and mode != "recompute_blocks" else 1
-    kept = activation_bytes(
+    factor = FULL_TUNING_FACTOR if config.method.tune == "full" and mode != "recompute_blocks" else 1
+    activations = activation_bytes(
         towers,
-        widths=WIDTHS[mode] * more,
+        widths=WIDTHS[mode] * factor,
         element=4 if config.engine.precision == "fp32" else 2,
-        parts=config.engine.grad_cache_chunks,
+        chunks=config.engine.grad_cache_chunks,
     )
-    return {**state_bytes(config.engine, sizes), "activations": kept}
+    return {**state_bytes(config.engine, sizes), "activations": activations}
 
 
 def _table(config: RunConfig, sizes: Sizes, memory: dict[str, int]) -> str:
-    """The prediction as lines."""
+    """Format the prediction."""
     stage = choose_stage(config.engine, sizes.trained, sizes.world_size)
-    how = f"ZeRO {stage}" if config.engine.strategy == "deepspeed" else "plain torch"
+    strategy = f"ZeRO {stage}" if config.engine.strategy == "deepspeed" else "plain torch"
     lines = [
         f"{sizes.trained:,} parameters trained, {sizes.frozen:,} frozen; {sizes.world_size} GPU(s), "
-        f"{config.batch_size // sizes.world_size} clips each, {how}, {config.engine.precision}",
-        "predicted on each GPU, in MiB (towers and optimiser; not the losses, the library and its buffers):",
+        f"{config.batch_size // sizes.world_size} clips each, {strategy}, {config.engine.precision}",
+        "predicted on each GPU, in MiB (towers and optimiser, without losses and library buffers):",
     ]
     return "\n".join([*lines, *_lines(memory)])
 
 
 def _lines(memory: dict[str, int]) -> list[str]:
-    """Each part and their sum."""
+    """Format each part and the total."""
     named = {**memory, "total": sum(memory.values())}
     return [f"{name:>12} {size / 2**20:12,.1f}" for name, size in named.items()]

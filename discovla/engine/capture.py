@@ -1,4 +1,4 @@
-"""A training step recorded once for every shape of its batch and replayed: one launch in place of many."""
+"""CUDA graphs of a training step: recorded once per batch shape and replayed in a single launch."""
 
 from __future__ import annotations
 
@@ -22,60 +22,60 @@ from discovla.ops.buckets import MIN_ROWS, PackedRows, bucket_sizes, rows_by_sha
 
 logger = logging.getLogger(__name__)
 
-MOST = 16  # recordings that are kept
-REMEMBERED = 64  # shapes of batches that came once
-ROOM = 0.45  # of a GPU's memory, which the graphs' pool may take and a step as it is once more
-WARM_UP = 2  # runs before a step is recorded, in which libraries make their plans and kernels are compiled
+MAX_RECORDINGS = 16
+MAX_SEEN = 64  # shapes remembered that occurred once
+MEMORY_SHARE = 0.45  # of GPU memory: the graphs' pool may take it, and an unrecorded step as much again
+WARM_UP = 2  # runs before recording, in which libraries plan and kernels compile
 
 Step = Callable[[Batch, PackedRows], Losses]
-Found = tuple[Losses, Sequence[Tensor | None]]  # of a step: losses, and the gradient of each parameter
-# runs a function until it can be recorded, records it, and gives what it found and how to find it anew
-Recorder = Callable[[Callable[[], Found]], tuple[Found, Callable[[], None]]]
+StepResult = tuple[Losses, Sequence[Tensor | None]]  # losses, and the gradient of each parameter
+# records a function; returns its result and a function that replays it into the same tensors
+Recorder = Callable[[Callable[[], StepResult]], tuple[StepResult, Callable[[], None]]]
 Key = tuple[Any, ...]
 
 
 @dataclass(kw_only=True)
 class Recording:
-    """A recorded step: what it reads, what it writes, and how to let it.
+    """A recorded step: the batch it reads, the result it writes, and its replay.
 
-    turn: how often it was replayed, for what it wrote lasts until the next time only.
+    replays: number of replays; each one overwrites the result.
     """
 
     batch: Batch
-    found: Found
+    result: StepResult
     replay: Callable[[], None]
-    turn: int = 0
+    replays: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """What a capture keeps to.
+class CaptureLimits:
+    """Limits of a capture.
 
-    most: recordings that are kept; the one that was not used for longest gives way.
-    fewest: rows of captions, see `bucketed_rows`.
-    crowded: whether a step as it is may not fit into memory beside the recordings, which then give way.
-    largest: the largest of each of a few numbers over all processes, which so record the same at once.
-    """
+    max_recordings: above it the least recently used recording is dropped.
+    min_rows: of packed captions, see `ops.buckets.bucketed_rows`.
+    memory_short: returns True if an unrecorded step may not fit beside the recordings, which are then
+    dropped. max_over_ranks: elementwise maximum over processes, so that all of them record the same at the
+    same step."""
 
-    most: int = MOST
-    fewest: int = MIN_ROWS
-    crowded: Callable[[], bool] = lambda: False
-    largest: Callable[[list[int]], list[int]] = list
+    max_recordings: int = MAX_RECORDINGS
+    min_rows: int = MIN_ROWS
+    memory_short: Callable[[], bool] = lambda: False
+    max_over_ranks: Callable[[list[int]], list[int]] = list
 
 
 class Capture:
-    """`step` and its backward, recorded for every shape of batch and replayed.
+    """Records `step` with its backward once per batch shape and replays it.
 
-    A batch is copied to where the recording reads it, captions with a settled number of rows (see
-    `ops.buckets`), and what comes back are losses whose backward hands out the gradients that were found with
-    them.  A shape is recorded when it comes for the second time; at first its step is taken as it is, of the
-    same rows.  So are batches with clips that could not be read, and without backward, of the rows they need:
-    the same numbers, but for the order of sums.
+    A batch is copied into the buffers that the recording reads, with its number of packed caption rows
+    rounded up (see `ops.buckets`).  The returned losses carry the recorded gradients in their backward.  A
+    shape is recorded when it occurs for the second time.  The first step of a shape runs unrecorded with the
+    same rows; batches with unreadable clips and steps without gradients run unrecorded with the rows they
+    need, which gives the same numbers up to the order of sums.
 
     Args:
-        step: forward, of a batch and the rows of its captions; starts no kernel but on what it is given and
-            on its parameters, and reads no number back.
-        parameters: that train; they stay where they are.
+        step: forward of a batch and its rows of captions; reads nothing but these and its parameters, and
+            does not synchronise with the device.
+        parameters: that train; their storage stays the same.
         recorder: `record_graph` on a GPU.
     """
 
@@ -84,145 +84,140 @@ class Capture:
         step: Step,
         parameters: Sequence[nn.Parameter],
         recorder: Recorder,
-        bounds: Bounds | None = None,
+        limits: CaptureLimits | None = None,
     ) -> None:
         self.step, self.parameters, self.recorder = step, tuple(parameters), recorder
-        self.bounds = bounds or Bounds()
+        self.limits = limits or CaptureLimits()
         self.recordings: OrderedDict[Key, Recording] = OrderedDict()
         self.buffers: dict[Key, Tensor] = {}
-        self._came: OrderedDict[Key, None] = OrderedDict()
-        self._said: set[str] = set()
+        self._seen: OrderedDict[Key, None] = OrderedDict()
+        self._warned: set[str] = set()
 
     def __call__(self, batch: Batch) -> Losses:
-        """Losses of a batch; their backward is to be taken before the next call."""
+        """Return the losses of a batch; call their backward before the next step."""
         if not torch.is_grad_enabled():
             return self.step(batch, {})
         if batch.valid is not None:
-            self._say("a batch with clips that could not be read is no recorded step, and takes longer")
-            return self._unrecorded(batch, {})
-        rows = self._agreed(batch)
+            self._warn_once("a batch with unreadable clips runs unrecorded, which takes longer")
+            return self._run_unrecorded(batch, {})
+        rows = self._common_rows(batch)
         if rows is None:
-            self._say("processes whose batches are of different shapes take steps that are not recorded")
-            return self._unrecorded(batch, {})
+            self._warn_once("batches whose shapes differ between processes run unrecorded")
+            return self._run_unrecorded(batch, {})
         key = (*_shapes(batch), tuple(sorted(rows.items())))
         recording = self.recordings.get(key)
         if recording is None:
-            if not self._came_before(key):
-                return self._unrecorded(batch, rows)
+            if not self._seen_before(key):
+                return self._run_unrecorded(batch, rows)
             recording = self._record(key, batch, rows)
         self.recordings.move_to_end(key)
-        self._fill(recording.batch, batch)
+        _copy_batch(recording.batch, batch)
         recording.replay()
-        recording.turn += 1
-        losses = recording.found[0]
+        recording.replays += 1
+        losses = recording.result[0]
         total = _Replayed.apply(losses.total, recording, *self.parameters)
         return Losses(total=total, terms={name: term.clone() for name, term in losses.terms.items()})
 
-    def _unrecorded(self, batch: Batch, rows: PackedRows) -> Losses:
-        """The step as it is, which needs memory of its own."""
-        if self.recordings and self.bounds.largest([int(self.bounds.crowded())])[0]:
-            self._say("recordings give way to a step that has none, for lack of memory")
-            self._forget(len(self.recordings))
-            torch.cuda.empty_cache()  # what they held is else still counted as taken
+    def _run_unrecorded(self, batch: Batch, rows: PackedRows) -> Losses:
+        """Run the step unrecorded, after dropping all recordings if any process is short of memory."""
+        if self.recordings and self.limits.max_over_ranks([int(self.limits.memory_short())])[0]:
+            self._warn_once("recordings are dropped for an unrecorded step, because GPU memory is short")
+            self._drop(len(self.recordings))
+            torch.cuda.empty_cache()  # releases the memory of the dropped graphs
         return self.step(batch, rows)
 
-    def _forget(self, count: int) -> None:
-        """Drop so many recordings, unused for longest, and the buffers that no other reads."""
+    def _drop(self, count: int) -> None:
+        """Drop the least recently used recordings, and buffers that no other recording reads."""
         for _ in range(count):
             self.recordings.popitem(last=False)
-        read = {id(x) for recording in self.recordings.values() for _, x in _tensors(recording.batch)}
-        self.buffers = {key: x for key, x in self.buffers.items() if id(x) in read}
+        used = {id(x) for recording in self.recordings.values() for _, x in _tensors(recording.batch)}
+        self.buffers = {key: x for key, x in self.buffers.items() if id(x) in used}
 
-    def _agreed(self, batch: Batch) -> PackedRows | None:
-        """Rows of captions that all processes have room for; None where they have none, or other shapes."""
+    def _common_rows(self, batch: Batch) -> PackedRows | None:
+        """Return caption rows that fit the batch of every process; None if shapes differ or none fit."""
         masks = _masks(batch)
-        wanted, room = zip(*bucket_sizes(masks, self.bounds.fewest), strict=True)
+        wanted, capacity = zip(*bucket_sizes(masks, self.limits.min_rows), strict=True)
         shapes = zlib.crc32(repr(_shapes(batch)).encode())
-        agreed = self.bounds.largest([shapes, -shapes, *wanted, *(-most for most in room)])
-        rows, least = agreed[2 : 2 + len(masks)], [-most for most in agreed[2 + len(masks) :]]
-        fits = all(count <= most for count, most in zip(rows, least, strict=True))
-        return rows_by_shape(masks, rows) if fits and agreed[0] == -agreed[1] else None
+        maxima = self.limits.max_over_ranks([shapes, -shapes, *wanted, *(-most for most in capacity)])
+        if maxima[0] != -maxima[1]:
+            return None
+        rows, capacity = maxima[2 : 2 + len(masks)], [-most for most in maxima[2 + len(masks) :]]
+        fits = all(count <= most for count, most in zip(rows, capacity, strict=True))
+        return rows_by_shape(masks, rows) if fits else None
 
-    def _came_before(self, key: Key) -> bool:
-        """Whether batches of this shape have come before; from now on they have."""
-        if key in self._came:
+    def _seen_before(self, key: Key) -> bool:
+        """Return True if a batch of this shape occurred before; remember it from now on."""
+        if key in self._seen:
             return True
-        self._came[key] = None
-        if len(self._came) > REMEMBERED:
-            self._came.popitem(last=False)
+        self._seen[key] = None
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
         return False
 
     def _record(self, key: Key, batch: Batch, rows: PackedRows) -> Recording:
-        """The recording of a step on batches of this shape."""
-        if len(self.recordings) >= self.bounds.most:
-            self._say(
-                f"batches of more than {self.bounds.most} shapes: the step of the one that has not come for "
-                "longest is recorded anew when it comes again"
+        """Record the step on batches of this shape."""
+        if len(self.recordings) >= self.limits.max_recordings:
+            self._warn_once(
+                f"batches of more than {self.limits.max_recordings} shapes: the least recently used "
+                "recording is dropped, and recorded again when its shape occurs again"
             )
-            self._forget(1)
-        own = self._own(batch)
-        self._fill(own, batch)
+            self._drop(1)
+        buffered = self._buffered(batch)
+        _copy_batch(buffered, batch)
 
-        def run() -> Found:
-            losses = self.step(own, rows)
+        def run() -> StepResult:
+            losses = self.step(buffered, rows)
             return losses, torch.autograd.grad(losses.total, self.parameters, allow_unused=True)
 
-        found, replay = self.recorder(run)
-        recording = self.recordings[key] = Recording(batch=own, found=_detached(found), replay=replay)
+        result, replay = self.recorder(run)
+        recording = Recording(batch=buffered, result=_detached(result), replay=replay)
+        self.recordings[key] = recording
         return recording
 
-    def _own(self, batch: Batch) -> Batch:
-        """A batch like this one where recordings read it, masks too on the device."""
-        device, own = batch.text_ids.device, {}
+    def _buffered(self, batch: Batch) -> Batch:
+        """Return a batch of these shapes in the buffers that recordings read, all on the device."""
+        device, tensors = batch.text_ids.device, {}
         for name, x in _tensors(batch):
             key = name, x.shape, x.dtype
             if key not in self.buffers:
                 self.buffers[key] = torch.empty(x.shape, dtype=x.dtype, device=device)
-            own[name] = self.buffers[key]
-        return replace(batch, **own, bad=())
+            tensors[name] = self.buffers[key]
+        return replace(batch, **tensors, bad=())
 
-    @staticmethod
-    def _fill(own: Batch, batch: Batch) -> None:
-        """Copy a batch there."""
-        for name, x in _tensors(batch):
-            getattr(own, name).copy_(x, non_blocking=True)
-
-    def _say(self, message: str) -> None:
-        """A warning, once."""
-        if message not in self._said:
-            self._said.add(message)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
             logger.warning("engine.capture: %s", message)
 
 
 class _Replayed(Function):
-    """The recorded loss, whose gradients are those recorded with it."""
+    """Return the recorded loss; backward returns the recorded gradients."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, recording: Recording, *parameters: Tensor) -> Tensor:
-        ctx.recording, ctx.turn = recording, recording.turn
+        ctx.recording, ctx.replays = recording, recording.replays
         return total.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         recording = ctx.recording
-        if ctx.turn != recording.turn:
+        if ctx.replays != recording.replays:
             raise RuntimeError("engine.capture: expected the backward of a step before the next step")
-        gradients = recording.found[1]
+        gradients = recording.result[1]
         present = [x for x in gradients if x is not None]
         scaled = iter(torch._foreach_mul(present, grad))  # pyright: ignore[reportPrivateImportUsage]
         return None, None, *(None if x is None else next(scaled) for x in gradients)
 
 
 def record_graph(device: torch.device) -> Recorder:
-    """A recorder of CUDA graphs, all of which share one pool of memory.
+    """Return a recorder of CUDA graphs that share one memory pool.
 
-    Random numbers of torch's generator on the GPU (dropout) follow its seed at each replay, as in a step that
-    is not recorded.
+    Random numbers of torch's GPU generator (dropout) follow its seed at each replay, as when unrecorded.
     """
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
-    def record(function: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
+    def record(function: Callable[[], StepResult]) -> tuple[StepResult, Callable[[], None]]:
         state = torch.cuda.get_rng_state(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -230,11 +225,11 @@ def record_graph(device: torch.device) -> Recorder:
                 function()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # other threads pin memory for batches to come and write checkpoints, which a graph need not forbid
+        # "thread_local" allows other threads to pin memory for batches and to write checkpoints meanwhile
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            found = function()
+            result = function()
         torch.cuda.set_rng_state(state, device)
-        return found, graph.replay
+        return result, graph.replay
 
     return record
 
@@ -242,47 +237,50 @@ def record_graph(device: torch.device) -> Recorder:
 def make_capture(
     step: Step, parameters: Iterable[nn.Parameter], engine: EngineConfig, world: World
 ) -> Capture | None:
-    """What the config asks for: recorded steps, or None.
+    """Return the configured capture of a step, or None.
 
     Raises:
-        ValueError: as `check_capture`.
+        ValueError: see `check_capture`.
     """
     check_capture(engine, world)
     if engine.capture == "none":
         return None
-    bounds = Bounds(crowded=partial(memory_is_short, world.device), largest=partial(largest, world))
-    return Capture(step, tuple(parameters), record_graph(world.device), bounds)
+    limits = CaptureLimits(
+        memory_short=partial(memory_is_short, world.device), max_over_ranks=partial(max_over_ranks, world)
+    )
+    return Capture(step, tuple(parameters), record_graph(world.device), limits)
 
 
-def largest(world: World, values: list[int]) -> list[int]:
-    """The largest of each number over processes, which tell each other on the CPU."""
+def max_over_ranks(world: World, values: list[int]) -> list[int]:
+    """Return the elementwise maximum over processes, exchanged on the CPU."""
     return values if world.size == 1 else largest_over_ranks(torch.tensor(values)).tolist()
 
 
 def memory_is_short(device: torch.device) -> bool:
-    """Whether torch holds so much of a GPU's memory that as much again may not fit."""
-    return torch.cuda.memory_reserved(device) > ROOM * torch.cuda.mem_get_info(device)[1]
+    """Return True if torch reserves so much of the GPU's memory that as much again may not fit."""
+    return torch.cuda.memory_reserved(device) > MEMORY_SHARE * torch.cuda.mem_get_info(device)[1]
 
 
 def check_capture(engine: EngineConfig, world: World) -> None:
-    """Refuse to record where it cannot be done.
-
-    Raises:
-        ValueError: without a GPU, on however many processes.
-    """
+    """Raise ValueError if CUDA graphs are configured without a GPU."""
     if engine.capture == "graph" and world.device.type != "cuda":
         raise ValueError(f"engine.capture: expected 'none' on a {world.device.type}, found 'graph'")
 
 
+def _copy_batch(target: Batch, batch: Batch) -> None:
+    for name, x in _tensors(batch):
+        getattr(target, name).copy_(x, non_blocking=True)
+
+
 def _tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """What a step reads of a batch whose clips could all be read."""
+    """Yield the tensors of a batch, by field."""
     for each in fields(batch):
         if isinstance(x := getattr(batch, each.name), Tensor):
             yield each.name, x
 
 
 def _masks(batch: Batch) -> list[Tensor]:
-    """The masks of captions, n l, and of frame captions."""
+    """Return the masks of captions and of frame captions, n l each."""
     frames = batch.frame_text_mask
     return [batch.text_mask, *([] if frames is None else [frames.flatten(0, -2)])]
 
@@ -291,8 +289,8 @@ def _shapes(batch: Batch) -> Key:
     return tuple((name, x.shape, x.dtype) for name, x in _tensors(batch))
 
 
-def _detached(found: Found) -> Found:
-    """The same without the graph of autograd, which a recording has no more use for."""
-    losses, gradients = found
+def _detached(result: StepResult) -> StepResult:
+    """Detach the losses from the autograd graph, which a recording does not need."""
+    losses, gradients = result
     terms = {name: term.detach() for name, term in losses.terms.items()}
     return Losses(total=losses.total.detach(), terms=terms), gradients

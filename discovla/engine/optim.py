@@ -1,4 +1,4 @@
-"""The optimisers the methods were trained with, torch's AdamW, and the learning rate of each step."""
+"""Optimisers of the published methods, torch's AdamW, and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -14,45 +14,56 @@ from torch import Tensor, nn
 
 
 class OptimConfig(BaseModel):
-    """How parameters are updated; the defaults are the published recipe.
+    """Optimiser, learning rate schedule and averaging; the defaults are DiscoVLA's published recipe."""
 
-    name: "adamw_released" (DiscoVLA's: eps before bias correction, decay after the update), torch's "adamw",
-        or "bert_adam" (CLIP4Clip's: no bias correction, decay within the update).
-    lr: at the end of the warm-up.
-    clip_grad_norm: largest global norm of the gradient, None for no clipping.
-    clip_tensor_norm: of bert_adam alone: largest norm of each tensor's gradient, after the global clipping.
-    warmup: share of all steps in which lr rises from 0.
-    schedule: "cosine" to 0 after the warm-up, "warmup_cosine" (CLIP4Clip's: the cosine of the whole run from
-        where the warm-up ends), "constant", or "t2vparser" (from 5 % through the warm-up, then ten cycles
-        that end at the peak).
-    ema: decay of an exponential moving average of what is trained, which is then evaluated, selected and
-        exported in its place; None for none.
-    skip_nonfinite: steps of a run whose gradient is not finite that are left out, and counted, before it
-        stops; 0 stops at the first.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Literal["adamw_released", "adamw", "bert_adam"] = "adamw_released"
+    """Optimiser: "adamw_released" is DiscoVLA's AdamW (eps before bias correction, decay after the update),
+    "adamw" torch's, "bert_adam" CLIP4Clip's (no bias correction, decay within the update)."""
+
     lr: float = Field(default=6e-4, gt=0, allow_inf_nan=False)
+    """Learning rate at the end of the warm-up."""
+
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+
     eps: float = Field(default=1e-6, gt=0, allow_inf_nan=False)
+    """Term added to the denominator of the update."""
+
     weight_decay: float = Field(default=0.2, ge=0, allow_inf_nan=False)
+    """Decoupled weight decay."""
+
     clip_grad_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Largest global norm of the gradient; None for no clipping."""
+
     clip_tensor_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Largest norm of each tensor's gradient, after the global clipping; "bert_adam" only. None for no
+    clipping."""
+
     warmup: float = Field(default=0.1, ge=0, le=1)
+    """Share of all steps in which the learning rate rises."""
+
     schedule: Literal["cosine", "warmup_cosine", "constant", "t2vparser"] = "cosine"
+    """Learning rate after the warm-up: "cosine" to 0, "warmup_cosine" as CLIP4Clip (the cosine of the whole
+    run, from the end of the warm-up), "constant", or "t2vparser" (warm-up from 5 %, then ten cosine cycles
+    that end at the peak)."""
+
     ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the trained parameters, which is evaluated, selected and
+    exported in their place; None for no average."""
+
     skip_nonfinite: int = Field(default=0, ge=0)
+    """Number of steps with a non-finite gradient that a run may skip; one more stops it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
-    """Trained parameters that differ from the rest in learning rate or decay.
+    """Trained parameters with their own learning rate or weight decay.
 
-    names: shell patterns of parameter names; the first group with a pattern that fits has the parameter.
-    lr_scale: their learning rate over the schedule's.
-    weight_decay: theirs; None for the config's.
+    names: shell patterns of parameter names; a parameter belongs to the first group that matches.
+    lr_scale: factor on the schedule's learning rate.
+    weight_decay: None for the config's.
     """
 
     names: tuple[str, ...]
@@ -61,15 +72,15 @@ class ParameterGroup:
 
 
 class AdamW(torch.optim.Optimizer):
-    """The AdamW that DiscoVLA was released with.
+    """AdamW of DiscoVLA's released code.
 
     Step t = 1, 2, ...: m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
     x <- x - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps);  x <- x (1 - lr weight_decay).
-    It differs from torch's twice: eps joins before the bias correction, and the decay comes last. It works
-    element by element, so a flat partition of many parameters gets the numbers each would get alone.
+    Unlike torch's, it adds eps before the bias correction and applies the decay last.  It is elementwise, so
+    a flat tensor of many parameters gives the same numbers as separate ones.
 
     Args:
-        params: tensors or groups, as for any torch optimiser; floating point of any width.
+        params: tensors or groups, floating point.
         lr, betas, eps, weight_decay: as above.
 
     Source: specification of DiscoVLA, section 6; checked against numbers from the released code.
@@ -94,7 +105,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; returns what `closure` returns."""
+        """Update every parameter that has a gradient; return the value of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,14 +118,14 @@ class AdamW(torch.optim.Optimizer):
 
 
 class BertAdam(torch.optim.Optimizer):
-    """The Adam that CLIP4Clip was trained with, from BERT's first releases.
+    """Adam of CLIP4Clip's released code, from BERT's first releases.
 
-    g <- g min(1, clip / (‖g‖ + 1e-6)) for each tensor by itself;  m <- b1 m + (1 - b1) g;
+    g <- g min(1, clip / (‖g‖ + 1e-6)) for each tensor;  m <- b1 m + (1 - b1) g;
     v <- b2 v + (1 - b2) g^2;  x <- x - lr (m / (sqrt(v) + eps) + weight_decay x).  No bias correction.
-    All but the clipping works element by element; see `for_partitions`.
+    Everything except the clipping is elementwise; see `for_partitions`.
 
     Args:
-        params: tensors or groups, as for any torch optimiser; floating point of any width.
+        params: tensors or groups, floating point.
         lr, betas, eps, weight_decay: as above.
         clip_tensor_norm: clip, or None.
 
@@ -142,7 +153,7 @@ class BertAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; returns what `closure` returns."""
+        """Update every parameter that has a gradient; return the value of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -155,13 +166,13 @@ class BertAdam(torch.optim.Optimizer):
 
 
 def for_partitions(config: OptimConfig) -> OptimConfig:
-    """The settings under which flat slices of many tensors are updated as the tensors would be.
+    """Return settings with which flat slices of parameters are updated like whole tensors.
 
-    A slice cannot be clipped as a tensor; but where the global norm is clipped to the same limit before, no
-    tensor's can exceed it, and its own clipping is left out.
+    The norm of a tensor is unknown to a slice.  If the global norm is clipped to the same limit before, no
+    tensor can exceed it, so the clipping of tensors is dropped.
 
     Raises:
-        ValueError: the clipping of tensors would do something.
+        ValueError: the clipping of tensors could have an effect.
     """
     if config.name != "bert_adam" or config.clip_tensor_norm is None:
         return config
@@ -174,14 +185,14 @@ def for_partitions(config: OptimConfig) -> OptimConfig:
 
 
 def learning_rate(step: int, total: int, config: OptimConfig) -> float:
-    """Learning rate of one optimiser step.
+    """Return the learning rate of one optimiser step.
 
     cosine: w = int(warmup total); step < w: lr step / w; then lr (1 + cos(pi (step - w) / (total - w))) / 2.
     warmup_cosine: x = step / total; x < warmup: lr x / warmup; then lr (1 + cos(pi x)) / 2.
     constant: as cosine, but lr after the warm-up.
     t2vparser: step < w: lr (0.05 + 0.95 step / (w - 1)); then lr (1 + cos(20 pi x)) / 2 with
-        x = (step - w) / (total - w): ten cycles, of nine epochs each in its hundred.
-    With a warm-up step 0 has learning rate 0, as published.
+        x = (step - w) / (total - w): ten cycles (of nine epochs in the published 100).
+    With a warm-up, step 0 has learning rate 0, as published.
 
     Args:
         step: from 0.
@@ -205,7 +216,7 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
 
 
 def _cycles(step: int, warmup: int, total: int) -> float:
-    """T2VParser's share of the learning rate."""
+    """Return T2VParser's factor on the learning rate."""
     if step < warmup:
         return 0.05 + 0.95 * step / max(1, warmup - 1)
     return 0.5 * (1.0 + math.cos(20 * math.pi * (step - warmup) / max(1, total - warmup)))
@@ -214,40 +225,40 @@ def _cycles(step: int, warmup: int, total: int) -> float:
 def make_optimizer(
     module: nn.Module, config: OptimConfig, groups: Sequence[ParameterGroup] = ()
 ) -> torch.optim.Optimizer:
-    """The configured optimiser over the parameters of `module` that require a gradient.
+    """Return the configured optimiser of the parameters of `module` that require a gradient.
 
     Raises:
-        ValueError: nothing to train, or a group whose patterns fit no trained parameter.
+        ValueError: nothing to train, or a group whose patterns match no trained parameter.
     """
-    sorted_groups = _sort(module, config, groups)
+    param_groups = _param_groups(module, config, groups)
     lr, betas, eps, decay = config.lr, config.betas, config.eps, config.weight_decay
     match config.name:
         case "adamw":
-            return torch.optim.AdamW(sorted_groups, lr=lr, betas=betas, eps=eps, weight_decay=decay)
+            return torch.optim.AdamW(param_groups, lr=lr, betas=betas, eps=eps, weight_decay=decay)
         case "adamw_released":
-            return AdamW(sorted_groups, lr=lr, betas=betas, eps=eps, weight_decay=decay)
+            return AdamW(param_groups, lr=lr, betas=betas, eps=eps, weight_decay=decay)
         case "bert_adam":
             clip = config.clip_tensor_norm
             return BertAdam(
-                sorted_groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, clip_tensor_norm=clip
+                param_groups, lr=lr, betas=betas, eps=eps, weight_decay=decay, clip_tensor_norm=clip
             )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its share of the schedule's learning rate."""
+    """Set every group's learning rate from the schedule's."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def start_state(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
-    """Create the state of our optimisers as it is before the first step, so that a saved one can go in."""
+    """Create the optimiser's state before the first step, so that a saved one can be loaded into it."""
     for param in params:
         if not optimizer.state[param]:
             _start_state(optimizer, param)
 
 
 def _start_state(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
-    """Zero moments, zero steps: the keys are those of torch's AdamW, the step lies on the CPU as there."""
+    """Create zero moments and step 0, with the keys of torch's AdamW and the step on the CPU as there."""
     state = optimizer.state[param]
     state["step"] = torch.tensor(0.0)
     state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -256,7 +267,7 @@ def _start_state(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, T
 
 
 def _released_update(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """One step of the released AdamW on one tensor."""
+    """Update one tensor by the released AdamW."""
     beta1, beta2 = group["betas"]
     lr, grad = group["lr"], param.grad
     assert grad is not None
@@ -272,7 +283,7 @@ def _released_update(param: Tensor, state: dict[str, Tensor], group: dict[str, A
 
 
 def _bert_update(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """One step of BertAdam on one tensor."""
+    """Update one tensor by BertAdam."""
     beta1, beta2 = group["betas"]
     grad, clip = param.grad, group["clip_tensor_norm"]
     assert grad is not None
@@ -288,8 +299,10 @@ def _bert_update(param: Tensor, state: dict[str, Tensor], group: dict[str, Any])
     param.add_(update, alpha=-group["lr"])
 
 
-def _sort(module: nn.Module, config: OptimConfig, groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
-    """Trained parameters by group, those of no group last."""
+def _param_groups(
+    module: nn.Module, config: OptimConfig, groups: Sequence[ParameterGroup]
+) -> list[dict[str, Any]]:
+    """Return the optimiser's parameter groups; parameters without a group come last."""
     rest = ParameterGroup(names=("*",))
     members: list[list[nn.Parameter]] = [[] for _ in (*groups, rest)]
     for name, param in module.named_parameters():

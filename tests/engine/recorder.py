@@ -1,4 +1,4 @@
-"""A recorder of steps for machines without a GPU: it runs the function again, and sees what that touches."""
+"""A recorder for machines without a GPU: a replay runs the function again and checks its accesses."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from discovla.engine.capture import Found
+from discovla.engine.capture import StepResult
 
-# ops whose result depends on numbers that the host reads, or that bring numbers of the host to the device
+# ops whose result depends on values that the host reads, or that copy values of the host to the device
 READING = {"nonzero", "masked_select", "_unique2", "unique_dim", "lift_fresh", "_local_scalar_dense", "equal"}
-CHECKS = {"check_mask", "expect"}  # on a GPU these two do not read
+CHECKS = {"check_mask", "expect"}  # on a GPU these do not read
 
 
 class Touched(TorchDispatchMode):
-    """Fails where an op takes a tensor that is neither known nor made by an op before, or reads a number."""
+    """Fails if an op takes a tensor that is neither known nor made by an earlier op, or reads a number."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Touched(TorchDispatchMode):
 
 
 def checking() -> bool:
-    """Whether this is called while a mask is checked."""
+    """Return True if called while a mask is checked."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name in CHECKS:
@@ -56,45 +56,45 @@ def checking() -> bool:
 
 
 class Rerun:
-    """Runs what it is given once to record it, and at every replay, with results in the same tensors.
+    """Runs a function once to record it and again at every replay, with results in the same tensors.
 
-    known: what it may read besides what it made itself.
+    known: tensors that the function may read besides those it made.
     """
 
     def __init__(self, known: Callable[[], Iterable[Tensor]]) -> None:
         self.known, self.recorded, self.replayed = known, 0, 0
 
-    def __call__(self, function: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
+    def __call__(self, function: Callable[[], StepResult]) -> tuple[StepResult, Callable[[], None]]:
         self.recorded += 1
-        found = self.run(function)
+        result = self.run(function)
 
         def replay() -> None:
             self.replayed += 1
-            for old, new in zip(results(found), results(self.run(function)), strict=True):
+            for old, new in zip(tensors_of(result), tensors_of(self.run(function)), strict=True):
                 old.copy_(new)
 
-        for x in results(found):  # a recording does not run
+        for x in tensors_of(result):  # recording does not run the step
             x.fill_(torch.nan)
-        return found, replay
+        return result, replay
 
-    def run(self, function: Callable[[], Found]) -> Found:
+    def run(self, function: Callable[[], StepResult]) -> StepResult:
         with Touched(self.known()):
             losses, gradients = function()
         return replace(losses, total=losses.total.detach()), gradients
 
 
 class Unwatched(Rerun):
-    """The same, of whatever the function touches."""
+    """A recorder that does not check accesses."""
 
     def __init__(self) -> None:
         super().__init__(tuple)
 
-    def run(self, function: Callable[[], Found]) -> Found:
+    def run(self, function: Callable[[], StepResult]) -> StepResult:
         losses, gradients = function()
         return replace(losses, total=losses.total.detach()), gradients
 
 
-def results(found: Found) -> list[Tensor]:
-    """All tensors that a step gives."""
-    losses, gradients = found
+def tensors_of(result: StepResult) -> list[Tensor]:
+    """Return all tensors of a step's result."""
+    losses, gradients = result
     return [losses.total, *losses.terms.values(), *(x for x in gradients if x is not None)]

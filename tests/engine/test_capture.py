@@ -1,4 +1,4 @@
-"""Recorded steps: the numbers of steps as they are, from the buffers alone, for few shapes."""
+"""Recorded steps give the numbers of unrecorded ones, read only their buffers, and are few."""
 
 import logging
 from dataclasses import replace
@@ -12,7 +12,14 @@ from discovla import trainer
 from discovla.batch import Batch, Losses
 from discovla.config import read_config
 from discovla.engine import capture
-from discovla.engine.capture import Bounds, Capture, check_capture, largest, make_capture, record_graph
+from discovla.engine.capture import (
+    Capture,
+    CaptureLimits,
+    check_capture,
+    make_capture,
+    max_over_ranks,
+    record_graph,
+)
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
@@ -29,10 +36,10 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def recorded(step: TrainStep, **options) -> tuple[Capture, Rerun]:
-    """The step, recorded by a rerun of it."""
+    """Record the step with a recorder that runs it again."""
     trained = [p for p in step.parameters() if p.requires_grad]
     recorder = Rerun(lambda: [*step.parameters(), *step.buffers(), *made.buffers.values()])
-    made = step.recorded = Capture(step.losses, trained, recorder, Bounds(**options))
+    made = step.recorded = Capture(step.losses, trained, recorder, CaptureLimits(**options))
     return made, recorder
 
 
@@ -45,7 +52,7 @@ def batch(seed: int = 0, size: int = 4) -> Batch:
     return replace(noise_batch(tiny_architecture(), size=size, seed=seed), valid=None)
 
 
-def plainly(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
+def unrecorded(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
     kept, step.recorded = step.recorded, None
     found = steps.take(step, batch)
     step.recorded = kept
@@ -63,16 +70,16 @@ EVERY = [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in s
 
 
 @pytest.mark.parametrize("variant", EVERY)
-def test_losses_and_gradients_are_those_of_the_step_from_the_buffers_alone(variant):
-    step, _, recorder = made(variant, fewest=64)
+def test_losses_and_gradients_equal_the_step_and_come_from_the_buffers_only(variant):
+    step, _, recorder = made(variant, min_rows=64)
     for seed in (0, 1, 2, 1):  # other captions and frames, of the same number of rows
-        assert_same(steps.take(step, batch(seed)), plainly(step, batch(seed)))
+        assert_same(steps.take(step, batch(seed)), unrecorded(step, batch(seed)))
     assert recorder.recorded == 1 and recorder.replayed == 3
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", EVERY)
-def test_on_a_device_that_cannot_be_read_a_step_is_recorded_all_the_same(variant, impl, monkeypatch):
+def test_a_step_records_without_reading_values_from_the_device(variant, impl, monkeypatch):
     for choices in dispatch.AUTO.values():
         monkeypatch.setitem(choices, "meta", choices["cuda"])
     step = TrainStep(steps.make(variant).float().to("meta"), ALONE, "exact")
@@ -89,27 +96,27 @@ def test_on_a_device_that_cannot_be_read_a_step_is_recorded_all_the_same(variant
     assert one.batch.text_mask.is_meta and one.batch.frames.is_meta
 
 
-def test_a_shape_is_recorded_when_it_comes_again_and_rows_of_captions_are_part_of_it():
-    step, held, recorder = made(fewest=8)
+def test_a_shape_with_its_caption_rows_is_recorded_at_its_second_batch():
+    step, held, recorder = made(min_rows=8)
     for count, (seed, size) in enumerate([(0, 4), (1, 4), (0, 3), (0, 4), (0, 3)]):
         assert recorder.recorded == max(0, count - 3)
-        assert_same(steps.take(step, batch(seed, size)), plainly(step, batch(seed, size)))
+        assert_same(steps.take(step, batch(seed, size)), unrecorded(step, batch(seed, size)))
     assert len(held.recordings) == recorder.recorded == 2
     assert len(held.buffers) == 14, "seven of each size, whatever the rows"
 
 
-def test_a_step_gives_the_same_numbers_before_it_is_recorded_to_the_bit():
-    """So a run that is resumed, whose first steps are not recorded, goes on as it was."""
-    step, _, recorder = made(fewest=16)
+def test_a_step_gives_bitwise_the_same_numbers_before_it_is_recorded():
+    """A resumed run, whose first steps are not recorded, therefore repeats an uninterrupted one."""
+    step, _, recorder = made(min_rows=16)
     first, second, third = (steps.take(step, batch()) for _ in range(3))
     assert recorder.replayed == 2
     for name, value in first.items():
         assert torch.equal(second[name], value) and torch.equal(third[name], value), name
 
 
-def test_where_memory_is_short_recordings_give_way_to_a_step_that_has_none(caplog):
+def test_recordings_are_dropped_for_an_unrecorded_step_if_memory_is_short(caplog):
     short: list[bool] = [False]
-    step, held, recorder = made(crowded=lambda: short[0])
+    step, held, recorder = made(memory_short=lambda: short[0])
     for _ in range(2):
         step(batch())
     other = batch(size=3)
@@ -118,41 +125,41 @@ def test_where_memory_is_short_recordings_give_way_to_a_step_that_has_none(caplo
     short[0] = True
     bad = replace(batch(), valid=torch.tensor([True, False, True, True]))
     for given in (bad, bad):
-        assert_same(steps.take(step, given), plainly(step, given))
+        assert_same(steps.take(step, given), unrecorded(step, given))
         assert not held.recordings and not held.buffers
-    assert caplog.text.count("recordings give way") == 1
-    assert_same(steps.take(step, batch()), plainly(step, batch()))
+    assert caplog.text.count("recordings are dropped") == 1
+    assert_same(steps.take(step, batch()), unrecorded(step, batch()))
     assert recorder.recorded == 2 and len(held.recordings) == 1
 
 
-def test_of_many_shapes_the_one_not_used_for_longest_gives_way(caplog):
-    step, held, recorder = made(most=2)
+def test_of_many_shapes_the_least_recently_used_is_dropped(caplog):
+    step, held, recorder = made(max_recordings=2)
     sizes = [2, 2, 3, 3, 2, 4, 4, 2, 3]
     with caplog.at_level(logging.WARNING):
         for size in sizes:
-            assert_same(steps.take(step, batch(size=size)), plainly(step, batch(size=size)))
+            assert_same(steps.take(step, batch(size=size)), unrecorded(step, batch(size=size)))
             assert len(held.recordings) <= 2 and len(held.buffers) <= 2 * 7
-    assert recorder.recorded == 4, "3 gave way to 4, and took the place of 4"
+    assert recorder.recorded == 4, "size 3 was dropped for 4 and replaced it again"
     assert caplog.text.count("batches of more than 2 shapes") == 1
 
 
-def test_bad_clips_and_evaluation_take_the_step_as_it_is(caplog):
+def test_bad_clips_and_evaluation_run_unrecorded(caplog):
     step, _, recorder = made()
     whole = batch()
     for _ in range(2):
         step(whole)
     bad = replace(whole, valid=torch.tensor([True, False, True, True]))
     for _ in range(3):
-        assert_same(steps.take(step, bad), plainly(step, bad))
-    want = plainly(step, whole)["loss"]
+        assert_same(steps.take(step, bad), unrecorded(step, bad))
+    want = unrecorded(step, whole)["loss"]
     with torch.no_grad():
         assert relative_error(step(whole).total, want) <= 1e-12
     assert recorder.recorded == recorder.replayed == 1
-    assert caplog.text.count("clips that could not be read") == 1
+    assert caplog.text.count("with unreadable clips") == 1
 
 
-def test_captions_that_are_encoded_between_two_steps_take_the_rows_of_their_tokens():
-    step, _, recorder = made(fewest=1)
+def test_captions_encoded_between_steps_use_the_rows_of_their_own_tokens():
+    step, _, recorder = made(min_rows=1)
     for _ in range(2):
         step(batch())
     assert recorder.recorded == 1
@@ -166,7 +173,7 @@ def test_captions_that_are_encoded_between_two_steps_take_the_rows_of_their_toke
     ("name", "found"),
     [("text_mask", "caption 2"), ("frame_mask", "video 2"), ("frame_text_mask", "frame caption 7")],
 )
-def test_a_mask_without_an_entry_is_refused_by_its_row_before_a_replay(name, found):
+def test_an_empty_mask_row_is_named_before_a_replay(name, found):
     step = TrainStep(steps.make("discovla").float().to("meta"), ALONE, "exact")
     step.method.compute_dtype = torch.float32
     recorder = Unwatched()
@@ -181,20 +188,20 @@ def test_a_mask_without_an_entry_is_refused_by_its_row_before_a_replay(name, fou
     assert recorder.replayed == 1
 
 
-def test_what_changes_in_place_is_seen_by_the_next_replay():
+def test_a_replay_reads_parameters_that_changed_in_place():
     step, _, _ = made()
     for _ in range(2):
         steps.take(step, batch())
     with torch.no_grad():
         for p in step.parameters():
             p.mul_(1.1)
-    assert_same(steps.take(step, batch()), plainly(step, batch()))
+    assert_same(steps.take(step, batch()), unrecorded(step, batch()))
 
 
-def test_results_outlast_the_next_replay_but_backward_must_come_before():
+def test_results_outlive_the_next_replay_but_backward_must_precede_it():
     step, _, _ = made()
     step(batch())
-    first, kept = step(batch(0)), plainly(step, batch(0))
+    first, kept = step(batch(0)), unrecorded(step, batch(0))
     first.total.backward(retain_graph=True)
     trained = next(p for p in step.parameters() if p.requires_grad)
     assert trained.grad is not None
@@ -209,7 +216,7 @@ def test_results_outlast_the_next_replay_but_backward_must_come_before():
         first.total.backward()
 
 
-def test_gradients_follow_what_the_loss_is_multiplied_by_and_parameters_without_stay_without():
+def test_gradients_scale_with_the_loss_and_unreached_parameters_have_none():
     used, unused = (torch.nn.Parameter(torch.tensor([2.0, 3.0])) for _ in range(2))
 
     def step(given: Batch, rows: object) -> Losses:
@@ -233,13 +240,13 @@ def test_gradients_follow_what_the_loss_is_multiplied_by_and_parameters_without_
         ({"bf16_parameters": True, "precision": "bf16"}, "bf16_parameters = True"),
     ],
 )
-def test_settings_by_which_a_step_cannot_be_recorded_are_refused(options, found):
+def test_settings_that_prevent_recording_are_refused(options, found):
     with pytest.raises(ValueError, match=f"capture: expected 'none' with {found}, found 'graph'"):
         EngineConfig(capture="graph", **options)
     assert EngineConfig(**options).capture == "none"
 
 
-def test_a_device_without_graphs_is_refused_and_so_are_processes_that_talk_by_gloo():
+def test_a_cpu_is_refused_alone_and_with_several_processes():
     engine = EngineConfig(capture="graph")
     with pytest.raises(ValueError, match=r"^engine\.capture: expected 'none' on a cpu, found 'graph'$"):
         make_capture(lambda batch, rows: Losses(total=torch.ones(()), terms={}), [], engine, ALONE)
@@ -250,7 +257,7 @@ def test_a_device_without_graphs_is_refused_and_so_are_processes_that_talk_by_gl
 
 
 @pytest.mark.slow
-def test_a_run_takes_the_steps_that_it_takes_unrecorded(tmp_path, drawn, monkeypatch):
+def test_a_recorded_run_has_the_losses_of_an_unrecorded_one(tmp_path, drawn, monkeypatch):
     recorder = Unwatched()
     for module in (capture, trainer):
         monkeypatch.setattr(module, "check_capture", lambda *_: None)
@@ -267,7 +274,7 @@ def test_a_run_takes_the_steps_that_it_takes_unrecorded(tmp_path, drawn, monkeyp
 
 
 def every_strategy(world: World) -> dict:
-    """Losses and trained parameters after four steps, by plain torch and DeepSpeed, recorded or not."""
+    """Return losses and parameters after four steps, by plain torch and DeepSpeed, recorded or not."""
     found: dict = {}
     for name in ("torch", "deepspeed"):
         for how in ("eager", "recorded"):
@@ -288,25 +295,25 @@ def every_strategy(world: World) -> dict:
     return {"loss": [x["losses"].tolist() for x in found.values()], "found": found}
 
 
-def test_what_processes_do_not_share_is_no_recorded_step(caplog):
+def test_batches_that_differ_between_processes_run_unrecorded(caplog):
     answers = iter([[7, -8, 48, 48, -48, -144], [7, -7, 49, 48, -48, -144], [7, -7, 48, 96, -48, -144]])
-    step, _, recorder = made(largest=lambda values: next(answers), fewest=16)
-    for _ in range(2):  # other shapes; more rows than one of them has room for
-        assert_same(steps.take(step, batch()), plainly(step, batch()))
-    assert caplog.text.count("whose batches are of different shapes") == 1
+    step, _, recorder = made(max_over_ranks=lambda values: next(answers), min_rows=16)
+    for _ in range(2):  # different shapes; then more rows than one process has capacity for
+        assert_same(steps.take(step, batch()), unrecorded(step, batch()))
+    assert caplog.text.count("whose shapes differ between processes") == 1
     passed = []
     step.method.text.blocks[0].register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
     step(batch())
-    assert passed == [48 + 96], "what the largest need"
+    assert passed == [48 + 96], "the rows of the largest"
     assert recorder.recorded == 0
 
 
 def on_two(world: World) -> dict:
-    """Losses and gradients of steps that two processes record, each with captions of its own lengths."""
+    """Return losses and gradients of steps recorded by two processes whose captions differ in length."""
     step = TrainStep(steps.make("discovla"), world, "exact")
     recorder = Unwatched()
     trained = [p for p in step.parameters() if p.requires_grad]
-    bounds = Bounds(largest=partial(largest, world), fewest=8)
+    bounds = CaptureLimits(max_over_ranks=partial(max_over_ranks, world), min_rows=8)
     found: dict = {"recorded": [], "plain": [], "sum": torch.zeros(())}
     for kind in ("plain", "recorded"):
         step.recorded = Capture(step.losses, trained, recorder, bounds) if kind == "recorded" else None
@@ -318,7 +325,7 @@ def on_two(world: World) -> dict:
 
 
 @pytest.mark.slow
-def test_processes_record_the_same_at_once(tmp_path):
+def test_processes_record_the_same_shapes_at_the_same_steps(tmp_path):
     found = steps.on_ranks(on_two, 2, tmp_path)
     for got, want in zip(found["recorded"], found["plain"], strict=True):
         assert_same(got, want)
@@ -327,7 +334,7 @@ def test_processes_record_the_same_at_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_strategy_takes_recorded_steps(tmp_path):
+def test_recorded_steps_train_the_same_with_every_strategy(tmp_path):
     found = steps.on_ranks(every_strategy, 1, tmp_path)["found"]
     wanted = found["torch", "eager"]
     assert wanted["losses"][3] != wanted["losses"][2]
@@ -339,7 +346,7 @@ def test_every_strategy_takes_recorded_steps(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("variant", steps.VARIANTS)
-def test_a_graph_gives_the_losses_and_gradients_of_the_step(variant, impl):
+def test_a_cuda_graph_gives_the_losses_and_gradients_of_the_step(variant, impl):
     """t2vparser trains with dropout: with the same seed its graph drops the same."""
     world = replace(ALONE, device=torch.device("cuda", torch.cuda.current_device()))
     step = TrainStep(steps.make(variant).float().cuda(), world, "exact")
@@ -353,14 +360,14 @@ def test_a_graph_gives_the_losses_and_gradients_of_the_step(variant, impl):
         torch.manual_seed(seed)
         found = steps.take(step, given)
         torch.manual_seed(seed)
-        wanted = plainly(step, given)
+        wanted = unrecorded(step, given)
         assert len(held.recordings) == (number > 0)
         for name, value in wanted.items():
             assert relative_error(found[name], value) <= 1e-4 or value.abs().max() < 1e-6, name
 
 
 @pytest.mark.gpu
-def test_a_replay_waits_for_nothing_and_takes_no_more_memory():
+def test_a_replay_does_not_sync_and_allocates_nothing():
     world = replace(ALONE, device=torch.device("cuda", torch.cuda.current_device()))
     step = TrainStep(steps.make("discovla").float().cuda(), world, "exact")
     step.method.compute_dtype = torch.float32

@@ -114,7 +114,7 @@ def test_deepspeeds_bf16_mode_takes_the_same_steps(runs, way, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_held_is_what_is_predicted_of_gpu_and_host_together(runs, way, size):
+def test_gpu_and_host_together_hold_the_predicted_bytes(runs, way, size):
     job, held = WAYS[way], runs[way, size, "held"]
     config = EngineConfig(
         zero_stage=job["stage"], offload="cpu", offload_parameters="offload_parameters" in job
@@ -122,13 +122,13 @@ def test_what_is_held_is_what_is_predicted_of_gpu_and_host_together(runs, way, s
     sizes = Sizes(frozen=LAYER, trained=8 * LAYER, world_size=size, largest=LAYER)
     gpu, host = state_bytes(config, sizes), host_bytes(config, sizes)
     total = sum(gpu.values()) + sum(host.values())
-    # what the buckets of gradients hold is gone after a step below stage 3, and what was gathered may be
+    # after a step the gradient buckets are freed below stage 3, and gathered parameters may be
     least = total - gpu["gathered"] - (0 if job["stage"] == 3 else gpu["gradients"] - 4 * LAYER)
     assert 0.99 * least <= held["after"] <= 1.01 * (least + gpu["gathered"])
     assert 0.7 * total <= held["most"] <= 1.01 * total
 
 
-def test_the_gpu_keeps_what_is_not_moved():
+def test_the_gpu_keeps_what_is_not_offloaded():
     sizes = Sizes(frozen=10, trained=1000, world_size=2, largest=100)
     for stage in (1, 2, 3):
         plain = state_bytes(EngineConfig(zero_stage=stage), sizes)
@@ -143,19 +143,18 @@ def test_the_gpu_keeps_what_is_not_moved():
     assert not any(host_bytes(EngineConfig(zero_stage=3), sizes).values())
 
 
-def test_the_settings_say_where_to():
+def test_the_settings_name_the_offload_device():
     config = EngineConfig(zero_stage=3, offload="cpu", offload_parameters=True)
-    asked = {"micro_batch": 1, "world_size": 1, "trained": 10}
-    zero = deepspeed_settings(config, OptimConfig(), **asked)["zero_optimization"]
+    sizes = {"micro_batch": 1, "world_size": 1, "trained": 10}
+    zero = deepspeed_settings(config, OptimConfig(), **sizes)["zero_optimization"]
     assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu", "pin_memory": True}
-    zero = deepspeed_settings(EngineConfig(zero_stage=2, offload="cpu"), OptimConfig(), **asked)[
-        "zero_optimization"
-    ]
+    config = EngineConfig(zero_stage=2, offload="cpu")
+    zero = deepspeed_settings(config, OptimConfig(), **sizes)["zero_optimization"]
     assert zero["offload_optimizer"]["device"] == "cpu"
     assert "offload_param" not in zero
 
 
-def test_a_stage_that_splits_is_taken_for_it():
+def test_auto_chooses_stage_1_for_offload():
     assert choose_stage(EngineConfig(offload="cpu"), 10, 1) == 1
 
 
@@ -166,11 +165,11 @@ def test_a_stage_that_splits_is_taken_for_it():
         ({"offload": "cpu", "strategy": "torch"}, "offload: .* found torch"),
         ({"offload_parameters": True, "zero_stage": 3}, "offload_parameters: expected offload 'cpu'"),
         ({"offload_parameters": True, "offload": "cpu"}, "and zero_stage 3, found 'cpu' and auto"),
-        ({"offload": "nvme"}, "expected .none. or .cpu.: checkpoints do not reach state"),
+        ({"offload": "nvme"}, "expected .none. or .cpu.: checkpoints cannot include optimiser state"),
         ({"offload": "cpu", "capture": "graph"}, "capture: expected 'none' with offload = 'cpu'"),
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(bad, message):
+def test_invalid_combinations_are_refused(bad, message):
     with pytest.raises(ValidationError, match=message):
         EngineConfig(**bad)
