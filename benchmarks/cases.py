@@ -13,7 +13,7 @@ from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
 from discovla.ops.dispatch import Impl
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
-from discovla.ops.late_interaction import max_sim
+from discovla.ops.late_interaction import late_interaction
 from discovla.ops.rank_of_positive import rank_of_positive
 from discovla.ops.soft_vlad import soft_vlad
 from discovla.ops.token_similarity import TokenInputs, token_similarity, token_training_similarity
@@ -130,11 +130,11 @@ def _alignment(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
     return losses.video + 0.3 * losses.frame + losses.distill
 
 
-def _max_sim(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+def _late_interaction(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
     text, video = leaves[:2]
     text_mask, video_mask = (_mask(x) if masked else None for x in leaves[:2])
     inputs = TokenInputs(text=text, video=video, text_mask=text_mask, video_mask=video_mask)
-    return max_sim(inputs, impl=impl)
+    return late_interaction(inputs, impl=impl)
 
 
 def _tokens(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
@@ -176,7 +176,7 @@ CALLS: dict[str, Call] = {
     "frame_similarity": _frames,
     "info_nce": _info_nce,
     "alignment_losses": _alignment,
-    "late_interaction": _max_sim,
+    "late_interaction": _late_interaction,
     "rank_of_positive": _ranks,
     "soft_vlad": _soft_vlad,
     "token_similarity": _tokens,

@@ -248,7 +248,7 @@ class Method(nn.Module):
         config, scale = self.config, self.logit_scale()
         how = {"kl_norm": config.kl_norm, "detach_teacher": config.detach_teacher, "ignore": ignore}
         if self.scores_pooled:
-            how |= {"weights": (config.alpha, config.beta), "impl": self.impl}
+            how |= {"alpha": config.alpha, "beta": config.beta, "impl": self.impl}
             loss = alignment_losses(inputs, scale, **how)
             terms = {"video": loss.video, "frame": loss.frame, "distill": loss.distill}
             return Losses(total=loss.total, terms=_detached(terms))

@@ -1,4 +1,4 @@
-"""A similarity matrix whose columns are shared out over processes, and its losses from each one's own."""
+"""Losses of a similarity matrix whose columns are shared out over processes."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ ALL_COLUMNS = ColumnShard(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Sums over the softmaxes of a block of logits t v, from which its losses are computed.
+
+    rows: k t, of every row: the log-sum-exp of the student; with a teacher (k = 3) its log-sum-exp too, and
+        the mean of teacher - student under the teacher's softmax.
+    columns: k v, the same of every column.
+    matched: m, the sums of the logits of matching pairs; m = 2 with a teacher, else 1.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    matched: Tensor
+
+
 def column_losses(
     student: Tensor,
     teacher: Tensor | None,
@@ -39,7 +54,7 @@ def column_losses(
     kl_weight: float = 0.0,
     detach_teacher: bool = False,
 ) -> Tensor:
-    """Symmetric cross-entropy; with a teacher also the teacher's, and the divergence from it, both ways.
+    """Symmetric cross-entropy; with a teacher also the teacher's, and KL(teacher ‖ student) both ways.
 
     Args:
         student, teacher: logits t v, these columns of each.
@@ -47,23 +62,26 @@ def column_losses(
         detach_teacher: no gradient of the divergence into the teacher.
 
     Returns:
-        1 or 3 losses of the whole matrices, on every process.
+        1 or 3 losses of the whole matrices, the same on every process.
     """
-    sums = statistics(student, teacher, columns.first_text, detach_teacher)
-    return merged_losses(*sums, columns, kl_weight, detach_teacher)[0]
+    statistics = logit_statistics(student, teacher, columns.first_text, detach_teacher)
+    return merge_statistics(statistics, columns, kl_weight, detach_teacher)[0]
 
 
-def statistics(
-    student: Tensor, teacher: Tensor | None, first: int, detach: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `merged_losses` takes of logits t v, where text `first` matches the first video."""
+def logit_statistics(
+    student: Tensor, teacher: Tensor | None, first_text: int, detach_teacher: bool
+) -> Statistics:
+    """Statistics of logits t v; text `first_text` matches the first video."""
     matrices = [student] if teacher is None else [student, teacher]
-    matched = torch.stack([x.diagonal(-first).sum() for x in matrices])
-    return _along(student, teacher, 1, detach), _along(student, teacher, 0, detach), matched
+    return Statistics(
+        rows=_reduce(student, teacher, 1, detach_teacher),
+        columns=_reduce(student, teacher, 0, detach_teacher),
+        matched=torch.stack([x.diagonal(-first_text).sum() for x in matrices]),
+    )
 
 
-def placed(rows: Tensor, start: int, count: int) -> Tensor:
-    """Statistics k t of some neighbouring texts among those of `count`, of which the others have nothing."""
+def pad_statistics(rows: Tensor, start: int, count: int) -> Tensor:
+    """Place statistics k t of neighbouring texts at `start` among `count`; the others have no logits."""
     before, after = (
         rows.new_full((len(rows), n), -torch.inf) for n in (start, count - start - rows.shape[1])
     )
@@ -71,46 +89,44 @@ def placed(rows: Tensor, start: int, count: int) -> Tensor:
     return torch.cat([before, rows, after], dim=1)
 
 
-def _along(student: Tensor, teacher: Tensor | None, dim: int, detach: bool) -> Tensor:
-    """Along `dim`, log-sum-exp; with a teacher its own too, and the mean of teacher - student under it."""
-    if teacher is None:
-        return student.logsumexp(dim)[None]
-    fixed = _fixed(teacher, detach)
-    mean = (fixed.softmax(dim) * (fixed - student)).sum(dim)
-    return torch.stack([student.logsumexp(dim), teacher.logsumexp(dim), mean])
-
-
-def merged_losses(
-    rows: Tensor, across: Tensor, matched: Tensor, columns: ColumnShard, kl_weight: float, detach: bool
+def merge_statistics(
+    statistics: Statistics, columns: ColumnShard, kl_weight: float, detach_teacher: bool
 ) -> tuple[Tensor, Tensor]:
-    """Losses from the statistics of one process's columns; two collectives, of 2 or 5 numbers a text.
+    """Losses of whole matrices from every process's statistics; two collectives, of 2 or 5 numbers a text.
 
     Args:
-        rows: k t, of these columns' part of every row: log-sum-exp of the student, and where k = 3 of the
-            teacher and the mean difference under it.
-        across: k v, the same of every column, whole.
-        matched: m, sums of the logits of matching pairs; m = 2 with a teacher, else 1.
-        columns, kl_weight, detach: as in `column_losses`.
+        statistics: of this process's columns.
+        columns, kl_weight, detach_teacher: as in `column_losses`.
 
     Returns:
-        The losses, 1 or 3, and the statistics k t of whole rows.
+        The losses, 1 or 3, and the statistics of whole rows, k t.
     """
+    rows, across, matched = statistics.rows, statistics.columns, statistics.matched
     m, count = len(matched), 2 * rows.shape[1]
     highest = columns.all_reduce_max(rows[:m].detach())
     weights = (rows[:m] - highest).exp()  # m t
-    own = across[:m].sum(1) - 2 * matched
+    local = across[:m].sum(1) - 2 * matched
     if m == 1:
-        total, own = columns.all_reduce(weights, own)
-        whole = highest + total.log()
-        return (whole.sum(1) + own) / count, whole
-    differences = (across[2] - _fixed(across[1], detach) + across[0]).sum()
-    parts = torch.cat([weights, (_fixed(weights[1], detach) * rows[2])[None]])
-    total, own = columns.all_reduce(parts, torch.cat([own, differences[None]]))
-    whole, mean = highest + total[:m].log(), total[2] / _fixed(total[1], detach)
-    distill = kl_weight * ((mean - _fixed(whole[1], detach) + whole[0]).sum() + own[2]) / 2
-    losses = (whole.sum(1) + own[:m]) / count
-    return torch.cat([losses, distill[None]]), torch.cat([whole, mean[None]])
+        total, local = columns.all_reduce(weights, local)
+        lse = highest + total.log()
+        return (lse.sum(1) + local) / count, lse
+    divergence = (across[2] - _detach_if(across[1], detach_teacher) + across[0]).sum()
+    parts = torch.cat([weights, (_detach_if(weights[1], detach_teacher) * rows[2])[None]])
+    total, local = columns.all_reduce(parts, torch.cat([local, divergence[None]]))
+    lse, mean = highest + total[:m].log(), total[2] / _detach_if(total[1], detach_teacher)
+    distill = kl_weight * ((mean - _detach_if(lse[1], detach_teacher) + lse[0]).sum() + local[2]) / 2
+    losses = (lse.sum(1) + local[:m]) / count
+    return torch.cat([losses, distill[None]]), torch.cat([lse, mean[None]])
 
 
-def _fixed(x: Tensor, detach: bool) -> Tensor:
+def _reduce(student: Tensor, teacher: Tensor | None, dim: int, detach_teacher: bool) -> Tensor:
+    """Statistics along `dim`."""
+    if teacher is None:
+        return student.logsumexp(dim)[None]
+    target = _detach_if(teacher, detach_teacher)
+    mean = (target.softmax(dim) * (target - student)).sum(dim)
+    return torch.stack([student.logsumexp(dim), teacher.logsumexp(dim), mean])
+
+
+def _detach_if(x: Tensor, detach: bool) -> Tensor:
     return x.detach() if detach else x

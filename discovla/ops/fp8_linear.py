@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from discovla.ops.blocks import expect_shape, wide
+from discovla.ops.blocks import expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose
 from discovla.ops.quantise_rows import FP8, LARGEST, Rows, Through, quantise_rows
 
@@ -58,7 +58,7 @@ def quantise_weight(weight: Tensor, *, backward: bool = False) -> FP8Weight:
 
     backward: with a second copy of its o i bytes, transposed, by which its gradients too are in FP8.
     """
-    largest = weight.detach().to(wide(weight)).abs().amax(1)
+    largest = weight.detach().to(sum_dtype(weight)).abs().amax(1)
     _, exponent = torch.frexp(largest / LARGEST)
     scale = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
     q = (weight.detach() / scale[:, None]).to(FP8)

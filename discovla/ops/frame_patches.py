@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import numbers
+from discovla.ops.blocks import constants
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.preprocess_frames import (
     CLIP_MEAN,
@@ -107,7 +107,7 @@ def fold_normalisation(
     operands = (weight, weight.new_empty(1, dtype=dtype))
     if choose("frame_patches", impl, weight.device.type, operands=operands) == "triton":
         return _folded(weight, scale, offset, dtype)
-    factors = numbers([*scale, *offset], torch.float64, weight.device).view(2, -1, 1)
+    factors = constants([*scale, *offset], torch.float64, weight.device).view(2, -1, 1)
     out = weight.double().flatten(2) * factors[0]  # w c (y x)
     return out.flatten(1).to(dtype), (out * factors[1]).flatten(1).sum(1).to(dtype)
 

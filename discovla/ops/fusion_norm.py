@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.ops.blocks import expect_shape, wide
+from discovla.ops.blocks import expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.layer_norm import Affine, check_affine, layer_norm_reference
 
@@ -102,7 +102,7 @@ def fusion_norm_reference(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The formula of `fusion_norm`; rows with an index below 0 get nothing from the adapter."""
-    rows, work = len(readout_index), wide(x)
+    rows, work = len(readout_index), sum_dtype(x)
     adapted = adapter_reference(u[rows:], adapter).to(work)
     readout = (readout_index >= 0).nonzero()[:, 0]
     update = u[:rows].to(work).index_add(0, readout, adapted[readout_index[readout].long()])
@@ -146,7 +146,7 @@ def _fusion_norm(
 
 @_fusion_norm.register_fake
 def _(x, u, down, down_bias, up, up_bias, readout_index, gain, shift, first, eps, dtype):
-    stats = x.new_empty(2, len(x), dtype=wide(x))
+    stats = x.new_empty(2, len(x), dtype=sum_dtype(x))
     return torch.empty_like(x), torch.empty_like(x, dtype=dtype), stats, torch.empty_like(u[len(x) :])
 
 
@@ -181,7 +181,7 @@ def _(grad_y, grad_total, x, stats, adapter_input, down, down_bias, up, readout_
     n, width = adapter_input.shape
     weights = 2 * down.numel() + len(down) + width
     du = adapter_input.new_empty(len(x) + n, width)
-    return torch.empty_like(x), du, adapter_input.new_empty(weights, dtype=wide(adapter_input))
+    return torch.empty_like(x), du, adapter_input.new_empty(weights, dtype=sum_dtype(adapter_input))
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -1,4 +1,4 @@
-"""Late interaction: every row of one side finds its best match on the other, and the matches are summed."""
+"""Late interaction (ColBERT's MaxSim): each row of a text is compared with its best match in a video."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import expect_shape, pair_blocks, wide
+from discovla.ops.blocks import pair_blocks, select_rows, sum_dtype
 from discovla.ops.dispatch import Impl, kernel
-from discovla.ops.frame_similarity import part
 from discovla.ops.streamed import late_interaction as streamed
-from discovla.ops.token_similarity import TokenInputs, chosen_and_unit
+from discovla.ops.token_similarity import TokenInputs, choose_and_normalise
 
 
-def max_sim(inputs: TokenInputs, *, impl: Impl = "auto") -> Tensor:
+def late_interaction(inputs: TokenInputs, *, impl: Impl = "auto") -> Tensor:
     """sum_i max_j S_ij, S the cosines of a text's rows i and a video's rows j.
 
-    A maximum sends its gradient to one index, the lowest where several tie.
+    A maximum sends its gradient to one index, the lowest of equal ones.
 
     Args:
-        inputs: the rows; padding has no match and is none.  A pair with a side without a real row scores 0.
-        impl: reference (S of all pairs in memory), torch: the same in blocks of pairs, which are computed
-            again in backward, triton, or auto, which is torch.
+        inputs: the rows; padding is left out on both sides.  A side without a real row scores 0.
+        impl: reference (S of all pairs in memory), torch (in blocks of pairs, computed again in backward),
+            triton, or auto, which is torch.
 
     Returns:
-        t v, float32 at least: cosines, as many as the text has real rows, added up.
+        t v, float32 at least.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -33,79 +32,43 @@ def max_sim(inputs: TokenInputs, *, impl: Impl = "auto") -> Tensor:
 
     Source: ColBERT (arXiv 2004.12832), equation 3.
     """
-    ones = torch.ones(inputs.text.shape[:2], dtype=wide(inputs.text), device=inputs.text.device)
-    return _chosen(inputs, ones, None, impl)
-
-
-def weighted_token_interaction(
-    inputs: TokenInputs, text_weight: Tensor, video_weight: Tensor, *, impl: Impl = "auto"
-) -> Tensor:
-    """(sum_i w_i max_j S_ij + sum_j u_j max_i S_ij) / 2, S as in `max_sim`, which has the arguments.
-
-    Args:
-        text_weight: t i, w.  video_weight: v j, u.  Of each sample they should add up to 1 over its real
-            rows (a softmax of what a small network makes of them); those of padding are not looked at.
-
-    Source: weighted token-wise interaction of DRL (arXiv 2203.07111), section 3.2.
-    """
-    expect_shape("text_weight", text_weight, tuple(inputs.text.shape[:2]))
-    expect_shape("video_weight", video_weight, tuple(inputs.video.shape[:2]))
-    work = wide(inputs.text)
-    return _chosen(inputs, text_weight.to(work) / 2, video_weight.to(work) / 2, impl)
-
-
-def late_interaction_reference(
-    inputs: TokenInputs, text_weight: Tensor, video_weight: Tensor | None
-) -> Tensor:
-    """sum_i a_i max_j S_ij + sum_j b_j max_i S_ij of unit rows, with S of all pairs in memory."""
-    match = torch.einsum("tid,vjd->tvij", inputs.text, inputs.video)
-    i_mask = None if inputs.text_mask is None else inputs.text_mask[:, None, :, None]
-    j_mask = None if inputs.video_mask is None else inputs.video_mask[None, :, None, :]
-    for mask in (mask for mask in (i_mask, j_mask) if mask is not None):
-        match = match.masked_fill(~mask, -torch.inf)
-    best, back = match.max(3).values, match.max(2).values  # t v i, t v j; -inf where there is no real match
-    out = (text_weight[:, None] * best.masked_fill(best == -torch.inf, 0)).sum(-1)
-    if video_weight is None:
-        return out
-    return out + (video_weight * back.masked_fill(back == -torch.inf, 0)).sum(-1)
-
-
-def _chosen(inputs: TokenInputs, text_weight: Tensor, video_weight: Tensor | None, impl: Impl) -> Tensor:
-    chosen, unit = chosen_and_unit("late_interaction", impl, inputs)
+    chosen, unit = choose_and_normalise("late_interaction", impl, inputs)
     if chosen == "reference":
-        return late_interaction_reference(unit, text_weight, video_weight)
-    masks = (unit.text_mask, unit.video_mask)
-    return _late_interaction(unit.text, unit.video, text_weight, video_weight, *masks, chosen)
+        return late_interaction_reference(unit)
+    return _late_interaction(unit.text, unit.video, unit.text_mask, unit.video_mask, chosen)
 
 
-def _tiles(impl: str) -> ModuleType:
+def late_interaction_reference(inputs: TokenInputs) -> Tensor:
+    """The formula of `late_interaction` on unit rows, with S of all pairs in memory."""
+    match = torch.einsum("tid,vjd->tvij", inputs.text, inputs.video)
+    if inputs.video_mask is not None:
+        match = match.masked_fill(~inputs.video_mask[None, :, None], -torch.inf)
+    best = match.max(3).values  # t v i; -inf without a real match
+    real = best > -torch.inf if inputs.text_mask is None else (best > -torch.inf) & inputs.text_mask[:, None]
+    return best.masked_fill(~real, 0).sum(-1)
+
+
+def block_functions(impl: str) -> ModuleType:
+    """Return the module that computes one block of pairs: `scores`, `gradients`, `pairs_per_block`."""
     return kernel("late_interaction") if impl == "triton" else streamed
 
 
 @torch.library.custom_op("discovla::late_interaction_streamed", mutates_args=())
 def _late_interaction(
-    text: Tensor,
-    video: Tensor,
-    text_weight: Tensor,
-    video_weight: Tensor | None,
-    text_mask: Tensor | None,
-    video_mask: Tensor | None,
-    impl: str,
+    text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, impl: str
 ) -> Tensor:
-    """`late_interaction_reference` block by block."""
-    tiles = _tiles(impl)
-    out = text.new_empty(len(text), len(video), dtype=wide(text))
-    for rows, across in pair_blocks(len(text), len(video), tiles.pairs_per_block(text, video)):
-        for columns in across:
-            weights, masks = _parts(text_weight, video_weight, rows, columns), (text_mask, video_mask)
-            found = tiles.scores(text[rows], video[columns], *weights, _parts(*masks, rows, columns))
-            out[rows, columns] = found
+    """`late_interaction` block by block, of unit rows."""
+    functions = block_functions(impl)
+    out = text.new_empty(len(text), len(video), dtype=sum_dtype(text))
+    for rows, columns in pair_blocks(*out.shape, functions.pairs_per_block(text, video)):
+        masks = select_rows(text_mask, rows), select_rows(video_mask, columns)
+        out[rows, columns] = functions.scores(text[rows], video[columns], *masks)
     return out
 
 
 @_late_interaction.register_fake
-def _(text, video, text_weight, video_weight, text_mask, video_mask, impl):
-    return text.new_empty(len(text), len(video), dtype=wide(text))
+def _(text, video, text_mask, video_mask, impl):
+    return text.new_empty(len(text), len(video), dtype=sum_dtype(text))
 
 
 @torch.library.custom_op("discovla::late_interaction_streamed_backward", mutates_args=())
@@ -113,48 +76,36 @@ def _late_interaction_backward(
     grad: Tensor,
     text: Tensor,
     video: Tensor,
-    text_weight: Tensor,
-    video_weight: Tensor | None,
     text_mask: Tensor | None,
     video_mask: Tensor | None,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by text, video and both weights (0 where there are none), float32 at least."""
-    tiles, work = _tiles(impl), wide(text)
-    sums = [torch.zeros_like(x, dtype=work) for x in (text, video, text_weight)]
-    sums.append(video.new_zeros(video.shape[:2], dtype=work))
-    for rows, across in pair_blocks(len(text), len(video), tiles.pairs_per_block(text, video)):
-        for columns in across:
-            weights = _parts(text_weight, video_weight, rows, columns)
-            masks = _parts(text_mask, video_mask, rows, columns)
-            found = tiles.gradients(grad[rows, columns], text[rows], video[columns], *weights, masks)
-            for total, own, where in zip(sums, found, (rows, columns, rows, columns), strict=True):
-                total[where] += own
-    return sums[0], sums[1], sums[2], sums[3]
+) -> tuple[Tensor, Tensor]:
+    """Gradients by text and video, float32 at least; the cosines of each block are computed again."""
+    functions = block_functions(impl)
+    dtext, dvideo = (torch.zeros_like(x, dtype=sum_dtype(x)) for x in (text, video))
+    for rows, columns in pair_blocks(*grad.shape, functions.pairs_per_block(text, video)):
+        masks = select_rows(text_mask, rows), select_rows(video_mask, columns)
+        gradients = functions.gradients(grad[rows, columns], text[rows], video[columns], *masks)
+        dtext[rows] += gradients[0]
+        dvideo[columns] += gradients[1]
+    return dtext, dvideo
 
 
 @_late_interaction_backward.register_fake
-def _(grad, text, video, text_weight, *rest):
-    rows = (torch.empty_like(x, dtype=wide(text)) for x in (text, video, text_weight))
-    return *rows, video.new_empty(video.shape[:2], dtype=wide(text))
+def _(grad, text, video, text_mask, video_mask, impl):
+    return torch.empty_like(text, dtype=sum_dtype(text)), torch.empty_like(video, dtype=sum_dtype(video))
 
 
-def _parts(
-    of_text: Tensor | None, of_video: Tensor | None, rows: slice, columns: slice
-) -> tuple[Tensor | None, Tensor | None]:
-    return part(of_text, rows), part(of_video, columns)
-
-
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.impl = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, grad):
-    text, video, _, video_weight, *_ = ctx.saved_tensors
-    found = _late_interaction_backward(grad.contiguous(), *ctx.saved_tensors, ctx.impl)
-    weights = (found[2], None if video_weight is None else found[3])
-    return found[0].to(text.dtype), found[1].to(video.dtype), *weights, None, None, None
+def _backward(ctx, grad):
+    text, video, text_mask, video_mask = ctx.saved_tensors
+    tensors = (grad.contiguous(), text, video, text_mask, video_mask)
+    dtext, dvideo = _late_interaction_backward(*tensors, ctx.impl)
+    return dtext.to(text.dtype), dvideo.to(video.dtype), None, None, None
 
 
-_late_interaction.register_autograd(_differentiate, setup_context=_keep)
+_late_interaction.register_autograd(_backward, setup_context=_setup_context)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.ops.blocks import expect_shape, wide
+from discovla.ops.blocks import expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose, kernel
 
 Affine = tuple[Tensor, Tensor]  # gain and shift
@@ -55,9 +55,9 @@ def layer_norm_reference(
     x: Tensor, u: Tensor | None, affine: Affine | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The formula of `layer_norm`."""
-    total = x if u is None else (x.to(wide(x)) + u.to(wide(x))).to(x.dtype)
-    gain, shift = (None, None) if affine is None else (part.to(wide(x)) for part in affine)
-    y = F.layer_norm(total.to(wide(x)), x.shape[-1:], gain, shift, eps)
+    total = x if u is None else (x.to(sum_dtype(x)) + u.to(sum_dtype(x))).to(x.dtype)
+    gain, shift = (None, None) if affine is None else (part.to(sum_dtype(x)) for part in affine)
+    y = F.layer_norm(total.to(sum_dtype(x)), x.shape[-1:], gain, shift, eps)
     return total, y.to(dtype)
 
 
@@ -87,7 +87,7 @@ def _layer_norm(
 @_layer_norm.register_fake
 def _(x, u, gain, shift, eps, dtype):
     total = x.new_empty(0) if u is None else torch.empty_like(x)
-    return total, torch.empty_like(x, dtype=dtype), x.new_empty(2, len(x), dtype=wide(x))
+    return total, torch.empty_like(x, dtype=dtype), x.new_empty(2, len(x), dtype=sum_dtype(x))
 
 
 @torch.library.custom_op("discovla::layer_norm_backward", mutates_args=())

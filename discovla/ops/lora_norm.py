@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from discovla.ops.blocks import expect_shape, wide
+from discovla.ops.blocks import expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.layer_norm import Affine, check_affine, layer_norm_reference
 
@@ -239,7 +239,7 @@ def _lora_norm(
 def _(x, a, u, gain, shift, eps, dtype):
     total, rank = x.new_empty(0) if u is None else torch.empty_like(x), a.shape[1]
     z = x.new_empty(len(x), x.shape[1] + padding(rank), dtype=dtype)
-    return total, z, x.new_empty(len(x), rank, dtype=dtype), x.new_empty(2, len(x), dtype=wide(x))
+    return total, z, x.new_empty(len(x), rank, dtype=dtype), x.new_empty(2, len(x), dtype=sum_dtype(x))
 
 
 @torch.library.custom_op("discovla::lora_norm_backward", mutates_args=())

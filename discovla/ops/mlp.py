@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.ops.blocks import expect_shape, wide
+from discovla.ops.blocks import expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose, kernel
 
 Activation = Literal["quick_gelu", "gelu"]
@@ -136,14 +136,14 @@ def _differentiate(ctx, grad, _):
     dup_bias = _column_sums(dh) if needs[2] and dh is not None else None
     ddown = None
     if needs[3]:
-        wider = h.to(wide(h))
+        wider = h.to(sum_dtype(h))
         g = F.gelu(wider) if ctx.activation == "gelu" else wider * torch.sigmoid(1.702 * wider)
         ddown = grad.T @ g.to(h.dtype)
     return dx, dup, dup_bias, ddown, _column_sums(grad) if needs[4] else None, None, None, None
 
 
 def _column_sums(x: Tensor) -> Tensor:
-    return x.sum(0, dtype=wide(x)).to(x.dtype)
+    return x.sum(0, dtype=sum_dtype(x)).to(x.dtype)
 
 
 _mlp.register_autograd(_differentiate, setup_context=_keep)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import numbers
+from discovla.ops.blocks import constants
 from discovla.ops.dispatch import Impl, choose, kernel
 
 # OpenAI CLIP's pixel statistics, RGB in [0, 1]
@@ -58,8 +58,8 @@ def preprocess_frames_reference(
 ) -> Tensor:
     """The formula of `preprocess_frames`."""
     work = torch.promote_types(dtype, torch.float32)
-    scale = numbers([1 / (255 * s) for s in std], work, frames.device)
-    shift = numbers([-m / s for m, s in zip(mean, std, strict=True)], work, frames.device)
+    scale = constants([1 / (255 * s) for s in std], work, frames.device)
+    shift = constants([-m / s for m, s in zip(mean, std, strict=True)], work, frames.device)
     return torch.addcmul(shift, frames.to(work), scale).to(dtype).permute(0, 1, 4, 2, 3)  # b f c y x
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.ops.blocks import expect_shape, wide
+from discovla.ops.blocks import expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.mlp import Activation
 
@@ -52,7 +52,7 @@ def quantise_rows(
         activation = "" if through is None else through.activation
         bits, scale = _quantise_rows(x.contiguous(), columns, activation, hidden)
         return bits.view(FP8), scale
-    wider = x.to(wide(x)) if through is None else passed(x.to(wide(x)), through)
+    wider = x.to(sum_dtype(x)) if through is None else passed(x.to(sum_dtype(x)), through)
     wider = wider if columns is None else wider * columns
     largest = wider.abs().amax(1, keepdim=True)
     some, most = largest > LEAST, torch.full_like(largest, LARGEST)  # by a number torch divides otherwise

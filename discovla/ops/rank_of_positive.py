@@ -1,13 +1,12 @@
-"""Ranks of the right items among all, without the matrix of scores."""
+"""Rank of every query's positive item among all items, without the matrix of scores."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import wide
 from discovla.ops.dispatch import Impl, choose, kernel
-from discovla.ops.streamed.scores import DualSoftmax, checked_units, dual_softmax, score_blocks
+from discovla.ops.streamed.scores import dual_softmax, finite_unit_rows, score_blocks
 
 
 @torch.no_grad()
@@ -20,21 +19,20 @@ def rank_of_positive(
     dual_softmax_scale: float | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """For every query the rank of its right item by cosine, from 1.
+    """Rank, from 1, of the positive item of every query by cosine.
 
     ties_against = 1 + |{other items that score at least as high}|, optimistic = 1 + |{those that score
     higher}|.
 
     Args:
         query: n d.  items: m d.  Both un-normalised.
-        positive: n, int64, the right item of each query; with `groups`, the right group.
-        groups: m, int64, from 0 and none left out: items of one group (captions of one video) stand for it by
-            the one that scores best.
-        dual_softmax_scale: re-weigh every score by how much the item prefers the query among all queries:
-            s c exp(s c) / sum over queries exp(s c), s c lifted to be positive; a second pass.  None:
-            cosines.
-        impl: reference (the matrix in memory), torch (a run of queries at a time), triton (groups of at
-            most 128 items), cuda, or auto, which is torch.
+        positive: n, int64, the index of each query's positive item, or group with `groups`.
+        groups: m, int64, 0 to g - 1, all used: a group of items (captions of one video) scores as its best
+            item.
+        dual_softmax_scale: s; scores are then s c exp(s c) / sum over queries exp(s c), with s c shifted to
+            be positive, which takes a second pass.  None: cosines.
+        impl: reference (the matrix in memory), torch (some queries at a time), triton (groups of at most
+            128 items), cuda, or auto, which is torch.
 
     Returns:
         ties_against and optimistic, n each, int64.
@@ -51,14 +49,14 @@ def rank_of_positive(
     if groups is not None and groups.shape != (len(items),):
         raise ValueError(f"groups: expected the group of each of {len(items)} items, found {groups.shape}")
     chosen = choose("rank_of_positive", impl, query.device.type, operands=(query, items, groups))
-    query, items = checked_units(query, items)
+    query, items = finite_unit_rows(query, items)
     if chosen == "reference":
         return rank_of_positive_reference(query, items, positive, groups, dual_softmax_scale)
     dual = None if dual_softmax_scale is None else dual_softmax(query, items, dual_softmax_scale)
     if chosen != "torch":
-        counts = kernel("rank_of_positive", chosen).counts
-        reach, exceed = counts(query, items, positive, groups, _bias(dual, query))
-        return 1 + reach, 1 + exceed
+        count_better = kernel("rank_of_positive", chosen).count_better
+        at_least, higher = count_better(query, items, positive, groups, dual)
+        return 1 + at_least, 1 + higher
     against, optimistic = torch.empty_like(positive), torch.empty_like(positive)
     for rows, scores in score_blocks(query, items, groups, dual):
         against[rows], optimistic[rows] = _ranks(scores, positive[rows])
@@ -82,12 +80,3 @@ def rank_of_positive_reference(
 def _ranks(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     target = scores.gather(1, positive[:, None])
     return (scores >= target).sum(1), 1 + (scores > target).sum(1)
-
-
-def _bias(dual: DualSoftmax | None, like: Tensor) -> tuple[Tensor | None, Tensor, float]:
-    """What the kernel takes for a dual softmax: sums of the items, the lowest logit, the scale."""
-    return (
-        (None, like.new_zeros((), dtype=wide(like)), 1.0)
-        if dual is None
-        else (dual.lse, dual.lowest, dual.scale)
-    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from discovla.ops.attention import attention
-from discovla.ops.blocks import expect_mask, expect_shape, wide
+from discovla.ops.blocks import expect_mask, expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.short_attention import Packing
 from discovla.ops.temporal_fusion import attend_across_groups, expect_position
@@ -195,7 +195,7 @@ def _(
     group,
 ):  # fmt: skip
     grouped = 0 if position is None else len(q) - ungrouped
-    return torch.empty_like(q), torch.empty_like(kv), q.new_empty(grouped, q.shape[1], dtype=wide(q))
+    return torch.empty_like(q), torch.empty_like(kv), q.new_empty(grouped, q.shape[1], dtype=sum_dtype(q))
 
 
 def _setup_context(ctx, inputs, output) -> None:

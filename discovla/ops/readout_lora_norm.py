@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from discovla.ops.blocks import expect_shape, wide
+from discovla.ops.blocks import expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.layer_norm import Affine, check_affine
 from discovla.ops.lora_norm import LoRAWeights, expect_rows, lora_norm_reference, padding
@@ -128,7 +128,7 @@ def _(x, a, u, gain, shift, readout_index, count, eps, dtype):
     rank, width = a.shape[1:]
     total = x.new_empty(0) if u is None else torch.empty_like(x)
     z, low = (x.new_empty(len(x), n, dtype=dtype) for n in (width + padding(rank), rank))
-    stats, read = x.new_empty(2, len(x), dtype=wide(x)), x.new_empty(count, width)
+    stats, read = x.new_empty(2, len(x), dtype=sum_dtype(x)), x.new_empty(count, width)
     return total, z, low, stats, read, z.new_empty(count, z.shape[1])
 
 

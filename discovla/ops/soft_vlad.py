@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, expect_shape, wide
+from discovla.ops.blocks import ELEMENTS, expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.streamed import soft_vlad as streamed
 
@@ -47,7 +47,7 @@ def soft_vlad(
         small=tokens.numel() <= ELEMENTS,
         operands=(tokens, mask, assignment),
     )
-    work = wide(tokens)
+    work = sum_dtype(tokens)
     assignment, centres = assignment.to(work), centres.to(work)
     if chosen == "reference":
         return soft_vlad_reference(tokens.to(work), mask, assignment, centres)

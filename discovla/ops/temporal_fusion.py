@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from discovla.ops.attention import attention
-from discovla.ops.blocks import expect_mask, wide
+from discovla.ops.blocks import expect_mask, sum_dtype
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.short_attention import Packing, short_attention_reference
 
@@ -158,7 +158,7 @@ def _temporal_fusion(
 def _(qkv, readout_rows, offsets, key_mask, group_mask, position, heads, length, causal, ungrouped):
     n, width = readout_rows.numel(), qkv.shape[1] // 3
     out = qkv.new_empty(len(qkv) + n, width)
-    return out, qkv.new_empty(n, width, dtype=wide(qkv)), qkv.new_empty(n, heads, dtype=wide(qkv))
+    return out, qkv.new_empty(n, width, dtype=sum_dtype(qkv)), qkv.new_empty(n, heads, dtype=sum_dtype(qkv))
 
 
 @torch.library.custom_op("discovla::temporal_fusion_backward", mutates_args=())
@@ -187,7 +187,7 @@ def _temporal_fusion_backward(
 @_temporal_fusion_backward.register_fake
 def _(grad, qkv, readout_rows, offsets, key_mask, group_mask, position, *rest):
     shape = (0, 0) if position is None else readout_rows.shape
-    return torch.empty_like(qkv), qkv.new_empty(*shape, qkv.shape[1] // 3, dtype=wide(qkv))
+    return torch.empty_like(qkv), qkv.new_empty(*shape, qkv.shape[1] // 3, dtype=sum_dtype(qkv))
 
 
 def _setup_context(ctx, inputs, output) -> None:

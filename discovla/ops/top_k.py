@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from discovla.ops.dispatch import Impl, choose, kernel
-from discovla.ops.streamed.scores import checked_units, score_blocks
+from discovla.ops.streamed.scores import finite_unit_rows, score_blocks
 
 LOW = 0xFFFFFFFF  # the lower half of a key
 
@@ -15,14 +15,13 @@ LOW = 0xFFFFFFFF  # the lower half of a key
 def top_k(
     query: Tensor, items: Tensor, k: int, *, groups: Tensor | None = None, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """For every query the k items of highest cosine, best first; of equal ones the lowest index comes first.
+    """The k items of highest cosine for every query, best first; equal ones in order of their index.
 
     Args:
         query: n d.  items: m d.  Both un-normalised; scores are compared in float32.
-        k: how many, 1 to m (or to the number of groups).
-        groups: m, int64, from 0 and none left out: items of one group stand for it by the one that scores
-            best.
-        impl: reference (the matrix in memory), torch (a run of queries at a time), cuda, or auto, which is
+        k: number of items, 1 to m (or to the number of groups).
+        groups: m, int64, 0 to g - 1, all used: a group of items scores as its best item.
+        impl: reference (the matrix in memory), torch (some queries at a time), cuda, or auto, which is
             torch.
 
     Returns:
@@ -30,12 +29,13 @@ def top_k(
 
     Raises:
         ValueError: k out of range, or a row is zero or not finite.
+        KernelUnavailable: the implementation asked for by name cannot run here.
     """
     count = len(items) if groups is None else int(groups.max()) + 1
     if not 1 <= k <= count:
         raise ValueError(f"k: expected 1..{count}, found {k}")
     chosen = choose("top_k", impl, query.device.type, operands=(query, items, groups))
-    query, items = checked_units(query, items)
+    query, items = finite_unit_rows(query, items)
     if chosen == "reference":
         return top_k_reference(query, items, k, groups)
     if chosen == "cuda":
@@ -43,7 +43,7 @@ def top_k(
     values = query.new_empty(len(query), k, dtype=torch.float32)
     indices = query.new_empty(len(query), k, dtype=torch.int64)
     for rows, scores in score_blocks(query, items, groups, None):
-        values[rows], indices[rows] = _decoded(_keys(scores).topk(k, dim=1).values)
+        values[rows], indices[rows] = _decode(_encode(scores).topk(k, dim=1).values)
     return values, indices
 
 
@@ -52,21 +52,23 @@ def top_k_reference(query: Tensor, items: Tensor, k: int, groups: Tensor | None)
     scores = query @ items.T
     if groups is not None:
         scores = torch.stack([scores[:, groups == g].amax(1) for g in range(int(groups.max()) + 1)], dim=1)
-    found = scores.float().sort(dim=1, descending=True, stable=True)
-    return found.values[:, :k], found.indices[:, :k]
+    ordered = scores.float().sort(dim=1, descending=True, stable=True)
+    return ordered.values[:, :k], ordered.indices[:, :k]
 
 
-def _keys(scores: Tensor) -> Tensor:
-    """One int64 a score, all different, in the order of the scores and then of falling indices.
+def _encode(scores: Tensor) -> Tensor:
+    """Return distinct int64 keys, ordered by score and, for equal scores, by falling index.
 
-    Upper half: the bits of the float32, which order like the number once those of negative ones are flipped.
+    The upper half holds the bits of the float32, which order like the numbers once those of negative ones
+    are flipped.
     """
     bits = (scores.float() + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: -0 equals 0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (ordered << 32) | (LOW - torch.arange(scores.shape[1], device=scores.device))
 
 
-def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
+def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores and indices of keys."""
     ordered = keys >> 32
     bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
     return bits.to(torch.int32).view(torch.float32), LOW - (keys & LOW)

@@ -1,4 +1,4 @@
-"""Video-level and frame-level losses of a batch that is one block: what is left beside its two matrices."""
+"""`alignment_losses` of a batch that is one block of pairs: norms, losses and gradients in few launches."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from discovla_kernels import contrastive, frame_similarity
 from discovla_kernels.tiles import accumulator
 
 unsupported = frame_similarity.unsupported
-MAX_WIDTH = 4096  # of an embedding: a row of it lives in registers
+MAX_WIDTH = 4096  # of an embedding; a row of it lives in registers
 ELEMENTS = 4096  # of a tile of rows
 SAMPLES = 256  # of a tile of statistics
-Masks = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """What backward needs beside the inputs.
+class Saved:
+    """Tensors that backward needs beside the inputs.
 
-    inverse: r, of the norms of all rows: texts, videos, parts of texts, parts of videos.  units: the parts
-    over their norms.  sums: 2 3 n, statistics of rows and of columns.  weights: 3, of both cross-entropies
-    and of the divergence in the total, every mean folded in.  The others: as in `frame_similarity.Maxima`.
+    inverse: r, inverse norms of all rows: texts, videos, parts of texts, parts of videos.  units: the parts
+    divided by their norms.  sums: 2 3 n, statistics of rows and of columns.  weights: 3, of both
+    cross-entropies and of the divergence in the total, with every mean.  The others: as in
+    `frame_similarity.Maxima`.
     """
 
     inverse: Tensor
@@ -41,29 +41,19 @@ class Kept:
     pools: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order above."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        """Return all tensors in the order above."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
-    @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Kept:
-        """The inverse of `tensors`."""
-        return Kept(**dict(zip((f.name for f in fields(Kept)), tensors, strict=True)))
-
+    @property
     def maxima(self) -> frame_similarity.Maxima:
-        """What was found of the parts."""
-        return frame_similarity.Maxima(
-            similarity=self.similarity,
-            text_best=self.text_best,
-            text_index=self.text_index,
-            video_best=self.video_best,
-            video_index=self.video_index,
-            pools=self.pools,
-        )
+        """Best matches of the parts."""
+        names = [field.name for field in fields(frame_similarity.Maxima)]
+        return frame_similarity.Maxima(**{name: getattr(self, name) for name in names})
 
 
 @triton.jit
 def _load_rows(x_ptr, tile, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """Whole rows of a tile, their numbers, where they are and which entries are real."""
+    """Return whole rows of a tile, their numbers, the offsets of their entries, and which are real."""
     n = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     place, here = n[:, None] * D + d[None, :], (n < N)[:, None] & (d < D)[None, :]
@@ -75,7 +65,7 @@ def _norm_rows(
     x_ptr, inverse_ptr, unit_ptr, tile, N, D, KEEP: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Writes 1 / ‖x‖ of a tile of rows, and with KEEP x / ‖x‖."""
+    """Write 1 / ‖x‖ of a tile of rows, and with KEEP x / ‖x‖."""
     x, n, place, here = _load_rows(x_ptr, tile, N, D, BLOCK_N, BLOCK_D, ACC)
     norm = tl.sqrt(tl.sum(x * x, axis=1))
     inverse = 1 / tl.where(n < N, norm, 1.0)
@@ -89,9 +79,9 @@ def _alignment_block_norms(
     text_ptr, video_ptr, text_frames_ptr, video_frames_ptr, inverse_ptr, unit_ptr, N, I_PARTS, J_PARTS, D, E,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """1 / ‖x‖ of every row of four embeddings, D wide, parts E, and x / ‖x‖ of the parts.
+    """1 / ‖x‖ of every row of four embeddings (pooled D wide, parts E wide), and x / ‖x‖ of the parts.
 
-    Tile: whole rows of one of the four, which the second axis of the grid names.
+    Tile: whole rows of one embedding, selected by the second axis of the grid.
     Backward: `_alignment_block_radial`.
     """
     tile, side = tl.program_id(0), tl.program_id(1)
@@ -116,7 +106,7 @@ def _tangential(
     grad_ptr, x_ptr, inverse_ptr, out_ptr, tile, N, D, OVER: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Writes g - u (u·g), u = x / ‖x‖, of a tile of rows; with OVER divided by ‖x‖."""
+    """Write g - u (u·g), u = x / ‖x‖, for a tile of rows; with OVER divided by ‖x‖."""
     x, n, place, here = _load_rows(x_ptr, tile, N, D, BLOCK_N, BLOCK_D, ACC)
     inverse = tl.load(inverse_ptr + n, mask=n < N, other=0.0)[:, None]
     grad = tl.load(grad_ptr + place, mask=here, other=0.0)
@@ -131,9 +121,9 @@ def _alignment_block_radial(
     dvideo_ptr, dtext_frames_ptr, dvideo_frames_ptr, N, I_PARTS, J_PARTS, D, E, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients by four embeddings of what has `grad` by their rows over their norms; see `_tangential`.
+    """Gradients by four embeddings from those by their unit rows: (g - u (u·g)) / ‖x‖, u = x / ‖x‖.
 
-    Those by texts and videos come as sums of rows over both norms. Tile: as `_alignment_block_norms`.
+    The gradients by texts and videos already are divided by both norms.  Tile: as `_alignment_block_norms`.
     """
     tile, side = tl.program_id(0), tl.program_id(1)
     parts, n = tl.cast(N, tl.int64) * I_PARTS, tl.cast(N, tl.int64)
@@ -157,7 +147,7 @@ def _alignment_block_radial(
 
 @triton.jit
 def _merge(part_ptr, sum_ptr, PARTS, N, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Merges the parts 3 p n of one side's statistics to sum_ptr, 3 n, and adds each of the three up."""
+    """Merge one side's partial statistics 3 p n into sum_ptr, 3 n; return the sum of each of the three."""
     students = tl.zeros((BLOCK,), dtype=ACC)
     teachers, means = students, students
     for first in range(0, N, BLOCK):
@@ -192,9 +182,9 @@ def _alignment_block_losses(
 ):  # fmt: skip
     """Cross-entropy = mean(lse S - S_ii) of both sides, divergence = kl sum(T - lse S' + lse S) / 2.
 
-    S, S' the video-level and frame-level logits, T the mean of S' - S under softmax(S'): the statistics that
-    `_contrastive_forward` leaves in parts. total = video + alpha frame + beta distill; weight_ptr gets what
-    its derivative by a single logit is multiplied with. One program: 6 n numbers and 2 n of the diagonal.
+    S, S' are the video-level and frame-level logits, T the mean of S' - S under softmax(S'): the partial
+    statistics of `_contrastive_forward`.  total = video + alpha frame + beta distill; weight_ptr gets the
+    factors of the derivative of the total.  One program reads 6 n numbers and 2 n of the diagonal.
     """
     rows, row_teachers, row_means = _merge(row_ptr, sum_ptr, ROW_PARTS, N, BLOCK, ACC)
     columns, column_teachers, column_means = _merge(column_ptr, sum_ptr + 3 * N, COLUMN_PARTS, N, BLOCK, ACC)
@@ -218,78 +208,86 @@ def _alignment_block_losses(
 
 
 def forward(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    masks: Masks,
+    text: Tensor,
+    video: Tensor,
+    text_frames: Tensor,
+    video_frames: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
     scale: Tensor,
     ignore: Tensor | None,
-    weights: tuple[float, float, float],
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Kept]:
-    """Total, video-level, frame-level and distillation, and what `backward` needs.
+    kl_weight: float,
+    alpha: float,
+    beta: float,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Saved]:
+    """Return total, video-level loss, frame-level loss and distillation, and what `backward` needs.
 
-    tensors: texts and videos, n d, and their parts, n i e and n j e, contiguous, of one dtype, which is that
-    of `scale` too.  weights: of the divergence, and of the last two losses in the total.
+    text, video: n d; text_frames, video_frames: n i e and n j e; contiguous, in the dtype of `scale`.
     """
-    text, video, text_frames, video_frames = tensors
+    tensors = text, video, text_frames, video_frames
     (n, i, e), j, d = text_frames.shape, video_frames.shape[1], text.shape[1]
     inverse, units = text.new_empty(n * (2 + i + j)), text.new_empty(n * (i + j), e)
     grid, tile = _rows(n * max(i, j), max(d, e))
     _alignment_block_norms[grid](*tensors, inverse, units, n, i, j, d, e, ACC=accumulator(text), **tile)
-    unit = units[: n * i].view(n, i, e), units[n * i :].view(n, j, e)
-    found = frame_similarity.maxima(*unit, scale, masks, keep=True)
-    rows, columns, diagonal = contrastive.statistics_of(
-        (text, inverse[:n]), (video, inverse[n : 2 * n]), scale, found.similarity, ignore, 0,
+    unit_frames = units[: n * i].view(n, i, e), units[n * i :].view(n, j, e)
+    maxima = frame_similarity.maxima(*unit_frames, scale, text_mask, video_mask, keep=True)
+    rows, columns, diagonal = contrastive.statistics(
+        (text, inverse[:n]), (video, inverse[n : 2 * n]), scale, maxima.similarity, ignore, 0,
         text.new_empty(2, n),
     )  # fmt: skip
-    sums, factors = text.new_empty(2, 3, n), text.new_empty(3)
+    sums, weights = text.new_empty(2, 3, n), text.new_empty(3)
     losses = [text.new_empty(()) for _ in range(4)]
     _alignment_block_losses[(1,)](
-        rows, columns, diagonal, sums, factors, *losses, rows.shape[1], columns.shape[1], n, *weights,
-        BLOCK=SAMPLES, ACC=accumulator(text),
+        rows, columns, diagonal, sums, weights, *losses, rows.shape[1], columns.shape[1], n, kl_weight, alpha,
+        beta, BLOCK=SAMPLES, ACC=accumulator(text),
     )  # fmt: skip
-    kept = Kept(inverse=inverse, units=units, sums=sums, weights=factors, **vars(found))
-    return (losses[0], losses[1], losses[2], losses[3]), kept
+    saved = Saved(inverse=inverse, units=units, sums=sums, weights=weights, **vars(maxima))
+    return (losses[0], losses[1], losses[2], losses[3]), saved
 
 
 def backward(
     weights: Tensor,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    masks: Masks,
+    text: Tensor,
+    video: Tensor,
+    text_frames: Tensor,
+    video_frames: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
     scale: Tensor,
     ignore: Tensor | None,
-    kept: Kept,
-    how: tuple[bool, bool],
+    saved_tensors: Sequence[Tensor],
+    detach_teacher: bool,
+    scale_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by the four embeddings and the scale (empty unless asked for).
+    """Return gradients by the four embeddings and the scale (empty unless needed).
 
-    weights: `kept.weights` times the upstream gradient.  how: no gradient of the divergence into the teacher,
-    and whether that by the scale is asked for.
+    weights: `Saved.weights` times the upstream gradient.
     """
-    text, video, text_frames, video_frames = tensors
+    saved = Saved(**dict(zip((field.name for field in fields(Saved)), saved_tensors, strict=True)))
+    tensors = text, video, text_frames, video_frames
     (n, i, e), j, d = text_frames.shape, video_frames.shape[1], text.shape[1]
-    (detach, of_scale), found = how, kept.maxima()
-    dx, dy, dscale = contrastive.slopes(
-        (text, kept.inverse[:n]), (video, kept.inverse[n : 2 * n]), scale, kept.similarity, ignore, 0,
-        (kept.sums[0], kept.sums[1]), weights, detach,
+    dx, dteacher, dscale = contrastive.derivative_parts(
+        (text, saved.inverse[:n]), (video, saved.inverse[n : 2 * n]), scale, saved.similarity, ignore, 0,
+        saved.sums[0], saved.sums[1], weights, detach_teacher,
     )  # fmt: skip
-    assert dy is not None, "there is a teacher"
-    units = kept.units[: n * i], kept.units[n * i :]
-    dense = frame_similarity.dense_gradient(dy, found, (n, i, n, j), scale, masks, text.dtype)
+    assert dteacher is not None, "there is a teacher"
+    dmatch = frame_similarity.match_gradient(dteacher, saved.maxima, scale, text_mask, video_mask, text.dtype)
     pooled, parts = text.new_empty(2 * n, d), text.new_empty(n * (i + j), e)
     torch.mm(dx, video, out=pooled[:n])
     torch.mm(dx.T, text, out=pooled[n:])
-    torch.mm(dense, units[1], out=parts[: n * i])
-    torch.mm(dense.T, units[0], out=parts[n * i :])
-    out = [torch.empty_like(x) for x in tensors]
+    torch.mm(dmatch, saved.units[n * i :], out=parts[: n * i])
+    torch.mm(dmatch.T, saved.units[: n * i], out=parts[n * i :])
+    grads = [torch.empty_like(x) for x in tensors]
     grid, tile = _rows(n * max(i, j), max(d, e))
     _alignment_block_radial[grid](
-        *tensors, kept.inverse, pooled, parts, *out, n, i, j, d, e, ACC=accumulator(text), **tile
+        *tensors, saved.inverse, pooled, parts, *grads, n, i, j, d, e, ACC=accumulator(text), **tile
     )
-    slope = dscale.sum() + (dy * kept.pools[4]).sum() if of_scale else scale.new_empty(0)
-    return out[0], out[1], out[2], out[3], slope
+    slope = dscale.sum() + (dteacher * saved.pools[4]).sum() if scale_needs_grad else scale.new_empty(0)
+    return grads[0], grads[1], grads[2], grads[3], slope
 
 
 def _rows(most: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid of kernels on rows of all four embeddings, and their tile; most: rows of the longest."""
+    """Return grid and tile of the kernels on rows of all four embeddings; most: rows of the longest."""
     block = max(16, triton.next_power_of_2(width))
     rows = max(1, ELEMENTS // block)
     return (triton.cdiv(most, rows), 4), {"BLOCK_N": rows, "BLOCK_D": block, "num_warps": 4}

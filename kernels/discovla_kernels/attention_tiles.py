@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -232,8 +231,3 @@ def settings(qkv: Tensor, channels: int, length: int) -> dict[str, object]:
         "num_warps": 4,
         "num_stages": 1 if length <= block else 2,
     }
-
-
-def mask_pointer(mask: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A mask as bytes; where there is none, a pointer that is never read."""
-    return stand_in if mask is None else mask.contiguous().view(torch.uint8)

@@ -11,6 +11,7 @@ from discovla_kernels.tiles import (
     EXCLUDED,
     Traffic,
     accumulator,
+    mask_pointer,
     precision,
     product_tile,
     unsupported_tensors,
@@ -18,11 +19,11 @@ from discovla_kernels.tiles import (
 
 BLOCK_BYTES = 1 << 26  # of the derivative of one block
 BLOCK_D = 64
-Rows = tuple[Tensor, Tensor]  # embeddings r d, and the inverses of their norms, r
+Rows = tuple[Tensor, Tensor]  # embeddings r d, and their inverse norms, r
 
 
 def unsupported(*tensors: Tensor | None) -> str:
-    """Why the kernels do not take these tensors; empty where they do."""
+    """Return why the kernels cannot take these tensors, or ""."""
     return unsupported_tensors(*tensors)
 
 
@@ -32,8 +33,8 @@ def _tile(
     HAS_TEACHER: tl.constexpr, HAS_IGNORE: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Cosines x and y of a tile, logits s x and s y with ignored pairs out, which entries are real, and what
-    made cosines of the products x is."""
+    """Return a tile of cosines x, of the teacher's y, of the logits s x and s y without ignored pairs; which
+    entries are inside the matrix; and the inverse norms that x was multiplied by."""
     here = (r < R)[:, None] & (c < C)[None, :]
     inverse = tl.load(text_inverse_ptr + r, mask=r < R, other=0.0)[:, None]
     inverse = inverse * tl.load(video_inverse_ptr + c, mask=c < C, other=0.0)[None, :]
@@ -50,7 +51,7 @@ def _tile(
 
 @triton.jit
 def _log_sum_exp(logits, here, AXIS: tl.constexpr):
-    """Over an axis; a row or column that is not real gives 0."""
+    """Log-sum-exp over an axis; 0 for a row or column outside the matrix."""
     logits = tl.where(here, logits, -float("inf"))
     top = tl.max(logits, axis=AXIS)
     top = tl.where(top == -float("inf"), 0.0, top)
@@ -59,10 +60,10 @@ def _log_sum_exp(logits, here, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _put(
+def _store_statistics(
     out_ptr, student, teacher, here, place, count, stride, HAS_TEACHER: tl.constexpr, AXIS: tl.constexpr
 ):
-    """Statistics along an axis: log-sum-exp of both matrices and the teacher's mean of their difference."""
+    """Write statistics along an axis: log-sum-exp of both matrices, and the mean of their difference."""
     tl.store(out_ptr + place, _log_sum_exp(student, here, AXIS), mask=count)
     if HAS_TEACHER:
         lse = _log_sum_exp(teacher, here, AXIS)
@@ -78,14 +79,14 @@ def _contrastive_forward(
     HAS_IGNORE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of S = s cosines and S' = s teacher, along rows and columns: lse S, lse S', sum softmax(S') (S' - S).
+    """Statistics along rows and columns: lse S, lse S' and T = sum softmax(S') (S' - S).
 
-    The rows are multiplied as they are, and the product by the inverses of their norms.
-
-    Tile: BLOCK_R texts x BLOCK_C videos, S and S' in registers; a tile writes its own statistics, which the
-    caller merges, so that the result does not depend on the order of tiles. The loss is made of them and of
-    the diagonal: cross-entropy = lse S - S_ii, KL(softmax S' ‖ softmax S) = (the third) - lse S' + lse S.
-    Traffic: `traffic`. Backward: `_contrastive_backward`.
+    S = s cosines, S' = s teacher.  Losses follow from them and the diagonal: cross-entropy = lse S - S_ii,
+    KL(softmax S' ‖ softmax S) = T - lse S' + lse S.
+    Tile: BLOCK_R texts x BLOCK_C videos, with S and S' in registers.  Rows are multiplied as they are, and
+    the product by both inverse norms.  A tile writes its own statistics, which the caller merges, so the
+    result does not depend on the order of tiles.
+    Traffic: `traffic`.  Backward: `_contrastive_backward`.
     """
     i, j = tl.program_id(0), tl.program_id(1)
     r = (i * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -95,8 +96,12 @@ def _contrastive_forward(
         text_ptr, video_ptr, text_inverse_ptr, video_inverse_ptr, teacher_ptr, ignore_ptr, scale, r, c, R, C,
         D, HAS_TEACHER, HAS_IGNORE, BLOCK_D, PRECISION, ACC,
     )  # fmt: skip
-    _put(row_ptr, student, teacher, here, j.to(tl.int64) * R + r, r < R, stride_row, HAS_TEACHER, 1)
-    _put(column_ptr, student, teacher, here, i.to(tl.int64) * C + c, c < C, stride_column, HAS_TEACHER, 0)
+    _store_statistics(
+        row_ptr, student, teacher, here, j.to(tl.int64) * R + r, r < R, stride_row, HAS_TEACHER, 1
+    )
+    _store_statistics(
+        column_ptr, student, teacher, here, i.to(tl.int64) * C + c, c < C, stride_column, HAS_TEACHER, 0
+    )
     right = (r[:, None] == c[None, :] + shift) & here
     found = tl.sum(right.to(tl.int32), axis=1) > 0
     tl.store(diagonal_ptr + r, tl.sum(tl.where(right, student, 0.0), axis=1), mask=found)
@@ -112,14 +117,14 @@ def _contrastive_backward(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Derivative by both matrices of cosines, given the statistics of all rows and columns.
+    """Derivative by both matrices of cosines, given the statistics of whole rows and columns.
 
-    P, P' = exp(S - lse S), exp(S' - lse S') by rows (r) and columns (c), T the third statistic, w the
-    weights: dS = w0 (P_r + P_c - 2 I) + w2 (P_r - P'_r + P_c - P'_c);
+    P, P' = exp(S - lse S), exp(S' - lse S') by rows (r) and columns (c), w the weights:
+    dS = w0 (P_r + P_c - 2 I) + w2 (P_r - P'_r + P_c - P'_c);
     dS' = w1 (P'_r + P'_c - 2 I) + w2 (P'_r (S' - S - T_r) + P'_c (S' - S - T_c)), the second term unless
     DETACH.
-    Tile: BLOCK_R texts x BLOCK_C videos, the product again, everything in registers.
-    Written: s dS over both norms, and s dS', for the products that follow.
+    Tile: BLOCK_R texts x BLOCK_C videos; the product again, everything in registers.
+    Writes s dS over both norms, and s dS', for the matrix products that follow.
     Traffic: `traffic` with `backward`.
     """
     i, j = tl.program_id(0), tl.program_id(1)
@@ -153,28 +158,24 @@ def _contrastive_backward(
 
 
 def statistics(
-    text: Rows, video: Rows, scale: Tensor, teacher: Tensor | None, ignore: Tensor | None, shift: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of one block, in parts: k p r along rows, k p c along columns; k r the diagonal's logits.
-
-    text, video: r d and c d, and the inverses of their norms.  teacher: r c.
-    shift: text r belongs to video c where r = c + shift.
-    k: 3, 3 and 2 with a teacher, else 1; the diagonal is 0 where it passes beside the block.
-    """
-    diagonal = text[0].new_zeros(1 if teacher is None else 2, len(text[0]), dtype=scale.dtype)
-    return statistics_of(text, video, scale, teacher, ignore, shift, diagonal)
-
-
-def statistics_of(
     text: Rows,
     video: Rows,
     scale: Tensor,
     teacher: Tensor | None,
     ignore: Tensor | None,
     shift: int,
-    diagonal: Tensor,
+    diagonal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`statistics`, whose diagonal is written to k r where it passes through the block."""
+    """Return partial statistics of one block, k p r of rows and k p c of columns, and the diagonal, m r.
+
+    text, video: r d and c d, and their inverse norms.  teacher: r c.
+    shift: text r matches video c if r = c + shift.
+    k: 3 with a teacher, else 1.  m: 2 with a teacher, else 1.
+    diagonal: logits of matching pairs, 0 for a row whose match is outside the block; a given tensor is
+        written at rows with a match only.
+    """
+    if diagonal is None:
+        diagonal = text[0].new_zeros(1 if teacher is None else 2, len(text[0]), dtype=scale.dtype)
     (text, text_inverse), (video, video_inverse) = text, video
     (rows, d), columns = text.shape, len(video)
     block = _block(rows, columns)
@@ -183,9 +184,9 @@ def statistics_of(
     row_parts = text.new_empty(kinds, grid[1], rows, dtype=acc)
     column_parts = text.new_empty(kinds, grid[0], columns, dtype=acc)
     _contrastive_forward[grid](
-        text, video, text_inverse, video_inverse, scale, _pointer(teacher, text),
-        _mask_pointer(ignore, text), row_parts, column_parts, diagonal, rows, columns, d, shift,
-        grid[1] * rows, grid[0] * columns, **_settings(text, teacher, ignore), BLOCK_R=block, BLOCK_C=block,
+        text, video, text_inverse, video_inverse, scale, _pointer(teacher, text), mask_pointer(ignore, text),
+        row_parts, column_parts, diagonal, rows, columns, d, shift, grid[1] * rows, grid[0] * columns,
+        **_settings(text, teacher, ignore), BLOCK_R=block, BLOCK_C=block,
     )  # fmt: skip
     return row_parts, column_parts, diagonal
 
@@ -197,59 +198,61 @@ def derivative(
     teacher: Tensor | None,
     ignore: Tensor | None,
     shift: int,
-    sums: tuple[Tensor, Tensor],
+    row_sums: Tensor,
+    column_sums: Tensor,
     weights: Tensor,
     detach: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Derivative of one block by the products of its rows over both norms and by the teacher, r c, and by the
-    scale.
+    """Return derivatives by the products of rows over both norms and by the teacher, r c, and by the scale.
 
-    sums: the merged statistics of the block's rows, k r, and of its columns, k c.
-    weights: of the two cross-entropies and of the divergence, the upstream gradient and every mean folded in.
+    row_sums, column_sums: the merged statistics of the block's rows, k r, and columns, k c.
+    weights: of the two cross-entropies and the divergence, with the upstream gradient and every mean.
     """
-    dx, dy, dscale = slopes(text, video, scale, teacher, ignore, shift, sums, weights, detach)
-    return dx, dy, dscale.sum()
+    dx, dteacher, dscale = derivative_parts(
+        text, video, scale, teacher, ignore, shift, row_sums, column_sums, weights, detach
+    )
+    return dx, dteacher, dscale.sum()
 
 
-def slopes(
+def derivative_parts(
     text: Rows,
     video: Rows,
     scale: Tensor,
     teacher: Tensor | None,
     ignore: Tensor | None,
     shift: int,
-    sums: tuple[Tensor, Tensor],
+    row_sums: Tensor,
+    column_sums: Tensor,
     weights: Tensor,
     detach: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`derivative`, that by the scale in parts that are to be added."""
+    """`derivative`, with that by the scale as one partial sum a tile."""
     (text, text_inverse), (video, video_inverse) = text, video
     (rows, d), columns = text.shape, len(video)
     block = _block(rows, columns)
     grid = (triton.cdiv(rows, block), triton.cdiv(columns, block))
     dx = text.new_empty(rows, columns)
-    dy = None if teacher is None else torch.empty_like(teacher)
+    dteacher = None if teacher is None else torch.empty_like(teacher)
     dscale = text.new_empty(grid, dtype=scale.dtype)
     _contrastive_backward[grid](
-        text, video, text_inverse, video_inverse, scale, _pointer(teacher, text),
-        _mask_pointer(ignore, text), sums[0].contiguous(), sums[1].contiguous(), weights, dx,
-        _pointer(dy, dx), dscale, rows, columns, d, shift,
-        **_settings(text, teacher, ignore), DETACH=detach, BLOCK_R=block, BLOCK_C=block,
+        text, video, text_inverse, video_inverse, scale, _pointer(teacher, text), mask_pointer(ignore, text),
+        row_sums.contiguous(), column_sums.contiguous(), weights, dx, _pointer(dteacher, dx), dscale, rows,
+        columns, d, shift, **_settings(text, teacher, ignore), DETACH=detach, BLOCK_R=block, BLOCK_C=block,
     )  # fmt: skip
-    return dx, dy, dscale
+    return dx, dteacher, dscale
 
 
 def pairs_per_block(text: Tensor, keep: bool) -> int:
-    """How many pairs one block may have; `keep`: with their derivative, which is written down."""
+    """Return how many pairs a block may have; with `keep` their derivatives are written too."""
     return (BLOCK_BYTES if keep else 16 * BLOCK_BYTES) // max(4, text.element_size())
 
 
 def traffic(shapes: tuple[int, int, int], *, teacher: bool, ignore: bool, backward: bool) -> Traffic:
-    """Of one block of r texts and c videos in d dimensions; shapes: r c d.
+    """Traffic of one block of r texts and c videos in d dimensions; shapes: r c d.
 
-    A tile loads its rows, their inverse norms and what is given of `teacher` and `ignore`. It stores one sum
-    a row and one a column, three with a teacher, beside the diagonal's logits; with `backward` it loads those
-    sums, without the tiles' parts, and stores the derivative by each matrix, and its sum.
+    A tile loads its rows, their inverse norms, and its part of `teacher` and `ignore`.  It stores one sum a
+    row and one a column, three with a teacher, and the diagonal's logits; with `backward` it loads the merged
+    sums and stores the derivative by each matrix and by the scale.
     """
     r, c, d = shapes
     block = _block(r, c)
@@ -263,7 +266,7 @@ def traffic(shapes: tuple[int, int, int], *, teacher: bool, ignore: bool, backwa
 
 
 def _block(rows: int, columns: int) -> int:
-    """Side of a tile; small ones where large ones would leave processors idle."""
+    """Return the side of a tile; small if large ones would leave processors idle."""
     return 128 if rows * columns >= 1 << 20 else 32
 
 
@@ -279,9 +282,5 @@ def _settings(text: Tensor, teacher: Tensor | None, ignore: Tensor | None) -> di
 
 
 def _pointer(x: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A tensor, or one that is never read."""
+    """Return x, contiguous; without x a tensor that is never read."""
     return stand_in if x is None else x.contiguous()
-
-
-def _mask_pointer(x: Tensor | None, stand_in: Tensor) -> Tensor:
-    return stand_in if x is None else x.contiguous().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Frame-level similarity: best matches both ways and their softmax-weighted means, never all products."""
+"""Frame-level similarity: best matches both ways and their softmax-weighted means, tile by tile."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from discovla_kernels.tiles import (
     unsupported_tensors,
 )
 
-MAX_PARTS = 256  # of a text: their maxima live in registers
-Masks = tuple[Tensor | None, Tensor | None]
+MAX_PARTS = 256  # of a text; their maxima live in registers
 BLOCK_BYTES = 3 << 25  # of one block of pairs
 BLOCK_R, BLOCK_C = 32, 128  # products of parts that a tile of backward writes
 
 
 def unsupported(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
-    """Why the kernel does not take t i d texts and v j d videos; empty where it does."""
+    """Return why the kernel cannot take t i d texts and v j d videos, or ""."""
     if text.shape[1] > MAX_PARTS:
         return f"expected at most {MAX_PARTS} parts of a text, found {text.shape[1]}"
     return unsupported_tensors(text, video, *masks)
@@ -36,7 +35,7 @@ def unsupported(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
 
 @triton.jit
 def _pool_add(top, total, first, second, value, logit):
-    """One more addend of an online softmax-weighted mean of `value` and of its square."""
+    """Add one entry to an online softmax-weighted mean of `value` and of its square."""
     new_top = tl.maximum(top, logit)
     keep, add = tl.exp(top - new_top), tl.exp(logit - new_top)
     return new_top, total * keep + add, first * keep + add * value, second * keep + add * value * value
@@ -44,7 +43,7 @@ def _pool_add(top, total, first, second, value, logit):
 
 @triton.jit
 def _pool_axis(top, total, first, second, value, logit):
-    """The same for all of the middle axis of t i v at once."""
+    """Add all entries along the middle axis of t i v at once."""
     new_top = tl.maximum(top, tl.max(logit, axis=1))
     keep, add = tl.exp(top - new_top), tl.exp(logit - new_top[:, None, :])
     total = total * keep + tl.sum(add, axis=1)
@@ -54,7 +53,7 @@ def _pool_axis(top, total, first, second, value, logit):
 
 @triton.jit
 def _pool_end(top, total, first, second):
-    """Mean, variance and log-sum-exp of the weights; all 0 where nothing was added."""
+    """Return mean, variance and log-sum-exp of the weights; mean and variance are 0 if nothing was added."""
     none = total == 0
     total = tl.where(none, 1.0, total)
     mean = first / total
@@ -71,10 +70,11 @@ def _frame_similarity_forward(
 ):  # fmt: skip
     """G = (sum_i p_i softmax_i(s p_i) + sum_j q_j softmax_j(s q_j)) / 2, p_i = max_j R_ij, q_j = max_i R_ij.
 
-    Tile: BLOCK_T texts x BLOCK_V videos. The parts of a text are FIRST + SECOND rows, powers of two, so that
-    12 need no padding: (BLOCK_T FIRST) x BLOCK_V and (BLOCK_T SECOND) x BLOCK_V products, j after j.
-    Registers: p of every part (and its j), and of q only the sums of an online softmax over j.
-    Written with KEEP is what backward needs: p, q and their indices and five sums.
+    Tile: BLOCK_T texts x BLOCK_V videos.  The parts of a text are FIRST + SECOND rows, powers of two, so that
+    12 need no padding: for one j after another, (BLOCK_T FIRST) x BLOCK_V and (BLOCK_T SECOND) x BLOCK_V
+    products.
+    Registers: p of every part and its j; of q only the sums of an online softmax over j.
+    KEEP also writes what backward needs: p, q, their indices and five sums.
     Traffic: `traffic`.
     Backward: dR_ij = dG / 2 (w_i (1 + s (p_i - mean)) [j = argmax_i] + the same of q).
     """
@@ -141,7 +141,7 @@ def _frame_similarity_forward(
 
 @triton.jit
 def _keep(best_ptr, index_ptr, rows, exists, v, V, best, index):
-    """Writes maxima of parts, and where they were found, to (t i) v."""
+    """Write maxima of parts and their indices to (t i) v."""
     place, here = rows[:, None] * V + v[None, :], exists[:, None] & (v < V)[None, :]
     tl.store(best_ptr + place, best, mask=here)
     tl.store(index_ptr + place, index, mask=here)
@@ -153,10 +153,10 @@ def _frame_similarity_backward(
     video_index_ptr, pool_ptr, out_ptr, T, V, I_PARTS, J_PARTS, stride_pool,
     HAS_TEXT_MASK: tl.constexpr, HAS_VIDEO_MASK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dR of a block, dense, (t i) (v j), for two products: dtext = dR video, dvideo = dRᵀ text.
+    """dR of a block, dense, (t i) (v j); two products then give dtext = dR video and dvideo = dRᵀ text.
 
-    Tile: BLOCK_R rows (t i) x BLOCK_C columns (v j); every element by itself.
-    Traffic: `traffic_backward`.
+    dR_ij = dG / 2 (w_i (1 + s (p_i - mean p)) [j = argmax_i] + u_j (1 + s (q_j - mean q)) [i = argmax_j]).
+    Tile: BLOCK_R rows (t i) x BLOCK_C columns (v j); elements are independent.  Traffic: `traffic_backward`.
     """
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
@@ -186,10 +186,11 @@ def _frame_similarity_backward(
 
 @dataclass(frozen=True, kw_only=True)
 class Maxima:
-    """What a block keeps for backward: best matches and their places, and the sums of both softmaxes.
+    """Similarities of a block, t v, and what backward needs.
 
-    text_best, text_index: t i v.  video_best, video_index: t v j.  pools: 5 t v, mean and log-sum-exp of the
-    text's side, of the video's, and the mean of both variances, which is dG / ds.
+    text_best, text_index: t i v, best matches and their indices.  video_best, video_index: t v j, likewise.
+    pools: 5 t v, mean and log-sum-exp of the text's side and of the video's, and dG / ds, which is the mean
+    of both variances.
     """
 
     similarity: Tensor
@@ -200,21 +201,28 @@ class Maxima:
     pools: Tensor
 
 
-def maxima(text: Tensor, video: Tensor, scale: Tensor, masks: Masks, keep: bool) -> Maxima:
+def maxima(
+    text: Tensor,
+    video: Tensor,
+    scale: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    keep: bool,
+) -> Maxima:
     """Similarities of unit rows, t i d and v j d, and with `keep` what `gradients` needs."""
-    text, video, (text_mask, video_mask) = text.contiguous(), video.contiguous(), masks
+    text, video = text.contiguous(), video.contiguous()
     (t, i, d), (v, j, _) = text.shape, video.shape
     first, second = _split(i)
     block_t, block_v = _tile(t, v, first)
     acc = torch.promote_types(text.dtype, torch.float32)
-    place = (t, v) if keep else (1, 1)
+    kept = (t, v) if keep else (1, 1)
     out = Maxima(
         similarity=text.new_empty(t, v, dtype=acc),
-        text_best=text.new_empty(place[0], i, place[1], dtype=acc),
-        text_index=text.new_empty(place[0], i, place[1], dtype=torch.int16),
-        video_best=text.new_empty(*place, j, dtype=acc),
-        video_index=text.new_empty(*place, j, dtype=torch.int16),
-        pools=text.new_empty(5, *place, dtype=acc),
+        text_best=text.new_empty(kept[0], i, kept[1], dtype=acc),
+        text_index=text.new_empty(kept[0], i, kept[1], dtype=torch.int16),
+        video_best=text.new_empty(*kept, j, dtype=acc),
+        video_index=text.new_empty(*kept, j, dtype=torch.int16),
+        pools=text.new_empty(5, *kept, dtype=acc),
     )
     _frame_similarity_forward[(triton.cdiv(t, block_t), triton.cdiv(v, block_v))](
         text, video, scale, mask_pointer(text_mask, text), mask_pointer(video_mask, video), out.similarity,
@@ -227,46 +235,52 @@ def maxima(text: Tensor, video: Tensor, scale: Tensor, masks: Masks, keep: bool)
 
 
 def gradients(
-    grad: Tensor, found: Maxima, text: Tensor, video: Tensor, scale: Tensor, masks: Masks
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `maxima`'s similarity: t i d, v j d and a scalar, float32 at least."""
-    (t, i, d), (v, j, _) = text.shape, video.shape
-    dense = dense_gradient(grad, found, (t, i, v, j), scale, masks, text.dtype)
-    text_grad = dense_matmul(dense, video.view(v * j, d), grad.dtype).view(t, i, d)
-    video_grad = dense_matmul(dense.T, text.view(t * i, d), grad.dtype).view(v, j, d)
-    return text_grad, video_grad, (grad * found.pools[4]).sum()
-
-
-def dense_gradient(
     grad: Tensor,
-    found: Maxima,
-    shape: tuple[int, int, int, int],
+    maxima: Maxima,
+    text: Tensor,
+    video: Tensor,
     scale: Tensor,
-    masks: Masks,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the similarity by text, video and scale: t i d, v j d and a scalar, float32 at least."""
+    (t, i, d), (v, j, _) = text.shape, video.shape
+    dmatch = match_gradient(grad, maxima, scale, text_mask, video_mask, text.dtype)
+    dtext = dense_matmul(dmatch, video.view(v * j, d), grad.dtype).view(t, i, d)
+    dvideo = dense_matmul(dmatch.T, text.view(t * i, d), grad.dtype).view(v, j, d)
+    return dtext, dvideo, (grad * maxima.pools[4]).sum()
+
+
+def match_gradient(
+    grad: Tensor,
+    maxima: Maxima,
+    scale: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient by the products of all parts, (t i) (v j), in `dtype`; shape: t i v j."""
-    (t, i, v, j), (text_mask, video_mask) = shape, masks
-    dense = grad.new_empty(t * i, v * j, dtype=dtype)
+    """Gradient by the products of all parts, (t i) (v j), in `dtype`."""
+    (t, i, v), j = maxima.text_best.shape, maxima.video_best.shape[2]
+    dmatch = grad.new_empty(t * i, v * j, dtype=dtype)
     _frame_similarity_backward[(triton.cdiv(t * i, BLOCK_R), triton.cdiv(v * j, BLOCK_C))](
         grad.contiguous(), scale, mask_pointer(text_mask, grad), mask_pointer(video_mask, grad),
-        found.text_best, found.text_index, found.video_best, found.video_index, found.pools, dense, t, v, i,
-        j, t * v,
+        maxima.text_best, maxima.text_index, maxima.video_best, maxima.video_index, maxima.pools, dmatch, t,
+        v, i, j, t * v,
         HAS_TEXT_MASK=text_mask is not None, HAS_VIDEO_MASK=video_mask is not None, BLOCK_R=BLOCK_R,
         BLOCK_C=BLOCK_C,
     )  # fmt: skip
-    return dense
+    return dmatch
 
 
 def pairs_per_block(text: Tensor, video: Tensor, keep: bool) -> int:
-    """How many pairs one block may have, so that all it writes stays within BLOCK_BYTES."""
+    """Return how many pairs a block may have, so that all it writes stays within BLOCK_BYTES."""
     i, j = text.shape[1], video.shape[1]
     per_pair = i * j * text.element_size() + 6 * (i + j) + 24 if keep else 4
     return max(1, BLOCK_BYTES // per_pair)
 
 
 def _split(parts: int) -> tuple[int, int]:
-    """Two powers of two, the second possibly 0, that cover `parts` with the fewest rows of padding.
+    """Return two powers of two, the second possibly 0, that cover `parts` with the least padding.
 
     The second is at least an eighth of the first, or tensor cores would stand idle in it.
     """
@@ -277,13 +291,13 @@ def _split(parts: int) -> tuple[int, int]:
 
 
 def _tile(t: int, v: int, first: int) -> tuple[int, int]:
-    """Texts and videos of a tile; small ones where large ones would leave processors idle."""
+    """Return texts and videos of a tile; small if large ones would leave processors idle."""
     large = t * v >= 1 << 16
     return max(1, (128 if large else 32) // first), 64 if large else 32
 
 
 def traffic(shapes: tuple[int, int, int, int, int], *, masked: bool, keep: bool) -> Traffic:
-    """Of `maxima` of t texts with i parts and v videos with j parts in d dimensions; shapes: t i v j d.
+    """Traffic of `maxima` of t texts with i parts and v videos with j parts; shapes: t i v j d.
 
     Texts are loaded j times for each of the ceil(v / BLOCK_V) tiles they are in, videos ceil(t / BLOCK_T)
     times for each run of a text's parts, mostly from L2; masks once a tile. A similarity is stored, with
@@ -300,7 +314,7 @@ def traffic(shapes: tuple[int, int, int, int, int], *, masked: bool, keep: bool)
 
 
 def traffic_backward(shapes: tuple[int, int, int, int, int], *, masked: bool) -> Traffic:
-    """Of the dense derivative that `gradients` writes, every product of parts by itself; shapes: t i v j d.
+    """Traffic of the dense derivative that `gradients` writes; shapes: t i v j d.
 
     Each loads its pair's gradient and two indices, from L1 where a neighbour has; each maximum, where it was
     found, itself and two sums; a tile its masks, of rows and of columns.

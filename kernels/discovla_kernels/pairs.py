@@ -1,4 +1,4 @@
-"""Whole pairs in one tile: every product of a text's and a video's rows, and how a launch is cut for that."""
+"""Tiles of whole pairs: every product of a text's rows and a video's rows, and their launch settings."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from torch import Tensor
 
 from discovla_kernels.tiles import accumulator, part_rows, precision, product_tile, unsupported_tensors
 
-MAX_PRODUCTS = 1 << 14  # of one pair, both sides padded: they and a few more of that size live in registers
+MAX_PRODUCTS = 1 << 14  # of one pair, both sides padded; a few arrays of that size live in registers
 BLOCK_BYTES = 3 << 25  # of the derivative of one block
-Masks = tuple[Tensor | None, Tensor | None]
 
 
 def unsupported(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
-    """Why the kernels do not take t i d texts and v j d videos; empty where they do."""
+    """Return why the kernels cannot take t i d texts and v j d videos, or ""."""
     rows, columns = padded(text.shape[1]), padded(video.shape[1])
     if max(16, rows) * max(16, columns) > MAX_PRODUCTS:
         return (
@@ -30,7 +29,10 @@ def pair_products(
     HAS_TEXT_MASK: tl.constexpr, HAS_VIDEO_MASK: tl.constexpr, I_BLOCK: tl.constexpr, J_BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Cosines of the texts t and the videos v, t i v j; of both sides rows, which exist, which are real."""
+    """Return the cosines of texts t and videos v, t i v j; of each side (rows, exists, real), broadcastable.
+
+    exists: not padding of the tile.  real: exists, and the mask is true.
+    """
     shape: tl.constexpr = (t.shape[0], I_BLOCK, v.shape[0], J_BLOCK)
     down: tl.constexpr = (t.shape[0], I_BLOCK, 1, 1)
     across: tl.constexpr = (1, 1, v.shape[0], J_BLOCK)
@@ -43,27 +45,29 @@ def pair_products(
 
 
 def pairs_per_block(text: Tensor, video: Tensor) -> int:
-    """How many pairs one block may have, so that their derivative stays within BLOCK_BYTES."""
+    """Return how many pairs a block may have, so that their derivative stays within BLOCK_BYTES."""
     return max(1, BLOCK_BYTES // (text.shape[1] * video.shape[1] * text.element_size()))
 
 
 def padded(rows: int) -> int:
-    """Rows of a sample in a tile."""
+    """Return the number of rows of a sample in a tile."""
     return triton.next_power_of_2(rows)
 
 
 def tile_sizes(i: int, j: int) -> tuple[int, int]:
-    """Texts and videos of a tile: 64 x 64 products, or those of one pair where they are more."""
+    """Return how many texts and videos a tile has: 64 x 64 products, or one pair if it has more."""
     return max(1, 64 // padded(i)), max(1, 64 // padded(j))
 
 
-def pair_settings(text: Tensor, video: Tensor, masks: Masks) -> dict[str, object]:
-    """What every kernel on whole pairs is launched with."""
+def pair_settings(
+    text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None
+) -> dict[str, object]:
+    """Return the constants and launch options that kernels on whole pairs share."""
     block_t, block_v = tile_sizes(text.shape[1], video.shape[1])
     i_block, j_block = padded(text.shape[1]), padded(video.shape[1])
     return {
-        "HAS_TEXT_MASK": masks[0] is not None,
-        "HAS_VIDEO_MASK": masks[1] is not None,
+        "HAS_TEXT_MASK": text_mask is not None,
+        "HAS_VIDEO_MASK": video_mask is not None,
         "I_BLOCK": i_block,
         "J_BLOCK": j_block,
         "BLOCK_T": block_t,

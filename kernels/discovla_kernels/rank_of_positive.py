@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,20 +22,20 @@ def unsupported(query: Tensor, items: Tensor, groups: Tensor | None) -> str:
 
 
 @triton.jit
-def _score(product, bias, lowest, scale, DUAL: tl.constexpr):
+def _score(product, lse, lowest, scale, DUAL: tl.constexpr):
     """A cosine, or the logarithm of what a dual softmax makes of it."""
     if DUAL:
         product = scale * product
         lifted = tl.maximum(product - lowest, 0.0)
         product = (
-            tl.where(lifted > 0, tl.log(tl.maximum(lifted, 1e-37)), -float("inf")) + product - bias[None, :]
+            tl.where(lifted > 0, tl.log(tl.maximum(lifted, 1e-37)), -float("inf")) + product - lse[None, :]
         )
     return product
 
 
 @triton.jit
 def _rank_of_positive_forward(
-    query_ptr, item_ptr, positive_ptr, table_ptr, bias_ptr, lowest_ptr, target_ptr, count_ptr, N, G, D, scale,
+    query_ptr, item_ptr, positive_ptr, table_ptr, lse_ptr, lowest_ptr, target_ptr, count_ptr, N, G, D, scale,
     TARGET: tl.constexpr, DUAL: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -58,8 +60,8 @@ def _rank_of_positive_forward(
                 j = tl.load(table_ptr + positive * SLOTS + s, mask=i < N, other=-1).to(tl.int64)
             real = (i < N) & (j >= 0)
             product = product_tile(query_ptr, item_ptr, i, j, i < N, real, D, BLOCK_D, PRECISION, ACC)
-            bias = tl.load(bias_ptr + j, mask=real, other=0.0)
-            score = _score(product, bias, lowest, scale, DUAL)
+            lse = tl.load(lse_ptr + j, mask=real, other=0.0)
+            score = _score(product, lse, lowest, scale, DUAL)
             own = tl.where((slot[:, None] == slot[None, :]) & real[None, :], score, -float("inf"))
             target = tl.maximum(target, tl.max(own, axis=1))
         tl.store(target_ptr + i, target, mask=i < N)
@@ -75,7 +77,7 @@ def _rank_of_positive_forward(
         else:
             real = g < G
         product = product_tile(query_ptr, item_ptr, i, j, i < N, real, D, BLOCK_D, PRECISION, ACC)
-        score = _score(product, tl.load(bias_ptr + j, mask=real, other=0.0), lowest, scale, DUAL)
+        score = _score(product, tl.load(lse_ptr + j, mask=real, other=0.0), lowest, scale, DUAL)
         score = tl.where(real[None, :], score, -float("inf"))
         if SLOTS > 1:
             score = tl.max(tl.reshape(score, (BLOCK, BLOCK // SLOTS, SLOTS)), axis=2)
@@ -87,32 +89,30 @@ def _rank_of_positive_forward(
         tl.atomic_add(count_ptr + N + i, exceed, mask=i < N)
 
 
-def counts(
-    query: Tensor,
-    items: Tensor,
-    positive: Tensor,
-    groups: Tensor | None,
-    dual: tuple[Tensor | None, Tensor, float],
+def count_better(
+    query: Tensor, items: Tensor, positive: Tensor, groups: Tensor | None, dual: Any
 ) -> tuple[Tensor, Tensor]:
-    """Items (or groups) other than the right one that score at least as high, and higher: n each, int64.
+    """Count, per query, other items (or groups) that score at least as high as the positive, and higher.
 
     query, items: n d and m d, unit rows.  groups: m, the group of each item, or None.
-    dual: sums of the items, the lowest logit, and the scale of a dual softmax, or None, unused, unused.
+    dual: a `DualSoftmax` (scale, lowest logit and log-sum-exp of every item) that re-weights scores, or None.
+    Returns n each, int64.
     """
     (n, d), m = query.shape, len(items)
-    bias, lowest, scale = dual
     acc = torch.promote_types(query.dtype, torch.float32)
+    lse, lowest, scale = items.new_zeros(m, dtype=acc), items.new_zeros((), dtype=acc), 1.0
+    if dual is not None:
+        lse, lowest, scale = dual.lse, dual.lowest, dual.scale
     target = query.new_empty(n, dtype=acc)
     count = torch.zeros(2, n, dtype=torch.int32, device=query.device)
-    bias_or_zero = items.new_zeros(m, dtype=acc) if bias is None else bias
     table = positive if groups is None else _table(groups)
-    slots, of = (1, m) if groups is None else (table.shape[1], len(table))
-    block = _block(n, of, slots)
-    over_groups = {True: 1, False: triton.cdiv(of, block // slots)}  # the right ones, or every tile of them
-    for only_target, across in over_groups.items():
+    slots, group_count = (1, m) if groups is None else (table.shape[1], len(table))
+    block = _block(n, group_count, slots)
+    # first the positives' own scores, then every tile of groups
+    for only_target, across in ((True, 1), (False, triton.cdiv(group_count, block // slots))):
         _rank_of_positive_forward[(triton.cdiv(n, block), across)](
-            query.contiguous(), items.contiguous(), positive, table, bias_or_zero, lowest, target, count, n,
-            of, d, scale, TARGET=only_target, DUAL=bias is not None, SLOTS=slots, BLOCK=block,
+            query.contiguous(), items.contiguous(), positive, table, lse, lowest, target, count, n,
+            group_count, d, scale, TARGET=only_target, DUAL=dual is not None, SLOTS=slots, BLOCK=block,
             BLOCK_D=64 if query.element_size() == 2 else 32, PRECISION=precision(query),
             ACC=accumulator(query), num_warps=8 if block == 128 else 4,
         )  # fmt: skip

@@ -12,7 +12,6 @@ from discovla_kernels.attention_tiles import (
     group_gradients,
     load_rows,
     log_of,
-    mask_pointer,
     measure_more,
     members,
     moved_keys,
@@ -22,7 +21,7 @@ from discovla_kernels.attention_tiles import (
     visible,
 )
 from discovla_kernels.short_attention import unsupported as attention_unsupported
-from discovla_kernels.tiles import LOWEST
+from discovla_kernels.tiles import LOWEST, mask_pointer
 
 MAX_FRAMES = 64  # of a group: a query of each lives in registers
 

@@ -11,7 +11,6 @@ from discovla_kernels.attention_tiles import (
     attend_more,
     key_gradients,
     load_rows,
-    mask_pointer,
     query_gradients,
     sequence,
     settings,
@@ -19,7 +18,7 @@ from discovla_kernels.attention_tiles import (
     visible_pairs,
     whole_slopes,
 )
-from discovla_kernels.tiles import LOWEST, unsupported_tensors
+from discovla_kernels.tiles import LOWEST, mask_pointer, unsupported_tensors
 
 MAX_CHANNELS = 128  # of a head: a tile of rows lives in registers
 

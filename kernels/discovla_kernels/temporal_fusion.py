@@ -14,7 +14,6 @@ from discovla_kernels.attention_tiles import (
     load_gradients,
     load_rows,
     log_of,
-    mask_pointer,
     members,
     moved_keys,
     query_gradients,
@@ -26,7 +25,7 @@ from discovla_kernels.attention_tiles import (
     whole_slopes,
 )
 from discovla_kernels.short_attention import unsupported as attention_unsupported
-from discovla_kernels.tiles import LOWEST
+from discovla_kernels.tiles import LOWEST, mask_pointer
 
 MAX_FRAMES = 64  # of a group: a query of each lives in registers
 

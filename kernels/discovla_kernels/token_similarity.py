@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from discovla_kernels.pairs import (
-    Masks,
     pair_products,
     pair_settings,
     pairs_per_block,
@@ -22,7 +21,7 @@ __all__ = ["gradients", "pairs_per_block", "scores", "traffic", "unsupported"]
 
 @triton.jit
 def _softmax(logits, real, AXIS: tl.constexpr):
-    """Along an axis, over what is real; 0 where nothing is."""
+    """Softmax along an axis over real entries; 0 if there is none."""
     logits = tl.where(real, logits, -float("inf"))
     top = tl.max(logits, axis=AXIS, keep_dims=True)
     weight = tl.exp(logits - tl.where(top == -float("inf"), 0.0, top))
@@ -32,7 +31,7 @@ def _softmax(logits, real, AXIS: tl.constexpr):
 
 @triton.jit
 def _weights(match, kappa, text, video, OFFICIAL: tl.constexpr):
-    """P, r, w of the text's rows, R, q, u of the video's; and k of each text row in P."""
+    """Return P, r, w of the text's rows, R, q, u of the video's, and k of each text row in P."""
     i_seen, k_row = text[2], kappa
     if OFFICIAL:
         i_seen, k_row = text[1], tl.where(text[2], kappa, 0.0)
@@ -51,14 +50,13 @@ def _token_similarity_forward(
     I_BLOCK: tl.constexpr, J_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(sum_i w_i r_i + sum_j u_j q_j) / 2, or with TRAINING sum_ij w_i S_ij u_j, S the cosines of a pair;
-    P = softmax_j(k S), r = sum_j P S, w = softmax_i(k r); R = softmax_i(k S), q = sum_i R S, u =
-    softmax_j(k q).
+    """out_tv = (sum_i w_i r_i + sum_j u_j q_j) / 2, or with TRAINING sum_ij w_i S_ij u_j.
 
-    Tile: BLOCK_T texts x BLOCK_V videos, whole: (BLOCK_T I_BLOCK) x (BLOCK_V J_BLOCK) products, the counts
-    of rows padded to powers of two. Registers: S, P and R, t i v j.
-    OFFICIAL: masked text rows see the video evenly (their k is 0 in P) and take part in w.
-    Traffic: `traffic`. Backward: `_token_similarity_backward`.
+    S the cosines of a pair; P = softmax_j(k S), r = sum_j P S, w = softmax_i(k r);
+    R = softmax_i(k S), q = sum_i R S, u = softmax_j(k q).
+    OFFICIAL: masked text rows attend to the video evenly (their k is 0 in P) and take part in w.
+    Tile: BLOCK_T texts x BLOCK_V videos with all their rows, padded to powers of two.
+    Registers: S, P and R, t i v j.  Traffic: `traffic`.  Backward: `_token_similarity_backward`.
     """
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     v = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
@@ -70,8 +68,8 @@ def _token_similarity_forward(
     if TRAINING:
         score = tl.sum(tl.sum(w * match, axis=1, keep_dims=True) * u, axis=3, keep_dims=True)
     else:
-        of_text = tl.sum(w * r, axis=1, keep_dims=True)
-        score = (of_text + tl.sum(u * q, axis=3, keep_dims=True)) * 0.5
+        text_side = tl.sum(w * r, axis=1, keep_dims=True)
+        score = (text_side + tl.sum(u * q, axis=3, keep_dims=True)) * 0.5
     pairs = (t < T)[:, None] & (v < V)[None, :]
     tl.store(out_ptr + t[:, None] * V + v[None, :], tl.reshape(score, (BLOCK_T, BLOCK_V)), mask=pairs)
 
@@ -83,13 +81,12 @@ def _token_similarity_backward(
     I_BLOCK: tl.constexpr, J_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dS of a block, dense, (t i) (v j), for two products: dtext = dS video, dvideo = dSᵀ text.
+    """dS of a block, dense, (t i) (v j); two products then give dtext = dS video and dvideo = dSᵀ text.
 
     dS = g (a_i P (1 + k (S - r)) + b_j R (1 + k (S - q)) [+ w_i u_j with TRAINING]), where
     a = w (1 + k (r - sum w r)) / 2 and b alike; with TRAINING, of score s,
     a = k w (sum_j S u - s), b = k u (sum_i w S - s).
-    Tile and registers: as forward, the products again.
-    Traffic: `traffic` with `backward`.
+    Tile and registers: as forward, with the products computed again.  Traffic: `traffic` with `backward`.
     """
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     v = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
@@ -100,10 +97,10 @@ def _token_similarity_backward(
     )  # fmt: skip
     p, r, w, p_video, q, u, k_row = _weights(match, kappa, text, video, OFFICIAL)
     if TRAINING:
-        of_video = tl.sum(w * match, axis=1, keep_dims=True)
-        score = tl.sum(of_video * u, axis=3, keep_dims=True)
+        video_scores = tl.sum(w * match, axis=1, keep_dims=True)
+        score = tl.sum(video_scores * u, axis=3, keep_dims=True)
         a = kappa * w * (tl.sum(match * u, axis=3, keep_dims=True) - score)
-        b = kappa * u * (of_video - score)
+        b = kappa * u * (video_scores - score)
         slope = w * u
     else:
         a = 0.5 * w * (1 + kappa * (r - tl.sum(w * r, axis=1, keep_dims=True)))
@@ -116,26 +113,39 @@ def _token_similarity_backward(
     tl.store(out_ptr + text[0] * V * J_ROWS + video[0], slope, mask=text[1] & video[1])
 
 
-def scores(text: Tensor, video: Tensor, masks: Masks, kappa: float, mode: str) -> Tensor:
-    """t v of unit rows, t i d and v j d; mode: ranking, training, or official (padding sees and is seen)."""
+def scores(
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    kappa: float,
+    mode: str,
+) -> Tensor:
+    """Return similarities t v of unit rows, t i d and v j d; mode: ranking, training, or official padding."""
     out = text.new_empty(len(text), len(video), dtype=torch.promote_types(text.dtype, torch.float32))
-    _launch(_token_similarity_forward, text, video, masks, kappa, mode, (out,))
+    _launch(_token_similarity_forward, text, video, text_mask, video_mask, kappa, mode, out)
     return out
 
 
 def gradients(
-    grad: Tensor, text: Tensor, video: Tensor, masks: Masks, kappa: float, mode: str
+    grad: Tensor,
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    kappa: float,
+    mode: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `scores`: t i d and v j d, float32 at least."""
+    """Gradients of `scores` by text and video, t i d and v j d, float32 at least."""
     (t, i, d), (v, j, _) = text.shape, video.shape
-    dense = text.new_empty(t * i, v * j)
-    _launch(_token_similarity_backward, text, video, masks, kappa, mode, (grad.contiguous(), dense))
-    text_grad = dense_matmul(dense, video.reshape(v * j, d), grad.dtype).view(t, i, d)
-    return text_grad, dense_matmul(dense.T, text.reshape(t * i, d), grad.dtype).view(v, j, d)
+    dmatch, masks = text.new_empty(t * i, v * j), (text_mask, video_mask)
+    _launch(_token_similarity_backward, text, video, *masks, kappa, mode, grad.contiguous(), dmatch)
+    dtext = dense_matmul(dmatch, video.reshape(v * j, d), grad.dtype).view(t, i, d)
+    return dtext, dense_matmul(dmatch.T, text.reshape(t * i, d), grad.dtype).view(v, j, d)
 
 
 def traffic(shapes: tuple[int, int, int, int, int], *, masked: bool, backward: bool) -> Traffic:
-    """Of one block of t texts with i rows and v videos with j rows in d dimensions; shapes: t i v j d.
+    """Traffic of one block of t texts with i rows and v videos with j rows; shapes: t i v j d.
 
     Texts, and their masks, are loaded once for each of the ceil(v / BLOCK_V) tiles they are in, videos
     ceil(t / BLOCK_T) times; a score is stored, or with `backward` its gradient loaded and i j stored.
@@ -148,13 +158,22 @@ def traffic(shapes: tuple[int, int, int, int, int], *, masked: bool, backward: b
     return Traffic(loads=loads, stores=t * v * (i * j if backward else 1))
 
 
-def _launch(kernel, text: Tensor, video: Tensor, masks: Masks, kappa: float, mode: str, last) -> None:
+def _launch(
+    kernel,
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    kappa: float,
+    mode: str,
+    *last: Tensor,
+) -> None:
     (t, i, d), (v, j, _) = text.shape, video.shape
-    settings = pair_settings(text, video, masks)
+    settings = pair_settings(text, video, text_mask, video_mask)
     acc = torch.promote_types(text.dtype, torch.float32)
     grid = (triton.cdiv(t, settings["BLOCK_T"]), triton.cdiv(v, settings["BLOCK_V"]))
     kernel[grid](
-        text.contiguous(), video.contiguous(), mask_pointer(masks[0], text), mask_pointer(masks[1], video),
+        text.contiguous(), video.contiguous(), mask_pointer(text_mask, text), mask_pointer(video_mask, video),
         torch.full((), kappa, dtype=acc, device=text.device), *last, t, v, i, j, d,
         TRAINING=mode != "ranking", OFFICIAL=mode == "official", **settings,
     )  # fmt: skip

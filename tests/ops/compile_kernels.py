@@ -16,7 +16,6 @@ from discovla_kernels import (
     frame_similarity,
     late_interaction,
     rank_of_positive,
-    sigmoid_loss,
     soft_vlad,
     token_similarity,
 )
@@ -26,7 +25,6 @@ MODULES = (
     frame_similarity,
     late_interaction,
     rank_of_positive,
-    sigmoid_loss,
     soft_vlad,
     token_similarity,
 )
@@ -73,9 +71,7 @@ def build(kernel: Any, constants: dict[str, Any], rows: str, target: GPUTarget) 
 def entries() -> set[str]:
     """The kernels that are launched, by their names; what they call has other names."""
     found = {name for module in MODULES for name in vars(module)}
-    return {x for x in found if x.endswith(("_forward", "_backward")) and x.startswith("_")} | {
-        "_sigmoid_loss"
-    }
+    return {x for x in found if x.endswith(("_forward", "_backward")) and x.startswith("_")}
 
 
 def main(capability: int) -> None:
@@ -96,15 +92,14 @@ def main(capability: int) -> None:
             options = pair | {"TRAINING": training, "OFFICIAL": training}
             cases += [(token_similarity._token_similarity_forward, options)]
             cases += [(token_similarity._token_similarity_backward, options)]
-        cases += [(late_interaction._late_interaction_forward, pair | {"BOTH": True})]
-        cases += [(late_interaction._late_interaction_backward, pair | {"BOTH": i > 1})]
+        cases += [(late_interaction._late_interaction_forward, pair)]
+        cases += [(late_interaction._late_interaction_backward, pair)]
     for length, width in ((32, 64), (128, 64)):
         tables = {"L_BLOCK": length, "K_BLOCK": 16, "BLOCK_D": width}
         cases += [(soft_vlad._soft_vlad_forward, tables), (soft_vlad._soft_vlad_backward, tables)]
     for switch in (True, False):
         ranks = {"TARGET": switch, "DUAL": True, "BLOCK": 128}
         cases += [(rank_of_positive._rank_of_positive_forward, ranks | {"SLOTS": n}) for n in (1, 32)]
-        cases += [(sigmoid_loss._sigmoid_loss, {"BACKWARD": switch, "BLOCK": 128})]
     if missing := entries() - {kernel.__name__ for kernel, _ in cases}:
         sys.exit(f"never compiled: {sorted(missing)}")
     for kernel, constants in cases:

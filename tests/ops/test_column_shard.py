@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
 from discovla.ops.column_shard import ColumnShard
 from discovla.ops.info_nce import contrastive_loss, cosine_similarity, info_nce
-from discovla.ops.sigmoid_loss import sigmoid_loss
 from discovla.testing import peak_bytes, relative_error
 
 N, PARTS, WIDTH = 11, (3, 2), 5
@@ -215,17 +214,6 @@ def test_groups_are_batches_of_their_own(kl_norm):
         mean = sum(getattr(loss, name).item() for loss in wanted) / 2
         assert getattr(found, name).item() == pytest.approx(mean, rel=1e-12)
         assert getattr(whole, name).item() != pytest.approx(mean, rel=1e-3)
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_sigmoid_loss_of_columns_is_that_of_the_whole_matrix(impl, split):
-    check(
-        lambda x, own, columns: [
-            sigmoid_loss(x[0], x[1][own], x[4], x[4] - 12, columns=columns, impl=impl),
-        ],
-        SPLITS[split],
-    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -5,11 +5,10 @@ import torch
 from torch import Tensor
 
 from discovla.batch import Embedding
-from discovla.ops.alignment_block import alignment_block
-from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
-from discovla.ops.contrastive import contrastive_streamed
+from discovla.ops.alignment_losses import AlignmentInputs, _alignment_block, alignment_losses
 from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.info_nce import info_nce
+from discovla.ops.streamed.losses import contrastive_streamed
 from discovla.testing import relative_error
 from tests.methods import golden_discovla as golden_file
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
@@ -165,7 +164,7 @@ def test_the_op_of_one_block_is_registered_soundly():
     x = case(5, True, torch.float64)
     arguments = (*x.leaves[:4], *x.masks, x.leaves[4], x.ignore, 0.5, 0.3, 2.0, False)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(alignment_block, arguments, test_utils=tests)
+    torch.library.opcheck(_alignment_block, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("impl", STREAMED)
@@ -176,7 +175,7 @@ def test_the_total_is_the_weighted_sum(impl):
     given = AlignmentInputs(
         **dict(zip(names, x.leaves, strict=False)), **dict(zip(masks, x.masks, strict=True))
     )
-    out = alignment_losses(given, x.leaves[4], weights=(alpha, beta), ignore=x.ignore, impl=impl)
+    out = alignment_losses(given, x.leaves[4], alpha=alpha, beta=beta, ignore=x.ignore, impl=impl)
     want = out.video + alpha * out.frame + beta * out.distill
     wanted = torch.autograd.grad(want, x.leaves, retain_graph=True)
     assert relative_error(out.total, want) < 1e-12

@@ -10,7 +10,6 @@ from discovla.ops.dispatch import AUTO, IMPLEMENTATIONS, KERNELS, KernelUnavaila
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
 from discovla.ops.rank_of_positive import rank_of_positive
-from discovla.ops.sigmoid_loss import sigmoid_loss
 
 
 def test_every_choice_in_the_table_exists():
@@ -52,7 +51,6 @@ def test_shapes_that_do_not_fit_are_refused_by_name(impl):
     cases = [
         ("video", lambda: info_nce(x, x[:2], s, impl=impl)),
         ("ignore", lambda: info_nce(x, x, s, ignore=mask[:2], impl=impl)),
-        ("video", lambda: sigmoid_loss(x, x[:, :3], s, s, impl=impl)),
         ("video_mask", lambda: frame_similarity(frames, frames, s, video_mask=mask, impl=impl)),
         ("items", lambda: rank_of_positive(x, x[:, :3], torch.arange(3), impl=impl)),
         ("text_frames", lambda: alignment_losses(inputs(x, frames[:2], frames), s, impl=impl)),

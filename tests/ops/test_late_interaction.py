@@ -1,12 +1,10 @@
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from discovla.ops.dispatch import IMPLEMENTATIONS
-from discovla.ops.late_interaction import _late_interaction, max_sim, weighted_token_interaction
+from discovla.ops.late_interaction import _late_interaction, late_interaction
 from discovla.ops.token_similarity import TokenInputs
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
@@ -33,68 +31,58 @@ def mask(rows: int, parts: int) -> Tensor:
 
 
 def leaves(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Rows and weights of texts and videos."""
+    """Rows of texts and videos."""
     t, i, v, j, d = shape
-    rows = [noise(t, i, d), noise(v, j, d, seed=1), noise(t, i, seed=2), noise(v, j, seed=3)]
-    return [x.to(dtype).requires_grad_() for x in rows]
+    return [x.to(dtype).requires_grad_() for x in (noise(t, i, d), noise(v, j, d, seed=1))]
 
 
 def inputs(x: list[Tensor], masked: bool) -> TokenInputs:
-    masks = [mask(*y.shape[:2]) if masked else None for y in x[:2]]
+    masks = [mask(*y.shape[:2]) if masked else None for y in x]
     return TokenInputs(text=x[0], video=x[1], text_mask=masks[0], video_mask=masks[1])
 
 
-def run(x: list[Tensor], masked: bool, impl: str, both: bool) -> list[Tensor]:
+def run(x: list[Tensor], masked: bool, impl: str) -> list[Tensor]:
     """Scores and gradients."""
-    given = inputs(x, masked)
-    out = weighted_token_interaction(given, *x[2:], impl=impl) if both else max_sim(given, impl=impl)
+    out = late_interaction(inputs(x, masked), impl=impl)
     direction = noise(*out.shape, seed=4)
-    found = torch.autograd.grad((out * direction.to(out.dtype)).sum(), x if both else x[:2])
-    return [out.detach(), *found]
+    return [out.detach(), *torch.autograd.grad((out * direction.to(out.dtype)).sum(), x)]
 
 
-def by_hand(x: list[Tensor], masked: bool, both: bool) -> Tensor:
+def by_hand(x: list[Tensor], masked: bool) -> Tensor:
     """Pair by pair, on the real rows only."""
     given = inputs(x, masked)
-    t, v = len(x[0]), len(x[1])
-    out = torch.zeros(t, v, dtype=torch.float64, device=DEVICE)
-    for a in range(t):
-        for b in range(v):
+    out = torch.zeros(len(x[0]), len(x[1]), dtype=torch.float64, device=DEVICE)
+    for a in range(len(x[0])):
+        for b in range(len(x[1])):
             rows = slice(None) if given.text_mask is None else given.text_mask[a]
             columns = slice(None) if given.video_mask is None else given.video_mask[b]
             cosines = F.normalize(x[0][a][rows], dim=-1) @ F.normalize(x[1][b][columns], dim=-1).T
-            if not cosines.numel():
-                continue
-            best, back = cosines.max(1).values, cosines.max(0).values
-            weights = x[2][a][rows], x[3][b][columns]
-            pair = ((weights[0] * best).sum() + (weights[1] * back).sum()) / 2 if both else best.sum()
-            out[a, b] = pair
+            if cosines.numel():
+                out[a, b] = cosines.max(1).values.sum()
     return out
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["max_sim", "weighted"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_reference_is_the_formula_pair_by_pair(shape, masked, both):
+def test_the_reference_is_the_formula_pair_by_pair(shape, masked):
     x = leaves(shape, torch.float64)
-    want = by_hand(x, masked, both)
-    got = run(x, masked, "reference", both)
+    want = by_hand(x, masked)
+    got = run(x, masked, "reference")
     torch.testing.assert_close(got[0], want, atol=1e-12, rtol=1e-12)
     if want.requires_grad:
         direction = noise(*want.shape, seed=4)
-        wanted = torch.autograd.grad((want * direction).sum(), x if both else x[:2], materialize_grads=True)
+        wanted = torch.autograd.grad((want * direction).sum(), x, materialize_grads=True)
         torch.testing.assert_close(got[1:], list(wanted), atol=1e-11, rtol=1e-11)
 
 
 @pytest.mark.parametrize("impl", STREAMED)
-@pytest.mark.parametrize("both", [False, True], ids=["max_sim", "weighted"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
-def test_values_and_gradients_are_those_of_the_reference(impl, both, masked, dtype, shape):
+def test_values_and_gradients_are_those_of_the_reference(impl, masked, dtype, shape):
     skip_what_no_gpu_kernel_takes(impl, dtype)
     x = leaves(shape, dtype)
     wide = [y.detach().double().requires_grad_() for y in x]
-    for g, w in zip(run(x, masked, impl, both), run(wide, masked, "reference", both), strict=True):
+    for g, w in zip(run(x, masked, impl), run(wide, masked, "reference"), strict=True):
         # a gradient comes back in the dtype of its input, so fp16 inputs add a rounding of fp16
         budget = 1e-3 if g.dtype == torch.float16 else BUDGET[dtype]
         assert (g.double() - w).abs().max() <= budget * max(shape[1], w.abs().max())
@@ -104,10 +92,10 @@ def test_values_and_gradients_are_those_of_the_reference(impl, both, masked, dty
 def test_any_cut_into_blocks_gives_the_same(impl, monkeypatch):
     skip_what_no_gpu_kernel_takes(impl, torch.float64)
     x = leaves((5, 3, 4, 2, 6), torch.float64)
-    whole = run(x, True, impl, True)
+    whole = run(x, True, impl)
     monkeypatch.setattr("discovla.ops.streamed.late_interaction.BLOCK", 30)
     monkeypatch.setattr("discovla_kernels.pairs.BLOCK_BYTES", 8 * 30)
-    torch.testing.assert_close(run(x, True, impl, True), whole, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(run(x, True, impl), whole, atol=1e-13, rtol=1e-13)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -115,32 +103,18 @@ def test_of_equal_matches_the_lowest_index_gets_the_gradient(impl):
     eye = torch.eye(3, device=DEVICE)
     text = eye[None, :1].clone().requires_grad_()  # t i d = 1 1 3
     video = (eye[None, [1, 0, 0]] + 0.1).requires_grad_()  # rows 1 and 2 are the same
-    max_sim(TokenInputs(text=text, video=video), impl=impl).sum().backward()
+    late_interaction(TokenInputs(text=text, video=video), impl=impl).sum().backward()
     assert video.grad[0].any(-1).tolist() == [False, True, False]
 
 
 def test_the_reference_passes_gradcheck():
     x = leaves((2, 3, 3, 2, 4), torch.float64)
-
-    def score(text, video, *weights):
-        given = replace(inputs(x, True), text=text, video=video)
-        return weighted_token_interaction(given, *weights, impl="reference")
-
-    assert torch.autograd.gradcheck(score, x)
+    assert torch.autograd.gradcheck(lambda *x: late_interaction(inputs(list(x), True), impl="reference"), x)
 
 
 @pytest.mark.parametrize("impl", STREAMED)
-@pytest.mark.parametrize("both", [False, True], ids=["one-way", "both"])
-def test_the_op_is_registered_soundly(impl, both):
+def test_the_op_is_registered_soundly(impl):
     skip_what_no_gpu_kernel_takes(impl, torch.float64)
-    text, video, *weights = leaves((2, 3, 3, 2, 4), torch.float64)
-    arguments = (text, video, weights[0], weights[1] if both else None, mask(2, 3), mask(3, 2), impl)
+    text, video = leaves((2, 3, 3, 2, 4), torch.float64)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(_late_interaction, arguments, test_utils=tests)
-
-
-def test_weights_that_do_not_fit_are_refused_by_name():
-    text, video, *weights = leaves((2, 3, 3, 2, 4), torch.float64)
-    given = TokenInputs(text=text, video=video)
-    with pytest.raises(ValueError, match=r"^video_weight: expected shape"):
-        weighted_token_interaction(given, weights[0], weights[0])
+    torch.library.opcheck(_late_interaction, (text, video, mask(2, 3), mask(3, 2), impl), test_utils=tests)

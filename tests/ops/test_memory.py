@@ -7,8 +7,7 @@ from torch import Tensor
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
-from discovla.ops.late_interaction import max_sim, weighted_token_interaction
-from discovla.ops.sigmoid_loss import sigmoid_loss
+from discovla.ops.late_interaction import late_interaction
 from discovla.ops.soft_vlad import soft_vlad
 from discovla.ops.token_similarity import TokenInputs, token_similarity, token_training_similarity
 from discovla.testing import exponent, peak_bytes
@@ -22,7 +21,7 @@ SCALE = torch.tensor(10.0)
 @pytest.fixture
 def small_blocks(monkeypatch):
     """One block is a constant; at its usual size it would hold all of the smaller batches."""
-    for module in ("frame_similarity", "contrastive", "sigmoid_loss"):
+    for module in ("frame_similarity", "contrastive"):
         monkeypatch.setattr(f"discovla.ops.streamed.{module}.ELEMENTS", 1 << 14)
     for module in ("token_similarity", "late_interaction"):
         monkeypatch.setattr(f"discovla.ops.streamed.{module}.BLOCK", 1 << 14)
@@ -55,20 +54,14 @@ def of_frame_similarity(n: int, impl: str) -> int:
     return peak_bytes(lambda: frame_similarity(*x, SCALE, impl=impl).backward(grad)) - outputs
 
 
-def of_sigmoid_loss(n: int, impl: str) -> int:
-    x = leaves((n, 8), (n, 8))
-    bias = torch.tensor(-10.0)
-    return peak_bytes(lambda: sigmoid_loss(*x, SCALE, bias, impl=impl).backward()) - 4 * 2 * n * 8
-
-
-def of_pairs(score, *shapes: tuple[int, ...]):
-    """Extra bytes of a function of the rows of n texts and videos (and what else has `shapes`), t v."""
+def of_pairs(score):
+    """Extra bytes of a similarity of the rows of n texts and videos."""
 
     def measured(n: int, impl: str) -> int:
-        x = leaves((n, 3, 8), (n, 2, 8), *((n, *shape) for shape in shapes))
+        x = leaves((n, 3, 8), (n, 2, 8))
         grad, outputs = torch.ones(n, n), 4 * (n * n + sum(leaf.numel() for leaf in x))
         given = TokenInputs(text=x[0], video=x[1])
-        return peak_bytes(lambda: score(given, *x[2:], impl=impl).backward(grad)) - outputs
+        return peak_bytes(lambda: score(given, impl=impl).backward(grad)) - outputs
 
     return measured
 
@@ -85,21 +78,14 @@ OPS = {
     "info_nce": of_info_nce,
     "alignment_losses": of_alignment,
     "frame_similarity": of_frame_similarity,
-    "sigmoid_loss": of_sigmoid_loss,
     "token_similarity": of_pairs(token_similarity),
     "token_training_similarity": of_pairs(token_training_similarity),
-    "max_sim": of_pairs(max_sim),
-    "weighted_token_interaction": of_pairs(weighted_token_interaction, (3,), (2,)),
+    "late_interaction": of_pairs(late_interaction),
 }
 
 
-ALIKE = ("token_training_similarity", "max_sim")  # streamed by the same lines as the op before it
-
-
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=pytest.mark.slow) if op in ALIKE else op for op in OPS]
-)
+@pytest.mark.parametrize("op", OPS)
 def test_memory_beside_inputs_and_outputs_grows_with_the_batch(op):
     assert exponent(SIZES, [OPS[op](n, "torch") for n in SIZES]) <= 1.05
 

@@ -10,24 +10,12 @@ from benchmarks.measure import product_flops
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
-from discovla.ops.late_interaction import max_sim, weighted_token_interaction
-from discovla.ops.sigmoid_loss import sigmoid_loss
+from discovla.ops.late_interaction import late_interaction
 from discovla.ops.token_similarity import TokenInputs, token_similarity, token_training_similarity
-from discovla_kernels import (
-    contrastive,
-    late_interaction,
-    rank_of_positive,
-    soft_vlad,
-)
-from discovla_kernels import (
-    frame_similarity as frames,
-)
-from discovla_kernels import (
-    sigmoid_loss as sigmoid,
-)
-from discovla_kernels import (
-    token_similarity as tokens,
-)
+from discovla_kernels import contrastive, rank_of_positive, soft_vlad
+from discovla_kernels import frame_similarity as frames
+from discovla_kernels import late_interaction as interaction
+from discovla_kernels import token_similarity as tokens
 from tests.ops.counting import Counts, counted
 
 pytestmark = [
@@ -61,10 +49,10 @@ def test_traffic_of_the_frame_similarity(shape, masked):
     given, (text, video) = masks(shape, masked), sides(shape)
     for keep in (False, True):
         with counted() as found:
-            maxima = frames.maxima(text, video, SCALE, given, keep=keep)
+            maxima = frames.maxima(text, video, SCALE, *given, keep=keep)
         assert_counts(found, frames.traffic(shape, masked=masked, keep=keep))
     with counted() as found:
-        frames.gradients(torch.ones(len(text), len(video)), maxima, text, video, SCALE, given)
+        frames.gradients(torch.ones(len(text), len(video)), maxima, text, video, SCALE, *given)
     assert_counts(found, frames.traffic_backward(shape, masked=masked))
 
 
@@ -80,27 +68,16 @@ def test_traffic_of_the_contrastive_losses(given):
     assert_counts(found, contrastive.traffic(shape, backward=False, **options))
     sums = torch.full((3, r), 99.0), torch.full((3, c), 99.0)
     with counted() as found:
-        contrastive.derivative(*rows, SCALE, teacher, ignore, 0, sums, torch.ones(3), True)
+        contrastive.derivative(*rows, SCALE, teacher, ignore, 0, *sums, torch.ones(3), True)
     assert_counts(found, contrastive.traffic(shape, backward=True, **options))
-
-
-def test_traffic_of_the_sigmoid_loss():
-    r, c, d = shape = (40, 50, 24)
-    text, video = torch.randn(r, d), torch.randn(c, d)
-    with counted() as found:
-        sigmoid.forward(text, video, SCALE, SCALE, 0)
-    assert_counts(found, sigmoid.traffic(shape, backward=False))
-    with counted() as found:
-        sigmoid.backward(text, video, SCALE, SCALE, 0, SCALE)
-    assert_counts(found, sigmoid.traffic(shape, backward=True))
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["items", "groups"])
 def test_traffic_of_ranks(grouped):
-    query, items, dual = torch.randn(40, 24), torch.randn(78, 24), (None, torch.tensor(0.0), 1.0)
+    query, items = torch.randn(40, 24), torch.randn(78, 24)
     groups = torch.arange(78) % 26 if grouped else None  # three of each, in four places
     with counted() as found:
-        rank_of_positive.counts(query, items, torch.arange(40) % 26, groups, dual)
+        rank_of_positive.count_better(query, items, torch.arange(40) % 26, groups, None)
     assert_counts(found, rank_of_positive.traffic(40, (78, 26, 4) if grouped else (78, 78, 1), 24))
 
 
@@ -109,24 +86,22 @@ def test_traffic_of_ranks(grouped):
 def test_traffic_of_token_similarities(mode, masked):
     given, (text, video) = masks(SHAPE, masked), sides(SHAPE)
     with counted() as found:
-        tokens.scores(text, video, given, 10.0, mode)
+        tokens.scores(text, video, *given, 10.0, mode)
     assert_counts(found, tokens.traffic(SHAPE, masked=masked, backward=False))
     with counted() as found:
-        tokens.gradients(torch.ones(len(text), len(video)), text, video, given, 10.0, mode)
+        tokens.gradients(torch.ones(len(text), len(video)), text, video, *given, 10.0, mode)
     assert_counts(found, tokens.traffic(SHAPE, masked=masked, backward=True))
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["one-way", "both"])
-def test_traffic_of_late_interaction(both):
-    given, (text, video) = masks(SHAPE, both), sides(SHAPE)
-    weights = torch.randn(text.shape[:2]), torch.randn(video.shape[:2]) if both else None
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_traffic_of_late_interaction(masked):
+    given, (text, video) = masks(SHAPE, masked), sides(SHAPE)
     with counted() as found:
-        late_interaction.scores(text, video, *weights, given)
-    options = {"both": both, "masked": both}
-    assert_counts(found, late_interaction.traffic(SHAPE, backward=False, **options))
+        interaction.scores(text, video, *given)
+    assert_counts(found, interaction.traffic(SHAPE, masked=masked, backward=False))
     with counted() as found:
-        late_interaction.gradients(torch.ones(len(text), len(video)), text, video, *weights, given)
-    assert_counts(found, late_interaction.traffic(SHAPE, backward=True, **options))
+        interaction.gradients(torch.ones(len(text), len(video)), text, video, *given)
+    assert_counts(found, interaction.traffic(SHAPE, masked=masked, backward=True))
 
 
 def test_traffic_of_soft_vlad():
@@ -160,7 +135,6 @@ PARTS = ((4, 12, 32), (32, 2, 32))  # 12 parts are 8 and 4
 WHOLE = ((8, 8, 32), (8, 8, 32))  # one tile of 64 x 64
 STEPS = {
     "info_nce": (POOLED, lambda x: info_nce(*x, SCALE, impl="triton")),
-    "sigmoid_loss": (POOLED, lambda x: sigmoid_loss(*x, SCALE, SCALE, impl="triton")),
     "frame_similarity": (PARTS, lambda x: frame_similarity(*x, SCALE, impl="triton")),
     "alignment_losses": ((*POOLED, (32, 4, 32), (32, 2, 32)), aligned),
     "token_similarity": (WHOLE, lambda x: token_similarity(token_inputs(x), impl="triton")),
@@ -168,11 +142,7 @@ STEPS = {
         WHOLE,
         lambda x: token_training_similarity(token_inputs(x), impl="triton"),
     ),
-    "max_sim": (WHOLE, lambda x: max_sim(token_inputs(x), impl="triton")),
-    "weighted_token_interaction": (
-        (*WHOLE, (8, 8), (8, 8)),
-        lambda x: weighted_token_interaction(token_inputs(x), *x[2:], impl="triton"),
-    ),
+    "late_interaction": (WHOLE, lambda x: late_interaction(token_inputs(x), impl="triton")),
 }
 
 
@@ -195,7 +165,7 @@ def step_of(op: str) -> tuple[Counts, float, int]:
 def test_a_step_multiplies_in_four_passes_without_padding(op, monkeypatch):
     """One pass forward, one again in backward, one for each side's gradient."""
     streamed = importlib.import_module("discovla.ops.alignment_losses")
-    monkeypatch.setattr(streamed, "fits_a_block", lambda *_: False)
+    monkeypatch.setattr(streamed, "fits_one_block", lambda *_: False)
     found, products, one_pass = step_of(op)
     assert found.flops == 2 * one_pass
     assert products == 2 * one_pass

@@ -1,4 +1,4 @@
-"""The compiled kernels of csrc/ as torch.ops.discovla, loaded when one is first asked for."""
+"""The compiled kernels of csrc/ as torch.ops.discovla, loaded on first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REMEDY = "`python -m discovla.ops.cuda.build` builds it where nvcc is installed"
 
 
 def missing() -> str:
-    """Why the kernels are not here; empty once they are loaded."""
+    """Load the library; return why that failed, or ""."""
     if not LIBRARY.is_file():
         return f"the CUDA library is not built: {REMEDY}"
     try:
@@ -26,36 +26,36 @@ def missing() -> str:
 
 
 def ops() -> Any:
-    """torch.ops.discovla, with the kernels in it."""
+    """Return torch.ops.discovla with the kernels registered."""
     _load()
     return torch.ops.discovla
 
 
 def unsupported_tensors(*tensors: Tensor | None) -> str:
-    """Why no CUDA kernel takes these tensors; empty where one does."""
-    given = [x for x in tensors if x is not None]
-    rows = [x for x in given if x.is_floating_point()]
-    if len(dtypes := {x.dtype for x in rows}) > 1:
+    """Return why no CUDA kernel can take these tensors, or ""."""
+    present = [x for x in tensors if x is not None]
+    embeddings = [x for x in present if x.is_floating_point()]
+    if len(dtypes := {x.dtype for x in embeddings}) > 1:
         return f"expected all embeddings in one dtype, found {sorted(map(str, dtypes))}"
-    if rows[0].dtype == torch.float64:
+    if embeddings[0].dtype == torch.float64:
         return "float64 has no kernel on a GPU: impl='torch' computes it"
-    for x in given:
-        if x.device != given[0].device:
-            return f"expected all tensors on {given[0].device}, found one on {x.device}"
-    if (capability := torch.cuda.get_device_capability(given[0].device)) < (8, 0):
+    for x in present:
+        if x.device != present[0].device:
+            return f"expected all tensors on {present[0].device}, found one on {x.device}"
+    if (capability := torch.cuda.get_device_capability(present[0].device)) < (8, 0):
         return f"expected a GPU of compute capability 8.0 or later, found {capability[0]}.{capability[1]}"
     return ""
 
 
-def rows(x: Tensor) -> Tensor:
-    """`x` as kernels take it: without gaps, aligned, rows ended by zeros to a multiple of 16 bytes."""
+def align_rows(x: Tensor) -> Tensor:
+    """Return `x` contiguous and aligned, its rows zero-padded to a multiple of 16 bytes."""
     x = F.pad(x, (0, -x.shape[-1] % (16 // x.element_size()))).contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @cache
 def _load() -> None:
-    """Load the library and say what its ops return, for torch.compile and meta tensors."""
+    """Load the library and register output shapes, for torch.compile and meta tensors."""
     torch.ops.load_library(LIBRARY)
     for name, fake in FAKES.items():
         torch.library.register_fake(f"discovla::{name}", fake)
@@ -84,7 +84,7 @@ def _frame_similarity(text, video, scale, text_mask, video_mask, keep):
     return tuple(text.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
 
 
-def _frame_similarity_backward(grad, text, video, *kept):
+def _frame_similarity_backward(grad, text, video, *saved):
     return text.new_empty(text.shape[0] * text.shape[1], video.shape[0] * video.shape[1])
 
 

@@ -1,6 +1,6 @@
-"""Statistics and derivative of one block of one or two similarity matrices, in plain torch.
+"""Statistics and derivative of one block of one or two similarity matrices in plain torch.
 
-The same functions as `discovla_kernels.contrastive`, which says what they compute.
+Same functions as `discovla_kernels.contrastive`, where they are derived.
 """
 
 from __future__ import annotations
@@ -8,26 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, EXCLUDED, product, wide
+from discovla.ops.blocks import ELEMENTS, EXCLUDED, matmul, sum_dtype
 
-Rows = tuple[Tensor, Tensor]  # embeddings r d, and the inverses of their norms, r
+Rows = tuple[Tensor, Tensor]  # embeddings r d, and their inverse norms, r
 
 
 def statistics(
     text: Rows, video: Rows, scale: Tensor, teacher: Tensor | None, ignore: Tensor | None, shift: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row parts k 1 r, column parts k 1 c, the diagonal's logits k r."""
+    """Return statistics of rows k 1 r and of columns k 1 c, and the diagonal's logits m r."""
     student = _logits(_cosines(text, video), scale, ignore)
     matrices = [student] if teacher is None else [student, _logits(teacher, scale, ignore)]
-    rows, columns = _right(student, shift)
+    rows, columns = _diagonal(student, shift)
     diagonal = student.new_zeros(len(matrices), len(student))
     diagonal[:, rows] = torch.stack(matrices)[:, rows, columns]
-    down, across = ([x.logsumexp(dim) for x in matrices] for dim in (1, 0))
+    row_sums, column_sums = ([x.logsumexp(dim) for x in matrices] for dim in (1, 0))
     if teacher is not None:
         difference = matrices[1] - student
-        down.append(((matrices[1] - down[1][:, None]).exp() * difference).sum(1))
-        across.append(((matrices[1] - across[1]).exp() * difference).sum(0))
-    return torch.stack(down)[:, None], torch.stack(across)[:, None], diagonal
+        row_sums.append(((matrices[1] - row_sums[1][:, None]).exp() * difference).sum(1))
+        column_sums.append(((matrices[1] - column_sums[1]).exp() * difference).sum(0))
+    return torch.stack(row_sums)[:, None], torch.stack(column_sums)[:, None], diagonal
 
 
 def derivative(
@@ -37,14 +37,15 @@ def derivative(
     teacher: Tensor | None,
     ignore: Tensor | None,
     shift: int,
-    sums: tuple[Tensor, Tensor],
+    row_sums: Tensor,
+    column_sums: Tensor,
     weights: Tensor,
     detach: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Derivatives by the products of rows over both norms and by the teacher, r c each, and by the scale."""
+    """Return derivatives by the products of rows over norms and by the teacher, r c, and by the scale."""
     cosine = _cosines(text, video)
-    student, rows, columns = _logits(cosine, scale, ignore), *_right(cosine, shift)
-    down, across = sums[0][..., None], sums[1][:, None]  # k r 1, k 1 c
+    student, (rows, columns) = _logits(cosine, scale, ignore), _diagonal(cosine, shift)
+    down, across = row_sums[..., None], column_sums[:, None]  # k r 1, k 1 c
     p_r, p_c = (student - down[0]).exp(), (student - across[0]).exp()
     ds = weights[0] * (p_r + p_c)
     ds[rows, columns] -= 2 * weights[0]
@@ -62,12 +63,12 @@ def derivative(
 
 
 def pairs_per_block(text: Tensor, keep: bool) -> int:
-    """How many pairs one block may have, with a dozen temporaries of that size.  `keep` is for kernels."""
+    """Return how many pairs a block may have: there are a dozen temporaries.  `keep` is for kernels."""
     return ELEMENTS // 4
 
 
 def _cosines(text: Rows, video: Rows) -> Tensor:
-    cosines = product(text[0], video[0].T, wide(text[0]))
+    cosines = matmul(text[0], video[0].T, sum_dtype(text[0]))
     return cosines.mul_(text[1][:, None]).mul_(video[1])
 
 
@@ -79,8 +80,8 @@ def _logits(cosine: Tensor, scale: Tensor, ignore: Tensor | None) -> Tensor:
     return scale * cosine if ignore is None else (scale * cosine).masked_fill(ignore, EXCLUDED)
 
 
-def _right(block: Tensor, shift: int) -> tuple[Tensor, Tensor]:
-    """Places of a block's matching pairs: row = column + shift."""
+def _diagonal(block: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """Return row and column indices of a block's matching pairs: row = column + shift."""
     rows, columns = block.shape
     row = torch.arange(max(0, shift), max(0, shift, min(rows, columns + shift)), device=block.device)
     return row, row - shift

@@ -1,4 +1,4 @@
-"""Scores of queries against items, a run of queries at a time, never all of them in memory."""
+"""Scores of queries against items, some queries at a time; the whole matrix is never in memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, expect_shape, product, unit_rows, wide
+from discovla.ops.blocks import ELEMENTS, expect_shape, matmul, sum_dtype, unit_rows
 
-GPU_FACTOR = 16  # how much larger a block is on a GPU, which small ones would leave idle
+GPU_FACTOR = 16  # blocks are this much larger on a GPU, which small ones would leave idle
 
 
 @dataclass(frozen=True, kw_only=True)
 class DualSoftmax:
-    """How much an item prefers a query: scores are log(s c - lowest) + s c - log sum over queries exp(s c).
+    """Scores re-weighted by how much an item prefers a query among all queries.
 
-    scale: s.  lowest: the least logit of all, or 0 where none is negative.  lse: m, the sums of the items.
+    With logits z = s c of cosines c, a score is log(z - lowest) + z - logsumexp over queries of z.
+
+    scale: s.  lowest: the smallest logit of all, or 0 if none is negative.  lse: m, the log-sum-exp of
+    every item.
     """
 
     scale: float
@@ -25,19 +28,17 @@ class DualSoftmax:
     lse: Tensor
 
     def __call__(self, cosines: Tensor) -> Tensor:
-        """Logarithms of the re-weighed scores, which keep apart what a product would round to 0."""
+        """Return log scores, in which values stay distinct that a product would round to 0."""
         logits = self.scale * cosines
         return (logits - self.lowest).clamp(min=0).log() + logits - self.lse
 
 
 def dual_softmax(query: Tensor, items: Tensor, scale: float) -> DualSoftmax:
-    """The first pass over unit rows n d and m d."""
-    lowest, lse = (
-        query.new_zeros((), dtype=wide(query)),
-        query.new_full((len(items),), -torch.inf, dtype=wide(query)),
-    )
-    for rows in runs(query, items):
-        logits = scale * product(query[rows], items.T, wide(query))
+    """Compute the statistics over all queries in a first pass; unit rows n d and m d."""
+    dtype = sum_dtype(query)
+    lowest, lse = query.new_zeros((), dtype=dtype), query.new_full((len(items),), -torch.inf, dtype=dtype)
+    for rows in query_chunks(query, items):
+        logits = scale * matmul(query[rows], items.T, dtype)
         lowest, lse = torch.minimum(lowest, logits.min()), torch.logaddexp(lse, logits.logsumexp(0))
     return DualSoftmax(scale=scale, lowest=lowest, lse=lse)
 
@@ -45,9 +46,9 @@ def dual_softmax(query: Tensor, items: Tensor, scale: float) -> DualSoftmax:
 def score_blocks(
     query: Tensor, items: Tensor, groups: Tensor | None, dual: DualSoftmax | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of queries and their scores with every item, or every group by its best item."""
-    for rows in runs(query, items):
-        scores = product(query[rows], items.T, wide(query))  # n m
+    """Yield slices of queries and their scores n m; with groups n g, each group by its best item."""
+    for rows in query_chunks(query, items):
+        scores = matmul(query[rows], items.T, sum_dtype(query))  # n m
         scores = scores if dual is None else dual(scores)
         if groups is not None:
             best = scores.new_full((len(scores), int(groups.max()) + 1), -torch.inf)
@@ -55,11 +56,11 @@ def score_blocks(
         yield rows, scores
 
 
-def checked_units(query: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows of both.
+def finite_unit_rows(query: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalise the rows of both.
 
     Raises:
-        ValueError: other dimensions, or a row that is zero or not finite: a NaN would rank first.
+        ValueError: dimensions that differ, or a row that is zero or not finite: a NaN would rank first.
     """
     expect_shape("items", items, (len(items), query.shape[1]))
     pairs = len(query) * len(items)
@@ -70,8 +71,8 @@ def checked_units(query: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     return units
 
 
-def runs(query: Tensor, items: Tensor) -> Iterator[slice]:
-    """Runs of queries whose scores with all items are one block."""
+def query_chunks(query: Tensor, items: Tensor) -> Iterator[slice]:
+    """Yield slices of queries whose scores with all items make one block."""
     size = max(1, ELEMENTS * (GPU_FACTOR if query.is_cuda else 1) // len(items))
     for first in range(0, len(query), size):
         yield slice(first, min(first + size, len(query)))

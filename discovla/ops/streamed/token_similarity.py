@@ -1,6 +1,6 @@
-"""Token-wise similarities of a block of pairs in plain torch, and their derivative.
+"""Token-wise similarities of one block of pairs in plain torch, and their gradients.
 
-The same functions as `discovla_kernels.token_similarity`, which has the derivation.
+Same functions as `discovla_kernels.token_similarity`, where the gradients are derived.
 """
 
 from __future__ import annotations
@@ -10,80 +10,99 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import product, wide
+from discovla.ops.blocks import matmul, sum_dtype
 
 BLOCK = 1 << 19  # cosines of one block of pairs; about ten arrays of that size live at once
-Masks = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Softmaxes over the cosines of a block, and what they average.
+    """Softmaxes over the cosines of a block, and the means they give.
 
-    match: S, t i v j.  of_text, of_video: P and R, t i v j.  r, w: t i v 1.  q, u: t 1 v j.
-    k_row: k of P, a number or t|1 i 1 1.
+    match: S, t i v j.  p, r_softmax: P and R, t i v j.  r, w: t i v 1.  q, u: t 1 v j.
+    text_kappa: k of P, a number or t|1 i 1 1.
     """
 
     match: Tensor
-    of_text: Tensor
-    of_video: Tensor
+    p: Tensor
+    r_softmax: Tensor
     r: Tensor
     w: Tensor
     q: Tensor
     u: Tensor
-    k_row: Tensor | float
+    text_kappa: Tensor | float
 
 
-def scores(text: Tensor, video: Tensor, masks: Masks, kappa: float, mode: str) -> Tensor:
-    """t v of unit rows, t i d and v j d; mode: ranking, training, or official (padding sees and is seen)."""
-    x = _weights(text, video, masks, kappa, mode)
+def scores(
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    kappa: float,
+    mode: str,
+) -> Tensor:
+    """Return similarities t v of unit rows, t i d and v j d; mode: ranking, training, or official padding."""
+    x = _weights(text, video, text_mask, video_mask, kappa, mode)
     if mode == "ranking":
         return ((x.w * x.r).sum((1, 3)) + (x.u * x.q).sum((1, 3))) / 2
     return ((x.w * x.match).sum(1) * x.u[:, 0]).sum(-1)
 
 
 def gradients(
-    grad: Tensor, text: Tensor, video: Tensor, masks: Masks, kappa: float, mode: str
+    grad: Tensor,
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    kappa: float,
+    mode: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `scores`: t i d and v j d, float32 at least."""
-    x = _weights(text, video, masks, kappa, mode)
+    """Gradients of `scores` by text and video, t i d and v j d, float32 at least."""
+    x = _weights(text, video, text_mask, video_mask, kappa, mode)
     if mode == "ranking":
         a = x.w * (1 + kappa * (x.r - (x.w * x.r).sum(1, keepdim=True))) / 2
         b = x.u * (1 + kappa * (x.q - (x.u * x.q).sum(3, keepdim=True))) / 2
-        slope = torch.zeros_like(x.match)
+        dmatch = torch.zeros_like(x.match)
     else:
-        of_text, of_video = (x.match * x.u).sum(3, keepdim=True), (x.w * x.match).sum(1, keepdim=True)
-        score = (of_video * x.u).sum(3, keepdim=True)
-        a, b = kappa * x.w * (of_text - score), kappa * x.u * (of_video - score)
-        slope = x.w * x.u
-    slope += a * x.of_text * (1 + x.k_row * (x.match - x.r))
-    slope += b * x.of_video * (1 + kappa * (x.match - x.q))
-    slope = (slope * grad[:, None, :, None]).flatten(2).flatten(0, 1).to(text.dtype)  # (t i) (v j)
-    text_grad = product(slope, video.flatten(0, 1), grad.dtype).view(text.shape)
-    return text_grad, product(slope.T, text.flatten(0, 1), grad.dtype).view(video.shape)
+        text_scores, video_scores = (x.match * x.u).sum(3, keepdim=True), (x.w * x.match).sum(1, keepdim=True)
+        score = (video_scores * x.u).sum(3, keepdim=True)
+        a, b = kappa * x.w * (text_scores - score), kappa * x.u * (video_scores - score)
+        dmatch = x.w * x.u
+    dmatch += a * x.p * (1 + x.text_kappa * (x.match - x.r))
+    dmatch += b * x.r_softmax * (1 + kappa * (x.match - x.q))
+    dmatch = (dmatch * grad[:, None, :, None]).flatten(2).flatten(0, 1).to(text.dtype)  # (t i) (v j)
+    dtext = matmul(dmatch, video.flatten(0, 1), grad.dtype).view(text.shape)
+    return dtext, matmul(dmatch.T, text.flatten(0, 1), grad.dtype).view(video.shape)
 
 
 def pairs_per_block(text: Tensor, video: Tensor) -> int:
-    """How many pairs one block may have, so that their cosines stay within BLOCK."""
+    """Return how many pairs a block may have, so that their cosines stay within BLOCK."""
     return max(1, BLOCK // (text.shape[1] * video.shape[1]))
 
 
 def masked_softmax(logits: Tensor, mask: Tensor | None, dim: int) -> Tensor:
-    """Softmax over the entries where mask is true; all 0 where none is."""
+    """Softmax over the entries where mask is true; all 0 if none is."""
     if mask is None:
         return logits.softmax(dim)
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(dim) * mask
 
 
-def _weights(text: Tensor, video: Tensor, masks: Masks, kappa: float, mode: str) -> Weights:
+def _weights(
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    kappa: float,
+    mode: str,
+) -> Weights:
     (t, i, _), (v, j, _) = text.shape, video.shape
-    match = product(text.flatten(0, 1), video.flatten(0, 1).T, wide(text)).view(t, i, v, j)
-    i_mask = None if masks[0] is None else masks[0][:, :, None, None]
-    i_seen, k_row = i_mask, kappa
+    match = matmul(text.flatten(0, 1), video.flatten(0, 1).T, sum_dtype(text)).view(t, i, v, j)
+    i_mask = None if text_mask is None else text_mask[:, :, None, None]
+    w_mask, text_kappa = i_mask, kappa
     if mode == "official" and i_mask is not None:
-        i_seen, k_row = None, kappa * i_mask
-    of_text = masked_softmax(k_row * match, masks[1], 3)
-    of_video = masked_softmax(kappa * match, i_mask, 1)
-    r, q = (of_text * match).sum(3, keepdim=True), (of_video * match).sum(1, keepdim=True)
-    w, u = masked_softmax(kappa * r, i_seen, 1), masked_softmax(kappa * q, masks[1], 3)
-    return Weights(match=match, of_text=of_text, of_video=of_video, r=r, w=w, q=q, u=u, k_row=k_row)
+        w_mask, text_kappa = None, kappa * i_mask
+    p = masked_softmax(text_kappa * match, video_mask, 3)
+    r_softmax = masked_softmax(kappa * match, i_mask, 1)
+    r, q = (p * match).sum(3, keepdim=True), (r_softmax * match).sum(1, keepdim=True)
+    w, u = masked_softmax(kappa * r, w_mask, 1), masked_softmax(kappa * q, video_mask, 3)
+    return Weights(match=match, p=p, r_softmax=r_softmax, r=r, w=w, q=q, u=u, text_kappa=text_kappa)
