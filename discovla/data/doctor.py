@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from av.error import FFmpegError
-from PIL import Image
 
 from discovla.data.manifest import Clip, write_whole
 from discovla.data.sampling import Sampling
@@ -24,7 +23,7 @@ from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import Damaged, FileDecoder, read_frames
 from discovla.data.video.index import FrameIndex, FrameIndexStore, default_index_dir
-from discovla.data.video.pyav import open_video
+from discovla.data.video.pyav import Transform, open_video
 
 _VARIABLE = 1.5  # the rate is variable if the longest gap between frames exceeds the shortest by this factor
 _COMMON = 6  # values of each kind in the summary
@@ -183,7 +182,7 @@ def examine(request: ExamineRequest) -> dict[str, Any]:
 def _failure(request: ExamineRequest, sampling: Sampling, store: FrameIndexStore) -> str | None:
     """Return why a clip gives no frames, None if it does."""
 
-    def read(decoder: FileDecoder, transform: Callable[[Image.Image], np.ndarray]) -> dict[int, np.ndarray]:
+    def read(decoder: FileDecoder, transform: Transform) -> dict[int, np.ndarray]:
         return read_frames(
             request.path, sampling, transform, damaged=request.damaged, decoder=decoder, store=store
         ).images
@@ -192,7 +191,7 @@ def _failure(request: ExamineRequest, sampling: Sampling, store: FrameIndexStore
         if request.decoder == "pyav":
             read("pyav", lambda image: np.zeros((1, 1, 3), np.uint8))
             return None
-        images, others = read("pyav", np.asarray), read(request.decoder, np.asarray)
+        images, others = read("pyav", None), read(request.decoder, None)
     except DecodeError as error:
         return error.reason
     wrong = [number for number, image in images.items() if not np.array_equal(image, others[number])]

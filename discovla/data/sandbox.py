@@ -1,4 +1,4 @@
-"""Work in processes that may hang or crash: each item has a time limit, and a lost process is replaced."""
+"""Work in processes that may hang or crash: each item has a time limit, a lost process is replaced."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 Answer: TypeAlias = tuple[Value | None, Exception | None]
 
-START_LIMIT = 120.0  # seconds a process may take to import what it does, on a machine that is busy
-_WORD = 8  # bytes of a count
-_LATE = 5.0  # seconds after its limit at which a process that did not end itself is killed
+START_LIMIT = 120.0  # seconds a process may take for its imports, on a busy machine
+_WORD = 8  # bytes of a counter
+_GRACE = 5.0  # seconds after its limit at which a process that did not end itself is killed
 _ENTRY = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
     " from discovla.data.sandbox import serve; serve(*map(int, sys.argv[2:]))"
@@ -30,12 +30,12 @@ _ENTRY = (
 
 
 class WorkerLost(Exception):
-    """An item that its process did not survive: the process crashed, was killed or ran past the limit."""
+    """The process of an item crashed, was killed or ran past the time limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Generic[Item, Value]):
-    """What came of an item: a value, or the error that the work raised or that its process was lost."""
+    """The value of an item, or the error: of the work, or `WorkerLost`."""
 
     item: Item
     value: Value | None = None
@@ -43,25 +43,23 @@ class Result(Generic[Item, Value]):
 
 
 class Sandbox(Generic[Item, Value]):
-    """One process that works on one item after another, replaced after one that it does not survive.
+    """A process that works on one item after another, replaced when it is lost.
 
-    An item whose process ended before it had begun with it is given to a new one, once.
-
-    The process is a new interpreter, not a fork, so that it has no locks or threads of this one, and it may
-    be started from the daemonic processes of a `DataLoader`.  It ends when this process ends, at the latest
-    when the item it is at reaches its limit.  It starts at the first item; after a fork of this process each
-    of the two has its own.
+    The process is a new interpreter, not a fork: it holds no locks or threads of this one, and the daemonic
+    processes of a `DataLoader` can start it.  It starts with the first item and ends with this
+    process, at the latest at the time limit of its item.  After a fork of this process each of the two has
+    its own.  If the process ends before it has begun an item, the item is sent to a new one, once.
 
     Args:
-        work: a function of a module, found again there by name; what it takes and gives must pickle.
-        limit: seconds an item may take.
+        work: function of a module, which the process imports by name; items and values must pickle.
+        limit: seconds for an item.
     """
 
     _process: subprocess.Popen[bytes] | None = None
     _pipe: Connection | None = None
-    _count: IO[bytes] | None = None  # where the process writes how many items it has begun
-    _sent = 0  # items to the process
-    _owner = 0  # the process that may use them
+    _counter: IO[bytes] | None = None  # number of items that the process has begun
+    _sent = 0  # number of items sent to the process
+    _owner = 0  # process that started it
 
     def __init__(self, work: Callable[[Item], Value], *, limit: float) -> None:
         if not 0 < limit < float("inf"):
@@ -83,13 +81,13 @@ class Sandbox(Generic[Item, Value]):
         self.close()
 
     def __call__(self, item: Item) -> Value:
-        """Work on one item and wait for it.
+        """Return the value of one item.
 
         Raises:
-            WorkerLost: the process did not survive it; the next item finds a new one.
-            Exception: what the work raised.
+            WorkerLost: the process is lost; the next item starts a new one.
+            Exception: raised by the work.
         """
-        self.give(item)
+        self.submit(item)
         value, error = self.answer()
         if error is not None:
             raise error
@@ -97,41 +95,56 @@ class Sandbox(Generic[Item, Value]):
 
     @property
     def pipe(self) -> Connection:
-        """Where the answer to the item given comes from."""
+        """The pipe on which the answer arrives."""
         assert self._pipe is not None
         return self._pipe
 
-    def give(self, item: Item) -> None:
-        """Send an item to the process, which is started where there is none."""
-        self._item, self._again = item, False
+    def submit(self, item: Item) -> None:
+        """Send an item to the process, which is started if there is none."""
+        self._item, self._resent = item, False
         self._send(item)
 
     def answer(self) -> Answer[Value]:
-        """The answer to the item given, once it is there or late: a value or an error."""
+        """Wait for the answer to the item, a value or an error, up to its time limit."""
         while True:
             wait([self.pipe], max(0.0, self.deadline - time.monotonic()))
-            found = self.take()
-            if found is not None:
-                return found
+            answer = self.receive()
+            if answer is not None:
+                return answer
 
-    def take(self) -> Answer[Value] | None:
-        """The answer, once `pipe` is ready or the deadline has passed.
+    def receive(self) -> Answer[Value] | None:
+        """Return the answer once `pipe` is ready or the deadline has passed.
 
-        None where the process had ended before it began with the item, which another one has been given now:
-        it is then to be waited for.  That happens once for an item.
+        Returns None if the process had ended before it began the item: the item has then been sent to a new
+        process, whose answer is to be waited for.
         """
         try:
             if not self.pipe.poll(0):
                 return None, self._lost(late=True)
             return self.pipe.recv()
-        except (EOFError, OSError):  # OSError also where an answer breaks off
+        except (EOFError, OSError):  # OSError also if an answer breaks off
             begun = self._begun()
             lost = self._lost(late=False)
-        if begun or self._again:
+        if begun or self._resent:
             return None, lost
-        self._again = True
+        self._resent = True
         self._send(self._item)
         return None
+
+    def close(self) -> None:
+        """End the process, even in the middle of an item."""
+        if self._owner != os.getpid():
+            return
+        process, pipe, counter = self._process, self._pipe, self._counter
+        self._process = self._pipe = self._counter = None
+        if process is not None:
+            process.kill()
+            # A process that waits for the system, as for a disk that does not answer, dies once it returns.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+        for file in (pipe, counter):
+            if file is not None:
+                file.close()
 
     def _send(self, item: Item) -> None:
         if self._owner != os.getpid():
@@ -140,41 +153,26 @@ class Sandbox(Generic[Item, Value]):
             self._start()
         try:
             self.pipe.send(item)
-        except ConnectionError:  # it was killed while it had nothing to do
+        except ConnectionError:  # it was killed while idle
             self.close()
             self._start()
             self.pipe.send(item)
         self._sent += 1
-        self.deadline = time.monotonic() + self.limit + _LATE
+        self.deadline = time.monotonic() + self.limit + _GRACE
 
     def _begun(self) -> bool:
-        """Whether the process has begun with the item it was sent last."""
-        assert self._count is not None
-        return int.from_bytes(os.pread(self._count.fileno(), _WORD, 0), "little") == self._sent
-
-    def close(self) -> None:
-        """End the process, whatever it is at."""
-        if self._owner != os.getpid():
-            return
-        process, pipe, count = self._process, self._pipe, self._count
-        self._process = self._pipe = self._count = None
-        if process is not None:
-            process.kill()
-            # One held by the system, as by a disk that does not answer, dies when it is let go.
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_LATE)
-        for file in (pipe, count):
-            if file is not None:
-                file.close()
+        """Return True if the process has begun the last item."""
+        assert self._counter is not None
+        return int.from_bytes(os.pread(self._counter.fileno(), _WORD, 0), "little") == self._sent
 
     def _start(self) -> None:
-        """Start the process and wait until it has found its work."""
+        """Start the process and wait until it has imported its work."""
         self._pipe, theirs = Pipe()
-        self._count, self._sent = os.fdopen(os.memfd_create("items begun"), "rb"), 0
+        self._counter, self._sent = os.fdopen(os.memfd_create("items begun"), "rb"), 0
         with theirs:
-            shared = theirs.fileno(), self._count.fileno()
+            shared = theirs.fileno(), self._counter.fileno()
             command = [sys.executable, "-c", _ENTRY, json.dumps(sys.path), *map(str, shared)]
-            # Its standard output is ours for errors: ours for output may be read by a program.
+            # Its standard output is our standard error: a program may read our standard output.
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=shared)
         self._owner = os.getpid()
         try:
@@ -182,19 +180,19 @@ class Sandbox(Generic[Item, Value]):
             ready = self._pipe.poll(START_LIMIT)
             error = self._pipe.recv() if ready else RuntimeError(f"no answer in {START_LIMIT:g} s")
         except (EOFError, ConnectionError):
-            error = RuntimeError("it ended; what it wrote to the standard error says why")
+            error = RuntimeError("it ended; its standard error says why")
         if error is not None:
             self.close()
             raise RuntimeError(f"a process for {self.work.__qualname__} did not start: {error}") from error
 
     def _lost(self, *, late: bool) -> WorkerLost:
-        """Why there is no answer, after the process is ended."""
+        """End the process and return why it is lost."""
         process = self._process
         assert process is not None
         code = None
         if not late:
             with suppress(subprocess.TimeoutExpired):
-                code = process.wait(_LATE)
+                code = process.wait(_GRACE)
         self.close()
         if late or code == -signal.SIGALRM:
             return WorkerLost(f"took longer than {self.limit:g} s")
@@ -203,27 +201,27 @@ class Sandbox(Generic[Item, Value]):
         return WorkerLost(f"its process ended with status {code}")
 
     def _disown(self) -> None:
-        """Leave the process of before a fork to the one that started it."""
-        for file in (self._pipe, self._count):
+        """Leave the process to the parent of this process, which started it before a fork."""
+        for file in (self._pipe, self._counter):
             if file is not None:
                 file.close()
         if self._process is not None:
-            self._process.returncode = 0  # it is no child of ours, so there is nothing to wait for
-        self._process = self._pipe = self._count = None
+            self._process.returncode = 0  # no child of this process: there is nothing to wait for
+        self._process = self._pipe = self._counter = None
         self._owner = os.getpid()
 
 
 def run_sandboxed(
     work: Callable[[Item], Value], items: Iterable[Item], *, workers: int, limit: float
 ) -> Generator[Result[Item, Value], None, None]:
-    """Work on items in several processes and give what came of each, in the order in which they end.
+    """Work on items in several processes and yield their results, in the order in which they end.
 
-    An item is taken from `items` when a process is free for it.  No process is left when the iterator ends,
+    The next item is taken from `items` when a process is free.  No process is left when the generator ends,
     is closed or is dropped.
 
     Args:
-        work, limit: as of `Sandbox`.
-        workers: processes, at least 1.
+        work, limit: as for `Sandbox`.
+        workers: number of processes, at least 1.
 
     Raises:
         RuntimeError: a process does not start.
@@ -235,49 +233,50 @@ def run_sandboxed(
     queue = iter(items)
     try:
         while True:
-            while free and (given := next(queue, _END)) is not _END:
-                worker = free.pop()
-                worker.give(given)  # type: ignore[arg-type]
-                busy[worker.pipe] = (worker, given)  # type: ignore[assignment]
+            while free and (item := next(queue, _END)) is not _END:
+                sandbox = free.pop()
+                sandbox.submit(item)  # type: ignore[arg-type]
+                busy[sandbox.pipe] = (sandbox, item)  # type: ignore[assignment]
             if not busy:
                 return
-            for pipe in _answered(busy):
-                worker, item = busy.pop(pipe)
-                answer = worker.take()
+            for pipe in _ready(busy):
+                sandbox, item = busy.pop(pipe)
+                answer = sandbox.receive()
                 if answer is None:
-                    busy[worker.pipe] = (worker, item)
+                    busy[sandbox.pipe] = (sandbox, item)
                     continue
                 value, error = answer
-                free.append(worker)
+                free.append(sandbox)
                 yield Result(item=item, value=value, error=error)
     finally:
-        for worker in [*free, *(worker for worker, _ in busy.values())]:
-            worker.close()
+        for sandbox in [*free, *(sandbox for sandbox, _ in busy.values())]:
+            sandbox.close()
 
 
 _END = object()
 
 
-def _answered(busy: dict[Connection, tuple[Sandbox[Item, Value], Item]]) -> list[Connection]:
-    """The processes that gave an answer or were lost, at least one."""
-    first = min(worker.deadline for worker, _ in busy.values())
+def _ready(busy: dict[Connection, tuple[Sandbox[Item, Value], Item]]) -> list[Connection]:
+    """Wait for at least one process that has answered, ended or passed its deadline."""
+    first = min(sandbox.deadline for sandbox, _ in busy.values())
     ready = wait(list(busy), max(0.0, first - time.monotonic()))
     now = time.monotonic()
-    return [pipe for pipe, (worker, _) in busy.items() if pipe in ready or worker.deadline <= now]
+    return [pipe for pipe, (sandbox, _) in busy.items() if pipe in ready or sandbox.deadline <= now]
 
 
-def serve(descriptor: int, count: int) -> None:
-    """The process of a `Sandbox`: answer items until the other end is closed.
+def serve(pipe_fd: int, counter_fd: int) -> None:
+    """Run the process of a `Sandbox`: answer items until the other end closes the pipe.
 
-    How many it has begun is written to the file `count`: one that it had not is no reason for its end.
+    The number of items begun is written to `counter_fd`, so that an item that was not begun is not blamed for
+    the end of the process.
 
-    An item past its limit ends the process by the alarm's default action, which needs neither the
-    interpreter, that native code may hold, nor the process that started this one.
+    An item past its limit ends the process by the default action of the alarm.  That needs neither the
+    interpreter, which native code may hold, nor the process that started this one.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they go to all of a job's processes
-        signal.signal(number, signal.SIG_IGN)  # who started it ends it
-    pipe = Connection(descriptor)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a launcher sends them to all processes
+        signal.signal(number, signal.SIG_IGN)  # the process that started this one ends it
+    pipe = Connection(pipe_fd)
     try:
         work, limit = pipe.recv()
         pipe.send(None)
@@ -291,31 +290,31 @@ def serve(descriptor: int, count: int) -> None:
         try:
             item = pipe.recv()
             begun += 1
-            os.pwrite(count, begun.to_bytes(_WORD, "little"), 0)
+            os.pwrite(counter_fd, begun.to_bytes(_WORD, "little"), 0)
             signal.setitimer(signal.ITIMER_REAL, limit)
             answer = _answer(work, item)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _send(pipe, answer)
+            _send_answer(pipe, answer)
         except (EOFError, ConnectionError):
             return
 
 
-def _answer(work: Callable[[Item], Value], item: Item) -> tuple[Value | None, Exception | None]:
-    """A value, or what the work raised; an error that would not arrive is told by its name and words."""
+def _answer(work: Callable[[Item], Value], item: Item) -> Answer[Value]:
+    """Return the value or the error of the work; an error that does not pickle is replaced by its text."""
     try:
         return work(item), None
-    except Exception as error:  # all of it is the caller's to judge
+    except Exception as error:  # of any kind: the caller judges it
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # pickling runs whatever an error defines
+        except Exception:  # pickling runs code of the error
             return None, RuntimeError(f"{type(error).__name__}: {error}")
         return None, error
 
 
-def _send(pipe: Connection, answer: tuple[object, Exception | None]) -> None:
-    """Send an answer, or why its value cannot be sent."""
+def _send_answer(pipe: Connection, answer: tuple[object, Exception | None]) -> None:
+    """Send an answer, or the error of pickling its value."""
     try:
         content = ForkingPickler.dumps(answer)
-    except Exception as error:  # pickling runs whatever a value defines
+    except Exception as error:  # pickling runs code of the value
         content = ForkingPickler.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
     pipe.send_bytes(content)

@@ -1,4 +1,4 @@
-"""Processes that may hang or crash."""
+"""Sandboxed processes: time limits, crashes, replacement, and no process left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.data.sandbox_tasks import Unsendable, stopped, task
 
 
 def ended(pid: int, within: float = 5.0) -> bool:
-    """Whether a process is gone, or only waits to be counted: its files are closed once no thread is left."""
+    """Return True if a process ends in time; a zombie without threads has ended."""
     until = time.monotonic() + within
     while time.monotonic() < until:
         try:
@@ -33,19 +33,19 @@ def ended(pid: int, within: float = 5.0) -> bool:
     return False
 
 
-def test_every_item_has_its_outcome_and_a_lost_process_is_replaced():
+def test_every_item_has_its_result_and_a_lost_process_is_replaced():
     items = ["a", "hang", "crash", "b", "raise", "exit", "hang in native code", "c"]
-    found = {o.item: o for o in run_sandboxed(task, items, workers=2, limit=0.5)}
-    assert sorted(found) == sorted(items)
-    assert {i: str(o.error) for i, o in found.items() if o.error} == {
+    results = {r.item: r for r in run_sandboxed(task, items, workers=2, limit=0.5)}
+    assert sorted(results) == sorted(items)
+    assert {i: str(r.error) for i, r in results.items() if r.error} == {
         "hang": "took longer than 0.5 s",
         "hang in native code": "took longer than 0.5 s",
         "crash": "its process died of SIGSEGV",
         "exit": "its process ended with status 3",
         "raise": "not this one",
     }
-    assert isinstance(found["raise"].error, ValueError)
-    answers = {name: found[name].value or ("", 0) for name in "abc"}
+    assert isinstance(results["raise"].error, ValueError)
+    answers = {name: results[name].value or ("", 0) for name in "abc"}
     pids = {name: answers[name][1] for name in "abc"}
     assert {name: answers[name][0] for name in "abc"} == {name: name for name in "abc"}
     assert all(ended(pid) for pid in pids.values())
@@ -67,8 +67,8 @@ def test_one_process_serves_many_items_until_it_is_lost():
     assert ended(last)
 
 
-def killed_as_given(monkeypatch, pids: list[int]) -> None:
-    """Processes stand still while they are given their item, and are killed before they have read it."""
+def kill_before_reading(monkeypatch, pids: list[int]) -> None:
+    """Stop processes while they are sent their item, and kill them before they read it."""
 
     def wait(pipes, timeout):
         while pids:
@@ -80,15 +80,15 @@ def killed_as_given(monkeypatch, pids: list[int]) -> None:
     monkeypatch.setattr("discovla.data.sandbox.wait", wait)
 
 
-def test_an_item_that_its_process_had_not_begun_is_given_to_a_new_one(monkeypatch):
+def test_an_item_that_its_process_has_not_begun_is_sent_to_a_new_one(monkeypatch):
     with Sandbox(task, limit=5) as worker:
         first = worker("a")[1]
-        killed_as_given(monkeypatch, [first])
+        kill_before_reading(monkeypatch, [first])
         name, second = worker("b")
         assert name == "b" and second != first
 
 
-def test_an_item_is_given_to_a_new_process_once(monkeypatch):
+def test_an_item_is_sent_to_a_new_process_once(monkeypatch):
     started: list[int] = []
 
     def start(worker: Sandbox) -> None:
@@ -100,11 +100,11 @@ def test_an_item_is_given_to_a_new_process_once(monkeypatch):
     begin = Sandbox._start
     with Sandbox(task, limit=5) as worker:
         monkeypatch.setattr(Sandbox, "_start", start)
-        worker.give("a")
+        worker.submit("a")
         for again in (True, False):
             os.kill(started[-1], signal.SIGKILL)
             assert ended(started[-1])
-            answer = worker.take()
+            answer = worker.receive()
             assert (answer is None) == again
         assert answer is not None and isinstance(answer[1], WorkerLost)
         assert len(started) == 2
@@ -112,20 +112,20 @@ def test_an_item_is_given_to_a_new_process_once(monkeypatch):
         assert worker("b")[0] == "b"
 
 
-def test_several_processes_lose_no_item_that_none_had_begun(monkeypatch):
+def test_several_processes_lose_no_item_that_none_has_begun(monkeypatch):
     items = iter("abcd")
-    outcomes = run_sandboxed(task, items, workers=2, limit=5)
-    found = [next(outcomes), next(outcomes)]
-    killed_as_given(monkeypatch, list({o.value[1] for o in found if o.value}))
-    found += list(outcomes)
-    assert sorted(o.item for o in found) == list("abcd")
-    assert [o.error for o in found] == [None] * 4
+    results = run_sandboxed(task, items, workers=2, limit=5)
+    rows = [next(results), next(results)]
+    kill_before_reading(monkeypatch, list({row.value[1] for row in rows if row.value}))
+    rows += list(results)
+    assert sorted(row.item for row in rows) == list("abcd")
+    assert [row.error for row in rows] == [None] * 4
 
 
-def test_an_answer_that_breaks_off_is_that_of_a_lost_process():
+def test_a_process_killed_while_it_answers_is_lost():
     with Sandbox(task, limit=5) as worker:
         pid = worker("a")[1]
-        worker.give("large")  # more than a pipe holds: it waits for a reader
+        worker.submit("large")  # more than a pipe holds: it waits for a reader
         connection.wait([worker.pipe], 5)
         os.kill(pid, signal.SIGKILL)
         assert ended(pid)
@@ -135,12 +135,12 @@ def test_an_answer_that_breaks_off_is_that_of_a_lost_process():
 
 
 def test_a_process_that_does_not_end_itself_is_killed(monkeypatch):
-    monkeypatch.setattr("discovla.data.sandbox._LATE", 0.3)
+    monkeypatch.setattr("discovla.data.sandbox._GRACE", 0.3)
     with Sandbox(stopped, limit=0.3) as worker, pytest.raises(WorkerLost, match=r"took longer than 0.3 s"):
         worker("x")
 
 
-def test_what_does_not_pickle_is_told_by_its_words():
+def test_a_value_or_error_that_does_not_pickle_is_replaced_by_its_text():
     with Sandbox(task, limit=5) as worker:
         with pytest.raises(RuntimeError, match=r"pickle|local object"):
             worker("unsendable value")
@@ -149,26 +149,26 @@ def test_what_does_not_pickle_is_told_by_its_words():
         assert worker("a")[0] == "a"
 
 
-def test_what_the_work_prints_does_not_reach_our_output(capfd):
+def test_output_of_the_work_goes_to_standard_error(capfd):
     with Sandbox(task, limit=5) as worker:
         worker("print")
     assert capfd.readouterr() == ("", "to the standard output\n")
 
 
-def test_dropping_the_iterator_ends_the_processes():
-    outcomes = run_sandboxed(task, ["a", "hang", "b", "hang"], workers=2, limit=30)
-    _, pid = next(outcomes).value or (None, 0)
+def test_closing_the_generator_ends_the_processes():
+    results = run_sandboxed(task, ["a", "hang", "b", "hang"], workers=2, limit=30)
+    _, pid = next(results).value or (None, 0)
     began = time.monotonic()
-    outcomes.close()
+    results.close()
     assert ended(pid)
     assert time.monotonic() - began < 5
     assert children() == set()
 
 
 def children() -> set[int]:
-    """Processes that this one started and that run."""
-    found = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    ours = {int(pid) for pid in found}
+    """Return the running sandboxes of this process."""
+    ids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    ours = {int(pid) for pid in ids}
     return {pid for pid in ours if b"discovla.data.sandbox" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
@@ -197,7 +197,7 @@ def test_no_process_outlives_a_killed_parent_by_more_than_the_limit():
 
 
 class Reader(Dataset):
-    """A data set whose items a watched process reads."""
+    """Data set whose items a sandbox reads."""
 
     def __init__(self) -> None:
         self.worker = Sandbox(task, limit=5)
@@ -239,7 +239,7 @@ def test_work_that_no_other_process_can_import_is_refused():
         Sandbox(lambda item: item, limit=1)
 
 
-def test_a_process_that_does_not_start_is_told_once(monkeypatch):
+def test_a_process_that_does_not_start_is_an_error(monkeypatch):
     monkeypatch.setattr("discovla.data.sandbox._ENTRY", "import sys; sys.exit(1)")
     with pytest.raises(RuntimeError, match="a process for task did not start"):
         list(run_sandboxed(task, ["a"], workers=1, limit=1))
@@ -258,7 +258,7 @@ def test_items_are_taken_when_a_process_is_free():
             taken.append(name)
             yield name
 
-    outcomes = run_sandboxed(task, items(), workers=1, limit=5)
-    assert isinstance(next(outcomes), Result)
+    results = run_sandboxed(task, items(), workers=1, limit=5)
+    assert isinstance(next(results), Result)
     assert taken == ["a"]
-    outcomes.close()
+    results.close()

@@ -155,7 +155,7 @@ class DaliDecoder:
         self._sandbox.close()
 
     def _send(self, plans: Sequence[Plan | None]) -> None:
-        self._sandbox.give((self.config, tuple(plans)))
+        self._sandbox.submit((self.config, tuple(plans)))
 
     def _receive(self, plans: Sequence[Plan | None]) -> DecodedBatch:
         """Return the frames of the plans sent last."""

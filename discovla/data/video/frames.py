@@ -57,7 +57,7 @@ class DecodedFrames:
 def read_frames(
     path: str | Path,
     sampling: Sampling,
-    transform: Transform = np.asarray,
+    transform: Transform = None,
     *,
     damaged: Damaged = "refuse",
     decoder: FileDecoder = "pyav",
@@ -72,7 +72,7 @@ def read_frames(
     Args:
         path: video file; of several video streams the best is read.
         transform: applied once to each sampled frame, an RGB image, so that no more than one is held in full
-            size; returns uint8 y x 3, the same shape for all.
+            size; returns uint8 y x 3, the same shape for all.  None keeps frames as they are displayed.
         damaged: "refuse" a file that breaks off, or "use" its frames up to there.
         store: where frame indices are kept; None decodes the file as on a first visit.
 

@@ -21,7 +21,7 @@ from discovla.data.sampling import Sampling
 from discovla.data.video.errors import DecodeError, WrongFrames, check_file, error_text
 from discovla.data.video.index import FrameIndex, FrameIndexBuilder, quarter_turns
 
-Transform = Callable[[Image.Image], np.ndarray]  # of an RGB image as displayed, to uint8 y x 3
+Transform = Callable[[Image.Image], np.ndarray] | None  # RGB as displayed to uint8 y x 3; None keeps it
 Images = dict[int, np.ndarray]  # transformed frames by their number
 
 _TURNS = {
@@ -98,7 +98,7 @@ def decode_through(
                 for frame in packet.decode():
                     number = index.add_frame(frame)
                     if number in frames:
-                        images[number] = transform(displayed_image(frame, index.size))
+                        images[number] = displayed_pixels(frame, index.size, transform)
                 if video.messages:
                     index.faults += video.take_faults()
         except FFmpegError as error:
@@ -112,7 +112,7 @@ def index_video(path: Path) -> FrameIndex:
     Raises:
         DecodeError: the file does not open.
     """
-    return decode_through(path, np.asarray)[1]
+    return decode_through(path, None)[1]
 
 
 def decode_frames(path: Path, index: FrameIndex, frames: Sequence[int], transform: Transform) -> Images:
@@ -137,17 +137,25 @@ def decode_frames(path: Path, index: FrameIndex, frames: Sequence[int], transfor
                     raise WrongFrames(
                         f"frame {number} is damaged, which it is not when decoded from the start"
                     )
-                images[number] = transform(displayed_image(frame, index.size))
+                images[number] = displayed_pixels(frame, index.size, transform)
     return images
 
 
-def displayed_image(frame: VideoFrame, size: tuple[int, int]) -> Image.Image:
-    """Return a frame in RGB as displayed, at the size of the first frame where the stream changes size."""
-    image = frame.to_image()
+def displayed_pixels(frame: VideoFrame, size: tuple[int, int], transform: Transform) -> np.ndarray:
+    """Return a frame in RGB as displayed, transformed.
+
+    A frame of another size than the first is resized to it, with its rotation applied.
+    """
+    pixels = frame.to_ndarray(format="rgb24")
     turns = quarter_turns(frame)
+    if transform is None and not turns and size == (frame.width, frame.height):
+        return pixels
+    image = Image.fromarray(pixels)
     if turns:
         image = image.transpose(_TURNS[turns])
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(image) if transform is None else transform(image)
 
 
 def is_cut_off(path: Path) -> bool:

@@ -19,8 +19,12 @@ from discovla.data.video.errors import WrongFrames
 from discovla.data.video.index import FrameIndex
 from discovla.data.video.pyav import Images, Transform
 
-# Its transform is rounded otherwise by each version of FFmpeg; the planes of svq1 are scaled otherwise.
-_INEXACT_CODECS = ("mpeg4", "svq1")
+# Codecs of which two versions of FFmpeg give different pixels without an error.
+_INEXACT_CODECS = {
+    "mpeg4": "whose transform versions of FFmpeg round differently",
+    "mjpeg": "of whose damaged pictures versions of FFmpeg make different ones without an error",
+    "svq1": "whose colours versions of FFmpeg scale differently",
+}
 # FFmpeg seeks in these by decoding time, torchcodec by presentation time.
 _SOUGHT_BY_DECODING_TIME = ("mpegts", "mpeg", "avi")
 
@@ -51,7 +55,7 @@ def unfit(index: FrameIndex) -> str | None:
     if not index.seekable:
         return "it is damaged, changes its size or has frames without ascending times"
     if index.codec in _INEXACT_CODECS:
-        return f"its codec is {index.codec}, whose pixels differ between versions of FFmpeg"
+        return f"its codec is {index.codec}, {_INEXACT_CODECS[index.codec]}"
     if index.interlaced:
         return "its frames are interlaced, whose colours torchcodec places elsewhere"
     pixels = VideoFormat(index.pixel_format)
@@ -98,7 +102,8 @@ def decode_frames(path: Path, index: FrameIndex, frames: Sequence[int], transfor
                 raise WrongFrames(
                     f"torchcodec has frame {number} at {frame.pts_seconds:.4f} s, not at {seconds:.4f}"
                 )
-            images[number] = transform(Image.fromarray(frame.data.numpy()))
+            pixels = frame.data.numpy()
+            images[number] = pixels if transform is None else transform(Image.fromarray(pixels))
     except (RuntimeError, ValueError, IndexError) as error:
         raise WrongFrames(f"torchcodec: {str(error).strip().splitlines()[0]}") from error
     return images

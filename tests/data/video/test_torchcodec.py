@@ -23,6 +23,7 @@ from tests.data.video.test_frames import expected_verdict, header_rate, realdata
 MISSING = torchcodec.missing()
 installed = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 REFUSED = {
+    "mjpeg": "its codec is mjpeg",
     "mpeg4-b-frames": "its codec is mpeg4",
     "transport-stream": "its frames are reordered",
     "odd-size-vp9": "its size 47x33 is odd",
