@@ -26,6 +26,7 @@ PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("12
 
 train: install
 	discovla draw data/drawn_world
+	discovla shard data/drawn_world/manifest.jsonl data/drawn_world/shards --config configs/quickstart.toml
 	deepspeed -q --num_accelerators $(PROCESSES) --master_port $(PORT) train.py $(CONFIG) $(ARGS)
 
 test: install

@@ -133,6 +133,8 @@ def apply_override(values: dict[str, Any], word: str) -> None:
             values["method"] = {"name": value}
     else:
         table[last] = value
+    if key in ("data.manifest", "data.shards"):  # a run reads its clips from one of them
+        table.pop("shards" if last == "manifest" else "manifest", None)
 
 
 def parse_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:

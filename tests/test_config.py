@@ -49,6 +49,13 @@ def test_overrides_are_dotted_words_in_order(small):
     assert config.data.quarantine == Path("bad/x")
 
 
+def test_an_override_of_the_manifest_replaces_the_shards_of_a_config_and_the_other_way_round(small):
+    config = read_config(small, ["data.shards=folder"])
+    assert (config.data.shards, config.data.manifest) == ("folder", None)
+    config = read_config(small, ["data.shards=folder", "data.manifest=other.jsonl"])
+    assert (config.data.shards, config.data.manifest) == (None, Path("other.jsonl"))
+
+
 def test_naming_another_method_drops_the_options_of_the_old_one(small):
     config = read_config(small, ["method=clip", "method.tune=frozen"])
     assert config.method == CLIPConfig(tune="frozen")

@@ -208,7 +208,7 @@ def test_shards_that_do_not_divide_by_ranks_and_readers_give_every_rank_its_clip
 
 @pytest.mark.slow
 def test_any_number_of_processes_goes_on_from_shards_in_mid_epoch(tmp_path, drawn, shards, whole):
-    words = [runs.write_config(tmp_path, drawn), *SHORT, f"data.shards={shards}", "data.manifest=nowhere"]
+    words = [runs.write_config(tmp_path, drawn), *SHORT, f"data.shards={shards}"]
     runs.train([*words, "data.workers=2", "stop_at=3", f"directory={tmp_path}/first"], size=2)
     for size, workers in ((1, 2), (4, 1)):  # 3 shards for 2, 2 x 2 and 4 x 1 readers
         directory = shutil.copytree(tmp_path / "first", tmp_path / f"on{size}")

@@ -29,4 +29,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _draw(arguments: argparse.Namespace) -> None:
     sizes = WorldSizes(**{field.name: getattr(arguments, field.name) for field in fields(WorldSizes)})
     manifest = draw_world(arguments.out, seed=arguments.seed, sizes=sizes, workers=arguments.workers)
-    print(f"{manifest} is ready")
+    print(
+        f"{manifest} is ready: train from the videos (data.manifest={manifest}) or from shards of them"
+        f" (discovla shard {manifest} {arguments.out / 'shards'})"
+    )
