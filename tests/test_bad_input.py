@@ -91,7 +91,7 @@ def test_a_caption_longer_than_the_context_is_refused_before_training(split, tmp
     captions = (("red " * 40,) * (3 if split == "train" else 1),)
     manifest = spoiled(drawn, tmp_path, {f"{split} 2": {"captions": captions[0]}})
     line = refused(tmp_path, drawn, manifest)
-    assert f"longer than 32 tokens, the first of clip '{split}_00002' has 42: 'red red" in line
+    assert f"longer captions, the first of clip '{split}_00002' with 42: 'red red" in line
 
 
 def test_frame_captions_of_the_wrong_number_are_refused_before_training(tmp_path, drawn):

@@ -141,7 +141,7 @@ def test_a_clip_that_does_not_decode_is_an_error_that_names_it(method, clips, op
 
 def test_a_caption_longer_than_the_context_is_an_error_unless_it_may_be_cut(method, clips, options):
     clips[1] = replace(clips[1], captions=("word " * 40,))
-    with pytest.raises(ValueError, match="1 longer than 12 tokens, the first of clip 'c1' has 42"):
+    with pytest.raises(ValueError, match="found 1 longer captions, the first of clip 'c1' with 42"):
         evaluate(method, clips, options)
     cut = replace(options, data=options.data.model_copy(update={"long_captions": "truncate"}))
     assert "raw" in evaluate(method, clips, cut)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from av.error import FFmpegError
 
-from discovla.data.manifest import Clip, write_whole
+from discovla.data.manifest import Clip, write_atomic
 from discovla.data.sampling import Sampling
 from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.data.video.errors import DecodeError
@@ -144,7 +144,7 @@ def diagnose(
             done += 1
             report(done, len(requests))
     ordered = [rows[keys[path]] for path in requests]
-    write_whole(record, "".join(map(_line, ordered)))
+    write_atomic(record, "".join(map(_line, ordered)))
     return _diagnosis(clips, ordered, out / "quarantine.jsonl")
 
 
@@ -282,7 +282,7 @@ def _diagnosis(clips: Sequence[Clip], rows: Sequence[dict[str, Any]], quarantine
     verdicts = [(clip.id, str(clip.video), next(reasons[str(clip.video)])) for clip in clips]
     broken = tuple(verdict for verdict in verdicts if verdict[2] is not None)
     lines = [_line({"id": name, "video": video, "reason": reason}) for name, video, reason in broken]
-    write_whole(quarantine, "".join(lines))
+    write_atomic(quarantine, "".join(lines))
     return Diagnosis(files=tuple(rows), broken=broken, clips=len(clips), quarantine=quarantine)
 
 

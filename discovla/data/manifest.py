@@ -1,4 +1,4 @@
-"""The one form in which every dataset reaches training: a JSONL manifest, one clip a line."""
+"""Manifests: JSONL lists of clips, the form in which every dataset is read."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from typing import Any
 
 _REQUIRED = ("id", "video", "captions", "split")
 _OPTIONAL = ("start", "end", "frame_captions", "caption_order")
-_OFFENDERS = 5  # named in one message; a wrong folder makes every clip one
+_NAMED = 5  # faults named in one message; a wrong folder makes a fault of every clip
 
 FrameCaptions = tuple[tuple[str, ...] | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """A clip and what is said of it.
+    """A clip and its captions.
 
-    video: absolute path.  start, end: seconds, None for the ends of the file.  frame_captions: for each
-    caption one still caption per sampled frame, or None.  caption_order: for each caption its place in the
-    dataset's own list of samples, where that list is not grouped by clip.
+    video: absolute path.
+    start, end: span in seconds; None for the start or end of the file.
+    frame_captions: for each caption one caption per sampled frame, or None.
+    caption_order: position of each caption among all training samples of the dataset; None if the dataset
+        lists its samples clip by clip.
     """
 
     id: str
@@ -39,14 +41,14 @@ class Clip:
 
 
 def read_manifest(path: str | Path, *, split: str | None = None) -> list[Clip]:
-    """The clips of a manifest, in its order.
+    """Read the clips of a manifest, in its order.
 
     Args:
-        path: a JSONL file; video paths in it are taken relative to its folder.
-        split: only the clips of this split; None for all.
+        path: JSONL file; video paths in it are relative to its folder.
+        split: return only the clips of this split; None returns all.
 
     Raises:
-        ValueError: a line that is no clip, named by file and line; an id given twice; a split without clips.
+        ValueError: a line that is not a clip, named by file and line; a repeated id; a split without clips.
     """
     path = Path(path)
     clips = []
@@ -57,52 +59,50 @@ def read_manifest(path: str | Path, *, split: str | None = None) -> list[Clip]:
         where = f"{path}:{number}"
         clip = _clip(_object(line, where), where, path.parent.resolve())
         if clip.id in seen:
-            raise ValueError(f"{where}: the id {clip.id!r} is already that of line {seen[clip.id]}")
+            raise ValueError(f"{where}: expected a new id, found {clip.id!r}, the id of line {seen[clip.id]}")
         seen[clip.id] = number
         clips.append(clip)
     if not clips:
         raise ValueError(f"{path}: expected one clip a line, found none")
-    chosen = [clip for clip in clips if split in (None, clip.split)]
-    if not chosen:
-        found = ", ".join(f"{name} {n}" for name, n in Counter(clip.split for clip in clips).items())
-        raise ValueError(f"{path}: no clip of the split {split!r}; found {found}")
-    return chosen
+    selected = [clip for clip in clips if split in (None, clip.split)]
+    if not selected:
+        counts = ", ".join(f"{name} {n}" for name, n in Counter(clip.split for clip in clips).items())
+        raise ValueError(f"{path}: expected clips of the split {split!r}, found {counts}")
+    return selected
 
 
 def write_manifest(path: str | Path, clips: Sequence[Clip]) -> None:
-    """Write clips to a manifest, whole or not at all; videos below its folder are written relative to it.
+    """Write a manifest atomically; paths of videos below its folder are written relative to it.
 
     Raises:
-        ValueError: two clips share an id, or a clip is none that could be read again.
+        ValueError: two clips share an id, or a clip could not be read back.
         OSError: the file cannot be written.
     """
     path = Path(path)
-    twice = [name for name, n in Counter(clip.id for clip in clips).items() if n > 1]
-    if twice:
-        raise ValueError(f"{path}: ids must differ, found more than once: {', '.join(twice[:_OFFENDERS])}")
+    repeated = [name for name, n in Counter(clip.id for clip in clips).items() if n > 1]
+    if repeated:
+        raise ValueError(f"{path}: expected different ids, found repeated: {', '.join(repeated[:_NAMED])}")
     folder = path.parent.resolve()
     lines = []
     for number, clip in enumerate(clips, start=1):
         line = json.dumps(_fields(clip, folder), ensure_ascii=False)
         where = f"{path}:{number}"
-        _clip(_object(line, where), where, folder)  # what could not be read again is not written
+        _clip(_object(line, where), where, folder)  # refuses clips that could not be read back
         lines.append(line + "\n")
-    write_whole(path, "".join(lines))
+    write_atomic(path, "".join(lines))
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file whole or not at all, whenever the process ends; its folder is made.
-
-    What a process that was killed left half written beside it is removed.
+def write_atomic(path: Path, content: str) -> None:
+    """Write a text file atomically and create its folder; remove parts that killed processes left behind.
 
     Raises:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        number = left.name.split(".")[-2]
-        if number.isdigit() and not Path(f"/proc/{number}").exists():
-            left.unlink(missing_ok=True)
+    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        process = abandoned.name.split(".")[-2]
+        if process.isdigit() and not Path(f"/proc/{process}").exists():
+            abandoned.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(content, encoding="utf-8", newline="")
@@ -112,32 +112,32 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def check_clips(clips: Sequence[Clip], *, frames: int | None = None, files: bool = True) -> None:
-    """Refuse, before training, clips that cannot be used.
+    """Refuse clips that cannot be used, before training.
 
-    A video must be a file that is not empty, a caption must say something, ids must differ, and where there
-    are frame captions they must number as many as the frames.
+    Videos must be files that are not empty, captions must not be empty, ids must differ, and frame captions
+    must be one per frame.
 
     Args:
-        frames: frames sampled per clip, where frame captions are used; None leaves them unchecked.
-        files: whether the videos must be there; shards do without.
+        frames: frames sampled per clip; None leaves frame captions unchecked.
+        files: check the video files; shards need none.
 
     Raises:
-        ValueError: the first offenders, each with its id, what was expected and what was found.
+        ValueError: the first faults, each with the id of its clip, what was expected and what was found.
     """
     if not clips:
         raise ValueError("expected at least one clip, found none")
     ids = Counter(clip.id for clip in clips)
-    faults = [f"the id {name!r} is given to {n} clips" for name, n in ids.items() if n > 1]
+    faults = [f"expected different ids, found {name!r} on {n} clips" for name, n in ids.items() if n > 1]
     for clip in clips:
         faults += [f"clip {clip.id!r}: {fault}" for fault in _faults(clip, frames, files)]
     if faults:
-        more = f"; and {len(faults) - _OFFENDERS} more" if len(faults) > _OFFENDERS else ""
+        more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
         number = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
-        raise ValueError(f"{number} in {len(clips)} clips: {'; '.join(faults[:_OFFENDERS])}{more}")
+        raise ValueError(f"{number} in {len(clips)} clips: {'; '.join(faults[:_NAMED])}{more}")
 
 
 def _faults(clip: Clip, frames: int | None, files: bool) -> list[str]:
-    """What stands against one clip."""
+    """Return the faults of one clip."""
     faults = _file_faults(clip) if files else []
     if not clip.captions:
         faults.append("expected at least one caption, found none")
@@ -148,7 +148,7 @@ def _faults(clip: Clip, frames: int | None, files: bool) -> list[str]:
 
 
 def _file_faults(clip: Clip) -> list[str]:
-    """A video that is no file with something in it."""
+    """Return the fault of a video file that is missing or empty."""
     try:
         if not clip.video.is_file():
             return [f"expected a video file, found {_kind(clip.video)}: {clip.video}"]
@@ -160,7 +160,7 @@ def _file_faults(clip: Clip) -> list[str]:
 
 
 def _frame_caption_faults(lists: FrameCaptions, frames: int) -> list[str]:
-    """Frame captions that are not one for each frame, or say nothing."""
+    """Return the faults of frame captions that are not one per frame, or empty."""
     faults = []
     for i, texts in enumerate(lists):
         if texts is None:
@@ -173,26 +173,29 @@ def _frame_caption_faults(lists: FrameCaptions, frames: int) -> list[str]:
 
 
 def _kind(path: Path) -> str:
-    """What a path that is no file is."""
+    """Return what a path that is not a file is."""
     return "a folder" if path.is_dir() else "something else" if path.exists() else "nothing"
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file."""
+    """Return the lines of a text file."""
     try:
-        # Not splitlines(): a caption may hold U+2028 and its like, which end no line of a manifest.
+        # Not splitlines(), which also splits at U+2028 and the like; captions may contain them.
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found byte {error.start} is not") from error
+        raise ValueError(f"{path}: expected UTF-8 text, found another byte at {error.start}") from error
     except OSError as error:
         raise ValueError(f"{path}: expected a manifest, {error.strerror}") from error
 
 
 def json_object(line: str, where: str) -> dict[str, Any]:
-    """One line as a JSON object.
+    """Parse one line as a JSON object.
+
+    Args:
+        where: file and line, for the error.
 
     Raises:
-        ValueError: it is none; the message begins with `where`.
+        ValueError: the line is not a JSON object.
     """
     try:
         row = json.loads(line)
@@ -204,7 +207,7 @@ def json_object(line: str, where: str) -> dict[str, Any]:
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
-    """One line as a JSON object with the keys of a clip and no others."""
+    """Parse one line as a JSON object with the keys of a clip and no others."""
     row = json_object(line, where)
     missing = [key for key in _REQUIRED if key not in row]
     unknown = [key for key in row if key not in _REQUIRED + _OPTIONAL]
@@ -217,7 +220,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
-    """A checked clip from one manifest line."""
+    """Return the clip of one manifest line."""
     for key in ("id", "video", "split"):
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"{where}: {key}: expected a text that is not empty, found {row[key]!r}")
@@ -235,7 +238,7 @@ def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
-    """A list of texts that all say something."""
+    """Return a list of texts that are not empty."""
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where}: expected a list of texts, found {_short(value)}")
     for i, text in enumerate(value):
@@ -245,7 +248,7 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _seconds(value: Any, where: str) -> float | None:
-    """A time, or None."""
+    """Return a time in seconds, or None."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -254,33 +257,33 @@ def _seconds(value: Any, where: str) -> float | None:
 
 
 def _frame_captions(value: Any, captions: int, where: str) -> FrameCaptions | None:
-    """For each caption its list of frame captions, or None."""
+    """Return the frame captions of each caption, or None."""
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != captions:
-        found = f"{len(value)} lists" if isinstance(value, list) else _short(value)
-        raise ValueError(f"{where}: expected a list or null for each of {captions} captions, found {found}")
+        actual = f"{len(value)} lists" if isinstance(value, list) else _short(value)
+        raise ValueError(f"{where}: expected a list or null for each of {captions} captions, found {actual}")
     return tuple(None if texts is None else _texts(texts, f"{where}[{i}]") for i, texts in enumerate(value))
 
 
 def _order(value: Any, captions: int, where: str) -> tuple[int, ...] | None:
-    """For each caption its place among all samples, or None."""
+    """Return the position of each caption among all samples, or None."""
     if value is None:
         return None
-    whole = isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
-    if not whole or len(value) != captions:
+    integers = isinstance(value, list) and all(type(i) is int for i in value)
+    if not integers or len(value) != captions:
         raise ValueError(f"{where}: expected {captions} whole numbers, found {_short(value)}")
     return tuple(value)
 
 
 def _short(value: Any) -> str:
-    """A value as it would be written, cut to what fits a message."""
+    """Return the repr of a value, cut to fit a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _fields(clip: Clip, folder: Path) -> dict[str, Any]:
-    """The JSON object of a clip, without what it leaves out."""
+    """Return the JSON object of a clip, without optional keys that are None."""
     video = clip.video if clip.video.is_absolute() else Path.cwd() / clip.video
     video = Path(os.path.normpath(video))
     written = video.relative_to(folder) if video.is_relative_to(folder) else video

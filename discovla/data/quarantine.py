@@ -1,4 +1,4 @@
-"""Clips found bad in training: written down with the reason, counted, never trained on."""
+"""Bad clips: counted in training, written to a list, left out of later training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class Quarantine:
-    """The bad clips of a run, in `quarantine.jsonl`, each once.
+    """The bad clips of a run, each once, in a JSONL file.
 
     Args:
-        path: of the file; what an interrupted run wrote there counts on.
-        clips: how many clips the training split has.
+        path: the file; bad clips of an interrupted run are read from it.
+        clips: number of training clips.
         share: largest share of them that may be bad.
     """
 
@@ -28,16 +28,19 @@ class Quarantine:
         self.path, self.clips, self.share = path, clips, share
         self.known = _read(path)
 
-    def add(self, found: Iterable[BadClip], *, write: bool) -> None:
-        """Count clips found bad in a step; `write` on one process only.
+    def add(self, bad: Iterable[BadClip], *, write: bool) -> None:
+        """Count the bad clips of a step.
+
+        Args:
+            write: append new ones to the file; True on one process only.
 
         Raises:
             ValueError: more than the allowed share of the clips is bad.
         """
-        found = list(found)
-        if not found:
+        bad = list(bad)
+        if not bad:
             return
-        new = {clip.id: clip for clip in found if clip.id not in self.known}
+        new = {clip.id: clip for clip in bad if clip.id not in self.known}
         self.known |= new
         if write and new:
             with self.path.open("a", encoding="utf-8") as file:
@@ -46,7 +49,7 @@ class Quarantine:
         for clip in new.values():
             logger.warning("skipping clip %r (%s): %s", clip.id, clip.video, clip.reason)
         if len(self.known) > self.share * self.clips:
-            last = found[-1]
+            last = bad[-1]
             raise ValueError(
                 f"data.bad_clip_share: expected at most {self.share:.2%} of {self.clips} clips to be bad,"
                 f" found {len(self.known)}, the last {last.id!r} ({last.video}): {last.reason};"
@@ -55,14 +58,13 @@ class Quarantine:
 
 
 def without_quarantined(clips: Sequence[Clip], path: str | Path) -> list[Clip]:
-    """Clips but those of a quarantine list, as the doctor writes it; how many are left out is logged.
+    """Return the clips that are not in a quarantine list, and log how many are.
 
     Args:
-        clips: of the training split.
-        path: JSONL of id, video and reason.
+        path: JSONL file with id, video and reason of each clip, as `discovla doctor` writes it.
 
     Raises:
-        ValueError: there is no such list, or a line is none of it; or all clips are in it.
+        ValueError: the list cannot be read, or all clips are in it.
     """
     path = Path(path)
     try:
@@ -77,25 +79,24 @@ def without_quarantined(clips: Sequence[Clip], path: str | Path) -> list[Clip]:
             except (json.JSONDecodeError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: expected id, video and reason of a clip") from error
             listed[bad.id] = bad
-    kept = [clip for clip in clips if clip.id not in listed]
-    if not kept:
-        raise ValueError(f"{path}: all of the {len(clips)} clips are in quarantine")
-    out = [clip for clip in clips if clip.id in listed]
-    if out:
-        first = listed[out[0].id]
+    good = [clip for clip in clips if clip.id not in listed]
+    if not good:
+        raise ValueError(f"{path}: expected a clip that is not in quarantine, found all {len(clips)} in it")
+    if len(good) < len(clips):
+        first = next(listed[clip.id] for clip in clips if clip.id in listed)
         logger.warning(
             "%d of %d clips are in quarantine (%s) and left out, the first %r: %s",
-            len(out),
+            len(clips) - len(good),
             len(clips),
             path,
             first.id,
             first.reason,
         )
-    return kept
+    return good
 
 
 def _read(path: Path) -> dict[str, BadClip]:
-    """Bad clips by id; a last line cut short by a crash is dropped and will be found again."""
+    """Return bad clips by id; drop a last line that a crash cut short, as its clip will be found again."""
     known: dict[str, BadClip] = {}
     if not path.exists():
         return known
@@ -104,7 +105,7 @@ def _read(path: Path) -> dict[str, BadClip]:
         clip = BadClip(**json.loads(line))
         known[clip.id] = clip
     if lines[-1]:
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")  # other ranks are reading
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")  # other ranks read the file at this time
         part.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
         part.replace(path)
     return known

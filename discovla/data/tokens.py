@@ -1,4 +1,4 @@
-"""CLIP's byte-pair encoding of captions."""
+"""Tokenization of captions by CLIP's byte-pair encoding."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from open_clip import SimpleTokenizer
 
-_REMEMBERED = 1 << 17  # captions: frame captions repeat within a clip, and every caption in every epoch
+_CACHED = 1 << 17  # texts; frame captions repeat within a clip, captions in every epoch
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Captions to token ids, as the released CLIP does it.
+    """The tokenizer of the released CLIP.
 
-    Text is repaired, unescaped, its spaces collapsed and lower-cased; the special tokens written out in a
-    caption become the special ids.  ids = start, tokens cut to context_length - 2, end, then zeros.
+    Text is repaired by ftfy, HTML-unescaped, lower-cased and its spaces collapsed; special tokens spelled out
+    in a caption become the special ids.  ids = start, tokens cut to context_length - 2, end, then zeros.
 
     Args:
         context_length: tokens of a row, start and end included, at least 2.
@@ -34,15 +34,17 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if self.context_length < 2:
-            raise ValueError(f"context_length: expected at least 2, start and end; got {self.context_length}")
+            raise ValueError(
+                f"context_length: expected at least 2, start and end, found {self.context_length}"
+            )
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids of captions, cut to the context.
+        """Return the token ids of captions, cut to the context.
 
         Args:
             texts: n captions.
 
-        Returns: ids n l (int64, padded with 0) and mask n l (bool, true on real tokens, the end included).
+        Returns: ids n l (int64, padded with 0) and mask n l (bool, True on tokens, start and end included).
         """
         ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         mask = torch.zeros(len(texts), self.context_length, dtype=torch.bool)
@@ -54,29 +56,29 @@ class Tokenizer:
         return ids, mask
 
     def length(self, text: str) -> int:
-        """Tokens of a caption before it is cut, start and end included."""
+        """Return the number of tokens of a caption before it is cut, start and end included."""
         return len(_tokens(text)) + 2
 
 
 def special_ids() -> tuple[int, int]:
-    """Ids of the start and the end of a text."""
+    """Return the ids of the start and the end token."""
     bpe = _bpe()
     return bpe.sot_token_id, bpe.eot_token_id
 
 
-@lru_cache(maxsize=_REMEMBERED)
+@lru_cache(maxsize=_CACHED)
 def _tokens(text: str) -> tuple[int, ...]:
-    """Ids of a text without start and end."""
+    """Return the ids of a text without start and end."""
     bpe = _bpe()
-    # Printable ASCII needs no repair, which takes most of the time: there may be millions of frame captions.
+    # Repair takes most of the time, and printable ASCII needs none.
     plain = text.isascii() and text.isprintable() and "&" not in text
     cleaned = " ".join(text.split()).lower() if plain else bpe.clean_fn(text)
     return tuple(token for word in bpe.pat.findall(cleaned) for token in _word(word))
 
 
-@lru_cache(maxsize=_REMEMBERED)
+@lru_cache(maxsize=_CACHED)
 def _word(word: str) -> tuple[int, ...]:
-    """Ids of one word of a cleaned text."""
+    """Return the ids of one word of a cleaned text."""
     bpe = _bpe()
     symbols = "".join(bpe.byte_encoder[byte] for byte in word.encode())
     return tuple(bpe.encoder[part] for part in bpe.bpe(symbols).split(" "))
@@ -84,20 +86,20 @@ def _word(word: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1)
 def _bpe() -> SimpleTokenizer:
-    """open_clip's tokenizer, with the special tokens spelled as in the released CLIP."""
+    """Return open_clip's tokenizer, with the special tokens spelled as in the released CLIP."""
     bpe = _open_clip_tokenizer()
     renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     pattern = bpe.pat.pattern
-    for theirs, released in renamed.items():
-        bpe.encoder[released] = bpe.encoder.pop(theirs)
-        bpe.cache[released] = released
-        pattern = pattern.replace(theirs, regex.escape(released))
+    for open_clip_name, name in renamed.items():
+        bpe.encoder[name] = bpe.encoder.pop(open_clip_name)
+        bpe.cache[name] = name
+        pattern = pattern.replace(open_clip_name, regex.escape(name))
     bpe.pat = regex.compile(pattern, regex.IGNORECASE)
     return bpe
 
 
 def _open_clip_tokenizer() -> SimpleTokenizer:
-    """From its one file: the package around it imports timm and torchvision, slower than torch."""
+    """Load open_clip's tokenizer from its file; importing the package imports timm and torchvision too."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("expected the package open_clip (open_clip_torch), found none")

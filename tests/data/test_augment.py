@@ -18,7 +18,7 @@ def noise(seed: int = 0) -> np.ndarray:
 
 
 def steps(seed: str) -> list[tuple]:
-    """The operations drawn for a clip: function, arguments, options."""
+    """Return the operations drawn for a clip: name, arguments, options."""
     with augment._random_state(seed):
         ops = random.choices(augment._policy().ops, k=augment._policy().num_layers)
         return [(op.name, *step[1:]) for op in ops for step in augment._drawn(op)]
@@ -26,11 +26,11 @@ def steps(seed: str) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def drawn() -> list[list[tuple]]:
-    """The operations of many clips."""
+    """Return the operations of many clips."""
     return [steps(f"0/0/{i}") for i in range(2000)]
 
 
-def test_one_seed_gives_the_same_picture_for_every_frame():
+def test_equal_frames_stay_equal_under_one_seed():
     image = Image.fromarray(noise())
     for i in range(20):
         change = draw_randaugment(f"0/1/{i}")
@@ -40,13 +40,13 @@ def test_one_seed_gives_the_same_picture_for_every_frame():
         assert np.array_equal(np.asarray(draw_randaugment(f"0/1/{i}")(image)), first)
 
 
-def test_seeds_give_different_pictures():
+def test_different_seeds_give_different_pictures():
     image = Image.fromarray(noise())
     pictures = {np.asarray(draw_randaugment(f"0/0/{i}")(image)).tobytes() for i in range(20)}
     assert len(pictures) > 15
 
 
-def test_the_random_state_of_the_process_is_left_alone():
+def test_drawing_does_not_change_the_random_state_of_the_process():
     random.seed(5)
     np.random.seed(5)
     before = random.getstate(), np.random.get_state()[1].copy()
@@ -63,14 +63,14 @@ def test_the_draws_do_not_depend_on_the_random_state():
     assert steps("0/0/3") == first
 
 
-def test_the_random_state_returns_after_an_error():
+def test_the_random_state_is_restored_after_an_error():
     before = random.getstate()
     with pytest.raises(KeyError), augment._random_state("x"):
         raise KeyError
     assert random.getstate() == before
 
 
-def test_the_operations_are_the_fifteen_released():
+def test_the_operations_are_the_fifteen_of_the_release():
     names = {op.name for op in augment._policy().ops}
     assert names == {
         "AutoContrast",
@@ -122,7 +122,7 @@ def test_every_operation_is_drawn_about_as_often(drawn):
         ("SharpnessIncreasing", 0.09, 1.0),
     ],
 )
-def test_strengths_follow_the_magnitude_with_a_fair_sign(drawn, name, unit, centre):
+def test_strengths_follow_the_magnitude_with_either_sign_equally_often(drawn, name, unit, centre):
     values = np.array([arguments[0] for ops in drawn for n, arguments, _ in ops if n == name]) - centre
     magnitudes = np.abs(values) / unit
     assert magnitudes.mean() == pytest.approx(7, abs=0.2)
@@ -139,18 +139,18 @@ def test_strengths_follow_the_magnitude_with_a_fair_sign(drawn, name, unit, cent
     ],
     ids=["Posterize", "Solarize", "SolarizeAdd"],
 )
-def test_whole_number_strengths_are_those_of_the_specification(name, of):
+def test_integer_strengths_are_those_of_the_release(name, of):
     op = next(op for op in augment._policy().ops if op.name == name)
     for magnitude in (0.0, 5.3, 7.0, 8.1, 10.0):
         assert op.level_fn(magnitude, op.hparams) == (of(magnitude),)
 
 
-def test_what_moves_in_is_grey_and_interpolation_bicubic():
+def test_geometric_operations_fill_with_grey_and_interpolate_bicubically():
     for op in augment._policy().ops:
         assert op.kwargs == {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BICUBIC}
 
 
-def test_the_light_one_changes_all_frames_alike():
+def test_light_augmentation_changes_all_frames_alike():
     frames = np.stack([noise(), noise(), noise(1)])
     changed = draw_light("0/0/1")(frames)
     assert changed.dtype == np.uint8
@@ -158,7 +158,7 @@ def test_the_light_one_changes_all_frames_alike():
     assert not np.array_equal(changed, frames)
 
 
-def test_the_light_one_changes_brightness_and_contrast_by_a_fifth_at_most():
+def test_light_augmentation_changes_brightness_and_contrast_by_a_fifth_at_most():
     frames = np.full((1, 4, 4, 3), 100, np.uint8)
     frames[..., 0] = 90
     frames[..., 2] = 110
@@ -174,7 +174,7 @@ def test_the_light_one_changes_brightness_and_contrast_by_a_fifth_at_most():
 
 
 def ramp(width: int, height: int) -> Image.Image:
-    """Red grows to the right and green downwards: a cut tells where it is from."""
+    """Return a picture whose red is the x and whose green is the y of each pixel."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return Image.fromarray(np.stack([x, y, np.full_like(x, 7)], axis=-1).astype(np.uint8))
 
@@ -191,7 +191,7 @@ def test_a_crop_is_the_same_part_of_every_frame_of_a_clip():
         assert top <= pixels[..., 1].min() and pixels[..., 1].max() < bottom
 
 
-def test_crops_have_the_released_areas_and_aspects():
+def test_crops_have_the_areas_and_aspects_of_the_release():
     boxes = [augment.crop_box(random.Random(i), 320, 240) for i in range(3000)]
     w, h = (np.array([box[i + 2] - box[i] for box in boxes]) for i in range(2))
     share = w * h / (320 * 240)
@@ -203,5 +203,5 @@ def test_crops_have_the_released_areas_and_aspects():
     assert abs(np.log(w / h)[share < 0.5].mean()) < 0.01
 
 
-def test_a_frame_that_no_crop_fits_gives_its_middle():
+def test_a_frame_that_no_crop_fits_gives_its_middle_square():
     assert augment.crop_box(random.Random(0), 1000, 10) == (495, 0, 505, 10)

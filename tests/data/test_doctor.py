@@ -306,7 +306,7 @@ def test_training_leaves_the_listed_clips_out(found, folder, tmp_path, caplog):
     assert {c.id for c in clips} - {c.id for c in kept} == {name for name, _, _ in found.broken}
     assert "4 of 11 clips are in quarantine" in caplog.text
     assert len(Quarantine(found.quarantine, clips=11, share=1).known) == 4  # the form training writes
-    with pytest.raises(ValueError, match="all of the 1 clips are in quarantine"):
+    with pytest.raises(ValueError, match="expected a clip that is not in quarantine, found all 1 in it"):
         without_quarantined([clip(folder / "text.mp4")], found.quarantine)
     (tmp_path / "bad.jsonl").write_text('{"id": "x"}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl:1: expected id, video and reason of a clip"):

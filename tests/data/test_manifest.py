@@ -1,4 +1,4 @@
-"""Manifests: what is read, what is written, what is refused."""
+"""Reading, writing and checking manifests."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ LINE = {"id": "a", "video": "a.mp4", "captions": ["a red circle"], "split": "tra
 
 
 def manifest(folder, *rows):
-    """A manifest of these rows; a text is written as it stands."""
+    """Write a manifest of these rows; a string is written unchanged."""
     path = folder / "manifest.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 
 def clip(folder, **changes):
-    """A clip with a video file that is there."""
+    """Return a clip with an existing video file."""
     video = folder / "a.mp4"
     video.write_bytes(b"not empty")
     return Clip(**({"id": "a", "video": video, "captions": ("a red circle",), "split": "train"} | changes))
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_a_written_manifest_reads_back_the_same(tmp_path):
     clips = [
         clip(
             tmp_path,
@@ -65,25 +65,25 @@ def test_a_failed_write_leaves_the_old_manifest(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "manifest.jsonl"]
 
 
-def test_two_clips_of_one_id_are_not_written(tmp_path):
-    with pytest.raises(ValueError, match="ids must differ, found more than once: a"):
+def test_clips_with_the_same_id_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="expected different ids, found repeated: a"):
         write_manifest(tmp_path / "m.jsonl", [clip(tmp_path), clip(tmp_path)])
 
 
-def test_a_split_is_chosen(tmp_path):
+def test_only_the_clips_of_a_split_are_read(tmp_path):
     path = manifest(tmp_path, LINE, LINE | {"id": "b", "split": "test"})
     assert [c.id for c in read_manifest(path, split="test")] == ["b"]
 
 
-def test_a_split_without_clips_names_those_there_are(tmp_path):
+def test_a_split_without_clips_is_refused_with_the_names_of_the_others(tmp_path):
     path = manifest(tmp_path, LINE, LINE | {"id": "b", "split": "test"})
     with pytest.raises(
-        ValueError, match=r"manifest.jsonl: no clip of the split 'val'; found train 1, test 1"
+        ValueError, match=r"manifest.jsonl: expected clips of the split 'val', found train 1, test 1"
     ):
         read_manifest(path, split="val")
 
 
-def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
+def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
     path = manifest(tmp_path, "\ufeff" + json.dumps(LINE), "", LINE | {"id": "b"})
     assert [c.id for c in read_manifest(path)] == ["a", "b"]
 
@@ -107,7 +107,7 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
             r":2: frame_captions\[0\]\[1\]: expected a text that is not",
         ),
         (LINE | {"caption_order": [1, 2]}, r":2: caption_order: expected 1 whole numbers, found \[1, 2\]"),
-        (LINE, r":2: the id 'a' is already that of line 1"),
+        (LINE, r":2: expected a new id, found 'a', the id of line 1"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
 )
@@ -117,7 +117,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, row, message):
         read_manifest(path)
 
 
-def test_a_manifest_that_is_not_there_is_named(tmp_path):
+def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none.jsonl: expected a manifest, No such file"):
         read_manifest(tmp_path / "none.jsonl")
 
@@ -127,13 +127,13 @@ def test_an_empty_manifest_is_refused(tmp_path):
         read_manifest(manifest(tmp_path))
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_a_manifest_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"m.jsonl: expected UTF-8 text"):
         read_manifest(tmp_path / "m.jsonl")
 
 
-def test_good_clips_pass_the_check(tmp_path):
+def test_usable_clips_pass_the_check(tmp_path):
     check_clips([clip(tmp_path, frame_captions=(("x", "y"),))], frames=2)
 
 
@@ -147,12 +147,12 @@ def test_good_clips_pass_the_check(tmp_path):
     ],
     ids=["empty caption", "no caption", "too few frame captions", "empty frame caption"],
 )
-def test_a_clip_that_cannot_be_used_is_named(tmp_path, changes, message):
+def test_an_unusable_clip_is_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         check_clips([clip(tmp_path, **changes)], frames=2)
 
 
-def test_videos_that_are_no_files_are_named(tmp_path):
+def test_missing_and_empty_videos_are_named(tmp_path):
     (tmp_path / "empty.mp4").touch()
     clips = [
         clip(tmp_path, id=name, video=tmp_path / name)
@@ -166,11 +166,11 @@ def test_videos_that_are_no_files_are_named(tmp_path):
     assert "'empty.mp4': expected a video file, found an empty one" in text
 
 
-def test_many_offenders_make_one_short_message(tmp_path):
+def test_many_faults_make_one_short_message(tmp_path):
     with pytest.raises(ValueError, match=r"8 faults in 8 clips: .*; and 3 more$"):
         check_clips([clip(tmp_path, id=str(i), captions=("",)) for i in range(8)])
 
 
-def test_an_id_of_two_clips_is_a_fault(tmp_path):
-    with pytest.raises(ValueError, match="the id 'a' is given to 2 clips"):
+def test_an_id_on_two_clips_is_a_fault(tmp_path):
+    with pytest.raises(ValueError, match="expected different ids, found 'a' on 2 clips"):
         check_clips([clip(tmp_path), clip(tmp_path)])

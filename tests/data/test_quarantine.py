@@ -1,3 +1,7 @@
+"""Counting bad clips and writing them to a list."""
+
+from __future__ import annotations
+
 import json
 
 import pytest
@@ -28,7 +32,7 @@ def test_too_many_bad_clips_stop_the_run_and_name_the_last(tmp_path):
         quarantine.add([bad(2)], write=True)
 
 
-def test_a_resumed_run_counts_on_and_drops_a_line_cut_short(tmp_path):
+def test_a_resumed_run_continues_the_count_and_drops_a_line_cut_short(tmp_path):
     path = tmp_path / "q.jsonl"
     Quarantine(path, clips=100, share=0.5).add([bad(1)], write=True)
     with path.open("a") as file:
@@ -39,7 +43,7 @@ def test_a_resumed_run_counts_on_and_drops_a_line_cut_short(tmp_path):
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["clip1", "clip2"]
 
 
-def test_only_the_writing_process_touches_the_file(tmp_path):
+def test_only_the_writing_process_changes_the_file(tmp_path):
     quarantine = Quarantine(tmp_path / "q.jsonl", clips=100, share=0.5)
     quarantine.add([bad(1)], write=False)
     assert not quarantine.path.exists()

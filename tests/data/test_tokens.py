@@ -19,13 +19,13 @@ def test_ids_and_masks_are_those_of_the_golden_file(golden):
         assert mask[0].int().tolist() == case["mask"], case["text"]
 
 
-def test_special_tokens_written_in_a_caption_become_the_special_ids():
+def test_special_tokens_spelled_in_a_caption_become_the_special_ids():
     start, end = special_ids()
     ids, _ = Tokenizer(8).encode(["a <|startoftext|> <|ENDOFTEXT|>"])
     assert ids[0].tolist()[2:5] == [start, end, end]
 
 
-def test_a_cut_caption_still_ends_with_the_end():
+def test_a_cut_caption_ends_with_the_end_token():
     ids, mask = Tokenizer(6).encode(["one two three four five six seven eight"])
     assert ids[0, -1] == special_ids()[1]
     assert mask.all()
@@ -67,11 +67,11 @@ def test_a_context_without_room_for_start_and_end_is_refused():
     ],
     ids=lambda text: ascii(text)[:20],
 )
-def test_short_ways_give_what_the_whole_tokenizer_gives(text):
+def test_ids_equal_those_of_the_uncached_tokenizer(text):
     assert list(_tokens(text)) == _bpe().encode(text)
 
 
-def test_every_printable_ascii_character_goes_the_same_way():
+def test_every_pair_of_printable_ascii_characters_gives_the_same_ids():
     for first in map(chr, range(32, 127)):
         for second in map(chr, range(32, 127)):
             text = f"a{first}{second}b {second}{first}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from discovla.data.datasets.files import read_json
-from discovla.data.manifest import Clip, write_whole
+from discovla.data.manifest import Clip, write_atomic
 
 
 def read_frame_captions(path: str | Path) -> dict[str, tuple[str, ...]]:
@@ -42,7 +42,7 @@ def write_frame_captions(path: str | Path, clips: Iterable[Clip]) -> None:
     }
     if not lists:
         raise ValueError(f"{path}: expected a clip with frame captions, found none")
-    write_whole(Path(path), json.dumps(lists, ensure_ascii=False, indent=0) + "\n")
+    write_atomic(Path(path), json.dumps(lists, ensure_ascii=False, indent=0) + "\n")
 
 
 def with_frame_captions(

@@ -11,7 +11,7 @@ from pathlib import Path
 from discovla.data.datasets import PROTOCOLS
 from discovla.data.datasets.annotations import Annotations, hold_out
 from discovla.data.datasets.protocol import differences
-from discovla.data.manifest import Clip, write_manifest, write_whole
+from discovla.data.manifest import Clip, write_atomic, write_manifest
 
 _SHOWN = 3  # names in one line
 
@@ -104,7 +104,7 @@ def prepare(
     write_manifest(out, clips)
     fields = asdict(result) | {"manifest": out.name}
     report = out.with_name(f"{out.stem}.report.json")
-    write_whole(report, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(report, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
     return result
 
 

@@ -207,7 +207,7 @@ def test_the_command_keeps_known_captions(clips, tmp_path):
         ),
         (["--model", "hf:org/x"], "serve it with `vllm serve org/x` and use --model openai:org/x --url"),
         (["--model", "coca:x@y"], "--url: expected with --model openai:NAME and with no other"),
-        (["--split", "dev"], "no clip of the split 'dev'"),
+        (["--split", "dev"], "expected clips of the split 'dev'"),
         (["--url", "localhost"], "--url: expected http://... or https://..., found 'localhost'"),
         (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
     ],

@@ -87,7 +87,8 @@ def test_one_caption_of_each_training_clip_is_the_golden_train_test(golden):
 def test_samples_without_frame_captions_are_an_error_by_default(golden):
     clips = golden_clips(golden, "train")
     with pytest.raises(
-        ValueError, match=r"frame captions: 4 of 13 captions have none, the first of clip 'video5'"
+        ValueError,
+        match=r"expected one list for each of 13 captions, found 4 .* of clip 'video5'",
     ):
         training_pairs(clips, frame_captions=True, missing="error")
 
