@@ -41,8 +41,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 
 from benchmarks.drawn_figures import DrawnEvaluation, measure
-from benchmarks.measure import RESULTS, ROOT, machine, read_rows, relative_frobenius, write_row
-from benchmarks.step_inputs import bytes_kept
+from benchmarks.measure import RESULTS, ROOT, bytes_kept, machine, read_rows, relative_frobenius, write_row
 from discovla.batch import Batch
 from discovla.config import RunConfig, read_config
 from discovla.data.dataset import read_clips

@@ -51,10 +51,10 @@ from benchmarks.measure import (
     write_row,
 )
 from benchmarks.peers import PEERS, Peer
+from benchmarks.step import MODELS, Comparison
+from benchmarks.step import compare as compare_steps
+from benchmarks.step import show as show_step
 from benchmarks.tower_cases import checked_tower_cases, timed_tower_cases
-from benchmarks.train_step import MODELS, Contest
-from benchmarks.train_step import run as run_steps
-from benchmarks.train_step import show as show_step
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 
 # ‖error‖ / ‖truth‖ of values and of gradients. float32 is three TF32 products. Half-precision inputs are
@@ -279,7 +279,7 @@ def contests(suite: str) -> list[tuple[str, int]]:
 
 def time_steps(suite: str, path: Path, where: Row, deadline: float, only: str = "") -> list[Row]:
     """Training steps, all implementations in turns; each contest has its share of the time that is left."""
-    asked = [Contest(model=model, pairs=pairs, rounds=ROUNDS) for model, pairs in contests(suite)]
+    asked = [Comparison(model=model, pairs=pairs, rounds=ROUNDS) for model, pairs in contests(suite)]
     asked = [contest for contest in asked if only in contest.name]
     ceilings = gpu_ceilings() if asked else {}
     rows = []
@@ -288,7 +288,7 @@ def time_steps(suite: str, path: Path, where: Row, deadline: float, only: str = 
         if left <= 0:
             found: list[Row] = [{"name": contest.name, "impl": "all", "op": "step", "left_out": "time is up"}]
         else:
-            found = run_steps(replace(contest, seconds=left / (len(asked) - number) / 2), DEVICE)
+            found = compare_steps(replace(contest, seconds=left / (len(asked) - number) / 2), DEVICE)
         for row in found:
             if "ms_p50" in row:
                 row["frac_gemm"] = row["tflops_needed"] / ceilings["gemm_bf16"]

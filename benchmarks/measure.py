@@ -1,4 +1,4 @@
-"""Times, memory and errors of one call, on a CPU or a GPU, and the rows they are written down in."""
+"""Times, memory, counts and errors of one call, on a CPU or a GPU, and files of results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,15 +16,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
+# ops that start no kernel although they are no views
+STILL = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty"}
+# our ops that start more than one kernel; the last starts four more if the logit scale is trained
+SEVERAL = {
+    "mlp": 2,
+    "fusion_norm": 2,
+    "fusion_norm_backward": 3,
+    "alignment_block": 4,
+    "alignment_block_backward": 7,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Milliseconds of n calls."""
+    """Milliseconds of `n` calls."""
 
     ms_p50: float
     ms_p20: float
@@ -32,20 +46,21 @@ class Times:
 
 
 def measure_times(call: Callable[[int], object], *, cuda: bool, seconds: float, least: int = 5) -> Times:
-    """Time calls, numbered from 0 so that they may take inputs in turn, for about `seconds`.
+    """Time numbered calls (so that they can take inputs in turn) for about `seconds`.
 
-    At least 50 calls where these take no more than three times as long, else as many as fit, and `least`.
+    There are at least 50 calls if these take at most three times as long, else as many as fit, at least
+    `least`.
     """
     for warm_up in range(3):
         call(warm_up)
     once = max(_time(call, 0, cuda), 1e-3)
     fitting = 1000 * seconds / once
     count = int(min(200, max(least, fitting, min(50, 3 * fitting))))
-    found = sorted(_time(call, number, cuda) for number in range(count))
+    ms = sorted(_time(call, number, cuda) for number in range(count))
     return Times(
-        ms_p50=statistics.median(found),
-        ms_p20=found[int(0.2 * (count - 1))],
-        ms_p80=found[int(0.8 * (count - 1))],
+        ms_p50=statistics.median(ms),
+        ms_p20=ms[int(0.2 * (count - 1))],
+        ms_p80=ms[int(0.8 * (count - 1))],
         n=count,
     )
 
@@ -64,7 +79,7 @@ def _time(call: Callable[[int], object], number: int, cuda: bool) -> float:
 
 
 def extra_gpu_bytes(call: Callable[[], list[Tensor]]) -> int:
-    """Peak of what a call allocates on the GPU beside what it returns."""
+    """Return the peak GPU memory of a call, without its results."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -75,7 +90,7 @@ def extra_gpu_bytes(call: Callable[[], list[Tensor]]) -> int:
 
 
 def gpu_launches(call: Callable[[], object]) -> int:
-    """Kernels and copies one call puts on the GPU."""
+    """Count the kernels and copies that a call starts on the GPU."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         call()
         torch.cuda.synchronize()
@@ -83,86 +98,86 @@ def gpu_launches(call: Callable[[], object]) -> int:
 
 
 def product_flops(call: Callable[[], object]) -> float:
-    """Floating-point operations of torch's matrix products in one call on a CPU."""
+    """Count the floating-point operations of torch's matrix products in a call on a CPU."""
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as recorded:
         call()
     return float(sum(event.flops for event in recorded.key_averages() if event.key == "aten::mm"))
 
 
 def relative_frobenius(got: Tensor, want: Tensor) -> float:
-    """‖got - want‖ / ‖want‖."""
+    """Return ‖got - want‖ / ‖want‖."""
     want = want.double()
     return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
 
 
 def peak_tflops(device: str) -> float | None:
-    """Dense bf16 TFLOP/s in the data sheet of a GPU, which MFU is quoted against; None for one not listed."""
+    """Return the dense bf16 TFLOP/s of a GPU's data sheet, the base of MFU; None for an unlisted GPU."""
     sheet = {"A100": 312.0, "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0}
     return next((peak for name, peak in sheet.items() if name in device), None)
 
 
 def gpu_ceilings() -> dict[str, float]:
-    """What this GPU reaches, measured: bf16 and fp32 products of 8192³ in TFLOP/s, a copy of 2 GB in TB/s."""
-    found = {}
+    """Measure this GPU: bf16 and fp32 products (TFLOP/s) and a copy of 2 GB (TB/s)."""
+    ceilings = {}
     for name, dtype, size in (("gemm_bf16", torch.bfloat16, 8192), ("gemm_fp32", torch.float32, 4096)):
         x, y = (torch.randn(size, size, device="cuda").to(dtype) for _ in "xy")
         times = measure_times(lambda _, x=x, y=y: x @ y, cuda=True, seconds=1)
-        found[name] = 2 * size**3 / times.ms_p50 / 1e9
+        ceilings[name] = 2 * size**3 / times.ms_p50 / 1e9
     x = torch.randn(1 << 28, device="cuda")
     y = torch.empty_like(x)
     times = measure_times(lambda _: y.copy_(x), cuda=True, seconds=1)
-    found["copy"] = 2 * x.numel() * 4 / times.ms_p50 / 1e9
-    return found
+    ceilings["copy"] = 2 * x.numel() * 4 / times.ms_p50 / 1e9
+    return ceilings
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What a figure depends on: device, driver, clocks, versions, commit, time."""
-    found: dict[str, Any] = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda}
-    found["time"] = datetime.now(UTC).isoformat(timespec="seconds")
+    """Return the conditions of a measurement: device, driver, clocks, versions, commit, time."""
+    row: dict[str, Any] = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda}
+    row["time"] = datetime.now(UTC).isoformat(timespec="seconds")
     if device != "cpu":
         import triton
 
-        found |= {"device": torch.cuda.get_device_name(), "triton": triton.__version__} | _driver()
+        row |= {"device": torch.cuda.get_device_name(), "triton": triton.__version__} | _driver()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     state = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
-    return found | {"commit": commit.stdout.strip(), "dirty": bool(state.stdout.strip())}
+    return row | {"commit": commit.stdout.strip(), "dirty": bool(state.stdout.strip())}
 
 
 def _driver() -> dict[str, str]:
-    """Driver, and what bounds the clocks, as nvidia-smi says; where it is not installed, that."""
+    """Return driver and clock limits from nvidia-smi, or a note that it does not answer."""
     asked = ("driver_version", "clocks.max.sm", "clocks.sm", "power.limit")
     words = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "--id=0"]
     try:
-        said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout
+        output = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         return {"driver": "unknown", "clocks_note": "nvidia-smi does not answer"}
-    driver, *rest = (word.strip() for word in said.splitlines()[0].split(","))
+    driver, *rest = (word.strip() for word in output.splitlines()[0].split(","))
     return {"driver": driver, "clocks_note": "max {}, now {}, power limit {}".format(*rest)}
 
 
 def results_file(where: dict[str, Any], subject: str) -> Path:
-    """benchmarks/results/<device>/<date>-<commit>-<subject>.jsonl."""
+    """Return benchmarks/results/<device>/<date>-<commit>-<subject>.jsonl."""
     folder = RESULTS / str(where["device"]).lower().replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{datetime.now(UTC):%Y%m%d}-{where['commit']}-{subject}.jsonl"
 
 
 def write_row(path: Path, row: dict[str, Any], times: Times | None = None) -> None:
-    """Append one line, to a file that another process may be adding to."""
+    """Append one line; other processes may append to the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(row | (asdict(times) if times else {}))
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, f"{line}\n".encode())  # one write: lines of two processes never mix
+        os.write(handle, f"{line}\n".encode())  # one write, so that lines of two processes do not mix
     finally:
         os.close(handle)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of one results file; none where there is no such file.
+    """Read the rows of a results file; none if it does not exist.
 
     Raises:
-        ValueError: a line is no JSON object; it is named.
+        ValueError: a line is no JSON object; the message names it.
     """
     rows = []
     for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
@@ -171,3 +186,56 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: expected a JSON object, found {line[:40]!r}") from error
     return rows
+
+
+def flops(call: Callable[[], object]) -> int:
+    """Count the floating-point operations of the matrix products of a call, for example on meta tensors."""
+    in_place = {torch.ops.aten.addmm_: _addmm_flops}  # missing in torch's counter
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
+        call()
+    return counted.get_total_flops()
+
+
+def _addmm_flops(c: torch.Size, a: torch.Size, b: torch.Size, **options: object) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def bytes_kept(call: Callable[[], object], parameters: list[Tensor]) -> int:
+    """Count the bytes of the distinct tensors that autograd keeps for backward, without parameters."""
+    own = {p.untyped_storage()._cdata for p in parameters}
+    kept: dict[int, Any] = {}  # references prevent that the address of a freed one is reused
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        result = call()
+    del result
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class Launches(TorchDispatchMode):
+    """Count the ops that would start a kernel on a GPU: all except views and allocations.
+
+    Args:
+        device: of the tensors; ops on other devices (masks, on the CPU) are not counted.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.count, self.device = 0, device
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
+        here = any(x.device.type == self.device and x.numel() for x in tensors)
+        name = func.overloadpacket.__name__
+        if here and not func.is_view and name not in STILL:
+            launches = SEVERAL.get(name, 1) if func.namespace == "discovla" else 1
+            self.count += launches
+            self.ops[name] += launches
+        return out

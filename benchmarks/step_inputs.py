@@ -1,16 +1,9 @@
-"""Towers, batches and counts that the benchmark of a training step and its tests share."""
+"""Models and batches of noise for the benchmark of a training step."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step_work import StepSize
 from discovla.batch import Batch, Losses
@@ -19,21 +12,11 @@ from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.weights import initialise
 
 SOT, EOT = 49406, 49407
-# ops that start no kernel though they are no views
-STILL = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty"}
-# ops of our own that start more than one kernel; the last has four more where the logit scale trains
-SEVERAL = {
-    "mlp": 2,
-    "fusion_norm": 2,
-    "fusion_norm_backward": 3,
-    "alignment_block": 4,
-    "alignment_block_backward": 7,
-}
 WORDS = (6, 15)  # of a caption; with start and end 12 tokens on average
 
 
 def architecture(name: str) -> Architecture:
-    """OpenAI's ViT-B/32, B/16 or L/14."""
+    """Return the architecture of OpenAI's ViT-B/32, B/16 or L/14."""
     sizes = {
         "ViT-B/32": (768, 12, 512, 512),
         "ViT-B/16": (768, 12, 512, 512),
@@ -53,12 +36,12 @@ def architecture(name: str) -> Architecture:
 
 
 def method(a: Architecture, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiscoVLA:
-    """The published DiscoVLA with noise for weights, ready to train, computing in `dtype`."""
+    """Make the published DiscoVLA with random weights, ready to train, computing in `dtype`."""
     made = DiscoVLA(a, DiscoVLAConfig())
     torch.manual_seed(0)
     initialise(made, a, seed=0)
     made.freeze()
-    with torch.no_grad():  # what starts at zero has no gradient where it is multiplied by itself
+    with torch.no_grad():  # products of two parameters at zero would have no gradients
         for parameter in made.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.01 * torch.randn_like(parameter))
@@ -67,7 +50,7 @@ def method(a: Architecture, *, dtype: torch.dtype = torch.float32, device: str =
 
 
 def noise(a: Architecture, pairs: int, *, frames: int = 12, length: int = 32, seed: int = 0) -> Batch:
-    """Noise frames and captions of 8 to 16 tokens, 12 on average, padded to `length`."""
+    """Make frames of noise and random captions of 8 to 16 tokens, 12 on average, padded to `length`."""
     generator = torch.Generator().manual_seed(seed)
     ids, mask = _captions(pairs, length, generator)
     frame_ids, frame_mask = _captions(pairs * frames, length, generator)
@@ -94,7 +77,7 @@ def _captions(n: int, length: int, generator: torch.Generator) -> tuple[Tensor, 
 
 
 def size_of(batch: Batch) -> StepSize:
-    """The size of a batch, as the closed forms take it."""
+    """Return the size of a batch for the closed forms of `step_work.py`."""
     assert batch.frame_text_mask is not None
     masks = torch.cat([batch.text_mask, batch.frame_text_mask.flatten(0, 1)])
     lengths = masks.sum(1)
@@ -108,61 +91,9 @@ def size_of(batch: Batch) -> StepSize:
 
 
 def step(model: DiscoVLA, batch: Batch) -> Losses:
-    """Forward and backward of our step; gradients are then in the parameters."""
+    """Run forward and backward of our step; gradients are in the parameters."""
     for parameter in model.parameters():
         parameter.grad = None
     losses = model.losses(*model.encode(batch))
     losses.total.backward()
     return losses
-
-
-def flops(call: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products of a call, on meta tensors."""
-    in_place = {torch.ops.aten.addmm_: _addmm_flops}  # which torch leaves out
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
-        call()
-    return counted.get_total_flops()
-
-
-def _addmm_flops(c: torch.Size, a: torch.Size, b: torch.Size, **options: object) -> int:
-    return 2 * a[0] * a[1] * b[1]
-
-
-def bytes_kept(call: Callable[[], object], parameters: list[Tensor]) -> int:
-    """Bytes of the distinct tensors that autograd keeps for backward, but parameters."""
-    own = {p.untyped_storage()._cdata for p in parameters}
-    found: dict[int, Any] = {}  # held, lest a freed one's address be taken again
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            found[storage._cdata] = storage
-        return x
-
-    with saved_tensors_hooks(pack, lambda x: x):
-        kept = call()
-    del kept
-    return sum(storage.nbytes() for storage in found.values())
-
-
-class Launches(TorchDispatchMode):
-    """Counts the ops that would start a kernel on a GPU: all but views and allocations.
-
-    device: where its tensors are; what is computed elsewhere (masks, on the CPU) starts none.
-    """
-
-    def __init__(self, device: str = "cpu") -> None:
-        super().__init__()
-        self.count, self.device = 0, device
-        self.ops: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        found = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
-        here = any(x.device.type == self.device and x.numel() for x in found)
-        name = func.overloadpacket.__name__
-        if here and not func.is_view and name not in STILL:
-            launches = SEVERAL.get(name, 1) if func.namespace == "discovla" else 1
-            self.count += launches
-            self.ops[name] += launches
-        return out

@@ -1,8 +1,8 @@
-"""What a DiscoVLA training step takes, in closed form: floating-point operations and bytes kept for backward.
+"""Work of a DiscoVLA training step in closed form: floating-point operations, and bytes kept for backward.
 
-Two per multiplication and addition, of matrix products alone, as torch's FlopCounterMode counts them.
-`reference_flops` is the published step, `needed_flops` ours: captions without their padding, the last block
-for the rows that are read, no gradient of what is frozen, attention computed again in backward.
+Operations are those of matrix products, two for each multiplication and addition, as torch's FlopCounterMode
+counts them.  `reference_flops` is the published step.  `needed_flops` is ours: captions without padding, the
+last block only for the rows that are read, no gradients of frozen weights, attention recomputed in backward.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from discovla.towers.architecture import Architecture, TowerShape
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """A batch: pairs, frames of each, and the tokens of a caption, those that are padded to included.
-
-    tokens: of one caption on average, where padding is left out; length: of the padded ones.
-    longest: of the real captions, to which attention pads them.
-    """
+    """Size of a batch."""
 
     pairs: int
     frames: int
     length: int
+    """Tokens of a padded caption."""
     tokens: float
+    """Tokens of a caption without padding, on average."""
     longest: int
+    """Tokens of the longest caption without padding; attention pads the others to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Pass:
-    """n sequences through a tower: rows in all, keys of each, group > 0 where the last blocks fuse."""
+    """`n` sequences through a tower: `rows` in all, `keys` of each; `group` > 0 if the last blocks fuse."""
 
     tower: TowerShape
     rank: int
@@ -44,24 +43,24 @@ class _Pass:
     fused: int
 
     def flops(self, *, pruned: bool) -> float:
-        """Forward and backward of all blocks."""
+        """Return the operations of all blocks, forward and backward."""
         total = 0.0
         for layer in range(self.tower.layers):
             last = pruned and layer == self.tower.layers - 1
-            total += self.last(layer == 0) if last else self.block(layer == 0, again=pruned)
+            total += self.last(layer == 0) if last else self.block(layer == 0, recompute=pruned)
             if self.group and layer >= self.tower.layers - self.fused:
-                total += self.fusion(again=pruned)
+                total += self.fusion(recompute=pruned)
         return total
 
-    def block(self, first: bool, *, again: bool) -> float:
-        """One block; the first has no gradient by its input, and `again` computes attention twice."""
+    def block(self, first: bool, *, recompute: bool) -> float:
+        """One block; the first has no gradient by its input, `recompute` computes attention twice."""
         w, m, t = self.tower.width, self.tower.mlp_width, self.rows
         frozen = 2 * (2 * t * (4 * w * w + 2 * w * m)) - (2 * t * 3 * w * w if first else 0)
         scores = 2 * 2 * self.n * self.keys**2 * w
-        return frozen + self.lora(t, 3 * w, first) + scores * (4 if again else 3)
+        return frozen + self.lora(t, 3 * w, first) + scores * (4 if recompute else 3)
 
     def last(self, first: bool) -> float:
-        """The last block where only n rows are read: keys and values of all, the rest of those."""
+        """The last block if only n rows are read: keys and values of all rows, everything else of those."""
         w, m, t, n = self.tower.width, self.tower.mlp_width, self.rows, self.n
         inputs = 2 * (t * 2 * w * w + n * w * w)
         frozen = 2 * (inputs + 2 * n * (w * w + 2 * w * m)) - (inputs if first else 0)
@@ -69,19 +68,19 @@ class _Pass:
         return frozen + lora + 2 * 2 * n * self.keys * w * 4
 
     def lora(self, rows: float, outputs: int, first: bool) -> float:
-        """Forward, gradients of both factors, and by the input but in the first block."""
+        """A low-rank update: forward, gradients of its factors, and by the input except in block 0."""
         down, up = 2 * rows * self.tower.width * self.rank, 2 * rows * self.rank * outputs
         return (2 if first else 3) * down + 3 * up
 
-    def fusion(self, *, again: bool) -> float:
-        """What a fused block adds: n queries over their group, their output projection, the adapter."""
+    def fusion(self, *, recompute: bool) -> float:
+        """Added work of a fused block: n queries over their group, their output projection, the adapter."""
         w, n = self.tower.width, self.n
         scores = 2 * 2 * n * self.group * self.keys * w
-        return scores * (4 if again else 3) + 2 * 2 * n * w * w + 3 * 2 * n * 2 * w * self.rank
+        return scores * (4 if recompute else 3) + 2 * 2 * n * w * w + 3 * 2 * n * 2 * w * self.rank
 
 
 def _passes(a: Architecture, config: DiscoVLAConfig, size: StepSize, *, packed: bool) -> list[_Pass]:
-    """Captions, frame captions, frames."""
+    """Return the passes of captions, frame captions and frames."""
     tokens, keys = (size.tokens, size.longest) if packed else (size.length, size.length)
     b, bf, patches = size.pairs, size.pairs * size.frames, 1 + a.patches
     text = {"tower": a.text, "rank": config.lora_rank, "keys": keys, "fused": config.fused_text_blocks}
@@ -101,7 +100,7 @@ def _passes(a: Architecture, config: DiscoVLAConfig, size: StepSize, *, packed: 
 
 
 def reference_flops(a: Architecture, config: DiscoVLAConfig, size: StepSize) -> float:
-    """The published step, losses included: each of their two similarities, and its two gradients."""
+    """Return the operations of the published step; each of its two similarities has two gradients."""
     passes = _passes(a, config, size, packed=False)
     projections = sum(2 * 2 * one.rows * one.tower.width * a.embed_dim for one in passes)
     similarities = 3 * 2 * size.pairs**2 * (1 + size.frames**2) * a.embed_dim
@@ -109,17 +108,19 @@ def reference_flops(a: Architecture, config: DiscoVLAConfig, size: StepSize) -> 
 
 
 def needed_flops(a: Architecture, config: DiscoVLAConfig, size: StepSize) -> float:
-    """Our step, losses included."""
+    """Return the operations of our step."""
     passes = _passes(a, config, size, packed=True)
     projections = sum(2 * 2 * one.n * one.tower.width * a.embed_dim for one in passes)
     similarities = 3 * 2 * size.pairs**2 * (1 + size.frames**2) * a.embed_dim
     return sum(one.flops(pruned=True) for one in passes) + projections + _patches(a, size) + similarities
 
 
-def blocks(a: Architecture, config: DiscoVLAConfig, size: StepSize) -> Iterator[tuple[int, int, int, bool]]:
-    """The products of our step with frozen weights of its blocks, of which `needed_flops` counts most.
+def frozen_matmuls(
+    a: Architecture, config: DiscoVLAConfig, size: StepSize
+) -> Iterator[tuple[int, int, int, bool]]:
+    """Yield the products of our step with frozen weights, most of `needed_flops`.
 
-    Yields rows, inputs, outputs, and whether there is a gradient by the input.
+    Each is rows, inputs, outputs, and True if there is a gradient by the input.
     """
     for one in _passes(a, config, size, packed=True):
         w, m, every = one.tower.width, one.tower.mlp_width, round(one.rows)
@@ -137,10 +138,10 @@ def blocks(a: Architecture, config: DiscoVLAConfig, size: StepSize) -> Iterator[
 def kept_bytes(
     a: Architecture, config: DiscoVLAConfig, size: StepSize, element: int, memory: Memory = "keep"
 ) -> float:
-    """What our blocks keep for backward at most: 9 widths a token and layer, of `element` bytes.
+    """Return an upper bound of the bytes that our blocks keep for backward: 9 widths a token and layer.
 
-    These are the block's input, q, k and v, the input of its MLP and what that hides, four widths; other
-    modes of memory keep 5, 2 and 1.
+    These are the block's input, q, k and v, the input of the MLP, and its hidden layer (four widths), each
+    number of `element` bytes; other modes of memory keep 5, 2 and 1 widths.
     """
     passes = _passes(a, config, size, packed=True)
     return sum(WIDTHS[memory] * element * one.tower.width * one.tower.layers * one.rows for one in passes)

@@ -236,7 +236,7 @@ def _ratio(row: Row, base: Row | None) -> str:
 def _step_counts(row: Row) -> list[str]:
     """Return counted figures; peft and the matmul-only lower bound have no closed form of their work."""
     work = None
-    if not row["impl"].startswith(("peft", "matmul only", "products alone")):
+    if not row["impl"].startswith(("peft", "matmul only")):
         work = row["needed_tflop" if row["impl"].startswith("ours") else "reference_tflop"]
     return [
         ABSENT if work is None else f"{work:.3g}",

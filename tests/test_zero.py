@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.step_inputs import bytes_kept
+from benchmarks.measure import bytes_kept
 from discovla.cli import main
 from discovla.commands.zero import predicted, sketch
 from discovla.config import parse_config

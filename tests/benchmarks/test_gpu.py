@@ -112,7 +112,7 @@ def test_training_steps_are_in_the_results_with_their_target(on_cpu, monkeypatch
         return [*found[:2], found[2] | {"target_ms": 36.0}]
 
     asked = []
-    monkeypatch.setattr(gpu, "run_steps", steps)
+    monkeypatch.setattr(gpu, "compare_steps", steps)
     monkeypatch.setattr(gpu, "checked_tower_cases", lambda: [])
     assert gpu.main(["--suite", "step", "--only", " b1", "--seconds", "1000"]) == 0
     assert len(asked) == 12 and asked[0] < asked[-1], "1, 16, 128, 1024 pairs; the last may take what is left"

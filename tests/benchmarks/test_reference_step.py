@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import GridExecutor
 
 from benchmarks import step_inputs
-from benchmarks.reference_step import ReferenceStep
-from benchmarks.step_inputs import Launches, bytes_kept, flops, size_of, step
+from benchmarks.measure import Launches, bytes_kept, flops
+from benchmarks.step_baselines import ReferenceStep
+from benchmarks.step_inputs import size_of, step
 from benchmarks.step_work import kept_bytes, needed_flops, reference_flops
 from discovla.batch import Batch
 from discovla.data.tokens import Tokenizer

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.step_inputs import Launches
+from benchmarks.measure import Launches
 from discovla.engine.strategy import cast_frozen
 from discovla.methods.base import Method
 from discovla.ops.dispatch import Impl

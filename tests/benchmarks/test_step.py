@@ -1,4 +1,4 @@
-"""The benchmark of a training step at a size that takes no time."""
+"""The benchmark of a training step, in small."""
 
 import dataclasses
 import re
@@ -6,14 +6,10 @@ import re
 import pytest
 import torch
 
-from benchmarks import peft_step, step_impls, step_inputs, train_step
-from benchmarks.peft_step import PeftStep
-from benchmarks.product_step import ProductStep
-from benchmarks.reference_step import ReferenceStep
-from benchmarks.step_impls import IMPLS
-from benchmarks.step_profile import component
+from benchmarks import step, step_baselines, step_inputs
+from benchmarks.step import IMPLS, Comparison, compare, component
+from benchmarks.step_baselines import MatmulStep, PeftStep, ReferenceStep
 from benchmarks.step_work import needed_flops
-from benchmarks.train_step import Contest, run
 from discovla.data.config import DataConfig
 from discovla.engine.capture import Capture
 from discovla.methods.discovla import DiscoVLAConfig
@@ -31,8 +27,8 @@ def architecture() -> Architecture:
     )  # fmt: skip
 
 
-def test_every_step_has_figures_or_says_why_not(architecture):
-    rows = run(Contest(rounds=3, frames=2), "cpu", architecture)
+def test_every_implementation_has_figures_or_a_reason(architecture):
+    rows = compare(Comparison(rounds=3, frames=2), "cpu", architecture)
     assert [row["impl"] for row in rows] == list(IMPLS)
     timed = {row["impl"]: row for row in rows if "left_out" not in row}
     assert {"reference", "reference anomaly", "reference bf16 sdpa", "ours", "ours bf16"} <= timed.keys()
@@ -44,46 +40,48 @@ def test_every_step_has_figures_or_says_why_not(architecture):
         assert row["n"] == len(row["ratios"]) == 3 and row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["samples_s"] == pytest.approx(2000 / row["ms_p50"])
         assert row["tflops_needed"] * row["ms_p50"] / 1000 == pytest.approx(row["needed_tflop"])
-        products = row["impl"].startswith("products")
+        products = row["impl"].startswith("matmul")
         assert row["dispatched"] > 50 and (row["kept_mb"] == 0 if products else row["kept_mb"] > 0)
     assert timed["reference"]["ratios"] == [1.0] * 3
     assert timed["ours"]["needed_tflop"] < timed["ours"]["reference_tflop"]
     assert timed["ours bf16"]["kept_mb"] < timed["ours"]["kept_mb"] < timed["reference"]["kept_mb"]
 
 
-def test_what_does_not_fit_is_left_out_and_the_rest_timed(architecture, monkeypatch):
+def test_an_implementation_that_does_not_fit_is_left_out_and_the_rest_timed(architecture, monkeypatch):
     def full(name, *rest):
         if name == "reference":
             raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
         return make(name, *rest)
 
-    make = step_impls.make_step
-    monkeypatch.setattr(train_step, "make_step", full)
-    reference, ours = run(Contest(rounds=1, frames=2, impls=["reference", "ours"]), "cpu", architecture)
+    make = step.make_step
+    monkeypatch.setattr(step, "make_step", full)
+    reference, ours = compare(
+        Comparison(rounds=1, frames=2, impls=["reference", "ours"]), "cpu", architecture
+    )
     assert reference["left_out"] == "CUDA out of memory."
     assert ours["n"] == 1 and "ratios" not in ours
 
 
-def test_rounds_end_when_time_is_up_and_a_step_is_taken_apart(architecture, capsys):
-    contest = Contest(rounds=50, seconds=0, frames=2, impls=["ours"], profile=True)
-    (row,) = run(contest, "cpu", architecture)
-    assert row["n"] == train_step.LEAST
+def test_rounds_end_at_the_time_limit_and_a_step_is_profiled(architecture, capsys):
+    comparison = Comparison(rounds=50, seconds=0, frames=2, impls=["ours"], profile=True)
+    (row,) = compare(comparison, "cpu", architecture)
+    assert row["n"] == step.LEAST
     assert {"products", "attention", "low-rank products", "layer norms"} <= row["profile_ms"].keys()
-    train_step.show(row)
+    step.show(row)
     assert re.search(r"low-rank products +\d+\.\d ms +\d+\.\d%", capsys.readouterr().out)
 
 
-def test_a_captured_step_is_warm_once_its_shape_has_been_recorded(architecture, monkeypatch):
-    """As on a GPU, where a recorder of graphs stands for the one that runs the step again."""
-    monkeypatch.setattr(train_step, "unavailable", lambda *_: "")
+def test_a_captured_step_is_timed_after_its_shape_is_recorded(architecture, monkeypatch):
+    """With a recorder that runs the step again instead of replaying a graph."""
+    monkeypatch.setattr(step, "unavailable", lambda *_: "")
     recorders = []
 
-    def again(step, trained, *_):
+    def again(losses, trained, *_):
         recorders.append(Unwatched())
-        return Capture(step, trained, recorders[-1])
+        return Capture(losses, trained, recorders[-1])
 
-    monkeypatch.setattr(step_impls, "make_capture", again)
-    (row,) = run(Contest(rounds=3, frames=2, impls=["ours bf16 captured"]), "cpu", architecture)
+    monkeypatch.setattr(step, "make_capture", again)
+    (row,) = compare(Comparison(rounds=3, frames=2, impls=["ours bf16 captured"]), "cpu", architecture)
     assert row["n"] == 3 and "left_out" not in row
     (recorder,) = recorders
     assert recorder.recorded == 1 and recorder.replayed == 1 + 2 + 3 + 1, "warm-up, rounds, counts"
@@ -92,42 +90,44 @@ def test_a_captured_step_is_warm_once_its_shape_has_been_recorded(architecture, 
 @pytest.mark.gpu
 def test_steps_are_timed_on_a_gpu(architecture):
     names = ["reference", "ours bf16", "ours bf16 captured"]
-    rows = run(Contest(rounds=3, frames=2, impls=names), "cuda", architecture)
+    rows = compare(Comparison(rounds=3, frames=2, impls=names), "cuda", architecture)
     assert all(row["launches"] > 0 and row["peak_gb"] > 0 for row in rows)
 
 
-def test_batches_of_the_loader_are_timed_with_their_wait(architecture, drawn):
+def test_times_with_the_loader_include_the_wait_for_batches(architecture, drawn):
     data = DataConfig(manifest=drawn, frames=8, workers=0)
-    contest = Contest(rounds=2, impls=["reference", "ours"], data=data, frames=8)
-    reference, ours = run(contest, "cpu", architecture)
+    comparison = Comparison(rounds=2, impls=["reference", "ours"], data=data, frames=8)
+    reference, ours = compare(comparison, "cpu", architecture)
     assert reference["name"] == "step ViT-B/32 b2 with loader" and ours["n"] == 2
     assert ours["caption_tokens"] < 32 and ours["samples_s"] <= 2000 / ours["ms_p20"]
 
 
-def test_the_products_alone_are_most_of_the_needed_work_and_none_of_it_twice():
+def test_the_matmul_only_lower_bound_is_most_of_the_needed_work():
     architecture = step_inputs.architecture("ViT-B/32")
     batch = step_inputs.noise(architecture, 2)
-    listed = ProductStep(architecture, dtype=torch.float32, device="meta").products(batch)
+    listed = MatmulStep(architecture, dtype=torch.float32, device="meta").products(batch)
     work = sum(2 * rows * i * o * (1 + backward) for rows, i, o, backward in listed)
     needed = needed_flops(architecture, DiscoVLAConfig(), step_inputs.size_of(batch))
     assert 0.93 * needed <= work <= needed
 
 
-def test_an_unknown_step_is_refused(architecture):
+def test_an_unknown_implementation_is_refused(architecture):
     with pytest.raises(ValueError, match=r"impl: expected one of reference, .*, found 'theirs'"):
-        run(Contest(impls=["theirs"]), "cpu", architecture)
+        compare(Comparison(impls=["theirs"]), "cpu", architecture)
 
 
-def test_absent_peft_is_one_line(monkeypatch):
-    monkeypatch.setattr(peft_step.importlib.util, "find_spec", lambda name: None if name == "peft" else name)
-    assert step_impls.unavailable("peft", "cpu") == (
+def test_missing_peft_is_one_line(monkeypatch):
+    monkeypatch.setattr(
+        step_baselines.importlib.util, "find_spec", lambda name: None if name == "peft" else name
+    )
+    assert step.unavailable("peft", "cpu") == (
         "peft not installed: pip install --no-deps peft transformers accelerate tokenizers"
     )
 
 
 @pytest.mark.slow
 def test_peft_computes_the_published_step(architecture):
-    if reason := peft_step.absent():
+    if reason := step_baselines.peft_missing():
         pytest.skip(reason)
     method = step_inputs.method(architecture).double()
     batch = step_inputs.noise(architecture, 3, frames=2)
@@ -165,5 +165,5 @@ def test_peft_computes_the_published_step(architecture):
         ("Memcpy DtoD (Device -> Device)", (), "copies, casts, rows"),
     ],
 )  # fmt: skip
-def test_ops_and_kernels_have_their_component(name, shapes, want):
+def test_ops_and_kernels_have_a_component(name, shapes, want):
     assert component(name, shapes) == want
