@@ -55,8 +55,8 @@ from benchmarks.step_inputs import size_of
 from benchmarks.step_work import needed_flops, reference_flops
 from discovla.batch import Batch
 from discovla.data.config import DataConfig
-from discovla.data.dataset import BatchSpec, read_clips
-from discovla.data.loader import TrainLoader
+from discovla.data.dataset import read_clips
+from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.engine.capture import make_capture
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
@@ -155,7 +155,7 @@ def _our_step(name: str, model: DiscoVLA, device: torch.device) -> Step:
     impl = "triton" if "triton" in name else "auto"
     set_precision(model, EngineConfig.model_validate({"precision": precision, "impl": impl}), device)
     model.vision.impl = model.text.impl = impl
-    parameters = list(model.parameters())
+    parameters: list[torch.Tensor] = list(model.parameters())
     if "captured" in name:
         captured = _CapturedStep(model, device)
         return Step(
