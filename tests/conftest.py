@@ -81,8 +81,12 @@ def realdata() -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs more GPUs than there are."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect soak tests unless -m names them, and skip tests that need more GPUs than there are."""
+    if "soak" not in (config.option.markexpr or ""):
+        soak = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if item not in soak]
     present = torch.cuda.device_count()
     for item in items:
         for marker, needed in (("gpu", 1), ("multigpu", 2)):
