@@ -8,7 +8,7 @@ import sys
 from discovla.config import read_config
 from discovla.errors import run_program
 from discovla.evaluate import results_table
-from discovla.trainer import Trainer
+from discovla.trainer import run
 
 
 def main(words: list[str]) -> int:
@@ -22,7 +22,7 @@ def main(words: list[str]) -> int:
 
 
 def _train(config: str, overrides: list[str]) -> None:
-    results = Trainer(read_config(config, overrides)).run()
+    results = run(read_config(config, overrides))
     if results is not None:
         print(f"\n{results_table(results)}")
 

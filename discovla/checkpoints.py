@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which one it goes on from, what it writes, and which step was best."""
+"""The checkpoints of a run: resuming from the newest, writing in the background, selecting the best."""
 
 from __future__ import annotations
 
@@ -13,200 +13,221 @@ from typing import Any
 
 from torch import Tensor
 
-from discovla.config import RunConfig
+from discovla.config import RENAMED_KEYS, RunConfig
+from discovla.data.config import DataConfig
 from discovla.data.dataset import frame_origin
-from discovla.data.loader import DataConfig
 from discovla.engine import checkpoint
-from discovla.engine.checkpoint import CheckpointWriter
 from discovla.engine.distributed import World, barrier, gather_objects
 from discovla.engine.ema import EMA
 from discovla.engine.log import METRICS
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import Strategy
+from discovla.train_step import METHOD
 
 logger = logging.getLogger(__name__)
 
-# what of the data decides which batches a run sees; the rest may change when it is resumed
-SEEN = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "context_length")
-SEEN += ("augment", "long_captions", "damaged")
-METHOD = "method."  # where the method lies in what the strategy trains
+# options of the data that decide the batches of a run; the others may change when it is resumed
+BATCH_OPTIONS = (
+    *("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "context_length"),
+    *("augment", "long_captions", "damaged"),
+)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TrainState:
-    """What trains: the strategy, and the average of its parameters where there is one."""
+    """What changes from step to step.
+
+    strategy: holds parameters and optimizer.  ema: moving average of the parameters, if the run has one.
+    step: steps taken.  skipped_steps: those left out because their gradient was not finite.
+    """
 
     strategy: Strategy
-    average: EMA | None
+    ema: EMA | None
+    step: int = 0
+    skipped_steps: int = 0
 
 
 class CheckpointManager:
-    """What a run reads from and writes to `directory/checkpoints`.
+    """Reads and writes `directory/checkpoints`.
 
-    A checkpoint is copied to the CPU between two steps and written by a thread while training goes on; what
-    goes wrong in that is raised at the next step.
+    A checkpoint is copied to the CPU between two steps and written by a thread while training continues; an
+    error of the thread is raised at the next step.
 
     Args:
         config: of the run.
-        world: of this process; the first one writes.
-        fingerprint: of the method that the checkpoints belong to.
-        schedule: what the rest of an interrupted run depends on besides, see `schedule`.
-        writer: of the first process.
+        world: of this process; only the first one writes.
+        writer: the thread.
+        fingerprint: of the method, which a checkpoint must match.
+        total_steps: of the run.
+        pairs: number of training pairs.
     """
 
     def __init__(
         self,
         config: RunConfig,
         world: World,
+        writer: checkpoint.CheckpointWriter,
+        *,
         fingerprint: dict[str, Any],
-        schedule: dict[str, Any],
-        writer: CheckpointWriter,
+        total_steps: int,
+        pairs: int,
     ) -> None:
         self.config, self.world = config, world
-        self.fingerprint, self.schedule = fingerprint, schedule
         self.directory = config.directory / "checkpoints"
-        self.score: float | None = None  # of the best checkpoint
-        self.step: int | None = None  # of the newest checkpoint
+        self.fingerprint = fingerprint
+        self.fixed = fixed_options(config, total_steps, pairs)
+        self.best_score: float | None = None
+        self.newest_step: int | None = None
+        self._newest: checkpoint.Checkpoint | None = None  # until it is restored
         self._writer = writer
 
-    def find(self) -> checkpoint.Checkpoint | None:
-        """The newest whole checkpoint, where the run is to go on from one.
+    def find_newest(self) -> None:
+        """Find the newest complete checkpoint if the run resumes, and check that it belongs to this run.
 
         Raises:
-            CheckpointError: it is that of another method or other weights.
-            ValueError: the run would go on otherwise than it began.
+            CheckpointError: it belongs to another method or other weights.
+            ValueError: the processes see different files, or an option that must not change has changed.
         """
-        found = checkpoint.latest(self.directory) if self.config.resume else None
-        step = None if found is None else found.step
-        steps = gather_objects(step, self.world)
+        newest = checkpoint.latest(self.directory) if self.config.resume else None
+        steps = gather_objects(None if newest is None else newest.step, self.world)
         if len(set(steps)) > 1:
             raise ValueError(f"{self.directory}: expected the same files for all processes, found {steps}")
-        if found is None:
-            return None
-        checkpoint.check_fingerprint(found.meta["fingerprint"], self.fingerprint, str(found.path))
-        # a checkpoint older than an option began with its default
-        older = {f"data.{key}": DataConfig.model_fields[key].default for key in SEEN} | {"pixels": "decoded"}
-        older |= {f"optim.{key}": field.default for key, field in OptimConfig.model_fields.items()}
-        for key, value in self.schedule.items():
-            began = found.meta["schedule"].get(key, older.get(key))
-            if value != began:
-                raise ValueError(f"{found.path}: {key}: the run began with {began!r}, found {value!r}")
-        return found
+        if newest is None:
+            return
+        checkpoint.check_fingerprint(newest.meta["fingerprint"], self.fingerprint, str(newest.path))
+        stored = {RENAMED_KEYS.get(key, key): value for key, value in newest.meta["schedule"].items()}
+        # a checkpoint older than an option was trained with its default
+        defaults = {f"data.{key}": DataConfig.model_fields[key].default for key in BATCH_OPTIONS}
+        defaults |= {f"optim.{key}": field.default for key, field in OptimConfig.model_fields.items()}
+        defaults["pixels"] = "decoded"
+        for key, value in self.fixed.items():
+            began_with = stored.get(key, defaults.get(key))
+            if value != began_with:
+                raise ValueError(f"{newest.path}: {key}: the run began with {began_with!r}, found {value!r}")
+        self._newest = newest
 
-    def restore(self, found: checkpoint.Checkpoint, trains: TrainState) -> None:
-        """Put back what a checkpoint holds."""
-        strategy = trains.strategy
-        load_trained(strategy, found.tensors["trained"])
-        if trains.average is not None:
-            trains.average.load({f"{METHOD}{name}": x for name, x in found.tensors["average"].items()})
-        strategy.load_optimizer_state(found.tensors["optimizer"])
-        self.step = found.step
+    def restore(self, state: TrainState) -> None:
+        """Load the checkpoint of `find_newest`, if there is one, into the state."""
+        newest, self._newest = self._newest, None
+        if newest is None:
+            return
+        load_trained(state.strategy, newest.tensors["trained"])
+        if state.ema is not None:
+            state.ema.load(_prefixed(newest.tensors["average"]))
+        state.strategy.load_optimizer_state(newest.tensors["optimizer"])
+        state.step = self.newest_step = newest.step
+        state.skipped_steps = newest.meta.get("state", {}).get("skipped", 0)
         if self.world.first:
-            checkpoint.reselect_best(self.directory, found.step)
-            known, better = checkpoint.best(self.directory), found.meta["better"]
-            # the run may have ended before it wrote this down
-            if better is not None and (known is None or better > known[1]):
-                checkpoint.set_best(self.directory, found.path, better)
+            checkpoint.reselect_best(self.directory, newest.step)
+            best, score = checkpoint.best(self.directory), newest.meta["better"]
+            # the run may have ended between writing the checkpoint and marking it as the best
+            if score is not None and (best is None or score > best[1]):
+                checkpoint.set_best(self.directory, newest.path, score)
         barrier(self.world)
-        known = checkpoint.best(self.directory)
-        self.score = None if known is None else known[1]
+        best = checkpoint.best(self.directory)
+        self.best_score = None if best is None else best[1]
+        logger.info("resuming at step %d of %d from %s", newest.step, self.fixed["steps"], newest.path)
 
-    def better(self, score: float) -> float | None:
-        """The score, where it is the best so far."""
+    def if_best(self, score: float) -> float | None:
+        """Return the score if it is the best so far."""
         score = gather_objects(score, self.world)[0]  # on GPUs the last bits may differ between ranks
-        return score if self.score is None or score > self.score else None
+        return score if self.best_score is None or score > self.best_score else None
 
-    def save(self, trains: TrainState, done: int, *, better: float | None, state: dict[str, Any]) -> float:
-        """Begin a checkpoint of `done` steps.
+    def save(self, state: TrainState, best_score: float | None) -> float:
+        """Begin to write a checkpoint.
 
         Args:
-            trains: what is saved.
-            better: its score, where that is the best so far.
-            state: what else the run needs to go on, plain JSON.
+            state: to save, on every process.
+            best_score: its score, if that is the best so far.
 
         Returns:
-            Seconds that training was held up for it: copies, and the rest of a write before it.
+            Seconds that training had to wait: for copies, and for the write before.
 
         Raises:
-            CheckpointError: of the write before.
+            CheckpointError: the write before failed.
         """
         began = time.perf_counter()
-        trained, optimizer = trains.strategy.trained_state(), trains.strategy.optimizer_state()
-        average = None if trains.average is None else trains.average.state()
-        self.step = done
-        if better is not None:
-            self.score = better
+        trained, optimizer = state.strategy.trained_state(), state.strategy.optimizer_state()
+        average = None if state.ema is None else state.ema.state()
+        self.newest_step = state.step
+        if best_score is not None:
+            self.best_score = best_score
         if self.world.first:
-            tensors = {"trained": _of_method(trained), "optimizer": optimizer}
+            tensors = {"trained": _unprefixed(trained), "optimizer": optimizer}
             if average is not None:
-                tensors["average"] = _of_method(average)
+                tensors["average"] = _unprefixed(average)
             meta = {
                 "fingerprint": self.fingerprint,
-                "schedule": self.schedule,
-                "better": better,
-                "state": state,
+                "schedule": self.fixed,
+                "better": best_score,
+                "state": {"skipped": state.skipped_steps},
                 "config": json.loads(self.config.to_json()),
             }
-            self._writer.start(partial(self._write, done, tensors, meta))
+            self._writer.start(partial(self._write, state.step, tensors, meta))
         return time.perf_counter() - began
 
-    def check(self) -> None:
+    def check_writer(self) -> None:
         """Raise the error of a write that has failed."""
         self._writer.check()
 
     def finish(self) -> None:
-        """Wait until everything is written, on every rank."""
+        """Wait on every rank until everything is written."""
         self._writer.wait()
         barrier(self.world)
 
-    def selected(self) -> checkpoint.Checkpoint | None:
-        """The best checkpoint, where one was selected."""
-        found = checkpoint.best(self.directory)
-        return None if found is None else checkpoint.load(found[0])
+    def load_selected(self, state: TrainState) -> int | None:
+        """Load the parameters of the best checkpoint and return its step; None if none was selected."""
+        best = checkpoint.best(self.directory)
+        if best is None:
+            return None
+        selected = checkpoint.load(best[0])
+        load_trained(state.strategy, checkpoint.selected_weights(selected))
+        return selected.step
 
     def _write(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
-        """A checkpoint, whether it is the best, and which are kept; in the writer's thread."""
+        """Write a checkpoint, mark it if it is the best, and remove old ones; runs in the writer's thread."""
         path = checkpoint.save(self.directory, step=step, tensors=tensors, meta=meta)
         if meta["better"] is not None:
             checkpoint.set_best(self.directory, path, meta["better"])
         checkpoint.prune(self.directory, self.config.keep_checkpoints)
 
 
-def load_trained(strategy: Strategy, trained: dict[str, Tensor]) -> None:
-    """Put a method's trained parameters into what the strategy trains."""
-    strategy.load_trained_state({f"{METHOD}{name}": x for name, x in trained.items()})
-
-
-def _of_method(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state of what the strategy trains by the method's names."""
-    return {name.removeprefix(METHOD): x for name, x in state.items()}
-
-
-def schedule(config: RunConfig, total: int, pairs: int) -> dict[str, Any]:
-    """What the rest of an interrupted run depends on besides the method, by dotted key.
-
-    Args:
-        config: of the run.
-        total: its steps.
-        pairs: that it trains on.
-    """
-    fixed: dict[str, Any] = {"seed": config.seed, "batch_size": config.batch_size, "steps": total}
-    fixed |= {"training pairs": pairs, "pixels": frame_origin(config.data)}
-    optim = config.optim.model_dump(mode="json", exclude={"skip_nonfinite"})
-    fixed |= {f"optim.{key}": value for key, value in optim.items()}
+def fixed_options(config: RunConfig, total_steps: int, pairs: int) -> dict[str, Any]:
+    """Return, by dotted key, the options that must not change when a run is resumed, besides the method's."""
     data = config.data.model_dump(mode="json")
-    return fixed | {f"data.{key}": data[key] for key in SEEN}
+    optim = config.optim.model_dump(mode="json", exclude={"skip_nonfinite"})
+    return {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "steps": total_steps,
+        "training pairs": pairs,
+        "pixels": frame_origin(config.data),
+        **{f"optim.{key}": value for key, value in optim.items()},
+        **{f"data.{key}": data[key] for key in BATCH_OPTIONS},
+    }
 
 
-def set_aside(directory: Path, world: World) -> None:
-    """Keep what an earlier run left in the directory, under another name."""
+def load_trained(strategy: Strategy, trained: dict[str, Tensor]) -> None:
+    """Load a method's trained parameters into a strategy."""
+    strategy.load_trained_state(_prefixed(trained))
+
+
+def _prefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by their names in `TrainStep`."""
+    return {f"{METHOD}{name}": x for name, x in tensors.items()}
+
+
+def _unprefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by their names in the method."""
+    return {name.removeprefix(METHOD): x for name, x in tensors.items()}
+
+
+def keep_earlier_run(directory: Path, world: World) -> None:
+    """Rename the directory of an earlier run to the first free `directory.N`."""
     if world.first and ((directory / "checkpoints").exists() or (directory / METRICS).exists()):
-        number = next(n for n in itertools.count(1) if not _numbered(directory, n).exists())
-        directory.rename(_numbered(directory, number))
+        names = (directory.with_name(f"{directory.name}.{n}") for n in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        directory.rename(kept)
         directory.mkdir()
-        logger.warning("%s: kept the earlier run as %s", directory, _numbered(directory, number))
+        logger.warning("%s: kept the earlier run as %s", directory, kept)
     barrier(world)
-
-
-def _numbered(directory: Path, number: int) -> Path:
-    return directory.with_name(f"{directory.name}.{number}")

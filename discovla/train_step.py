@@ -1,4 +1,4 @@
-"""What a strategy wraps: one module from a batch to its losses."""
+"""The module that a strategy wraps, from a batch to its losses, and the method's precision and kernels."""
 
 from __future__ import annotations
 
@@ -27,17 +27,21 @@ from discovla.nn.features import check_mask
 from discovla.nn.precision import quantise_frozen, widen_residual
 from discovla.ops.buckets import PackedRows
 from discovla.ops.column_shard import ColumnShard
+from discovla.ops.dispatch import KernelUnavailable, choose
+
+METHOD = "method."  # prefix of the method's parameters in `TrainStep`
 
 
 class TrainStep(GradCache):
-    """Encode, and the losses of all ranks' pairs: the one module a strategy wraps.
+    """Encode a batch and compute the losses over all ranks' pairs.
 
-    Each of W ranks has the similarities of all texts to its own videos: texts are gathered while videos are
-    encoded, videos never.  Of such a block, 1/W of all pairs, a rank sums up what concerns its videos; what
-    concerns texts is put together over ranks, a few numbers each.  Loss and gradient are those of one process
-    with all pairs: a rank's gradient is W times its own part, so that a strategy's average over ranks is the
-    sum of the parts.  grad_scale = "official" leaves that of the embeddings 1/W, as released.  What is
-    gathered, and its gradient, travels in the method's compute dtype, or with comm_dtype = "fp32" as it is.
+    On W ranks each rank computes the similarities of all texts to its own videos, 1/W of all pairs: texts are
+    gathered while videos are encoded, videos never are. A rank reduces what concerns its videos by itself;
+    what concerns texts is reduced over ranks, a few numbers per text. Loss and gradient equal those of one
+    process with all pairs: a rank's gradient is W times its own part, so that the strategy's average over
+    ranks is the sum of the parts. grad_scale = "official" leaves the gradient of embeddings at 1/W, as
+    released. Gathered embeddings and their gradients are sent in the method's compute dtype, or unchanged
+    with comm_dtype = "fp32".
 
     With grad_cache_chunks > 1 a rank encodes its clips in that many chunks and keeps only the embeddings of
     each. Once their gradients are known, it encodes chunk after chunk again from the same random state: in
@@ -47,7 +51,8 @@ class TrainStep(GradCache):
         ValueError: grad_cache_chunks > 1 and a method whose embeddings depend on the rest of the batch.
 
     Source: gradient caching as in Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup
-    (arXiv 2101.06983); inside of backward all is one graph, so that every parameter's gradient comes once.
+    (arXiv 2101.06983); within backward everything is one graph, so that each parameter gets its gradient
+    once.
     """
 
     def __init__(
@@ -67,78 +72,93 @@ class TrainStep(GradCache):
         self.method, self.world, self.grad_cache_chunks = method, world, grad_cache_chunks
         self.grad_scale: GradScale = grad_scale
         self.comm_dtype: CommDtype = comm_dtype
-        self.recorded: Callable[[Batch], Losses] | None = None  # what runs `losses` instead, if any
+        self.recorded: Callable[[Batch], Losses] | None = None  # replays `losses` from a CUDA graph, if set
 
     def forward(self, batch: Batch) -> Losses:
-        """Losses of the global batch, of those of its rows whose clip could be read."""
+        """Compute the losses of the global batch, without the rows whose clip could not be read."""
         if self.recorded is None:
             return self.losses(batch)
-        _check(batch)
+        _check_masks(batch)
         return self.recorded(batch)
 
     def losses(self, batch: Batch, rows: PackedRows | None = None) -> Losses:
-        """The same, by no recording.
+        """Compute the losses without a recording.
 
-        rows: how many packed captions take, where that is settled; see `ops.buckets`.
+        Args:
+            rows: number of rows for packed captions, if it is fixed for a recording; see `ops.buckets`.
         """
         self.method.text.rows = rows or {}
         try:
-            return self._of_many(batch) if self.world.size > 1 else self._of_one(batch)
+            return self._losses_of_ranks(batch) if self.world.size > 1 else self._losses_of_one(batch)
         finally:
-            self.method.text.rows = {}  # whoever encodes captions next has others
+            self.method.text.rows = {}  # they hold for this batch only
 
-    def _of_one(self, batch: Batch) -> Losses:
-        """The same on the only process."""
-        text = self._encoded(self.method.encode_texts, batch)
-        video = self._encoded(self.method.encode_videos, batch)
+    def _losses_of_one(self, batch: Batch) -> Losses:
+        """Compute the losses on a single process."""
+        text = self._encode(self.method.encode_texts, batch)
+        video = self._encode(self.method.encode_videos, batch)
         index = batch.video_index
         if batch.valid is not None:
             text, video, index = text[batch.valid], video[batch.valid], index[batch.valid]
         return self.method.losses(text, video, same_video=index[:, None] == index)
 
-    def _of_many(self, batch: Batch) -> Losses:
-        """The same on each of several ranks, from its own columns of every similarity matrix."""
+    def _losses_of_ranks(self, batch: Batch) -> Losses:
+        """Compute the losses on one of several ranks, from its columns of every similarity matrix."""
         world, index, valid = self.world, batch.video_index, batch.valid
-        text = self._scaled(self._encoded(self.method.encode_texts, batch))
+        text = self._scale_gradient(self._encode(self.method.encode_texts, batch))
         comm_dtype = self.method.compute_dtype if self.comm_dtype == "compute" else None
-        coming = {name: start_gather(x, world, comm_dtype) for name, x in text.tensors().items()}
-        video = self._scaled(self._encoded(self.method.encode_videos, batch))
-        text, everyones = Embedding(**{name: wait() for name, wait in coming.items()}), gather(index, world)
+        pending = {name: start_gather(x, world, comm_dtype) for name, x in text.tensors().items()}
+        video = self._scale_gradient(self._encode(self.method.encode_videos, batch))
+        text = Embedding(**{name: wait() for name, wait in pending.items()})
+        all_index = gather(index, world)
         first = world.rank * len(batch)
         if valid is not None:
-            kept = gather(valid, world)
-            first = int(kept[:first].sum())
-            text, everyones, video, index = text[kept], everyones[kept], video[valid], index[valid]
+            all_valid = gather(valid, world)
+            first = int(all_valid[:first].sum())
+            text, all_index = text[all_valid], all_index[all_valid]
+            video, index = video[valid], index[valid]
         columns = ColumnShard(first_text=first, all_reduce=add_over_ranks, all_reduce_max=largest_over_ranks)
-        losses = self.method.losses(text, video, same_video=everyones[:, None] == index, columns=columns)
+        losses = self.method.losses(text, video, same_video=all_index[:, None] == index, columns=columns)
         return replace(losses, total=scale_gradient(losses.total, world.size))
 
-    def _encoded(self, encode: Callable[[Batch], Embedding], batch: Batch) -> Embedding:
-        """One side of the batch, part by part."""
-        if self.grad_cache_chunks == 1:
+    def _encode(self, encode: Callable[[Batch], Embedding], batch: Batch) -> Embedding:
+        """Encode one side of the batch, chunk by chunk."""
+        chunks = self.grad_cache_chunks
+        if chunks == 1:
             return encode(batch)
-        bounds = [len(batch) * part // self.grad_cache_chunks for part in range(self.grad_cache_chunks + 1)]
+        bounds = [len(batch) * chunk // chunks for chunk in range(chunks + 1)]
         return self.encode_chunks(encode, [batch[start:stop] for start, stop in pairwise(bounds)])
 
-    def _scaled(self, x: Embedding) -> Embedding:
-        """The embedding, whose gradient alone is not made up for the average over ranks where official."""
+    def _scale_gradient(self, x: Embedding) -> Embedding:
+        """With grad_scale = "official", undo the factor W in the gradient of an embedding."""
         factor = 1.0 if self.grad_scale == "exact" else 1 / self.world.size
         return x.map(lambda tensor: scale_gradient(tensor, factor))
 
 
-def _check(batch: Batch) -> None:
-    """Refuse, with its row, a mask at which a recorded step would but stop the GPU."""
+def _check_masks(batch: Batch) -> None:
+    """Raise ValueError with the row of an empty mask, which in a recorded step would only stop the GPU."""
     check_mask("caption", batch.text_mask)
     check_mask("video", batch.frame_mask)
     if batch.frame_text_mask is not None:
         check_mask("frame caption", batch.frame_text_mask.flatten(0, -2))
 
 
-def set_precision(method: Method, engine: EngineConfig, device: torch.device) -> None:
-    """Let a method compute in the config's precision, before it moves to the device it will be on.
+def prepare_method(method: Method, engine: EngineConfig, device: torch.device) -> None:
+    """Set a method's precision, move it to its device and choose its kernels.
 
     Raises:
-        ValueError: nothing is frozen that could be in FP8, or the device has no FP8.
+        ValueError: the precision or the implementation cannot run on the device; the message has the reason.
+    """
+    set_precision(method, engine, device)
+    method.to(device)
+    set_kernels(method, engine, device)
+
+
+def set_precision(method: Method, engine: EngineConfig, device: torch.device) -> None:
+    """Set the precision that a method computes in, before it moves to `device`.
+
+    Raises:
+        ValueError: no layer is frozen that could be in FP8, or the device has no FP8.
     """
     if engine.precision == "fp32":
         return
@@ -154,3 +174,19 @@ def set_precision(method: Method, engine: EngineConfig, device: torch.device) ->
             raise ValueError(f"engine.precision: {error}") from None
     if not engine.bf16_parameters:
         cast_frozen(method, torch.bfloat16)
+
+
+def set_kernels(method: Method, engine: EngineConfig, device: torch.device) -> None:
+    """Set the implementation of the towers' blocks, and how much of their activations is kept for backward.
+
+    Raises:
+        ValueError: the implementation cannot run here; the message has the reason.
+    """
+    like = torch.empty(1, dtype=method.compute_dtype, device=device)
+    try:
+        choose("block", engine.impl, device.type, operands=(like,))
+    except KernelUnavailable as error:
+        raise ValueError(f"engine.impl: {error}") from None
+    for tower in (method.vision, method.text):
+        tower.impl, tower.memory = engine.impl, engine.memory
+    method.text.distinct = engine.distinct_captions

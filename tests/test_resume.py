@@ -72,13 +72,13 @@ def test_a_run_killed_at_random_steps_ends_bit_for_bit_as_one_never_stopped(way,
 def test_a_run_killed_wherever_it_writes_ends_as_one_never_stopped(tmp_path, drawn, wholes):
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE, "resume=true"]
     for kill in (
-        "kill:discovla.trainer:_write_json:1",  # the figures before training
+        "kill:discovla.trainer:write_json:1",  # the figures before training
         f"{CHECKPOINT}:_write_tensors:3",  # of the second checkpoint nothing is there
         f"{CHECKPOINT}:_write_tensors:2",  # one file of two
         f"{CHECKPOINT}:_put_in_place:1",  # all files, not in place
         f"{CHECKPOINT}:set_best:1",  # in place, not yet known as the best
         f"{CHECKPOINT}:keep:1",  # older ones not removed
-        "kill:discovla.trainer:_write_json:1",  # the results
+        "kill:discovla.trainer:write_json:1",  # the results
     ):
         job = runs.start(words, fault=kill)
         assert job.wait() == [-9], f"{kill}:\n{job.output()}"

@@ -185,11 +185,11 @@ import os, sys
 from discovla.trainer import Trainer
 from train import main
 
-def fail(trainer):
+def fail(*_):
     raise {error}
 
 if os.environ["RANK"] == "1":
-    Trainer._clip_logit_scale = fail
+    Trainer.clip_logit_scale = fail
 sys.exit(main(sys.argv[1:]))
 """
 

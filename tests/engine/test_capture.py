@@ -28,7 +28,7 @@ from discovla.engine.strategy import StepPlan
 from discovla.ops import dispatch
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.train_step import TrainStep
-from discovla.trainer import Trainer
+from discovla.trainer import run
 from tests import runs, steps
 from tests.engine.recorder import Rerun, Unwatched
 
@@ -265,7 +265,7 @@ def test_a_recorded_run_has_the_losses_of_an_unrecorded_one(tmp_path, drawn, mon
     monkeypatch.setattr(capture, "memory_is_short", lambda device: False)
     path = runs.write_config(tmp_path, drawn)
     for name in ("none", "graph"):
-        Trainer(read_config(path, [f"engine.capture={name}", f"directory={tmp_path}/{name}"])).run()
+        run(read_config(path, [f"engine.capture={name}", f"directory={tmp_path}/{name}"]))
     assert 1 <= recorder.recorded <= recorder.replayed <= 5
     found, wanted = (runs.records(tmp_path / name) for name in ("graph", "none"))
     for key in ("loss", "grad_norm"):

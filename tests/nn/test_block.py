@@ -14,7 +14,7 @@ from discovla.nn.layout import SequenceLayout
 from discovla.ops.dispatch import Impl, KernelUnavailable
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.towers.weights import initialise
-from discovla.trainer import compute_as
+from discovla.train_step import set_kernels
 
 FUSED = {"fused_vision_blocks": 1, "fused_text_blocks": 1}
 CASES = {
@@ -107,13 +107,13 @@ def test_an_impl_that_cannot_run_is_refused(monkeypatch):
 def test_a_run_says_what_computes_the_blocks_and_what_they_keep(monkeypatch):
     method, _ = made("published", torch.float32)
     cpu = torch.device("cpu")
-    compute_as(method, EngineConfig(impl="triton", memory="recompute_mlp", distinct_captions=True), cpu)
+    set_kernels(method, EngineConfig(impl="triton", memory="recompute_mlp", distinct_captions=True), cpu)
     assert method.text.distinct
     for tower in (method.vision, method.text):
         assert (tower.impl, tower.memory) == ("triton", "recompute_mlp")
     method.compute_dtype = torch.bfloat16
     with pytest.raises(ValueError, match=r"^engine\.impl: block: .* interpreter computes bfloat16 wrongly"):
-        compute_as(method, EngineConfig(impl="triton"), cpu)
+        set_kernels(method, EngineConfig(impl="triton"), cpu)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"^engine\.impl: block: impl='triton': it needs a CUDA device"):
-        compute_as(method, EngineConfig(impl="triton"), cpu)
+        set_kernels(method, EngineConfig(impl="triton"), cpu)
