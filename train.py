@@ -1,4 +1,4 @@
-"""`deepspeed train.py configs/x.toml [a.b=c ...]`, also under torchrun and as plain `python train.py`."""
+"""Train: `deepspeed train.py configs/x.toml [a.b=c ...]`, by torchrun, or as plain `python train.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from discovla.trainer import run
 
 
 def main(words: list[str]) -> int:
-    """Run the config named by the first word, with the other words as dotted overrides."""
-    words = [word for word in words if not word.startswith("--local_rank=")]  # the DeepSpeed launcher's
+    """Run the config named by the first word, with the other words as overrides."""
+    words = [
+        word for word in words if not word.startswith("--local_rank=")
+    ]  # of the DeepSpeed launcher
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not words or words[0].startswith("-"):
         print("usage: deepspeed train.py CONFIG [a.b=c ...]", file=sys.stderr)

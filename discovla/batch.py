@@ -1,4 +1,4 @@
-"""Records that travel between floors: what a loader yields, what towers make of it, what a loss returns."""
+"""Records that pass between modules: batches, embeddings and losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class BadClip:
-    """A clip that could not be read, and why."""
+    """A clip that could not be read, with the reason."""
 
     id: str
     video: str
@@ -23,12 +23,12 @@ class Batch:
     """One rank's share of a training batch.
 
     text_ids: b l, int64, padded with 0.  text_mask: b l, bool, true on real tokens.
-    frames: b f y x c, uint8 RGB (float b f c y x is taken as already normalised).  frame_mask: b f, bool.
-    frame_text_ids, frame_text_mask: b f l, the still captions of the sampled frames, or None.
-    video_index: b, int64, which clip of the manifest; equal for captions of one clip.
-    valid: b, bool; None where every clip of every rank could be read.  False marks one that could not: its
-        row is a placeholder that keeps every rank's shape the same and that no loss sees.
-    bad: those clips.
+    frames: b f y x c, uint8 RGB; float b f c y x is already normalised.  frame_mask: b f, bool.
+    frame_text_ids, frame_text_mask: b f l, captions of the sampled frames, or None.
+    video_index: b, int64, index of the clip; equal for captions of one clip.
+    valid: b, bool, false on clips that could not be read; None if every rank read all of its clips.  The row
+        of an unreadable clip is a placeholder; it keeps shapes equal on all ranks, and no loss uses it.
+    bad: the unreadable clips.
     """
 
     text_ids: Tensor
@@ -45,19 +45,19 @@ class Batch:
         return self.text_ids.shape[0]
 
     def __getitem__(self, rows: slice) -> Batch:
-        """Some of its rows; `bad` stays whole."""
+        """Return some rows; `bad` stays complete."""
         return self.map(lambda x: x[rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """The same batch on `device`, but for masks, which are looked at where no GPU is waited for."""
+        """Move to `device`; masks stay on the CPU, so that reading them does not sync."""
         kept = {name: getattr(self, name) for name in ("text_mask", "frame_mask", "frame_text_mask")}
         return replace(self.map(lambda x: x.to(device, non_blocking=non_blocking)), **kept)
 
     def frame_captions(self) -> tuple[Tensor, Tensor]:
-        """Ids and mask of the still captions, b f l.
+        """Return ids and mask of the frame captions, b f l.
 
         Raises:
-            ValueError: there are none.
+            ValueError: the batch has none.
         """
         ids, mask = self.frame_text_ids, self.frame_text_mask
         if ids is None or mask is None:
@@ -67,19 +67,19 @@ class Batch:
         return ids, mask
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with `change` applied to each tensor it has."""
-        given = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: change(x) for name, x in given.items()})
+        """Return the batch with `change` applied to every tensor."""
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: change(x) for name, x in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """What one tower makes of n inputs.  Nothing in it is normalised.
+    """Embedding of n captions or videos, not normalised.
 
     pooled: n d.
-    tokens: n k d, the parts (words, frames, views) that a token-wise similarity compares, if one does.
-    mask: n k, bool, true on real tokens; None where every token is real.
-    frames: n f d, one feature per frame: of the frame itself or of its caption; for frame-level alignment.
+    tokens: n k d, words, frames or views that a token-wise similarity compares; None without one.
+    mask: n k, bool, true on real tokens; None if all are real.
+    frames: n f d, a feature for each frame or for its caption, for frame-level alignment.
     frame_mask: n f, bool, true on real frames.
     """
 
@@ -96,21 +96,21 @@ class Embedding:
         return self.map(lambda x: x[rows])
 
     def to(self, device: torch.device | str) -> Embedding:
-        """The same embedding on `device`."""
+        """Move to `device`."""
         return self.map(lambda x: x.to(device))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Embedding:
-        """The embedding with `change` applied to each tensor it has."""
+        """Return the embedding with `change` applied to every tensor."""
         return Embedding(**{name: change(x) for name, x in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors it has, by name."""
+        """Return the tensors that are not None, by name."""
         return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The scalar to minimise and the terms it is made of, unweighted, for the log."""
+    """The scalar to minimise, and its unweighted terms for the log."""
 
     total: Tensor
     terms: dict[str, Tensor]

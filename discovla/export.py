@@ -14,12 +14,12 @@ from discovla.towers.weights import write_drawn_clip
 
 
 def export(run: LoadedRun, out: Path, *, merged: bool = False) -> list[Path]:
-    """Write what a run trained, for other programs.
+    """Write the trained parameters of a run.
 
-    `adapter.safetensors` holds the trained parameters by our names, with the run's config as metadata.  With
-    `merged`, `open_clip.safetensors` holds a plain CLIP under open_clip's names with LoRA merged in, and
-    `open_clip.json` its sizes: its text tower is the trained one exactly; what a method computes beyond plain
-    blocks on the vision side (fusion adapters, heads) is in the adapter alone.
+    `adapter.safetensors` has the trained parameters under discovla's names, and the run's config as metadata.
+    With `merged`, `open_clip.safetensors` has a plain CLIP under open_clip's names with LoRA merged in, and
+    `open_clip.json` its architecture. Its text tower equals the trained one; what a method adds to the vision
+    tower (fusion adapters, heads) is in the adapter only.
 
     Returns:
         The files written.
@@ -30,14 +30,14 @@ def export(run: LoadedRun, out: Path, *, merged: bool = False) -> list[Path]:
     save_file(trained, adapter, metadata={"config": run.config.to_json(), "step": str(run.step)})
     if not merged:
         return [adapter]
-    weights, sizes = out / "open_clip.safetensors", out / "open_clip.json"
+    weights, architecture = out / "open_clip.safetensors", out / "open_clip.json"
     save_file({n: t.contiguous() for n, t in run.method.plain_weights().items()}, weights)
-    sizes.write_text(json.dumps(config_from_architecture(run.method.architecture), indent=2))
-    return [adapter, weights, sizes]
+    architecture.write_text(json.dumps(config_from_architecture(run.method.architecture), indent=2))
+    return [adapter, weights, architecture]
 
 
 def export_drawn(run: LoadedRun, out: Path) -> Path:
-    """Write a CLIP that was trained on the drawn world as the small file that ships with the package."""
+    """Write a CLIP trained on the drawn world as the small file that the package ships."""
     method = run.method
     write_drawn_clip(out, method.architecture, method.plain_weights(), token_ids())
     return out

@@ -13,7 +13,11 @@ from discovla.methods.base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRun:
-    """A trained method, ready to evaluate or export: the config of its run, and how many steps it took."""
+    """A trained method with the config of its run.
+
+    method: with the trained parameters, or their moving average if the run has one.
+    step: of the checkpoint.
+    """
 
     config: RunConfig
     method: Method
@@ -21,25 +25,25 @@ class LoadedRun:
 
 
 def load_run(path: Path | str) -> LoadedRun:
-    """Open a run directory (its best checkpoint, or the newest where none was selected) or one checkpoint.
+    """Load a run, on the CPU.
+
+    Args:
+        path: one checkpoint, or a run directory: its best checkpoint, or the newest if none was selected.
 
     Raises:
         ConfigError: no checkpoint there.
-        CheckpointError: a checkpoint that is broken, or that fits other weights than its config names.
+        CheckpointError: a broken checkpoint, or one of other pretrained weights than its config names.
     """
     path = Path(path)
-    found = checkpoint.load(path) if (path / checkpoint.STATE).is_file() else _selected(path)
-    config = parse_stored_config(found.meta["config"], str(found.path / checkpoint.STATE))
-    method = build(config.model, config.method)
-    checkpoint.check_fingerprint(found.meta["fingerprint"], method.fingerprint(), str(found.path))
-    method.load_trained_state(checkpoint.selected_weights(found))
-    return LoadedRun(config=config, method=method, step=found.step)
-
-
-def _selected(path: Path) -> checkpoint.Checkpoint:
-    directory = path / "checkpoints"
-    best = checkpoint.best(directory)
-    found = checkpoint.load(best[0]) if best else checkpoint.latest(directory)
-    if found is None:
+    if (path / checkpoint.STATE).is_file():
+        stored = checkpoint.load(path)
+    else:
+        best = checkpoint.best(path / "checkpoints")
+        stored = checkpoint.load(best[0]) if best else checkpoint.latest(path / "checkpoints")
+    if stored is None:
         raise ConfigError(f"{path}: expected a run directory or a checkpoint, found no checkpoint there")
-    return found
+    config = parse_stored_config(stored.meta["config"], str(stored.path / checkpoint.STATE))
+    method = build(config.model, config.method)
+    checkpoint.check_fingerprint(stored.meta["fingerprint"], method.fingerprint(), str(stored.path))
+    method.load_trained_state(checkpoint.selected_weights(stored))
+    return LoadedRun(config=config, method=method, step=stored.step)

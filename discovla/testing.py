@@ -1,4 +1,4 @@
-"""Small things for tests and benchmarks: tiny towers, batches of noise, error measures."""
+"""Tiny towers, noise batches and error measures for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from discovla.towers.architecture import Architecture, TowerShape
 
 
 def tiny_architecture(activation: Activation = "quick_gelu") -> Architecture:
-    """A CLIP of two layers a tower, 16-pixel images, 12 text positions and 50 token ids."""
+    """Return a CLIP with two layers per tower, 16-pixel images, 12 text positions and 50 token ids."""
     return Architecture(
         embed_dim=16,
         image_size=16,
@@ -30,7 +30,7 @@ def tiny_architecture(activation: Activation = "quick_gelu") -> Architecture:
 
 
 def noise_batch(architecture: Architecture, *, size: int = 4, frames: int = 3, seed: int = 0) -> Batch:
-    """A batch of noise frames and random captions of random lengths, the last id being end-of-text."""
+    """Return a batch of noise frames and random captions of random lengths, each ending in end-of-text."""
     generator = torch.Generator().manual_seed(seed)
     pixels = (size, frames, architecture.image_size, architecture.image_size, 3)
     text_ids, text_mask = random_captions(architecture, size, generator)
@@ -48,33 +48,33 @@ def noise_batch(architecture: Architecture, *, size: int = 4, frames: int = 3, s
 
 
 def random_captions(architecture: Architecture, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """ids n l and mask n l of random captions: start, words, end, padding."""
+    """Return ids n l and mask n l of random captions: start-of-text, words, end-of-text, padding."""
     length, vocab = architecture.context_length, architecture.vocab_size
     words = torch.randint(0, length - 1, (n,), generator=generator)
     ids = torch.randint(1, vocab - 2, (n, length), generator=generator)
-    place = torch.arange(length)
+    position = torch.arange(length)
     ids[:, 0] = vocab - 2
     ids[torch.arange(n), words + 1] = vocab - 1
-    mask = place <= (words + 1)[:, None]
+    mask = position <= (words + 1)[:, None]
     return ids * mask, mask
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """max |got - want| / max |want|."""
+    """Return max |got - want| / max |want|."""
     return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-300)).item()
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes of CPU tensors alive at once of those `function` allocates, counted by torch's profiler."""
+    """Return the peak bytes of CPU tensors that `function` allocates, counted by torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        kept = function()
+        result = function()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events: Any = recorded.profiler.kineto_results.events()
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    del kept
+    del result
     return int(max(np.cumsum([size for _, size in memory]), default=0))
 
 
 def exponent(sizes: Sequence[int], figures: Sequence[float]) -> float:
-    """Slope of log(figures) over log(sizes) by least squares: 2 where figures grow with the square."""
+    """Return the least-squares slope of log(figures) over log(sizes): 2 for quadratic growth."""
     return float(np.polyfit(np.log(sizes), np.log(figures), 1)[0])

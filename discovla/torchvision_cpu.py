@@ -1,8 +1,8 @@
-"""Lets torchvision, open_clip and timm import beside a CPU build of torch.
+"""Makes torchvision, open_clip and timm importable with a CPU build of torch.
 
-PyPI carries torchvision for Linux as a CUDA build only. Beside a CPU torch its compiled library does not
-load, and the bare import then stops at `operator torchvision::nms does not exist`. Naming the two operators
-it asks for is all it needs: this project uses transforms from it, never boxes.
+PyPI has torchvision for Linux as a CUDA build only. Its compiled library does not load with a CPU torch, and
+the import fails with `operator torchvision::nms does not exist`. Declaring the two missing operators is
+enough, because this project uses only transforms.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _OPS = ("nms", "qnms")
-_libraries: list[torch.library.Library] = []  # a Library takes its operators with it when it is collected
+_libraries: list[torch.library.Library] = []  # kept, because a collected Library removes its operators
 
 
 def install() -> None:
-    """Define `torchvision::nms` and `torchvision::qnms` where torchvision's own library cannot load.
+    """Declare `torchvision::nms` and `torchvision::qnms` if torchvision's own library cannot load.
 
-    Call it before importing torchvision, open_clip or timm. It does nothing where torchvision is whole or
-    absent, and on a second call. The operators get a name and no code: calling one stays an error.
+    Call it before importing torchvision, open_clip or timm. It does nothing if torchvision works or is not
+    installed, or on a second call. The operators have no implementation: calling one stays an error.
     """
     if _libraries or _own_library_loads():
         return
@@ -32,11 +32,11 @@ def install() -> None:
     for name in _OPS:
         library.define(name + _SCHEMA)
     _libraries.append(library)
-    logger.info("torchvision's operators do not load beside torch %s: named them only", torch.__version__)
+    logger.info("torchvision's operators do not load with torch %s: declared without code", torch.__version__)
 
 
 def _own_library_loads() -> bool:
-    """Whether torchvision needs no help: absent, imported already, or with a compiled library that loads."""
+    """Return True if torchvision is absent, already imported, or has a compiled library that loads."""
     if hasattr(torch.ops.torchvision, "nms"):
         return True
     spec = importlib.util.find_spec("torchvision")

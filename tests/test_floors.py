@@ -29,7 +29,7 @@ HIGH = {
     "load": 7,
     "export": 8,
     "splits": 7,
-    "train_step": 7,
+    "train_step": 6,
     "trainer": 8,
     "commands": 9,
     "cli": 10,
