@@ -13,9 +13,7 @@ from discovla.trainer import run
 
 def main(words: list[str]) -> int:
     """Run the config named by the first word, with the other words as overrides."""
-    words = [
-        word for word in words if not word.startswith("--local_rank=")
-    ]  # of the DeepSpeed launcher
+    words = [word for word in words if not word.startswith("--local_rank=")]  # of the DeepSpeed launcher
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not words or words[0].startswith("-"):
         print("usage: deepspeed train.py CONFIG [a.b=c ...]", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Real training processes, forked from a server that has everything imported, and what they leave behind."""
+"""Start real training processes, forked from a server with everything imported; read their output."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ lr = 1e-3
 device = "cpu"
 strategy = "torch"
 """
-# words for small runs of every other method, and of combinations
+# overrides for small runs of the other methods, and of combinations
 METHODS = {
     "meanP": ["method=clip4clip"],
     "seqLSTM": ["method=clip4clip", "method.head=seqLSTM"],
@@ -83,20 +83,20 @@ METHODS = {
     "tokens": ["method.similarity=tokens", "method.frame_position=true"],
 }
 _SERVER = multiprocessing.get_context("forkserver")
-# with what optimisers import on their first use, which takes as long as all the rest
+# with what optimizers import on first use, which takes as long as all other imports
 _SERVER.set_forkserver_preload(["tests.runs", "train", "discovla.engine.deepspeed", "torch._dynamo"])
 
 
 @dataclass
 class Job:
-    """The ranks of one run, started."""
+    """The started ranks of one run."""
 
     processes: list[Any]
     logs: list[Path]
     began: float = field(default_factory=time.monotonic)
 
     def wait(self, timeout: float = 90) -> list[int]:
-        """Exit status of every rank; a rank still running after `timeout` seconds fails the test."""
+        """Return the exit status of every rank; fail the test if one still runs after `timeout` seconds."""
         deadline = self.began + timeout
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -108,12 +108,12 @@ class Job:
         return [process.exitcode for process in self.processes]
 
     def output(self, rank: int = 0) -> str:
-        """What a rank wrote on stdout and stderr."""
+        """Return stdout and stderr of a rank."""
         return self.logs[rank].read_text()
 
 
 def write_config(folder: Path, manifest: Path) -> Path:
-    """A run of a tiny model on a manifest; its directory is `folder`/run."""
+    """Write the config of a tiny model on a manifest; its run directory is `folder`/run."""
     (folder / "tiny.json").write_text(json.dumps(TINY))
     path = folder / "small.toml"
     path.write_text(CONFIG.format(folder=folder, manifest=manifest))
@@ -124,14 +124,12 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
     """Start `train.py words` as `size` ranks.
 
     Args:
-        fault: "kind:module:function:n", or several: what befalls `rank` (with "0@" before it rank 0) at the
-            n-th call of this function:
-            "kill" is kill -9, "stop" as if its machine were gone, "SIGTERM" and "SIGUSR1" these signals
-            ("SIGTERM^2" to the process that started the one that started it),
-            "tree" a SIGTERM to it and to all that it started, as the DeepSpeed launcher sends it,
-            "reader" kill -9 of a process that reads for it,
-            "full" a full disk, "nan" a result that is not a number; "drag" is slow from then on,
-            "late" takes 20 seconds.
+        fault: "kind:module:function:n", or several, separated by spaces: injected into `rank` (rank 0 with
+            "0@" in front) at the n-th call of the function. Kinds: "kill" (kill -9), "stop" (SIGSTOP, as if
+            the machine were gone), "SIGTERM", "SIGUSR1" ("SIGTERM^2" goes to the grandparent), "tree"
+            (SIGTERM to the rank and its children, as the DeepSpeed launcher sends it), "reader" (kill -9 of
+            a loader process), "full" (a full disk), "nan" (the result times NaN), "drag" (slow from this
+            call on), "late" (20 seconds once).
     """
     words = [str(word) for word in words]
     logs = [Path(words[0]).parent / f"output.{rank}.txt" for rank in range(size)]
@@ -144,8 +142,8 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
             env |= {"RANK": str(number), "WORLD_SIZE": str(size), "LOCAL_RANK": str(number)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         all_faults = [one if "@" in one else f"{rank}@{one}" for one in (fault or "").split()]
-        its = [one.partition("@")[2] for one in all_faults if one.startswith(f"{number}@")]
-        processes.append(_SERVER.Process(target=_rank, args=(words, str(log), env, its)))
+        own_faults = [one.partition("@")[2] for one in all_faults if one.startswith(f"{number}@")]
+        processes.append(_SERVER.Process(target=_rank, args=(words, str(log), env, own_faults)))
         processes[-1].start()
     return Job(processes, logs)
 
@@ -153,15 +151,15 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
 def train(
     words: Sequence[object], *, size: int = 1, timeout: float = 90, fault: str | None = None, rank: int = 0
 ) -> Job:
-    """Run `train.py words` to its good end, whatever befalls `rank` on the way."""
+    """Run `train.py words` and require exit status 0 of every rank, also with an injected fault."""
     job = start(words, size=size, fault=fault, rank=rank)
     status = job.wait(timeout)
     assert status == [0] * size, "\n".join(f"rank {r}: {status[r]}\n{job.output(r)}" for r in range(size))
     return job
 
 
-def _rank(words: list[str], log: str, env: dict[str, str], befalling: list[str]) -> None:
-    """One process: train.py's main with its output in a file."""
+def _rank(words: list[str], log: str, env: dict[str, str], faults: list[str]) -> None:
+    """Run train.py's main as one rank, with its output in a file."""
     for name in LAUNCHER:
         os.environ.pop(name, None)
     os.environ.update(env)
@@ -170,23 +168,23 @@ def _rank(words: list[str], log: str, env: dict[str, str], befalling: list[str])
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     errors.RANK_ZERO_SECONDS = 0.3  # no launcher is waiting to end the others
-    for one in befalling:
-        _arrange(*one.split(":"))
+    for fault in faults:
+        _inject(*fault.split(":"))
     sys.exit(import_module("train").main(words))
 
 
-def _arrange(kind: str, module: str, name: str, call: str) -> None:
-    """Let a fault befall this process when it calls a function for the n-th time."""
+def _inject(kind: str, module: str, name: str, call: str) -> None:
+    """Inject a fault into this process at the n-th call of a function."""
     owner: Any = import_module(module)
     original: Callable[..., Any] = getattr(owner, name)
     calls = [0]
     signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
     signals |= {name: signal.Signals[name] for name in ("SIGTERM", "SIGUSR1")}
-    kind, _, above = kind.partition("^")
+    kind, _, generations = kind.partition("^")
     this = psutil.Process()
-    target = this.parents()[int(above) - 1].pid if above else this.pid
+    target = this.parents()[int(generations) - 1].pid if generations else this.pid
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def faulty(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if kind == "drag" and calls[0] >= int(call):
             time.sleep(0.05)
@@ -197,7 +195,7 @@ def _arrange(kind: str, module: str, name: str, call: str) -> None:
             os.kill(target, signals[kind])
         if due and kind == "tree":
             pids = [str(process.pid) for process in (*this.children(recursive=True), this)]
-            subprocess.run(["kill", "-TERM", *pids], check=True)  # from without
+            subprocess.run(["kill", "-TERM", *pids], check=True)  # sent by another process
         if due and kind == "reader":
             this.children()[0].kill()
         if due and kind == "full":
@@ -205,25 +203,25 @@ def _arrange(kind: str, module: str, name: str, call: str) -> None:
         result = original(*args, **kwargs)
         return result * float("nan") if due and kind == "nan" else result
 
-    setattr(owner, name, counted)
+    setattr(owner, name, faulty)
 
 
 def records(directory: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """The records of one kind in metrics.jsonl, without what depends on the clock."""
+    """Return the records of one kind in metrics.jsonl, without times."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "clips_per_second")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["kind"] == kind]
 
 
 def losses(directory: Path) -> torch.Tensor:
-    """The loss of every step."""
-    found = records(directory)
-    assert [record["step"] for record in found] == list(range(len(found)))
-    return torch.tensor([record["loss"] for record in found], dtype=torch.float64)
+    """Return the loss of every step."""
+    steps = records(directory)
+    assert [record["step"] for record in steps] == list(range(len(steps)))
+    return torch.tensor([record["loss"] for record in steps], dtype=torch.float64)
 
 
 def tensors(directory: Path, step: int) -> dict[str, torch.Tensor]:
-    """Trained parameters and optimiser state in the checkpoint of a step."""
+    """Return trained parameters and optimizer state in the checkpoint of a step."""
     folder = directory / "checkpoints" / f"step-{step:08d}"
     parts = ("trained", "optimizer")
     return {f"{part}/{n}": x for part in parts for n, x in load_file(folder / f"{part}.safetensors").items()}

@@ -1,4 +1,4 @@
-"""Train steps of every method on one process or several, in float64, and what they compute and send."""
+"""Train steps of every method on one or several processes in float64, with their work and traffic."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from discovla.methods.base import Method
 from discovla.testing import noise_batch, tiny_architecture
 from discovla.towers.weights import initialise
 from discovla.train_step import TrainStep
-from tests import runs  # its server of processes has everything imported
+from tests import runs  # its fork server has everything imported
 from tests.engine.launch import LAUNCHER, free_port
 
 BATCH, FRAMES = 8, 3
-BAD = [1, 6, 7]  # of four ranks the last has no clip that can be read
+BAD = [1, 6, 7]  # of four ranks, the last has no readable clip
 ALIGNED = {"alpha": 0.3, "beta": 0.5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "clip": {"name": "clip", "exclude_same_video": True},
@@ -78,7 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make(variant: str | dict[str, Any]) -> Method:
-    """A tiny method without dropout, in float64, nothing of it zero; a name of VARIANTS or such a config."""
+    """Make a tiny method in float64 without dropout or zero weights, from a name of VARIANTS or a config."""
     architecture = tiny_architecture()
     config = VARIANTS[variant] if isinstance(variant, str) else variant
     cls = METHODS[config["name"]]
@@ -96,7 +96,7 @@ def make(variant: str | dict[str, Any]) -> Method:
 
 
 def whole_batch(*, bad: bool) -> Batch:
-    """The batch of all ranks: two clips twice, padded frames, and rows that could not be read."""
+    """Return the batch of all ranks: two clips occur twice, some frames are padding, some rows unreadable."""
     made = noise_batch(tiny_architecture(), size=BATCH, frames=FRAMES)
     text_mask, frame_mask, valid = (
         made.text_mask.clone(),
@@ -116,13 +116,13 @@ def whole_batch(*, bad: bool) -> Batch:
 
 
 def share(batch: Batch, world: World) -> Batch:
-    """A rank's rows."""
+    """Return the rows of a rank."""
     rows = len(batch) // world.size
     return batch[slice(world.rank * rows, (world.rank + 1) * rows)]
 
 
 def take(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
-    """The loss, its terms and every gradient as a strategy averages it, on every rank the same."""
+    """Return the loss, its terms and every gradient as a strategy averages it, equal on all ranks."""
     trained = {name: p for name, p in step.named_parameters() if p.requires_grad}
     step.zero_grad()
     losses = step(batch)
@@ -137,7 +137,7 @@ def take(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
 
 
 def counted_losses(step: TrainStep, batch: Batch) -> int:
-    """Multiplications and additions of the forward of a step's losses on this rank, without its towers."""
+    """Count the FLOPs of the forward of a step's losses on this rank, without the towers."""
     found: list[int] = []
     losses = step.method.losses
 
@@ -154,36 +154,38 @@ def counted_losses(step: TrainStep, batch: Batch) -> int:
 
 
 class Sent:
-    """Bytes that a rank sends in collectives, as rings send them: of an all-reduce 2 (W - 1) / W.
+    """Context that counts the bytes a rank sends in ring collectives; an all-reduce sends 2 (W - 1) / W.
 
-    `order`: names of collectives as they begin, "waited: NAME" where the asynchronous ones are waited for.
+    `order`: names of the collectives in order, and "waited: NAME" at the wait for an asynchronous one.
     """
 
     def __init__(self, size: int) -> None:
         self.size, self.bytes, self.order = size, Counter(), []
 
     def __enter__(self) -> Sent:
-        self.kept = {}
+        self.originals = {}
         for name, payload in (
             ("all_gather_single", lambda whole, own: self.size * own.nbytes),
             ("reduce_scatter_single", lambda own, whole: whole.nbytes),
             ("all_to_all_single", lambda got, sent: sent.nbytes),
             ("all_reduce", lambda x: 2 * x.nbytes),
         ):
-            self.kept[name] = getattr(dist, name)
+            self.originals[name] = getattr(dist, name)
             setattr(dist, name, self._counting(name, payload))
         return self
 
     def _counting(self, name: str, payload: Callable[..., int]) -> Callable[..., Any]:
-        def counted(*tensors: Tensor, **how: Any) -> Any:
+        def counted(*tensors: Tensor, **options: Any) -> Any:
             self.bytes[name] += payload(*tensors) * (self.size - 1) // self.size
             self.order.append(name)
-            return _Work(self.kept[name](*tensors, **how), lambda: self.order.append(f"waited: {name}"))
+            return _Work(
+                self.originals[name](*tensors, **options), lambda: self.order.append(f"waited: {name}")
+            )
 
         return counted
 
     def __exit__(self, *error: object) -> None:
-        for name, function in self.kept.items():
+        for name, function in self.originals.items():
             setattr(dist, name, function)
 
 
@@ -197,7 +199,7 @@ class _Work:
 
 
 def on_ranks(case: Callable[[World], Any], size: int, folder: Path, *, seconds: float = 120) -> Any:
-    """What `case` (a function of a module) gives on the first of several ranks, within some time."""
+    """Run `case`, a function of a module, on several ranks and return the result of the first."""
     server, port = multiprocessing.get_context("forkserver"), free_port()
     arguments = [(case, rank, size, port, str(folder / f"of{size}.pt")) for rank in range(size)]
     processes = [server.Process(target=_rank, args=each) for each in arguments]
@@ -218,11 +220,11 @@ def _rank(case: Callable[[World], Any], rank: int, size: int, port: int, path: s
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     world = join_world("cpu")
-    found = case(world)
-    everyones = gather_objects(found["loss"], world)
-    assert all(one == found["loss"] for one in everyones), "every rank knows the same loss"
+    result = case(world)
+    losses = gather_objects(result["loss"], world)
+    assert all(loss == result["loss"] for loss in losses), "ranks have different losses"
     if world.first:
-        torch.save(found, path)
+        torch.save(result, path)
     leave_world()
 
 

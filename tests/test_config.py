@@ -39,7 +39,7 @@ def test_every_config_of_the_project_is_valid(path):
     read_config(path)
 
 
-def test_overrides_are_dotted_words_in_order(small):
+def test_overrides_apply_in_order(small):
     config = read_config(
         small, ["optim.lr=3e-4", "epochs=2", "method.alpha=0", "epochs=3", "data.quarantine=bad/x"]
     )
@@ -94,7 +94,7 @@ def test_the_resolved_config_reads_back_the_same(small, tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_one_line_with_its_key(small, override, message):
+def test_an_error_is_one_line_with_its_key(small, override, message):
     with pytest.raises(ConfigError, match=message) as error:
         read_config(small, override.split())
     assert "\n" not in str(error.value)

@@ -29,7 +29,7 @@ CAPTIONS = [
 
 @pytest.fixture
 def method():
-    """A CLIP for real token ids, with random weights."""
+    """Return a CLIP for real token ids, with random weights."""
     architecture = replace(tiny_architecture(), vocab_size=49408)
     method = CLIP(architecture, CLIPConfig())
     initialise(method, architecture, seed=0)
@@ -59,7 +59,7 @@ def options(tmp_path):
 
 
 def similarity(method, clips, data):
-    """The matrix by one batch of each side."""
+    """Compute the matrix from one batch of each side."""
     ids, mask = next(text_batches([c for clip in clips for c in clip.captions], data.context_length, 100))
     batch = next(video_batches(clips, data, method.architecture.image_size, 100))
     text, video = method.encode_text(ids, mask), method.encode_video(batch.frames, batch.frame_mask)
@@ -71,7 +71,7 @@ def test_clips_are_ranked_by_the_similarity_of_the_method(method, clips, options
     assert evaluate(method, clips, options)["raw"] == expected
 
 
-def test_reranked_figures_stand_beside_the_raw_ones(method, clips, options):
+def test_reranked_metrics_are_added_to_the_raw_ones(method, clips, options):
     found = evaluate(method, clips, options)
     assert list(found) == ["raw", "dual softmax", "QB-Norm"]
     assert list(found["dual softmax"]) == ["t2v", "v2t"]
@@ -79,7 +79,7 @@ def test_reranked_figures_stand_beside_the_raw_ones(method, clips, options):
     assert evaluate(method, clips, replace(options, rerank=False)) == {"raw": found["raw"]}
 
 
-def test_sets_too_large_for_a_matrix_are_ranked_alike_and_say_so(method, clips, options, monkeypatch, caplog):
+def test_sets_too_large_for_a_matrix_have_equal_ranks_and_log_it(method, clips, options, monkeypatch, caplog):
     expected = evaluate(method, clips, options)
     monkeypatch.setattr(module, "LARGEST_MATRIX", 1)
     with caplog.at_level(logging.WARNING):
@@ -88,9 +88,7 @@ def test_sets_too_large_for_a_matrix_are_ranked_alike_and_say_so(method, clips, 
     assert "7 x 4 scores: ranked without QB-Norm, which needs them all" in caplog.text
 
 
-def test_large_sets_of_a_method_that_scores_otherwise_are_ranked_in_tiles(
-    method, clips, options, monkeypatch, caplog
-):
+def test_large_sets_without_pooled_scores_are_ranked_in_tiles(method, clips, options, monkeypatch, caplog):
     expected = evaluate(method, clips, options)["raw"]
     monkeypatch.setattr(module, "LARGEST_MATRIX", 1)
     monkeypatch.setattr(CLIP, "scores_pooled", False)
@@ -100,7 +98,7 @@ def test_large_sets_of_a_method_that_scores_otherwise_are_ranked_in_tiles(
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_find_what_one_finds(method, clips, options, processes):
+def test_several_processes_have_the_metrics_of_one(method, clips, options, processes):
     shares, barrier = [None] * processes, Barrier(processes)
 
     def run(rank):
@@ -119,7 +117,7 @@ def test_several_processes_find_what_one_finds(method, clips, options, processes
     assert found == [evaluate(method, clips, options)] * processes
 
 
-def test_a_manifest_lends_its_training_captions_to_qb_norm(method, clips, options, tmp_path):
+def test_the_training_captions_of_a_manifest_are_the_bank_of_qb_norm(method, clips, options, tmp_path):
     train = replace(clips[0], id="t", captions=tuple(options.bank), split="train")
     write_manifest(tmp_path / "m.jsonl", [*clips, train])
     plain = replace(options, rerank=False, bank=())
@@ -133,7 +131,7 @@ def test_a_split_without_clips_is_an_error(method, clips, options, tmp_path):
         evaluate_manifest(method, tmp_path / "m.jsonl", "dev", options)
 
 
-def test_a_clip_that_does_not_decode_is_an_error_that_names_it(method, clips, options):
+def test_an_undecodable_clip_is_an_error_that_names_it(method, clips, options):
     clips[2].video.write_bytes(b"no video")
     with pytest.raises(DecodeError, match=r"2\.mp4"):
         evaluate(method, clips, options)
@@ -152,7 +150,7 @@ def test_no_clips_is_an_error(method, options):
         evaluate(method, [], options)
 
 
-def test_a_matrix_file_with_groups_gives_its_figures(tmp_path):
+def test_a_matrix_file_with_groups_has_the_metrics_of_its_matrix(tmp_path):
     matrix, groups = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32), [0, 0, 1, 2, 2, 2]
     np.save(tmp_path / "s.npy", matrix)
     (tmp_path / "g.json").write_text(json.dumps(groups))
@@ -182,7 +180,7 @@ def test_bad_matrix_files_are_named(tmp_path, matrix, groups, message):
         evaluate_matrix(path, tmp_path / "g.json")
 
 
-def test_the_table_holds_both_directions_of_every_row():
+def test_the_table_has_both_directions_of_every_row():
     eye = retrieval_metrics(np.eye(4))
     lines = results_table({"before": retrieval_metrics(1 - np.eye(4)), "after": eye}).splitlines()
     assert lines[0].split() == ["text", "to", "video", "video", "to", "text"]
@@ -192,12 +190,12 @@ def test_the_table_holds_both_directions_of_every_row():
     assert len(lines) == 4
 
 
-def test_the_table_shows_the_optimistic_figures_where_they_differ():
+def test_the_table_has_optimistic_metrics_if_they_differ():
     lines = results_table({"constant": retrieval_metrics(np.ones((2, 2)))}).splitlines()
     assert lines[2].split() == ["constant", *["0.0", "100.0", "100.0", "2.0", "2.0"] * 2]
     assert lines[3].split()[:7] == ["constant,", "ties", "for", "the", "query", "100.0", "100.0"]
 
 
-def test_the_table_shows_dashes_for_a_direction_that_was_not_measured():
+def test_the_table_has_dashes_for_a_direction_without_metrics():
     only = {"t2v": retrieval_metrics(np.eye(2))["t2v"]}
     assert results_table({"QB-Norm": only}).splitlines()[2].split()[-5:] == ["-"] * 5

@@ -1,4 +1,4 @@
-"""What a run leaves can be opened, evaluated and exported."""
+"""A run can be loaded, evaluated and exported."""
 
 import json
 from pathlib import Path
@@ -19,13 +19,13 @@ from tests.runs import train, write_config
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, drawn) -> Path:
-    """The directory of a short run."""
+    """Return the directory of a short run."""
     folder = tmp_path_factory.mktemp("run")
     train([write_config(folder, drawn), "steps=2"])
     return folder / "run"
 
 
-def test_a_run_opens_at_its_best_checkpoint_and_gives_its_own_results_again(run, capsys):
+def test_a_loaded_run_has_the_results_of_its_best_checkpoint(run, capsys):
     assert main(["evaluate", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     kept = json.loads((run / "results.json").read_text())
@@ -34,20 +34,20 @@ def test_a_run_opens_at_its_best_checkpoint_and_gives_its_own_results_again(run,
     assert {"dual softmax", "QB-Norm"} <= set(found)
 
 
-def test_one_checkpoint_opens_as_well_as_its_run(run):
+def test_a_single_checkpoint_can_be_loaded(run):
     checkpoint = next((run / "checkpoints").glob("step-*"))
-    opened = load_run(checkpoint)
-    assert opened.step == int(checkpoint.name.removeprefix("step-"))
+    loaded = load_run(checkpoint)
+    assert loaded.step == int(checkpoint.name.removeprefix("step-"))
     stored = load_file(checkpoint / "trained.safetensors")
-    assert all(torch.equal(stored[n], p) for n, p in opened.method.trained_state().items())
+    assert all(torch.equal(stored[n], p) for n, p in loaded.method.trained_state().items())
 
 
-def test_the_export_holds_the_adapter_and_an_open_clip_model(run, tmp_path, capsys):
+def test_an_export_has_the_adapter_and_an_open_clip_model(run, tmp_path, capsys):
     assert main(["export", str(run), str(tmp_path / "out"), "--merge"]) == 0
     assert capsys.readouterr().out.count("wrote ") == 3
     with safe_open(tmp_path / "out" / "adapter.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["config"])["method"]["name"] == "discovla"
-    opened = load_run(run)
+    loaded = load_run(run)
     sizes = json.loads((tmp_path / "out" / "open_clip.json").read_text())
     reference = open_clip.CLIP(**sizes).eval()
     reference.load_state_dict(load_file(tmp_path / "out" / "open_clip.safetensors"))
@@ -55,11 +55,11 @@ def test_the_export_holds_the_adapter_and_an_open_clip_model(run, tmp_path, caps
     padded = torch.zeros(2, 32, dtype=torch.long)
     padded[:, :6] = ids
     with torch.no_grad():
-        ours = opened.method.encode_text(padded, padded > 0).pooled
+        ours = loaded.method.encode_text(padded, padded > 0).pooled
         assert relative_error(ours, reference.encode_text(padded)) <= 1e-5
 
 
-def test_a_drawn_export_is_what_the_asset_is_read_from(run, tmp_path):
+def test_a_drawn_export_has_the_format_of_the_shipped_asset(run, tmp_path):
     assert main(["export", str(run), str(tmp_path / "drawn.safetensors"), "--drawn"]) == 0
     assert read_drawn_clip(tmp_path / "drawn.safetensors").architecture == load_run(run).method.architecture
 

@@ -1,4 +1,4 @@
-"""The precision that a config asks for: what it sets, what it refuses, and a run that goes on in FP8."""
+"""The precision of a config, the errors of `set_precision`, and resuming a run in FP8."""
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ def made(**options) -> CLIP4Clip:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "fp8_backward"])
 @pytest.mark.parametrize("residual", ["bf16", "fp32"])
-def test_a_precision_is_what_towers_compute_in(precision, residual):
+def test_towers_compute_in_the_precision_of_the_config(precision, residual):
     method = made(tune="lora")
     set_precision(method, EngineConfig(precision=precision, residual_dtype=residual), CPU)
     short = precision != "fp32"
     assert method.compute_dtype == (torch.bfloat16 if short else torch.float32)
-    for p in method.parameters():  # a single number, the logit scale's, stays exact
+    for p in method.parameters():  # the logit scale, a single number, stays fp32
         assert p.dtype == (torch.bfloat16 if short and not p.requires_grad and p.dim() else torch.float32)
     layers = [x for x in method.modules() if isinstance(x, Linear)]
     assert {layer.fp8 is not None for layer in layers} == {precision.startswith("fp8")}
@@ -35,7 +35,7 @@ def test_a_precision_is_what_towers_compute_in(precision, residual):
     assert wide == {torch.bfloat16 if short and residual == "fp32" else None}
 
 
-def test_what_cannot_be_in_fp8_is_one_line_that_names_the_key(monkeypatch):
+def test_a_method_or_device_without_fp8_is_one_line_with_the_key(monkeypatch):
     config = EngineConfig(precision="fp8")
     with pytest.raises(ValueError, match=r"^engine\.precision: fp8: expected frozen linear layers, found no"):
         set_precision(made(tune="full"), config, CPU)
@@ -51,7 +51,7 @@ def test_what_cannot_be_in_fp8_is_one_line_that_names_the_key(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_in_fp8_goes_on_bit_for_bit(tmp_path, drawn):
+def test_a_run_in_fp8_resumes_bit_for_bit(tmp_path, drawn):
     words = ["engine.precision=fp8", "engine.residual_dtype=fp32", "steps=4"]
     folders = [tmp_path / name for name in ("whole", "parts", "bf16")]
     for folder in folders:
@@ -64,5 +64,5 @@ def test_a_run_in_fp8_goes_on_bit_for_bit(tmp_path, drawn):
     found, resumed, bf16 = (runs.losses(folder / "run") for folder in folders)
     assert found.isfinite().all() and torch.equal(found, resumed)
     assert not torch.equal(found, bf16)
-    # before the first update; random weights then take curves apart, of trained ones curves.py tells
+    # before the first update: from random weights the curves diverge
     torch.testing.assert_close(found[:1], bf16[:1], rtol=0.05, atol=0)

@@ -1,4 +1,4 @@
-"""The pretraining recipes train from shards, and what they average is what is evaluated and exported."""
+"""The pretraining recipes train from shards; their averaged parameters are evaluated and exported."""
 
 import json
 
@@ -35,7 +35,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, drawn) -> str:
-    """Shards of the drawn clips for a tiny model."""
+    """Write shards of the drawn clips for a tiny model."""
     folder = tmp_path_factory.mktemp("pretrain")
     config = runs.write_config(folder, drawn)
     words = ["shard", drawn, folder / "raw", "--config", config, "--clips-per-shard", 10, "--workers", 0]
@@ -46,13 +46,13 @@ def shards(tmp_path_factory, drawn) -> str:
 @pytest.mark.parametrize(
     ("name", "size"), [("adapter", 1), *(pytest.param(n, 2, marks=pytest.mark.slow) for n in RECIPES)]
 )
-def test_a_recipe_trains_from_shards_and_goes_on_as_if_never_stopped(name, size, tmp_path, drawn, shards):
+def test_a_recipe_trains_from_shards_and_resumes_bit_for_bit(name, size, tmp_path, drawn, shards):
     runs.write_config(tmp_path, drawn)
     words = [ROOT / f"configs/pretrain_{name}.toml", *SMALL, *RECIPES[name], f"data.shards={shards}"]
     words.append(f"model.architecture={tmp_path}/tiny.json")
     log = tmp_path / "logs"
     log.mkdir()
-    config = log / "recipe.toml"  # logs of processes go beside it
+    config = log / "recipe.toml"  # logs are written beside it
     config.write_text(words.pop(0).read_text())
     runs.train([config, *words, f"directory={tmp_path}/whole"], size=size)
     assert [r["step"] for r in runs.records(tmp_path / "whole", "val")] == [0, 2, 4]
@@ -65,21 +65,21 @@ def test_a_recipe_trains_from_shards_and_goes_on_as_if_never_stopped(name, size,
         for directory in ("run", "whole")
     ]
     assert all(torch.equal(parts[0][key], parts[1][key]) for key in parts[1])
-    _evaluated_is_the_average(tmp_path / "whole")
+    assert_average_is_evaluated(tmp_path / "whole")
 
 
-def _evaluated_is_the_average(directory) -> None:
-    opened = load_run(directory)
-    folder = directory / "checkpoints" / f"step-{opened.step:08d}"
+def assert_average_is_evaluated(directory) -> None:
+    loaded = load_run(directory)
+    folder = directory / "checkpoints" / f"step-{loaded.step:08d}"
     average, trained = (load_file(folder / f"{part}.safetensors") for part in ("average", "trained"))
-    state = opened.method.trained_state()
+    state = loaded.method.trained_state()
     assert all(torch.equal(state[name], average[name]) for name in average)
     assert any(not torch.equal(average[name], trained[name]) for name in average)
     before = json.loads((directory / "results.json").read_text())
-    assert any(name.endswith(f"step {opened.step}") for name in before)
+    assert any(name.endswith(f"step {loaded.step}") for name in before)
 
 
-def test_an_average_follows_its_formula_and_parameters_come_back():
+def test_an_average_follows_its_formula_and_parameters_are_restored():
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     average = EMA({"w": weight}, 0.75)
     expected = weight.detach().clone()
@@ -102,7 +102,7 @@ def test_an_average_of_other_parameters_is_refused():
 
 
 @pytest.mark.slow
-def test_an_average_of_split_parameters_goes_on_with_another_number_of_processes(tmp_path, drawn):
+def test_an_average_of_sharded_parameters_resumes_on_another_number_of_processes(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "steps=4", "optim.ema=0.75", "checkpoint_every=2"]
     runs.train([*words, f"directory={tmp_path}/whole"])
     words += ["engine.strategy=deepspeed", "engine.zero_stage=3", "engine.grad_cache_chunks=2"]
@@ -116,4 +116,4 @@ def test_an_average_of_split_parameters_goes_on_with_another_number_of_processes
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert_close(found[name], value, rtol=1e-4, atol=1e-6)
-    _evaluated_is_the_average(tmp_path / "split")
+    assert_average_is_evaluated(tmp_path / "split")

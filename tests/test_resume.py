@@ -1,4 +1,4 @@
-"""A run that was killed and taken up again is the run that was never stopped."""
+"""A run that was killed and resumed equals one that was never interrupted."""
 
 import json
 import random
@@ -21,8 +21,8 @@ CHECKPOINT = "kill:discovla.engine.checkpoint"
 
 
 @pytest.fixture(scope="module")
-def wholes(tmp_path_factory, drawn):
-    """Directories of runs never stopped, by strategy; each is trained when it is first asked for."""
+def uninterrupted(tmp_path_factory, drawn):
+    """Return the directory of an uninterrupted run of a strategy, trained on first use."""
     folder = tmp_path_factory.mktemp("whole")
     config = runs.write_config(folder, drawn)
 
@@ -36,7 +36,7 @@ def wholes(tmp_path_factory, drawn):
 
 
 def kill_after(job, directory, step):
-    """Kill -9 once `step` steps are written down."""
+    """Kill -9 the run once `step` steps are logged."""
     path = directory / "metrics.jsonl"
     while not path.exists() or path.read_bytes().count(b'"train"') < step:
         assert job.processes[0].is_alive(), f"ended before step {step}:\n{job.output()}"
@@ -45,68 +45,68 @@ def kill_after(job, directory, step):
     assert job.wait() == [-9]
 
 
-def assert_same(found, wanted):
-    """Every number two runs wrote is the same."""
+def assert_same(resumed, expected):
+    """Compare every number that two runs wrote."""
     for kind in ("train", "val"):
-        assert runs.records(found, kind) == runs.records(wanted, kind)
-    assert [record["step"] for record in runs.records(found)] == list(range(STEPS))
-    ours, theirs = runs.tensors(found, STEPS), runs.tensors(wanted, STEPS)
+        assert runs.records(resumed, kind) == runs.records(expected, kind)
+    assert [record["step"] for record in runs.records(resumed)] == list(range(STEPS))
+    ours, theirs = runs.tensors(resumed, STEPS), runs.tensors(expected, STEPS)
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
     for name in ("results.json", "before.json", "checkpoints/best.json"):
-        assert json.loads((found / name).read_text()) == json.loads((wanted / name).read_text()), name
+        assert json.loads((resumed / name).read_text()) == json.loads((expected / name).read_text()), name
 
 
 @pytest.mark.parametrize(
     "way", [*(pytest.param(way, marks=pytest.mark.slow) for way in ("torch", "zero0")), "zero2"]
 )
-def test_a_run_killed_at_random_steps_ends_bit_for_bit_as_one_never_stopped(way, tmp_path, drawn, wholes):
+def test_a_run_killed_at_random_steps_equals_an_uninterrupted_one(way, tmp_path, drawn, uninterrupted):
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE, *WAYS[way], "resume=true"]
     for step in sorted(random.Random(f"kill {way}").sample(range(1, STEPS), 3)):
         kill_after(runs.start(words), tmp_path / "run", step)
     runs.train(words)
-    assert_same(tmp_path / "run", wholes(way))
+    assert_same(tmp_path / "run", uninterrupted(way))
 
 
-def test_a_run_killed_wherever_it_writes_ends_as_one_never_stopped(tmp_path, drawn, wholes):
+def test_a_run_killed_at_any_write_equals_an_uninterrupted_one(tmp_path, drawn, uninterrupted):
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE, "resume=true"]
     for kill in (
-        "kill:discovla.trainer:write_json:1",  # the figures before training
-        f"{CHECKPOINT}:_write_tensors:3",  # of the second checkpoint nothing is there
-        f"{CHECKPOINT}:_write_tensors:2",  # one file of two
-        f"{CHECKPOINT}:_put_in_place:1",  # all files, not in place
-        f"{CHECKPOINT}:set_best:1",  # in place, not yet known as the best
-        f"{CHECKPOINT}:keep:1",  # older ones not removed
+        "kill:discovla.trainer:write_json:1",  # the zero-shot metrics
+        f"{CHECKPOINT}:_write_tensors:3",  # nothing of the second checkpoint is written
+        f"{CHECKPOINT}:_write_tensors:2",  # one of its two files is written
+        f"{CHECKPOINT}:_put_in_place:1",  # all files are written, not yet renamed
+        f"{CHECKPOINT}:set_best:1",  # renamed, not yet marked as the best
+        f"{CHECKPOINT}:keep:1",  # older ones are not removed
         "kill:discovla.trainer:write_json:1",  # the results
     ):
         job = runs.start(words, fault=kill)
         assert job.wait() == [-9], f"{kill}:\n{job.output()}"
     runs.train(words)
-    assert_same(tmp_path / "run", wholes("torch"))
-    assert not list((tmp_path / "run/checkpoints").glob(".*")), "what was half-written is still there"
+    assert_same(tmp_path / "run", uninterrupted("torch"))
+    assert not list((tmp_path / "run/checkpoints").glob(".*")), "half-written files are left"
 
 
 @pytest.mark.slow
-def test_workers_that_read_change_nothing_when_their_run_is_killed(tmp_path, drawn, wholes):
+def test_a_killed_run_with_loader_workers_equals_an_uninterrupted_one(tmp_path, drawn, uninterrupted):
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE, *WAYS["zero0"], "resume=true", "data.workers=2"]
     for step in (2, 7):
         kill_after(runs.start(words), tmp_path / "run", step)
     runs.train(words)
-    assert_same(tmp_path / "run", wholes("zero0"))
+    assert_same(tmp_path / "run", uninterrupted("zero0"))
 
 
-def test_stopping_at_a_step_and_going_on_is_the_same_run(tmp_path, drawn, wholes):
+def test_a_run_stopped_at_a_step_and_resumed_equals_an_uninterrupted_one(tmp_path, drawn, uninterrupted):
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE]
     job = runs.train([*words, "stop_at=2"])
-    assert "text to video" not in job.output(), "a run that left early has no table"
+    assert "text to video" not in job.output(), "an unfinished run printed a table"
     assert len(runs.losses(tmp_path / "run")) == 2
     runs.train([*words, "stop_at=7", "resume=true"])
     runs.train([*words, "resume=true"])
-    assert_same(tmp_path / "run", wholes("torch"))
+    assert_same(tmp_path / "run", uninterrupted("torch"))
 
 
-def test_a_finished_run_taken_up_again_gives_its_results_again(tmp_path, drawn):
+def test_a_finished_run_that_is_resumed_writes_the_same_results(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "steps=2"]
     runs.train(words)
     before = (tmp_path / "run/results.json").read_bytes()
@@ -115,7 +115,7 @@ def test_a_finished_run_taken_up_again_gives_its_results_again(tmp_path, drawn):
     assert len(runs.losses(tmp_path / "run")) == 2
 
 
-def test_a_run_on_frames_drawn_anew_goes_on_with_the_same_frames(tmp_path, drawn):
+def test_a_resumed_run_with_random_frame_sampling_sees_the_same_frames(tmp_path, drawn):
     sampling = ("data.sampling=clip2video", "data.sample_rate=5", "data.frames=4")
     words = [runs.write_config(tmp_path, drawn), "method=clip2video", "steps=5", *sampling]
     runs.train([*words, f"directory={tmp_path}/whole"])
@@ -127,7 +127,7 @@ def test_a_run_on_frames_drawn_anew_goes_on_with_the_same_frames(tmp_path, drawn
     assert "data.sampling_divisor: the run began with 1, found 2" in job.output()
 
 
-def test_a_checkpoint_older_than_an_option_of_the_data_began_with_its_default(tmp_path, drawn):
+def test_a_checkpoint_older_than_an_option_counts_as_trained_with_its_default(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "steps=3", "method=clip4clip"]
     runs.train([*words, "stop_at=1"])
     (path,) = (tmp_path / "run/checkpoints").glob("step-*/state.json")
@@ -153,8 +153,8 @@ def test_a_checkpoint_older_than_an_option_of_the_data_began_with_its_default(tm
         ("model.seed=1", "another architecture: frozen: expected"),
     ],
 )
-def test_going_on_otherwise_than_the_run_began_is_refused(word, message, tmp_path, drawn, wholes):
-    config, directory = runs.write_config(tmp_path, drawn), wholes("torch")
+def test_resuming_with_other_options_is_refused(word, message, tmp_path, drawn, uninterrupted):
+    config, directory = runs.write_config(tmp_path, drawn), uninterrupted("torch")
     before = (directory / "metrics.jsonl").read_bytes()
     job = runs.start([config, *SCHEDULE, f"directory={directory}", "resume=true", word])
     assert job.wait() == [2]
@@ -165,7 +165,7 @@ def test_going_on_otherwise_than_the_run_began_is_refused(word, message, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", runs.METHODS)
-def test_every_method_goes_on_as_if_never_stopped(name, tmp_path, drawn):
+def test_every_method_resumes_bit_for_bit(name, tmp_path, drawn):
     schedule = ("steps=4", "checkpoint_every=2")
     words = [runs.write_config(tmp_path, drawn), *runs.METHODS[name], *schedule]
     runs.train([*words, f"directory={tmp_path}/whole"])

@@ -1,4 +1,4 @@
-"""A step on several processes, each with its own columns, is the step of one."""
+"""A step on several processes, each with its own columns of the similarity matrix, equals that of one."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from tests import steps
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 LOSS, GRADIENT = 1e-12, 1e-10
 SIZES = (2, pytest.param(4, marks=pytest.mark.slow))
-ACCUMULATE = {1: 3, 2: 3, 4: 2}  # of 8, 4 and 2 clips a rank
+CHUNKS = {1: 3, 2: 3, 4: 2}  # of 8, 4 and 2 clips per rank
 COUNTED, OFFICIAL = "discovla", "clip"
 
 
 def every_step(world: World) -> dict[Any, Any]:
-    """Losses and gradients of every variant with and without bad rows, official ones, work and bytes."""
+    """Compute losses and gradients of every variant with and without bad rows, and count work and bytes."""
     found: dict[Any, Any] = {}
     batches = {bad: steps.share(steps.whole_batch(bad=bad), world) for bad in (False, True)}
     for variant in steps.VARIANTS:
         step = TrainStep(steps.make(variant), world, "exact")
         found |= {(variant, bad): steps.take(step, batch) for bad, batch in batches.items()}
-        step = TrainStep(step.method, world, "exact", grad_cache_chunks=ACCUMULATE[world.size])
-        found["accumulated", variant] = steps.take(step, batches[True])
+        step = TrainStep(step.method, world, "exact", grad_cache_chunks=CHUNKS[world.size])
+        found["chunks", variant] = steps.take(step, batches[True])
     found["official"] = steps.take(TrainStep(steps.make(OFFICIAL), world, "official"), batches[False])
     losses = [result["loss"].item() for result in found.values()]
     step = TrainStep(steps.make(COUNTED), world, "exact")
     with steps.Sent(world.size) as sent:
-        noted(step.method.vision, "vision", sent.order)
+        record_order(step.method.vision, "vision", sent.order)
         step(batches[False]).total.backward()
     found |= {"bytes": dict(sent.bytes), "order": list(sent.order)}
     found["work"] = steps.counted_losses(step, batches[False])
-    for wire in ("compute", "fp32"):
-        found["bf16", wire], found["bf16 bytes", wire] = in_bf16(world, batches[True], wire)
-    return {**found, "sum": sum_of_short_parts(world), "loss": losses}
+    for dtype in ("compute", "fp32"):
+        found["bf16", dtype], found["bf16 bytes", dtype] = in_bf16(world, batches[True], dtype)
+    return {**found, "sum": bf16_gradient_sum(world), "loss": losses}
 
 
-def in_bf16(world: World, batch: Batch, wire: CommDtype) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """A step whose towers compute in bf16, and the bytes it sends."""
-    step = TrainStep(steps.make(COUNTED).float(), world, "exact", comm_dtype=wire)
+def in_bf16(world: World, batch: Batch, comm_dtype: CommDtype) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Take a step whose towers compute in bf16; return it with the bytes it sends."""
+    step = TrainStep(steps.make(COUNTED).float(), world, "exact", comm_dtype=comm_dtype)
     step.method.compute_dtype = torch.bfloat16
     with steps.Sent(world.size) as sent:
         step(batch).total.backward()
     return steps.take(step, batch), dict(sent.bytes)
 
 
-def sum_of_short_parts(world: World) -> tuple[Tensor, Tensor]:
-    """The gradient of rows that travelled in bf16, and the same of all ranks' parts, added up here."""
+def bf16_gradient_sum(world: World) -> tuple[Tensor, Tensor]:
+    """Return the gradient of rows gathered in bf16, and its expected value from the parts of all ranks."""
     generator = torch.Generator().manual_seed(1)
     parts = torch.randn(world.size, 3 * world.size, 5, generator=generator)
     own = torch.ones(3, 5, requires_grad=True)
@@ -65,8 +65,8 @@ def sum_of_short_parts(world: World) -> tuple[Tensor, Tensor]:
     return own.grad, wanted
 
 
-def noted(tower: nn.Module, name: str, order: list[str]) -> None:
-    """Note where a tower begins, and where its first gradient comes."""
+def record_order(tower: nn.Module, name: str, order: list[str]) -> None:
+    """Record when a tower's forward begins and when its first gradient is ready."""
     tower.register_forward_pre_hook(lambda *_: order.append(f"{name}: forward"))
     last = [p for p in tower.parameters() if p.requires_grad][-1]
     last.register_hook(lambda _: order.append(f"{name}: backward"))
@@ -74,7 +74,7 @@ def noted(tower: nn.Module, name: str, order: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Callable[[int], dict[Any, Any]]:
-    """What `every_step` finds on one process and on many, each computed when it is first asked for."""
+    """Return the function that computes `every_step` on a number of processes, once each."""
     folder = tmp_path_factory.mktemp("sharded")
     return cache(lambda size: every_step(ALONE) if size == 1 else steps.on_ranks(every_step, size, folder))
 
@@ -82,35 +82,35 @@ def found(tmp_path_factory) -> Callable[[int], dict[Any, Any]]:
 @pytest.mark.parametrize("bad", [False, True], ids=["whole", "ragged"])
 @pytest.mark.parametrize("variant", steps.VARIANTS)
 @pytest.mark.parametrize("size", SIZES)
-def test_losses_and_gradients_are_those_of_one_process(found, size, variant, bad):
+def test_losses_and_gradients_equal_those_of_one_process(found, size, variant, bad):
     check(found(size)[variant, bad], found(1)[variant, bad])
 
 
 @pytest.mark.parametrize("variant", steps.VARIANTS)
 @pytest.mark.parametrize("size", (1, *SIZES))
-def test_parts_encoded_twice_give_the_step_of_the_whole_batch(found, size, variant):
-    check(found(size)["accumulated", variant], found(1)[variant, True])
+def test_gradient_caching_equals_the_step_of_the_complete_batch(found, size, variant):
+    check(found(size)["chunks", variant], found(1)[variant, True])
 
 
 def check(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Loss, terms and gradients are the same."""
+    """Compare loss, terms and gradients."""
     assert got.keys() == wanted.keys()
     assert abs(got["loss"] - wanted["loss"]) <= LOSS * abs(wanted["loss"])
     largest = max(x.abs().max() for name, x in wanted.items() if name.startswith("method."))
     for name, value in wanted.items():
-        # some gradients are zero by their nature, and then rounding alone
+        # some gradients are zero in exact arithmetic, so that only rounding errors remain
         size = max(value.abs().max(), 1e-4 * largest) if name.startswith("method.") else 1
         assert (got[name] - value).abs().max() <= GRADIENT * size, name
 
 
-def test_a_bad_row_would_have_been_seen(found):
+def test_bad_rows_would_change_the_loss(found):
     for variant in steps.VARIANTS:
         whole, ragged = (found(1)[variant, bad]["loss"] for bad in (False, True))
         assert abs(whole - ragged) > 1e-3 * abs(whole)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_official_gradients_of_embeddings_alone_are_one_over_the_processes(found, size):
+def test_official_gradients_are_one_over_the_processes_for_embeddings_only(found, size):
     got, wanted = found(size)["official"], found(1)[OFFICIAL, False]
     assert abs(got["loss"] - wanted["loss"]) <= LOSS * abs(wanted["loss"])
     assert wanted["method.logit_scale.log"].abs() > 1e-4
@@ -120,15 +120,15 @@ def test_official_gradients_of_embeddings_alone_are_one_over_the_processes(found
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_rank_has_its_share_of_the_work(found, size):
+def test_a_rank_computes_its_share_of_the_losses(found, size):
     assert found(1)["work"] == size * found(size)["work"] > 0
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_bytes_sent_are_those_of_the_formula(found, size):
-    """Per rank 2 (W - 1) b (D + F D) s of embeddings and their gradients and 10 (W - 1) / W B s of sums.
+def test_bytes_sent_follow_the_formula(found, size):
+    """Per rank 2 (W - 1) b (D + F D) s for embeddings and their gradients, 10 (W - 1) / W B s for sums.
 
-    b texts of D numbers and their F frame captions a rank, B over all, s bytes a number.
+    b texts of D numbers and their F frame captions per rank, B over all ranks, s bytes per number.
     """
     dim, s, own = 16, 8, steps.BATCH // size
     embeddings = 2 * (size - 1) * own * (dim + steps.FRAMES * dim) * s
@@ -140,10 +140,10 @@ def test_bytes_sent_are_those_of_the_formula(found, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_in_bf16_embeddings_and_their_gradients_travel_in_half_the_bytes(found, size):
+def test_in_bf16_embeddings_and_their_gradients_need_half_the_bytes(found, size):
     dim, own = 16, steps.BATCH // size
     embeddings = (size - 1) * own * (dim + steps.FRAMES * dim)
-    short, full = (found(size)["bf16 bytes", wire] for wire in ("compute", "fp32"))
+    short, full = (found(size)["bf16 bytes", dtype] for dtype in ("compute", "fp32"))
     assert full["reduce_scatter_single"] == 4 * embeddings
     assert short["all_to_all_single"] == 2 * embeddings
     assert full["all_gather_single"] - short["all_gather_single"] == 2 * embeddings
@@ -152,28 +152,28 @@ def test_in_bf16_embeddings_and_their_gradients_travel_in_half_the_bytes(found, 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_bf16_towers_give_travels_in_bf16_without_loss(found, size):
-    short, full = (found(size)["bf16", wire] for wire in ("compute", "fp32"))
+def test_sending_embeddings_of_bf16_towers_in_bf16_loses_nothing(found, size):
+    short, full = (found(size)["bf16", dtype] for dtype in ("compute", "fp32"))
     assert short["loss"] == full["loss"]
     exact = found(1)[COUNTED, True]
-    assert off(short, exact) <= 1.05 * off(full, exact), "what bf16 towers round away is far more"
+    assert off(short, exact) <= 1.05 * off(full, exact), "more than the rounding of the towers"
 
 
 def off(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """How far all gradients together are from others, over those."""
+    """Return the relative distance of all gradients together."""
     names = [name for name in wanted if name.startswith("method.")]
     found, exact = (torch.cat([x[name].double().flatten() for name in names]) for x in (got, wanted))
     return ((found - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_gradients_that_travel_in_bf16_are_added_up_in_fp32(found, size):
+def test_gradients_sent_in_bf16_are_summed_in_fp32(found, size):
     got, wanted = found(size)["sum"]
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_texts_travel_while_videos_are_computed(found, size):
+def test_texts_are_gathered_while_videos_are_encoded(found, size):
     texts = 2  # tensors of the text side: pooled, frame captions
     order = found(size)["order"]
     begin, end = ["all_gather_single"] * texts, ["waited: all_gather_single"] * texts

@@ -1,4 +1,4 @@
-"""Rows of clips that could not be read are no part of a step."""
+"""Rows of unreadable clips have no part in a step."""
 
 from dataclasses import fields, replace
 
@@ -27,20 +27,20 @@ METHODS = {
 
 
 def rows(batch: Batch, kept: torch.Tensor) -> Batch:
-    """The batch with these rows alone, all of them valid."""
+    """Return the batch with only these rows, all of them valid."""
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     chosen = {name: x[kept] for name, x in values.items() if isinstance(x, torch.Tensor)}
     return replace(batch, **{**chosen, "valid": None})
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_losses_and_gradients_are_those_of_the_batch_without_its_bad_rows(name):
+def test_losses_and_gradients_equal_those_of_the_batch_without_bad_rows(name):
     architecture = tiny_architecture()
     cls, config = METHODS[name]
     method = cls(architecture, config)
     initialise(method, architecture, seed=0)
     method.freeze()
-    with torch.no_grad():  # adapters start at zero, where half of their gradients are too
+    with torch.no_grad():  # adapters start at zero, where half of their gradients are zero
         for parameter in method.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
@@ -50,18 +50,18 @@ def test_losses_and_gradients_are_those_of_the_batch_without_its_bad_rows(name):
     batch = replace(batch, video_index=torch.tensor([0, 1, 2, 0, 4, 5]))
     kept = torch.tensor([True, False, True, True, False, True])
     frames = batch.frames.clone()
-    frames[~kept] = 0  # what a loader puts there
+    frames[~kept] = 0  # as a loader fills them
     found = gradients(step, replace(batch, frames=frames, valid=kept))
     wanted = gradients(step, rows(batch, kept))
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         assert relative_error(found[key], value) < 1e-10, key
     blank = gradients(step, replace(batch, frames=frames, valid=None))
-    assert relative_error(blank["loss"], wanted["loss"]) > 1e-3, "the bad rows would have been seen"
+    assert relative_error(blank["loss"], wanted["loss"]) > 1e-3, "bad rows do not change the loss"
 
 
 def gradients(step: TrainStep, batch: Batch) -> dict[str, torch.Tensor]:
-    """The loss, its terms and the gradient of every trained parameter."""
+    """Return the loss, its terms and the gradient of every trained parameter."""
     step.zero_grad()
     losses = step(batch)
     losses.total.backward()

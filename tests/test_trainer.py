@@ -1,4 +1,4 @@
-"""What a run gives: the same on any number of processes, in any strategy, and never by the test split."""
+"""Runs have equal losses on any number of processes and in any strategy; selection ignores the test split."""
 
 import json
 import math
@@ -23,7 +23,7 @@ WAYS = {"torch": ("engine.strategy=torch",), **{f"zero{stage}": words for stage,
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, drawn) -> Path:
-    """The directory of a run on one process with plain torch."""
+    """Return the directory of a run on one process with plain torch."""
     folder = tmp_path_factory.mktemp("alone")
     runs.train([runs.write_config(folder, drawn), "evaluate_every=2"])
     return folder / "run"
@@ -34,21 +34,21 @@ def few(path):
 
 
 @pytest.mark.parametrize("way", few(["torch", "zero2"]))
-def test_two_processes_give_the_losses_of_one(way, tmp_path, drawn, alone):
+def test_two_processes_have_the_losses_of_one(way, tmp_path, drawn, alone):
     job = runs.train([runs.write_config(tmp_path, drawn), *WAYS[way]], size=2)
     assert_close(runs.losses(tmp_path / "run"), runs.losses(alone), rtol=1e-5, atol=0)
     found, wanted = (runs.records(directory) for directory in (tmp_path / "run", alone))
     norms = [torch.tensor([record["grad_norm"] for record in records]) for records in (found, wanted)]
     assert_close(*norms, rtol=1e-4, atol=0)
-    assert not job.output(rank=1), "ranks > 0 are quiet"
+    assert not job.output(rank=1), "a rank > 0 printed something"
 
 
-# T2VParser and the scorer of tightTransf drop at random, and each rank draws for its own rows and columns;
-# tests/test_sharded_step.py compares them without
+# T2VParser and tightTransf have dropout, which each rank draws for its own rows and columns;
+# tests/test_sharded_step.py compares them without it
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in runs.METHODS if n not in ("t2vparser", "tightTransf", "meanP")])
-def test_two_processes_give_the_losses_of_one_with_every_method(name, tmp_path, drawn):
-    # a small rate, for Adam makes a whole step of the rounding of a gradient near zero
+def test_two_processes_have_the_losses_of_one_with_every_method(name, tmp_path, drawn):
+    # a small learning rate, because Adam turns the rounding error of a gradient near zero into a full step
     schedule = ("steps=3", "optim.lr=1e-4", "data.val_split=")
     words = [runs.write_config(tmp_path, drawn), *runs.METHODS[name], *schedule]
     runs.train([*words, f"directory={tmp_path}/one"])
@@ -57,7 +57,7 @@ def test_two_processes_give_the_losses_of_one_with_every_method(name, tmp_path, 
 
 
 @pytest.mark.parametrize("way", few(["zero0"])[1:])
-def test_every_strategy_gives_the_losses_of_plain_torch(way, tmp_path, drawn, alone):
+def test_every_strategy_has_the_losses_of_plain_torch(way, tmp_path, drawn, alone):
     runs.train([runs.write_config(tmp_path, drawn), *WAYS[way]])
     assert_close(runs.losses(tmp_path / "run"), runs.losses(alone), rtol=1e-5, atol=0)
 
@@ -70,7 +70,7 @@ def test_the_official_gradient_of_two_processes_is_half_the_exact_one(tmp_path, 
     assert found["grad_norm"] == pytest.approx(wanted["grad_norm"] / 2, rel=1e-5)
 
 
-def test_one_process_goes_on_from_what_two_with_zero_2_saved(tmp_path, drawn, alone):
+def test_one_process_resumes_a_checkpoint_of_two_with_zero_2(tmp_path, drawn, alone):
     config = runs.write_config(tmp_path, drawn)
     runs.train([config, *ZERO[2], "stop_at=3"], size=2)
     runs.train([config, *ZERO[0], "resume=true"])
@@ -78,28 +78,28 @@ def test_one_process_goes_on_from_what_two_with_zero_2_saved(tmp_path, drawn, al
 
 
 @pytest.mark.parametrize("way", few(["torch", "zero2"]))
-def test_bf16_stays_near_fp32_and_keeps_what_is_trained_in_fp32(way, tmp_path, drawn, alone):
+def test_bf16_stays_near_fp32_and_keeps_trained_parameters_in_fp32(way, tmp_path, drawn, alone):
     runs.train([runs.write_config(tmp_path, drawn), *WAYS[way], "engine.precision=bf16"])
     found, wanted = runs.losses(tmp_path / "run"), runs.losses(alone)
     assert found.isfinite().all()
-    assert not torch.equal(found, wanted), "nothing was computed in bf16"
+    assert not torch.equal(found, wanted), "losses equal those of fp32"
     assert_close(found, wanted, rtol=0.05, atol=0)
     trained = {n: x for n, x in runs.tensors(tmp_path / "run", 6).items() if n.startswith("trained/")}
     assert {x.dtype for x in trained.values()} == {torch.float32}
-    assert any((x != x.bfloat16().float()).any() for x in trained.values()), "the fp32 values are bf16 ones"
+    assert any((x != x.bfloat16().float()).any() for x in trained.values()), "values are those of bf16"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_logit_scale_that_trains_stays_below_its_limit(way, tmp_path, drawn):
+def test_a_trained_logit_scale_stays_at_most_100(way, tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), *WAYS[way], "method=clip", "optim.lr=3", "steps=4"]
     runs.train(words)
     found = runs.tensors(tmp_path / "run", 4)["trained/logit_scale.log"]
     assert found.item() <= math.log(100) + 1e-6
 
 
-def test_selection_does_not_see_the_test_split(tmp_path, drawn, alone):
-    """Another test split changes the figures on it and nothing else."""
+def test_selection_does_not_depend_on_the_test_split(tmp_path, drawn, alone):
+    """With another test split the training and validation records stay equal."""
     clips = [clip for clip in read_manifest(drawn) if clip.split != "test" or clip.id.endswith("0")]
     manifest = tmp_path / "fewer.jsonl"
     write_manifest(manifest, clips)
@@ -112,7 +112,7 @@ def test_selection_does_not_see_the_test_split(tmp_path, drawn, alone):
     assert runs.records(tmp_path / "run", "test") == []
 
 
-def test_the_best_step_is_the_first_with_the_highest_score_on_validation(alone):
+def test_the_first_step_with_the_highest_validation_score_is_selected(alone):
     scores = {r["step"]: r["t2v"]["R@1"] + r["v2t"]["R@1"] for r in runs.records(alone, "val") if r["step"]}
     best = json.loads((alone / "checkpoints/best.json").read_text())
     step = max(scores, key=lambda step: (scores[step], -step))
@@ -120,7 +120,7 @@ def test_the_best_step_is_the_first_with_the_highest_score_on_validation(alone):
     assert f"discovla, step {step}" in json.loads((alone / "results.json").read_text())
 
 
-def test_results_hold_the_model_before_and_after_training(alone):
+def test_results_have_rows_before_and_after_training(alone):
     names = list(json.loads((alone / "results.json").read_text()))
     assert names[:2] == ["zero-shot, mean pooling", "zero-shot, discovla untrained"]
     assert len(names) == 5
@@ -128,13 +128,13 @@ def test_results_hold_the_model_before_and_after_training(alone):
     assert names[3:] == [f"{after} + dual softmax", f"{after} + QB-Norm"]
 
 
-def test_without_a_validation_split_the_last_step_is_taken(tmp_path, drawn):
+def test_without_a_validation_split_the_last_step_is_selected(tmp_path, drawn):
     runs.train([runs.write_config(tmp_path, drawn), "data.val_split=", "steps=2"])
     assert "discovla, step 2" in json.loads((tmp_path / "run/results.json").read_text())
     assert not (tmp_path / "run/checkpoints/best.json").exists()
 
 
-def test_a_fresh_start_keeps_the_earlier_run_under_another_name(tmp_path, drawn):
+def test_a_new_run_keeps_the_earlier_one_under_another_name(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "steps=1"]
     for seed in range(3):
         runs.train([*words, f"seed={seed}"])
@@ -145,7 +145,7 @@ def test_a_fresh_start_keeps_the_earlier_run_under_another_name(tmp_path, drawn)
 
 
 def launch(launcher: str, program: Path, words: list) -> subprocess.Popen:
-    """A program on two processes under a launcher."""
+    """Start a program on two processes by a launcher."""
     here = Path(sys.executable).parent
     commands = {
         "deepspeed": ["deepspeed", "-q", "--num_accelerators", 2, "--master_port", free_port()],
@@ -160,7 +160,7 @@ def launch(launcher: str, program: Path, words: list) -> subprocess.Popen:
 
 
 def launched(launcher: str, program: Path, words: list) -> tuple[int, str]:
-    """Its status and output; it fails after 150 seconds."""
+    """Return exit status and output; fail after 150 seconds."""
     with launch(launcher, program, words) as process:
         try:
             output, _ = process.communicate(timeout=150)
@@ -171,7 +171,7 @@ def launched(launcher: str, program: Path, words: list) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_launchers_start_what_one_process_goes_on_with(launcher, tmp_path, drawn, alone):
+def test_one_process_resumes_a_run_of_each_launcher(launcher, tmp_path, drawn, alone):
     words = [runs.write_config(tmp_path, drawn), *ZERO[2]]
     status, output = launched(launcher, ROOT / "train.py", [*words, "stop_at=3"])
     assert status == 0, output
@@ -197,25 +197,25 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         ("ValueError('only here')", "train.py: error (rank 1): only here"),
         ("TypeError('a bug')", "TypeError: a bug"),
     ],
-    ids=["told", "bug"],
+    ids=["error", "bug"],
 )
-def test_a_rank_that_fails_alone_says_so_and_ends_the_whole_job(launcher, error, told, tmp_path, drawn):
+def test_a_rank_that_fails_alone_prints_its_error_and_ends_the_job(launcher, error, message, tmp_path, drawn):
     program = tmp_path / "failing.py"
     program.write_text(FAILING.format(error=error))
     status, output = launched(launcher, program, [runs.write_config(tmp_path, drawn)])
     assert status != 0
-    assert told in output
-    assert "RuntimeError" not in output, "rank 0 shows its lost connection as if it were the fault"
+    assert message in output
+    assert "RuntimeError" not in output, "rank 0 printed its lost connection as the error"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_what_is_wrong_on_all_ranks_is_told_once(launcher, tmp_path, drawn):
+def test_an_error_on_all_ranks_is_printed_once(launcher, tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "data.context_length=40"]
     status, output = launched(launcher, ROOT / "train.py", words)
     assert status != 0
@@ -223,7 +223,7 @@ def test_what_is_wrong_on_all_ranks_is_told_once(launcher, tmp_path, drawn):
 
 
 @pytest.mark.slow
-def test_a_run_of_the_deepspeed_launcher_goes_on_bit_for_bit_after_kill_9(tmp_path, drawn):
+def test_a_run_of_the_deepspeed_launcher_resumes_bit_for_bit_after_kill_9(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), *ZERO[2], "checkpoint_every=2", "resume=true"]
     runs.train([*words, f"directory={tmp_path}/whole"], size=2)
     with launch("deepspeed", ROOT / "train.py", words) as process:
@@ -243,7 +243,7 @@ def test_a_run_of_the_deepspeed_launcher_goes_on_bit_for_bit_after_kill_9(tmp_pa
 
 
 def rank_of(launcher: subprocess.Popen, rank: int) -> int:
-    """The process number of a rank: the DeepSpeed launcher starts another, and that one the ranks."""
+    """Return the pid of a rank; the DeepSpeed launcher starts a process that starts the ranks."""
     parents, words = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -253,5 +253,5 @@ def rank_of(launcher: subprocess.Popen, rank: int) -> int:
             continue  # it has just ended
     inner = [number for number, parent in parents.items() if parent == launcher.pid]
     ranks = [number for number, parent in parents.items() if parent in inner]
-    (found,) = [number for number in ranks if f"--local_rank={rank}" in words[number]]
-    return found
+    (pid,) = [number for number in ranks if f"--local_rank={rank}" in words[number]]
+    return pid

@@ -19,7 +19,7 @@ def method():
     return method
 
 
-def test_batches_give_the_same_embeddings_as_one_batch(method):
+def test_several_batches_have_the_embeddings_of_one(method):
     batch = noise_batch(ARCHITECTURE, size=5)
     parts = [(batch.text_ids[i : i + 2], batch.text_mask[i : i + 2]) for i in (0, 2, 4)]
     expected = method.encode_text(batch.text_ids, batch.text_mask).pooled
@@ -42,7 +42,7 @@ def test_no_batch_is_an_error(method):
         embed_texts(method, [], "cpu")
 
 
-def test_every_field_is_put_together_like_the_pooled_rows():
+def test_every_field_is_concatenated():
     names = [field.name for field in fields(Embedding)]
     parts = [Embedding(**{name: torch.full((n, 2), n) for name in names}) for n in (1, 2)]
     found = concatenate(parts)
@@ -56,7 +56,7 @@ def test_tokens_in_some_batches_only_are_an_error():
         concatenate([Embedding(pooled=rows, tokens=rows[None]), Embedding(pooled=rows)])
 
 
-def test_shares_of_processes_come_back_in_order_and_a_row_embedded_twice_once():
+def test_shares_of_processes_are_joined_in_order_without_repeated_rows():
     shares = [
         (torch.tensor([0, 2, 4]), Embedding(pooled=torch.tensor([[0.0], [2.0], [4.0]]))),
         (torch.tensor([1, 3, 0]), Embedding(pooled=torch.tensor([[1.0], [3.0], [0.0]]))),
@@ -64,7 +64,7 @@ def test_shares_of_processes_come_back_in_order_and_a_row_embedded_twice_once():
     assert in_order(shares, 5).pooled[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_row_that_no_process_embedded_is_named():
+def test_a_row_that_no_process_embedded_is_an_error():
     shares = [(torch.tensor([0, 2]), Embedding(pooled=torch.zeros(2, 1)))]
     with pytest.raises(ValueError, match="expected 3 rows, found 2; row 1 is missing"):
         in_order(shares, 3)

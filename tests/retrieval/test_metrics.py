@@ -14,7 +14,7 @@ def test_ranks_of_a_matrix_worked_by_hand():
     assert video_to_text_ranks(scores).ties_against.tolist() == [1, 2, 2]
 
 
-def test_figures_of_ranks_worked_by_hand():
+def test_metrics_of_ranks_worked_by_hand():
     scores = np.zeros((12, 12))
     for text, rank in enumerate([1, 1, 1, 2, 3, 5, 6, 8, 10, 11, 12, 12]):
         better = [video for video in range(12) if video != text][: rank - 1]
@@ -44,7 +44,7 @@ def test_a_constant_matrix_ranks_every_query_last_and_optimistically_first():
         assert found[direction]["optimistic"]["R@1"] == 100
 
 
-def test_captions_of_a_video_stand_for_it_by_their_best():
+def test_a_video_is_represented_by_its_best_caption():
     scores = np.array([[0.1, 0.7], [0.6, 0.9], [0.5, 0.8]])  # texts 0 and 2 are of video 1, text 1 of video 0
     groups = [1, 0, 1]
     assert text_to_video_ranks(scores, groups).ties_against.tolist() == [1, 2, 1]
@@ -52,13 +52,13 @@ def test_captions_of_a_video_stand_for_it_by_their_best():
     assert video_to_text_ranks(scores, groups).ties_against.tolist() == [1, 2]
 
 
-def test_groups_that_name_the_diagonal_change_nothing():
+def test_groups_of_the_diagonal_change_nothing():
     scores = np.random.default_rng(0).normal(size=(9, 9)).round(1)
     assert retrieval_metrics(scores, range(9)) == retrieval_metrics(scores)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
-def test_scores_that_are_not_finite_are_refused_with_their_place(bad):
+def test_scores_that_are_not_finite_are_refused_with_their_position(bad):
     scores = np.zeros((3, 4))
     scores[1, 2] = scores[2, 0] = bad
     with pytest.raises(ValueError, match=f"found 2 that are not, the first {bad} at text 1, video 2"):
@@ -78,30 +78,30 @@ def test_scores_that_are_not_finite_are_refused_with_their_place(bad):
         ((3, 3), [0, 2, 2], "a text for every video, found none for 1, e.g. video 1"),
     ],
 )
-def test_what_does_not_fit_is_refused(shape, groups, message):
+def test_shapes_and_groups_that_do_not_fit_are_refused(shape, groups, message):
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(np.zeros(shape), groups)
 
 
-def test_scores_that_are_no_numbers_are_refused():
+def test_complex_scores_are_refused():
     with pytest.raises(ValueError, match="expected real numbers, found complex128"):
         retrieval_metrics(np.zeros((2, 2), dtype=complex))
 
 
 def released_list(ranks):
-    """What the released routine makes of our two ranks: each row's positions from first to last, from 0."""
+    """Return our two ranks as the released routine lists them: positions from first to last, from 0."""
     runs = zip(ranks.optimistic, ranks.ties_against, strict=True)
     return [position for first, last in runs for position in range(first - 1, last)]
 
 
-def assert_figures(found, released):
-    """Equal to the released routine's, which says MedianR and MeanR."""
+def assert_metrics(found, released):
+    """Compare with the released routine's names MedianR and MeanR."""
     names = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "R50": "R@50", "MedianR": "MdR", "MeanR": "MnR"}
     for theirs, ours in names.items():
         assert theirs not in released or found[ours] == pytest.approx(released[theirs], abs=1e-10)
 
 
-def test_golden_discovla_rank_lists_and_figures(golden):
+def test_golden_discovla_rank_lists_and_metrics(golden):
     scores = load_file(golden / "discovla/metrics.safetensors")
     expected = json.loads((golden / "discovla/metrics.json").read_text())["expected"]
     assert expected.keys() == scores.keys()
@@ -112,8 +112,8 @@ def test_golden_discovla_rank_lists_and_figures(golden):
             assert released_list(ranks[way]) == released["cols"], (name, way)
             assert np.mean(ranks[way].ties_against) == found[way]["MnR"]
             if released["num_ranks"] == case["n"]:  # no ties
-                assert_figures(found[way], released)
-                assert_figures(found[way]["optimistic"], released)
+                assert_metrics(found[way], released)
+                assert_metrics(found[way]["optimistic"], released)
 
 
 @pytest.mark.parametrize("case", ["square", "square_ties", "multi", "multi_ties"])
@@ -134,18 +134,18 @@ def test_golden_clip2video_ranks(golden, case):
 
 
 @pytest.mark.parametrize("case", ["square", "multi"])
-def test_golden_clip2video_figures_where_nothing_ties(golden, case):
+def test_golden_clip2video_metrics_without_ties(golden, case):
     scores = load_file(golden / "clip2video/metrics.safetensors")
     expected = json.loads((golden / "clip2video/metrics.json").read_text())["expected"][case]
     similarity = scores[case if case in scores else f"{case}.sim"]
     texts, videos = similarity.shape
     groups = np.repeat(np.arange(videos), expected.get("captions_per_video", [1] * texts))
     found = retrieval_metrics(similarity, groups)
-    assert_figures(found["t2v"], expected["t2v"])
-    assert_figures(found["v2t"], expected["v2t"])
+    assert_metrics(found["t2v"], expected["t2v"])
+    assert_metrics(found["v2t"], expected["v2t"])
 
 
-def test_realdata_similarity_gives_the_expected_figures(realdata):
+def test_realdata_similarity_has_the_expected_metrics(realdata):
     folder = realdata / "annotations/similarity"
     for name, expected in json.loads((folder / "expected.json").read_text()).items():
         if not name.endswith(".npy"):

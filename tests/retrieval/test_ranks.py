@@ -82,13 +82,13 @@ def assert_same_ranks(matrix, groups, block):
 
 @pytest.mark.parametrize("block", [1, 2, 7, 100])
 @pytest.mark.parametrize("size", [1, 7, 20])
-def test_streamed_ranks_equal_those_of_the_whole_matrix(size, block):
+def test_streamed_ranks_equal_those_of_the_matrix(size, block):
     matrix = np.random.default_rng(size).integers(0, 5, (size, size)).astype(np.float32)  # many ties
     assert_same_ranks(matrix, None, block)
 
 
 @pytest.mark.parametrize("block", [1, 3, 8, 100])
-def test_streamed_ranks_equal_those_of_the_whole_matrix_with_scattered_groups(block):
+def test_streamed_ranks_equal_those_of_the_matrix_with_scattered_groups(block):
     generator = np.random.default_rng(0)
     groups = generator.permutation(np.repeat(np.arange(9), [1, 4, 2, 12, 1, 3, 1, 5, 2]))
     matrix = generator.normal(size=(len(groups), 9)).round(1)
@@ -96,7 +96,7 @@ def test_streamed_ranks_equal_those_of_the_whole_matrix_with_scattered_groups(bl
 
 
 @pytest.mark.parametrize("block", [1, 3, 100])
-def test_every_text_and_every_video_has_its_turn_once(block):
+def test_tiles_cover_every_text_and_every_video_once(block):
     groups = np.array([2, 0, 1, 2, 2, 0])
     tiles = Tiles(groups=groups, videos=3, block=block)
     rows = list(tiles.rows())
@@ -107,7 +107,7 @@ def test_every_text_and_every_video_has_its_turn_once(block):
         assert len(texts) <= block or own.stop - own.start == 1
 
 
-def test_a_score_that_is_not_finite_is_named_by_its_place_in_the_whole_matrix():
+def test_a_score_that_is_not_finite_is_named_by_its_position_in_the_matrix():
     matrix = np.zeros((6, 6), np.float32)
     matrix[5, 4] = np.nan
     with pytest.raises(ValueError, match="found 1 that are not, the first nan at text 5, video 4"):

@@ -12,7 +12,7 @@ def test_dual_softmax_equals_its_formula():
     assert by_video[0, 0] == pytest.approx(2 * np.exp(2) / (np.exp(2) + np.exp(1)))
 
 
-def test_dual_softmax_takes_a_hub_from_the_texts_that_are_not_its_own():
+def test_dual_softmax_ranks_a_hub_lower_for_the_texts_of_other_videos():
     scores = np.array([[8.0, 7.5], [9.0, 4.0]])  # video 0 is a hub
     assert text_to_video_ranks(scores, [1, 0]).ties_against.tolist() == [2, 1]
     assert text_to_video_ranks(dual_softmax(scores)[0], [1, 0]).ties_against.tolist() == [1, 1]
@@ -23,13 +23,13 @@ def test_dual_softmax_keeps_the_order_of_negative_scores():
     assert text_to_video_ranks(dual_softmax(scores)[0]).ties_against.tolist() == [1, 1]
 
 
-def test_qb_norm_equals_its_formula_where_the_best_video_is_active():
+def test_qb_norm_equals_its_formula_if_the_best_video_is_active():
     scores, bank = np.array([[0.5, 0.4]]), np.array([[0.6, 0.1], [0.7, 0.2]])
     expected = 20 * scores - np.log(np.exp(20 * bank).sum(axis=0))
     np.testing.assert_allclose(qb_norm(scores, bank), expected, rtol=1e-12)
 
 
-def test_qb_norm_leaves_texts_alone_whose_best_video_no_text_of_the_bank_found():
+def test_qb_norm_keeps_scores_of_texts_whose_best_video_is_not_active():
     scores, bank = np.array([[0.1, 0.8]]), np.array([[0.6, 0.1]])
     np.testing.assert_array_equal(qb_norm(scores, bank), 20 * scores)
 

@@ -16,12 +16,12 @@ def tile_of(matrix):
     return lambda texts, videos: matrix[texts, videos]
 
 
-def test_similarity_matrix_puts_tiles_where_they_belong():
+def test_similarity_matrix_joins_its_tiles():
     matrix = np.random.default_rng(0).normal(size=(11, 5))
     np.testing.assert_array_equal(similarity_matrix(tile_of(matrix), 11, 5, block=3), matrix)
 
 
-def test_tiles_hold_the_similarity_of_the_method():
+def test_tiles_have_the_similarity_of_the_method():
     method = CLIP(tiny_architecture(), CLIPConfig())
     text, video = Embedding(pooled=torch.randn(5, 16)), Embedding(pooled=torch.randn(4, 16))
     tile = similarity_tile(method, text, video, "cpu")
@@ -29,7 +29,7 @@ def test_tiles_hold_the_similarity_of_the_method():
     np.testing.assert_allclose(similarity_matrix(tile, 5, 4, block=2), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_method_ranks_alike_streamed_and_whole():
+def test_a_method_has_equal_ranks_streamed_and_from_the_matrix():
     method = CLIP(tiny_architecture(), CLIPConfig())
     text, video = Embedding(pooled=torch.randn(40, 16)), Embedding(pooled=torch.randn(20, 16))
     groups = torch.arange(40) % 20
@@ -46,7 +46,7 @@ def assert_ranks_of(found, by_text, by_video, groups):
         np.testing.assert_array_equal(ours.optimistic, expected.optimistic)
 
 
-def test_pooled_features_are_re_weighed_as_their_matrix_is():
+def test_pooled_features_are_reranked_like_their_matrix():
     groups = np.array([3, 0, 1, 2, 2, 4, 0, 2, 5, 3, 2])
     text, video = (torch.randn(n, 9, dtype=torch.float64) for n in (len(groups), 6))
     cosines = torch.nn.functional.normalize(text) @ torch.nn.functional.normalize(video).T
@@ -54,7 +54,7 @@ def test_pooled_features_are_re_weighed_as_their_matrix_is():
     assert_ranks_of(pooled_ranks(text, video, groups, dual_softmax_scale=20), by_text, by_video, groups)
 
 
-def test_a_method_that_scores_pooled_features_ranks_alike_with_and_without_its_matrix():
+def test_a_method_with_pooled_scores_has_equal_ranks_with_and_without_its_matrix():
     method = CLIP(tiny_architecture(), CLIPConfig())
     text, video = Embedding(pooled=torch.randn(60, 16)), Embedding(pooled=torch.randn(20, 16))
     groups = (torch.arange(60) % 20).numpy()
