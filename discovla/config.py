@@ -165,20 +165,20 @@ def parse_config(values: Mapping[str, Any], source: str = "config") -> RunConfig
 
 def parse_stored_config(values: Mapping[str, Any], source: str) -> RunConfig:
     """Parse the config in a checkpoint, with the keys of older versions translated."""
-    values = json.loads(json.dumps(values))
+    translated: dict[str, Any] = json.loads(json.dumps(values))
     for old, new in RENAMED_KEYS.items():
-        table, name = _table(values, old)
+        table, name = _table(translated, old)
         if name in table:
-            new_table, new_name = _table(values, new)
+            new_table, new_name = _table(translated, new)
             new_table[new_name] = table.pop(name)
     for key in REMOVED_KEYS:
-        table, name = _table(values, key)
+        table, name = _table(translated, key)
         table.pop(name, None)
     for (key, value), new in REMOVED_VALUES.items():
-        table, name = _table(values, key)
+        table, name = _table(translated, key)
         if table.get(name) == value:
             table[name] = new
-    return parse_config(values, source)
+    return parse_config(translated, source)
 
 
 def _table(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
@@ -207,7 +207,7 @@ def _config_error(source: str, prefix: str, model: type[BaseModel], error: Valid
         case "missing":
             message = f"{key}: expected a value, found none"
         case "value_error":  # by a validator of ours
-            text = str(first["ctx"]["error"])
+            text = str(first.get("ctx", {})["error"])
             named = re.match(r"(\w+): ", text)  # one of a whole table begins with the key
             message = f"{key}.{text}" if named else f"{key}: {text}"
             if "found " not in text:

@@ -108,7 +108,7 @@ def config_keys(path: Path | str | None = None, overrides: Sequence[str] = ()) -
 
 
 def text_of(keys: Sequence[Key], *, width: int, bold: bool) -> str:
-    """Lay the keys out for a terminal: the key and its value, then meaning and type, wrapped to `width`."""
+    """Lay the keys out for a terminal: key and value, type, meaning, wrapped to `width`."""
     lines, section = [], ""
     indent = " " * 4
     for key in keys:
@@ -118,15 +118,15 @@ def text_of(keys: Sequence[Key], *, width: int, bold: bool) -> str:
             section = table
         name = f"\x1b[1m{key.key}\x1b[0m" if bold else key.key
         lines.append(f"{name} = {toml(key.value)}{_origin(key)}")
-        meaning = f"{key.doc} [{key.type}]" if key.doc else f"[{key.type}]"
-        lines += textwrap.wrap(
-            meaning,
-            min(width, 110),
-            initial_indent=indent,
-            subsequent_indent=indent,
-            break_on_hyphens=False,
-            break_long_words=False,
-        )
+        for paragraph in (key.type, key.doc):
+            lines += textwrap.wrap(
+                paragraph,
+                min(width, 110),
+                initial_indent=indent,
+                subsequent_indent=indent,
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
     return "\n".join(lines)
 
 
