@@ -1,4 +1,4 @@
-"""Imports go down only: discovla is a house with floors, and this file holds them."""
+"""Imports go down only: every package has a floor and imports only lower ones."""
 
 import ast
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LOW = {  # room -> the rooms it may import beside itself
+LOW = {  # package -> the packages it may import besides itself
     "batch": set(),
     "torchvision_cpu": set(),
     "ops": {"batch"},
@@ -24,18 +24,17 @@ HIGH = {
     "config": 6,
     "drawn_world": 6,
     "errors": 6,
-    "evaluate": 7,
+    "train_step": 6,
     "checkpoints": 7,
+    "evaluate": 7,
     "load": 7,
     "export": 8,
-    "splits": 7,
-    "train_step": 6,
     "trainer": 8,
     "commands": 9,
+    "testing": 9,
     "cli": 10,
     "__main__": 11,
-    "testing": 9,
-}  # these may import whatever is lower
+}  # each imports anything lower; drawn_world is imported from above 6 only
 FOREIGN = {  # file -> the libraries it imports, besides discovla and the standard library
     "batch.py": {"torch"},
     "retrieval/metrics.py": {"numpy"},
@@ -47,36 +46,57 @@ SHARED = {"base", "config", "released"}  # files of methods/ that every method m
 METHODS = [name for name in FILES if name.startswith("methods/") and name != "methods/__init__.py"]
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names of everything `path` imports, wherever in the file the import stands."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, *, in_functions: bool = True) -> set[str]:
+    """Return the dotted names of everything `path` imports."""
+    names, tree = set(), ast.parse(path.read_text())
+    for node in ast.walk(tree) if in_functions else tree.body:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def allowed(room: str, other: str) -> bool:
-    """Whether a file in `room` may import from `other`."""
-    if other in {room, "torchvision_cpu", "__version__"}:
+def module_name(name: str) -> str:
+    """Return the dotted name of a file."""
+    return ".".join(["discovla", *Path(name).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def allowed(package: str, other: str) -> bool:
+    """Return True if a file in `package` may import from `other`."""
+    if other in {package, "torchvision_cpu", "__version__"}:
         return True
-    if room in LOW:
-        return other in LOW[room]
-    return HIGH[room] > HIGH.get(other, 0) or (room, other) == ("commands", "testing")
+    if package in LOW:
+        return other in LOW[package]
+    return HIGH[package] > HIGH.get(other, 0) or (package, other) == ("commands", "testing")
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "__init__.py"])
 def test_imports_go_down_only(name):
-    room = Path(name).with_suffix("").parts[0]
-    assert room in LOW or room in HIGH, f"{name}: give this room a floor here"
+    package = Path(name).with_suffix("").parts[0]
+    assert package in LOW or package in HIGH, f"{name}: give this package a floor here"
     for imported in imports(FILES[name]):
         top, *rest = imported.split(".")
         assert top not in {"tests", "benchmarks"}, f"{name} imports {imported}"
-        assert top != "discovla_kernels" or room == "ops", f"{name} imports {imported}: only ops/ does"
-        assert top != "discovla" or allowed(room, rest[0]), f"{name} may not import {imported}"
+        assert top != "discovla_kernels" or package == "ops", f"{name} imports {imported}: only ops/ does"
+        assert top != "discovla" or allowed(package, rest[0]), f"{name} may not import {imported}"
+
+
+def test_no_module_imports_itself_through_others():
+    modules = {module_name(name): imports(path, in_functions=False) for name, path in FILES.items()}
+    below = {
+        module: {other for other in modules if any(f"{i}.".startswith(f"{other}.") for i in names)}
+        for module, names in modules.items()
+    }
+    packages = {module_name(name) for name in FILES if name.endswith("__init__.py")}
+    waiting = {module: others - packages - {module} for module, others in below.items()}
+    while free := [module for module, others in waiting.items() if not others]:
+        for module in free:
+            del waiting[module]
+        for others in waiting.values():
+            others.difference_update(free)
+    assert not waiting, f"circles among {sorted(waiting)}"
 
 
 @pytest.mark.parametrize("name", METHODS)
