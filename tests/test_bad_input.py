@@ -149,7 +149,7 @@ def test_a_config_that_cannot_run_is_one_line(words, message, tmp_path, drawn):
 def test_a_batch_that_does_not_divide_is_one_line_for_all_ranks(tmp_path, drawn):
     job = runs.start([runs.write_config(tmp_path, drawn), "batch_size=15"], size=2)
     line = error_line(job, status=(2, 2))
-    assert line == "train.py: error: batch_size: expected a multiple of the 2 processes, got 15"
+    assert line == "train.py: error: batch_size: expected a multiple of the 2 processes, found 15"
 
 
 def test_a_full_disk_names_the_checkpoint_and_the_run_can_be_resumed(tmp_path, drawn):
