@@ -1,4 +1,4 @@
-"""What is measured of the similarity ops: inputs, calls, the work they need, and the figures to reach."""
+"""Cases of the similarity ops for checks and timing: inputs, calls, needed work and targets."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ Call = Callable[[list[Tensor], Impl, bool], Any]  # leaves, impl, masked -> a te
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One op at one size.
-
-    n, m: pairs, or queries and items.  frames: parts of a text and of a video.  dim: embedding dimension.
-    call: leaves and impl -> a result, of which backward takes the gradient by ones.
-    passes: matrix products of the largest matrix that forward needs, and forward with backward.
-    target_ms, target_gb: to reach on an H200, forward or forward and backward as `backward` says.
-    """
+    """One op at one size."""
 
     op: str
     call: Call
     n: int
+    """Pairs, or queries."""
     m: int
+    """Pairs, or items."""
     frames: tuple[int, int] = (1, 1)
+    """Parts of a text and of a video."""
     dim: int = 512
+    """Embedding dimension."""
     dtype: torch.dtype = torch.bfloat16
     backward: bool = True
     target_ms: float | None = None
+    """To reach on an H200; with backward if `backward` is True."""
     target_gb: float | None = None
     shapes: tuple[tuple[int, ...], ...] = field(default=())
     masked: bool = False
@@ -54,7 +53,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Needed by products: one pass forward; with backward that again and one for each gradient."""
+        """Needed operations: one pass forward; with backward that again, and one for each gradient."""
         one = 2.0 * self.n * self.m * self.frames[0] * self.frames[1] * self.dim
         if self.op == "alignment_losses":
             one += 2.0 * self.n * self.m * self.dim
@@ -62,28 +61,28 @@ class Case:
 
     @property
     def scaled(self) -> bool:
-        """Whether the last leaf is logit_scale."""
+        """True if the last leaf is logit_scale."""
         return self.op != "late_interaction"
 
     @property
     def limits(self) -> tuple[float, float] | None:
-        """Errors allowed of values and of gradients, where they are not those of similarities."""
+        """Largest errors of values and of gradients; None for those of similarities."""
         return None
 
     @property
     def reference_bytes(self) -> float:
-        """What the reference holds at least: five matrices of all products in float32."""
+        """Least memory of the reference: five matrices of all products in float32."""
         return 20.0 * self.n * self.m * self.frames[0] * self.frames[1]
 
     def leaves(self, device: torch.device | str, seed: int = 0) -> list[Tensor]:
-        """Inputs of noise, then logit_scale where the op has one."""
+        """Return inputs of noise, then logit_scale if the op has one."""
         generator = torch.Generator(device).manual_seed(seed)
         noise = [torch.randn(s, generator=generator, device=device).to(self.dtype) for s in self.shapes]
         scale = torch.tensor(20.0, device=device, dtype=torch.promote_types(self.dtype, torch.float32))
         return [x.requires_grad_(self.backward) for x in [*noise, *([scale] if self.scaled else [])]]
 
     def run(self, leaves: list[Tensor], impl: Impl) -> list[Tensor]:
-        """The result, and the gradients by all leaves where they are asked for."""
+        """Return the result, and with `backward` the gradients by all leaves."""
         with torch.set_grad_enabled(self.backward):
             out = self.call(leaves, impl, self.masked)
         if not self.backward:
@@ -92,7 +91,7 @@ class Case:
 
 
 def _mask(x: Tensor) -> Tensor:
-    """Real parts of n k d: ragged, and none in the last row."""
+    """Return a ragged mask of n k d, empty in the last row."""
     real = (
         torch.arange(x.shape[1], device=x.device)
         <= torch.arange(len(x), device=x.device)[:, None] % x.shape[1]
@@ -102,7 +101,7 @@ def _mask(x: Tensor) -> Tensor:
 
 
 def _ignore(x: Tensor) -> Tensor:
-    """Pairs left out: every clip has two captions or three."""
+    """Return the mask of pairs to ignore, with two or three captions a clip."""
     clip = torch.arange(len(x), device=x.device) % max(1, len(x) // 2)
     return (clip[:, None] == clip).fill_diagonal_(False)
 
@@ -153,7 +152,7 @@ def _soft_vlad(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
 
 
 def _groups(items: Tensor) -> Tensor:
-    """Three items a group or four, spread over all of them."""
+    """Return groups of three or four items."""
     return torch.arange(len(items), device=items.device) % max(1, len(items) // 3)
 
 
@@ -185,7 +184,7 @@ CALLS: dict[str, Call] = {
 
 
 def case(op: str, n: int, *, m: int = 0, frames: tuple[int, int] = (1, 1), dim: int = 512, **options) -> Case:
-    """A case with its shapes filled in; m = n unless given."""
+    """Make a case with its shapes; the default of m is n."""
     m = m or n
     pooled, parts = ((n, dim), (m, dim)), ((n, frames[0], dim), (m, frames[1], dim))
     of_parts = {"frame_similarity": parts, "late_interaction": parts, "alignment_losses": (*pooled, *parts)}
@@ -195,7 +194,7 @@ def case(op: str, n: int, *, m: int = 0, frames: tuple[int, int] = (1, 1), dim: 
 
 
 def timed_cases(suite: str) -> list[Case]:
-    """What is timed, the smallest first: `small` below a second of work each on a GPU, `full` all."""
+    """Return the cases to time, the smallest first; those of `small` take less than a second on a GPU."""
     f, half = (12, 12), torch.bfloat16
     cases = [
         case(op, n, frames=f if op != "info_nce" else (1, 1), dtype=dtype)
@@ -223,7 +222,7 @@ def timed_cases(suite: str) -> list[Case]:
 
 
 def checked_cases() -> list[Case]:
-    """What is compared with the reference in float64: ragged sizes, every dtype, bf16 products from 4096."""
+    """Return the cases to check: ragged sizes, every dtype, and bf16 products from 4096 pairs on."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     cases = []
     for dtype in dtypes:

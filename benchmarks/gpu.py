@@ -1,20 +1,19 @@
-"""The kernels on this machine's GPU: are they right, what can the GPU do, how fast are they.
+"""Check and time the kernels on this machine's GPU.
 
-    python benchmarks/gpu.py                      everything, within ten minutes
-    python benchmarks/gpu.py --suite check        only whether they are right
+    python benchmarks/gpu.py                      checks, times and training steps, within ten minutes
+    python benchmarks/gpu.py --suite check        only the checks
     python benchmarks/gpu.py --suite small        sizes up to 1024
-    python benchmarks/gpu.py --suite step         the towers' kernels, then training steps of every size
-    python benchmarks/gpu.py --suite data         no kernels: frames a second of DALI and of all other ways
-    python benchmarks/gpu.py --only frame         cases whose name has the word
-    python benchmarks/gpu.py --gate               exit 1 where worse than the last results of the same GPU
+    python benchmarks/gpu.py --suite step         checks of the towers' kernels, then training steps
+    python benchmarks/gpu.py --suite data         no kernels: frames a second of all decoders and shards
+    python benchmarks/gpu.py --only frame         only cases whose name contains the word
+    python benchmarks/gpu.py --gate               exit 1 if worse than earlier results of the same GPU
     python benchmarks/gpu.py --table FILE         the table of a results file; needs no GPU
 
-One call: every kernel, Triton's and CUDA's, against the reference in float64; ceilings; times of the
-kernels, of torch (the same blocks in plain torch), reference (eager), the peers of peers.py and compiled (the
-reference under torch.compile); then the training step of train_step.py. What is not installed, does not fit
-into memory or is not reached in time is in the results and in the table as such. Rows go to
-benchmarks/results/<gpu>/, one JSON a line. Without a GPU it says so and exits with 2. It exits with 1 if a
-kernel is wrong, and then times nothing.
+One call compares every Triton and CUDA kernel with the reference in float64; measures ceilings; times the
+kernels, torch (the same blocks in plain torch), reference (eager), the libraries in peers.py and compiled
+(the reference under torch.compile); then times the training steps of step.py. Cases that are unavailable, do
+not fit into memory or miss the deadline have a row with the reason. Rows go to benchmarks/results/<gpu>/,
+one JSON a line. The exit status is 2 without a GPU, and 1 if a kernel is wrong; then nothing is timed.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.cases import Case, checked_cases, timed_cases
-from benchmarks.gate import earlier, regressions, report
 from benchmarks.gpu_data import measure_data
+from benchmarks.gpu_report import earlier_rows, regressions, report
 from benchmarks.measure import (
     Times,
     extra_gpu_bytes,
@@ -57,64 +56,68 @@ from benchmarks.step import show as show_step
 from benchmarks.tower_cases import checked_tower_cases, timed_tower_cases
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 
-# ‖error‖ / ‖truth‖ of values and of gradients. float32 is three TF32 products. Half-precision inputs are
-# exact in float32, a gradient is rounded to its input's dtype. From 4096 pairs on, bf16 rows are multiplied.
+# Largest ‖error‖ / ‖truth‖ of values and of gradients. A float32 product is three TF32 products.
+# Half-precision inputs are exact in float32, and a gradient is rounded to its input's dtype.
 BUDGET = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-5, 2e-3), torch.bfloat16: (2e-5, 8e-3)}
-LARGE = (4e-3, 8e-3)
+LARGE = (4e-3, 8e-3)  # from 4096 pairs on, where bf16 rows are multiplied in bf16
 DEVICE = "cuda"
-SECONDS = 0.5  # of timing for each row, or what 50 calls take if that is not much more
-CHECKING = 0.6  # of the seconds there are, at most, before times are taken
-OPS = 0.8  # of the seconds there are, at most, before training steps are timed
-ROUNDS = 50  # of a training step, as many as its share of the time allows
+SECONDS = 0.5  # of timing for each row, or a little more for 50 calls
+CHECKING = 0.6  # largest share of the time for checks
+OPS = 0.8  # largest share of the time for checks and ops, before training steps
+ROUNDS = 50  # of a training step, or as many as its share of the time allows
 KERNELS = ("triton", "cuda")
-INTEGERS = ("rank_of_positive", "top_k")  # ops of which the result is compared for equality
-# The order they are timed in: what time may be too short for comes last.
+INTEGERS = ("rank_of_positive", "top_k")  # ops whose results must be equal
+# In the order of timing; the last ones may miss the deadline.
 BUILT_IN = ("triton", "cuda", "torch", "reference")
 Row = dict[str, Any]
 
 
 def truth(case: Case, leaves: list[Tensor]) -> list[Tensor]:
-    """The reference in float64 on the same numbers."""
+    """Return the reference in float64 on the same numbers."""
     wide = [x.detach().double().requires_grad_(case.backward) for x in leaves]
     return case.run(wide, "reference")
 
 
 def errors(case: Case, impl: Any, leaves: list[Tensor], want: list[Tensor]) -> dict[str, float]:
-    """Relative errors: of the value, the largest of any gradient, and of the value's worst entry."""
+    """Return relative errors: of the value, the largest of any gradient, and of the value's worst entry."""
     (got, *gradients), (value, *wanted) = case.run(leaves, impl), want
-    if case.scaled:  # the derivative by the scale is a sum that all but cancels
+    if case.scaled:  # the derivative by the scale is a sum of numbers that nearly cancel
         gradients, wanted = gradients[:-1], wanted[:-1]
-    found = [
+    gradient_errors = [
         relative_frobenius(g, w) for g, w in zip(gradients, wanted, strict=True) if w.double().norm() > 1e-9
     ]
     worst = (got.double() - value).abs().max() / value.abs().max().clamp(min=1e-30)
     value_error = relative_frobenius(got, value) if value.double().norm() > 1e-9 else 0.0
-    return {"err_fro": value_error, "err_gradient": max(found, default=0.0), "err_max": worst.item()}
+    return {
+        "err_fro": value_error,
+        "err_gradient": max(gradient_errors, default=0.0),
+        "err_max": worst.item(),
+    }
 
 
 def check(case: Case, impl: Any) -> Row:
-    """Whether a kernel is right; products in bf16 flip maxima, so 1.2 x plain torch's error is allowed."""
+    """Compare a kernel with the truth; bf16 products flip maxima, so 1.2 x plain torch's error is allowed."""
     row: Row = {"name": case.name, "op": case.op, "impl": impl}
     try:
         if case.op in INTEGERS:
             return row | check_integers(case, impl)
         leaves = case.leaves(DEVICE)
         want = truth(case, leaves)
-        found = errors(case, impl, leaves, want)
-    except KernelUnavailable as error:
-        return row | {"left_out": str(error)}
+        error = errors(case, impl, leaves, want)
+    except KernelUnavailable as unavailable:
+        return row | {"left_out": str(unavailable)}
     limits = case.limits or BUDGET[case.dtype]
     if case.n >= 4096 and case.dtype == torch.bfloat16:
         plain = errors(case, "torch", leaves, want)
         limits = max(LARGE[0], 1.2 * plain["err_fro"]), max(LARGE[1], 1.2 * plain["err_gradient"])
-    ok = found["err_fro"] <= limits[0] and found["err_gradient"] <= limits[1]
-    return row | found | {"ok": ok}
+    ok = error["err_fro"] <= limits[0] and error["err_gradient"] <= limits[1]
+    return row | error | {"ok": ok}
 
 
 def check_integers(case: Case, impl: Any) -> Row:
-    """Ranks and places are integers: rows of ±1 have cosines exact in every dtype, so they must be equal.
+    """Compare ranks and indices for equality, on rows of ±1, whose cosines are exact in every dtype.
 
-    Their length is a power of two, hence their width one of four.
+    The width is a power of four, so that the norm is a power of two.
     """
     width = 1 << (case.dim.bit_length() - 1) // 2 * 2
     leaves = [(x.sign() + (x == 0))[:, :width].contiguous() for x in case.leaves(DEVICE)[:2]]
@@ -125,12 +128,12 @@ def check_integers(case: Case, impl: Any) -> Row:
 
 
 def impls_of(op: str) -> list[str]:
-    """What is timed of an op, the kernels first."""
+    """Return the implementations of an op to time, kernels first."""
     return [impl for impl in BUILT_IN if impl in IMPLEMENTATIONS[op]]
 
 
 def does_not_fit(case: Case, impl: str | Peer) -> str:
-    """Why memory is too small for an impl that holds everything; empty where it is not."""
+    """Return why memory is too small for an implementation that stores whole matrices; empty if it fits."""
     free, _ = torch.cuda.mem_get_info()
     streams = not impl.stores if isinstance(impl, Peer) else impl in (*KERNELS, "torch")
     if streams or case.reference_bytes < 0.8 * free:
@@ -139,7 +142,7 @@ def does_not_fit(case: Case, impl: str | Peer) -> str:
 
 
 def step_of(case: Case, function: Callable[[list[Tensor]], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The result of a function of the leaves, and its gradients by all that have one."""
+    """Make a function that returns the result of `function` and its gradients."""
 
     def step(leaves: list[Tensor]) -> list[Tensor]:
         with torch.set_grad_enabled(case.backward):
@@ -155,13 +158,13 @@ def step_of(case: Case, function: Callable[[list[Tensor]], Tensor]) -> Callable[
 
 
 def compile_anew(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile without memory of earlier cases: after eight of them it would run the next eagerly."""
+    """Compile without the cache of earlier cases: after eight of them torch would run the next eagerly."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
 
 def compilable(case: Case) -> Callable[..., Tensor]:
-    """The reference as a function of its leaves."""
+    """Return the reference as a function of its leaves."""
 
     def reference(*leaves: Tensor) -> Tensor:
         return case.call(list(leaves), "reference", case.masked)
@@ -170,7 +173,7 @@ def compilable(case: Case) -> Callable[..., Tensor]:
 
 
 def runner(case: Case, impl: str | Peer) -> Callable[[int], list[Tensor]]:
-    """A numbered call on inputs in turn, so that none lies in the cache unless the case is launch-bound."""
+    """Return a numbered call that takes four inputs in turn, so that none is in the GPU's cache."""
     inputs = [case.leaves(DEVICE, seed) for seed in range(4 if case.n <= 4096 else 1)]
     if isinstance(impl, Peer):
         step = step_of(case, impl.call)
@@ -183,19 +186,19 @@ def runner(case: Case, impl: str | Peer) -> Callable[[int], list[Tensor]]:
 
 
 def time_case(case: Case, impl: str | Peer, ceilings: dict[str, float]) -> tuple[Row, Times]:
-    """Figures of one impl at one size."""
+    """Time one implementation at one size."""
     call = runner(case, impl)
     times = measure_times(call, cuda=DEVICE == "cuda", seconds=SECONDS)
     tflops = case.flops / times.ms_p50 / 1e9
     peak = peak_tflops(torch.cuda.get_device_name())
-    # what has to be moved at least: inputs, and with backward their gradients
+    # bytes moved at least: inputs, and with backward their gradients
     moved = sum(x.numel() * x.element_size() for x in case.leaves(DEVICE)) * (2 if case.backward else 1)
     gbps = moved / times.ms_p50 / 1e6
     row = {
         "dtype": str(case.dtype)[6:],
         "shapes": case.shapes,
         "tflops_needed": tflops,
-        "tflops_ref": tflops * (3 / 4 if case.backward else 1),  # which needs no second forward
+        "tflops_ref": tflops * (3 / 4 if case.backward else 1),  # the reference needs no second forward
         "mfu": None if peak is None else tflops / peak,
         "frac_gemm": tflops / ceilings["gemm_bf16"],
         "gbps": gbps,
@@ -210,7 +213,7 @@ def time_case(case: Case, impl: str | Peer, ceilings: dict[str, float]) -> tuple
 
 
 def show(row: Row) -> None:
-    """One line for a timed row."""
+    """Print a timed row."""
     target = f"{row['target_ms']:8.2f}" if row["target_ms"] else " " * 8
     spread = f"[{row['ms_p20']:.3f}, {row['ms_p80']:.3f}]"
     print(
@@ -222,7 +225,7 @@ def show(row: Row) -> None:
 
 
 def check_all(cases: Sequence[Case], path: Path, where: Row, deadline: float) -> bool:
-    """Every kernel against the truth; prints what is wrong, and what is not checked and why."""
+    """Check every kernel, print wrong and unchecked ones; return True if all are right."""
     rows: list[Row] = []
     pairs = [(case, impl) for case in cases for impl in KERNELS if impl in IMPLEMENTATIONS[case.op]]
     for case, impl in pairs:
@@ -241,28 +244,28 @@ def check_all(cases: Sequence[Case], path: Path, where: Row, deadline: float) ->
 
 
 def plan(cases: Sequence[Case]) -> list[tuple[Case, str | Peer]]:
-    """What is timed, in order: our impls, then peers, and torch.compile, which takes longest, last."""
-    found: list[tuple[Case, str | Peer]] = []
+    """Return what to time, in order: ours, other libraries, and torch.compile, which takes longest."""
+    pairs: list[tuple[Case, str | Peer]] = []
     for impl in BUILT_IN:
-        found += [(case, impl) for case in cases if impl in impls_of(case.op)]
+        pairs += [(case, impl) for case in cases if impl in impls_of(case.op)]
     for peer in PEERS:
-        found += [(case, peer) for case in cases if case.op == peer.op and not case.masked]
-    return [*found, *((case, "compiled") for case in cases)]
+        pairs += [(case, peer) for case in cases if case.op == peer.op and not case.masked]
+    return [*pairs, *((case, "compiled") for case in cases)]
 
 
 def time_all(cases: Sequence[Case], path: Path, where: Row, deadline: float) -> list[Row]:
-    """Time what fits into memory and before the deadline; rows of that and of what does not."""
+    """Time all that fits into memory before the deadline; other rows have the reason."""
     ceilings = gpu_ceilings()
     print("ceilings:", {name: round(value, 1) for name, value in ceilings.items()}, flush=True)
     rows = []
     for case, impl in plan(cases):
         name = impl.name if isinstance(impl, Peer) else impl
         row: Row = {"name": case.name, "op": case.op, "impl": name}
-        why_not = "time is up" if time.monotonic() > deadline else does_not_fit(case, impl)
-        why_not = why_not or (impl.absent() if isinstance(impl, Peer) else "")
+        reason = "time is up" if time.monotonic() > deadline else does_not_fit(case, impl)
+        reason = reason or (impl.absent() if isinstance(impl, Peer) else "")
         if isinstance(impl, Peer) and impl.differs:
             row["differs"] = impl.differs
-        rows.append(row | ({"left_out": why_not} if why_not else timed(case, impl, ceilings)))
+        rows.append(row | ({"left_out": reason} if reason else timed(case, impl, ceilings)))
         write_row(path, {**where, **rows[-1]})
         if "ms_p50" in rows[-1]:
             show(rows[-1])
@@ -270,37 +273,39 @@ def time_all(cases: Sequence[Case], path: Path, where: Row, deadline: float) -> 
     return rows
 
 
-def contests(suite: str) -> list[tuple[str, int]]:
-    """Models and pairs of the training steps of a suite, in order: what time may be too short for is last."""
+def step_sizes(suite: str) -> list[tuple[str, int]]:
+    """Return models and batch sizes of a suite's training steps; the last ones may miss the deadline."""
     if suite == "step":
         return [(model, pairs) for pairs in (128, 1, 16, 512, 1024) for model in MODELS]
     return [("ViT-B/32", 128), ("ViT-B/32", 1)] if suite == "full" else []
 
 
 def time_steps(suite: str, path: Path, where: Row, deadline: float, only: str = "") -> list[Row]:
-    """Training steps, all implementations in turns; each contest has its share of the time that is left."""
-    asked = [Comparison(model=model, pairs=pairs, rounds=ROUNDS) for model, pairs in contests(suite)]
-    asked = [contest for contest in asked if only in contest.name]
-    ceilings = gpu_ceilings() if asked else {}
+    """Time training steps; each comparison has its share of the remaining time."""
+    comparisons = [Comparison(model=model, pairs=pairs, rounds=ROUNDS) for model, pairs in step_sizes(suite)]
+    comparisons = [comparison for comparison in comparisons if only in comparison.name]
+    ceilings = gpu_ceilings() if comparisons else {}
     rows = []
-    for number, contest in enumerate(asked):
+    for number, comparison in enumerate(comparisons):
         left = deadline - time.monotonic()
         if left <= 0:
-            found: list[Row] = [{"name": contest.name, "impl": "all", "op": "step", "left_out": "time is up"}]
+            left_out = {"name": comparison.name, "impl": "all", "op": "step", "left_out": "time is up"}
+            new: list[Row] = [left_out]
         else:
-            found = compare_steps(replace(contest, seconds=left / (len(asked) - number) / 2), DEVICE)
-        for row in found:
+            share = left / (len(comparisons) - number) / 2
+            new = compare_steps(replace(comparison, seconds=share), DEVICE)
+        for row in new:
             if "ms_p50" in row:
                 row["frac_gemm"] = row["tflops_needed"] / ceilings["gemm_bf16"]
             write_row(path, {**where, **row, "ceilings": ceilings})
             show_step(row)
-        rows += found
+        rows += new
         torch.cuda.empty_cache()
     return rows
 
 
 def timed(case: Case, impl: str | Peer, ceilings: dict[str, float]) -> Row:
-    """Figures, or why there are none: a baseline that fails is a finding, one of ours an error."""
+    """Time a case; a failing baseline gives a row with the reason, a failing kernel of ours raises."""
     try:
         row, times = time_case(case, impl, ceilings)
     except (KernelUnavailable, torch.OutOfMemoryError) as error:
@@ -313,16 +318,16 @@ def timed(case: Case, impl: str | Peer, ceilings: dict[str, float]) -> Row:
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", choices=["check", "small", "full", "step", "data"], default="full")
-    parser.add_argument("--only", default="", metavar="WORD", help="cases whose name holds this word")
-    parser.add_argument("--seconds", type=float, default=570, help="when to stop, checks and times")
-    parser.add_argument("--gate", action="store_true", help="exit 1 where worse than the last results")
+    parser.add_argument("--only", default="", metavar="WORD", help="cases whose name contains this word")
+    parser.add_argument("--seconds", type=float, default=570, help="time limit of checks and times")
+    parser.add_argument("--gate", action="store_true", help="exit 1 if worse than earlier results")
     parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="print the table of these results, run nothing"
+        "--table", type=Path, metavar="FILE", help="print the table of a results file and run nothing"
     )
     return parser.parse_args(words)
 
@@ -343,7 +348,7 @@ def main(words: Sequence[str] | None = None) -> int:
         measure_data(results_file(where, "data"), where)
         return 0
     path = results_file(where, "gpu")
-    before = earlier(path.parent, where["time"])
+    before = earlier_rows(path.parent, where["time"])
     checked = [*(checked_cases() if options.suite != "step" else []), *checked_tower_cases()]
     checked = [case for case in checked if options.only in case.name]
     if not check_all(checked, path, where, begin + share * options.seconds):

@@ -1,11 +1,11 @@
-"""The similarity ops counted: memory beside inputs and outputs, passes of matrix products, milliseconds.
+"""Count memory and matrix products of the similarity ops, and time them.
 
-    python benchmarks/ops.py                on the CPU, or on a GPU where there is one
+    python benchmarks/ops.py                on a GPU if there is one, else on the CPU
     python benchmarks/ops.py --device cpu
 
-Counts on a CPU are exact and repeat; times on a shared one vary by a factor of two and more. Rows are written
-to benchmarks/results/<device>/, one JSON a line. The last line of an op is the law: the exponent with which
-memory grows with the batch.
+Memory is that beside inputs and outputs. Counts on a CPU are exact and repeat; times on a shared machine vary
+by a factor of two. Rows go to benchmarks/results/<device>/, one JSON a line. The last line of an op has the
+exponent of memory over batch size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from discovla.ops.dispatch import Impl, KernelUnavailable
 from discovla.testing import exponent, peak_bytes
 
 OPS = {"info_nce": (1, 1), "frame_similarity": (12, 12), "alignment_losses": (12, 12)}
-# of samples: from where one block no longer holds them all
+# samples, from sizes that exceed one block
 SIZES = {
     "info_nce": (1024, 2048, 4096),
     "frame_similarity": (128, 256, 512),
@@ -47,7 +47,7 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
 
 
 def count(which: Case, impl: Impl, device: str, seconds: float) -> dict[str, Any]:
-    """One row: counts and times of a forward and backward."""
+    """Return counts and times of forward and backward."""
     leaves = which.leaves(device)
 
     def call(_: int = 0) -> list[torch.Tensor]:

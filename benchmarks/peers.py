@@ -1,7 +1,7 @@
-"""Other projects' kernels for what an op computes, timed beside ours where they are installed.
+"""Kernels of other libraries for the same computations as our ops, timed beside ours if they are installed.
 
-They are no dependencies: an absent one is reported as absent.  `pip install --no-deps inf_cl liger-kernel
-late-interaction-kernels` brings all that open_clip_torch, which training needs anyway, does not.
+They are optional: `pip install --no-deps inf_cl liger-kernel late-interaction-kernels`; open_clip_torch is a
+dependency of training already.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from discovla.ops.info_nce import contrastive_loss, cosine_similarity
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A way to compute the result of a case from its leaves.
-
-    op: of the cases it serves.  package: on PyPI.  module: what it is imported as.  stores: whether it holds
-    whole matrices.  differs: from our op; empty where it does not.
-    """
+    """A library's function that computes the result of a case from its leaves."""
 
     name: str
     op: str
     package: str
+    """On PyPI."""
     module: str
     call: Callable[[list[Tensor]], Tensor]
     stores: bool = True
+    """True if it stores whole matrices."""
     differs: str = ""
+    """Difference from our op."""
 
     def absent(self) -> str:
-        """Why it cannot run; empty where it can."""
-        torchvision_cpu.install()  # beside a CPU torch open_clip does not import without
+        """Return why it cannot run; empty if it can."""
+        torchvision_cpu.install()  # open_clip needs it to import beside a CPU torch
         if importlib.util.find_spec(self.module) is None:
             return f"not installed: pip install --no-deps {self.package}"
         try:

@@ -1,4 +1,4 @@
-"""What is measured of the towers' ops: the sizes of a step of 128 clips, and ragged ones to check."""
+"""Cases of the towers' ops: the sizes of a step of 128 clips for timing, ragged sizes for checks."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from discovla.ops.temporal_fusion import FrameGroups, temporal_fusion
 from discovla.ops.unit_mean import unit_mean
 
 FRAMES, TOKENS, RANK, PATCH = 12, 12, 8, 32  # of a clip, of a caption on average, of an adapter, in pixels
-# of values and gradients: a result is rounded to its dtype, in half precision attention's weights are too
+# largest errors of values and gradients: results, and in half precision attention weights, are rounded
 LIMITS = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-3, 4e-3), torch.bfloat16: (4e-3, 8e-3)}
 Results = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerCase(Case):
-    """An op of the towers on n rows, sequences or frames; dim: width w.
+    """An op of the towers on n rows, sequences or frames of width `dim`.
 
-    products: floating-point operations of its matrix products, forward and backward.
-    rows: what is beside n in the name: rows of a sequence, hidden units, pixels.
-    masked: sequences are packed; of frame_patches, that the result is float32; of quantise_rows, that what
-        it gives is not multiplied again.
+    `masked` means packed sequences; for frame_patches a float32 result; for quantise_rows that rows and
+    scales are returned separately.
     """
 
     rows: int
+    """Rows of a sequence, hidden units or pixels; part of the name."""
     products: float
+    """Floating-point operations of its matrix products, forward and backward."""
 
     @property
     def name(self) -> str:
@@ -62,13 +62,13 @@ class TowerCase(Case):
 
     @property
     def reference_bytes(self) -> float:
-        """What the reference holds at least: its scores, or ten times its inputs."""
+        """Least memory of the reference: its scores, or ten times its inputs."""
         inputs = 10.0 * sum(2 * torch.Size(shape).numel() for shape in self.shapes)
         attends = self.op in ("short_attention", "temporal_fusion", "readout_attention")
         return inputs + (12.0 * self.products / (14 * 64) if attends else 0.0)  # 14 c operations a score
 
     def leaves(self, device: torch.device | str, seed: int = 0) -> list[Tensor]:
-        """Inputs of noise, or bytes."""
+        """Return inputs of noise, or bytes."""
         generator = torch.Generator(device).manual_seed(seed)
         if self.op == "frame_patches":
             shape = self.shapes[0]
@@ -77,7 +77,7 @@ class TowerCase(Case):
         return [x.requires_grad_(self.backward) for x in noise]
 
     def run(self, leaves: list[Tensor], impl: Impl) -> list[Tensor]:
-        """All results in one row, and the gradients of their products with noise."""
+        """Return all results in one vector, and the gradients of their products with noise."""
         with torch.set_grad_enabled(self.backward):
             out = self.call(leaves, impl, self.masked)
         results = [out] if isinstance(out, Tensor) else list(out)
@@ -92,7 +92,7 @@ class TowerCase(Case):
 
 @cache
 def _frozen(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> list[Tensor]:
-    """Weights that no gradient is asked of, exact in every dtype."""
+    """Return frozen weights that are exact in every dtype."""
     generator = torch.Generator(device).manual_seed(2)
     noise = [torch.randn(s, generator=generator, device=device) / s[-1] ** 0.5 for s in shapes]
     return [x.to(torch.bfloat16) for x in noise]
@@ -100,7 +100,7 @@ def _frozen(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> list[T
 
 @cache
 def _captions(n: int, device: torch.device) -> Packing:
-    """Lengths from 6 to 18, 12 on average."""
+    """Return a packing of lengths from 6 to 18, 12 on average."""
     lengths = torch.arange(n, device=device) * 5 % (TOKENS + 1) + TOKENS // 2
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return Packing(offsets=ends.int(), max_length=TOKENS // 2 + TOKENS, num_rows=int(ends[-1]))
@@ -108,7 +108,7 @@ def _captions(n: int, device: torch.device) -> Packing:
 
 @cache
 def _groups(n: int, rows: int, heads: int, packed: bool, device: torch.device) -> FrameGroups:
-    """n frames or captions, up to 12 a group; the last one of all is padding unless it is a group alone."""
+    """Group n frames or captions by up to 12; the last one is padding unless groups have one member."""
     frames = next(f for f in range(FRAMES, 0, -1) if n % f == 0)
     packing = _captions(n, device) if packed else None
     first = torch.arange(n, device=device) * rows if packing is None else packing.offsets[:-1].long()
@@ -126,7 +126,7 @@ def _groups(n: int, rows: int, heads: int, packed: bool, device: torch.device) -
 
 @cache
 def _affine(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A frozen gain and shift, as the towers' norms have them."""
+    """Return a frozen gain and shift of a norm."""
     gain, shift = _frozen(((width,), (width,)), device)
     return 1 + gain, shift
 
@@ -170,14 +170,14 @@ def _unit_mean(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
 
 @cache
 def _read_rows(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every twelfth row, and which of those each is or -1."""
+    """Return every twelfth row, and for each row its place among those, or -1."""
     ends = torch.arange(0, rows, FRAMES, device=device)
     slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
     return ends, slots.index_copy(0, ends, torch.arange(len(ends), dtype=torch.int32, device=device))
 
 
 def _patches(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-    truth = leaves[0].dtype != torch.uint8  # which is asked for by inputs in float64
+    truth = leaves[0].dtype != torch.uint8  # float64 inputs ask for the truth
     dtype = leaves[0].dtype if truth else torch.float32 if packed else torch.bfloat16
     return frame_patches(leaves[0].to(torch.uint8), PATCH, dtype=dtype, impl=impl)
 
@@ -250,7 +250,7 @@ def row_case(op: str, n: int, dim: int, **options) -> TowerCase:
 def sequence_case(
     op: str, n: int, rows: int, dim: int, heads: int, *, packed: bool = False, **options
 ) -> TowerCase:
-    """An op of attention on n sequences: of `rows` rows, or captions of 12 on average."""
+    """Make an attention case on n sequences of `rows` rows, or of packed captions of 12 on average."""
     lengths = torch.full((n,), rows)
     if packed:
         lengths = _captions(n, torch.device("cpu")).offsets.diff()
@@ -261,7 +261,7 @@ def sequence_case(
         call, pairs = _readout(heads, n, rows), float(lengths.sum())
         shapes = ((n, dim), (*shape[:-1], 2 * dim))
     if op != "short_attention":
-        pairs += FRAMES * float(lengths.sum())  # each row is seen by the readout rows of its group
+        pairs += FRAMES * float(lengths.sum())  # the readout rows of a group attend to each of its rows
     products = 2 * pairs * dim * 7  # forward 2, backward 5
     rows = TOKENS if packed else rows
     return TowerCase(
@@ -271,7 +271,7 @@ def sequence_case(
 
 
 def patch_case(n: int, pixels: int, dtype: torch.dtype) -> TowerCase:
-    """frame_patches on n frames."""
+    """Make a case of frame_patches on n frames."""
     return TowerCase(
         op="frame_patches", call=_patches, n=n, m=n, dim=3 * PATCH**2, rows=pixels, products=0.0,
         shapes=((n, 1, pixels, pixels, 3),), dtype=dtype, masked=dtype == torch.float32, backward=False,
@@ -279,7 +279,7 @@ def patch_case(n: int, pixels: int, dtype: torch.dtype) -> TowerCase:
 
 
 def rounding_case(n: int, dim: int, **options) -> TowerCase:
-    """quantise_rows on n rows of width `dim`."""
+    """Make a case of quantise_rows on n rows of width `dim`."""
     return TowerCase(
         op="quantise_rows", call=_rounded, n=n, m=n, dim=dim, rows=1, products=0.0, shapes=((n, dim),),
         backward=False, **options,
@@ -287,7 +287,7 @@ def rounding_case(n: int, dim: int, **options) -> TowerCase:
 
 
 def timed_tower_cases(suite: str) -> list[TowerCase]:
-    """A step of 128 clips of 12 frames: ViT-B/32, and with `full` the longer sequences of B/16 and L/14."""
+    """Return the cases of a step of 128 clips of 12 frames: ViT-B/32; with `full` also B/16 and L/14."""
     frames, captions = 128 * FRAMES, 128 * (FRAMES + 1)
     cases = [
         row_case("layer_norm", 50 * frames, 768),
@@ -317,7 +317,7 @@ def timed_tower_cases(suite: str) -> list[TowerCase]:
 
 
 def checked_tower_cases() -> list[TowerCase]:
-    """What is compared with the reference in float64: ragged sizes, one tile and several, every dtype."""
+    """Return the cases to check: ragged sizes, one tile and several, every dtype."""
     cases = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for n, dim in ((1, 40), (7, 64), (130, 96), (1100, 512)):

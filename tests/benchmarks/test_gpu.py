@@ -1,4 +1,4 @@
-"""The GPU benchmark where there is no GPU: every step of it, on the CPU, with made-up ceilings."""
+"""The GPU benchmark without a GPU: every part runs on the CPU, with made-up ceilings."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ SMALL = {"dim": 8, "dtype": torch.float32}
 
 @pytest.fixture
 def on_cpu(monkeypatch, tmp_path) -> Path:
-    """A machine whose GPU is its CPU; the results file."""
+    """Let the CPU stand in for the GPU; return the results file."""
     path = tmp_path / "20260101-abc-gpu.jsonl"
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "SECONDS", 0.001)
@@ -42,7 +42,7 @@ def run(monkeypatch, checked, timed, *words) -> int:
     monkeypatch.setattr(gpu, "timed_cases", lambda suite: timed)
     monkeypatch.setattr(gpu, "checked_tower_cases", lambda: [])
     monkeypatch.setattr(gpu, "timed_tower_cases", lambda suite: [])
-    monkeypatch.setattr(gpu, "contests", lambda suite: [])
+    monkeypatch.setattr(gpu, "step_sizes", lambda suite: [])
     return gpu.main(words)
 
 
@@ -71,20 +71,20 @@ def test_one_call_checks_times_and_reports(on_cpu, monkeypatch, capsys):
     assert "Beside the best baseline:\ninfo_nce" in said
 
 
-def test_a_wrong_kernel_is_said_and_nothing_is_timed(on_cpu, monkeypatch, capsys):
+def test_a_wrong_kernel_is_reported_and_nothing_is_timed(on_cpu, monkeypatch, capsys):
     monkeypatch.setitem(gpu.BUDGET, torch.float32, (0.0, 0.0))
     assert run(monkeypatch, [case("info_nce", 7, **SMALL)], [case("info_nce", 5, **SMALL)]) == 1
     assert "1 checks, SOME WRONG" in capsys.readouterr().out
     assert all("ms_p50" not in row for row in read_rows(on_cpu))
 
 
-def test_what_time_is_too_short_for_is_in_the_results(on_cpu, monkeypatch):
+def test_cases_past_the_deadline_are_in_the_results(on_cpu, monkeypatch):
     cases = [case("info_nce", 5, **SMALL)]
     assert run(monkeypatch, cases, cases, "--seconds", "0") == 0
     assert {row["left_out"] for row in read_rows(on_cpu)} == {"time is up", "time is up before its check"}
 
 
-def test_the_gate_fails_where_a_run_is_worse(on_cpu, monkeypatch, capsys):
+def test_the_gate_fails_if_a_run_is_worse(on_cpu, monkeypatch, capsys):
     fast = {"name": "info_nce step 5x5 D=8 float32", "impl": "torch", "ms_p50": 1e-9, "ms_p80": 1e-9}
     line = json.dumps(fast | {"time": "2025-12-31"})
     (on_cpu.parent / "20251231-abc-gpu.jsonl").write_text(line + "\n")
@@ -124,7 +124,7 @@ def test_training_steps_are_in_the_results_with_their_target(on_cpu, monkeypatch
     assert {row["frac_gemm"] for row in read_rows(on_cpu)} == {0.5}
 
 
-def test_a_training_step_that_time_is_too_short_for_is_named(on_cpu):
+def test_training_steps_past_the_deadline_are_named(on_cpu):
     rows = gpu.time_steps("full", on_cpu, {"time": "now"}, deadline=0.0)
     assert [(row["name"], row["left_out"]) for row in rows] == [
         ("step ViT-B/32 b128", "time is up"),
@@ -144,7 +144,7 @@ def test_small_sizes_and_every_target_are_timed():
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
-def test_a_peer_computes_what_our_op_does_or_says_why_it_cannot(peer):
+def test_a_peer_computes_the_result_of_our_op_or_gives_a_reason(peer):
     if reason := peer.absent():
         assert importlib.util.find_spec(peer.module) is None or "does not import" in reason
         pytest.skip(f"{peer.name}: {reason}")

@@ -1,12 +1,12 @@
-"""What is concluded from results, on rows made up by hand."""
+"""Conclusions from GPU results, on made-up rows."""
 
 import json
 
 import pytest
 
-from benchmarks.gate import (
+from benchmarks.gpu_report import (
     beside_baselines,
-    earlier,
+    earlier_rows,
     regressions,
     report,
     table,
@@ -55,13 +55,13 @@ def test_memory_may_grow_by_two_percent_and_errors_may_double():
     ]
 
 
-def test_a_kernel_that_was_right_and_is_wrong_is_worse():
+def test_a_kernel_that_became_wrong_is_a_regression():
     assert regressions({"name": "a", "impl": "cuda", "ok": False}, [{"ok": True}]) == [
         "a cuda: wrong, was right"
     ]
 
 
-def test_what_was_never_measured_is_no_worse():
+def test_a_new_case_is_no_regression():
     assert regressions(row(ms=99.0), []) == []
 
 
@@ -70,7 +70,7 @@ def test_a_run_is_compared_with_the_last_five_before_it(tmp_path):
         line = json.dumps(row(ms=float(day)) | {"time": f"2026-01-0{day}"})
         (tmp_path / f"2026010{day}-abc-gpu.jsonl").write_text(line + "\n")
     (tmp_path / "20260101-abc-ops.jsonl").write_text("not of this benchmark")
-    found = earlier(tmp_path, "2026-01-07")
+    found = earlier_rows(tmp_path, "2026-01-07")
     assert [old["ms_p50"] for old in found["a", "triton"]] == [2, 3, 4, 5, 6]
 
 
@@ -81,18 +81,18 @@ def test_a_broken_results_file_is_named_with_its_line(tmp_path):
         read_rows(path)
 
 
-def test_targets_stand_beside_the_fastest_of_our_impls():
+def test_targets_are_compared_with_the_fastest_of_our_implementations():
     goal = {"target_ms": 5.0, "target_gb": 0.6}
     rows = [row(ms=6.0, **goal), row(impl="torch", ms=9.0, **goal), row(impl="reference", ms=1.0, **goal)]
     assert targets(rows) == ["a (triton): 6 ms, target 5: missed by 20%; 0.5 GB, target 0.6: met"]
 
 
-def test_the_best_baseline_is_the_fastest_of_what_is_not_ours():
+def test_the_best_baseline_is_the_fastest_of_the_others():
     rows = [row(ms=4.0), row(impl="compiled", ms=2.0), row(impl="inf_cl", ms=8.0), row(name="alone", ms=1.0)]
     assert beside_baselines(rows) == ["a: triton is 0.50 x as fast as compiled, the best baseline"]
 
 
-def test_cuda_is_worth_choosing_where_it_is_faster_by_15_percent_at_two_sizes():
+def test_cuda_is_worth_choosing_if_it_is_faster_by_15_percent_at_two_sizes():
     def sizes(*ratios):
         for n, ratio in enumerate(ratios):
             yield from (row(name=f"{n}", ms=ratio), row(name=f"{n}", impl="cuda", ms=1.0))
@@ -105,7 +105,7 @@ def test_cuda_is_worth_choosing_where_it_is_faster_by_15_percent_at_two_sizes():
     ]
 
 
-def test_the_table_shows_target_beside_measured_and_what_was_left_out():
+def test_the_table_shows_targets_and_rows_left_out():
     absent = {
         "name": "a",
         "impl": "inf_cl",

@@ -1,4 +1,4 @@
-"""What results say: slower than before, short of a target, faster than a baseline; and the table of all."""
+"""Report of GPU results: the table, targets, comparison with baselines, and regressions."""
 
 from __future__ import annotations
 
@@ -9,56 +9,56 @@ from typing import Any
 from benchmarks.measure import read_rows
 
 Row = dict[str, Any]
-OURS = ("triton", "cuda", "torch", "ours")  # first words of impls
-RUNS = 5  # earlier ones that a new one is compared with
-MS, MEMORY, ERROR = 1.05, 1.02, 2.0  # how much worse than the best of them counts
-WORTH = 1.15  # how much faster than Triton a CUDA kernel has to be, at two sizes at least
+OURS = ("triton", "cuda", "torch", "ours")  # first words of our implementations
+RUNS = 5  # earlier runs that a new one is compared with
+MS, MEMORY, ERROR = 1.05, 1.02, 2.0  # factors over the best of them that are a regression
+WORTH = 1.15  # speed over Triton, at two sizes, that makes a CUDA kernel worth choosing
 
 
 def _ours(row: Row) -> bool:
     return row["impl"].split()[0] in OURS
 
 
-def earlier(folder: Path, now: str) -> dict[tuple[str, str], list[Row]]:
-    """Rows of each case and impl in the last RUNS runs on the GPU of `folder` before that of time `now`."""
+def earlier_rows(folder: Path, now: str) -> dict[tuple[str, str], list[Row]]:
+    """Return the rows of each case and implementation in the last RUNS runs before the time `now`."""
     runs: dict[str, list[Row]] = {}
     for file in folder.glob("*-gpu.jsonl"):
         for row in read_rows(file):
             runs.setdefault(row["time"], []).append(row)
-    found: dict[tuple[str, str], list[Row]] = {}
+    rows: dict[tuple[str, str], list[Row]] = {}
     for time in sorted(time for time in runs if time < now)[-RUNS:]:
         for row in runs[time]:
-            found.setdefault((row["name"], row["impl"]), []).append(row)
-    return found
+            rows.setdefault((row["name"], row["impl"]), []).append(row)
+    return rows
 
 
 def regressions(row: Row, before: Sequence[Row]) -> list[str]:
-    """In which ways a row is worse than the best of earlier ones; each is one line.
+    """Return one line for each figure that is worse than the best of earlier rows.
 
-    Slower: above 1.05 times the best median, and above that run's 80 % quantile.  Memory: above 1.02 times
-    the least.  Error: above twice the least.
+    Time: above 1.05 times the best median and above that run's 80 % quantile.  Memory: above 1.02 times the
+    least.  Error: above twice the least.
     """
-    found = []
+    lines = []
     timed = [old for old in before if "ms_p50" in old]
     if "ms_p50" in row and timed:
         best = min(timed, key=lambda old: old["ms_p50"])
         if row["ms_p50"] > MS * best["ms_p50"] and row["ms_p50"] > best["ms_p80"]:
-            found.append(_line(row, "ms", row["ms_p50"], best["ms_p50"]))
+            lines.append(_line(row, "ms", row["ms_p50"], best["ms_p50"]))
     for key, factor in (("extra_gb", MEMORY), ("err_fro", ERROR), ("err_gradient", ERROR)):
         recorded = [old[key] for old in before if old.get(key)]
         if key in row and recorded and row[key] > factor * min(recorded):
-            found.append(_line(row, key, row[key], min(recorded)))
+            lines.append(_line(row, key, row[key], min(recorded)))
     if any(old.get("ok") for old in before) and row.get("ok") is False:
-        found.append(f"{row['name']} {row['impl']}: wrong, was right")
-    return found
+        lines.append(f"{row['name']} {row['impl']}: wrong, was right")
+    return lines
 
 
-def _line(row: Row, what: str, now: float, then: float) -> str:
-    return f"{row['name']} {row['impl']}: {what} {now:.4g}, was {then:.4g}"
+def _line(row: Row, figure: str, now: float, then: float) -> str:
+    return f"{row['name']} {row['impl']}: {figure} {now:.4g}, was {then:.4g}"
 
 
 def targets(rows: Iterable[Row]) -> list[str]:
-    """For each case with a target, the best of our impls that have it."""
+    """Compare the fastest of our implementations with the target of its case."""
     lines = []
     for name, ours in _with_one_target(rows):
         goals = {key: ours[0].get(f"target_{key}") for key in ("ms", "gb")}
@@ -77,16 +77,16 @@ def targets(rows: Iterable[Row]) -> list[str]:
 
 
 def _with_one_target(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    """Timed rows of ours, by the name of their case and by what they are to reach."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    """Group our timed rows by case and target."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if "ms_p50" in row and _ours(row):
-            found.setdefault((row["name"], row.get("target_ms"), row.get("target_gb")), []).append(row)
-    return [(key[0], group) for key, group in found.items()]
+            groups.setdefault((row["name"], row.get("target_ms"), row.get("target_gb")), []).append(row)
+    return [(key[0], group) for key, group in groups.items()]
 
 
 def beside_baselines(rows: Iterable[Row]) -> list[str]:
-    """For each case, how the fastest of our impls stands to the fastest of the others."""
+    """Compare the fastest of our implementations with the fastest of the others, for each case."""
     lines = []
     for name, group in _cases(rows).items():
         ours = [row for row in group if _ours(row)]
@@ -100,7 +100,7 @@ def beside_baselines(rows: Iterable[Row]) -> list[str]:
 
 
 def worth_choosing(rows: Iterable[Row]) -> list[str]:
-    """Which ops' CUDA kernels are so much faster than Triton's, at two sizes, that `auto` may take them."""
+    """Return for each op whether its CUDA kernel is fast enough beside Triton's for `auto` to choose it."""
     ratios: dict[str, list[float]] = {}
     for group in _cases(rows).values():
         by_impl = {row["impl"]: row for row in group}
@@ -108,14 +108,14 @@ def worth_choosing(rows: Iterable[Row]) -> list[str]:
             ratio = by_impl["triton"]["ms_p50"] / by_impl["cuda"]["ms_p50"]
             ratios.setdefault(by_impl["cuda"]["op"], []).append(ratio)
     return [
-        f"{op}: cuda is at least {WORTH} x as fast as triton at {sum(r >= WORTH for r in found)} of "
-        f"{len(found)} sizes: {'worth' if sum(r >= WORTH for r in found) >= 2 else 'not worth'} choosing"
-        for op, found in ratios.items()
+        f"{op}: cuda is at least {WORTH} x as fast as triton at {sum(r >= WORTH for r in each)} of "
+        f"{len(each)} sizes: {'worth' if sum(r >= WORTH for r in each) >= 2 else 'not worth'} choosing"
+        for op, each in ratios.items()
     ]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All timed rows as Markdown, then what was left out and why."""
+    """Return all timed rows as Markdown, then the rows left out with their reasons."""
     columns = ("case", "impl", "ms", "p20-p80", "target", "TFLOP/s", "of GEMM", "extra GB", "launches")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in (row for row in rows if "ms_p50" in row):
@@ -141,7 +141,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """The table, and what follows from it."""
+    """Return the table and the conclusions from it."""
     parts = {
         "Targets (of an H200)": targets(rows),
         "Beside the best baseline": beside_baselines(rows),
@@ -152,8 +152,8 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def _cases(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Timed rows by the name of their case."""
-    found: dict[str, list[Row]] = {}
+    """Group timed rows by case."""
+    groups: dict[str, list[Row]] = {}
     for row in (row for row in rows if "ms_p50" in row):
-        found.setdefault(row["name"], []).append(row)
-    return found
+        groups.setdefault(row["name"], []).append(row)
+    return groups
