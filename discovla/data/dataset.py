@@ -25,7 +25,13 @@ from discovla.data.sampling import clip_sampling
 from discovla.data.shards.reader import Shards, open_shards
 from discovla.data.tokens import Tokenizer
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import FrameRequest, SandboxedReader, check_decoder, frame_transform
+from discovla.data.video.frames import (
+    FileDecoder,
+    FrameRequest,
+    SandboxedReader,
+    check_decoder,
+    frame_transform,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +107,11 @@ class FileClipReader:
     """
 
     def __init__(self, config: DataConfig, image_size: int, *, sandbox: bool = True) -> None:
+        if config.decoder == "dali":
+            raise ValueError("decoder: expected 'pyav' or 'torchcodec', found 'dali', which decodes batches")
         check_decoder(config.decoder)
         self.config, self.image_size = config, image_size
+        self._decoder: FileDecoder = config.decoder
         self._decode = SandboxedReader(config.decode_seconds if sandbox else None)
 
     def read(self, clip: Clip, seed: str | None = None) -> np.ndarray:
@@ -116,7 +125,7 @@ class FileClipReader:
             augment=augment,
             seed=seed or "",
             damaged=config.damaged,
-            decoder=config.decoder,
+            decoder=self._decoder,
             index_dir=config.index_dir,
         )
         frames = self._decode(request)

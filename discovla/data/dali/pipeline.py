@@ -109,7 +109,7 @@ class BatchDecoder:
     def __init__(self, config: PipelineConfig) -> None:
         self.config, self.device = config, config.torch_device
         self._pool = ThreadPoolExecutor(config.threads)
-        self._pipeline = None if config.content == "raw" else _build_pipeline(config)
+        self._pipeline: Any = None if config.content == "raw" else _build_pipeline(config)
 
     def decode(self, plans: Sequence[Plan | None]) -> tuple[Tensor, list[str | None]]:
         """Return the frames of plans and the reasons, see `decode_batch`."""
@@ -131,12 +131,17 @@ class BatchDecoder:
 
     def _full_frames(self, plans: Sequence[Plan]) -> list[Tensor | str]:
         """Return per clip the frames at full size, f' y x c on the device, or the reason if it has none."""
-        contents = list(self._pool.map(_content, plans))
-        if self._pipeline is None:
-            return [torch.from_numpy(np.array(content[0])).to(self.device) for content in contents]
-        good = [row for row, content in enumerate(contents) if not isinstance(content, str)]
-        frames = dict(zip(good, self._run([(plans[i], contents[i]) for i in good]), strict=True))
-        return [frames.get(row, content) for row, content in enumerate(contents)]  # type: ignore[misc]
+        if self.config.content == "raw":
+            return [torch.from_numpy(np.array(plan.content)).to(self.device) for plan in plans]
+        results: dict[int, Tensor | str] = {}
+        readable: dict[int, tuple[Plan, list[np.ndarray]]] = {}
+        for row, content in enumerate(self._pool.map(_encoded_content, plans)):
+            if isinstance(content, str):
+                results[row] = content
+            else:
+                readable[row] = plans[row], content
+        results |= zip(readable, self._run(list(readable.values())), strict=True)
+        return [results[row] for row in range(len(plans))]
 
     def _run(self, clips: list[tuple[Plan, list[np.ndarray]]]) -> list[Tensor | str]:
         """Run the pipeline; if it fails, run each clip alone in a new one."""
@@ -195,12 +200,10 @@ def _build_pipeline(config: PipelineConfig) -> Any:
     return pipeline
 
 
-def _content(plan: Plan) -> list[np.ndarray] | str:
-    """Return the encoded (or raw) content of a plan, or the reason if its file cannot be read."""
+def _encoded_content(plan: Plan) -> list[np.ndarray] | str:
+    """Return the bytes of a plan's JPEG frames or of its file, or the reason if the file cannot be read."""
     if isinstance(plan.content, tuple):
         return [np.frombuffer(image, np.uint8) for image in plan.content]
-    if plan.content is not None:
-        return [plan.content]
     try:
         return [np.fromfile(plan.path, np.uint8)]
     except OSError as error:

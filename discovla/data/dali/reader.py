@@ -164,6 +164,7 @@ class DaliDecoder:
             return self._decode_one_by_one(plans, error)
         if error is not None:
             raise error
+        assert answer is not None, "the process returns frames or an error"
         frames, reasons = answer
         if isinstance(frames, Tensor):  # memory of the other process, which it reuses for the next batch
             frames = frames.clone()
