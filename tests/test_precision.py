@@ -31,7 +31,7 @@ def test_towers_compute_in_the_precision_of_the_config(precision, residual):
     layers = [x for x in method.modules() if isinstance(x, Linear)]
     assert {layer.fp8 is not None for layer in layers} == {precision.startswith("fp8")}
     assert {layer.fp8_transposed is not None for layer in layers} == {precision == "fp8_backward"}
-    wide = {x.ln_2.compute for x in method.modules() if isinstance(x, Block)}
+    wide = {x.ln_2.compute_dtype for x in method.modules() if isinstance(x, Block)}
     assert wide == {torch.bfloat16 if short and residual == "fp32" else None}
 
 

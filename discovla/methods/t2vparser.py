@@ -159,11 +159,11 @@ class T2VParser(Method):
             return super().encode_frames(frames, mask)
         tower, stan, group = self.vision, self.stan, frames.shape[:2]
         x = tower.embed(self.pixels(frames).flatten(0, 1))  # (b f) 1+p w
-        sequences = tower.sequences(x, group[1], mask if self.config.mask_padded_frames else None)
+        layout = tower.layout(x, group[1], mask if self.config.mask_padded_frames else None)
         first = len(tower.blocks) - len(stan.layers)
         state: StanState | None = None
         for index, block in enumerate(tower.blocks):
-            x = block(x, sequences)
+            x = block(x, layout)
             if index < first:
                 continue
             trunk = x.unflatten(0, group)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovla.nn.block import Linear
+from discovla.nn.layers import Linear
 from discovla.ops.attention import attention
 
 DROPOUT = 0.1

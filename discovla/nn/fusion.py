@@ -1,30 +1,20 @@
-"""Parts that let the frames of a video (or the frame captions of a sample) look at each other."""
+"""Image-Video Features Fusion: attention blocks in which the frames of a video see each other."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.block import (
-    Attended,
-    Attention,
-    BlockShape,
-    LayerNorm,
-    Linear,
-    attend,
-    join_heads,
-    quick_gelu,
-)
+from discovla.nn import padded_attention
+from discovla.nn.block import QKV, Attention, BlockShape
+from discovla.nn.layers import Linear, ReadoutAdapter, quick_gelu
 from discovla.nn.layout import SequenceLayout
-from discovla.nn.recompute import recompute_in_backward, take_rows
-from discovla.ops.attention import attention
-from discovla.ops.dispatch import Impl
+from discovla.nn.recompute import take_rows
 from discovla.ops.fusion_norm import AdapterWeights
+from discovla.ops.readout_attention import readout_attention
 from discovla.ops.temporal_fusion import FrameGroups, temporal_fusion
 
-FRAME_POSITIONS = 128  # rows of a table of frame positions
+MAX_FRAMES = 128  # rows of the table of frame positions
 
 
 class Adapter(nn.Module):
@@ -44,7 +34,7 @@ class Adapter(nn.Module):
 
     @property
     def weights(self) -> AdapterWeights:
-        """As the op takes them."""
+        """The parameters as `ops.fusion_norm` takes them."""
         down, up = self.down, self.up
         return AdapterWeights(down=down.weight, down_bias=down.bias, up=up.weight, up_bias=up.bias)
 
@@ -58,11 +48,11 @@ class FusionAttention(Attention):
         A(o_f[rho_f]) + out(softmax(q_f[rho_f] Kᵀ / sqrt(c) + log fusion_key_mask) V)
 
     with A the `Adapter`; the other rows keep o_f.  The adapter has no skip and starts at zero, so an
-    untrained readout row holds the global attention alone.  Sequences outside any group
-    (`SequenceLayout.alone`, or all where group is 0) keep o_f.
+    untrained readout row holds the attention over its group only.  Sequences without a group
+    (`SequenceLayout.ungrouped`, or all if `group` is 0) keep o_f.
 
-    The map above is blind to the order of the group's sequences.  With `positions` the keys that `read_group`
-    sees of sequence f are K_f + frame_position[f], a table of our own that starts at zero.
+    The map above does not depend on the order of the group's sequences.  With `positions` the keys of
+    sequence f, as its group sees them, are K_f + frame_position[f]; this table starts at zero.
 
     Source: DiscoVLA (arXiv 2506.08887), Image-Video Features Fusion; details as in its code.
     """
@@ -72,96 +62,54 @@ class FusionAttention(Attention):
     def __init__(self, shape: BlockShape, rank: int, *, positions: bool = False) -> None:
         super().__init__(shape)
         self.adapter = Adapter(shape.width, rank)
-        table = nn.Parameter(torch.zeros(FRAME_POSITIONS, shape.width))
+        table = nn.Parameter(torch.zeros(MAX_FRAMES, shape.width))
         self.frame_position = table if positions else None
 
-    def forward(self, x: Tensor, sequences: SequenceLayout, norm: LayerNorm | None = None) -> Tensor:
-        if not sequences.group:
-            return super().forward(x, sequences, norm)
-        if sequences.pruned:
-            attend_read = partial(self.attend_read_of_group, sequences)
-            q, kv = self.project_read(x, sequences, norm)
-            local, group = recompute_in_backward(attend_read, q, kv, self.frame_position)
-            local, grouped = self.out(local).tensor_split([sequences.alone])
-            return beside(local, self.adapter(grouped) + self.out(group))
-        attend = partial(self.attend_of_group, sequences)
-        local, group = recompute_in_backward(attend, self.project(x, norm), self.frame_position)
-        rows, ends = self.out(local).flatten(0, -2), sequences.ends(x.shape[1])[sequences.alone :]
-        fused = self.adapter(take_rows(rows, ends)) + self.out(group)
-        return rows.index_copy(0, ends, fused).view(x.shape)
+    def attend(self, qkv: QKV, layout: SequenceLayout) -> Tensor:
+        """The update of all rows; kernels leave the adapter to `LayerNorm.add`, see `readout_adapter`."""
+        if not layout.group:
+            return super().attend(qkv, layout)
+        if layout.attention_impl == "torch":
+            return self._attend_padded(qkv, layout)
+        if isinstance(qkv, tuple):
+            q, kv = qkv
+            readout = self.readout(kv, layout)
+            fused = readout_attention(q, kv, readout, position=self.frame_position, impl=layout.impl)
+        else:
+            groups = self._groups(qkv, layout)
+            fused = temporal_fusion(qkv, groups, position=self.frame_position, impl=layout.impl)
+        return self.out(fused)
 
-    def chain(
-        self, rows: tuple[Tensor, Tensor | None], norm: LayerNorm, sequences: SequenceLayout, impl: Impl
-    ) -> Attended:
-        if not sequences.group:
-            return super().chain(rows, norm, sequences, impl)
-        x, parts = self.projections(rows, norm, sequences, impl)
-        if sequences.pruned:
-            update = self.read_rows(parts, sequences, impl, self.frame_position)
-            return x, self.out(update), self.adapter.weights
-        groups = FrameGroups(
-            heads=self.heads,
-            readout_rows=sequences.ends(x.shape[1])[sequences.alone :].unflatten(0, (-1, sequences.group)),
-            ungrouped=sequences.alone,
-            packing=sequences.packing,
-            causal=sequences.causal,
-            key_mask=sequences.of_rows(sequences.key_mask),
-            group_mask=sequences.of_rows(sequences.fusion_key_mask),
+    def readout_adapter(self, x: Tensor, layout: SequenceLayout) -> ReadoutAdapter | None:
+        if not layout.group or layout.attention_impl == "torch":
+            return None
+        return ReadoutAdapter(
+            weights=self.adapter.weights, readout_index=layout.readout_index(x), ungrouped=layout.ungrouped
         )
-        update = temporal_fusion(parts[0], groups, position=self.frame_position, impl=impl)
-        return x, self.out(update), self.adapter.weights
 
-    def attend_of_group(
-        self, sequences: SequenceLayout, qkv: Tensor, position: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Every row within its sequence, as `project` gave them, and readout rows in their groups, n w."""
-        q, k, v = self.split(sequences.pad(qkv))  # n h l c
-        local = sequences.unpad(join_heads(attend(q, k, v, sequences)))
-        assert sequences.readout is not None, "rows were read by it"
-        q, k, v = (part[sequences.alone :] for part in (q, k, v))
-        queries = q[torch.arange(len(q), device=q.device), :, sequences.readout[sequences.alone :]]  # n h c
-        return local, self.read_group(queries, k, v, sequences, position)
+    def _attend_padded(self, qkv: QKV, layout: SequenceLayout) -> Tensor:
+        if isinstance(qkv, tuple):
+            local, group = padded_attention.fusion_readout_attention(
+                *qkv, self.frame_position, self.heads, layout
+            )
+            ungrouped, grouped = self.out(local).tensor_split([layout.ungrouped])
+            fused = self.adapter(grouped) + self.out(group)
+            return torch.cat([ungrouped, fused]) if len(ungrouped) else fused
+        local, group = padded_attention.fusion_attention(qkv, self.frame_position, self.heads, layout)
+        local = self.out(local)
+        rows, readout = local.flatten(0, -2), layout.readout_rows(local.shape[1])[layout.ungrouped :]
+        fused = self.adapter(take_rows(rows, readout)) + self.out(group)
+        return rows.index_copy(0, readout, fused).view(local.shape)
 
-    def attend_read_of_group(
-        self, sequences: SequenceLayout, q: Tensor, kv: Tensor, position: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Each readout row within its sequence, and those of groups in their group; of `project_read`."""
-        k, v = (part[sequences.alone :] for part in self.split(sequences.pad(kv)))
-        queries = q[sequences.alone :].unflatten(-1, (self.heads, -1))  # n h c
-        return self.attend_read(sequences, q, kv), self.read_group(queries, k, v, sequences, position)
-
-    def read_group(
-        self, queries: Tensor, k: Tensor, v: Tensor, sequences: SequenceLayout, position: Tensor | None = None
-    ) -> Tensor:
-        """Each grouped sequence's query (n h c) over the tokens of its whole group, n w before projection.
-
-        position: rows to add to the keys of the frames of a group, f' w with f' >= f.
-        """
-        group, mask = sequences.group, sequences.across
-        mask = None if mask is None else mask[sequences.alone :]
-        if position is not None:
-            k = k + self.position_of(position, group, len(k)).to(k.dtype)
-        read = attention(
-            queries.unflatten(0, (-1, group)).transpose(1, 2),  # b h f c
-            _join(k, group),
-            _join(v, group),
-            mask=None if mask is None else mask.unflatten(0, (-1, group)).flatten(1)[:, None, None, :],
-        )  # b h f c
-        return join_heads(read).flatten(0, 1)
-
-    def position_of(self, position: Tensor, group: int, sequences: int) -> Tensor:
-        """The position of each of n sequences in its group, shaped as keys: n h 1 c."""
-        if group > len(position):
-            raise ValueError(f"frames: expected at most {len(position)} with positions, got {group}")
-        table = position[:group].unflatten(-1, (self.heads, -1))  # f h c
-        return table.repeat(sequences // group, 1, 1)[:, :, None]
-
-
-def beside(alone: Tensor, grouped: Tensor) -> Tensor:
-    """Rows of sequences that stand alone, if any, and after them those of groups."""
-    return torch.cat([alone, grouped]) if len(alone) else grouped
-
-
-def _join(x: Tensor, group: int) -> Tensor:
-    """n h l c -> b h (f l) c, the sequences of a group end to end."""
-    return x.unflatten(0, (-1, group)).transpose(1, 2).flatten(2, 3)
+    def _groups(self, qkv: Tensor, layout: SequenceLayout) -> FrameGroups:
+        """The layout as the kernel takes it."""
+        readout = layout.readout_rows(qkv.shape[1])[layout.ungrouped :]
+        return FrameGroups(
+            heads=self.heads,
+            readout_rows=readout.unflatten(0, (-1, layout.group)),
+            ungrouped=layout.ungrouped,
+            packing=layout.packing,
+            causal=layout.causal,
+            key_mask=layout.mask_rows(layout.key_mask),
+            group_mask=layout.mask_rows(layout.fusion_key_mask),
+        )

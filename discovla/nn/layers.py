@@ -1,26 +1,26 @@
-"""The parts of a block that know nothing of sequences: linear maps, layer norms, activations."""
+"""Linear maps, layer norms and activations of transformer blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovla.nn.layout import Rows
-from discovla.nn.recompute import SLOPE, recompute_in_backward
-from discovla.ops.dispatch import Impl, choose
+from discovla.nn.layout import Residual, resolve_impl
+from discovla.nn.recompute import QUICK_GELU_SLOPE, recompute_in_backward
+from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import FP8Weight, fp8_linear
 from discovla.ops.fusion_norm import AdapterWeights, fusion_norm
 from discovla.ops.layer_norm import layer_norm
 
 
 class Linear(nn.Linear):
-    """A linear map that computes in its input's dtype, whatever its weights are stored in.
+    """A linear map in the dtype of its input, whatever its weights are stored in.
 
-    A frozen one may be told to multiply in FP8: `nn.precision`.
+    `nn.precision.quantise_frozen` makes frozen ones multiply in FP8.
     """
 
     fp8_bits: Tensor | None
@@ -34,7 +34,7 @@ class Linear(nn.Linear):
             self.register_buffer(name, None, persistent=False)
 
     def forward(self, input: Tensor, outputs: slice | None = None) -> Tensor:
-        """outputs: those that are wanted, where not all are."""
+        """Map ... i to ... o; `outputs` selects some of the o."""
         fp8, bias = self.fp8, self.bias if outputs is None else self.bias[outputs]
         if fp8 is not None:
             fp8 = fp8 if outputs is None else fp8[outputs]
@@ -44,7 +44,7 @@ class Linear(nn.Linear):
 
     @property
     def fp8(self) -> FP8Weight | None:
-        """The weight as it is multiplied in FP8, if it is; `weight` then holds the same numbers."""
+        """The weight in FP8, or None; `weight` then holds the same numbers."""
         if self.fp8_bits is None or self.fp8_scale is None:
             return None
         return FP8Weight(
@@ -56,68 +56,87 @@ class Linear(nn.Linear):
         return self.weight.to(dtype), self.bias.to(dtype)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32 at least; the result has the input's dtype, or `compute` where that is set."""
+@dataclass(frozen=True, kw_only=True)
+class ReadoutAdapter:
+    """Adapter that `LayerNorm.add` applies to the last n' rows of an update and adds to the readout rows.
 
-    compute: torch.dtype | None = None
+    readout_index: of each row of the residual stream the sequence whose readout row it is, or -1.
+    ungrouped: number of sequences before the n' grouped ones.
+    """
+
+    weights: AdapterWeights
+    readout_index: Tensor
+    ungrouped: int
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32 at least.
+
+    The result has the dtype of the input, or `compute_dtype` if that is set: the residual stream is then
+    wider than what blocks compute in.
+    """
+
+    compute_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.promote_types(input.dtype, torch.float32) == input.dtype:
-            return self.widened(input, self.weight, self.bias)
-        return recompute_in_backward(
-            self.widened, input, self.weight, self.bias
-        )  # keeps no float32 copy of its input
+            return self._forward(input, self.weight, self.bias)
+        # keeps the input for backward, not its copy in float32
+        return recompute_in_backward(self._forward, input, self.weight, self.bias)
 
-    def widened(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The norm in float32 at least."""
-        work = torch.promote_types(x.dtype, torch.float32)
-        y = F.layer_norm(x.to(work), self.normalized_shape, weight.to(work), bias.to(work), self.eps)
-        return y.to(self.compute or x.dtype)
+    def _forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = F.layer_norm(x.to(wide), self.normalized_shape, weight.to(wide), bias.to(wide), self.eps)
+        return y.to(self.result_dtype(x))
 
-    def of_sum(self, x: Tensor, update: Tensor | None, impl: Impl) -> tuple[Tensor, Tensor]:
-        """x + update and its norm, by the op."""
-        dtype = self.compute or x.dtype
-        if frozen(self):
-            affine = self.weight, self.bias
-            return layer_norm(x, update, affine=affine, eps=self.eps, dtype=dtype, impl=impl)
-        work = torch.promote_types(x.dtype, torch.float32)
-        total, y = layer_norm(x, update, eps=self.eps, dtype=work, impl=impl)
-        return total, self.scaled(y, dtype)
+    def result_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of the norm of x."""
+        return self.compute_dtype or x.dtype
 
-    def of_fusion(
-        self, x: Tensor, u: tuple[Tensor, AdapterWeights], slots: tuple[Tensor, int], impl: Impl
+    def add(
+        self, x: Tensor, update: Tensor | None, impl: Impl, adapter: ReadoutAdapter | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The sum of x and an update that fusion gave, and its norm, by the op.
+        """Return x + update and its norm; kernels compute both in one pass.
 
-        slots: and `first` of `fusion_norm`.
+        Args:
+            x: ... w.  update: ... w; with an adapter r + n' rows, see `ReadoutAdapter`.
         """
-        dtype, given = self.compute or x.dtype, (x, *u, slots[0])
-        how = {"first": slots[1], "eps": self.eps, "impl": impl}
-        if frozen(self):
-            return fusion_norm(*given, affine=(self.weight, self.bias), dtype=dtype, **how)
-        work = torch.promote_types(x.dtype, torch.float32)
-        total, y = fusion_norm(*given, dtype=work, **how)
-        return total, self.scaled(y, dtype)
+        if impl == "torch":
+            x = x if update is None else x + update
+            return x, self(x)
+        # kernels take a frozen gain and shift; ones that train are applied to the kernel's result
+        affine = (self.weight, self.bias) if frozen(self) else None
+        dtype = self.result_dtype(x) if affine else torch.promote_types(x.dtype, torch.float32)
+        options = {"affine": affine, "eps": self.eps, "dtype": dtype, "impl": impl}
+        if adapter is None:
+            x, y = layer_norm(x, update, **options)
+        else:
+            assert update is not None, "an adapter reads rows of the update"
+            readout, first = adapter.readout_index, adapter.ungrouped
+            x, y = fusion_norm(x, update, adapter.weights, readout, first=first, **options)
+        if affine is None:
+            y = torch.addcmul(self.bias.to(dtype), y, self.weight.to(dtype)).to(self.result_dtype(x))
+        return x, y
 
-    def of_rows(self, x: Rows, impl: str) -> Tensor:
-        """The norm of rows, or of the sum that a chain of ops left as two; impl: what computes blocks."""
-        x, update = x if isinstance(x, tuple) else (x, None)
-        chosen = choose("block", impl, x.device.type, operands=(x,))
-        return self(x) if chosen == "torch" else self.of_sum(x, update, cast(Impl, chosen))[1]
-
-    def scaled(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """Normed rows times the gain, which trains, and the shift."""
-        return torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype)).to(dtype)
+    def norm_residual(self, x: Residual, impl: Impl) -> Tensor:
+        """The norm of a residual stream, to which a pending update is added first; impl: of blocks."""
+        rows, update = x if isinstance(x, tuple) else (x, None)
+        return self.add(rows, update, resolve_impl(x, impl))[1]
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x), OpenAI CLIP's activation."""
-    return F.silu(SLOPE * x) / SLOPE
+    """x sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+    return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 def frozen(*modules: nn.Module) -> bool:
-    """Whether none of their parameters trains."""
+    """Return True if none of their parameters trains."""
     return not any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
+
+
+def frozen_unquantised(*modules: nn.Module) -> bool:
+    """Return True if the modules are frozen and none multiplies in FP8: one op may then take all weights."""
+    return frozen(*modules) and not any(isinstance(m, Linear) and m.fp8 is not None for m in modules)

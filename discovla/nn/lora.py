@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class LoRA(nn.Module):
     """y -> (y aᵀ) bᵀ, without scale, dropout or bias.
 
-    Added to a fused qkv projection it is one joint rank-r update of queries, keys and values; b starts at
-    zero, so the update does too.  Parameters: a r x i, uniform in ±1/sqrt(i); b o x r.
+    Added to a fused qkv projection it is one joint rank-r update of queries, keys and values.  b starts at
+    zero, and with it the update.  Parameters: a r x i, uniform in ±1/sqrt(i); b o x r.
 
     Source: LoRA (arXiv 2106.09685); shape and initial values as in DiscoVLA's code.
     """
@@ -21,10 +21,10 @@ class LoRA(nn.Module):
         self.b = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
-        """outputs: those that are wanted, where not all are."""
+        """Compute the update; `outputs` selects some of its columns."""
         b = self.b.to(x.dtype)
         return (x @ self.a.to(x.dtype).T) @ (b if outputs is None else b[outputs]).T
 
     def delta(self) -> Tensor:
-        """The weight update b a, o x i: adding it to the frozen weight gives the same map."""
+        """The same update as a weight, b a, o x i: add it to the frozen weight to merge them."""
         return self.b @ self.a

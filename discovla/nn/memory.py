@@ -1,4 +1,4 @@
-"""What a transformer block keeps for backward, and what it computes again instead."""
+"""Memory modes of a transformer block: what it keeps for backward, and what backward recomputes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,42 @@ from torch.utils.checkpoint import checkpoint
 
 from discovla.ops.dispatch import Memory
 
-# What is kept of a token in a block, in widths of its rows, the MLP hiding four: x and the MLP's input in all
-# but the last mode, q, k and v in the first two, what the MLP hides in the first.
+# Numbers kept for each token and block, in widths of its row, if the MLP is four times as wide: x and the
+# MLP's input (1 each) in all modes but the last, q, k and v in the first two, the MLP's hidden in the first.
 WIDTHS: dict[Memory, int] = {
     "keep": 9,
     "recompute_mlp": 5,
     "recompute_projections": 2,
     "recompute_blocks": 1,
 }
-SHARE = 0.8  # of the free memory that a tower may fill
-
+SHARE = 0.8  # of the free memory, for the kept rows of a tower
 
 _RECOMPUTING: ContextVar[bool] = ContextVar("_RECOMPUTING", default=False)
 
 
-def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
-    """function(*inputs), of which backward computes again what it needs; the inputs alone are kept.
+def in_memory_mode(
+    mode: Memory, attention: Callable[..., Any], mlp: Callable[..., Any], *inputs: Tensor | None
+) -> Any:
+    """Return mlp(*attention(*inputs)); backward recomputes what `mode` names.
 
     Args:
-        function: without randomness; parameters it uses get their gradients.
+        attention: projections and attention of a block.  mlp: its second half.
+    """
+    match mode:
+        case "recompute_mlp":
+            return checkpointed(mlp, *attention(*inputs))
+        case "recompute_projections":
+            return checkpointed(mlp, *checkpointed(attention, *inputs))
+        case "recompute_blocks":
+            return checkpointed(lambda *inputs: mlp(*attention(*inputs)), *inputs)
+    return mlp(*attention(*inputs))
+
+
+def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Return function(*inputs) and keep only the inputs; backward recomputes the rest.
+
+    Args:
+        function: without randomness; parameters in its closure get gradients.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
@@ -45,7 +62,7 @@ def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def recomputing() -> bool:
-    """Return True while backward recomputes a `checkpointed` function, whose result is then never read."""
+    """Return True while backward recomputes a `checkpointed` function, whose result is then not read."""
     return _RECOMPUTING.get()
 
 
@@ -58,33 +75,30 @@ def _set_recomputing() -> Iterator[None]:
         _RECOMPUTING.reset(token)
 
 
-def choose_memory(needed: int, free: int) -> Memory:
-    """The first mode of WIDTHS whose share of `needed` bytes is at most SHARE of `free` ones, or the last.
+def choose_memory(width_bytes: int, free: int) -> Memory:
+    """The first mode of WIDTHS that takes at most SHARE of the free bytes, or the last.
 
-    needed: one width of every token in every block.
+    Args:
+        width_bytes: bytes of one row of every token in every block.
     """
     for mode, widths in WIDTHS.items():
-        if widths * needed <= SHARE * free:
+        if widths * width_bytes <= SHARE * free:
             return mode
     return "recompute_blocks"
 
 
 class MemoryPlan:
-    """The mode of a tower, chosen by the GPU's free memory and kept until more tokens come than it is for.
-
-    Args:
-        layers: blocks of the tower.
-    """
+    """The memory mode of a tower of `layers` blocks, chosen again only for a larger batch than before."""
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self.largest = 0
         self.mode: Memory = "keep"
 
-    def of(self, wanted: Memory, x: Tensor) -> Memory:
-        """The mode for rows x (... w); "auto" keeps all on a CPU, and where there is no backward."""
-        if wanted != "auto":
-            return wanted
+    def choose(self, memory: Memory, x: Tensor) -> Memory:
+        """The mode for rows x (... w); "auto" is "keep" on a CPU and without backward."""
+        if memory != "auto":
+            return memory
         if not x.is_cuda or not torch.is_grad_enabled():
             return "keep"
         if x.numel() > self.largest:
@@ -94,6 +108,6 @@ class MemoryPlan:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated on a GPU, what torch holds without using it included."""
+    """Bytes that can still be allocated on a GPU, torch's cached and unused memory included."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from discovla.nn.block import Block, Linear, frozen
+from discovla.nn.block import Block
+from discovla.nn.layers import Linear, frozen
 from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import fp8_unsupported, quantise_weight
 
@@ -14,7 +15,7 @@ def widen_residual(module: nn.Module, compute: torch.dtype) -> None:
     """Let the blocks of a tower add up their updates in float32, and compute these in `compute`."""
     for block in module.modules():
         if isinstance(block, Block):
-            block.ln_1.compute = block.ln_2.compute = compute
+            block.ln_1.compute_dtype = block.ln_2.compute_dtype = compute
 
 
 def quantise_frozen(

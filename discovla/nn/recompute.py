@@ -1,4 +1,4 @@
-"""Maps whose backward keeps only what it cannot compute again cheaply."""
+"""Functions with a backward of their own, which recomputes what is cheaper to recompute than to keep."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-SLOPE = 1.702  # of QuickGELU's sigmoid
+QUICK_GELU_SLOPE = 1.702
 
 
 def recompute_in_backward(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-    """function(*inputs), of which only the inputs are kept for backward; that computes the rest again.
+    """Return function(*inputs) and keep only the inputs; backward runs `function` again.
 
     Args:
-        function: of tensors alone, without randomness; gives a tensor or a tuple of tensors.
-        inputs: what it may differentiate by; a tensor it closes over gets no gradient.
+        function: of tensors, without randomness; returns a tensor or a tuple of tensors.
+        inputs: the tensors to differentiate by; tensors in the closure of `function` get no gradient.
     """
     return _RecomputeInBackward.apply(function, *inputs)
 
@@ -34,21 +34,21 @@ class _RecomputeInBackward(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        needed = ctx.needs_input_grad[1:]
+        needs_grad = ctx.needs_input_grad[1:]
         inputs = [
-            x if x is None else x.detach().requires_grad_(need)
-            for x, need in zip(ctx.saved_tensors, needed, strict=True)
+            x if x is None else x.detach().requires_grad_(needed)
+            for x, needed in zip(ctx.saved_tensors, needs_grad, strict=True)
         ]
         with torch.enable_grad():
             outputs = ctx.function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        wanted = [x for x in inputs if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(outputs, wanted, grads))
-        return None, *(next(found) if need else None for need in needed)
+        leaves = [x for x in inputs if x is not None and x.requires_grad]
+        input_grads = iter(torch.autograd.grad(outputs, leaves, grads))
+        return None, *(next(input_grads) if needed else None for needed in needs_grad)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] along the first axis, for an index (int64) whose entries all differ."""
+    """x[index] along the first axis, for an int64 index without repetitions."""
     return _TakeRows.apply(x, index)
 
 
@@ -66,52 +66,55 @@ class _TakeRows(Function):
         return grad.new_zeros(ctx.shape).index_copy_(0, index, grad), None
 
 
-def pad_rows(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-    """x[places], where what stands at padding gets no gradient.
+def pad_rows(x: Tensor, pad_index: Tensor, pack_index: Tensor) -> Tensor:
+    """x[pad_index]; the gradient at padding is dropped.
 
     Args:
-        x: t w.  places: n l, int64, the row at each place; any row at padding.
-        rows: t, int64, the inverse: the flat place of each row.
+        x: t w.  pad_index: n l, int64, the row at each place, any row at padding.
+        pack_index: t, int64, the inverse: the flat place of each row.
     """
-    return _PadRows.apply(x, places, rows)
+    return _PadRows.apply(x, pad_index, pack_index)
 
 
 class _PadRows(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        return x.index_select(0, places.flatten()).unflatten(0, places.shape)
+    def forward(ctx: Any, x: Tensor, pad_index: Tensor, pack_index: Tensor) -> Tensor:
+        ctx.save_for_backward(pack_index)
+        return x.index_select(0, pad_index.flatten()).unflatten(0, pad_index.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (rows,) = ctx.saved_tensors
-        return grad.flatten(0, 1).index_select(0, rows), None, None
+        (pack_index,) = ctx.saved_tensors
+        return grad.flatten(0, 1).index_select(0, pack_index), None, None
 
 
 def quick_gelu_mlp(
-    x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], *, needed: bool = True
+    x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], *, output_needed: bool = True
 ) -> Tensor:
-    """down(q(up x)) with q(h) = h sigmoid(1.702 h), for frozen weights: no gradient but that by x.
+    """down(q(up x)) with q(h) = h sigmoid(1.702 h), for frozen weights: only x gets a gradient.
 
     With u = 1.702 h, q(h) = silu(u) / 1.702: both factors go into the products, and in
     dx = ((dz W_down) silu'(u)) W_up they cancel.  Kept: u.
 
     Args:
         x: ... w.  up, down: weight and bias of each linear map, in the dtype of x.
-        needed: whether the result is read; else its numbers are any, and only u is computed.
+        output_needed: False if the result is not read: only u is computed, and the result is arbitrary.
     """
-    return _QuickGELUMLP.apply(x, *up, *down, needed)
+    return _QuickGELUMLP.apply(x, *up, *down, output_needed)
 
 
 class _QuickGELUMLP(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, needed: bool) -> Tensor:
-        u = torch.addmm(b1, x.flatten(0, -2), w1.T, alpha=SLOPE, beta=SLOPE)
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, output_needed: bool
+    ) -> Tensor:
+        slope = QUICK_GELU_SLOPE
+        u = torch.addmm(b1, x.flatten(0, -2), w1.T, alpha=slope, beta=slope)
         ctx.save_for_backward(u, w1, w2)
-        if not needed:
+        if not output_needed:
             return torch.empty_like(x)
-        return torch.addmm(b2, F.silu(u), w2.T, alpha=1 / SLOPE).view(x.shape)
+        return torch.addmm(b2, F.silu(u), w2.T, alpha=1 / slope).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -127,12 +130,11 @@ def normed_lora_projection(
 ) -> Tensor:
     """y Wᵀ + bias + (y aᵀ) bᵀ with y = layer_norm(x), for a frozen norm, W and bias.
 
-    The low-rank update is added in place, without a tensor of its own.  Kept: x, its statistics and y aᵀ;
-    y is normalised again for the gradient by a.
+    The low-rank update is added in place.  Kept: x, its statistics and y aᵀ; the gradient by a recomputes y.
 
     Args:
         x: ... w.  norm: weight, bias, epsilon.  linear: W (o w), bias.  lora: a (r w), b (o r); these four
-            are of the dtype of y and of the result.
+            have the dtype of y and of the result.
     """
     return _NormedLoRAProjection.apply(x, *norm, *linear, *lora)
 
@@ -162,16 +164,16 @@ class _NormedLoRAProjection(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, mean, rstd, low, gamma, beta, w, a, b = ctx.saved_tensors
         grad = grad.flatten(0, -2)
-        small = grad @ _transposed(b).T  # t r
+        grad_low = grad @ _transposed(b).T  # t r
         y, _, _ = _normalise(x, gamma, beta, ctx.eps, w.dtype)
-        grad_a, grad_b = small.T @ y, (low.T @ grad).T
+        grad_a, grad_b = grad_low.T @ y, (low.T @ grad).T
         if not ctx.needs_input_grad[0]:
             return *[None] * 6, grad_a, grad_b
-        grad_y = (grad @ w).addmm_(small, a)
-        work = mean.dtype
+        grad_y = (grad @ w).addmm_(grad_low, a)
+        wide = mean.dtype
         shape = [x.shape[-1]]
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_y.to(work).view(x.shape), x.to(work), shape, mean, rstd, gamma.to(work), beta.to(work),
+            grad_y.to(wide).view(x.shape), x.to(wide), shape, mean, rstd, gamma.to(wide), beta.to(wide),
             [True, False, False],
         )  # fmt: skip
         return grad_x.to(x.dtype), *[None] * 5, grad_a, grad_b
@@ -180,13 +182,13 @@ class _NormedLoRAProjection(Function):
 def _normalise(
     x: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the layer norm, t w in `dtype`, with mean and 1 / deviation; float32 arithmetic at least."""
-    work = torch.promote_types(x.dtype, torch.float32)
+    """The layer norm, t w in `dtype`, the mean and 1 / deviation of each row; in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     shape = [x.shape[-1]]
-    y, mean, rstd = torch.native_layer_norm(x.to(work), shape, gamma.to(work), beta.to(work), eps)
+    y, mean, rstd = torch.native_layer_norm(x.to(wide), shape, gamma.to(wide), beta.to(wide), eps)
     return y.to(dtype).flatten(0, -2), mean, rstd
 
 
 def _transposed(b: Tensor) -> Tensor:
-    """bᵀ with its long axis in memory order: thin products take a fraction of the time that way."""
+    """bᵀ in contiguous memory, with which thin products are several times faster."""
     return b.T.contiguous()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.block import Attention, Block, BlockShape, LayerNorm, Linear
+from discovla.nn.block import Attention, Block, BlockShape
 from discovla.nn.features import masked_mean
+from discovla.nn.layers import LayerNorm, Linear
 from discovla.nn.layout import SequenceLayout
 
 FRAMES = 64  # rows of the time table

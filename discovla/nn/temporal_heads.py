@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from discovla.nn.block import Block, BlockShape, LayerNorm, Linear, quick_gelu
+from discovla.nn.block import Block, BlockShape
+from discovla.nn.layers import LayerNorm, Linear, quick_gelu
 from discovla.nn.layout import SequenceLayout
 from discovla.ops.soft_vlad import soft_vlad
 

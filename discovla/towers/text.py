@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovla.nn.block import Block, LayerNorm, prepared
+from discovla.nn.block import Block, run_blocks
 from discovla.nn.features import expect, on, widen
-from discovla.nn.layout import Rows as BlockRows
-from discovla.nn.layout import SequenceLayout
+from discovla.nn.layers import LayerNorm
+from discovla.nn.layout import Residual, SequenceLayout
 from discovla.nn.memory import MemoryPlan
 from discovla.nn.recompute import take_rows
 from discovla.ops.buckets import PackedRows, fill_bucket
@@ -58,19 +58,21 @@ class TextTower(nn.Module):
             raise ValueError(f"ids: expected at most {len(self.position_embedding)} tokens, got {length}")
         return (self.token_embedding(ids) + self.position_embedding[:length]).to(dtype)
 
-    def project(self, x: BlockRows) -> Tensor:
+    def project(self, x: Residual) -> Tensor:
         """Rows of width w to joint features of width d."""
-        y = self.ln_final.of_rows(x, self.impl)
+        y = self.ln_final.norm_residual(x, self.impl)
         return y @ self.projection.to(y.dtype)
 
-    def sequences(self, ids: Tensor, mask: Tensor | None, group: int = 0, alone: int = 0) -> SequenceLayout:
+    def layout(self, ids: Tensor, mask: Tensor | None, group: int = 0, alone: int = 0) -> SequenceLayout:
         """What the blocks must know of the captions, packed without what `mask` leaves out.
 
         Raises:
             ValueError: the mask leaves an end-of-text token out.
         """
         at_end = ids.argmax(-1, keepdim=True)
-        plain = SequenceLayout(causal=True, group=group, alone=alone, readout=at_end[:, 0], impl=self.impl)
+        plain = SequenceLayout(
+            causal=True, group=group, ungrouped=alone, readout=at_end[:, 0], impl=self.impl
+        )
         if mask is None:
             return plain
         kept, count = self._kept(mask)
@@ -138,13 +140,13 @@ class TextTower(nn.Module):
             mask = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(-1)[:, None]
         if self.distinct and mask is not None and not words:
             return self._distinct(ids, mask, (group, alone), dtype)
-        sequences = self.sequences(ids, mask, group, alone)
+        layout = self.layout(ids, mask, group, alone)
         x = self.project(
-            self._through(self.blocks, self._rows(ids, mask, dtype), sequences, pruned=not words)
+            self._through(self.blocks, self._rows(ids, mask, dtype), layout, readout_only=not words)
         )
         if not words:
             return x
-        pooled = sequences.read(x)
+        pooled = layout.read(x)
         if mask is not None:
             places = (self._kept(mask)[0].flatten().cumsum(0) - 1).view(ids.shape)
             x = x[places.to(ids.device, non_blocking=True)]
@@ -175,14 +177,11 @@ class TextTower(nn.Module):
         return take_rows(x.flatten(0, 1), places[:, 0].to(ids.device, non_blocking=True))
 
     def _through(
-        self, blocks: nn.ModuleList, x: Tensor, sequences: SequenceLayout, *, pruned: bool
-    ) -> BlockRows:
-        """Rows after some of the blocks; pruned: the readout rows alone."""
-        sequences = prepared(replace(sequences, memory=self.plan.of(self.memory, x)), blocks, x)
-        inner = sequences.inner()
-        for block in blocks[:-1]:
-            x = block(x, inner)
-        return blocks[-1](x, sequences.last(pruned=pruned))
+        self, blocks: nn.ModuleList, x: Tensor, layout: SequenceLayout, *, readout_only: bool
+    ) -> Residual:
+        """Rows after some of the blocks; with readout_only the readout rows alone."""
+        layout = replace(layout, memory=self.plan.choose(self.memory, x))
+        return run_blocks(blocks, x, layout, readout_only=readout_only)
 
     def _distinct(self, ids: Tensor, mask: Tensor, groups: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Features n d of captions, the same ones going together as far as no caption sees another.
@@ -193,15 +192,15 @@ class TextTower(nn.Module):
         below = fusing.index(True) if any(fusing) else len(fusing)
         first, of = distinct_rows(torch.where(on(ids.device, mask), ids, -1))
         few_ids, few_mask = ids[first], mask[first.to(mask.device)]
-        few, x = self.sequences(few_ids, few_mask), self._rows(few_ids, few_mask, dtype)
+        few, x = self.layout(few_ids, few_mask), self._rows(few_ids, few_mask, dtype)
         if below == len(fusing):
-            return self.project(self._through(self.blocks, x, few, pruned=True)).index_select(0, of)
-        x = self._through(self.blocks[:below], x, few, pruned=False) if below else x
-        every = self.sequences(ids, mask, *groups)
+            return self.project(self._through(self.blocks, x, few, readout_only=True)).index_select(0, of)
+        x = self._through(self.blocks[:below], x, few, readout_only=False) if below else x
+        every = self.layout(ids, mask, *groups)
         assert few.packing is not None and every.packing is not None, "they have masks"
         assert isinstance(x, Tensor), "neither the tokens nor rows that are not pruned are left as two"
         rows = few.packing.pad_index[of].flatten()[every.packing.pack_index]
-        x = self._through(self.blocks[below:], x.index_select(0, rows), every, pruned=True)
+        x = self._through(self.blocks[below:], x.index_select(0, rows), every, readout_only=True)
         return self.project(x)
 
 

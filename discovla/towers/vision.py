@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from discovla.nn.block import Block, LayerNorm, prepared
-from discovla.nn.layout import Rows, SequenceLayout
+from discovla.nn.block import Block, run_blocks
+from discovla.nn.layers import LayerNorm
+from discovla.nn.layout import Residual, SequenceLayout
 from discovla.nn.memory import MemoryPlan
 from discovla.ops.dispatch import Impl, Memory, choose
 from discovla.ops.frame_patches import PixelStatistics, fold_normalisation, frame_patches
@@ -125,14 +126,14 @@ class VisionTower(nn.Module):
         dtype = patches.dtype
         cls = self.class_embedding.to(dtype).expand(len(patches), 1, -1)
         x = torch.cat([cls, patches], dim=1) + self.position_embedding.to(dtype)  # n 1+p w
-        return self.ln_pre.of_rows(x, self.impl)
+        return self.ln_pre.norm_residual(x, self.impl)
 
-    def project(self, cls: Rows) -> Tensor:
+    def project(self, cls: Residual) -> Tensor:
         """Class rows n w to joint features n d."""
-        y = self.ln_post.of_rows(cls, self.impl)
+        y = self.ln_post.norm_residual(cls, self.impl)
         return y @ self.projection.to(y.dtype)
 
-    def sequences(self, frames: Tensor, group: int, frame_mask: Tensor | None = None) -> SequenceLayout:
+    def layout(self, frames: Tensor, group: int, frame_mask: Tensor | None = None) -> SequenceLayout:
         """What the blocks must know of n embedded frames, `group` of them a video.
 
         frame_mask: b f, bool; where given, padded frames are not seen in fusion blocks.
@@ -145,16 +146,12 @@ class VisionTower(nn.Module):
             readout=readout,
             fusion_key_mask=seen,
             impl=self.impl,
-            memory=self.plan.of(self.memory, frames),
+            memory=self.plan.choose(self.memory, frames),
         )
 
     def forward(self, frames: Pixels, frame_mask: Tensor | None = None) -> Tensor:
         """Frame features b f d of what `pixels` gives; frames meet in fusion blocks only."""
         b, f = frames.shape[:2]
         x = self.embed(frames.flatten(0, 1))
-        sequences = prepared(self.sequences(x, f, frame_mask), self.blocks, x)
-        inner = sequences.inner()
-        for block in self.blocks[:-1]:
-            x = block(x, inner)
-        cls = self.blocks[-1](x, sequences.last())  # n w
+        cls = run_blocks(self.blocks, x, self.layout(x, f, frame_mask))  # n w
         return self.project(cls).unflatten(0, (b, f))

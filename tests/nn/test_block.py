@@ -10,6 +10,7 @@ from discovla.engine.config import EngineConfig
 from discovla.methods import METHODS
 from discovla.methods.base import Method
 from discovla.nn.block import Block, BlockShape
+from discovla.nn.fusion import FusionAttention
 from discovla.nn.layout import SequenceLayout
 from discovla.ops.dispatch import Impl, KernelUnavailable
 from discovla.testing import noise_batch, relative_error, tiny_architecture
@@ -87,12 +88,18 @@ def test_frames_of_another_size_are_refused(impl):
         method.encode_videos(replace(batch, frames=batch.frames[:, :, :8]))
 
 
-def test_masks_of_single_heads_are_taken():
-    block = Block(BlockShape(width=8, heads=2, mlp_width=16)).double()
-    x = torch.randn(3, 4, 8, dtype=torch.float64)
-    mask = torch.rand(3, 2, 4) < 0.5
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+@pytest.mark.parametrize("readout_only", [False, True], ids=["all rows", "readout rows"])
+def test_every_implementation_takes_a_key_mask_for_each_head(fused, readout_only):
+    shape = BlockShape(width=8, heads=2, mlp_width=16)
+    block = Block(shape, FusionAttention(shape, 2) if fused else None).double()
+    x = torch.randn(4, 3, 8, dtype=torch.float64)
+    mask = torch.rand(4, 2, 3) < 0.5
     mask[..., 0] = True
-    want, got = (block(x, SequenceLayout(key_mask=mask, impl=impl)) for impl in ("torch", "reference"))
+    layout = SequenceLayout(
+        key_mask=mask, group=2, readout=torch.zeros(4, dtype=torch.long), readout_only=readout_only
+    )
+    want, got = (block(x, replace(layout, impl=impl)) for impl in ("torch", "reference"))
     torch.testing.assert_close(got, want)
 
 

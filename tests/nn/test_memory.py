@@ -61,12 +61,12 @@ def test_a_gpus_free_memory_is_asked_for_when_more_tokens_come_than_before(monke
         given = {"numel": x.numel, "element_size": x.element_size, "device": torch.device("cuda")}
         return cast(Tensor, SimpleNamespace(is_cuda=True, **given))
 
-    found = [plan.of("auto", rows(count)) for count in (100, 50, 100, 200, 200, 100)]
+    found = [plan.choose("auto", rows(count)) for count in (100, 50, 100, 200, 200, 100)]
     assert found == ["keep"] * 3 + ["recompute_mlp"] * 3
-    assert plan.of("recompute_blocks", rows(1000)) == "recompute_blocks"
+    assert plan.choose("recompute_blocks", rows(1000)) == "recompute_blocks"
     with torch.no_grad():
-        assert plan.of("auto", rows(1000)) == "keep"
+        assert plan.choose("auto", rows(1000)) == "keep"
 
 
 def test_on_a_cpu_everything_is_kept():
-    assert MemoryPlan(layers=12).of("auto", torch.zeros(1 << 20, 1)) == "keep"
+    assert MemoryPlan(layers=12).choose("auto", torch.zeros(1 << 20, 1)) == "keep"

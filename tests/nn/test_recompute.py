@@ -57,7 +57,7 @@ def test_an_mlp_whose_result_is_not_read_has_its_gradient():
     x = torch.randn(5, 6, requires_grad=True)
     weights = up.weights(x.dtype), down.weights(x.dtype)
     grads = [
-        torch.autograd.grad(quick_gelu_mlp(x, *weights, needed=needed), x, torch.ones(5, 6))[0]
+        torch.autograd.grad(quick_gelu_mlp(x, *weights, output_needed=needed), x, torch.ones(5, 6))[0]
         for needed in (True, False)
     ]
     assert torch.equal(*grads)

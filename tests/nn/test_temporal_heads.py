@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from discovla.nn.block import Block, BlockShape
-from discovla.nn.fusion import FRAME_POSITIONS, FusionAttention
+from discovla.nn.fusion import MAX_FRAMES, FusionAttention
 from discovla.nn.layout import SequenceLayout
+from discovla.nn.padded_attention import fusion_attention
 from discovla.nn.temporal_heads import LSTM, PairScorer, Table, Transformer
 
 SHAPE = BlockShape(width=16, heads=4, mlp_width=64, eps=1e-12)
@@ -71,17 +72,21 @@ def test_a_pair_is_scored_by_itself():
         scorer(text, torch.randn(3, 7, 16), torch.ones(3, 7, dtype=torch.bool))
 
 
-def test_fusion_reads_keys_at_the_positions_of_their_frames():
+def test_frame_positions_are_added_to_the_keys_that_a_group_sees():
     plain, positioned = FusionAttention(SHAPE, 2), FusionAttention(SHAPE, 2, positions=True)
     positioned.load_state_dict(plain.state_dict(), strict=False)
-    x, sequences = torch.randn(6, 3, 16), SequenceLayout(group=3, readout=torch.zeros(6, dtype=torch.long))
-    assert torch.equal(plain(x, sequences), positioned(x, sequences))
-    positioned.frame_position.data.normal_()
-    q, k, v = positioned.split(positioned.project(x))
-    shifted = k.clone()
+    x, layout = torch.randn(6, 3, 16), SequenceLayout(group=3, readout=torch.zeros(6, dtype=torch.long))
+    assert torch.equal(plain(x, layout), positioned(x, layout))
+    position = positioned.frame_position.data.normal_()
+    qkv = positioned.qkv(x)
+    shifted = qkv.clone()
     for sequence in range(6):
-        shifted[sequence] += positioned.frame_position[sequence % 3].view(4, 1, 4)
-    want = plain.read_group(q[:, :, 0], shifted, v, sequences)
-    got = positioned.read_group(q[:, :, 0], k, v, sequences, positioned.frame_position)
-    torch.testing.assert_close(got, want)
-    assert len(positioned.frame_position) == FRAME_POSITIONS
+        shifted[sequence, :, 16:32] += position[sequence % 3]
+    want_local, want_group = (
+        fusion_attention(qkv, None, 4, layout)[0],
+        fusion_attention(shifted, None, 4, layout)[1],
+    )
+    local, group = fusion_attention(qkv, position, 4, layout)
+    assert torch.equal(local, want_local)
+    torch.testing.assert_close(group, want_group)
+    assert len(position) == MAX_FRAMES
