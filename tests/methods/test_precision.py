@@ -164,6 +164,6 @@ def test_what_cannot_be_in_fp8_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(
         precision, "fp8_unsupported", lambda device, sizes: "expected a GPU of Hopper, found none"
     )
-    with pytest.raises(ValueError, match=r"^fp8: 0: expected Hopper, found none$"):
+    with pytest.raises(ValueError, match=r"^fp8: 0: expected a GPU of Hopper, found none$"):
         quantise_frozen(trained.requires_grad_(False), CPU)
     assert trained[0].fp8 is None
