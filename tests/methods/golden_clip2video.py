@@ -58,14 +58,23 @@ def read(folder: Path, name: str) -> Golden:
 
 
 def architecture(golden: Golden) -> Architecture:
-    """Tiny towers whose heads have the golden sizes."""
+    """Random towers from which heads of the golden sizes are made; they are as deep as the deepest head."""
     c = golden.sidecar["case"]
+    layers, width = max(c["layers"], c["tight_layers"]), c["D"]
     return replace(
         tiny_architecture(),
-        embed_dim=c["D"],
+        embed_dim=width,
         context_length=c["P"],
-        text=TowerShape(width=c["D"], layers=2, heads=c["H"], mlp_width=4 * c["D"]),
+        vision=TowerShape(width=width, layers=1, heads=1, mlp_width=width),
+        text=TowerShape(width=width, layers=layers, heads=c["H"], mlp_width=mlp_width(golden)),
     )
+
+
+def mlp_width(golden: Golden) -> int:
+    """The width of the MLPs of the heads, or four times the joint width if the file holds no weights."""
+    widths = {len(t) for n, t in golden.parameters().items() if n.endswith("mlp.c_fc.weight")}
+    assert len(widths) <= 1, widths
+    return widths.pop() if widths else 4 * golden.sidecar["case"]["D"]
 
 
 def released(golden: Golden, method: Method) -> dict[str, Tensor]:

@@ -65,8 +65,8 @@ def build(golden: Golden, dtype: torch.dtype) -> DiscoVLA:
         context_length=c["context"],
         vocab_size=c["vocab"],
         activation="quick_gelu",
-        vision=_tower(c, "vision"),
-        text=_tower(c, "text"),
+        vision=_tower(golden, "vision"),
+        text=_tower(golden, "text"),
     )
     config = DiscoVLAConfig(
         lora_rank=c["lora_dim"],
@@ -89,10 +89,13 @@ def build(golden: Golden, dtype: torch.dtype) -> DiscoVLA:
     return model
 
 
-def _tower(c: dict[str, Any], side: str) -> TowerShape:
-    width = c[f"{side}_width"]
-    heads = c.get(f"{side}_heads", width // 64)
-    return TowerShape(width=width, layers=c[f"{side}_layers"], heads=heads, mlp_width=4 * width)
+def _tower(golden: Golden, side: str) -> TowerShape:
+    """Sizes of a tower; heads are 64 wide unless the file states their number or width."""
+    c, width = golden.config, golden.config[f"{side}_width"]
+    heads = c.get(f"{side}_heads", width // c.get("head_dim", 64))
+    first = "visual.transformer" if side == "vision" else "transformer"
+    mlp_width = len(golden.tensors[f"weights.clip.{first}.resblocks.0.mlp.c_fc.weight"])
+    return TowerShape(width=width, layers=c[f"{side}_layers"], heads=heads, mlp_width=mlp_width)
 
 
 def batch(golden: Golden, dtype: torch.dtype) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from discovla.batch import Embedding
-from discovla.methods.t2vparser import HEAD_RULES, T2VParser, T2VParserConfig
+from discovla.methods.t2vparser import HEAD_RULES, STAN_RULES, T2VParser, T2VParserConfig
 from discovla.nn.stan import FRAMES
 from discovla.testing import tiny_architecture
 from discovla.towers.architecture import Architecture, TowerShape
-from discovla.towers.hugging_face import from_hugging_face
+from discovla.towers.hugging_face import Rules, from_hugging_face
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +55,17 @@ def read(folder: Path, name: str) -> Golden:
 
 
 def architecture(folder: Path) -> Architecture:
-    """Of the files of the towers."""
+    """The sizes that the files of the towers state."""
     stan, text = read(folder, "stan"), read(folder, "text_tower")
-    c = stan.config
     return Architecture(
-        embed_dim=c["P"],
-        image_size=c["img"],
-        patch_size=c["patch"],
-        context_length=c["ctx"],
-        vocab_size=c["vocab"],
+        embed_dim=stan.config["P"],
+        image_size=stan.config["img"],
+        patch_size=stan.config["patch"],
+        context_length=text.config["ctx"],
+        vocab_size=text.config["vocab"],
         activation="quick_gelu",
-        vision=_tower(stan.weights(), "layers.", c["vh"]),
-        text=_tower(text.weights(), "text_model.encoder.layers.", c["th"]),
+        vision=_tower(stan.weights(), "layers.", stan.config["vh"]),
+        text=_tower(text.weights(), "text_model.encoder.layers.", text.config["th"]),
     )
 
 
@@ -86,9 +86,9 @@ def tower_state(folder: Path) -> dict[str, Tensor]:
 
 
 def towers(folder: Path, dtype: torch.dtype, **options: Any) -> T2VParser:
-    """The golden towers, under small heads of no matter."""
-    golden = read(folder, "stan")
-    config = T2VParserConfig(stan_layers=golden.config["depth"], decomposition_layers=1, **options)
+    """The golden towers under small random heads, which the files of the towers know nothing of."""
+    depth = read(folder, "stan").config["depth"]
+    config = T2VParserConfig(stan_layers=depth, decomposition_layers=1, decomposition_heads=1, **options)
     model = T2VParser(architecture(folder), config)
     own = dict(model.named_parameters())
     with torch.no_grad():
@@ -99,8 +99,25 @@ def towers(folder: Path, dtype: torch.dtype, **options: Any) -> T2VParser:
 
 
 def heads(folder: Path, dtype: torch.dtype, **options: Any) -> T2VParser:
-    """The golden decomposition and FFN, over towers of no matter."""
+    """The golden decomposition and FFN over tiny random towers."""
     c = read(folder, "head").config
+    model = T2VParser(replace(tiny_architecture(), embed_dim=c["D"]), _head_config(c, **options))
+    state = {f"video_mlp.{n}": t for n, t in read(folder, "video_mlp").weights().items()}
+    state |= {f"multiview_dis.{n}": t for n, t in read(folder, "decomposition").weights().items()}
+    own = head_parameters(model)
+    with torch.no_grad():
+        for name, tensor in from_hugging_face(own, HEAD_RULES, state).items():
+            own[name].copy_(tensor.view_as(own[name]))
+    return model.to(dtype).eval()
+
+
+def loss_head(folder: Path, dtype: torch.dtype, **options: Any) -> T2VParser:
+    """A model for its losses and similarities alone: the options of the golden head, random weights."""
+    options = {"decomposition_layers": 1, "decomposition_heads": 1, **options}
+    return T2VParser(tiny_architecture(), _head_config(read(folder, "head").config, **options)).to(dtype)
+
+
+def _head_config(c: dict[str, Any], **options: Any) -> T2VParserConfig:
     config = {
         "stan_layers": 0,
         "views": c["Q"],
@@ -114,29 +131,35 @@ def heads(folder: Path, dtype: torch.dtype, **options: Any) -> T2VParser:
         "diversity": c["multiview_weight"],
         "padding": "official",
     }
-    model = T2VParser(
-        replace(tiny_architecture(), embed_dim=c["D"]), T2VParserConfig(**{**config, **options})
-    )
-    state = {f"video_mlp.{n}": t for n, t in read(folder, "video_mlp").weights().items()}
-    state |= {f"multiview_dis.{n}": t for n, t in read(folder, "decomposition").weights().items()}
-    own = head_parameters(model)
-    with torch.no_grad():
-        for name, tensor in from_hugging_face(own, HEAD_RULES, state).items():
-            own[name].copy_(tensor.view_as(own[name]))
-    return model.to(dtype).eval()
+    return T2VParserConfig(**{**config, **options})
 
 
 def head_parameters(model: T2VParser) -> dict[str, Tensor]:
     return {n: p for n, p in model.named_parameters() if n.startswith(("decomposition.", "video_mlp."))}
 
 
-def head_gradients(model: T2VParser, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of the heads' parameters by the released names that `state` (name to anything) has."""
-    named = head_parameters(model)
-    numbered = {name: torch.tensor([float(i)]) for i, name in enumerate(state)}  # a way to see which is which
-    places = from_hugging_face(named, HEAD_RULES, numbered)
-    names = list(state)
-    return {names[int(place)]: named[ours].grad for ours, place in places.items()}
+def head_gradients(model: T2VParser, names: Iterable[str]) -> dict[str, Tensor]:
+    """Gradients of the heads' parameters by their released names."""
+    return released_gradients(head_parameters(model), HEAD_RULES, names)
+
+
+def tower_gradients(model: T2VParser, names: Iterable[str]) -> dict[str, Tensor]:
+    """Gradients of the vision tower and of STAN by their released names."""
+    own = {n: p for n, p in model.named_parameters() if n.startswith(("vision.", "stan."))}
+    return released_gradients(own, STAN_RULES, names)
+
+
+def released_gradients(own: Mapping[str, Tensor], rules: Rules, names: Iterable[str]) -> dict[str, Tensor]:
+    """Gradients of our parameters by released names; queries, keys and values are released apart."""
+    numbers = {name: torch.tensor([[float(i)]]) for i, name in enumerate(names)}
+    found, released = {}, list(numbers)
+    for ours, places in from_hugging_face(own, rules, numbers).items():
+        grad = own[ours].grad
+        assert grad is not None, ours
+        grad = grad.T if ours.endswith("projection") else grad
+        for place, part in zip(places.flatten().tolist(), grad.chunk(len(places)), strict=True):
+            found[released[int(place)]] = part
+    return found
 
 
 def embed(

@@ -281,7 +281,8 @@ def test_what_cannot_combine_is_refused(options, message):
     "options", [{}, {"temporal_proj": "sigmoid_mlp"}, {"temporal_proj": "none"}], ids=str
 )
 def test_heads_start_from_clip(head, options):
-    method = CLIP2Video(golden_file.architecture(head), CLIP2VideoConfig(head_layers=2, **options))
+    layers = head.sidecar["case"]["layers"]
+    method = CLIP2Video(golden_file.architecture(head), CLIP2VideoConfig(head_layers=layers, **options))
     initialise(method, method.architecture, 0)
     method.initialise_from_clip()
     assert method.positions and method.difference and method.action and method.transformer
@@ -293,7 +294,8 @@ def test_heads_start_from_clip(head, options):
     for part in starts:
         assert all(torch.equal(p, first[n]) for n, p in part.blocks[0].named_parameters())
     if method.difference.projection is not None:
-        assert torch.equal(method.difference.projection, method.vision.projection[:16])
+        rows = len(method.difference.projection)
+        assert torch.equal(method.difference.projection, method.vision.projection[:rows])
 
 
 def test_the_official_masks_are_those_of_the_flat_rows():
@@ -310,7 +312,8 @@ def test_a_released_checkpoint_loads_by_its_names(head, tmp_path):
             p.copy_(torch.randn(p.shape))
     own = dict(source.named_parameters())
     state = {f"module.{theirs}": own[ours].detach() for ours, theirs in golden_file.names(source).items()}
-    state["module.frame2t_projection"] = torch.zeros(16, 16)  # not used with attention
+    width = source.architecture.embed_dim
+    state["module.frame2t_projection"] = torch.zeros(width, width)  # not used with attention
     save_file({n: t.contiguous() for n, t in state.items()}, tmp_path / "c.safetensors")
     load_released(target, tmp_path / "c.safetensors")
     assert all(torch.equal(p, own[name]) for name, p in target.named_parameters())

@@ -48,7 +48,8 @@ def tiny(head: str = "meanP", *, layers: int = 2, **options) -> CLIP4Clip:
 @pytest.mark.parametrize("mode", ["full", "ragged"])
 @pytest.mark.parametrize("head", HEADS)
 def test_golden_similarity_loss_and_gradients(heads, head, mode, dtype):
-    config = CLIP4ClipConfig(head=head, head_layers=heads.sidecar["case"]["layers"])
+    layers = heads.sidecar["case"]["tight_layers" if head == "tightTransf" else "layers"]
+    config = CLIP4ClipConfig(head=head, head_layers=layers)
     method = golden_file.load(heads, CLIP4Clip, config, dtype)
     frames = heads.get("in.frames", dtype).requires_grad_()
     caption = heads.get("in.text", dtype).requires_grad_()

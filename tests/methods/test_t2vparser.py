@@ -9,7 +9,15 @@ from discovla.batch import Embedding
 from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.info_nce import cosine_similarity
 from discovla.retrieval.metrics import retrieval_metrics
-from tests.methods.golden_t2vparser import embed, head_gradients, heads, read, towers
+from tests.methods.golden_t2vparser import (
+    embed,
+    head_gradients,
+    heads,
+    loss_head,
+    read,
+    tower_gradients,
+    towers,
+)
 from tests.ops.kernels import force
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float64, id="fp64")]
@@ -73,24 +81,12 @@ def test_golden_stan_gradients(golden, dtype, limit):
     frames = model.encode_frames(pixels, torch.ones(pixels.shape[:2], dtype=torch.bool))
     (frames * direction(frames)).sum().backward()
     wanted = {n.removeprefix("grad.w."): n for n in file.tensors if n.startswith("grad.w.")}
-    stan, vision = model.stan, model.vision
-    width = model.architecture.vision.width
-    q, v = slice(0, width), slice(2 * width, 3 * width)
+    found = tower_gradients(model, file.weights())
     rows = len(file.tensors["w.STAN_time_embed.weight"])
-    found = {
-        "class_embedding": vision.class_embedding.grad,
-        "position_embedding.weight": vision.position_embedding.grad,
-        "STAN_time_embed.weight": stan.time_embedding.grad[:rows],
-        "STAN_T_layers.0.temporal_fc.weight": stan.layers[0].temporal_fc.weight.grad,
-        "STAN_T_layers.0.self_attn.q_proj.weight": stan.layers[0].temporal.qkv.weight.grad[q],
-        "STAN_S_layers.0.self_attn.v_proj.weight": stan.layers[0].spatial.attention.qkv.weight.grad[v],
-        "STAN_S_layers.0.mlp.fc1.bias": stan.layers[0].spatial.mlp.up.bias.grad,
-        "post_layernorm.weight": vision.ln_post.weight.grad,
-        "visual_projection.weight": vision.projection.grad.T,
-    }
-    assert set(found) == set(wanted)
-    for name, got in found.items():
-        file.check(wanted[name], got, limit(1e-4))
+    found["STAN_time_embed.weight"] = found["STAN_time_embed.weight"][:rows]
+    assert wanted and set(wanted) <= set(found)
+    for name, tensor in wanted.items():
+        file.check(tensor, found[name], limit(1e-4))
     file.check("grad.pixels", pixels.grad, limit(1e-4))
 
 
@@ -225,9 +221,10 @@ def test_golden_two_rank_gradients(golden, dtype, limit, scale):
 
 
 def test_golden_losses_alone(golden, dtype, limit, monkeypatch):
-    file, model = read(golden, "losses"), heads(golden, dtype)
+    file = read(golden, "losses")
     sim = file.get("nce.sim", dtype)
     views = {side: file.get(f"div.{side}", dtype) for side in ("text", "video")}
+    model = loss_head(golden, dtype, views=views["text"].shape[1])
     text, video = (Embedding(pooled=views[side][:, 0], tokens=views[side]) for side in ("text", "video"))
     monkeypatch.setattr(model, "training_logits", lambda text, video: sim / model.config.tau)
     terms = model.video_losses(text, video, None).terms
@@ -240,14 +237,16 @@ def test_golden_losses_alone(golden, dtype, limit, monkeypatch):
 
 
 def test_golden_losses_of_pooled_features(golden, dtype, monkeypatch):
-    # the value is 3e-9, which float32 cannot hold: there only its smallness is looked at
-    file, model = read(golden, "losses"), heads(golden, dtype)
+    # the value may be far below 1, which float32 cannot hold: there only its smallness is checked
+    file, model = read(golden, "losses"), loss_head(golden, dtype)
     pooled = {side: file.get(f"nce_emb.{side}", dtype) for side in ("text", "video")}
     rows = cosine_similarity(pooled["text"], pooled["video"]) / model.config.tau
     monkeypatch.setattr(model, "training_logits", lambda text, video: rows)
     noise = Embedding(pooled=torch.randn(2, 4), tokens=torch.randn(2, model.config.views, 4))
     nce = model.video_losses(noise, noise, None).terms["nce"]
-    file.check("nce_emb.value", nce, 1e-6 if dtype == torch.float32 else 1e-8 * 3e-9 + 1e-15, absolute=True)
+    value = abs(file.tensors["nce_emb.value"].item())
+    limit = 1e-6 + 1e-5 * value if dtype == torch.float32 else 1e-8 * value + 1e-15
+    file.check("nce_emb.value", nce, limit, absolute=True)
     if dtype == torch.float64:
         nce.backward()
         for side, x in pooled.items():
@@ -264,7 +263,7 @@ def released_figures(similarity: np.ndarray) -> dict[str, float]:
 
 @pytest.mark.usefixtures("forced")
 def test_golden_metric_similarity_and_ranks(golden, dtype, limit):
-    file, model = read(golden, "metric"), heads(golden, dtype)
+    file, model = read(golden, "metric"), loss_head(golden, dtype)
     text = Embedding(
         pooled=file.tensors["text"][:, 0], tokens=file.get("text", dtype), mask=file.tensors["mask"].bool()
     )
@@ -293,7 +292,8 @@ def test_golden_metric_counts_a_tied_query_once(golden):
 
 @pytest.mark.usefixtures("forced")
 def test_golden_similarities_of_training_and_of_ranking(golden, dtype, limit):
-    file, model = read(golden, "similarity"), heads(golden, dtype)
+    file = read(golden, "similarity")
+    model = loss_head(golden, dtype, kappa=file.config["tau"])
     rows = {side: file.get(side, dtype) for side in ("text", "video")}
     text = Embedding(pooled=rows["text"][:, 0], tokens=rows["text"], mask=file.tensors["mask"].bool())
     video = Embedding(pooled=rows["video"][:, 0], tokens=rows["video"])

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from discovla.config import ConfigError, parse_config
 from discovla.data.tokens import Tokenizer, special_ids
 from discovla.methods import build
 from discovla.methods.released import load_released
-from discovla.methods.t2vparser import T2VParser, T2VParserConfig
+from discovla.methods.t2vparser import HEAD_RULES, T2VParser, T2VParserConfig
 from discovla.testing import noise_batch, tiny_architecture
 from discovla.towers.weights import ModelConfig, clip_names, initialise
-from tests.methods.golden_t2vparser import heads, read, tower_state, towers
+from tests.methods.golden_t2vparser import head_parameters, heads, tower_state, towers
 
 RANDOM = ModelConfig(
     architecture=str(Path(__file__).parents[2] / "configs/drawn_clip.json"), pretrained="random"
@@ -228,22 +229,19 @@ def test_a_mug_stan_checkpoint_loads_into_both_towers_and_leaves_the_heads(golde
 
 
 def whole_state(golden, method: T2VParser) -> dict:
-    """A T2VParser checkpoint in the released form: golden towers with noise heads of their joint width."""
-    state, d = tower_state(golden), method.architecture.embed_dim
-    for name, t in read(golden, "decomposition").weights().items():
-        width = read(golden, "decomposition").config["D"]
-        shape = [size * d // width if size % width == 0 else size for size in t.shape]
-        state[f"multiview_dis.{name}"] = torch.randn(shape)
-    for name, t in read(golden, "video_mlp").weights().items():
-        width = read(golden, "video_mlp").config["D"]
-        state[f"video_mlp.{name}"] = torch.randn([size * d // width for size in t.shape])
+    """A T2VParser checkpoint in the released form: golden towers and noise for the heads of `method`."""
+    state = tower_state(golden)
+    for name, parameter in head_parameters(method).items():
+        for ours, theirs in HEAD_RULES:
+            name = re.sub(ours, theirs, name)
+        state[name] = torch.randn(parameter.shape)
+    state["multiview_dis.query_tokens"] = state["multiview_dis.query_tokens"][None]
     return state
 
 
 def whole_method(golden) -> T2VParser:
-    c, stan = read(golden, "decomposition").config, towers(golden, torch.float32)
-    options = {"views": c["Q"], "decomposition_layers": c["depth"], "decomposition_heads": c["heads"]}
-    return T2VParser(stan.architecture, stan.config.model_copy(update=options))
+    stan = towers(golden, torch.float32)
+    return T2VParser(stan.architecture, stan.config.model_copy(update={"decomposition_layers": 2}))
 
 
 def test_a_t2vparser_checkpoint_loads_whole(golden, tmp_path):
@@ -260,13 +258,13 @@ def test_a_t2vparser_checkpoint_loads_whole(golden, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("layers.1.mlp.fc1.bias"), "missing layers.1.mlp.fc1.bias"),
+        (lambda s: s.pop("layers.0.mlp.fc1.bias"), "missing layers.0.mlp.fc1.bias"),
         (lambda s: s.update(other=torch.zeros(1)), "unexpected other"),
         (lambda s: s.pop("STAN_time_embed.weight"), "named ...STAN_time_embed.weight, found 0"),
         (lambda s: s.pop("multiview_dis.query_tokens"), "named ...multiview_dis.query_tokens, found 0"),
         (
             lambda s: s.update(class_embedding=torch.zeros(7)),
-            r"class_embedding: expected \(32,\), found \(7,\)",
+            r"class_embedding: expected \(\d+,\), found \(7,\)",
         ),
     ],
     ids=["missing", "unexpected", "no STAN", "half a head", "shape"],
