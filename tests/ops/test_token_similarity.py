@@ -123,9 +123,9 @@ def test_scores_equal_the_golden_ones(file, name, kind, text, dtype, impl):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_communication_equals_the_golden_scores(file, dtype):
-    tensors, _ = file
-    x = golden_inputs(tensors, dtype)
-    got = token_training_similarity(x, padding="official", communication=True)
+    tensors, sidecar = file
+    x, kappa = golden_inputs(tensors, dtype), sidecar["config"]["tau"]
+    got = token_training_similarity(x, kappa=kappa, padding="official", communication=True)
     want = tensors["train.logits_communication_on"]
     assert (got - want).abs().max() <= (2e-5 if dtype == torch.float32 else 1e-8 * want.abs().max())
 
@@ -134,9 +134,9 @@ def test_communication_equals_the_golden_scores(file, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "kind"), [("train", "official"), ("eval", "eval")])
 def test_gradients_equal_the_golden_ones(file, name, kind, dtype, impl):
-    tensors, _ = file
+    tensors, sidecar = file
     x = golden_inputs(tensors, dtype)
-    scores = scores_of(x, kind, impl)
+    scores = scores_of(x, kind, impl, sidecar["config"]["tau"])
     (scores * torch.arange(scores.numel(), dtype=dtype).view_as(scores).cos()).sum().backward()
     for side in ("text", "video"):
         got, want = getattr(x, side).grad, tensors[f"{name}.grad.{side}"]
