@@ -17,12 +17,17 @@ from typing import Any
 
 from benchmarks.data import GOPS, KINDS, RATE, SIZES, draw
 from benchmarks.measure import write_row
-from discovla.data.data_bench import DEMAND, BenchRow, BenchSettings, bench, table
+from discovla.data.config import DataConfig
+from discovla.data.decoders import BenchRow, bench, bench_table
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.shards.layout import Format, ShardSettings
 from discovla.data.shards.writer import write_shards
 
 DRAWN = 4  # clips of a kind; the others are links to them
+FRAMES, IMAGE_SIZE = 12, 224
+# Frames a second on one H200: the samples a second that the performance plan aims at (batch 128, bf16) times
+# the 12 frames of each. Targets, none of them measured.
+DEMAND = {"ViT-B/32": 2460 * 12, "ViT-B/16": 665 * 12, "ViT-L/14": 154 * 12}
 
 Kind = tuple[str, str]  # size and distance of key frames, by their names
 
@@ -58,26 +63,28 @@ def measure_data(
         kinds: of clips.  clips, seconds: of each, and how long they are.
         workers: processes and threads; None takes all cores.
     """
-    settings = BenchSettings(workers=workers or len(os.sched_getaffinity(0)))
+    workers = workers or len(os.sched_getaffinity(0))
     found = []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as name:
             manifest = linked_clips(Path(name) / "clips", kind, clips, seconds)
-            rows = _ways(manifest, Path(name), settings)
+            rows = _ways(manifest, Path(name), workers)
         size, gop = kind
-        print(f"{gop} {size}, {seconds:g} s, {clips} clips", table(rows), "", sep="\n", flush=True)
+        print(f"{gop} {size}, {seconds:g} s, {clips} clips", bench_table(rows), "", sep="\n", flush=True)
         for row in rows:
             shares = {model: row.rate / demand for model, demand in DEMAND.items()}
             told = {"name": "frames a second", "clips": gop, "size": size, "way": row.name, "rate": row.rate}
-            write_row(out, told | {"demand_met": shares, "workers": settings.workers} | asdict(row) | where)
+            write_row(out, told | {"demand_met": shares, "workers": workers} | asdict(row) | where)
         found += rows
     return found
 
 
-def _ways(manifest: Path, folder: Path, settings: BenchSettings) -> list[BenchRow]:
+def _ways(manifest: Path, folder: Path, workers: int) -> list[BenchRow]:
     """The clips in every way, from files and from both kinds of shards."""
     forms: tuple[Format, ...] = ("raw", "jpeg")
     for form in forms:
-        kept = ShardSettings(frames=settings.frames, size=settings.image_size, format=form)
-        write_shards(manifest, folder / form, kept, workers=settings.workers)
-    return list(bench(read_manifest(manifest), settings, shards=[str(folder / form) for form in forms]))
+        kept = ShardSettings(frames=FRAMES, size=IMAGE_SIZE, format=form)
+        write_shards(manifest, folder / form, kept, workers=workers)
+    config = DataConfig(manifest=manifest, frames=FRAMES, workers=workers)
+    shards = [str(folder / form) for form in forms]
+    return list(bench(read_manifest(manifest), config, IMAGE_SIZE, shards=shards))

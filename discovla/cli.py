@@ -13,11 +13,10 @@ from discovla.errors import run_program
 
 COMMANDS = {
     "prepare": "Turn a dataset, or videos of your own, into a manifest.",
-    "doctor": "Check every clip of a manifest and list the broken ones.",
+    "doctor": "Check every clip of a manifest and list the broken ones, or measure the decoders.",
     "frames": "Write the frames of a video that a model would see as PNG files.",
     "caption": "Caption the sampled frames of clips with an image captioner.",
     "shard": "Decode the clips of a manifest once and store their frames as tar shards.",
-    "data-bench": "Measure how many frames a second each decoder reads.",
     "draw": "Draw the synthetic clips that the quickstart trains on.",
     "config": "Print every config key with its value, default, type and meaning.",
     "zero": "Print a run's DeepSpeed settings and its predicted memory per GPU.",

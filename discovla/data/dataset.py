@@ -131,6 +131,10 @@ class FileClipReader:
         frames = self._decode(request)
         return draw_light(seed or "")(frames) if augment == "light" else frames
 
+    def close(self) -> None:
+        """End the process that decodes."""
+        self._decode.close()
+
 
 class ShardClipReader:
     """`ClipReader` of shards.

@@ -148,6 +148,13 @@ def diagnose(
     return _diagnosis(clips, ordered, out / "quarantine.jsonl")
 
 
+def add_broken(diagnosis: Diagnosis, clips: Sequence[Clip], reasons: Mapping[str, str]) -> Diagnosis:
+    """Return a diagnosis with more broken clips, by id, and write its list of them."""
+    known = {name: reason for name, _, reason in diagnosis.broken} | dict(reasons)
+    broken = tuple((clip.id, str(clip.video), known[clip.id]) for clip in clips if clip.id in known)
+    return _quarantined(replace(diagnosis, broken=broken))
+
+
 def examine(request: ExamineRequest) -> dict[str, Any]:
     """Decode all of a file, then the frames that each of its clips samples.
 
@@ -281,9 +288,14 @@ def _diagnosis(clips: Sequence[Clip], rows: Sequence[dict[str, Any]], quarantine
     reasons = {row["video"]: iter(row["clips"]) for row in rows}
     verdicts = [(clip.id, str(clip.video), next(reasons[str(clip.video)])) for clip in clips]
     broken = tuple(verdict for verdict in verdicts if verdict[2] is not None)
-    lines = [_line({"id": name, "video": video, "reason": reason}) for name, video, reason in broken]
-    write_atomic(quarantine, "".join(lines))
-    return Diagnosis(files=tuple(rows), broken=broken, clips=len(clips), quarantine=quarantine)
+    return _quarantined(Diagnosis(files=tuple(rows), broken=broken, clips=len(clips), quarantine=quarantine))
+
+
+def _quarantined(diagnosis: Diagnosis) -> Diagnosis:
+    """Write the list of broken clips of a diagnosis, and return it."""
+    rows = [{"id": name, "video": video, "reason": reason} for name, video, reason in diagnosis.broken]
+    write_atomic(diagnosis.quarantine, "".join(map(_line, rows)))
+    return diagnosis
 
 
 def _failed(error: Exception | None, clips: int) -> dict[str, Any]:
