@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from discovla.config import read_config
@@ -122,13 +123,19 @@ def _config(arguments: argparse.Namespace) -> DataConfig:
     if arguments.config is not None:
         config = read_config(arguments.config).data
     else:
-        config = DataConfig(
-            manifest=arguments.manifest,
-            frames=arguments.frames,
-            sampling=arguments.sampling,
-            sample_rate=arguments.sample_rate,
-            damaged=arguments.damaged,
-        )
+        try:
+            config = DataConfig(
+                manifest=arguments.manifest,
+                frames=arguments.frames,
+                sampling=arguments.sampling,
+                sample_rate=arguments.sample_rate,
+                damaged=arguments.damaged,
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = str(first["loc"][0]).replace("_", "-")
+            text = first.get("ctx", {}).get("error", first["msg"])
+            raise ValueError(f"--{option}: {text}, found {first['input']!r}") from None
     changes = {"workers": arguments.workers, "decode_seconds": arguments.seconds}
     if arguments.index_dir is not None:
         changes["index_dir"] = arguments.index_dir

@@ -24,13 +24,13 @@ from discovla.data.quarantine import Quarantine, without_quarantined
 from discovla.data.sampling import Sampling
 from discovla.data.video import frames, torchcodec
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import read_frames
+from discovla.data.video.frames import DecoderName, read_frames
 from discovla.data.video.index import FrameIndexStore, default_index_dir
 from tests import runs
+from tests.data.damaged_clips import HEADER, compare, draw_sources, write_damaged
 from tests.data.odd_clips import KINDS, Kind, odd_clip
 from tests.data.sandbox_tasks import examination
 from tests.data.test_sandbox import children, ended
-from tests.soak.fuzz_videos import HEADER, SAMPLING, disagreements, draw_sources, write_mutated
 
 OPTIONS = ExamineOptions(sampling=Sampling(frames=4), seconds=20, workers=1)
 
@@ -331,31 +331,36 @@ def test_a_run_given_the_list_meets_no_bad_clip(drawn, tmp_path):
     assert not (tmp_path / "run/quarantine.jsonl").exists()
 
 
-def assert_judged(
-    folder: Path, sources: list[Path], count: int, decoder: str = "pyav", *, lit: bool = True
+def check_damaged(
+    folder: Path,
+    sources: list[Path],
+    count: int,
+    decoder: DecoderName = "pyav",
+    *,
+    black_is_wrong: bool = True,
 ) -> None:
-    """Damaged copies of clips get one of three verdicts, and frames or the reason of the doctor."""
-    clips = write_mutated(sources, folder / "clips", count, seed=7)
-    found = diagnose(clips, folder / "out", ExamineOptions(sampling=SAMPLING, seconds=20))
-    assert {row["kind"] for row in found.files} == {"ok", "damaged", "refused"}
-    assert disagreements(found, clips, 20, decoder, lit=lit)[0] == []
+    """Damaged copies of clips get one of three verdicts, and right frames or the reason of the doctor."""
+    clips = write_damaged(sources, folder / "clips", count, seed=7)
+    comparison = compare(clips, folder, decoder, black_is_wrong=black_is_wrong)
+    assert set(comparison.verdicts) == {"ok", "damaged", "refused"}
+    assert comparison.wrong == []
     assert children() == set()
 
 
 def test_damaged_files_neither_crash_nor_hang_it_and_the_loader_agrees(tmp_path):
-    assert_judged(tmp_path, draw_sources(tmp_path / "sources"), 60)
+    check_damaged(tmp_path, draw_sources(tmp_path / "sources"), 60)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["pyav", "torchcodec", "dali"])
 def test_damaged_files_give_no_other_frames_by_any_decoder(decoder, tmp_path):
-    lacking = {"torchcodec": torchcodec.missing, "dali": dali.missing}.get(decoder, lambda: None)()
-    if lacking is not None:
-        pytest.skip(lacking)
+    reason = {"torchcodec": torchcodec.missing, "dali": dali.missing}.get(decoder, lambda: None)()
+    if reason is not None:
+        pytest.skip(reason)
     sources = draw_sources(tmp_path / "sources")
     if decoder == "dali":  # what it decodes on a CPU
         sources = [path for path in sources if path.suffix in (".webm", ".mkv")]
-    assert_judged(tmp_path, sources, 150, decoder)
+    check_damaged(tmp_path, sources, 150, decoder)
 
 
 @pytest.mark.slow
@@ -363,7 +368,7 @@ def test_realdata_damaged_files_neither_crash_nor_hang_it_and_the_loader_agrees(
     files = [path for path in sorted((realdata / "videos").rglob("*")) if path.is_file()]
     small = [path for path in files if HEADER < path.stat().st_size < 300_000]
     assert small
-    assert_judged(tmp_path, small, 60, lit=False)  # some of them begin with black frames
+    check_damaged(tmp_path, small, 60, black_is_wrong=False)  # some of them begin with black frames
 
 
 def test_realdata_every_file_gets_its_facts(realdata, tmp_path):

@@ -34,7 +34,7 @@ from discovla.data.doctor import ExamineOptions, diagnose
 from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
-from tests.soak.fuzz_videos import draw_sources, write_mutated
+from tests.data.damaged_clips import draw_sources, write_damaged
 
 BOUND_MB = 48.0  # frame indices of 10,000 short clips in the process that decodes, and what allocators keep
 FRAMES, SIZE, BATCH = 4, 32, 20
@@ -46,7 +46,7 @@ Progress = Callable[[int], None]  # called with the number of files read so far
 def link_clips(folder: Path, count: int) -> list[Clip]:
     """Return clips that are hard links to a few small files, whole and damaged ones in turn."""
     whole = draw_sources(folder / "sources")
-    damaged = [clip.video for clip in write_mutated(whole, folder / "damaged", 2 * len(whole), seed=3)]
+    damaged = [clip.video for clip in write_damaged(whole, folder / "damaged", 2 * len(whole), seed=3)]
     sources = [*whole, *damaged]
     (folder / "clips").mkdir()
     clips = []
