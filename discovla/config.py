@@ -39,6 +39,7 @@ REMOVED_KEYS = {
 # Removed value to the value of the same meaning, in a config stored in a checkpoint.
 REMOVED_VALUES = {
     ("data.decoder", "auto"): "pyav",
+    ("data.decoder", "dali+pyav"): "pyav",
 }
 
 

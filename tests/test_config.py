@@ -84,6 +84,7 @@ def test_the_resolved_config_reads_back_the_same(small, tmp_path):
             r"method\.frame_position: expected method\.fused_vision_blocks >= 1",
         ),
         ("seed.x=1", r"seed: expected a valid integer"),
+        ("data.decoder=auto", r"data\.decoder: expected a decoder that .* --bench. measures, found 'auto'"),
         (
             "data.stills={count=3,each=4}",
             r"data\.stills\.each: unknown key; expected one of count, easy_epochs",
@@ -127,11 +128,12 @@ def test_a_removed_key_is_one_line_that_says_what_replaces_it(small, key):
     assert str(error.value).startswith(f"{small}: {key}: removed: {REMOVED_KEYS[key]}")
 
 
-def test_a_config_stored_by_an_older_version_is_translated():
+@pytest.mark.parametrize("decoder", ["auto", "dali+pyav"])
+def test_a_config_stored_by_an_older_version_is_translated(decoder):
     stored = {
         "directory": "runs/x",
         "method": {"name": "clip"},
-        "data": {"manifest": "m.jsonl", "cache": "c", "resident": "cpu", "decoder": "auto"},
+        "data": {"manifest": "m.jsonl", "cache": "c", "resident": "cpu", "decoder": decoder},
         "engine": {"accumulate": 4},
     }
     config = parse_stored_config(stored, "state.json")

@@ -43,7 +43,7 @@ class DataConfig(BaseModel):
     """Split of the training clips."""
 
     val_split: str | None = "val"
-    """Split on which checkpoints are selected; empty: none is, and the last checkpoint is tested."""
+    """Split on which the best checkpoint is selected; empty tests the last checkpoint."""
 
     test_split: str = "test"
     """Split of the final evaluation."""
@@ -119,6 +119,13 @@ class DataConfig(BaseModel):
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value  # an empty path would mean the current folder
+
+    @field_validator("decoder", mode="before")
+    @classmethod
+    def _named_decoder(cls, value: object) -> object:
+        if value in ("auto", "dali+pyav"):  # choices that earlier versions had
+            raise ValueError("expected a decoder that `discovla doctor MANIFEST --bench` measures")
+        return value
 
     @field_validator("sample_rate")
     @classmethod

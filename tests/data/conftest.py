@@ -1,4 +1,4 @@
-"""Small H.264 files, made on the spot."""
+"""Small H.264 files, encoded when the tests run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ STEP = 8  # grey levels between one frame and the next, well above what encoding
 
 
 def grey(i: int, height: int, width: int) -> np.ndarray:
-    """Frame i of a counting clip: one grey level, which tells its number."""
+    """Return frame i of a counting clip: one grey level, by which its number is known."""
     return np.full((height, width, 3), (i * STEP) % 256, np.uint8)
 
 
 def numbers(frames: np.ndarray) -> list[int]:
-    """The numbers of the frames of a counting clip, read from the middle of each."""
+    """Return the numbers of the frames of a counting clip, read from the middle of each."""
     _, height, width, _ = frames.shape
     return [round(float(frame[height // 2, width // 2].mean()) / STEP) for frame in frames]
 
@@ -35,7 +35,7 @@ def movie(
     draw: Callable[[int, int, int], np.ndarray] = grey,
     rotation: int = 0,
 ) -> Path:
-    """Write a clip of frames of (height, width), with B-frames; by default its grey tells its number."""
+    """Write a clip of frames of (height, width), with B-frames; by default its grey level is its number."""
     height, width = size
     path.parent.mkdir(parents=True, exist_ok=True)
     odd = height % 2 or width % 2
@@ -51,7 +51,7 @@ def movie(
 
 
 def batch_spec(**changes) -> BatchSpec:
-    """Batches of two small clips for one process, but for the changes."""
+    """Return a specification of batches of two small clips for one process, with changes."""
     fields = {
         "batch_size": 2,
         "rank": 0,
@@ -66,13 +66,13 @@ def batch_spec(**changes) -> BatchSpec:
 
 @pytest.fixture(scope="session")
 def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip of 20 frames at 10 a second."""
+    """A clip of 20 frames at 10 fps."""
     return movie(tmp_path_factory.mktemp("clips") / "counting.mp4")
 
 
 @pytest.fixture(scope="session")
 def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip that breaks off: its index is whole, its pictures end early."""
+    """A damaged clip: its header is whole, its pictures end early."""
     rng = np.random.default_rng(0)
 
     def noise(_: int, height: int, width: int) -> np.ndarray:
