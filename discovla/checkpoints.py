@@ -35,7 +35,7 @@ BATCH_OPTIONS = (
 
 @dataclass(kw_only=True)
 class TrainState:
-    """What changes from step to step.
+    """The state of training that changes from step to step.
 
     strategy: holds parameters and optimizer.  ema: moving average of the parameters, if the run has one.
     step: steps taken.  skipped_steps: those left out because their gradient was not finite.

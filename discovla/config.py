@@ -32,9 +32,10 @@ RENAMED_KEYS = {
 # Removed key to what replaces it. In a TOML file or an override the key is an error with this line; in a
 # stored config it is dropped.
 REMOVED_KEYS = {
-    "data.cache": "frames are no longer cached; train from shards (discovla shard), which read as fast",
-    "data.resident": "frames are no longer held in memory; train from raw shards (discovla shard), which the "
-    "system keeps in memory",
+    "data.cache": "decoded frames are no longer cached: train from raw shards (discovla shard), which read "
+    "as fast; data.index_dir keeps frame indices",
+    "data.resident": "frames are no longer held in memory: train from raw shards (discovla shard), which the "
+    "operating system caches",
 }
 # Removed value to the value of the same meaning, in a config stored in a checkpoint.
 REMOVED_VALUES = {
