@@ -104,7 +104,7 @@ def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
     path = Path(path)
     try:
         text = path.read_text()
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = translate_stored(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: expected a readable config file, found {error.strerror}") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
@@ -165,8 +165,8 @@ def parse_config(values: Mapping[str, Any], source: str = "config") -> RunConfig
         raise _config_error(source, "", RunConfig, error) from None
 
 
-def parse_stored_config(values: Mapping[str, Any], source: str) -> RunConfig:
-    """Parse the config in a checkpoint, with the keys of older versions translated."""
+def translate_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config stored by this or an older version in the keys and values of this one."""
     translated: dict[str, Any] = json.loads(json.dumps(values))
     for old, new in RENAMED_KEYS.items():
         table, name = _table(translated, old)
@@ -180,7 +180,7 @@ def parse_stored_config(values: Mapping[str, Any], source: str) -> RunConfig:
         table, name = _table(translated, key)
         if table.get(name) == value:
             table[name] = new
-    return parse_config(translated, source)
+    return translated
 
 
 def _table(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:

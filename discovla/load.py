@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from discovla.config import ConfigError, RunConfig, parse_stored_config
+from discovla.config import ConfigError, RunConfig, parse_config, translate_stored
 from discovla.engine import checkpoint
 from discovla.methods import build
 from discovla.methods.base import Method
@@ -42,7 +42,7 @@ def load_run(path: Path | str) -> LoadedRun:
         stored = checkpoint.load(best[0]) if best else checkpoint.latest(path / "checkpoints")
     if stored is None:
         raise ConfigError(f"{path}: expected a run directory or a checkpoint, found no checkpoint there")
-    config = parse_stored_config(stored.meta["config"], str(stored.path / checkpoint.STATE))
+    config = parse_config(translate_stored(stored.meta["config"]), str(stored.path / checkpoint.STATE))
     method = build(config.model, config.method)
     checkpoint.check_fingerprint(stored.meta["fingerprint"], method.fingerprint(), str(stored.path))
     method.load_trained_state(checkpoint.selected_weights(stored))

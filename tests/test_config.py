@@ -9,8 +9,8 @@ from discovla.config import (
     RENAMED_KEYS,
     ConfigError,
     parse_config,
-    parse_stored_config,
     read_config,
+    translate_stored,
 )
 from discovla.methods.clip import CLIPConfig
 from discovla.methods.discovla import DiscoVLAConfig
@@ -129,16 +129,17 @@ def test_a_removed_key_is_one_line_that_says_what_replaces_it(small, key):
 
 
 @pytest.mark.parametrize("decoder", ["auto", "dali+pyav"])
-def test_a_config_stored_by_an_older_version_is_translated(decoder):
+def test_a_config_stored_by_an_older_version_is_translated(decoder, tmp_path):
     stored = {
         "directory": "runs/x",
         "method": {"name": "clip"},
         "data": {"manifest": "m.jsonl", "cache": "c", "resident": "cpu", "decoder": decoder},
         "engine": {"accumulate": 4},
     }
-    config = parse_stored_config(stored, "state.json")
-    assert config.engine.grad_cache_chunks == 4
-    assert config.data.decoder == "pyav"
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    for config in (parse_config(translate_stored(stored)), read_config(tmp_path / "config.json")):
+        assert config.engine.grad_cache_chunks == 4
+        assert config.data.decoder == "pyav"
 
 
 @pytest.mark.parametrize("new", RENAMED_KEYS.values())
