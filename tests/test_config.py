@@ -8,10 +8,14 @@ from discovla.config import (
     REMOVED_KEYS,
     RENAMED_KEYS,
     ConfigError,
+    RunConfig,
     parse_config,
     read_config,
+    submodel,
     translate_stored,
 )
+from discovla.data.config import DataConfig
+from discovla.methods import METHODS
 from discovla.methods.clip import CLIPConfig
 from discovla.methods.discovla import DiscoVLAConfig
 
@@ -145,3 +149,20 @@ def test_a_config_stored_by_an_older_version_is_translated(decoder, tmp_path):
 @pytest.mark.parametrize("new", RENAMED_KEYS.values())
 def test_every_new_name_is_a_key_of_today(new):
     assert new in KEYS
+
+
+CLASSES = [RunConfig, *(method.Config for method in METHODS.values())]
+CLASSES += [submodel(f.annotation) for cls in (RunConfig, DataConfig) for f in cls.model_fields.values()]
+CLASSES = sorted({cls for cls in CLASSES if cls is not None}, key=lambda cls: cls.__name__)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_of_every_config_class_has_a_docstring(cls):
+    if not cls.model_config.get("use_attribute_docstrings"):
+        pytest.skip("its fields are described in the docstring of the class")
+    bare = [
+        name
+        for name, field in cls.model_fields.items()
+        if not field.description and submodel(field.annotation) is None
+    ]
+    assert not bare
