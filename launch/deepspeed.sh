@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Train on the machines of a hostfile: launch/deepspeed.sh CONFIG [a.b=c ...]
 #
-# HOSTFILE   which machines, default launch/hostfile; all see the same checkout, environment and run directory
-# LOGS       one file a rank, default logs/<time>
-# DeepSpeed starts the ranks by pdsh and ssh, and passes on what .deepspeed_env in the home folder sets.
+# HOSTFILE   list of machines, default launch/hostfile; they share the checkout, environment and run directory
+# LOGS       folder with one log per rank, default logs/<time>
+# DeepSpeed starts the ranks by pdsh and ssh, with the variables of ~/.deepspeed_env.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 hostfile=${HOSTFILE:-launch/hostfile}

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train on machines that each run this script: launch/torchrun.sh CONFIG [a.b=c ...]
+# Train on several machines, each of which runs this script: launch/torchrun.sh CONFIG [a.b=c ...]
 #
-# NODES        how many machines, default 1
-# GPUS         processes on each, default all GPUs
-# RENDEZVOUS   host:port of one of them, the same everywhere, default localhost:29500
-# LOGS         a folder of files for each rank, default logs
-# RESTARTS     how often torchrun starts all ranks again after a failure, default 3; each goes on where it was
-# SIGTERM and SIGUSR1 go on to the ranks, which have 30 s to save; torchrun then ends with status 1.
+# NODES        number of machines, default 1
+# GPUS         processes per machine, default all GPUs
+# RENDEZVOUS   host:port of one machine, the same on all, default localhost:29500
+# LOGS         folder with logs per rank, default logs
+# RESTARTS     restarts of all ranks after a failure, default 3; each resumes from the newest checkpoint
+# torchrun forwards SIGTERM and SIGUSR1, gives the ranks 30 s to save, and ends with status 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ranks=(--nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-gpu}" --rdzv-backend c10d
