@@ -1,4 +1,4 @@
-"""What befalls a run: signals, lost and slow processes, broken checkpoints, gradients that are not finite."""
+"""Faults of a run: signals, lost and slow processes, broken checkpoints, non-finite gradients."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from discovla.errors import EXIT_STOPPED
 from tests import runs
 
 STEP = "discovla.trainer:learning_rate"  # called once a step
-PIXELS = "discovla.towers.vision:preprocess_frames"  # twice for the figures before training, then once a step
+PIXELS = "discovla.towers.vision:preprocess_frames"  # twice before training, then once a step
 WRITE = "discovla.engine.checkpoint:_write_tensors"  # twice a checkpoint
-LEAVING = "SIGTERM:discovla.trainer:leave_world:1"  # as a launcher sends it to those that end after another
-NOTICE = 30.0  # seconds in which all others have ended once a process has; 10 on a machine that is not busy
+LEAVING = "SIGTERM:discovla.trainer:leave_world:1"  # launchers repeat it to ranks that end later
+NOTICE = 30.0  # seconds for all other ranks to end; 10 are enough on an idle machine
 SHORT = ("data.val_split=", "checkpoint_every=2")
 ZERO2 = ("engine.strategy=deepspeed", "engine.zero_stage=2")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, drawn) -> Path:
-    """The directory of a run on two processes that nothing befell."""
+    """The directory of an uninterrupted run on two processes."""
     folder = tmp_path_factory.mktemp("whole")
     runs.train([runs.write_config(folder, drawn), *SHORT], size=2)
     return folder / "run"
 
 
-def assert_same(found: Path, wanted: Path) -> None:
-    """Every number two runs wrote of their steps is the same, and what they trained."""
-    assert runs.records(found) == runs.records(wanted)
-    ours, theirs = runs.tensors(found, 6), runs.tensors(wanted, 6)
+def assert_same(run: Path, expected: Path) -> None:
+    """Assert that all records of steps and the trained parameters of two runs are equal."""
+    assert runs.records(run) == runs.records(expected)
+    ours, theirs = runs.tensors(run, 6), runs.tensors(expected, 6)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         (f"SIGTERM:{STEP}:4 {LEAVING}", "train.py: stopped by SIGTERM after step 4 of 6, which is saved"),
         pytest.param(f"SIGUSR1:{STEP}:2", "stopped by SIGUSR1 after step 2 of 6", marks=pytest.mark.slow),
@@ -56,19 +56,19 @@ def assert_same(found: Path, wanted: Path) -> None:
     ],
     ids=["in a step", "warning of SLURM", "before training"],
 )
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on(
-    fault, told, tmp_path, drawn, whole
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_run_resumes(
+    fault, message, tmp_path, drawn, whole
 ):
     words = [runs.write_config(tmp_path, drawn), *SHORT]
     job = runs.start(words, size=2, fault=fault, rank=1)
     assert job.wait() == [EXIT_STOPPED, EXIT_STOPPED]
-    assert told in job.output().splitlines()[-1]
+    assert message in job.output().splitlines()[-1]
     assert "error" not in job.output() + job.output(rank=1)
     runs.train([*words, "resume=true"], size=2)
     assert_same(tmp_path / "run", whole)
 
 
-def test_a_signal_to_a_rank_and_its_readers_is_obeyed_by_the_rank(tmp_path, drawn, whole):
+def test_a_signal_to_a_rank_and_its_loader_workers_stops_the_rank_only_once(tmp_path, drawn, whole):
     words = [runs.write_config(tmp_path, drawn), *SHORT, "data.workers=2"]
     job = runs.start(words, size=2, fault=f"tree:{STEP}:4", rank=1)
     assert job.wait() == [EXIT_STOPPED, EXIT_STOPPED], job.output() + job.output(rank=1)
@@ -79,7 +79,7 @@ def test_a_signal_to_a_rank_and_its_readers_is_obeyed_by_the_rank(tmp_path, draw
 
 
 @pytest.mark.slow
-def test_a_signal_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path, drawn, whole):
+def test_a_signal_during_a_save_leaves_complete_checkpoints(tmp_path, drawn, whole):
     words = [runs.write_config(tmp_path, drawn), *SHORT]
     job = runs.start(words, size=2, fault=f"SIGTERM:{WRITE}:2")
     assert job.wait() == [EXIT_STOPPED, EXIT_STOPPED]
@@ -89,14 +89,14 @@ def test_a_signal_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path, dra
     assert_same(tmp_path / "run", whole)
 
 
-def lost(rank: int, how: str) -> str:
-    return rf"error(?: \(rank \d\))?: rank {rank} \({re.escape(socket.gethostname())}, process \d+\) {how}"
+def lost(rank: int, reason: str) -> str:
+    return rf"error(?: \(rank \d\))?: rank {rank} \({re.escape(socket.gethostname())}, process \d+\) {reason}"
 
 
 @pytest.mark.parametrize(
     ("size", "rank"), [(2, 1), *(pytest.param(4, rank, marks=pytest.mark.slow) for rank in (0, 2))]
 )
-def test_every_other_rank_names_the_one_that_was_killed_and_ends(size, rank, tmp_path, drawn, whole):
+def test_every_other_rank_names_the_killed_one_and_ends(size, rank, tmp_path, drawn, whole):
     words = [runs.write_config(tmp_path, drawn), *SHORT]
     job = runs.start(words, size=size, fault=f"kill:{STEP}:4", rank=rank)
     job.processes[rank].join(90)
@@ -117,7 +117,7 @@ MISSING = "expected {} processes to join within 4 s, found "
 
 
 @pytest.mark.parametrize(
-    ("size", "rank", "where", "told"),
+    ("size", "rank", "where", "message"),
     [
         (3, 1, "discovla.trainer:join_world", MISSING.format(3) + "2: rank 1 missing"),
         pytest.param(
@@ -126,18 +126,20 @@ MISSING = "expected {} processes to join within 4 s, found "
         ),
         (3, 2, "discovla.engine.distributed:_backend", ""),
     ],
-    ids=["before it came", "the first before it came", "once it came"],
+    ids=["before joining", "rank 0 before joining", "after joining"],
 )
-def test_a_rank_that_dies_before_all_are_together_is_named(size, rank, where, told, tmp_path, drawn):
+def test_a_rank_that_dies_before_all_have_joined_is_named(size, rank, where, message, tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "engine.rendezvous_timeout=4"]
     job = runs.start(words, size=size, fault=f"kill:{where}:1", rank=rank)
     assert job.wait(45) == [-9 if r == rank else 2 for r in range(size)]
     for other in set(range(size)) - {rank}:
         (line,) = [line for line in job.output(other).splitlines() if "error" in line]
-        assert told in line if told else re.search(lost(rank, "has ended before the run was over"), line)
+        assert (
+            message in line if message else re.search(lost(rank, "has ended before the run was over"), line)
+        )
 
 
-def test_a_rank_whose_reader_was_killed_says_so_in_one_line(tmp_path, drawn):
+def test_a_rank_whose_loader_worker_was_killed_prints_one_line(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), *SHORT, "data.workers=2"]
     job = runs.start(words, size=2, fault=f"reader:{STEP}:2", rank=1)
     assert job.wait() == [2, 2]
@@ -148,8 +150,8 @@ def test_a_rank_whose_reader_was_killed_says_so_in_one_line(tmp_path, drawn):
 
 
 @pytest.mark.slow
-def test_a_rank_that_gives_no_sign_of_life_is_named_and_the_last_checkpoint_is_whole(tmp_path, drawn):
-    """It is still being written when rank 0, which waits for the other for good, ends."""
+def test_a_rank_without_heartbeat_is_named_and_the_last_checkpoint_is_complete(tmp_path, drawn):
+    """The checkpoint is still being written when rank 0, which waits for rank 1 forever, ends."""
     words = [runs.write_config(tmp_path, drawn), "data.val_split=", "checkpoint_every=1"]
     job = runs.start(
         [*words, "engine.heartbeat_timeout=11"], size=2, fault=f"stop:{STEP}:2 0@late:{WRITE}:1", rank=1
@@ -177,7 +179,7 @@ def test_a_truncated_newest_checkpoint_is_skipped_for_the_one_before(tmp_path, d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [("engine.strategy=torch",), ZERO2], ids=["torch", "zero2"])
-def test_any_number_of_processes_goes_on_with_the_same_losses(way, tmp_path, drawn, whole):
+def test_any_number_of_processes_resumes_with_the_same_losses(way, tmp_path, drawn, whole):
     config = runs.write_config(tmp_path, drawn)
     first = tmp_path / "first"
     runs.train([config, *SHORT, *way, "stop_at=2", f"directory={first}"], size=2)
@@ -189,7 +191,7 @@ def test_any_number_of_processes_goes_on_with_the_same_losses(way, tmp_path, dra
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, drawn) -> Path:
-    """The drawn world in shards of which there are 3 to train on: of 10, 10 and 4 clips."""
+    """The drawn world in shards; 3 to train on, of 10, 10 and 4 clips."""
     folder = tmp_path_factory.mktemp("shards")
     config = runs.write_config(folder, drawn)
     words = ["shard", drawn, folder / "raw", "--config", config, "--clips-per-shard", 10, "--workers", 0]
@@ -198,7 +200,7 @@ def shards(tmp_path_factory, drawn) -> Path:
     return folder / "raw"
 
 
-def test_shards_that_do_not_divide_by_ranks_and_readers_give_every_rank_its_clips(
+def test_shards_that_do_not_divide_by_ranks_and_workers_give_every_rank_its_clips(
     tmp_path, drawn, shards, whole
 ):
     words = [runs.write_config(tmp_path, drawn), *SHORT, f"data.shards={shards}", "data.workers=2"]
@@ -207,10 +209,10 @@ def test_shards_that_do_not_divide_by_ranks_and_readers_give_every_rank_its_clip
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_goes_on_from_shards_in_mid_epoch(tmp_path, drawn, shards, whole):
+def test_any_number_of_processes_resumes_from_shards_in_mid_epoch(tmp_path, drawn, shards, whole):
     words = [runs.write_config(tmp_path, drawn), *SHORT, f"data.shards={shards}"]
     runs.train([*words, "data.workers=2", "stop_at=3", f"directory={tmp_path}/first"], size=2)
-    for size, workers in ((1, 2), (4, 1)):  # 3 shards for 2, 2 x 2 and 4 x 1 readers
+    for size, workers in ((1, 2), (4, 1)):  # 3 shards for 2, 2 x 2 and 4 x 1 workers
         directory = shutil.copytree(tmp_path / "first", tmp_path / f"on{size}")
         again = ["resume=true", f"data.workers={workers}", f"directory={directory}"]
         runs.train([*words, *again], size=size)
@@ -222,7 +224,7 @@ def test_any_number_of_ranks_sees_the_same_pairs_in_the_same_order(drawn, shards
     clips = read_clips(data, "train")
 
     def seen(size: int, epoch: int, start: int) -> list[list[torch.Tensor]]:
-        """Texts and frames of the steps, those of all ranks side by side."""
+        """Return texts and frames of the steps, concatenated over ranks."""
         common = {"batch_size": 16, "world_size": size, "seed": 3, "image_size": 64, "context_length": 32}
         shapes = [BatchSpec(rank=rank, frame_captions=False, **common) for rank in range(size)]
         ranks = [TrainLoader(clips, data, shape).epoch(epoch, start=start) for shape in shapes]
@@ -239,7 +241,7 @@ def test_any_number_of_ranks_sees_the_same_pairs_in_the_same_order(drawn, shards
                 assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_rank_that_holds_the_others_up_is_named(tmp_path, drawn):
+def test_a_slow_rank_is_named(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), *SHORT, "steps=4", "engine.straggler_check_every=4"]
     job = runs.start(words, size=2, fault="drag:discovla.data.dataset:draw_light:1", rank=1)
     assert job.wait() == [0, 0]
@@ -251,16 +253,16 @@ def test_a_rank_that_holds_the_others_up_is_named(tmp_path, drawn):
     assert f"step 4: {found['rank']}" in job.output()
 
 
-def ways() -> list:
-    """How to run: the slow ones are marked."""
+def strategies() -> list:
+    """Return the strategies as parameters; the slow ones are marked."""
     zero = [("engine.strategy=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)]
     slow = [pytest.param(zero[stage], marks=pytest.mark.slow, id=f"zero{stage}") for stage in (0, 1, 3)]
     return [pytest.param(("engine.strategy=torch",), id="torch"), pytest.param(zero[2], id="zero2"), *slow]
 
 
-@pytest.mark.parametrize("way", ways())
-def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(way, tmp_path, drawn, left_out):
-    """As if the optimiser had not been asked in that step, also where the run is taken up again after it."""
+@pytest.mark.parametrize("way", strategies())
+def test_a_nonfinite_gradient_on_one_rank_is_skipped_on_all(way, tmp_path, drawn, skipped):
+    """The step has no effect, also if the run is resumed after it."""
     words = [runs.write_config(tmp_path, drawn), *SHORT, *way, "optim.skip_nonfinite=1"]
     runs.train([*words, "stop_at=4"], size=2, fault=f"nan:{PIXELS}:4", rank=1)
     runs.train([*words, "resume=true"], size=2)
@@ -271,19 +273,19 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(way, tmp_p
         *[(True, 1)] * 4,
     ]
     losses = torch.tensor([record["loss"] for record in found if "loss" in record])
-    assert_close(losses, left_out, rtol=1e-5, atol=0)
+    assert_close(losses, skipped, rtol=1e-5, atol=0)
 
 
 @pytest.fixture(scope="module")
-def left_out(tmp_path_factory, drawn) -> torch.Tensor:
-    """The losses of a run on one process that left out its second step."""
-    folder = tmp_path_factory.mktemp("left_out")
+def skipped(tmp_path_factory, drawn) -> torch.Tensor:
+    """The losses of a run on one process that skipped its second step."""
+    folder = tmp_path_factory.mktemp("skipped")
     words = [runs.write_config(folder, drawn), *SHORT, "optim.skip_nonfinite=1"]
     runs.train(words, fault=f"nan:{PIXELS}:4")
     return torch.tensor([record["loss"] for record in runs.records(folder / "run") if "loss" in record])
 
 
-def test_one_gradient_too_many_that_is_not_finite_stops_the_run(tmp_path, drawn):
+def test_one_nonfinite_gradient_too_many_stops_the_run(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), *SHORT, "optim.skip_nonfinite=1"]
     runs.train([*words, "stop_at=3"], fault=f"nan:{PIXELS}:4")
     job = runs.start([*words, "resume=true"], fault=f"nan:{PIXELS}:1")
@@ -294,14 +296,14 @@ def test_one_gradient_too_many_that_is_not_finite_stops_the_run(tmp_path, drawn)
 
 
 @pytest.mark.slow
-def test_without_the_guard_a_loss_that_is_not_finite_stops_the_run(tmp_path, drawn):
+def test_without_skip_nonfinite_a_nonfinite_loss_stops_the_run(tmp_path, drawn):
     job = runs.start([runs.write_config(tmp_path, drawn), *SHORT], fault=f"nan:{PIXELS}:4")
     assert job.wait() == [2]
     assert "step 1: expected a finite loss, found nan" in job.output()
 
 
-def test_a_process_ends_where_nobody_reads_its_line():
-    """Its launcher may be gone, and with it the pipe."""
+def test_a_process_exits_even_if_stderr_is_closed():
+    """The launcher that reads it may be gone."""
     code = (
         "import os, threading, discovla.errors as f\n"
         "threading.Thread(target=f.exit_process, args=('lost', lambda: os.write(1, b'last'))).start()\n"

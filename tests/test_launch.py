@@ -1,4 +1,4 @@
-"""The launch scripts start runs, and stop and take them up again as their schedulers ask."""
+"""The launch scripts start, stop and resume runs as their schedulers request."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from tests import runs
 from tests.engine.launch import LAUNCHER, ROOT, free_port
 
 SRUN = """#!/usr/bin/env bash
-# two tasks, as SLURM would start them: a signal to the step goes to each of them
+# two tasks, as SLURM starts them: a signal to the step reaches each of them
 options=()
 while [[ $1 == --* ]]; do [[ $1 == --output=* ]] && out=${1#--output=}; shift; done
 pids=()
@@ -47,7 +47,7 @@ SCONTROL = """#!/usr/bin/env bash
 
 
 def environment(folder: Path, **extra: object) -> dict[str, str]:
-    """Without a launcher's variables, the test's interpreter and stubs first."""
+    """Return an environment without launcher variables, with the stubs and the test's interpreter first."""
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     env |= {"PATH": f"{folder}:{Path(sys.executable).parent}:{env['PATH']}", "PYTHONPATH": str(ROOT)}
@@ -61,7 +61,7 @@ def stubs(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_is_warned_saves_requeues_itself_and_goes_on(tmp_path, drawn):
+def test_a_slurm_job_saves_at_the_warning_requeues_itself_and_resumes(tmp_path, drawn):
     stubs(tmp_path)
     config = runs.write_config(tmp_path, drawn)
     requeued, tasks, metrics = tmp_path / "requeued", tmp_path / "tasks", tmp_path / "run/metrics.jsonl"
@@ -100,7 +100,7 @@ def test_a_slurm_job_that_is_warned_saves_requeues_itself_and_goes_on(tmp_path, 
 
 
 def log(folder: Path) -> str:
-    """What the first task wrote."""
+    """Return the output of the first task."""
     path = folder / "logs/0.log"
     return path.read_text() if path.exists() else "no log"
 
@@ -110,14 +110,14 @@ SCHEDULE = ("data.val_split=", "steps=30", "checkpoint_every=9")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, drawn) -> Path:
-    """The directory of a run on two processes that nothing befell."""
+    """The directory of an uninterrupted run on two processes."""
     folder = tmp_path_factory.mktemp("whole")
     runs.train([runs.write_config(folder, drawn), *SCHEDULE], size=2)
     return folder / "run"
 
 
-def assert_goes_on(words: list, folder: Path, whole: Path) -> None:
-    """A run that was stopped ends as one that never was, bit for bit."""
+def assert_resumes(words: list, folder: Path, whole: Path) -> None:
+    """Assert that a stopped run resumes to the results of an uninterrupted one, bit for bit."""
     assert 0 < len(runs.records(folder / "run")) < 30
     runs.train([*words, "resume=true"], size=2)
     assert runs.records(folder / "run") == runs.records(whole)
@@ -125,92 +125,92 @@ def assert_goes_on(words: list, folder: Path, whole: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def begun(words: list, folder: Path, **extra: object) -> subprocess.Popen:
-    """A run that a script starts, once it has taken two steps."""
-    with (folder / "output.txt").open("w") as output:
+def start(words: list, folder: Path, **extra: object) -> subprocess.Popen:
+    """Start a run by a script and wait until it has taken two steps."""
+    with (folder / "output.txt").open("w") as file:
         env = environment(folder, LOGS=folder / "logs", **extra)
-        job = subprocess.Popen(words, env=env, stdout=output, stderr=output)
+        job = subprocess.Popen(words, env=env, stdout=file, stderr=file)
     deadline = time.monotonic() + 200
     while steps(folder) < 2:
-        assert job.poll() is None and time.monotonic() < deadline, said(folder)
+        assert job.poll() is None and time.monotonic() < deadline, output(folder)
         time.sleep(0.01)
     return job
 
 
 def steps(folder: Path) -> int:
-    """How many steps the run has written down."""
+    """Return the number of steps that the run has recorded."""
     metrics = folder / "run/metrics.jsonl"
     return metrics.read_bytes().count(b'"train"') if metrics.exists() else 0
 
 
 def rank_of(folder: Path, rank: int) -> psutil.Process:
-    """The process of a rank; those that read for it are younger."""
-    found = [p for p in of_run(folder) if p.environ().get("RANK") == str(rank)]
-    return min(found, key=lambda p: p.create_time())
+    """Return the process of a rank; its data-loading processes are younger."""
+    processes = [p for p in processes_of(folder) if p.environ().get("RANK") == str(rank)]
+    return min(processes, key=lambda p: p.create_time())
 
 
-def said(folder: Path) -> str:
+def output(folder: Path) -> str:
     return (folder / "output.txt").read_text()
 
 
-def of_run(folder: Path) -> list[psutil.Process]:
-    """The processes that have the config of this folder among their words."""
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Return the processes that have this folder's config on their command line."""
     config = str(folder / "small.toml")
     return [p for p in psutil.process_iter(["cmdline"]) if config in (p.info["cmdline"] or [])]
 
 
 def assert_none_left(folder: Path) -> None:
     deadline = time.monotonic() + 30
-    while left := of_run(folder):
-        assert time.monotonic() < deadline, f"left behind: {left}"
+    while running := processes_of(folder):
+        assert time.monotonic() < deadline, f"still running: {running}"
         time.sleep(0.1)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.s*")), ids=lambda path: path.name)
-def test_a_script_is_one_that_bash_can_read(script):
+def test_scripts_are_valid_bash(script):
     subprocess.run(["bash", "-n", script], check=True)
     assert os.access(script, os.X_OK) == (script.suffix == ".sh")
 
 
 @pytest.mark.slow
-def test_torchrun_checks_starts_lost_ranks_again_passes_a_warning_on_and_keeps_logs(tmp_path, drawn, whole):
+def test_torchrun_checks_restarts_lost_ranks_forwards_signals_and_keeps_logs(tmp_path, drawn, whole):
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE]
     where = {"GPUS": 2, "RENDEZVOUS": f"localhost:{free_port()}"}
-    job = begun(["bash", ROOT / "launch/torchrun.sh", *words], tmp_path, **where)
+    job = start(["bash", ROOT / "launch/torchrun.sh", *words], tmp_path, **where)
     rank_of(tmp_path, 1).kill()
-    taken, deadline = steps(tmp_path), time.monotonic() + 100
-    while steps(tmp_path) <= taken + 1:  # all are started again
-        assert job.poll() is None and time.monotonic() < deadline, said(tmp_path)
+    before, deadline = steps(tmp_path), time.monotonic() + 100
+    while steps(tmp_path) <= before + 1:  # until all are restarted
+        assert job.poll() is None and time.monotonic() < deadline, output(tmp_path)
         time.sleep(0.01)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(60) == 1, said(tmp_path)
-    assert "ready" in said(tmp_path) and "all-reduce over 2 ranks" in said(tmp_path)
+    assert job.wait(60) == 1, output(tmp_path)
+    assert "ready" in output(tmp_path) and "all-reduce over 2 ranks" in output(tmp_path)
     logs = sorted((tmp_path / "logs").rglob("stderr.log"))
     attempts = [f"attempt_{n}" for n in (0, 0, 1, 1)]
     assert [path.parts[-3:-1] for path in logs] == list(zip(attempts, "0101", strict=True))
     assert re.search(r"error: rank 1 \(.*\) has ended before the run was over", logs[0].read_text())
     assert "train.py: stopped by SIGUSR1 after step " in logs[2].read_text()
     assert_none_left(tmp_path)
-    assert_goes_on(words, tmp_path, whole)
+    assert_resumes(words, tmp_path, whole)
 
 
 @pytest.mark.slow
-def test_deepspeed_on_two_machines_ends_with_the_status_of_a_rank_that_is_asked_to(tmp_path, drawn, whole):
+def test_deepspeed_on_two_machines_ends_with_the_status_of_a_stopped_rank(tmp_path, drawn, whole):
     stubs(tmp_path)
     (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE, "data.workers=2"]
-    job = begun(["bash", ROOT / "launch/deepspeed.sh", *words], tmp_path, HOSTFILE=tmp_path / "hostfile")
+    job = start(["bash", ROOT / "launch/deepspeed.sh", *words], tmp_path, HOSTFILE=tmp_path / "hostfile")
     rank_of(tmp_path, 1).terminate()
-    assert job.wait(60) == EXIT_STOPPED, said(tmp_path)
-    assert "ready" in said(tmp_path) and "all-reduce over 2 ranks" in said(tmp_path)
+    assert job.wait(60) == EXIT_STOPPED, output(tmp_path)
+    assert "ready" in output(tmp_path) and "all-reduce over 2 ranks" in output(tmp_path)
     first, second = sorted((tmp_path / "logs").glob("*_rank?.log"))
     assert "train.py: stopped by SIGTERM after step " in first.read_text()
     assert "error" not in second.read_text()
     assert_none_left(tmp_path)
-    assert_goes_on(words, tmp_path, whole)
+    assert_resumes(words, tmp_path, whole)
 
 
-STRUCK = """
+WITH_FAULT = """
 import os, sys
 from train import main
 from tests.runs import _arrange
@@ -221,14 +221,14 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_ranks_whose_deepspeed_is_ended_in_a_save_end_too_and_the_run_goes_on(tmp_path, drawn, whole):
-    """The command dies of SIGTERM at once, without a word to its ranks."""
-    (tmp_path / "struck.py").write_text(STRUCK)
+def test_ranks_end_if_their_deepspeed_ends_during_a_save_and_the_run_resumes(tmp_path, drawn, whole):
+    """The command dies of SIGTERM at once without a signal to its ranks."""
+    (tmp_path / "with_fault.py").write_text(WITH_FAULT)
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE, "data.workers=2"]
     command = ["deepspeed", "-q", "--num_accelerators", "2", "--master_port", str(free_port())]
-    job = begun([*command, tmp_path / "struck.py", *words], tmp_path)
-    assert job.wait(60) == -signal.SIGTERM, said(tmp_path)
+    job = start([*command, tmp_path / "with_fault.py", *words], tmp_path)
+    assert job.wait(60) == -signal.SIGTERM, output(tmp_path)
     assert_none_left(tmp_path)
     stopped = "train.py: stopped by the end of its launcher after step "
-    assert re.search(stopped + r"[1-9]\d? of 30, which is saved", said(tmp_path)), said(tmp_path)
-    assert_goes_on(words, tmp_path, whole)
+    assert re.search(stopped + r"[1-9]\d? of 30, which is saved", output(tmp_path)), output(tmp_path)
+    assert_resumes(words, tmp_path, whole)

@@ -14,7 +14,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "D
 
 
 def run_jobs(jobs: list[dict], folder: Path, *, size: int, timeout: float = 120) -> list[dict]:
-    """Results of `jobs` (see worker.py) on `size` processes, a lone one without a launcher's variables."""
+    """Return the results of `jobs` (see worker.py) on `size` processes; one has no launcher variables."""
     asked, answered = folder / f"jobs{size}.json", folder / f"results{size}.json"
     asked.write_text(json.dumps(jobs))
     answered.unlink(missing_ok=True)
@@ -45,7 +45,7 @@ def run_jobs(jobs: list[dict], folder: Path, *, size: int, timeout: float = 120)
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """The variables of one rank."""
+    """Return the launcher variables of one rank."""
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if size > 1:
@@ -55,7 +55,7 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
+    """Return a port without a listener."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

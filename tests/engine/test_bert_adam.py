@@ -54,12 +54,12 @@ def test_golden_schedule_is_not_rebased_after_the_warm_up(file):
     assert found == pytest.approx((tensors["lr_factor"] * hyper["base_lr"]).tolist(), rel=1e-12, abs=1e-16)
 
 
-def test_without_a_warm_up_the_schedule_starts_at_its_height():
+def test_without_a_warm_up_the_schedule_starts_at_its_peak():
     config = OptimConfig(lr=1.0, warmup=0.0, schedule="warmup_cosine")
     assert [learning_rate(s, 2, config) for s in range(3)] == pytest.approx([1.0, 0.5, 0.0])
 
 
-def test_each_tensor_is_clipped_by_itself():
+def test_each_tensor_is_clipped_separately():
     large, small = (nn.Parameter(torch.zeros(2)) for _ in range(2))
     large.grad, small.grad = torch.tensor([30.0, 40.0]), torch.tensor([0.3, 0.4])
     BertAdam([large, small], lr=1.0, betas=(0.0, 0.0), eps=1.0).step()
@@ -69,7 +69,7 @@ def test_each_tensor_is_clipped_by_itself():
     assert large.grad.tolist() == [30.0, 40.0]
 
 
-def test_a_flat_partition_is_updated_like_its_parts_without_clipping_tensors():
+def test_without_tensor_clipping_a_flat_tensor_is_updated_like_its_parts():
     parts = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7))]
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parts]))
     config = for_partitions(OptimConfig(name="bert_adam", lr=0.1, clip_grad_norm=1.0))
@@ -83,7 +83,7 @@ def test_a_flat_partition_is_updated_like_its_parts_without_clipping_tensors():
     assert torch.equal(flat.detach(), torch.cat([p.detach().flatten() for p in parts]))
 
 
-def test_global_clipping_to_the_same_limit_leaves_tensors_nothing_to_clip():
+def test_global_clipping_to_the_same_limit_makes_tensor_clipping_redundant():
     params = [nn.Parameter(torch.randn(4)) for _ in range(2)]
     copies = [nn.Parameter(p.detach().clone()) for p in params]
     config = OptimConfig(name="bert_adam", lr=0.1, clip_grad_norm=1.0)
@@ -102,7 +102,7 @@ def test_global_clipping_to_the_same_limit_leaves_tensors_nothing_to_clip():
 
 
 @pytest.mark.parametrize("clip", [None, 2.0])
-def test_slices_of_tensors_that_would_be_clipped_are_refused(clip):
+def test_slices_are_refused_if_tensor_clipping_could_have_an_effect(clip):
     config = OptimConfig(name="bert_adam", clip_grad_norm=clip)
     with pytest.raises(ValueError, match=r"optim\.clip_tensor_norm: expected optim\.clip_grad_norm <= 1"):
         for_partitions(config)

@@ -37,7 +37,7 @@ def _save(folder: Path, step: int = 120, **changes) -> Path:
     return save(folder, **{"step": step, "tensors": TENSORS, "meta": {"epoch": 2, "seed": 42}, **changes})
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_a_saved_checkpoint_loads(tmp_path):
     path = _save(tmp_path)
     found = load(path)
     assert (path.name, found.step, found.meta) == ("step-00000120", 120, {"epoch": 2, "seed": 42})
@@ -51,7 +51,7 @@ def test_an_empty_part_is_kept(tmp_path):
     assert load(_save(tmp_path, tensors={"trained": {}})).tensors == {"trained": {}}
 
 
-def test_nothing_is_the_latest_of_nothing(tmp_path):
+def test_a_missing_folder_has_no_latest_checkpoint(tmp_path):
     assert latest(tmp_path / "absent") is None
 
 
@@ -88,7 +88,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), BREAKS.values(), ids=BREAKS.keys())
-def test_a_broken_checkpoint_is_passed_over_with_its_fault(tmp_path, caplog, name, damage, message):
+def test_a_broken_checkpoint_is_skipped_with_a_warning(tmp_path, caplog, name, damage, message):
     _save(tmp_path, 1)
     damage(_save(tmp_path, 2) / name)
     found = latest(tmp_path)
@@ -97,21 +97,21 @@ def test_a_broken_checkpoint_is_passed_over_with_its_fault(tmp_path, caplog, nam
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), BREAKS.values(), ids=BREAKS.keys())
-def test_a_broken_checkpoint_is_not_loaded(tmp_path, name, damage, message):
+def test_loading_a_broken_checkpoint_is_an_error(tmp_path, name, damage, message):
     path = _save(tmp_path)
     damage(path / name)
     with pytest.raises(CheckpointError, match=message):
         load(path)
 
 
-def test_a_folder_being_written_is_no_checkpoint(tmp_path):
+def test_a_folder_being_written_is_not_a_checkpoint(tmp_path):
     whole = _save(tmp_path, 1)
     shutil.copytree(whole, tmp_path / ".writing-step-00000002")
     found = latest(tmp_path)
     assert found is not None and found.step == 1
 
 
-def test_remains_of_an_interrupted_write_are_cleared(tmp_path):
+def test_remains_of_an_interrupted_write_are_removed(tmp_path):
     (tmp_path / ".writing-step-00000001").mkdir()
     (tmp_path / ".writing-step-00000001/trained.safetensors").write_text("half")
     _save(tmp_path, 1)
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
-def test_a_checkpoint_that_stepped_aside_is_still_found(tmp_path):
+def test_a_checkpoint_that_was_moved_aside_is_still_found(tmp_path):
     path = _save(tmp_path, 3)
     path.rename(tmp_path / ".old-step-00000003")
     found = latest(tmp_path)
@@ -146,7 +146,7 @@ for step in range(1, 100000):
 """
 
 
-def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
+def test_a_killed_writer_leaves_a_complete_checkpoint(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for attempt in range(3):
         folder = tmp_path / str(attempt)
@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, stage
     assert load(tmp_path / "step-00000001").step == 1
 
 
-def test_a_really_full_disk_says_so(tmp_path):
+def test_a_full_device_is_named(tmp_path):
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("needs root to mount a small file system")
     mounted = subprocess.run(
@@ -200,7 +200,7 @@ def test_a_really_full_disk_says_so(tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(
         CheckpointError, match="file/run/step-00000120: expected to write it, found: Not a dir"
@@ -232,20 +232,20 @@ def test_a_broken_record_of_the_best_is_an_error(tmp_path):
         best(tmp_path)
 
 
-def test_a_best_that_is_gone_is_an_error(tmp_path):
+def test_a_missing_best_checkpoint_is_an_error(tmp_path):
     (tmp_path / "best.json").write_text(json.dumps({"checkpoint": "step-00000005", "score": 1.0}))
     with pytest.raises(CheckpointError, match="expected the folder step-00000005, found none"):
         best(tmp_path)
 
 
-def test_keep_removes_the_oldest_but_never_the_best(tmp_path):
+def test_prune_removes_the_oldest_but_never_the_best(tmp_path):
     paths = [_save(tmp_path, step) for step in range(1, 6)]
     set_best(tmp_path, paths[1], 1.0)
     prune(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == [paths[i].name for i in (1, 3, 4)]
 
 
-def test_keep_never_removes_the_last_whole_one(tmp_path):
+def test_prune_never_removes_the_last_complete_checkpoint(tmp_path):
     paths = [_save(tmp_path, step) for step in range(1, 5)]
     for path in paths[2:]:
         _flip(path / "trained.safetensors")
@@ -274,7 +274,7 @@ def _scored(folder: Path, step: int, score: float | None) -> Path:
     return _save(folder, step, meta={"better": score})
 
 
-def test_a_best_that_is_broken_gives_way_to_the_best_of_the_whole_ones(tmp_path, caplog):
+def test_a_broken_best_is_replaced_by_the_best_complete_checkpoint(tmp_path, caplog):
     paths = [
         _scored(tmp_path, step, score) for step, score in ((1, 3.0), (2, 4.0), (3, None), (4, 5.0), (5, None))
     ]
@@ -287,14 +287,14 @@ def test_a_best_that_is_broken_gives_way_to_the_best_of_the_whole_ones(tmp_path,
     assert "step-00000004 is broken or newer than step 5" in caplog.text
 
 
-def test_a_best_of_steps_to_be_taken_again_is_forgotten(tmp_path):
+def test_a_best_newer_than_the_resumed_step_is_forgotten(tmp_path):
     paths = [_scored(tmp_path, step, score) for step, score in ((2, None), (4, 5.0))]
     set_best(tmp_path, paths[1], 5.0)
     reselect_best(tmp_path, 2)
     assert best(tmp_path) is None
 
 
-def test_a_writer_has_one_write_in_flight_and_raises_its_error_at_the_next_call():
+def test_a_writer_runs_one_write_at_a_time_and_raises_its_error_at_the_next_call():
     writer, going, order = CheckpointWriter(), threading.Event(), []
 
     def first() -> None:
@@ -305,7 +305,7 @@ def test_a_writer_has_one_write_in_flight_and_raises_its_error_at_the_next_call(
         raise CheckpointError("no room")
 
     writer.start(first)
-    writer.check()  # still going on
+    writer.check()  # in progress
     assert order == []
     threading.Timer(0.05, going.set).start()
     writer.start(lambda: order.append("second"))
@@ -316,10 +316,10 @@ def test_a_writer_has_one_write_in_flight_and_raises_its_error_at_the_next_call(
         for _ in range(1000):
             writer.check()
             time.sleep(0.005)
-    writer.wait()  # told once
+    writer.wait()  # raised once only
 
 
-def test_a_writer_that_is_left_gives_a_write_its_time_and_no_more():
+def test_finish_within_gives_a_write_its_time_and_no_more():
     writer, going, done = CheckpointWriter(), threading.Event(), []
 
     def slow() -> None:
@@ -335,7 +335,7 @@ def test_a_writer_that_is_left_gives_a_write_its_time_and_no_more():
     assert done
 
 
-def test_a_write_that_is_waited_for_is_given_its_time_too():
+def test_finish_within_works_while_another_thread_waits():
     writer, going, done = CheckpointWriter(), threading.Event(), []
 
     def slow() -> None:

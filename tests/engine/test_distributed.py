@@ -10,7 +10,7 @@ from tests.engine.launch import environment, run_jobs
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    """The collectives' results on one process and on two."""
+    """Return the collectives' results on one process and on two."""
     folder = tmp_path_factory.mktemp("distributed")
     jobs = [{"case": "gather_values"}, {"case": "gather_gradient"}]
     keys = ("values", "gradient")
@@ -26,7 +26,7 @@ def test_gather_concatenates_in_rank_order(found):
     assert found["values", 2]["bools"] == [True, False]
 
 
-def test_gather_takes_tensors_that_are_not_contiguous(found):
+def test_gather_accepts_noncontiguous_tensors(found):
     assert found["values", 2]["strided"] == [[0.0, 2.0], [1.0, 3.0], [1.0, 3.0], [2.0, 4.0]]
 
 
@@ -45,11 +45,11 @@ def test_one_process_gathers_itself(found):
     }
 
 
-def test_parts_of_a_loss_add_up_to_that_of_one_process(found):
+def test_the_ranks_parts_of_a_loss_sum_to_that_of_one_process(found):
     assert found["gradient", 2]["loss"] == pytest.approx(found["gradient", 1]["loss"], rel=1e-14)
 
 
-def test_gradients_of_parts_add_up_through_what_was_gathered(found):
+def test_gradients_of_the_parts_sum_through_the_gather(found):
     wanted = found["gradient", 1]["gradient"]
     assert found["gradient", 2]["gradient"] == pytest.approx(wanted, rel=1e-12)
 
@@ -59,7 +59,7 @@ def test_gather_is_the_identity_on_one_process():
     assert gather(x, World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))) is x
 
 
-def test_a_plain_process_is_the_whole_world(monkeypatch):
+def test_a_process_without_a_launcher_is_a_world_of_one(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     world = join_world("cpu")
@@ -68,7 +68,7 @@ def test_a_plain_process_is_the_whole_world(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-def test_half_a_launcher_is_refused(monkeypatch):
+def test_incomplete_launcher_variables_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -79,7 +79,7 @@ def test_half_a_launcher_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "message"), [("tpu", "expected auto, cpu or cuda"), ("cuda", "found 0 GPUs here")]
 )
-def test_a_device_that_is_not_there_is_refused(monkeypatch, device, message):
+def test_a_missing_device_is_refused(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         join_world(device)
@@ -102,7 +102,7 @@ assert "pt_gloo_runloop" not in threads(), threads()
 """
 
 
-def test_no_thread_of_the_process_group_is_left_to_abort_the_process():
+def test_no_thread_of_the_process_group_aborts_the_process_at_exit():
     done = subprocess.run(
         [sys.executable, "-c", ENDING], env=environment(0, 1, 0), capture_output=True, text=True, timeout=60
     )

@@ -25,7 +25,7 @@ def _records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_step_is_a_line_with_its_numbers(tmp_path):
+def test_every_step_is_one_line_of_values(tmp_path):
     _run(tmp_path, 0, 2)
     first, second, evaluation = _records(tmp_path)
     assert (first["kind"], first["step"], first["loss"], first["lr"], first["grad_norm"]) == (
@@ -39,7 +39,7 @@ def test_every_step_is_a_line_with_its_numbers(tmp_path):
     assert (evaluation["kind"], evaluation["step"], evaluation["t2v"]) == ("val", 2, {"R@1": 41.0})
 
 
-def test_a_resumed_run_holds_no_step_twice(tmp_path):
+def test_a_resumed_run_records_no_step_twice(tmp_path):
     _run(tmp_path, 0, 5)
     _run(tmp_path, 3, 6)
     trained = [record["step"] for record in _records(tmp_path) if record["kind"] == "train"]

@@ -1,4 +1,4 @@
-"""What is moved from the GPU takes the same steps, and its states are those of all others."""
+"""Offloaded runs take the same steps, and their states are exchangeable with those of other runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.engine.launch import run_jobs
 
 HALF = 3
 PLAIN = {"stage": 1}
-WAYS = {
+OFFLOADS = {
     "zero1": {"stage": 1, "offload": "cpu"},
     "zero2": {"stage": 2, "offload": "cpu"},
     "zero3": {"stage": 3, "offload": "cpu"},
@@ -28,27 +28,27 @@ LAYER = 300 * 300  # elements of each layer of the worker's module: one frozen, 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict:
-    """Six steps in every way, saved half-way; the second half from there, and from where others saved."""
+    """Run six steps with every kind of offload, saved half-way, and resume from their and others' states."""
     folder = tmp_path_factory.mktemp("offload")
-    found: dict = {"folder": folder}
+    results: dict = {"folder": folder}
     for size in (1, 2):
         jobs = [
             {**PLAIN, "save_at": HALF, "save": _half(folder, "plain", size), "final": _final(folder, size)}
         ]
         keys: list = [("plain", size)]
-        for way, job in WAYS.items():
+        for way, job in OFFLOADS.items():
             saved = _half(folder, way, size)
             jobs.append({**job, "save_at": HALF, "save": saved, "final": saved.replace("half", "final")})
             jobs.append({**job, "first": HALF, "load": saved})
             jobs.append({**job, "first": HALF, "load": _half(folder, "plain", 1)})
             jobs.append({**PLAIN, "first": HALF, "load": _half(folder, way, 1)})
-            jobs += [{"case": "overflow", **job}, {"case": "accumulate", **job}, {"case": "held", **job}]
-            names = ("steps", "resumed", "from plain", "to plain", "overflow", "accumulate", "held")
+            jobs += [{"case": "overflow", **job}, {"case": "grad_cache", **job}, {"case": "held", **job}]
+            names = ("steps", "resumed", "from plain", "to plain", "overflow", "grad_cache", "held")
             keys += [(way, size, name) for name in names]
-        short = [{**job, "bf16_parameters": True} for job in (PLAIN, *WAYS.values())]
-        jobs, keys = jobs + short, keys + [(way, size, "bf16") for way in ("plain", *WAYS)]
-        found |= dict(zip(keys, run_jobs(jobs, folder, size=size, timeout=240), strict=True))
-    return found
+        short = [{**job, "bf16_parameters": True} for job in (PLAIN, *OFFLOADS.values())]
+        jobs, keys = jobs + short, keys + [(way, size, "bf16") for way in ("plain", *OFFLOADS)]
+        results |= dict(zip(keys, run_jobs(jobs, folder, size=size, timeout=240), strict=True))
+    return results
 
 
 def _half(folder: Path, way: str, size: int) -> str:
@@ -59,28 +59,28 @@ def _final(folder: Path, size: int, way: str = "plain") -> str:
     return _half(folder, way, size).replace("half", "final")
 
 
-def _close(found: list[float], wanted: list[float], tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=tolerance, atol=0)
+def _close(values: list[float], expected: list[float], tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=tolerance, atol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
-def test_steps_and_states_are_those_without(runs, way, size):
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_steps_and_states_equal_those_without_offload(runs, way, size):
     plain = runs["plain", 1]
     for key in ("losses", "norms"):
         _close(runs[way, size, "steps"][key], plain[key])
-    found, wanted = (load_file(_final(runs["folder"], *at)) for at in ((size, way), (1, "plain")))
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-7)
+    loaded, expected = (load_file(_final(runs["folder"], *at)) for at in ((size, way), (1, "plain")))
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-4, atol=1e-7)
     assert runs[way, size, "steps"]["evaluated"] == pytest.approx(plain["evaluated"], rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
-def test_runs_go_on_with_or_without_on_one_process_or_two(runs, way, size):
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_runs_resume_with_or_without_offload_on_one_process_or_two(runs, way, size):
     assert runs[way, size, "resumed"]["losses"] == runs[way, size, "steps"]["losses"][HALF:]
     for name in ("from plain", "to plain"):
         _close(runs[way, size, name]["losses"], runs["plain", 1]["losses"][HALF:])
@@ -88,34 +88,34 @@ def test_runs_go_on_with_or_without_on_one_process_or_two(runs, way, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_gradient_that_is_not_finite_changes_nothing(runs, way, size):
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_a_nonfinite_gradient_changes_no_parameter(runs, way, size):
     assert "gradient norm: expected a finite number" in runs[way, size, "overflow"]["message"]
     assert runs[way, size, "overflow"]["same"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
-def test_steps_encoded_in_parts_are_those_of_the_whole_batch(runs, way, size):
-    whole, parts = (runs[way, size, "accumulate"][key] for key in ("whole", "parts"))
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_steps_with_gradient_caching_equal_those_of_the_whole_batch(runs, way, size):
+    whole, chunked = (runs[way, size, "grad_cache"][key] for key in ("whole", "chunked"))
     for key in ("losses", "norms"):
-        _close(parts[key], whole[key])
+        _close(chunked[key], whole[key])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
-def test_deepspeeds_bf16_mode_takes_the_same_steps(runs, way, size):
-    # weights in bf16 are off by 2^-9 of themselves, and a last bit of their masters flips a rounding
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_deepspeeds_bf16_mode_takes_the_same_steps_with_offload(runs, way, size):
+    # weights in bf16 have a relative error of 2^-9, and the last bit of a master can flip a rounding
     _close(runs[way, size, "bf16"]["losses"], runs["plain", size, "bf16"]["losses"], 1e-2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", OFFLOADS)
 def test_gpu_and_host_together_hold_the_predicted_bytes(runs, way, size):
-    job, held = WAYS[way], runs[way, size, "held"]
+    job, held = OFFLOADS[way], runs[way, size, "held"]
     config = EngineConfig(
         zero_stage=job["stage"], offload="cpu", offload_parameters="offload_parameters" in job
     )

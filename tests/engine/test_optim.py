@@ -52,7 +52,7 @@ def test_the_schedule_of_t2vparser_cycles_and_ends_at_the_peak():
     assert learning_rate(1, 100 * epoch, config) == pytest.approx(2 * (0.05 + 0.95 / 199))
 
 
-def test_a_flat_partition_is_updated_like_its_parts():
+def test_a_flat_tensor_is_updated_like_its_parts():
     parts = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(7))]
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parts]))
     settings = {"lr": 0.1, "weight_decay": 0.2}
@@ -96,7 +96,7 @@ def test_a_group_has_its_own_learning_rate_and_decay():
     assert found == [(2, 0.2, 0.0), (1, 2.0, 0.3), (1, 2.0, 0.3)]
 
 
-def test_a_group_that_fits_no_parameter_is_refused():
+def test_a_group_that_matches_no_parameter_is_refused():
     with pytest.raises(ValueError, match=r"named like \('nowhere.\*',\), found none"):
         make_optimizer(nn.Linear(2, 2), OptimConfig(), (ParameterGroup(names=("nowhere.*",)),))
 

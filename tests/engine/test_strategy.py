@@ -1,4 +1,4 @@
-"""Every strategy takes the same steps, on one process or two, straight through or resumed."""
+"""Every strategy gives the same steps, on one process or two, uninterrupted or resumed."""
 
 from pathlib import Path
 
@@ -18,24 +18,24 @@ from discovla.nn.logit_scale import LIMIT, LogitScale
 from tests.engine.launch import run_jobs
 
 HALF = 3
-WAYS = {
+STRATEGIES = {
     "torch": {"strategy": "torch"},
     "zero0": {"stage": 0},
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
 }
-SOURCES = [(way, size) for way in WAYS for size in (1, 2)]
+SOURCES = [(way, size) for way in STRATEGIES for size in (1, 2)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict:
-    """Six steps in every way on one process and on two, saved half-way; then the second half from there."""
+    """Run six steps with every strategy on one and two processes, saved half-way, and resume from there."""
     folder = tmp_path_factory.mktemp("strategy")
-    found: dict = {"folder": folder}
+    results: dict = {"folder": folder}
     for size in (1, 2):
         jobs, keys = [], []
-        for way, job in WAYS.items():
+        for way, job in STRATEGIES.items():
             jobs.append(
                 {**job, "save_at": HALF, "save": _half(folder, way, size), "final": _final(folder, way, size)}
             )
@@ -49,24 +49,24 @@ def runs(tmp_path_factory) -> dict:
             job = {"stage": stage, "bf16_parameters": True}
             jobs += [{**job, "save_at": HALF, "save": name}, {**job, "first": HALF, "load": name}]
             keys += [(stage, size, "short"), (stage, size, "short resumed")]
-        jobs += [{"case": "accumulate", **WAYS[way]} for way in WAYS]
-        keys += [(way, size, "accumulate") for way in WAYS]
-        jobs += [{"case": "overflow", **job} for job in WAYS.values()]
-        keys += [(way, size, "overflow") for way in WAYS]
-        lopsided = {way: job for way, job in WAYS.items() if way != "zero3"}
+        jobs += [{"case": "grad_cache", **STRATEGIES[way]} for way in STRATEGIES]
+        keys += [(way, size, "grad_cache") for way in STRATEGIES]
+        jobs += [{"case": "overflow", **job} for job in STRATEGIES.values()]
+        keys += [(way, size, "overflow") for way in STRATEGIES]
+        lopsided = {way: job for way, job in STRATEGIES.items() if way != "zero3"}
         jobs += [{**job, "lopsided": True} for job in lopsided.values()]
         keys += [(way, size, "lopsided") for way in lopsided]
-        if size == 2:  # what one process saved, two read
-            jobs += [{**job, "first": HALF, "load": _half(folder, "zero0", 1)} for job in WAYS.values()]
-            keys += [(way, "from one") for way in WAYS]
-        found |= dict(zip(keys, run_jobs(jobs, folder, size=size), strict=True))
-    jobs = [{**job, "first": HALF, "load": _half(folder, "zero2", 2)} for job in WAYS.values()]
-    keys = [(way, "from two") for way in WAYS]
-    jobs += [{"optim": "adamw", **job, "clip": None} for job in WAYS.values()]
-    keys += [(way, "adamw") for way in WAYS]
-    jobs += [{"optim": "bert_adam", **job} for job in WAYS.values()]
-    keys += [(way, "bert_adam") for way in WAYS]
-    return found | dict(zip(keys, run_jobs(jobs, folder, size=1), strict=True))
+        if size == 2:  # two processes load the state of one
+            jobs += [{**job, "first": HALF, "load": _half(folder, "zero0", 1)} for job in STRATEGIES.values()]
+            keys += [(way, "from one") for way in STRATEGIES]
+        results |= dict(zip(keys, run_jobs(jobs, folder, size=size), strict=True))
+    jobs = [{**job, "first": HALF, "load": _half(folder, "zero2", 2)} for job in STRATEGIES.values()]
+    keys = [(way, "from two") for way in STRATEGIES]
+    jobs += [{"optim": "adamw", **job, "clip": None} for job in STRATEGIES.values()]
+    keys += [(way, "adamw") for way in STRATEGIES]
+    jobs += [{"optim": "bert_adam", **job} for job in STRATEGIES.values()]
+    keys += [(way, "bert_adam") for way in STRATEGIES]
+    return results | dict(zip(keys, run_jobs(jobs, folder, size=1), strict=True))
 
 
 def _half(folder: Path, way: str, size: int) -> str:
@@ -77,56 +77,56 @@ def _final(folder: Path, way: str, size: int) -> str:
     return str(folder / f"{way}-{size}-final.safetensors")
 
 
-def _close(found: list[float], wanted: list[float], tolerance: float) -> None:
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=tolerance, atol=0)
+def _close(values: list[float], expected: list[float], tolerance: float) -> None:
+    torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", STRATEGIES)
 def test_every_strategy_gives_the_same_losses(runs, way, size):
     _close(runs[way, size]["losses"], runs["torch", size]["losses"], 1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", STRATEGIES)
 def test_every_strategy_returns_the_norm_before_clipping(runs, way, size):
-    assert min(runs["torch", 1]["norms"]) > 0.05, "clipping at 0.05 was meant to take place"
+    assert min(runs["torch", 1]["norms"]) > 0.05, "the test needs clipping at 0.05 to have an effect"
     _close(runs[way, size]["norms"], runs["torch", 1]["norms"], 1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", STRATEGIES)
 def test_two_processes_give_the_losses_of_one(runs, way):
     _close(runs[way, 2]["losses"], runs["torch", 1]["losses"], 1e-5)
 
 
 @pytest.mark.parametrize(("way", "size"), SOURCES)
 def test_every_strategy_ends_with_the_same_states(runs, way, size):
-    found, wanted = (load_file(_final(runs["folder"], *key)) for key in ((way, size), ("torch", 1)))
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+    loaded, expected = (load_file(_final(runs["folder"], *key)) for key in ((way, size), ("torch", 1)))
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
         torch.testing.assert_close(
-            found[name], tensor, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            loaded[name], tensor, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
 @pytest.mark.parametrize(("way", "size"), SOURCES)
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(runs, way, size):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs, way, size):
     assert runs[way, size, "resumed"]["losses"] == runs[way, size]["losses"][HALF:]
     assert runs[way, size, "resumed"]["norms"] == runs[way, size]["norms"][HALF:]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_state_saved_by_one_process_is_read_by_two(runs, way):
+@pytest.mark.parametrize("way", STRATEGIES)
+def test_a_state_of_one_process_loads_on_two(runs, way):
     _close(runs[way, "from one"]["losses"], runs["torch", 1]["losses"][HALF:], 1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_state_saved_by_two_at_stage_2_is_read_at_every_stage(runs, way):
+@pytest.mark.parametrize("way", STRATEGIES)
+def test_a_state_of_two_processes_at_stage_2_loads_at_every_stage(runs, way):
     _close(runs[way, "from two"]["losses"], runs["torch", 1]["losses"][HALF:], 1e-5)
 
 
 @pytest.mark.parametrize("way", ["zero0", "zero1"])
-def test_a_parameter_that_only_one_rank_uses_holds_nobody_up(runs, way):
+def test_a_parameter_that_only_one_rank_uses_does_not_hang(runs, way):
     assert runs["torch", 2, "lopsided"]["losses"] != runs["torch", 2]["losses"]
     _close(runs[way, 2, "lopsided"]["losses"], runs["torch", 2, "lopsided"]["losses"], 1e-6)
 
@@ -137,20 +137,20 @@ def test_stage_2_refuses_ranks_that_reach_different_parameters(runs):
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", STRATEGIES)
 def test_torchs_adamw_without_clipping_works_in_every_strategy(runs, way):
     _close(runs[way, "adamw"]["losses"], runs["torch", "adamw"]["losses"], 1e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", STRATEGIES)
 def test_bert_adam_works_in_every_strategy(runs, way):
     assert runs["torch", "bert_adam"]["losses"][-1] != runs["torch", 1]["losses"][-1]
     _close(runs[way, "bert_adam"]["losses"], runs["torch", "bert_adam"]["losses"], 1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_gradient_that_is_not_finite_changes_nothing(runs, way, size):
+@pytest.mark.parametrize("way", STRATEGIES)
+def test_a_nonfinite_gradient_changes_no_parameter(runs, way, size):
     assert "gradient norm: expected a finite number" in runs[way, size, "overflow"]["message"]
     assert runs[way, size, "overflow"]["same"]
 
@@ -162,22 +162,22 @@ def test_bf16_keeps_trained_parameters_in_fp32(runs, way, size):
 
 @pytest.mark.parametrize(("way", "size"), SOURCES)
 def test_bf16_compute_gives_the_same_losses_at_every_stage(runs, way, size):
-    # The towers round to 8 bits, and a last bit of difference between stages can flip such a rounding.
+    # the towers round to 8 bits, and a difference in the last bit can flip a rounding
     _close(runs[way, size, "bf16"]["losses"], runs["torch", 1, "bf16"]["losses"], 2e-3)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeeds_bf16_mode_resumes_from_its_fp32_masters(runs, stage, size):
-    unbroken, resumed = runs[stage, size, "short"], runs[stage, size, "short resumed"]
-    assert unbroken["dtypes"] == ["False torch.bfloat16", "True torch.bfloat16"]
-    assert resumed["losses"] == unbroken["losses"][HALF:]
-    # Weights in bf16 are off by 2^-9 of themselves, so the losses are by about as much.
-    _close(unbroken["losses"], runs["torch", 1, "bf16"]["losses"], 1e-2)
+    uninterrupted, resumed = runs[stage, size, "short"], runs[stage, size, "short resumed"]
+    assert uninterrupted["dtypes"] == ["False torch.bfloat16", "True torch.bfloat16"]
+    assert resumed["losses"] == uninterrupted["losses"][HALF:]
+    # weights in bf16 have a relative error of 2^-9, and the losses about as much
+    _close(uninterrupted["losses"], runs["torch", 1, "bf16"]["losses"], 1e-2)
 
 
 @pytest.mark.parametrize(("way", "size"), SOURCES)
-def test_the_whole_module_can_be_evaluated(runs, way, size):
+def test_the_gathered_module_can_be_evaluated(runs, way, size):
     assert runs[way, size]["evaluated"] == pytest.approx(runs["torch", 1]["evaluated"], rel=1e-4)
 
 
@@ -188,16 +188,16 @@ def test_the_terms_of_the_loss_keep_their_names(runs, way, size):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
-def test_steps_encoded_in_parts_are_those_of_the_whole_batch(runs, way, size):
-    whole, parts = (runs[way, size, "accumulate"][key] for key in ("whole", "parts"))
-    _close(parts["losses"], whole["losses"], 1e-5)
-    _close(parts["norms"], whole["norms"], 1e-5)
-    _close(whole["losses"], runs["torch", 1, "accumulate"]["whole"]["losses"], 1e-5)
-    assert parts["state"].keys() == whole["state"].keys()
+@pytest.mark.parametrize("way", STRATEGIES)
+def test_steps_with_gradient_caching_equal_those_of_the_whole_batch(runs, way, size):
+    whole, chunked = (runs[way, size, "grad_cache"][key] for key in ("whole", "chunked"))
+    _close(chunked["losses"], whole["losses"], 1e-5)
+    _close(chunked["norms"], whole["norms"], 1e-5)
+    _close(whole["losses"], runs["torch", 1, "grad_cache"]["whole"]["losses"], 1e-5)
+    assert chunked["state"].keys() == whole["state"].keys()
     for name, values in whole["state"].items():  # four steps of at most 0.001
-        found = torch.tensor(parts["state"][name])
-        torch.testing.assert_close(found, torch.tensor(values), rtol=1e-5, atol=1e-6)
+        value = torch.tensor(chunked["state"][name])
+        torch.testing.assert_close(value, torch.tensor(values), rtol=1e-5, atol=1e-6)
 
 
 class _Line(nn.Module):
@@ -284,7 +284,7 @@ def test_deepspeeds_bf16_mode_is_refused_for_adapters():
         make_strategy(module, StepPlan(engine=engine, optim=OptimConfig(), world=world, batch_size=2))
 
 
-def test_parts_at_stage_3_are_refused_where_a_module_does_not_know_them():
+def test_chunks_at_stage_3_are_refused_for_a_module_without_gradient_caching():
     with pytest.raises(
         ValueError, match=r"engine\.grad_cache_chunks: expected 1 with zero_stage 3 .* found 2"
     ):
@@ -316,13 +316,13 @@ def test_bad_engine_settings_are_refused(bad):
         ({"precision": "bf16", "bf16_parameters": True}, 10, 1, 1),
         ({"capture": "graph"}, 400_000_000, 8, 0),
     ],
-    ids=["adapters", "one process", "full fine-tuning", "as told", "bf16 parameters", "captured"],
+    ids=["adapters", "one process", "full fine-tuning", "explicit", "bf16 parameters", "captured"],
 )
-def test_the_stage_follows_the_trained_size(config, trained, size, stage):
+def test_auto_chooses_the_stage_by_trained_size(config, trained, size, stage):
     assert choose_stage(EngineConfig(**config), trained, size) == stage
 
 
-def test_deepspeed_is_told_to_clip_from_stage_1_on():
+def test_deepspeed_clips_from_stage_1_on():
     settings = [
         deepspeed_settings(
             EngineConfig(zero_stage=stage),

@@ -43,14 +43,14 @@ BATCH = 8
 
 
 class Pairs(nn.Module):
-    """A frozen layer, two trained encoders, a trained scale and a layer that no loss touches."""
+    """A frozen layer, two trained encoders, a trained scale and a layer that no loss reaches."""
 
     def __init__(self, world: World, job: dict) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.world = world
         self.dtype = torch.bfloat16 if job.get("bf16") or job.get("bf16_parameters") else torch.float32
-        self.astray = bool(job.get("lopsided")) and world.first
+        self.reaches_unused = bool(job.get("lopsided")) and world.first
         self.frozen = nn.Linear(3, 5).requires_grad_(False)
         self.text, self.video = nn.Linear(5, 7), nn.Linear(5, 7)
         self.unused = nn.Linear(3, 3)
@@ -60,8 +60,8 @@ class Pairs(nn.Module):
         return self.contrast(batch.frames)
 
     def contrast(self, batch: Tensor) -> Losses:
-        """Both directions' cross-entropy over all ranks' pairs: 3 numbers of text, 3 of video."""
-        if self.astray:
+        """Return both directions' cross-entropy over all ranks' pairs: 3 numbers of text, 3 of video."""
+        if self.reaches_unused:
             batch = batch + self.unused(batch[:, :3]).repeat(1, 2)
         t, v = (
             self.encode(layer, x) for layer, x in zip((self.text, self.video), batch.chunk(2, 1), strict=True)
@@ -82,14 +82,14 @@ class Pairs(nn.Module):
         return Losses(total=scale_gradient(total, self.world.size), terms=terms)
 
     def encode(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """Compute in self.dtype whatever the weights are kept in."""
+        """Compute in self.dtype, independent of the weights' dtype."""
         for linear in (self.frozen, layer):
             x = F.linear(x.to(self.dtype), linear.weight.to(self.dtype), linear.bias.to(self.dtype)).tanh()
         return x.float()
 
 
 def train(world: World, job: dict) -> dict:
-    """Steps `first` to `last`; loads and saves complete states where the job names files."""
+    """Take steps `first` to `last`; load and save states if the job names files."""
     module = Pairs(world, job)
     if job.get("bf16"):
         cast_frozen(module, torch.bfloat16)
@@ -106,18 +106,18 @@ def train(world: World, job: dict) -> dict:
             save(world, strategy, job["save"])
         generator = torch.Generator().manual_seed(step)
         batch = torch.randn(BATCH, 6, generator=generator).chunk(world.size)[world.rank]
-        found = strategy(_batch(batch))
+        result = strategy(_batch(batch))
         try:
-            strategy.backward(found.total)
+            strategy.backward(result.total)
         except RuntimeError as error:
             return {"message": str(error)}
         norms.append(strategy.step(0.01 * (step + 1)))
-        losses.append(all_reduce_sum(found.total, world).item() / world.size)
-        terms.append({name: value.item() for name, value in found.terms.items()})
+        losses.append(all_reduce_sum(result.total, world).item() / world.size)
+        terms.append({name: value.item() for name, value in result.terms.items()})
     if job.get("final"):
         save(world, strategy, job["final"])
-    with strategy.gathered() as whole:
-        evaluated = whole.encode(whole.text, torch.ones(1, 3)).sum().item()
+    with strategy.gathered() as full:
+        evaluated = full.encode(full.text, torch.ones(1, 3)).sum().item()
     dtypes = sorted({f"{p.requires_grad} {p.dtype}" for p in module.parameters()})
     return {"losses": losses, "terms": terms, "norms": norms, "evaluated": evaluated, "dtypes": dtypes}
 
@@ -143,7 +143,7 @@ def save(world: World, strategy, path: str) -> None:
 
 
 def _batch(numbers: Tensor) -> Batch:
-    """A batch record around plain numbers, as a trainer passes records."""
+    """Wrap numbers in a Batch."""
     ids, true = torch.ones(len(numbers), 1, dtype=torch.int64), torch.ones(len(numbers), 1, dtype=torch.bool)
     return Batch(
         text_ids=ids, text_mask=true, frames=numbers, frame_mask=true, video_index=ids[:, 0], valid=true[:, 0]
@@ -155,7 +155,7 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def overflow(world: World, job: dict) -> dict:
-    """A step whose gradient is not finite: its message, and whether parameters stayed."""
+    """Take a step with a non-finite gradient; return its message and whether parameters stayed."""
     module = Pairs(world, job)
     plan = StepPlan(engine=_engine(job), optim=OptimConfig(), world=world, batch_size=BATCH)
     strategy = make_strategy(module, plan)
@@ -171,7 +171,7 @@ def overflow(world: World, job: dict) -> dict:
 
 
 def gather_values(world: World, job: dict) -> dict:
-    """What the collectives return on every rank."""
+    """Return the results of the collectives, equal on every rank."""
     rank = torch.tensor([world.rank])
     result = {
         "ints": gather(rank, world).tolist(),
@@ -186,13 +186,13 @@ def gather_values(world: World, job: dict) -> dict:
 
 
 def gather_gradient(world: World, job: dict) -> dict:
-    """The averaged gradient of a linear encoder under a loss of all pairs, and the loss."""
+    """Return the loss of all pairs and the averaged gradient of a linear encoder."""
     torch.manual_seed(0)
     weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     x = torch.randn(BATCH, 4, dtype=torch.float64).chunk(world.size)[world.rank]
     own = F.normalize(x @ weight.T, dim=1)
     wait = start_gather(own, world)
-    own = own * 2  # between begin and wait
+    own = own * 2  # between start and wait
     part = (wait() @ own.T).exp().sum()
     loss = (part if world.size == 1 else add_over_ranks(part)[0]).log()
     scale_gradient(loss, world.size).backward()
@@ -203,18 +203,18 @@ def gather_gradient(world: World, job: dict) -> dict:
     }
 
 
-def accumulate(world: World, job: dict) -> dict:
-    """Losses, norms and trained states of four steps of a tiny CLIP, encoded whole and in parts."""
-    found = []
+def grad_cache(world: World, job: dict) -> dict:
+    """Return losses, norms and states of four steps of a tiny DiscoVLA, encoded whole and in chunks."""
+    results = []
     optim = OptimConfig(clip_grad_norm=0.5, name="adamw")
-    for parts in (1, 3):
-        engine = _engine({**job, "grad_cache_chunks": parts})
+    for chunks in (1, 3):
+        engine = _engine({**job, "grad_cache_chunks": chunks})
         torch.manual_seed(0)
         method = DiscoVLA(tiny_architecture(), DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1))
         initialise(method, tiny_architecture(), seed=0)
         method.freeze()
         plan = StepPlan(engine=engine, optim=optim, world=world, batch_size=BATCH)
-        strategy = make_strategy(TrainStep(method, world, "exact", parts), plan)
+        strategy = make_strategy(TrainStep(method, world, "exact", chunks), plan)
         losses, norms = [], []
         for step in range(4):
             batch = replace(noise_batch(tiny_architecture(), size=BATCH, seed=step), valid=None)
@@ -223,15 +223,15 @@ def accumulate(world: World, job: dict) -> dict:
             strategy.backward(losses[-1])
             norms.append(strategy.step(1e-3))
         state = {name: x.flatten().tolist() for name, x in strategy.trained_state().items()}
-        found.append({"losses": [x.item() for x in losses], "norms": norms, "state": state})
-    return {"whole": found[0], "parts": found[1]}
+        results.append({"losses": [x.item() for x in losses], "norms": norms, "state": state})
+    return {"whole": results[0], "chunked": results[1]}
 
 
 def held(world: World, job: dict) -> dict:
-    """Bytes of the distinct tensors a strategy holds: after a step, and at most in its backward pass."""
+    """Return the bytes of the tensors a strategy holds: after a step, and the peak in backward."""
     load_deepspeed(world)
     gc.collect()
-    gc.freeze()  # what is there before is not looked at
+    gc.freeze()  # leaves out tensors that exist already
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(300, 300, bias=False).requires_grad_(False), *_trained_layers())
     plan = StepPlan(engine=_engine(job), optim=OptimConfig(), world=world, batch_size=world.size)
@@ -266,19 +266,19 @@ def _trained_layers() -> list[nn.Module]:
 
 
 def _held() -> int:
-    """Bytes of all storages of tensors that Python knows, and of their gradients."""
-    found = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), Tensor):
-            for x in (thing, thing.grad if thing.is_leaf else None):
+    """Return the bytes of the storages of all tensors and gradients that Python tracks."""
+    storages = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), Tensor):
+            for x in (item, item.grad if item.is_leaf else None):
                 if x is not None and not x.is_meta:
-                    found[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-    return sum(found.values())
+                    storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 CASES = {
     "held": held,
-    "accumulate": accumulate,
+    "grad_cache": grad_cache,
     "train": train,
     "overflow": overflow,
     "gather_values": gather_values,
@@ -287,12 +287,12 @@ CASES = {
 
 
 def main() -> None:
-    jobs, results = (Path(word) for word in sys.argv[-2:])  # the deepspeed launcher puts --local_rank before
+    jobs, results = (Path(word) for word in sys.argv[-2:])  # after the deepspeed launcher's --local_rank
     torch.set_num_threads(1)
     world = join_world("cpu")
-    found = [CASES[job.get("case", "train")](world, job) for job in json.loads(jobs.read_text())]
+    answers = [CASES[job.get("case", "train")](world, job) for job in json.loads(jobs.read_text())]
     if world.first:
-        results.write_text(json.dumps(found))
+        results.write_text(json.dumps(answers))
     leave_world()
 
 

@@ -1,4 +1,4 @@
-"""A batch encoded part by part, twice, trains as the whole batch does, in the memory of a part."""
+"""Gradient caching: chunks encoded twice train as the whole batch does, in the memory of one chunk."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from tests import runs, steps
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
-def test_dropout_is_the_same_both_times(monkeypatch):
+def test_dropout_is_the_same_in_both_passes(monkeypatch):
     step = TrainStep(steps.make("t2vparser").train(), ALONE, "exact", grad_cache_chunks=3)
     batch = steps.whole_batch(bad=True)
     torch.manual_seed(5)
     cached = steps.take(step, batch)
     after = torch.rand(1)
     other = steps.take(step, batch)
-    assert relative_error(other["loss"], cached["loss"]) > 1e-6, "dropout was meant to take place"
-    monkeypatch.setattr("discovla.engine.grad_cache._encode_recomputed", lambda encode, part: encode(part))
+    assert relative_error(other["loss"], cached["loss"]) > 1e-6, "the test needs dropout to have an effect"
+    monkeypatch.setattr("discovla.engine.grad_cache._encode_recomputed", lambda encode, chunk: encode(chunk))
     torch.manual_seed(5)
-    wanted = steps.take(step, batch)
-    assert torch.equal(torch.rand(1), after), "encoding again drew random numbers of its own"
-    assert cached["loss"] == wanted["loss"]
-    largest = max(x.abs().max() for name, x in wanted.items() if name.startswith("method."))
-    for name, value in wanted.items():
+    expected = steps.take(step, batch)
+    assert torch.equal(torch.rand(1), after), "the second pass drew random numbers of its own"
+    assert cached["loss"] == expected["loss"]
+    largest = max(x.abs().max() for name, x in expected.items() if name.startswith("method."))
+    for name, value in expected.items():
         assert (cached[name] - value).abs().max() <= 1e-12 * largest, name
 
 
-def test_activations_are_those_of_one_part():
+def test_activations_are_those_of_one_chunk():
     method, batch = steps.make("discovla"), replace(noise_batch(tiny_architecture(), size=32), valid=None)
     peaks = []
-    for parts in (1, 8):
-        step = TrainStep(method, ALONE, "exact", grad_cache_chunks=parts)
+    for chunks in (1, 8):
+        step = TrainStep(method, ALONE, "exact", grad_cache_chunks=chunks)
         steps.take(step, batch)
         peaks.append(peak_bytes(lambda step=step: step(batch).total.backward()))
     assert peaks[1] < 0.25 * peaks[0]
@@ -50,11 +50,11 @@ def test_activations_are_those_of_one_part():
 def test_evaluation_without_gradients_needs_no_second_pass():
     method, batch = steps.make("clip"), steps.whole_batch(bad=False)
     with torch.no_grad():
-        whole, cut = (TrainStep(method, ALONE, "exact", parts)(batch).total for parts in (1, 4))
-    torch.testing.assert_close(cut, whole, rtol=1e-12, atol=0)
+        whole, chunked = (TrainStep(method, ALONE, "exact", chunks)(batch).total for chunks in (1, 4))
+    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=0)
 
 
-def test_more_parts_than_clips_are_refused():
+def test_more_chunks_than_clips_are_refused():
     plan = {"optim": OptimConfig(), "world": replace(ALONE, size=2), "batch_size": 8}
     StepPlan(engine=EngineConfig(grad_cache_chunks=4), **plan)
     with pytest.raises(
@@ -63,7 +63,7 @@ def test_more_parts_than_clips_are_refused():
         StepPlan(engine=EngineConfig(grad_cache_chunks=5), **plan)
 
 
-def test_heads_that_see_other_videos_cannot_be_cut():
+def test_heads_that_see_other_videos_refuse_chunks():
     method = CLIP2Video(tiny_architecture(), CLIP2VideoConfig(mask_mode="official", head_layers=1))
     with pytest.raises(
         ValueError, match=r"grad_cache_chunks: expected 1 with method\.mask_mode = 'official', .* found 2"
@@ -72,11 +72,11 @@ def test_heads_that_see_other_videos_cannot_be_cut():
 
 
 @pytest.mark.slow
-def test_a_run_in_parts_has_the_losses_of_a_whole_one(tmp_path, drawn):
+def test_a_run_in_chunks_has_the_losses_of_one_without(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "steps=3"]
-    for parts, size in ((1, 1), (4, 1), (4, 2)):
-        extra = [f"engine.grad_cache_chunks={parts}", f"directory={tmp_path}/{parts}-{size}"]
+    for chunks, size in ((1, 1), (4, 1), (4, 2)):
+        extra = [f"engine.grad_cache_chunks={chunks}", f"directory={tmp_path}/{chunks}-{size}"]
         runs.train([*words, *extra], size=size)
-    wanted = runs.losses(tmp_path / "1-1")
+    expected = runs.losses(tmp_path / "1-1")
     for name in ("4-1", "4-2"):
-        torch.testing.assert_close(runs.losses(tmp_path / name), wanted, rtol=1e-5, atol=0)
+        torch.testing.assert_close(runs.losses(tmp_path / name), expected, rtol=1e-5, atol=0)
