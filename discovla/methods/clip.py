@@ -12,9 +12,10 @@ from discovla.methods.config import MethodConfig
 
 
 class CLIPConfig(MethodConfig):
-    """tune = "full" trains every parameter, "frozen" none (zero-shot evaluation)."""
+    """Options of plain CLIP; tune = "frozen" is zero-shot evaluation."""
 
     name: Literal["clip"] = "clip"
+    """The method."""
 
 
 class CLIP(Method):

@@ -1,14 +1,20 @@
-"""CLIP2Video: differences of neighbouring frames, and an alignment of words and frames to shared centres.
+"""CLIP2Video: differences of neighbouring frames, and words and frames aligned around shared centres.
 
-The Temporal Difference Block (TDB) puts between any two frames a token made of their difference; a
-transformer reads both, and the frames it gives back are pooled to the global feature. The Temporal Alignment
-Block (TAB) adds to the frames every second one, enhanced by the TDB at half the rate, and aggregates frames,
-and words, around the same learned centres. Training sums the losses of the two similarities, ranking mixes
-the similarities themselves.
+Temporal Difference Block (TDB): a token made of the difference of two neighbouring frames is put between
+them; a transformer reads all tokens, and its outputs at the frames are pooled to the global feature.
+Temporal Alignment Block (TAB): the frames, and every second frame enhanced by the TDB at half the rate, are
+aggregated around learned centres, and so are the words of a caption.  With S_glob and S_TAB the similarities
+
+    loss = w l(S_glob) + (1 - w) l(S_TAB),    ranking by w S_glob + (1 - w) S_TAB.
 
 Source: CLIP2Video: Mastering Video-Text Retrieval via Image CLIP (arXiv 2106.11097); details and switches as
-in its released inference code. The release has no training code: defaults are those of CLIP4Clip, which it
-derives from. Negatives are those of the whole batch over all processes.
+in its released inference code.  There is no released training code: training defaults are those of CLIP4Clip,
+from which it derives.
+
+Oddities of the release: heads see the key masks of other videos of the batch, and the difference between the
+last real and the first padded frame counts as real (both with `mask_mode = "official"`, the second also with
+"ragged"); a difference has position i + 1 inside its own attention and i outside.  Unlike in the release,
+negatives are those of the whole batch over all processes.
 """
 
 from __future__ import annotations
@@ -52,38 +58,43 @@ RELEASED = (
 
 
 class CLIP2VideoConfig(MethodConfig):
-    """Options of CLIP2Video, by the names of the released switches; "none" is their empty string.
-
-    temporal_type: whether differences stand between the frames.  temporal_proj: what is made of a difference:
-        tanh of attention among all, tanh of a linear map, or nothing.
-    sim_type: how frames become the global feature: through the temporal transformer, or by their mean.
-    center_type: whether there is a second similarity, around shared centres.  center_proj: what joins the
-        frames there: every second frame with differences, without, or nothing.
-    centers: K; the release has 5 for MSR-VTT and MSVD, 7 for VATEX.  center_weight: w, of the global part.
-    mask_mode: "raggedstrict" hides padding everywhere; "ragged" shows the difference between the last real
-        and the first padded frame, as released; "official" besides lets heads see masks of other videos of
-        the batch, as released.
-    head_layers: blocks of the temporal transformer.
-    """
+    """Options of CLIP2Video, named as the released switches; "none" is their empty string."""
 
     name: Literal["clip2video"] = "clip2video"
+    """The method."""
     similarity: Literal["pooled"] = "pooled"
+    """Scores are cosines of pooled features; words and frames are compared by the TAB."""
     temporal_type: Literal["TDB", "none"] = "TDB"
+    """Tokens between the frames: "TDB" their differences, or "none"."""
     temporal_proj: TemporalProj = "sigmoid_selfA"
+    """Projection of a difference d: "sigmoid_selfA" tanh of attention among all differences,
+    "sigmoid_mlp" tanh of a linear map, "none" d itself."""
     sim_type: Literal["seqTransf", "meanP"] = "seqTransf"
+    """Global feature: mean of the frames after ("seqTransf") or before ("meanP") the temporal transformer."""
     center_type: Literal["TAB", "none"] = "TAB"
+    """Second similarity: "TAB" around shared centres, or "none"."""
     center_proj: Literal["TAB_TDB", "TAB", "none"] = Field(default="TAB_TDB", validate_default=True)
+    """Tokens that join the frames in the TAB: every second frame with differences ("TAB_TDB"), without them
+    ("TAB"), or no tokens ("none")."""
     centers: int = Field(default=5, ge=1)
+    """K: number of centres; released: 5 for MSR-VTT and MSVD, 7 for VATEX."""
     center_weight: float = Field(default=0.5, ge=0, le=1)
+    """w: weight of the global similarity and its loss; the TAB has 1 - w."""
     mask_mode: MaskMode = "raggedstrict"
+    """Padded frames: "raggedstrict" hides them everywhere; "ragged" shows the difference between the last
+    real and the first padded frame; "official" besides gives heads the masks of other videos, as released."""
     head_layers: int = Field(default=4, ge=1)
+    """Number of blocks of the temporal transformer."""
     freeze_embeddings: bool = True
+    """Keep CLIP's embeddings, positions and the vision tower's first norm as they are, as CLIP4Clip does."""
     clip_lr_scale: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    """Learning rate of CLIP's own parameters, as a factor of the head's."""
     decay_biases: bool = False
+    """Apply weight decay to biases too; CLIP4Clip does not."""
 
     @field_validator("sim_type")
     @classmethod
-    def _a_mean_has_no_differences(cls, value: str, info: ValidationInfo) -> str:
+    def _mean_has_no_differences(cls, value: str, info: ValidationInfo) -> str:
         if value == "meanP" and info.data.get("temporal_type") == "TDB":
             raise ValueError("expected method.temporal_type = 'none' with a mean of the frames")
         return value
@@ -100,7 +111,7 @@ class CLIP2VideoConfig(MethodConfig):
 
 
 class TemporalDifferenceBlock(nn.Module):
-    """x_0, delta_0, x_1, delta_1, ..., x_n-1 with delta_i made of d_i = x_i+1 - x_i.
+    """Interleave frames with their differences: x_0, delta_0, x_1, ..., x_n-1, d_i = x_i+1 - x_i.
 
     sigmoid_selfA: delta = tanh(N(A(d_i + E_i+1)) / 2), A one block of attention, N a layer norm;
     sigmoid_mlp: delta = tanh(N(d_i M) / 2);  none: delta = d_i.
@@ -115,7 +126,7 @@ class TemporalDifferenceBlock(nn.Module):
         self.norm = None if projection == "none" else LayerNorm(shape.width)
 
     def forward(self, x: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens b 2n-1 d, what the caller adds to them (2n-1 d: positions and types), mask b 2n-1.
+        """Return tokens b 2n-1 d, the sum of their position and type 2n-1 d, and their mask b 2n-1.
 
         Args:
             x: b n d, n >= 2.  mask: b n, bool.  positions: n d; a difference has row i + 1 inside its
@@ -129,7 +140,7 @@ class TemporalDifferenceBlock(nn.Module):
         return interleave(x, delta), places[: 2 * n - 1], interleave(mask[..., None], seen[..., None])[..., 0]
 
     def transform(self, difference: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """delta, b n-1 d."""
+        """Project differences d to delta, b n-1 d."""
         if self.attention is not None:
             keys = key_mask(mask, self.attention.heads, self.masks)
             difference = self.attention(difference + positions, keys)
@@ -139,7 +150,7 @@ class TemporalDifferenceBlock(nn.Module):
 
 
 class CLIP2Video(Method):
-    """The method; see the module's docstring."""
+    """CLIP2Video; see the module's docstring."""
 
     Config = CLIP2VideoConfig
     config: CLIP2VideoConfig
@@ -177,7 +188,7 @@ class CLIP2Video(Method):
         return self.vlad is not None
 
     def initialise_from_clip(self) -> None:
-        """Blocks from the text tower's first, positions and types from its positions, M from vision's."""
+        """Copy blocks, positions and types of the heads from the text tower, M from the vision projection."""
         rows, blocks = self.text.position_embedding, list(self.text.blocks)
         copied = []
         if self.positions is not None:
@@ -190,10 +201,10 @@ class CLIP2Video(Method):
             if self.difference.projection is not None:
                 copied.append(_copy_rows(self.difference.projection, self.vision.projection))
         if not all(copied):
-            log.warning("clip2video: what the text tower is too small or too wide for starts at random")
+            log.warning("clip2video: the text tower does not fit all heads; those start at random")
 
     def embed_text(self, pooled: Tensor, words: Tensor | None, mask: Tensor) -> Embedding:
-        """pooled: the caption's feature.  tokens: its words around the centres, one unit row, n 1 d."""
+        """Captions with their words aggregated around the centres as one unit token, n 1 d."""
         if self.vlad is None or words is None:
             return super().embed_text(pooled, None, mask)
         mask = mask.bool().clone()
@@ -202,7 +213,7 @@ class CLIP2Video(Method):
         return Embedding(pooled=pooled, tokens=self.vlad(words, mask)[:, None])
 
     def embed_video(self, frames: Tensor, mask: Tensor) -> Embedding:
-        """pooled: the global feature.  tokens: frames around the centres, one unit row, b 1 d."""
+        """Videos: the global feature, and frames aggregated around the centres as one unit token, b 1 d."""
         check_mask("video", mask, prefix=True)
         self._check_count(frames.shape[1])
         seen = frames if self.transformer is None else self.relate(frames, mask, self.transformer)
@@ -214,7 +225,7 @@ class CLIP2Video(Method):
         )
 
     def relate(self, frames: Tensor, mask: Tensor, transformer: Transformer) -> Tensor:
-        """Frames plus what a transformer makes of them, with differences in between where there is a TDB."""
+        """Frames plus the transformer's output at them; with a TDB it reads their differences too."""
         assert self.positions is not None
         positions, mode = self.positions(frames.shape[1]), self.config.mask_mode
         if self.difference is None or (transformer is self.action and self.config.center_proj == "TAB"):
@@ -223,7 +234,7 @@ class CLIP2Video(Method):
         return frames + transformer(tokens + places, key_mask(seen, transformer.heads, mode))[:, ::2]
 
     def video_tokens(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames, then every second one enhanced: b f+ceil(f/2) d, and their mask."""
+        """Frames, then every second frame enhanced by `relate`: b f+ceil(f/2) d, and their mask."""
         if self.action is None:
             return frames, mask
         even, even_mask = frames[:, ::2], mask[:, ::2]
@@ -232,55 +243,55 @@ class CLIP2Video(Method):
 
     def similarity(self, text: Embedding, video: Embedding) -> Tensor:
         """Logits w S_glob + (1 - w) S_TAB, t v."""
-        whole, aligned = self.similarities(text, video)
+        glob, aligned = self.similarities(text, video)
         if aligned is None:
-            return whole
-        return self.config.center_weight * whole + (1 - self.config.center_weight) * aligned
+            return glob
+        return self.config.center_weight * glob + (1 - self.config.center_weight) * aligned
 
     def similarities(self, text: Embedding, video: Embedding) -> tuple[Tensor, Tensor | None]:
         """Logits S_glob and S_TAB, t v; both with the logit scale."""
-        whole = super().similarity(text, video)
+        glob = super().similarity(text, video)
         if text.tokens is None or video.tokens is None:
-            return whole, None
-        return whole, self.logit_scale() * text.tokens[:, 0] @ video.tokens[:, 0].T
+            return glob, None
+        return glob, self.logit_scale() * text.tokens[:, 0] @ video.tokens[:, 0].T
 
     def video_losses(
         self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: ColumnShard | None = None
     ) -> VideoLosses:
         """w l(S_glob) + (1 - w) l(S_TAB)."""
-        whole, aligned = self.similarities(text, video)
+        glob, aligned = self.similarities(text, video)
         if aligned is None:
             return super().video_losses(text, video, ignore, columns)
         w = self.config.center_weight
-        logits = [excluded(part, ignore) for part in (whole, aligned)]
+        logits = [excluded(part, ignore) for part in (glob, aligned)]
         terms = {
             name: contrastive_loss(part, columns)
             for name, part in zip(("global", "aligned"), logits, strict=True)
         }
         total = w * terms["global"] + (1 - w) * terms["aligned"]
-        return VideoLosses(total=total, terms=terms, logits=excluded(w * whole + (1 - w) * aligned, ignore))
+        return VideoLosses(total=total, terms=terms, logits=excluded(w * glob + (1 - w) * aligned, ignore))
 
     def released_parameters(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return by_name(self, state, RELEASED, unused=r"frame2t_projection|frame2t_attention\..*")
 
     def _check_count(self, count: int) -> None:
-        """A block of differences needs two frames, at half the rate three."""
+        """Refuse fewer than two frames with a TDB, or fewer than three with one at half the rate."""
         if self.difference is None:
             return
-        half = self.action is not None and self.config.center_proj == "TAB_TDB"
-        if count < (3 if half else 2):
-            what = "method.center_proj = 'TAB_TDB'" if half else "method.temporal_type = 'TDB'"
-            raise ValueError(f"frames: expected at least {3 if half else 2} with {what}, got {count}")
+        half_rate = self.action is not None and self.config.center_proj == "TAB_TDB"
+        least, option = (3, "center_proj = 'TAB_TDB'") if half_rate else (2, "temporal_type = 'TDB'")
+        if count < least:
+            raise ValueError(f"frames: expected at least {least} with method.{option}, got {count}")
 
 
 def interleave(frames: Tensor, between: Tensor) -> Tensor:
-    """b n d and b n-1 d to b 2n-1 d, frames first."""
+    """Alternate frames b n d with tokens b n-1 d between them: b 2n-1 d."""
     pairs = torch.stack([frames[:, :-1], between], dim=2).flatten(1, 2)  # b 2n-2 d
     return torch.cat([pairs, frames[:, -1:]], dim=1)
 
 
 def key_mask(mask: Tensor, heads: int, mode: MaskMode) -> Tensor:
-    """The keys that heads may see: b n, or with "official" b h n, where heads have masks of other videos.
+    """Visible keys: b n, or b h n with "official", in which heads have masks of other videos.
 
     Of B videos and H heads, the released code gives head h of video b the mask of video (b H + h) mod B.
     """
@@ -292,7 +303,7 @@ def key_mask(mask: Tensor, heads: int, mode: MaskMode) -> Tensor:
 
 @torch.no_grad()
 def _copy_rows(own: nn.Parameter, rows: Tensor) -> bool:
-    """Start from the first of given rows, where they fit; says whether."""
+    """Copy the first of `rows` if they fit, else start at random; return True if they were copied."""
     fits = rows.shape[1] == own.shape[1] and len(rows) >= len(own)
     if fits:
         own.copy_(rows[: len(own)])

@@ -1,12 +1,15 @@
-"""CLIP4Clip: a CLIP, fine-tuned in full, with one of four heads over the features of frames.
+"""CLIP4Clip: a fully fine-tuned CLIP with one of four heads over the features of frames.
 
 Three loose heads end in the mean of unit frame features and a cosine: meanP takes the frames as they are,
-seqLSTM and seqTransf add to each frame what an LSTM or a transformer makes of all. tightTransf has no cosine
-and no logit scale: a transformer reads each caption together with each video's frames and gives their score.
+seqLSTM and seqTransf add the output of an LSTM or a transformer over all frames to each of them.  tightTransf
+has no cosine and no logit scale: a transformer reads a caption and the frames of a video as one sequence and
+returns their score.  The loss is the symmetric cross-entropy over the batch.
 
 Source: CLIP4Clip: An Empirical Study of CLIP for End to End Video Clip Retrieval (arXiv 2104.08860); details
-and defaults as in its code (June 2022). With several processes negatives are those of the whole batch for
-every head, which the released tightTransf does not have.
+and defaults as in its code (June 2022).
+
+Differences from the release: on several processes every head has the negatives of the whole batch, which the
+released tightTransf has not.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from discovla.towers.architecture import Architecture
 
 log = logging.getLogger(__name__)
 
-HIDDEN = 1 << 25  # elements of an MLP's hidden rows in one block of pairs: 128 MB in float32
+HIDDEN = 1 << 25  # elements of the MLP's hidden rows in one block of pairs: 128 MB in float32
 RELEASED = (
     ("positions.", "frame_position_embeddings."),
     ("transformer.", "transformerClip."),
@@ -47,28 +50,32 @@ RELEASED = (
 
 
 class CLIP4ClipConfig(MethodConfig):
-    """Options of CLIP4Clip.
-
-    head_layers: blocks of seqTransf and tightTransf.
-    """
+    """Options of CLIP4Clip."""
 
     name: Literal["clip4clip"] = "clip4clip"
+    """The method."""
     head: Literal["meanP", "seqLSTM", "seqTransf", "tightTransf"] = "meanP"
+    """Similarity calculator of the paper: mean pooling, sequential LSTM, sequential transformer, or tight
+    transformer."""
     head_layers: int = Field(default=4, ge=1)
+    """Number of blocks of seqTransf and tightTransf."""
     freeze_embeddings: bool = True
+    """Keep CLIP's embeddings, positions and the vision tower's first norm as they are, as released."""
     clip_lr_scale: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    """Learning rate of CLIP's own parameters, as a factor of the head's (`coef_lr` of the release)."""
     decay_biases: bool = False
+    """Apply weight decay to biases too; the release does not."""
 
     @field_validator("head")
     @classmethod
-    def _a_tight_head_scores_pairs(cls, value: str, info: ValidationInfo) -> str:
+    def _tight_head_scores_pairs(cls, value: str, info: ValidationInfo) -> str:
         if value == "tightTransf" and info.data.get("similarity") == "tokens":
             raise ValueError("expected method.similarity = 'pooled': this head scores pairs by itself")
         return value
 
 
 class CLIP4Clip(Method):
-    """The method; see the module's docstring."""
+    """CLIP4Clip; see the module's docstring."""
 
     Config = CLIP4ClipConfig
     config: CLIP4ClipConfig
@@ -87,7 +94,7 @@ class CLIP4Clip(Method):
 
     @property
     def tight(self) -> bool:
-        """Whether pairs are scored one by one."""
+        """True for the head that scores each pair by itself."""
         return self.config.head == "tightTransf"
 
     @property
@@ -108,7 +115,7 @@ class CLIP4Clip(Method):
         return super().scores_pooled and not self.tight
 
     def initialise_from_clip(self) -> None:
-        """Blocks from the text tower's first, positions from its positions."""
+        """Copy blocks and positions of the head from the text tower's first ones."""
         match self.config.head:
             case "seqTransf":
                 positions, transformer = self.positions, self.transformer
@@ -118,12 +125,12 @@ class CLIP4Clip(Method):
                 return
         copied = positions.copy(self.text.position_embedding), transformer.copy(list(self.text.blocks))
         if not all(copied):
-            log.warning("clip4clip: what the text tower is too small or too wide for starts at random")
+            log.warning("clip4clip: the text tower does not fit the whole head; the rest starts at random")
 
     def embed_video(self, frames: Tensor, mask: Tensor) -> Embedding:
-        """The head on the features of frames (b f d); for tightTransf tokens are the frames themselves."""
+        """Apply the head to frame features, b f d; for tightTransf the tokens are the frames themselves."""
         match self.config.head:
-            case "seqLSTM":  # a real frame's state does not depend on the padding after it
+            case "seqLSTM":  # the state of a real frame does not depend on later padding
                 check_mask("video", mask, prefix=True)
                 return self.pool(frames + self.lstm(frames), frames, mask)
             case "seqTransf":
@@ -135,7 +142,7 @@ class CLIP4Clip(Method):
         return super().embed_video(frames, mask)
 
     def similarity(self, text: Embedding, video: Embedding) -> Tensor:
-        """Logits t v; of tightTransf block by block of pairs, which training computes again in backward."""
+        """Logits t v; tightTransf computes them in blocks of pairs, which backward recomputes."""
         return self._scores(text, video, len(video)) if self.tight else super().similarity(text, video)
 
     def video_losses(
@@ -149,9 +156,9 @@ class CLIP4Clip(Method):
         return VideoLosses(total=loss, terms={"video": loss}, logits=logits)
 
     def _scores(self, text: Embedding, video: Embedding, most: int) -> Tensor:
-        """tightTransf's logits t v, in as many blocks as the process with the `most` videos needs.
+        """Logits t v of tightTransf, in as many blocks as the process with the `most` videos needs.
 
-        ZeRO's stage 3 gathers the scorer's parameters for each block, from all processes at once.
+        All processes need the same number: ZeRO's stage 3 gathers the scorer's parameters for each block.
         """
         frames, mask = video.tokens, video.mask
         assert frames is not None and mask is not None, "embedded by this head"
@@ -169,6 +176,6 @@ class CLIP4Clip(Method):
         return torch.cat(scores).view(t, v)
 
     def released_parameters(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # the released seqLSTM creates a table of positions and never looks at it
+        # the released seqLSTM has a table of positions that it does not use
         unused = r"frame_position_embeddings\.weight" if self.config.head == "seqLSTM" else "(?!)"
         return by_name(self, state, RELEASED, unused)

@@ -1,4 +1,4 @@
-"""The options every method has, whose combinations need no code."""
+"""Options that every method has; any combination of them works."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from discovla.ops.alignment_losses import KLNorm
 
 @dataclass(frozen=True, kw_only=True)
 class TunedGroup:
-    """Trained parameters that differ from the rest.
+    """Trained parameters with a learning rate or weight decay of their own.
 
-    names: of parameters, whole.  lr_scale: their learning rate over the schedule's.  weight_decay: theirs;
-    None for the run's.
+    names: whole parameter names.  lr_scale: factor of the learning rate.  weight_decay: None for the run's.
     """
 
     names: tuple[str, ...]
@@ -25,55 +24,58 @@ class TunedGroup:
 
 
 class MethodConfig(BaseModel):
-    """Options every method has; each method adds its own under its name, and its published defaults.
+    """Options of every method; a method adds its own fields, its name and its published defaults."""
 
-    released: checkpoint of the paper's own code to start from; none starts from CLIP alone.
-    tune: what trains in the towers: "full" everything, "lora" a low-rank update of every qkv projection,
-        "frozen" nothing.  What a method adds to the towers trains always.
-    lora_rank: rank of LoRA and of the fusion adapters.
-    freeze_embeddings: with tune = "full", leave embeddings, positions and the vision tower's first norm.
-    clip_lr_scale: learning rate of CLIP's own parameters over that of new ones.
-    decay_biases: weight decay also on parameters named a bias.
-    fused_vision_blocks, fused_text_blocks: how many of the last blocks fuse the frames of a video, and the
-        captions of its frames.
-    frame_position: positions, zero at the start, on the keys that fusion reads: it then knows frame order.
-    similarity: cosine of the "pooled" features, or T2VParser's of "tokens", where words and frames find
-        their matches.
-    alpha, beta: weights of the frame-level loss and of the distillation from it; where one is not 0, still
-        captions of the frames are needed.
-    kl_norm: "official" divides the distillation by n², so its weight per row falls with the batch; "fixed"
-        weighs it as n = 128 does, at any batch.
-    frame_group: frames are compared, and teach, among so many neighbouring samples of a batch alone, which
-        bounds the work on large ones.  None compares all.
-    detach_teacher: no gradient of the distillation into the frame-level similarity.
-    mask_padded_frames: padded frames are not seen in fusion and frame similarity.
-    exclude_same_video: captions of one clip are no negatives of each other.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
+    """The method: "clip", "discovla", "clip4clip", "clip2video" or "t2vparser"."""
     released: Path | None = None
+    """Checkpoint of the paper's own code to load (.bin, .pt or .safetensors).  None: start from CLIP."""
     tune: Literal["full", "lora", "frozen"] = "full"
+    """Trained parameters of the towers: "full" all, "lora" a low-rank update of every qkv projection (LoRA,
+    arXiv 2106.09685), "frozen" none.  Modules that a method adds to the towers always train."""
     lora_rank: int = Field(default=8, ge=1)
+    """Rank r of LoRA and of the adapters of fusion blocks."""
     freeze_embeddings: bool = False
+    """With tune = "full": keep token, patch, class and position embeddings and the vision tower's first norm
+    as they are."""
     clip_lr_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Learning rate of CLIP's own parameters, as a factor of the learning rate of new parameters."""
     decay_biases: bool = True
+    """Apply weight decay to biases too."""
     fused_vision_blocks: int = Field(default=0, ge=0)
+    """H_V: number of last vision blocks in which the frames of a video see each other (DiscoVLA, Image-Video
+    Features Fusion)."""
     fused_text_blocks: int = Field(default=0, ge=0)
+    """H_L: number of last text blocks in which the captions of a video's frames see each other (DiscoVLA)."""
     frame_position: bool = False
+    """Add a learned position of the frame, zero at the start, to the keys of vision fusion, which without it
+    does not depend on the order of the frames."""
     similarity: Literal["pooled", "tokens"] = "pooled"
+    """Score of a caption and a video: "pooled" cosine of their pooled features, or "tokens", in which words
+    and frames find their matches (T2VParser)."""
     alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of the frame-level loss (alpha in DiscoVLA).  Above 0 it needs captions of the frames."""
     beta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of the distillation from frame level to video level (beta in DiscoVLA).  Above 0 it needs
+    captions of the frames."""
     kl_norm: KLNorm = "official"
+    """Divisor of the distillation over n pairs: "official" n squared, so that its weight per row falls with
+    the batch; "fixed" the weight that "official" has at n = 128, for any batch."""
     frame_group: int | None = Field(default=None, ge=2)
+    """Compute frame-level loss and distillation within groups of this many neighbouring samples, which bounds
+    their cost in large batches.  None: over the whole batch."""
     detach_teacher: bool = False
+    """Send no gradient of the distillation into the frame-level similarity."""
     mask_padded_frames: bool = True
+    """Hide padded frames in fusion blocks and in the frame-level similarity."""
     exclude_same_video: bool = False
+    """Do not count other captions of the same clip as negatives."""
 
     @field_validator("frame_position")
     @classmethod
-    def _position_needs_fusion(cls, value: bool, info: ValidationInfo) -> bool:
+    def _frame_position_needs_fusion(cls, value: bool, info: ValidationInfo) -> bool:
         if value and not info.data.get("fused_vision_blocks", 1):
             raise ValueError("expected method.fused_vision_blocks >= 1 for positions on its keys, found 0")
         return value

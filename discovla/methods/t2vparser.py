@@ -1,12 +1,19 @@
 """T2VParser: captions and videos are parsed into views, which are matched row by row.
 
-STAN lets the frames meet beside the last vision blocks.  A set of learned tokens, shared by both sides, is
-decoded by a stack of each side into views of a caption's words and of a video's frames.  Words and views of
-one side are compared with frames and views of the other; the views of one input are pushed apart.
+STAN, a branch beside the last vision blocks, relates the frames of a video.  Learned tokens, shared by both
+sides, are decoded by a stack of each side into views of the words of a caption and of the frames of a video
+(Adaptive Decomposition Tokens).  Words and views of a caption are compared with frames and views of a video;
+a diversity loss separates the views of one input:
+
+    loss = NCE + diversity Div
 
 Source: T2VParser: Adaptive Decomposition Tokens for Partial Alignment in Text to Video Retrieval; details and
-defaults as in its only released configuration (MSR-VTT, CLIP ViT-B/16).  Three of its oddities are off by
-default and on with `padding = "official"`, `pixel_statistics = "imagenet"` and `diversity_ratio`.
+defaults as in its only released configuration (MSR-VTT, CLIP ViT-B/16).
+
+Oddities of the release, off by default: padded words are visible and take part in the training similarity
+(`padding = "official"`), pixels have ImageNet's statistics (`pixel_statistics = "imagenet"`), and the
+gradient of the diversity loss grows with the number of processes (`diversity_ratio`).  Training and ranking
+have different similarities, as released.
 """
 
 from __future__ import annotations
@@ -31,10 +38,10 @@ from discovla.towers.architecture import Architecture
 from discovla.towers.hugging_face import from_hugging_face, without_prefixes
 from discovla.towers.vision import Pixels
 
-# ImageNet's, as the released configuration has them (its last deviation has one digit more than usual)
+# as in the released configuration, whose last deviation has one digit more than usual
 IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.3751 / 255)
-# our names -> the release's, of what is not plain CLIP
+# our names -> released names, for modules beside plain CLIP
 STAN_RULES = (
     (r"^stan\.time_embedding$", "STAN_time_embed.weight"),
     (r"^stan\.layers\.(\d+)\.spatial\.", r"STAN_S_layers.\1."),
@@ -59,42 +66,47 @@ HEAD_RULES = (
 
 
 class T2VParserConfig(MethodConfig):
-    """Options of T2VParser.
-
-    stan_layers: depth of STAN; 0 leaves it out.
-    views: how many tokens are decoded.  decomposition_layers, decomposition_heads: of each stack.
-    plus: add the unit global feature to each unit view.
-    concat, concat_local: rows that are compared beside the views: the global feature; words and frames.
-    padding: "masked" keeps padded words and frames out of everything; "official" lets padded words be seen
-        by the text stack and take part in the training similarity, and knows no padded frames.
-    kappa: sharpness of the similarity's softmaxes.
-    communication: of the training similarity.
-    tau: temperature of the contrastive loss.
-    diversity: weight of the diversity loss.
-    diversity_ratio: how many times more it weighs in what is optimised.  The released code with W processes
-        applies grad NCE / W + grad (diversity Div): exactly that are `diversity_ratio = W` and
-        `engine.grad_scale = "official"` on W processes; on fewer, a gradient W times as large.
-    pixel_statistics: CLIP's, or ImageNet's as released.
-    """
+    """Options of T2VParser."""
 
     name: Literal["t2vparser"] = "t2vparser"
+    """The method."""
     similarity: Literal["pooled", "tokens"] = "tokens"
+    """Always "tokens": views are compared row by row."""
     clip_lr_scale: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """Learning rate of CLIP's own parameters, as a factor of that of new ones."""
     decay_biases: bool = False
+    """Apply weight decay to biases and norms of the towers too; in new modules everything decays."""
     stan_layers: int = Field(default=4, ge=0)
+    """Depth of STAN, the branch beside the last vision blocks; 0 for none."""
     views: int = Field(default=8, ge=2)
+    """Q: number of decomposition tokens, and of views of each input."""
     decomposition_layers: int = Field(default=8, ge=1)
+    """Depth of each decomposition stack."""
     decomposition_heads: int = Field(default=4, ge=1)
+    """Attention heads of the decomposition stacks."""
     plus: bool = True
+    """Add the unit global feature to each unit view."""
     concat: bool = False
+    """Compare the global feature as a row beside the views."""
     concat_local: bool = True
+    """Compare words and frames as rows beside the views."""
     padding: Padding = "masked"
+    """Padding: "masked" words and frames take part in nothing; with "official" the text stack and the
+    training similarity see padded words, and no frame counts as padding."""
     kappa: float = Field(default=100.0, gt=0, allow_inf_nan=False)
+    """kappa: sharpness of the softmaxes over rows in both similarities."""
     communication: bool = False
+    """Let the matched rows of a pair attend to each other in the training similarity."""
     tau: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    """tau: temperature of the contrastive loss."""
     diversity: float = Field(default=0.08, ge=0, allow_inf_nan=False)
+    """Weight of the diversity loss Div."""
     diversity_ratio: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Factor of the diversity loss in the optimised loss only.  The released code on W processes applies
+    grad NCE / W + grad (diversity Div): that is `diversity_ratio = W` with `engine.grad_scale = "official"`
+    on W processes; on fewer processes the gradient is W times as large."""
     pixel_statistics: Literal["clip", "imagenet"] = "clip"
+    """Mean and deviation that pixels are normalised with; the release uses ImageNet's."""
 
     @field_validator("similarity")
     @classmethod
@@ -105,7 +117,7 @@ class T2VParserConfig(MethodConfig):
 
 
 class T2VParser(Method):
-    """The method; see the module's docstring."""
+    """T2VParser; see the module's docstring."""
 
     Config = T2VParserConfig
     config: T2VParserConfig
@@ -135,17 +147,17 @@ class T2VParser(Method):
         return self.needs_frame_captions
 
     def undecayed(self, name: str) -> bool:
-        """Norms and biases of the towers; in what is new everything decays, as released."""
+        """True for norms and biases of the towers; everything in new modules decays, as released."""
         new = any(re.fullmatch(pattern, name) for pattern in self.new_parameters)
         return not new and not self.config.decay_biases and ("bias" in name or ".ln_" in name)
 
     def initialise_from_clip(self) -> None:
-        """STAN's spatial halves from the last blocks of the trunk."""
+        """Copy the last blocks of the vision tower into STAN's spatial halves."""
         if self.stan is not None:
             self.stan.copy_trunk(list(self.vision.blocks))
 
     def seen(self, mask: Tensor) -> Tensor | None:
-        """A mask of what is real, n k, or None where padding counts as real."""
+        """The mask n k, or None if padding counts as real."""
         return mask if self.config.padding == "masked" else None
 
     def pixels(self, frames: Tensor) -> Pixels:
@@ -154,7 +166,7 @@ class T2VParser(Method):
         return self.vision.pixels(frames, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=self.compute_dtype)
 
     def encode_frames(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """Features of frames, b f d, with what STAN read of the whole video added before projection."""
+        """Frame features b f d; the output of STAN is added to the class rows before projection."""
         if self.stan is None:
             return super().encode_frames(frames, mask)
         tower, stan, group = self.vision, self.stan, frames.shape[:2]
@@ -171,9 +183,9 @@ class T2VParser(Method):
                 tables = tower.class_embedding, tower.position_embedding
                 state = stan.start(trunk, *tables, self.seen(mask))
             else:
-                state = stan.go_on(state, trunk, self.seen(mask))
+                state = stan.next_state(state, trunk, self.seen(mask))
             state = stan.layers[index - first](state, self.seen(mask))
-        assert state is not None, "STAN has a layer, and the trunk as many"
+        assert state is not None, "STAN has at least one layer"
         return widen(tower.project(x[:, 0].unflatten(0, group) + state.cls[:, None]))
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Embedding:
@@ -182,15 +194,15 @@ class T2VParser(Method):
         return self.embed_text(widen(pooled), widen(words), on(ids.device, mask))
 
     def embed_text(self, pooled: Tensor, words: Tensor | None, mask: Tensor) -> Embedding:
-        """tokens: words and views of captions, n k d; mask: n k."""
-        assert words is not None, "similarity = 'tokens' gives every word"
+        """Captions with words and views as tokens, n k d, and their mask, n k."""
+        assert words is not None, "similarity = 'tokens' provides words"
         views = self.plus(self.decomposition.views_of_text(words, self.seen(mask)), pooled)
         return Embedding(
             pooled=pooled, tokens=self.rows(pooled, words, views), mask=self.row_mask(mask, views)
         )
 
     def embed_video(self, frames: Tensor, mask: Tensor) -> Embedding:
-        """tokens: frames and views of videos, n k d; pooled: mean of the frames."""
+        """Videos with frames and views as tokens, n k d; pooled is the mean of the frames."""
         seen = self.seen(mask)
         pooled = frames.mean(1) if seen is None else masked_mean(frames, seen)
         views = self.plus(self.decomposition.views_of_video(self.video_mlp(frames), seen), pooled)
@@ -203,16 +215,16 @@ class T2VParser(Method):
         )
 
     def plus(self, views: Tensor, pooled: Tensor) -> Tensor:
-        """Unit views plus the unit global feature."""
+        """Add the unit global feature to unit views, if `plus` is set."""
         return unit(views) + unit(pooled)[:, None] if self.config.plus else views
 
     def rows(self, pooled: Tensor, local: Tensor, views: Tensor) -> Tensor:
-        """The rows that are compared, n k d: global, local, views."""
+        """Rows to compare, n k d: global feature, words or frames, views."""
         parts = [(self.config.concat, pooled[:, None]), (self.config.concat_local, local), (True, views)]
         return cat([part for used, part in parts if used], dim=1)
 
     def row_mask(self, mask: Tensor, views: Tensor) -> Tensor:
-        """Which of `rows` are real, n k."""
+        """Mask of `rows`, n k."""
         ones = mask.new_ones(views.shape[:2])
         parts = [(self.config.concat, ones[:, :1]), (self.config.concat_local, mask), (True, ones)]
         return cat([part for used, part in parts if used], dim=1)
@@ -248,7 +260,7 @@ class T2VParser(Method):
         return VideoLosses(total=total, terms={"nce": nce, "diversity": div}, logits=logits)
 
     def released_parameters(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From a checkpoint of T2VParser, or of Mug-STAN, whose towers alone are then taken."""
+        """Read a checkpoint of T2VParser, or the towers of one of Mug-STAN."""
         if self.stan is None:
             raise ValueError("method.stan_layers: expected the STAN of a released checkpoint, found 0 layers")
         anchors = ["STAN_time_embed.weight", "text_model.embeddings.token_embedding.weight"]
@@ -267,9 +279,10 @@ class T2VParser(Method):
 
 
 def diversity(views: Tensor, n: int) -> Tensor:
-    """Share in the mean cosine of two views of one of n inputs: sum_(i != j) v̂_i · v̂_j / (n q (q - 1)).
+    """Mean cosine of two different views of an input: sum_(i != j) v̂_i · v̂_j / (n q (q - 1)).
 
-    views: of some or all of the inputs, m q d.
+    Args:
+        views: m q d, of some or all of the n inputs; the results of all parts sum to the mean.
     """
     q, views = views.shape[1], unit(views)
     return (views.sum(1).square().sum() - views.square().sum()) / (n * q * (q - 1))

@@ -1,4 +1,4 @@
-"""STAN: a branch beside the last blocks of a vision tower, through which the frames of a video meet."""
+"""STAN: a branch beside the last blocks of a vision tower that relates the frames of a video."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from discovla.nn.features import masked_mean
 from discovla.nn.layers import LayerNorm, Linear
 from discovla.nn.layout import SequenceLayout
 
-FRAMES = 64  # rows of the time table
-DROP_PATH = 0.1  # rate of the last layer; the first has 0, those between lie on a line
+MAX_FRAMES = 64  # rows of the time table
+DROP_PATH = 0.1  # rate of the last layer; rates rise linearly from 0 in the first
 
 
 @dataclass(frozen=True, kw_only=True)
 class StanState:
-    """What the branch holds of b videos: a class row each (b w), and the patches of each frame (b f p w)."""
+    """Rows of the branch for b videos: a class row each (b w), and the patches of each frame (b f p w)."""
 
     cls: Tensor
     patches: Tensor
@@ -29,8 +29,8 @@ class STAN(nn.Module):
     """The branch: layer j runs after trunk block (blocks - depth + j), on that block's output.
 
     With c the mean of the trunk's class rows over frames and G its patch rows: layer 0 reads
-    z = (c + a + pos_0) / 2 and P_tl = G_tl + pos_(1+l) + time_t, a later one z + c and P + G.  The trunk gets
-    nothing back; the last z is added to every frame's class row before projection.
+    z = (c + a + pos_0) / 2 and P_tl = G_tl + pos_(1+l) + time_t, a later one z + c and P + G.  The trunk does
+    not read the branch; the last z is added to every frame's class row before projection.
 
     Args:
         shape: of the trunk's blocks.
@@ -41,38 +41,38 @@ class STAN(nn.Module):
 
     def __init__(self, shape: BlockShape, depth: int) -> None:
         super().__init__()
-        self.time_embedding = nn.Parameter(torch.randn(FRAMES, shape.width))
+        self.time_embedding = nn.Parameter(torch.randn(MAX_FRAMES, shape.width))
         rates = [DROP_PATH * layer / max(1, depth - 1) for layer in range(depth)]
         self.layers = nn.ModuleList(StanLayer(shape, rate) for rate in rates)
 
     def start(
         self, trunk: Tensor, class_embedding: Tensor, position_embedding: Tensor, mask: Tensor | None = None
     ) -> StanState:
-        """What layer 0 reads.
+        """Return the input of layer 0.
 
         Args:
             trunk: b f 1+p w, a trunk block's output, the class row first.
             class_embedding, position_embedding: w and 1+p w, the trunk's own.
-            mask: b f, bool, the frames that count; None where all do.
+            mask: b f, bool, true on real frames; None: all are.
 
         Raises:
             ValueError: more frames than the time table has rows.
         """
         frames, dtype = trunk.shape[1], trunk.dtype
-        if frames > FRAMES:
-            raise ValueError(f"frames: expected at most {FRAMES} with STAN, got {frames}")
+        if frames > MAX_FRAMES:
+            raise ValueError(f"frames: expected at most {MAX_FRAMES} with STAN, got {frames}")
         position = position_embedding.to(dtype)
         start = (mean_of_frames(trunk[:, :, 0], mask) + class_embedding.to(dtype) + position[0]) / 2
         time = self.time_embedding[:frames, None].to(dtype)  # f 1 w
         return StanState(cls=start, patches=trunk[:, :, 1:] + position[1:] + time)
 
-    def go_on(self, state: StanState, trunk: Tensor, mask: Tensor | None = None) -> StanState:
-        """What a later layer reads; arguments as in `start`."""
+    def next_state(self, state: StanState, trunk: Tensor, mask: Tensor | None = None) -> StanState:
+        """Return the input of a later layer; arguments as in `start`."""
         cls = state.cls + mean_of_frames(trunk[:, :, 0], mask)
         return StanState(cls=cls, patches=state.patches + trunk[:, :, 1:])
 
     def copy_trunk(self, blocks: Sequence[nn.Module]) -> None:
-        """Start the spatial halves as copies of the trunk's last blocks, one to one."""
+        """Copy the trunk's last blocks into the spatial halves, one to one."""
         for layer, block in zip(self.layers, blocks[-len(self.layers) :], strict=True):
             assert isinstance(layer, StanLayer)
             own = layer.spatial.state_dict()
@@ -100,12 +100,12 @@ class StanLayer(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, state: StanState, mask: Tensor | None = None) -> StanState:
-        """mask: b f, bool, the frames that are seen and averaged."""
+        """Return the state after the layer; mask: b f, bool, true on real frames."""
         patches = state.patches + self._among_frames(state.patches, mask)
         return self._within_frames(StanState(cls=state.cls, patches=patches), mask)
 
     def _among_frames(self, patches: Tensor, mask: Tensor | None) -> Tensor:
-        """The temporal half's update of patches, b f p w."""
+        """Update of the patches by the temporal half, b f p w."""
         b, _, p, _ = patches.shape
         places = patches.transpose(1, 2).flatten(0, 1)  # (b p) f w
         seen = None if mask is None else mask.repeat_interleave(p, 0)
@@ -129,7 +129,7 @@ class StanLayer(nn.Module):
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """In training, each entry of x's first axis is 0 with probability `rate`, else over 1 - rate."""
+    """Stochastic depth: zero entries of x's first axis in training with probability `rate`."""
     if not training or not rate:
         return x
     kept = torch.rand(len(x), device=x.device) >= rate
@@ -137,5 +137,5 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def mean_of_frames(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over f of b f w, of the frames where mask (b f) is true."""
+    """Mean over f of b f w, over the frames where mask (b f) is true."""
     return rows.mean(1) if mask is None else masked_mean(rows, mask)

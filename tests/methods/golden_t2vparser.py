@@ -14,7 +14,7 @@ from torch import Tensor
 
 from discovla.batch import Embedding
 from discovla.methods.t2vparser import HEAD_RULES, STAN_RULES, T2VParser, T2VParserConfig
-from discovla.nn.stan import FRAMES
+from discovla.nn.stan import MAX_FRAMES
 from discovla.testing import tiny_architecture
 from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.hugging_face import Rules, from_hugging_face
@@ -81,7 +81,9 @@ def tower_state(folder: Path) -> dict[str, Tensor]:
     table = state["STAN_time_embed.weight"]
     return {
         **state,
-        "STAN_time_embed.weight": torch.cat([table, table.new_zeros(FRAMES - len(table), table.shape[1])]),
+        "STAN_time_embed.weight": torch.cat(
+            [table, table.new_zeros(MAX_FRAMES - len(table), table.shape[1])]
+        ),
     }
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from discovla.nn.block import Block, BlockShape
-from discovla.nn.stan import FRAMES, STAN, StanLayer, StanState, drop_path
+from discovla.nn.stan import MAX_FRAMES, STAN, StanLayer, StanState, drop_path
 
 SHAPE = BlockShape(width=16, heads=2, mlp_width=32)
 
@@ -26,7 +26,7 @@ def test_a_new_temporal_half_changes_nothing():
 
 def test_a_new_time_table_is_standard_normal_with_a_row_per_frame():
     table = STAN(BlockShape(width=256, heads=2, mlp_width=32), 1).time_embedding
-    assert table.shape == (FRAMES, 256)
+    assert table.shape == (MAX_FRAMES, 256)
     assert table.std().item() == pytest.approx(1, abs=0.03)
 
 
@@ -66,7 +66,7 @@ def test_padded_frames_are_seen_by_no_part_of_the_branch():
 
     def run(trunk, mask):
         x = stan.layers[0](stan.start(trunk, *tables, mask), mask)
-        return stan.layers[1](stan.go_on(x, trunk, mask), mask)
+        return stan.layers[1](stan.next_state(x, trunk, mask), mask)
 
     whole = run(trunk, mask)
     noise = torch.where(mask[..., None, None], trunk, torch.randn_like(trunk))
@@ -82,5 +82,5 @@ def test_the_branch_knows_the_order_of_frames():
 
 
 def test_more_frames_than_the_time_table_has_are_refused():
-    with pytest.raises(ValueError, match=f"at most {FRAMES} with STAN, got {FRAMES + 1}"):
-        STAN(SHAPE, 1).start(torch.randn(1, FRAMES + 1, 3, 16), torch.randn(16), torch.randn(3, 16))
+    with pytest.raises(ValueError, match=f"at most {MAX_FRAMES} with STAN, got {MAX_FRAMES + 1}"):
+        STAN(SHAPE, 1).start(torch.randn(1, MAX_FRAMES + 1, 3, 16), torch.randn(16), torch.randn(3, 16))
