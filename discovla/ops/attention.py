@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, the one door every tower and head goes through."""
+"""Scaled dot-product attention of every tower and head."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def attention(
 
     Args:
         q: n h i c.  k, v: n h j c.
-        mask: bool, broadcastable to n h i j; true where a query may see a key.  Every query must see one key.
+        mask: bool, broadcastable to n h i j; true where a query sees a key.  Every query must see a key.
         causal: query i sees keys j <= i only (besides `mask`).
         dropout: probability with which a softmax weight is dropped; the others are divided by 1 - dropout.
             Any value but 0 uses torch's fused attention.
-        impl: reference (plain torch), torch (its fused kernel) or auto.
+        impl: reference (plain torch), torch (its fused kernel), or auto.
 
     Returns:
         n h i c, in the dtype of q.
@@ -65,10 +65,9 @@ def attention_reference(
 
 
 class _HalfOnCPU(Function):
-    """torch's fused forward; of its backward, which is slow in 16 bits on a CPU, the products alone.
+    """torch's fused forward, and a backward of plain products, since torch's own is slow in 16 bits on a CPU.
 
     Scores, softmax and its gradient are in float32, the other four products in the dtype of q.
-    Kept: q, k and v.
     """
 
     @staticmethod
@@ -82,20 +81,20 @@ class _HalfOnCPU(Function):
         q, k, v, mask = ctx.saved_tensors
         if mask is not None:
             mask = mask.expand(*q.shape[:-1], k.shape[-2])
-        at_once = max(1, CHUNK // (q[0, ..., 0].numel() * k.shape[-2]))
-        parts = [slice(first, first + at_once) for first in range(0, len(q), at_once)]
-        found = [
+        size = max(1, CHUNK // (q[0, ..., 0].numel() * k.shape[-2]))
+        parts = [slice(first, first + size) for first in range(0, len(q), size)]
+        gradients = [
             _half_gradients(q[part], k[part], v[part], None if mask is None else mask[part], grad[part])
             for part in parts
         ]
-        dq, dk, dv = found[0] if len(parts) == 1 else map(torch.cat, zip(*found, strict=True))
+        dq, dk, dv = gradients[0] if len(parts) == 1 else map(torch.cat, zip(*gradients, strict=True))
         return dq, dk, dv, None, None
 
 
 def _half_gradients(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By q, k, v: dS k / sqrt(c), dSᵀ q / sqrt(c), Pᵀ do, with dS = P (dP - sum P dP) and dP = do vᵀ."""
+    """dq = dS k / sqrt(c), dk = dSᵀ q / sqrt(c), dv = Pᵀ do; dS = P (dP - sum P dP), dP = do vᵀ."""
     scale = q.shape[-1] ** -0.5
     scores = (q.float() * scale) @ k.float().mT  # n h i j
     if mask is not None:

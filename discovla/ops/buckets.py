@@ -1,4 +1,4 @@
-"""How many rows the packed captions of a batch take, so that few numbers of rows ever come."""
+"""Numbers of rows for packed captions, rounded so that batches have few distinct shapes."""
 
 from __future__ import annotations
 
@@ -7,53 +7,54 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-SHARE = 40  # of all tokens: what one lot of captions may waste at most is the 40th part
-MIN_ROWS = 64  # rows, below which waste costs less than another number of rows
+SHARE = 40  # rounding wastes at most a 40th of all tokens per set of captions
+MIN_ROWS = 64  # step below which waste costs less than one more shape
 
-PackedRows = Mapping[tuple[int, int], int]  # rows of packed captions by their number n and places l
+PackedRows = Mapping[tuple[int, int], int]  # rows of packed captions by the shape n l of their mask
 
 
 def bucketed_rows(masks: Sequence[Tensor], fewest: int = MIN_ROWS) -> PackedRows:
-    """Rows for lots of captions, apart and all together.
+    """Return the number of rows for sets of captions, each alone and all together.
 
-    Each lot's are its tokens rounded up to the largest power of two that is at most the 40th part of all
-    tokens, so that of two lots at most 5 % of the rows are waste, and their number changes little.
+    The tokens of a set are rounded up to a multiple of the largest power of two that is at most a 40th of
+    all tokens.  So with two sets at most 5 % of the rows are waste, and their number changes little.
 
     Args:
-        masks: of each lot, n l, bool, true on real tokens; on the CPU, or a GPU is waited for.
-        fewest: rows that are rounded up to at least.
+        masks: of each set, n l, bool, true on real tokens; on the CPU, since a GPU would sync.
+        fewest: smallest step of rounding.
     """
-    return rows_by_shape(masks, [wanted for wanted, _ in bucket_sizes(masks, fewest)])
+    return rows_by_shape(masks, [rows for rows, _ in bucket_sizes(masks, fewest)])
 
 
 def bucket_sizes(masks: Sequence[Tensor], fewest: int = MIN_ROWS) -> list[tuple[int, int]]:
-    """The rows that `bucketed_rows` gives each lot, and how many it has room for."""
+    """Return for each set the rows that `bucketed_rows` gives it, and the most that it has places for."""
     tokens = [int(mask.sum()) for mask in masks]
     step = max(fewest, 1 << max(0, (sum(tokens) // SHARE).bit_length() - 1))
-    room = [real + int(_spare(mask).sum()) for mask, real in zip(masks, tokens, strict=True)]
-    return [(min(-(-real // step) * step, most), most) for real, most in zip(tokens, room, strict=True)]
+    places = [real + int(_spare(mask).sum()) for mask, real in zip(masks, tokens, strict=True)]
+    return [(min(-(-real // step) * step, most), most) for real, most in zip(tokens, places, strict=True)]
 
 
 def rows_by_shape(masks: Sequence[Tensor], counts: Sequence[int]) -> PackedRows:
-    """Rows for lots of captions with so many each, apart and all together."""
-    found: dict[tuple[int, int], int] = {}
-    for mask, rows in zip(masks, counts, strict=True):
+    """Return the given numbers of rows by the shape of each mask, and their sum by that of all together."""
+    rows: dict[tuple[int, int], int] = {}
+    for mask, count in zip(masks, counts, strict=True):
         shape = len(mask), mask.shape[1]
-        found[shape] = max(rows, found.get(shape, 0))
+        rows[shape] = max(count, rows.get(shape, 0))
     if len(masks) > 1:
-        whole = sum(len(mask) for mask in masks), max(mask.shape[1] for mask in masks)
-        found[whole] = sum(found[len(mask), mask.shape[1]] for mask in masks)
-    return found
+        joint_shape = sum(len(mask) for mask in masks), max(mask.shape[1] for mask in masks)
+        rows[joint_shape] = sum(rows[len(mask), mask.shape[1]] for mask in masks)
+    return rows
 
 
 def fill_bucket(mask: Tensor, rows: int) -> Tensor:
-    """A mask n l with places after the last token of a caption added, until `rows` of it are true.
+    """Return the mask n l with places after the ends of captions added until `rows` of it are true.
 
-    No token sees them, for they come after all of them; a GPU is not waited for.
+    The added places come after all tokens of their caption, so under the causal mask no token sees them.
+    Does not sync with a GPU.
 
     Args:
         mask: n l, bool, true on real tokens.
-        rows: at most as many as `bucketed_rows` gives.
+        rows: at most the number that `bucketed_rows` gives.
     """
     spare = _spare(mask)
     order = spare.flatten().cumsum(0).view(mask.shape)
@@ -61,6 +62,6 @@ def fill_bucket(mask: Tensor, rows: int) -> Tensor:
 
 
 def _spare(mask: Tensor) -> Tensor:
-    """The places after the last token of each caption, n l, bool."""
+    """Return the places after the last token of each caption, n l, bool."""
     place = torch.arange(mask.shape[1], device=mask.device)
     return place > (mask * place).amax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The one table and the one function that choose how an op is computed."""
+"""The one table of ops and their implementations, and the one function that chooses between them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from discovla.ops.cuda import library
 logger = logging.getLogger(__name__)
 
 Impl = Literal["auto", "reference", "torch", "triton", "cuda"]
-# what a transformer block keeps for backward, see `nn.memory`
+# modes of `nn.memory`: what a transformer block keeps for backward
 Memory = Literal["auto", "keep", "recompute_mlp", "recompute_projections", "recompute_blocks"]
 
-# op -> implementations that exist, and the one `auto` takes on each device
+# op -> its implementations
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "frame_patches": ("reference", "triton"),
-    "fusion_norm": ("reference", "triton"),
+    "alignment_losses": ("reference", "torch", "triton"),
     "attention": ("reference", "torch"),
     "block": ("reference", "torch", "triton"),
-    "alignment_losses": ("reference", "torch", "triton"),
     "fp8_linear": ("reference", "torch", "triton"),
+    "frame_patches": ("reference", "triton"),
     "frame_similarity": ("reference", "torch", "triton", "cuda"),
+    "fusion_norm": ("reference", "triton"),
     "info_nce": ("reference", "torch", "triton"),
     "late_interaction": ("reference", "torch", "triton"),
     "layer_norm": ("reference", "triton"),
@@ -38,48 +38,49 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "preprocess_frames": ("reference", "triton"),
     "quantise_rows": ("reference", "triton"),
     "rank_of_positive": ("reference", "torch", "triton", "cuda"),
-    "readout_lora_norm": ("reference", "triton"),
     "readout_attention": ("reference", "torch", "triton"),
+    "readout_lora_norm": ("reference", "triton"),
     "short_attention": ("reference", "torch", "triton"),
-    "temporal_fusion": ("reference", "torch", "triton"),
-    "top_k": ("reference", "torch", "cuda"),
     "soft_vlad": ("reference", "torch", "triton"),
+    "temporal_fusion": ("reference", "torch", "triton"),
     "token_communication": ("reference", "torch"),
     "token_similarity": ("reference", "torch", "triton"),
     "token_training_similarity": ("reference", "torch", "triton"),
+    "top_k": ("reference", "torch", "cuda"),
     "unit_mean": ("reference", "triton"),
 }
-# op -> the file of discovla_kernels that has its kernels
+# op -> the module of discovla_kernels with its kernels
 KERNELS: dict[str, str] = {
-    "block": "layer_norm",
-    "preprocess_frames": "preprocess_frames",
-    "frame_patches": "preprocess_frames",
-    "fusion_norm": "fusion_norm",
     "alignment_losses": "alignment_block",
+    "block": "layer_norm",
     "fp8_linear": "quantise_rows",
+    "frame_patches": "preprocess_frames",
     "frame_similarity": "frame_similarity",
+    "fusion_norm": "fusion_norm",
     "info_nce": "contrastive",
     "late_interaction": "late_interaction",
     "layer_norm": "layer_norm",
     "lora_norm": "lora_norm",
     "mlp": "mlp",
+    "preprocess_frames": "preprocess_frames",
     "quantise_rows": "quantise_rows",
     "rank_of_positive": "rank_of_positive",
-    "readout_lora_norm": "lora_norm",
     "readout_attention": "readout_attention",
+    "readout_lora_norm": "lora_norm",
     "short_attention": "short_attention",
-    "temporal_fusion": "temporal_fusion",
     "soft_vlad": "soft_vlad",
+    "temporal_fusion": "temporal_fusion",
     "token_similarity": "token_similarity",
     "token_training_similarity": "token_similarity",
     "unit_mean": "unit_mean",
 }
-# No kernel has run on a GPU yet, only in the interpreter: once `benchmarks/gpu.py --suite check` has passed
-# on one, "cuda" becomes "triton" for what it measured as faster.
+# op -> device -> the implementation that `auto` takes; "reference" if not listed.
+# No kernel has run on a GPU yet, only in the interpreter.  After `benchmarks/gpu.py --suite check` has passed
+# on one, "cuda" becomes "triton" for ops that it measured as faster.
 AUTO: dict[str, dict[str, str]] = {
+    "alignment_losses": {"cpu": "torch", "cuda": "torch"},
     "attention": {"cpu": "torch", "cuda": "torch"},
     "block": {"cpu": "torch", "cuda": "torch", "meta": "torch"},
-    "alignment_losses": {"cpu": "torch", "cuda": "torch"},
     "fp8_linear": {"cpu": "reference", "cuda": "torch"},
     "frame_similarity": {"cpu": "torch", "cuda": "torch"},
     "info_nce": {"cpu": "torch", "cuda": "torch"},
@@ -87,17 +88,17 @@ AUTO: dict[str, dict[str, str]] = {
     "rank_of_positive": {"cpu": "torch", "cuda": "torch"},
     "readout_attention": {"cpu": "torch", "cuda": "torch"},
     "short_attention": {"cpu": "torch", "cuda": "torch"},
-    "temporal_fusion": {"cpu": "torch", "cuda": "torch"},
     "soft_vlad": {"cpu": "torch", "cuda": "torch"},
-    "top_k": {"cpu": "torch", "cuda": "torch"},
+    "temporal_fusion": {"cpu": "torch", "cuda": "torch"},
     "token_communication": {"cpu": "torch", "cuda": "torch"},
     "token_similarity": {"cpu": "torch", "cuda": "torch"},
     "token_training_similarity": {"cpu": "torch", "cuda": "torch"},
+    "top_k": {"cpu": "torch", "cuda": "torch"},
 }
 
 
 class KernelUnavailable(RuntimeError):
-    """An implementation was asked for by name and is not here."""
+    """An implementation asked for by name does not exist or cannot run."""
 
 
 def choose(
@@ -109,8 +110,8 @@ def choose(
         op: name of the op, a key of IMPLEMENTATIONS.
         impl: "auto", or an implementation, which is then never replaced by another.
         device_type: "cpu" or "cuda".
-        small: whether the whole op is one block, so that streaming it has no point.
-        operands: what the kernel of the op will be asked to take, in the order of its `unsupported`.
+        small: True if the op is one block, so that streaming has no point.
+        operands: tensors for the kernel, in the order of its `unsupported`.
 
     Raises:
         KernelUnavailable: `impl` is not among the op's implementations, or cannot run here.
@@ -120,14 +121,14 @@ def choose(
     if impl not in IMPLEMENTATIONS[op]:
         known = ", ".join(("auto", *IMPLEMENTATIONS[op]))
         raise KernelUnavailable(f"{op}: no implementation {impl!r}; use one of {known}")
-    lacks = {"triton": _triton_lacks, "cuda": _cuda_lacks}.get(impl)
-    if lacks is not None and (reason := lacks(op, device_type, operands)):
+    unavailable = {"triton": _triton_unavailable, "cuda": _cuda_unavailable}.get(impl)
+    if unavailable is not None and (reason := unavailable(op, device_type, operands)):
         raise KernelUnavailable(f"{op}: impl={impl!r}: {reason}")
     return impl
 
 
 def kernel(op: str, impl: str = "triton") -> ModuleType:
-    """The module of kernels that serves `op`; only now is triton imported, or the CUDA library looked for."""
+    """Import and return the module with the kernels of `op`; triton is not imported before this."""
     if impl == "cuda":
         return importlib.import_module(f"discovla.ops.cuda.{op}")
     return importlib.import_module(f"discovla_kernels.{KERNELS[op]}")
@@ -137,14 +138,14 @@ def _automatic(op: str, device_type: str, small: bool, operands: Sequence[Tensor
     chosen = AUTO.get(op, {}).get(device_type, "reference")
     if small and chosen == "torch" and op in KERNELS:
         return "reference"
-    if chosen == "triton" and (reason := _triton_lacks(op, device_type, operands)):
+    if chosen == "triton" and (reason := _triton_unavailable(op, device_type, operands)):
         _warn_once(f"{op}: plain torch instead of the kernel: {reason}")
         return "torch"
     return chosen
 
 
-def _triton_lacks(op: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
-    """Why the kernel of `op` cannot run; empty where it can."""
+def _triton_unavailable(op: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
+    """Return why the Triton kernel of `op` cannot run, or ""."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -152,8 +153,8 @@ def _triton_lacks(op: str, device_type: str, operands: Sequence[Tensor | None]) 
     return kernel(op).unsupported(*operands) if operands else ""
 
 
-def _cuda_lacks(op: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
-    """Why the CUDA kernel of `op` cannot run; empty where it can."""
+def _cuda_unavailable(op: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
+    """Return why the CUDA kernel of `op` cannot run, or ""."""
     if device_type != "cuda":
         return f"its tensors are on {device_type}: move them to a CUDA device, or use impl='torch'"
     if reason := library.missing():

@@ -1,4 +1,4 @@
-"""A linear map by a frozen weight in FP8: one scale for each output, and one for each row of the input."""
+"""A linear map by a frozen weight in FP8, with one scale for each output and each row of the input."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch.autograd.function import once_differentiable
 
 from discovla.ops.blocks import expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose
-from discovla.ops.quantise_rows import FP8, LARGEST, Rows, Through, quantise_rows
+from discovla.ops.mlp import Activation
+from discovla.ops.quantise_rows import FP8, LARGEST, Rows, quantise_rows
 
 HOPPER = (9, 0)
-MULTIPLE = 16  # the product wants sizes of the weight to be multiples of that
+MULTIPLE = 16  # of which both sizes of the weight must be multiples
 
-# rows t k by the weight n k (uint8), columns n scaled by float32, with a bias n or none: t n of a dtype
+# (rows t k, weight n k in uint8, its column scales n in float32, bias n or None, dtype) -> t n
 Product = Callable[[Rows, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
-How = tuple[Product, Impl]  # and the implementation that rounds rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class FP8Weight:
     """A frozen weight o i as diag(scale) q.
 
-    bits: o i, uint8, the bytes of q in float8_e4m3fn (collectives know no float8).
-    scale: o, float32, powers of two: so `plain` is exact in bfloat16 and wider.
-    plain: o i, diag(scale) q as a tensor of the dtype that gradients are computed in.
-    transposed: i o, the bytes of qᵀ, for a backward in FP8: a GPU multiplies by columns in one piece alone.
+    bits: o i, uint8, the bytes of q in float8_e4m3fn (collectives have no float8).
+    scale: o, float32, powers of two, so that `plain` is exact in bfloat16 and wider.
+    plain: o i, diag(scale) q in the dtype in which gradients are computed.
+    transposed: i o, the bytes of qᵀ, for a backward in FP8: GPUs need the operand contiguous along k.
     """
 
     bits: Tensor
@@ -39,12 +39,12 @@ class FP8Weight:
     transposed: Tensor | None = None
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
-        """What backward needs of it."""
+    def backward_tensors(self) -> tuple[Tensor, ...]:
+        """Tensors that backward needs: `plain`, or `transposed` and `scale` for a backward in FP8."""
         return (self.plain,) if self.transposed is None else (self.transposed, self.scale)
 
     def __getitem__(self, outputs: slice) -> FP8Weight:
-        """Some of its outputs."""
+        """Select outputs."""
         return FP8Weight(
             bits=self.bits[outputs],
             scale=self.scale[outputs],
@@ -53,10 +53,21 @@ class FP8Weight:
         )
 
 
-def quantise_weight(weight: Tensor, *, backward: bool = False) -> FP8Weight:
-    """The FP8 weight closest to `weight`, o i, whose every row fills the range of FP8 to half at least.
+@dataclass(frozen=True)
+class FP8Method:
+    """Functions that compute an FP8 product on a device.
 
-    backward: with a second copy of its o i bytes, transposed, by which its gradients too are in FP8.
+    product: multiplies rows by a weight.  rounding: the implementation of `quantise_rows`.
+    """
+
+    product: Product
+    rounding: Impl
+
+
+def quantise_weight(weight: Tensor, *, backward: bool = False) -> FP8Weight:
+    """Return the FP8 weight closest to `weight`, o i; every row fills at least half the range of FP8.
+
+    backward: add the transposed copy, o i bytes, with which gradients are computed in FP8 too.
     """
     largest = weight.detach().to(sum_dtype(weight)).abs().amax(1)
     _, exponent = torch.frexp(largest / LARGEST)
@@ -71,40 +82,40 @@ def quantise_weight(weight: Tensor, *, backward: bool = False) -> FP8Weight:
 def fp8_linear(x: Tensor, weight: FP8Weight, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     """diag(r) q_x (diag(s) q_w)ᵀ + bias, where diag(r) q_x is x rounded to FP8 row by row.
 
-    Backward gives what belongs to the rounded weight, grad diag(s) q_w, as if x had not been rounded: exactly
-    in the dtype of x, or where the weight has a `transposed` in FP8, where grad diag(s) is rounded by rows.
-    That is to e4m3 too, whose error is half that of e5m2: the scales of rows make up for its range.
-    The weight and the bias are constants, so nothing is kept of x.
+    Backward treats the rounding of x as the identity and returns grad diag(s) q_w: exactly in the dtype of
+    x, or in FP8 if the weight has a `transposed`, where the rows of grad diag(s) are rounded to e4m3 too.
+    Its error is half that of e5m2, and the scales of rows make up for its range.  The weight and the bias are
+    constants, so x is not saved.
 
     Args:
         x: ... i.
-        bias: o, frozen, computed with in the dtype of x.
-        impl: torch (a product of FP8 numbers: on GPUs of Hopper and later, for sizes that are multiples of
-            16; x must be bfloat16), triton (the same, rows being rounded by a kernel), reference (the same
-            numbers multiplied in float32, anywhere), or auto: torch on a GPU, else reference.
+        bias: o, frozen, used in the dtype of x.
+        impl: torch (a product of FP8 numbers: on Hopper GPUs and later, for sizes that are multiples of 16;
+            x must be bfloat16), triton (the same, with rows rounded by a kernel), reference (the same numbers
+            multiplied in float32, anywhere), or auto: torch on a GPU, else reference.
 
     Returns:
         ... o, in the dtype of x; sums are float32.
 
     Raises:
-        ValueError: shapes that do not fit, or a bias that asks for a gradient.
+        ValueError: shapes that do not fit, or a bias that requires a gradient.
         KernelUnavailable: the implementation asked for by name does not exist.
     """
     check_fp8(x, weight, bias)
-    out = _FP8Linear.apply(x.flatten(0, -2), weight, bias.to(x.dtype), how_multiplied(impl, x))
+    out = _FP8Linear.apply(x.flatten(0, -2), weight, bias.to(x.dtype), choose_method(impl, x))
     return out.view(*x.shape[:-1], len(weight.bits))
 
 
 def fp8_unsupported(device: torch.device, sizes: tuple[int, int] = (MULTIPLE, MULTIPLE)) -> str:
-    """Why a weight of these sizes (o i) cannot be multiplied in FP8 there, in one line; empty where it can.
+    """Return why a device cannot multiply a weight of these sizes (o i) in FP8, in one line, or "".
 
     A CPU computes the same numbers by the reference, slowly.
     """
     if device.type != "cuda":
         return ""
-    found = torch.cuda.get_device_capability(device)
-    if found < HOPPER:
-        name = f"{torch.cuda.get_device_name(device)} with {found[0]}.{found[1]}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < HOPPER:
+        name = f"{torch.cuda.get_device_name(device)} with {capability[0]}.{capability[1]}"
         return f"expected a GPU of compute capability 9.0 (Hopper) or later, found {name}"
     if any(size % MULTIPLE for size in sizes):
         return f"expected widths that are multiples of {MULTIPLE}, found a weight of {sizes[0]} x {sizes[1]}"
@@ -112,44 +123,52 @@ def fp8_unsupported(device: torch.device, sizes: tuple[int, int] = (MULTIPLE, MU
 
 
 def check_fp8(x: Tensor, weight: FP8Weight, bias: Tensor) -> None:
-    """Refuse shapes that do not fit, and a bias that trains."""
+    """Raise ValueError if shapes do not fit or the bias requires a gradient."""
     outputs, inputs = weight.bits.shape
     expect_shape("x", x, (*x.shape[:-1], inputs))
     expect_shape("bias", bias, (outputs,))
     if bias.requires_grad:
-        raise ValueError("bias: expected a frozen one, found one that asks for a gradient")
+        raise ValueError("bias: expected a frozen tensor, found one that requires a gradient")
 
 
-def how_multiplied(impl: Impl, x: Tensor) -> How:
-    """What multiplies rows by a weight there, and what rounds them."""
+def choose_method(impl: Impl, x: Tensor) -> FP8Method:
+    """Return the functions that multiply rows like x in FP8."""
     chosen = choose("fp8_linear", impl, x.device.type, operands=(x,))
-    product = _scaled if chosen == "torch" or (chosen == "triton" and x.is_cuda) else _reference
-    return product, "triton" if chosen == "triton" else "reference"
+    product = _scaled_product if chosen == "torch" or (chosen == "triton" and x.is_cuda) else _reference
+    return FP8Method(product, "triton" if chosen == "triton" else "reference")
 
 
-def multiplied_back(grad: Tensor, kept: Sequence[Tensor], how: How, through: Through | None = None) -> Tensor:
-    """The gradient by what a weight, that `kept` this of itself, was multiplied with.
+def input_gradient(
+    grad: Tensor,
+    weight: Sequence[Tensor],
+    method: FP8Method,
+    *,
+    activation: Activation | None = None,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    """Return the gradient by the input of a product; weight: its `backward_tensors`.
 
-    through: in FP8, what `grad` passes before.
+    activation, hidden: in FP8, grad is first multiplied by act'(hidden).
     """
-    if len(kept) == 1:
-        return grad @ kept[0].to(grad.dtype)
-    (transposed, scale), (product, impl) = kept, how
-    rows = quantise_rows(grad, scale, through=through, impl=impl)
-    return product(rows, transposed, scale.new_ones(len(transposed)), None, grad.dtype)
+    if len(weight) == 1:
+        return grad @ weight[0].to(grad.dtype)
+    transposed, scale = weight
+    rows = quantise_rows(grad, scale, activation=activation, hidden=hidden, impl=method.rounding)
+    return method.product(rows, transposed, scale.new_ones(len(transposed)), None, grad.dtype)
 
 
 class _FP8Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FP8Weight, bias: Tensor, how: How) -> Tensor:
-        ctx.how = product, impl = how
-        ctx.save_for_backward(*weight.kept)
-        return product(quantise_rows(x, impl=impl), weight.bits, weight.scale, bias, x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: FP8Weight, bias: Tensor, method: FP8Method) -> Tensor:
+        ctx.method = method
+        ctx.save_for_backward(*weight.backward_tensors)
+        rows = quantise_rows(x, impl=method.rounding)
+        return method.product(rows, weight.bits, weight.scale, bias, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return multiplied_back(grad, ctx.saved_tensors, ctx.how), None, None, None
+        return input_gradient(grad, ctx.saved_tensors, ctx.method), None, None, None
 
 
 def _reference(rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -159,7 +178,9 @@ def _reference(rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, d
     return (sums if bias is None else sums + bias).to(dtype)
 
 
-def _scaled(rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scaled_product(
+    rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """The same by the hardware's FP8 product with float32 sums."""
     return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         rows[0],

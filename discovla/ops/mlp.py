@@ -1,4 +1,4 @@
-"""The two-layer perceptron of a transformer block; of what is hidden only h before its activation is kept."""
+"""The two-layer perceptron of a transformer block, which keeps only the pre-activation h for backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Activation = Literal["quick_gelu", "gelu"]
 
 @dataclass(frozen=True, kw_only=True)
 class MLPWeights:
-    """up: m w, up_bias: m, down: w m, down_bias: w."""
+    """up: m w.  up_bias: m.  down: w m.  down_bias: w."""
 
     up: Tensor
     up_bias: Tensor
@@ -25,7 +25,7 @@ class MLPWeights:
     down_bias: Tensor
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """In the order above."""
+        """Return the four weights in the order above."""
         return self.up, self.up_bias, self.down, self.down_bias
 
 
@@ -39,21 +39,21 @@ def mlp(
 ) -> Tensor:
     """down act(up x + up_bias) + down_bias.
 
-    The kernel applies act, and in backward its derivative, to tiles of the products that make h and its
-    gradient. Kept for backward is h, ... m, in the dtype of x (and x only if `up` is trained).
+    The kernel applies act, and in backward its derivative, to tiles of the products that compute h and its
+    gradient.  Backward keeps h, ... m, in the dtype of x (and x only if `up` is trained).
 
     Args:
         x: ... w.
-        weights: computed with in the dtype of x.
+        weights: used in the dtype of x.
         activation: quick_gelu, h sigmoid(1.702 h), or gelu, h Phi(h).
-        output_needed: whether the result is read; else its numbers are any, and the kernel computes h alone.
+        output_needed: False lets the kernel leave the output uninitialised and compute h only.
         impl: reference (plain torch), triton, or auto.
 
     Returns:
         ... w, in the dtype of x.
 
     Raises:
-        ValueError: shapes that do not fit, another activation.
+        ValueError: shapes that do not fit, or another activation.
         KernelUnavailable: the implementation asked for by name cannot run here.
     """
     _check(x, weights, activation)
@@ -79,13 +79,10 @@ def _check(x: Tensor, weights: MLPWeights, activation: str) -> None:
     if activation not in ("quick_gelu", "gelu"):
         raise ValueError(f"activation: expected quick_gelu or gelu, found {activation!r}")
     width, hidden = x.shape[-1], len(weights.up)
-    for name, tensor, shape in zip(
-        ("up", "up_bias", "down", "down_bias"),
-        weights.tensors(),
-        ((hidden, width), (hidden,), (width, hidden), (width,)),
-        strict=True,
-    ):
-        expect_shape(name, tensor, shape)
+    expect_shape("up", weights.up, (hidden, width))
+    expect_shape("up_bias", weights.up_bias, (hidden,))
+    expect_shape("down", weights.down, (width, hidden))
+    expect_shape("down_bias", weights.down_bias, (width,))
 
 
 @torch.library.custom_op("discovla::mlp", mutates_args=())
@@ -120,14 +117,13 @@ def _(grad, down, h, activation):
     return torch.empty_like(h)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     x, up, _, down, _, ctx.activation, _, _ = inputs
-    ctx.set_materialize_grads(False)  # of h, four widths of zeros
+    ctx.set_materialize_grads(False)  # zeros for h would be four times as wide as x
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, up, down, output[1])
 
 
-def _differentiate(ctx, grad, _):
-    """h is for backward alone: nobody differentiates it."""
+def _backward(ctx, grad, _):
     x, up, down, h = ctx.saved_tensors
     needs = ctx.needs_input_grad
     dh = _hidden_gradient(grad, down, h, ctx.activation) if any(needs[:3]) else None
@@ -136,8 +132,8 @@ def _differentiate(ctx, grad, _):
     dup_bias = _column_sums(dh) if needs[2] and dh is not None else None
     ddown = None
     if needs[3]:
-        wider = h.to(sum_dtype(h))
-        g = F.gelu(wider) if ctx.activation == "gelu" else wider * torch.sigmoid(1.702 * wider)
+        z = h.to(sum_dtype(h))
+        g = F.gelu(z) if ctx.activation == "gelu" else z * torch.sigmoid(1.702 * z)
         ddown = grad.T @ g.to(h.dtype)
     return dx, dup, dup_bias, ddown, _column_sums(grad) if needs[4] else None, None, None, None
 
@@ -146,4 +142,4 @@ def _column_sums(x: Tensor) -> Tensor:
     return x.sum(0, dtype=sum_dtype(x)).to(x.dtype)
 
 
-_mlp.register_autograd(_differentiate, setup_context=_keep)
+_mlp.register_autograd(_backward, setup_context=_setup_context)

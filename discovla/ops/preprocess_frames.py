@@ -26,10 +26,9 @@ def preprocess_frames(
     """(frames / 255 - mean) / std, channels first.
 
     Args:
-        frames: b f y x c, uint8 RGB.  A float tensor is taken as already normalised, b f c y x, and only
-            cast.
+        frames: b f y x c, uint8 RGB.  Float frames, b f c y x, count as normalised and are only cast.
         mean, std: of each channel, in [0, 1].
-        dtype: of the result; the arithmetic is done in float32 at least.
+        dtype: of the result; computed in float32 at least.
         impl: reference (plain torch), triton, or auto.
 
     Returns:
@@ -42,15 +41,13 @@ def preprocess_frames(
     if frames.is_floating_point():
         return frames.to(dtype)
     if frames.dtype != torch.uint8:
-        raise ValueError(f"frames: expected uint8 (or normalised floats), got {frames.dtype}")
+        raise ValueError(f"frames: expected uint8 (or normalised floats), found {frames.dtype}")
     operands = (frames, frames.new_empty(1, dtype=dtype))
-    if choose("preprocess_frames", impl, frames.device.type, operands=operands) == "triton":
-        scale = tuple(1 / (255 * s) for s in std)
-        shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
-        pixels, size = frames.flatten(0, 1).contiguous(), (frames.shape[2], frames.shape[3])
-        whole = patches(pixels, size, scale, shift, dtype)  # n 1 (c y x)
-        return whole.view(*frames.shape[:2], frames.shape[4], *size)
-    return preprocess_frames_reference(frames, mean, std, dtype)
+    if choose("preprocess_frames", impl, frames.device.type, operands=operands) == "reference":
+        return preprocess_frames_reference(frames, mean, std, dtype)
+    pixels, size = frames.flatten(0, 1).contiguous(), (frames.shape[2], frames.shape[3])
+    out = patches(pixels, size, *scale_and_shift(mean, std), dtype)  # n 1 (c y x)
+    return out.view(*frames.shape[:2], frames.shape[4], *size)
 
 
 def preprocess_frames_reference(
@@ -58,9 +55,15 @@ def preprocess_frames_reference(
 ) -> Tensor:
     """The formula of `preprocess_frames`."""
     work = torch.promote_types(dtype, torch.float32)
-    scale = constants([1 / (255 * s) for s in std], work, frames.device)
-    shift = constants([-m / s for m, s in zip(mean, std, strict=True)], work, frames.device)
+    scale, shift = (constants(values, work, frames.device) for values in scale_and_shift(mean, std))
     return torch.addcmul(shift, frames.to(work), scale).to(dtype).permute(0, 1, 4, 2, 3)  # b f c y x
+
+
+def scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return per channel a and b with a x + b = (x / 255 - mean) / std."""
+    return tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
 @torch.library.custom_op("discovla::patches", mutates_args=())
@@ -68,8 +71,7 @@ def patches(
     frames: Tensor, size: Sequence[int], scale: Sequence[float], shift: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     """scale x + shift of every channel: n y x c, uint8, contiguous, to n p (c py px), size: py, px."""
-    sizes = tuple(size), tuple(scale), tuple(shift)
-    return kernel("preprocess_frames").patches(frames, *sizes, dtype)
+    return kernel("preprocess_frames").patches(frames, tuple(size), tuple(scale), tuple(shift), dtype)
 
 
 @patches.register_fake

@@ -1,8 +1,6 @@
-"""Rows to FP8, each with a scale of its own."""
+"""Round rows to FP8, each with its own scale."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,69 +12,76 @@ from discovla.ops.mlp import Activation
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
-LEAST = LARGEST / torch.finfo(torch.float32).max  # rows of nothing larger count as zeros: 448 / it overflows
+LEAST = LARGEST / torch.finfo(torch.float32).max  # rows of smaller numbers become zeros: 448 / x overflows
 SLOPE = 1.702  # of QuickGELU's sigmoid
 
-Rows = tuple[Tensor, Tensor]  # t i in FP8, and the scale of each, t 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Through:
-    """What rows pass before they are rounded: the activation of an MLP, or its derivative.
-
-    hidden: t i; where given, rows are multiplied by the derivative there.
-    """
-
-    activation: Activation
-    hidden: Tensor | None = None
+Rows = tuple[Tensor, Tensor]  # t i in FP8, and the scale of each row, t 1
 
 
 def quantise_rows(
-    x: Tensor, columns: Tensor | None = None, *, through: Through | None = None, impl: Impl = "auto"
+    x: Tensor,
+    column_scale: Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+    hidden: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Rows:
-    """q (t i, float8_e4m3fn) and scale (t 1) with x about scale * q: each row fills the range of FP8.
+    """q and scale with y ≈ scale q, where each row of q fills the range of FP8.
+
+    y = act(x), or x act'(hidden) with `hidden`, or x without an activation; then times `column_scale`.
 
     Args:
-        columns: i, float32, what columns of x are multiplied by before.
-        through: what x passes before.
-        impl: reference (plain torch, ten passes over the rows), triton (one), or auto.
+        x: t i.
+        column_scale: i, float32, or None for 1.
+        activation: act, or None.
+        hidden: t i, where the derivative is taken; needs an activation.
+        impl: reference (plain torch, ten passes over the rows), triton (one pass), or auto.
+
+    Returns:
+        q, t i, float8_e4m3fn, and scale, t 1, float32 at least.
 
     Raises:
         ValueError: shapes that do not fit.
         KernelUnavailable: the implementation asked for by name cannot run here.
     """
-    hidden = None if through is None else through.hidden
-    expect_shape("columns", columns, (x.shape[1],))
+    expect_shape("column_scale", column_scale, (x.shape[1],))
     expect_shape("hidden", hidden, tuple(x.shape))
     if choose("quantise_rows", impl, x.device.type, operands=(x, hidden)) == "triton":
-        activation = "" if through is None else through.activation
-        bits, scale = _quantise_rows(x.contiguous(), columns, activation, hidden)
+        bits, scale = _quantise_rows(x.contiguous(), column_scale, activation or "", hidden)
         return bits.view(FP8), scale
-    wider = x.to(sum_dtype(x)) if through is None else passed(x.to(sum_dtype(x)), through)
-    wider = wider if columns is None else wider * columns
-    largest = wider.abs().amax(1, keepdim=True)
-    some, most = largest > LEAST, torch.full_like(largest, LARGEST)  # by a number torch divides otherwise
-    scale, inverse = (torch.where(some, x, 1.0) for x in (largest / most, most / largest))
-    return (wider * inverse).clamp(-LARGEST, LARGEST).to(FP8), scale
+    y = x.to(sum_dtype(x))
+    if activation is not None:
+        y = activate(y, activation) if hidden is None else activation_gradient(y, hidden, activation)
+    y = y if column_scale is None else y * column_scale
+    largest = y.abs().amax(1, keepdim=True)
+    # as a tensor: torch rounds a division by a Python number differently
+    limit = torch.full_like(largest, LARGEST)
+    nonzero = largest > LEAST
+    scale, inverse = (torch.where(nonzero, x, 1.0) for x in (largest / limit, limit / largest))
+    return (y * inverse).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
-def passed(x: Tensor, through: Through) -> Tensor:
-    """The activation of x, or x times its derivative at `through.hidden`; computed and returned as x is."""
-    gelu = through.activation == "gelu"
-    if through.hidden is None:
-        return F.gelu(x) if gelu else F.silu(SLOPE * x) / SLOPE
-    h = through.hidden.to(x.dtype)
-    return torch.ops.aten.gelu_backward(x, h) if gelu else torch.ops.aten.silu_backward(x, SLOPE * h)
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Return act(x) in the dtype of x."""
+    return F.gelu(x) if activation == "gelu" else F.silu(SLOPE * x) / SLOPE
+
+
+def activation_gradient(grad: Tensor, hidden: Tensor, activation: Activation) -> Tensor:
+    """Return grad act'(hidden) in the dtype of grad."""
+    h = hidden.to(grad.dtype)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, h)
+    return torch.ops.aten.silu_backward(grad, SLOPE * h)
 
 
 @torch.library.custom_op("discovla::quantise_rows", mutates_args=())
 def _quantise_rows(
-    x: Tensor, columns: Tensor | None, activation: str, hidden: Tensor | None
+    x: Tensor, column_scale: Tensor | None, activation: str, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The bytes of q, t i, and scale, t 1, float32; activation: "" for none."""
-    return kernel("quantise_rows").quantise_rows(x, columns, (activation, hidden), LARGEST)
+    return kernel("quantise_rows").quantise_rows(x, column_scale, activation, hidden, LARGEST)
 
 
 @_quantise_rows.register_fake
-def _(x, columns, activation, hidden):
+def _(x, column_scale, activation, hidden):
     return torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x), 1, dtype=torch.float32)

@@ -75,17 +75,17 @@ def short_attention(
     key_mask: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """softmax(q kᵀ / sqrt(c) + log mask) v within each sequence; 0 where a query may see no key.
+    """softmax(q kᵀ / sqrt(c) + log mask) v within each sequence; 0 for a query that sees no key.
 
-    The kernel keeps nothing for backward beside its inputs: neither the result nor any log-sum-exp.
+    The kernel keeps nothing but its inputs for backward: neither the result nor log-sum-exps.
 
     Args:
         qkv: n l 3w, a row holding queries, keys and values, each of `heads` heads of c = w / heads channels;
             or r 3w with `packing`.
         heads: a divisor of w.
-        packing: where the sequences are in r rows.
+        packing: layout of packed rows; None for n l.
         causal: a row sees itself and earlier rows of its sequence only.
-        key_mask: n l (or r), bool, true on rows that may be seen.
+        key_mask: n l (or r), bool, true on visible rows.
         impl: reference (plain torch), torch (its fused kernel), triton, or auto.
 
     Returns:
@@ -95,17 +95,18 @@ def short_attention(
         ValueError: shapes that do not fit.
         KernelUnavailable: the implementation asked for by name cannot run here.
     """
-    width = _check(qkv, heads, packing, key_mask)
-    offsets = None if packing is None else packing.offsets
+    _check(qkv, heads, packing, key_mask)
+    offsets, length = None, qkv.shape[-2]
+    if packing is not None:
+        offsets, length = packing.offsets, packing.max_length
     operands = (qkv.unflatten(-1, (3, heads, -1)), key_mask, offsets)
     chosen = choose("short_attention", impl, qkv.device.type, operands=operands)
     if chosen != "triton":
         return short_attention_reference(qkv, heads, packing, causal, key_mask, chosen)
     mask = None if key_mask is None else key_mask.flatten().contiguous()
-    length = qkv.shape[-2] if packing is None else packing.max_length
     rows = qkv.reshape(-1, qkv.shape[-1]).contiguous()
     out = _short_attention(rows, offsets, mask, heads, length, causal)
-    return out.view(*qkv.shape[:-1], width)
+    return out.view(*qkv.shape[:-1], out.shape[1])
 
 
 def short_attention_reference(
@@ -116,49 +117,44 @@ def short_attention_reference(
     key_mask: Tensor | None,
     impl: str = "reference",
 ) -> Tensor:
-    """The formula of `short_attention`, of packed sequences padded to the longest; impl: of `attention`."""
-    seen = key_mask
+    """The formula, with packed sequences padded to the longest; impl: of `attention`."""
+    attention_impl: Impl = "torch" if impl == "torch" else "reference"
+    visible = key_mask
     if packing is not None:
-        qkv, real = qkv[packing.pad_index], packing.mask
-        seen = real if key_mask is None else key_mask[packing.pad_index] & real
+        qkv = qkv[packing.pad_index]
+        visible = packing.mask if key_mask is None else key_mask[packing.pad_index] & packing.mask
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # 3 n h l c
-    if seen is None:
-        out = attention(q, k, v, causal=causal, impl=_impl(impl))
+    if visible is None:
+        out = attention(q, k, v, causal=causal, impl=attention_impl)
     else:
-        pairs = seen[:, None, None, :].expand(-1, 1, seen.shape[1], -1)  # n 1 i j
+        pairs = visible[:, None, None, :].expand(-1, 1, visible.shape[1], -1)  # n 1 i j
         pairs = pairs.tril() if causal else pairs
-        some = pairs.any(-1, keepdim=True)
-        out = attention(q, k, v, mask=pairs | ~some, impl=_impl(impl)) * some
+        any_visible = pairs.any(-1, keepdim=True)
+        out = attention(q, k, v, mask=pairs | ~any_visible, impl=attention_impl) * any_visible
     out = out.transpose(1, 2).flatten(2)  # n l w
     return out if packing is None else out.flatten(0, 1)[packing.pack_index]
 
 
-def _impl(name: str) -> Impl:
-    return "torch" if name == "torch" else "reference"
-
-
-def _check(qkv: Tensor, heads: int, packing: Packing | None, key_mask: Tensor | None) -> int:
-    """The width w of a row's queries."""
+def _check(qkv: Tensor, heads: int, packing: Packing | None, key_mask: Tensor | None) -> None:
     width = qkv.shape[-1] // 3
     axes = 3 if packing is None else 2
     if qkv.ndim != axes or width * 3 != qkv.shape[-1] or width % heads:
-        wanted = f"{'n l' if packing is None else 'r'} 3w, w a multiple of {heads} heads"
-        raise ValueError(f"qkv: expected {wanted}, found {tuple(qkv.shape)}")
+        shape = f"{'n l' if packing is None else 'r'} 3w, w a multiple of {heads} heads"
+        raise ValueError(f"qkv: expected {shape}, found {tuple(qkv.shape)}")
     expect_mask("key_mask", key_mask, tuple(qkv.shape[:-1]))
     if packing is not None and (packing.offsets.dtype != torch.int32 or packing.offsets.ndim != 1):
-        found = f"{packing.offsets.dtype} of shape {tuple(packing.offsets.shape)}"
-        raise ValueError(f"packing.offsets: expected one axis of int32, found {found}")
+        actual = f"{packing.offsets.dtype} of shape {tuple(packing.offsets.shape)}"
+        raise ValueError(f"packing.offsets: expected one axis of int32, found {actual}")
     if packing is not None and packing.num_rows != len(qkv):
         raise ValueError(f"packing.num_rows: expected {len(qkv)}, the rows of qkv, found {packing.num_rows}")
-    return width
 
 
 @torch.library.custom_op("discovla::short_attention", mutates_args=())
 def _short_attention(
     qkv: Tensor, offsets: Tensor | None, mask: Tensor | None, heads: int, length: int, causal: bool
 ) -> Tensor:
-    """Rows r 3w to r w."""
-    return kernel("short_attention").forward(qkv, heads, length, causal, mask, offsets)
+    """r 3w to r w."""
+    return kernel("short_attention").forward(qkv, offsets, mask, heads, length, causal)
 
 
 @_short_attention.register_fake
@@ -177,7 +173,7 @@ def _short_attention_backward(
     causal: bool,
 ) -> Tensor:
     """Gradient by the packed rows, r 3w."""
-    return kernel("short_attention").backward(grad.contiguous(), qkv, heads, length, causal, mask, offsets)
+    return kernel("short_attention").backward(grad.contiguous(), qkv, offsets, mask, heads, length, causal)
 
 
 @_short_attention_backward.register_fake
@@ -185,14 +181,14 @@ def _(grad, qkv, offsets, mask, heads, length, causal):
     return torch.empty_like(qkv)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.heads, ctx.length, ctx.causal = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, grad):
+def _backward(ctx, grad):
     dqkv = _short_attention_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.length, ctx.causal)
     return dqkv, None, None, None, None, None
 
 
-_short_attention.register_autograd(_differentiate, setup_context=_keep)
+_short_attention.register_autograd(_backward, setup_context=_setup_context)

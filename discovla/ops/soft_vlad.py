@@ -1,4 +1,4 @@
-"""Soft assignment of tokens to centres and the mean of their residuals."""
+"""Pooling of tokens by soft assignment to centres: the mean of normalised residuals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from discovla.ops.streamed import soft_vlad as streamed
 def soft_vlad(
     tokens: Tensor, mask: Tensor, assignment: Tensor, centres: Tensor, *, impl: Impl = "auto"
 ) -> Tensor:
-    """One unit vector of a set of tokens: residuals to shared centres, each normalised, then averaged.
+    """Pool each set of tokens to one unit vector: residuals to shared centres, normalised, then averaged.
 
     n(x) = x / ‖x‖;  a_lk = softmax_k(x_l · c_k);  V_k = sum_l m_l a_lk (x_l - e_k);
     out = n(1/K sum_k n(V_k)).
@@ -24,9 +24,8 @@ def soft_vlad(
         tokens: n l d, un-normalised x.
         mask: n l, bool, m; every row must have a true entry.
         assignment: k d, c.  centres: k d, e.
-
         impl: reference, torch (some samples at a time, computed again in backward), triton, or auto: the
-            reference for at most 4 million numbers and torch above.
+            reference for at most 4 million numbers, else torch.
 
     Returns:
         n d, unit, float32 at least.
@@ -63,21 +62,22 @@ def soft_vlad_reference(tokens: Tensor, mask: Tensor, assignment: Tensor, centre
 
 
 def soft_assignment(tokens: Tensor, assignment: Tensor) -> Tensor:
-    """a of `soft_vlad`: n l d, k d -> n l k."""
+    """Return a of `soft_vlad`: n l d, k d -> n l k."""
     return (tokens @ assignment.T).softmax(-1)
 
 
-def _tiles(impl: str) -> ModuleType:
+def block_functions(impl: str) -> ModuleType:
+    """Return the module that computes some samples: `forward`, `gradients`, `samples_per_block`."""
     return kernel("soft_vlad") if impl == "triton" else streamed
 
 
 @torch.library.custom_op("discovla::soft_vlad_streamed", mutates_args=())
 def _soft_vlad(tokens: Tensor, mask: Tensor, assignment: Tensor, centres: Tensor, impl: str) -> Tensor:
-    """`soft_vlad` of some samples at a time."""
-    tiles = _tiles(impl)
-    size = tiles.samples_per_block(tokens, assignment)
+    """`soft_vlad`, some samples at a time."""
+    functions = block_functions(impl)
+    size = functions.samples_per_block(tokens, assignment)
     blocks = zip(tokens.split(size), mask.split(size), strict=True)
-    return torch.cat([tiles.forward(*block, assignment, centres) for block in blocks])
+    return torch.cat([functions.forward(*block, assignment, centres) for block in blocks])
 
 
 @_soft_vlad.register_fake
@@ -89,18 +89,18 @@ def _(tokens, mask, assignment, centres, impl):
 def _soft_vlad_backward(
     grad: Tensor, tokens: Tensor, mask: Tensor, assignment: Tensor, centres: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by tokens, assignment and centres, all assignments made again."""
-    tiles = _tiles(impl)
-    size = tiles.samples_per_block(tokens, assignment)
-    token_grad = torch.empty_like(tokens)
-    assignment_grad, centre_grad = torch.zeros_like(assignment), torch.zeros_like(centres)
+    """Gradients by tokens, assignment and centres; assignments are computed again."""
+    functions = block_functions(impl)
+    size = functions.samples_per_block(tokens, assignment)
+    dtokens = torch.empty_like(tokens)
+    dassignment, dcentres = torch.zeros_like(assignment), torch.zeros_like(centres)
     for first in range(0, len(tokens), size):
         rows = slice(first, first + size)
-        found = tiles.gradients(grad[rows], tokens[rows], mask[rows], assignment, centres)
-        token_grad[rows] = found[0]
-        assignment_grad += found[1]
-        centre_grad += found[2]
-    return token_grad, assignment_grad, centre_grad
+        gradients = functions.gradients(grad[rows], tokens[rows], mask[rows], assignment, centres)
+        dtokens[rows] = gradients[0]
+        dassignment += gradients[1]
+        dcentres += gradients[2]
+    return dtokens, dassignment, dcentres
 
 
 @_soft_vlad_backward.register_fake
@@ -108,14 +108,14 @@ def _(grad, tokens, mask, assignment, centres, impl):
     return torch.empty_like(tokens), torch.empty_like(assignment), torch.empty_like(centres)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.impl = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, grad):
-    tokens, assignment, centres = _soft_vlad_backward(grad, *ctx.saved_tensors, ctx.impl)
-    return tokens, None, assignment, centres, None
+def _backward(ctx, grad):
+    dtokens, dassignment, dcentres = _soft_vlad_backward(grad, *ctx.saved_tensors, ctx.impl)
+    return dtokens, None, dassignment, dcentres, None
 
 
-_soft_vlad.register_autograd(_differentiate, setup_context=_keep)
+_soft_vlad.register_autograd(_backward, setup_context=_setup_context)

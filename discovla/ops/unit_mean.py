@@ -1,4 +1,4 @@
-"""The mean of unit rows, as the features of a video's frames are pooled."""
+"""Mean of unit rows, which pools the features of a video's frames."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from discovla.ops.dispatch import Impl, choose, kernel
 
 
 def unit_mean(x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
-    """sum_k m_k x_k / ‖x_k‖ / max(1, sum_k m_k): 0 where no row counts.
+    """sum_k m_k x_k / ‖x_k‖ / max(1, sum_k m_k); 0 if no row counts.
 
     Args:
-        x: n k d; without an epsilon: a row of zeros that counts is a fault that must show.
-        mask: n k, bool, the rows that count; None for all.
+        x: n k d.  There is no epsilon: a row of zeros that counts gives NaN.
+        mask: n k, bool, m, the rows that count; None for all.
         impl: reference (plain torch), triton, or auto.
 
     Returns:
@@ -61,12 +61,12 @@ def _(grad, x, mask):
     return torch.empty_like(x)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx, grad):
+def _backward(ctx, grad):
     return _unit_mean_backward(grad, *ctx.saved_tensors), None
 
 
-_unit_mean.register_autograd(_differentiate, setup_context=_keep)
+_unit_mean.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""The bottleneck of fused readout rows: both its products and the activation between them in one pass."""
+"""The adapter of fused readout rows: both products and the activation between them in one pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from discovla_kernels.layer_norm import unsupported as norm_unsupported
 from discovla_kernels.mlp import activate, activation_slope
 from discovla_kernels.tiles import accumulator, precision, product_tile
 
-MAX_RANK = 64  # of a bottleneck: it lives in registers
+MAX_RANK = 64  # of a bottleneck, which lives in registers
 
 
 def unsupported(
@@ -37,9 +37,9 @@ def _wide_product(
     FORWARD: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Writes rows n of z matrix, z: n rank, rank by W through strides, W in steps.
+    """Write rows n of z matrix, n W; z: n rank, matrix: rank W through strides.
 
-    FORWARD: a bias is added, and with MORE x copied to more_ptr; else MORE writes zᵀ x there, rank W.
+    FORWARD: add a bias, and copy x to more_ptr; else write zᵀ x, rank W, to more_ptr.
     """
     for start in range(0, W, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
@@ -65,10 +65,10 @@ def _adapter_forward(
     BLOCK_N: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_W: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """z = U quick_gelu(D x + d) + u, D: rank w, U: w rank; with COPY also a copy of x.
+    """z = U quick_gelu(D x + d) + u, D: rank w, U: w rank; and a copy of x.
 
-    Tile: BLOCK_N rows; the bottleneck stays in registers. Traffic: x read and z written once.
-    Backward: `_adapter_backward`, from x alone.
+    Tile: BLOCK_N rows, with the bottleneck in registers.  Traffic: x read, z and the copy written, once each.
+    Backward: `_adapter_backward`, from the copy of x.
     """
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     rank = tl.arange(0, BLOCK_RANK).to(tl.int64)
@@ -87,10 +87,10 @@ def _adapter_backward(
     BLOCK_N: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """h = D x + d again, g = quick_gelu(h), dh = (dz U) quick_gelu'(h), dx = dh D.
+    """h = D x + d computed again, g = quick_gelu(h), dh = (dz U) quick_gelu'(h), dx = dh D.
 
-    A program writes its part of the weights' gradients, dD = dhᵀ x, dd = sum dh, dU = dzᵀ g and du = sum dz,
-    one after the other: their sums over programs do not depend on an order.
+    A program writes its partial sums dD = dhᵀ x, dd = sum dh, dU = dzᵀ g and du = sum dz, which the caller
+    adds, so the result does not depend on the order of programs.
     """
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     rank = tl.arange(0, BLOCK_RANK).to(tl.int64)

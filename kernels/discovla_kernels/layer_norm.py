@@ -1,4 +1,4 @@
-"""Residual sum and layer norm, its gain and shift frozen, a row in registers from load to store."""
+"""Residual sum and layer norm with frozen gain and shift, a row in registers from load to store."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ELEMENTS = 4096  # of a tile: 32 of each thread of four warps
 
 
 def unsupported(*tensors: Tensor | None) -> str:
-    """Why the kernels do not take these tensors, whose dtypes may differ; empty where they do."""
-    given = [x for x in tensors if x is not None]
-    for x in given:
-        if x.device != given[0].device:
-            return f"expected all tensors on {given[0].device}, found one on {x.device}"
+    """Return why the kernels cannot take these tensors, whose dtypes may differ, or ""."""
+    present = [x for x in tensors if x is not None]
+    for x in present:
+        if x.device != present[0].device:
+            return f"expected all tensors on {present[0].device}, found one on {x.device}"
         if reason := unsupported_tensors(x):
             return reason
     return ""
@@ -25,7 +25,7 @@ def unsupported(*tensors: Tensor | None) -> str:
 
 @triton.jit
 def load_row(ptr, W, BLOCK_W: tl.constexpr, ACC: tl.constexpr):
-    """One row of W entries for every row of a tile, zeros beyond."""
+    """Load a row of W entries for every row of a tile, zeros beyond."""
     w = tl.arange(0, BLOCK_W)
     return tl.load(ptr + w, mask=w < W, other=0.0).to(ACC)[None, :]
 
@@ -36,11 +36,10 @@ def _layer_norm_forward(
     eps, HAS_U: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x' = x + u + added[index], mu = mean x', r = 1 / sqrt(var x' + eps), y = (x' - mu) r, and
-    with HAS_AFFINE y gain + shift.
+    """x' = x + u + added[index], mu = mean x', r = 1 / sqrt(var x' + eps), y = (x' - mu) r (gain + shift).
 
-    Tile: BLOCK_R whole rows in registers. x' is rounded to the dtype of x before it is normed, so that
-    backward finds the same row. Indices count from FIRST; those below it add nothing.
+    Tile: BLOCK_R whole rows in registers.  x' is rounded to the dtype of x before the norm, so that backward
+    sees the same row.  HAS_ADDED: indices count from FIRST; rows with a smaller one get nothing added.
     Traffic: x and u read, x' and y written, 8 bytes of (mu, r) a row; without u, x read and y written.
     Backward: `_layer_norm_backward`.
     """
@@ -76,9 +75,9 @@ def _layer_norm_backward(
 ):  # fmt: skip
     """dx = r (dy - mean(dy) - y mean(dy y)) + dx', y = (x' - mu) r; du = dx, dadded[index] = dx.
 
-    With a gain dy is that of y gain. Tile: BLOCK_R whole rows in registers. Rows do not meet, since the gain
-    is frozen: there is no gradient of it to sum.
-    Traffic: dy, x' and dx' read, dx written, and du where its dtype is another.
+    With a gain, dy is multiplied by it.  Tile: BLOCK_R whole rows in registers; nothing is summed over rows,
+    since the gain is frozen.
+    Traffic: dy, x' and dx' read, dx written, and du if its dtype differs.
     """
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     w = tl.arange(0, BLOCK_W)

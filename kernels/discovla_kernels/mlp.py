@@ -1,4 +1,4 @@
-"""Matrix products with the activation, or its derivative, applied to the tile before it is written."""
+"""Matrix products that apply the activation, or its derivative, to a tile before it is written."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ QUICK = tl.constexpr(1.702)
 
 
 def unsupported(*tensors: Tensor | None) -> str:
-    """Why the kernels do not take these tensors; empty where they do."""
+    """Return why the kernels cannot take these tensors, or ""."""
     return unsupported_tensors(*tensors)
 
 
 @triton.jit
 def activate(h, GELU: tl.constexpr):
-    """GELU: h Phi(h); else h sigmoid(1.702 h)."""
+    """Return h Phi(h) with GELU, else h sigmoid(1.702 h)."""
     return h * 0.5 * (1 + tl.erf(h * ROOT_HALF)) if GELU else h * tl.sigmoid(h * QUICK)
 
 
 @triton.jit
 def activation_slope(h, GELU: tl.constexpr):
-    """Derivative of `activate`."""
+    """Return the derivative of `activate`."""
     if GELU:
         slope = 0.5 * (1 + tl.erf(h * ROOT_HALF)) + h * DENSITY * tl.exp(-0.5 * h * h)
     else:
@@ -38,7 +38,7 @@ def activation_slope(h, GELU: tl.constexpr):
 
 @triton.jit
 def _place(R, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Rows and columns of a program's tile, GROUP row tiles going through the columns together."""
+    """Return rows and columns of a program's tile; GROUP row tiles pass through the columns together."""
     down, across = tl.cdiv(R, BLOCK_R), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (GROUP * across)
     within = tl.program_id(0) % (GROUP * across)
@@ -52,7 +52,7 @@ def _product(
     x_ptr, weight_ptr, r, n, R, N, K, stride_wn, stride_wk, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """sum_k x[r, k] weight[n, k] of a contiguous x and a weight of any strides."""
+    """Return sum_k x[r, k] weight[n, k] for a contiguous x and a weight of any strides."""
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + r[:, None] * K + k[None, :]
     w_ptrs = weight_ptr + n[None, :] * stride_wn + k[:, None].to(tl.int64) * stride_wk
@@ -75,8 +75,8 @@ def _mlp_forward(
 ):  # fmt: skip
     """h = x Wᵀ + b, g = act(h).
 
-    Tile: BLOCK_R rows x BLOCK_N hidden units in registers; act is applied before h is rounded. KEEP: h is
-    written too, for backward; g is for the product that follows and is not kept.
+    Tile: BLOCK_R rows x BLOCK_N hidden units in registers; act is applied before h is rounded.  KEEP also
+    writes h, for backward; g serves the product that follows and is not kept.
     Traffic: R N K (1 / BLOCK_R + 1 / BLOCK_N) elements, mostly from L2; R N written once or twice.
     Backward: `_mlp_backward`.
     """
@@ -95,9 +95,9 @@ def _mlp_backward(
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dh = (dz W) act'(h), W: K x N, the second weight, and h as forward kept it.
+    """dh = (dz W) act'(h), W: K x N, the second weight, and h of forward.
 
-    Tile: BLOCK_R rows x BLOCK_N hidden units in registers, the tile of h loaded after its product.
+    Tile: BLOCK_R rows x BLOCK_N hidden units in registers; the tile of h is loaded after the product.
     """
     r, n = _place(R, N, BLOCK_R, BLOCK_N, GROUP)
     dg = _product(dz_ptr, weight_ptr, r, n, R, N, K, stride_wn, stride_wk, BLOCK_K, PRECISION, ACC)
@@ -107,7 +107,7 @@ def _mlp_backward(
 
 
 def hidden(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, keep: bool) -> tuple[Tensor, Tensor]:
-    """h (empty unless `keep`) and act(h), h = x weightᵀ + bias; x: r k, contiguous, weight: n k."""
+    """Return h (empty unless `keep`) and act(h), h = x weightᵀ + bias; x: r k, contiguous, weight: n k."""
     (rows, k), n = x.shape, len(weight)
     g = x.new_empty(rows, n)
     h = torch.empty_like(g) if keep else x.new_empty(0)
@@ -120,7 +120,7 @@ def hidden(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool, keep: bool) -> t
 
 
 def hidden_gradient(grad: Tensor, weight: Tensor, h: Tensor, gelu: bool) -> Tensor:
-    """(grad weight) act'(h); grad: r k, contiguous, weight: k n, h: r n."""
+    """Return (grad weight) act'(h); grad: r k, contiguous, weight: k n, h: r n."""
     (rows, k), n = grad.shape, weight.shape[1]
     dh = torch.empty_like(h)
     tile = _tile(grad, rows, n)
@@ -136,9 +136,9 @@ def _grid(tile: dict[str, int], rows: int, n: int) -> tuple[int]:
 
 
 def _tile(x: Tensor, rows: int, n: int) -> dict[str, int]:
-    """Large tiles where they still fill the processors, small ones elsewhere.
+    """Return large tiles if they still fill the processors, else small ones.
 
-    With 256 columns the activation's registers would spill beside those of the product.
+    With 256 columns the registers of activation and product would spill.
     """
     half = x.element_size() == 2
     large = rows * n >= 1 << 21

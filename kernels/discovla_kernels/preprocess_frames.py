@@ -1,4 +1,4 @@
-"""Bytes of decoded frames to the rows that a patch embedding multiplies, and the embedding to suit them."""
+"""Decoded frames to patches, and a patch embedding that takes bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from discovla_kernels.tiles import accumulator, unsupported_tensors
 
 
 def unsupported(source: Tensor, like: Tensor) -> str:
-    """Why no kernel makes these frames, or this weight, into the dtype of `like`; empty where one does."""
+    """Return why no kernel converts these frames, or this weight, to the dtype of `like`, or ""."""
     return unsupported_tensors(source) or unsupported_tensors(like)
 
 
@@ -22,8 +22,8 @@ def _preprocess_frames_forward(
 ):  # fmt: skip
     """out[n, patch, c, py, px] = SCALE_c frames[n, y, x, c] + SHIFT_c, (y, x) = patch corner + (py, px).
 
-    Tile: BLOCK pixels of one frame in the order in which they are written, all C channels of each: bytes are
-    read from memory once, since the channels of a pixel share cache lines, and written in whole runs.
+    Tile: BLOCK pixels of one frame in the order of the output, with all C channels of each: the channels of a
+    pixel share cache lines, so bytes are read from memory once, and writes are contiguous.
     Traffic: 1 byte read an entry, one entry written.
     """
     n, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -44,7 +44,7 @@ def patches(
     shift: tuple[float, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """scale x + shift of every channel: n y x c, uint8, to n p (c py px) for patches of `size` py, px."""
+    """Return scale x + shift of every channel: n y x c, uint8, to n p (c py px); size: py, px."""
     n, y, x, c = frames.shape
     out = frames.new_empty(n, y // size[0] * (x // size[1]), c * size[0] * size[1], dtype=dtype)
     block = 1024
@@ -61,7 +61,7 @@ def _fold_normalisation_forward(
 ):  # fmt: skip
     """out[w, c, p] = SCALE_c weight[w, c, p], and bias[w] = sum over c and p of OFFSET_c out[w, c, p].
 
-    Tile: the row of one output, channel by channel; the sum is of `out` before it is rounded.
+    Tile: the row of one output, channel by channel; the sum is taken before `out` is rounded.
     """
     w, place = tl.program_id(0), tl.arange(0, BLOCK)
     here, start = place < AREA, w.to(tl.int64) * C * AREA
@@ -73,10 +73,10 @@ def _fold_normalisation_forward(
     tl.store(bias_ptr + w, tl.sum(total))
 
 
-def folded(
+def fold_normalisation(
     weight: Tensor, scale: tuple[float, ...], offset: tuple[float, ...], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """W' = scale W, w (c y x), and sum offset W', w, for a weight w c y x."""
+    """Return W' = scale W, w (c y x), and sum offset W', w, for a weight w c y x."""
     w, c, y, x = weight.shape
     out, bias = weight.new_empty(w, c * y * x, dtype=dtype), weight.new_empty(w, dtype=dtype)
     wider = out.new_empty(0, dtype=torch.promote_types(weight.dtype, dtype))

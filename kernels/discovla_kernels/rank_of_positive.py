@@ -1,4 +1,4 @@
-"""How many items score as high as the right one, without a matrix of scores."""
+"""Count the items that score at least as high as the positive one, without a matrix of scores."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from discovla_kernels.tiles import Traffic, accumulator, precision, product_tile, unsupported_tensors
 
-MAX_GROUP = 128  # items of a group: a tile holds whole groups
+MAX_GROUP = 128  # items of a group; a tile holds whole groups
 
 
 def unsupported(query: Tensor, items: Tensor, groups: Tensor | None) -> str:
-    """Why the kernel does not take these; empty where it does."""
+    """Return why the kernel cannot take these tensors, or ""."""
     if groups is not None and (largest := int(groups.bincount().max())) > MAX_GROUP:
         return f"expected at most {MAX_GROUP} items of a group, found {largest}"
     return unsupported_tensors(query, items)
@@ -23,7 +23,7 @@ def unsupported(query: Tensor, items: Tensor, groups: Tensor | None) -> str:
 
 @triton.jit
 def _score(product, lse, lowest, scale, DUAL: tl.constexpr):
-    """A cosine, or the logarithm of what a dual softmax makes of it."""
+    """Return the cosine, or with DUAL the logarithm of its dual softmax."""
     if DUAL:
         product = scale * product
         lifted = tl.maximum(product - lowest, 0.0)
@@ -39,13 +39,13 @@ def _rank_of_positive_forward(
     TARGET: tl.constexpr, DUAL: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """count_0 = |{g != positive: S_ig >= S_i,positive}|, count_1 the same with >; S_ig the best score of the
-    items of group g, of which there is one where SLOTS is 1.
+    """count_0 = |{g != positive: S_ig >= S_i,positive}|, count_1 the same with >.
 
-    Tile: BLOCK queries x BLOCK / SLOTS groups; a group has SLOTS places in the table, -1 where no item is.
-    With TARGET the groups of a tile are the right ones of its queries, place after place, and the diagonal is
-    kept, so that equal scores come of the same arithmetic; without, comparisons are counted and added to
-    integers, whose sum no order changes.
+    S_ig is the best score of the items of group g; with SLOTS = 1 every item is a group.
+    Tile: BLOCK queries x BLOCK / SLOTS groups; a group has SLOTS places in the table, -1 for an empty one.
+    TARGET: a first launch computes the scores of the positives by the same arithmetic, as the diagonal of
+    tiles whose groups are the positives of the queries; the second counts comparisons and adds them to
+    integers, whose sum does not depend on an order.
     Traffic: `traffic`.
     """
     i = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -120,11 +120,10 @@ def count_better(
 
 
 def traffic(n: int, items: tuple[int, int, int], d: int) -> Traffic:
-    """Of `counts` of n queries; items: how many, of how many groups, in how many places each (m, m, 1 where
-    there are no groups).
+    """Traffic of `count_better` of n queries; items: their number, groups, and places a group.
 
-    The right items of every query, place after place, beside the query; then tiles, which load their queries
-    and items and add two integers a query.
+    The first launch loads every query and its positive's items; the second loads the queries and items of
+    every tile and adds two integers a query.
     """
     m, groups, slots = items
     block = _block(n, groups, slots)
@@ -137,7 +136,7 @@ def traffic(n: int, items: tuple[int, int, int], d: int) -> Traffic:
 
 
 def _table(groups: Tensor) -> Tensor:
-    """The items of each group, int32, in as many places as a power of two that all fit in; -1 in the rest."""
+    """Return the items of each group, int32, padded with -1 to a power of two of places."""
     order, sizes = groups.argsort(stable=True), groups.bincount()
     slots = max(2, triton.next_power_of_2(int(sizes.max())))
     place = torch.arange(len(groups), device=groups.device) - (sizes.cumsum(0) - sizes)[groups[order]]
@@ -147,5 +146,5 @@ def _table(groups: Tensor) -> Tensor:
 
 
 def _block(n: int, groups: int, slots: int) -> int:
-    """Side of a tile; a small one where large ones would leave processors idle."""
+    """Return the side of a tile; small if large ones would leave processors idle."""
     return 128 if n * groups * slots >= 1 << 20 or slots > 32 else 32

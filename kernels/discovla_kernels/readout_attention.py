@@ -1,4 +1,4 @@
-"""Attention of one query a sequence: within its sequence, and over all sequences of its group."""
+"""Attention of one query a sequence, within its sequence and over all sequences of its group."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from discovla_kernels.attention_tiles import (
-    attend_more,
+    attend_tile,
     group_gradients,
+    keys_with_position,
     load_rows,
-    log_of,
-    measure_more,
-    members,
-    moved_keys,
+    log_sum_exp,
+    measure_tile,
+    program_sequences,
     sequence,
     settings,
     store_rows,
@@ -23,44 +23,44 @@ from discovla_kernels.attention_tiles import (
 from discovla_kernels.short_attention import unsupported as attention_unsupported
 from discovla_kernels.tiles import LOWEST, mask_pointer
 
-MAX_FRAMES = 64  # of a group: a query of each lives in registers
+MAX_FRAMES = 64  # of a group; a query of each lives in registers
 
 
-def unsupported(q: Tensor, kv: Tensor, members: Tensor, *others: Tensor | None) -> str:
-    """Why the kernels do not take queries n h c and rows ... 2 h c in groups b f; empty where they do."""
-    if members.shape[1] > MAX_FRAMES:
-        return f"expected groups of at most {MAX_FRAMES} frames, found {members.shape[1]}"
-    for other in (kv, members, *others):
+def unsupported(q: Tensor, kv: Tensor, groups: Tensor, *others: Tensor | None) -> str:
+    """Return why the kernels cannot take queries n h c and rows ... 2 h c in groups b f, or ""."""
+    if groups.shape[1] > MAX_FRAMES:
+        return f"expected groups of at most {MAX_FRAMES} frames, found {groups.shape[1]}"
+    for other in (kv, groups, *others):
         if reason := attention_unsupported(q, other, None):
             return reason
     return ""
 
 
 @triton.jit
-def _seen(mask_ptr, ends_ptr, s, start, j, length, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr):
-    """Which keys j of sequence s its own query may see."""
+def _visible_keys(mask_ptr, readout_ptr, s, start, j, length, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Return which keys j of sequence s its query sees."""
     if CAUSAL:
-        length = (tl.load(ends_ptr + s) - start + 1).to(tl.int32)
+        length = (tl.load(readout_ptr + s) - start + 1).to(tl.int32)
     return visible(mask_ptr, start, j, length, HAS_MASK)[None, :]
 
 
 @triton.jit
 def _readout_attention_forward(
-    q_ptr, kv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, ends_ptr, position_ptr, out_ptr, own_ptr, LENGTH,
-    ALONE, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr,
-    HAS_POSITION: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+    q_ptr, kv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, out_ptr, local_ptr,
+    LENGTH, UNGROUPED, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """o_f = softmax(q_f k_fᵀ / sqrt(c)) v_f of sequence f, g_f = softmax(q_f Kᵀ / sqrt(c)) V of its group.
 
-    K, V: keys (with the frames' positions) and values of all sequences of the group. out holds g_f, or o_f of
-    the first ALONE sequences, which have no group; own holds the others' o_f.
-    Tile: a group, or a sequence alone, and a head; its queries, a row of BLOCK_F each, stay in registers with
-    two online softmaxes, and every tile of BLOCK keys is read once: all rows see it for g, row f for o.
-    Traffic: 2 c read a row, c read and 2 c written a sequence. Backward: `_readout_attention_backward`.
+    K, V: keys (with the frames' positions) and values of all sequences of the group.  out holds g_f, and o_f
+    of the first UNGROUPED sequences; local holds o_f of the others.
+    Tile: a group, or an ungrouped sequence, and a head.  Its queries, one a row of BLOCK_F, stay in registers
+    with two online softmaxes; each tile of BLOCK keys is read once, for g in all rows and for o in row f.
+    Traffic: 2 c read a row, c read and 2 c written a sequence.  Backward: `_readout_attention_backward`.
     """
     h = tl.program_id(1).to(tl.int64)
-    first_s, count, g, asking = members(tl.program_id(0), ALONE, F)
+    first_s, count, g, grouped = program_sequences(tl.program_id(0), UNGROUPED, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     kv_ptr, position_ptr = kv_ptr + h * C, position_ptr + h * C
     q = load_rows(q_ptr + h * C, first_s + slot, slot < count, width, C, BLOCK_C)
@@ -73,39 +73,39 @@ def _readout_attention_forward(
             j = other + place
             k = load_rows(kv_ptr, start + j, j < length, 2 * width, C, BLOCK_C)
             v = load_rows(kv_ptr + width, start + j, j < length, 2 * width, C, BLOCK_C)
-            seen = _seen(mask_ptr, ends_ptr, first_s + f, start, j, length, HAS_MASK, CAUSAL)
+            seen = _visible_keys(mask_ptr, readout_ptr, first_s + f, start, j, length, HAS_MASK, CAUSAL)
             seen = seen & (slot == f)[:, None]
-            top, total, out = attend_more(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
+            top, total, out = attend_tile(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
             if GROUPED:
-                k = moved_keys(k, position_ptr, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                k = keys_with_position(k, position_ptr, f, width, C, HAS_POSITION, BLOCK_C, ACC)
                 seen = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
-                seen = seen & (slot < asking)[:, None]
-                top_g, total_g, out_g = attend_more(
+                seen = seen & (slot < grouped)[:, None]
+                top_g, total_g, out_g = attend_tile(
                     q, k, v, seen, scale, top_g, total_g, out_g, PRECISION, ACC
                 )
     out /= tl.where(total == 0, 1.0, total)[:, None]
     out_g /= tl.where(total_g == 0, 1.0, total_g)[:, None]
-    rows = tl.where((slot < asking)[:, None], out_g, out)
+    rows = tl.where((slot < grouped)[:, None], out_g, out)
     store_rows(out_ptr + h * C, first_s + slot, slot < count, width, C, rows, BLOCK_C)
-    store_rows(own_ptr + h * C, g + slot, slot < asking, width, C, out, BLOCK_C)
+    store_rows(local_ptr + h * C, g + slot, slot < grouped, width, C, out, BLOCK_C)
 
 
 @triton.jit
 def _readout_attention_backward(
-    q_ptr, kv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, ends_ptr, position_ptr, grad_ptr, own_grad_ptr,
-    dq_ptr, dkv_ptr, dposition_ptr, LENGTH, ALONE, F, H, C, scale, HAS_OFFSETS: tl.constexpr,
+    q_ptr, kv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, grad_ptr, local_grad_ptr,
+    dq_ptr, dkv_ptr, dposition_ptr, LENGTH, UNGROUPED, F, H, C, scale, HAS_OFFSETS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, GROUPED: tl.constexpr,
     CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """P made again; dS = P (dO vᵀ - D) / sqrt(c), D = sum_j P (dO vᵀ); dq = dS k, dk = dSᵀ q, dv = Pᵀ dO.
+    """P computed again; dS = P (dO vᵀ - D) / sqrt(c), D = sum_j P (dO vᵀ); dq = dS k, dk = dSᵀ q, dv = Pᵀ dO.
 
-    Twice: of each sequence for its own query, and of the group. Tile: as forward, which keeps nothing: one
-    pass over the keys for the log-sum-exps and D of all queries, in registers, and one for the gradients.
+    Both for each sequence's own query and for the group.  Tile: as forward, which keeps nothing: a first pass
+    over the keys computes the log-sum-exps and D of all queries in registers, a second the gradients.
     dposition: sum over a sequence's keys of the group's dSᵀ q.
     """
     h = tl.program_id(1).to(tl.int64)
-    first_s, count, g, asking = members(tl.program_id(0), ALONE, F)
+    first_s, count, g, grouped = program_sequences(tl.program_id(0), UNGROUPED, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     kv_ptr, dkv_ptr, position_ptr, c = (
         kv_ptr + h * C,
@@ -115,8 +115,8 @@ def _readout_attention_backward(
     )
     q = load_rows(q_ptr + h * C, first_s + slot, slot < count, width, C, BLOCK_C)
     rows = load_rows(grad_ptr + h * C, first_s + slot, slot < count, width, C, BLOCK_C)
-    own = load_rows(own_grad_ptr + h * C, g + slot, slot < asking, width, C, BLOCK_C)
-    do = tl.where((slot < asking)[:, None], own, rows)
+    local = load_rows(local_grad_ptr + h * C, g + slot, slot < grouped, width, C, BLOCK_C)
+    do = tl.where((slot < grouped)[:, None], local, rows)
     top, total = tl.full((BLOCK_F,), LOWEST, dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
     top_g, total_g = tl.full((BLOCK_F,), LOWEST, dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
     mean, mean_g = tl.zeros((BLOCK_F,), dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
@@ -126,42 +126,42 @@ def _readout_attention_backward(
             j = other + place
             k = load_rows(kv_ptr, start + j, j < length, 2 * width, C, BLOCK_C)
             v = load_rows(kv_ptr + width, start + j, j < length, 2 * width, C, BLOCK_C)
-            seen = _seen(mask_ptr, ends_ptr, first_s + f, start, j, length, HAS_MASK, CAUSAL)
+            seen = _visible_keys(mask_ptr, readout_ptr, first_s + f, start, j, length, HAS_MASK, CAUSAL)
             seen = seen & (slot == f)[:, None]
-            top, total, mean = measure_more(q, k, v, do, seen, scale, top, total, mean, PRECISION, ACC)
+            top, total, mean = measure_tile(q, k, v, do, seen, scale, top, total, mean, PRECISION, ACC)
             if GROUPED:
-                k = moved_keys(k, position_ptr, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                k = keys_with_position(k, position_ptr, f, width, C, HAS_POSITION, BLOCK_C, ACC)
                 seen = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
-                seen = seen & (slot < asking)[:, None]
-                top_g, total_g, mean_g = measure_more(
+                seen = seen & (slot < grouped)[:, None]
+                top_g, total_g, mean_g = measure_tile(
                     q, k, v, rows, seen, scale, top_g, total_g, mean_g, PRECISION, ACC
                 )
-    lse, mean = log_of(top, total), mean / tl.where(total == 0, 1.0, total)
-    lse_g, mean_g = log_of(top_g, total_g), mean_g / tl.where(total_g == 0, 1.0, total_g)
+    lse, mean = log_sum_exp(top, total), mean / tl.where(total == 0, 1.0, total)
+    lse_g, mean_g = log_sum_exp(top_g, total_g), mean_g / tl.where(total_g == 0, 1.0, total_g)
     dq = tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
     for f in range(0, count):
         start, length = sequence(offsets_ptr, first_s + f, LENGTH, HAS_OFFSETS)
-        moved = tl.zeros((BLOCK_C,), dtype=ACC)
+        dposition = tl.zeros((BLOCK_C,), dtype=ACC)
         for other in range(0, length, BLOCK):
             j = other + place
             dk, dv = tl.zeros((BLOCK, BLOCK_C), dtype=ACC), tl.zeros((BLOCK, BLOCK_C), dtype=ACC)
             k = load_rows(kv_ptr, start + j, j < length, 2 * width, C, BLOCK_C)
             v = load_rows(kv_ptr + width, start + j, j < length, 2 * width, C, BLOCK_C)
-            seen = _seen(mask_ptr, ends_ptr, first_s + f, start, j, length, HAS_MASK, CAUSAL)
+            seen = _visible_keys(mask_ptr, readout_ptr, first_s + f, start, j, length, HAS_MASK, CAUSAL)
             seen = seen & (slot == f)[:, None]
             dq, dk, dv, _ = group_gradients(q, k, v, do, seen, scale, lse, mean, dq, dk, dv, PRECISION, ACC)
             if GROUPED:
-                k = moved_keys(k, position_ptr, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                k = keys_with_position(k, position_ptr, f, width, C, HAS_POSITION, BLOCK_C, ACC)
                 seen = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
-                seen = seen & (slot < asking)[:, None]
+                seen = seen & (slot < grouped)[:, None]
                 dq, dk, dv, more = group_gradients(
                     q, k, v, rows, seen, scale, lse_g, mean_g, dq, dk, dv, PRECISION, ACC
                 )
-                moved += more
+                dposition += more
             store_rows(dkv_ptr, start + j, j < length, 2 * width, C, dk, BLOCK_C)
             store_rows(dkv_ptr + width, start + j, j < length, 2 * width, C, dv, BLOCK_C)
         if HAS_POSITION:
-            tl.store(dposition_ptr + (g + f) * width + h * C + c, moved, mask=(c < C) & (f < asking))
+            tl.store(dposition_ptr + (g + f) * width + h * C + c, dposition, mask=(c < C) & (f < grouped))
     store_rows(dq_ptr + h * C, first_s + slot, slot < count, width, C, dq, BLOCK_C)
 
 

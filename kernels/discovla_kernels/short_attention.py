@@ -1,4 +1,4 @@
-"""Self-attention of short sequences, one program a sequence and head, on packed rows as they come."""
+"""Self-attention of short sequences on packed rows, one program a sequence and head."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import triton.language as tl
 from torch import Tensor
 
 from discovla_kernels.attention_tiles import (
-    attend_more,
+    attend_tile,
     key_gradients,
     load_rows,
+    one_tile_gradients,
     query_gradients,
     sequence,
     settings,
     store_rows,
     visible_pairs,
-    whole_slopes,
 )
 from discovla_kernels.tiles import LOWEST, mask_pointer, unsupported_tensors
 
-MAX_CHANNELS = 128  # of a head: a tile of rows lives in registers
+MAX_CHANNELS = 128  # of a head; a tile of rows lives in registers
 
 
 def unsupported(qkv: Tensor, mask: Tensor | None, offsets: Tensor | None) -> str:
-    """Why the kernels do not take rows ... 3 h c; empty where they do."""
+    """Return why the kernels cannot take rows ... 3 h c, or ""."""
     if qkv.shape[-1] > MAX_CHANNELS:
         return f"expected heads of at most {MAX_CHANNELS} channels, found {qkv.shape[-1]}"
     return unsupported_tensors(qkv, mask, offsets)
@@ -36,9 +36,9 @@ def _short_attention_forward(
     HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q kᵀ / sqrt(c) + log mask) v of one sequence and head; 0 where a query sees no key.
+    """out = softmax(q kᵀ / sqrt(c) + log mask) v of one sequence and head; 0 for a query that sees no key.
 
-    Tile: BLOCK queries x BLOCK keys, tile after tile of the sequence, an online softmax along keys.
+    Tile: BLOCK queries x BLOCK keys, one after another, with an online softmax along keys.
     Registers: q, out, the running maximum and sum; k and v come from L1 after the first tile of queries.
     Traffic: 3 c read and c written a row.
     Backward: `_short_attention_backward`.
@@ -58,7 +58,7 @@ def _short_attention_forward(
             k = load_rows(q_ptr + width, start + j, j < length, 3 * width, C, BLOCK_C)
             v = load_rows(q_ptr + 2 * width, start + j, j < length, 3 * width, C, BLOCK_C)
             seen = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL)
-            top, total, out = attend_more(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
+            top, total, out = attend_tile(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
         out /= tl.where(total == 0, 1.0, total)[:, None]
         store_rows(out_ptr, start + i, i < length, width, C, out, BLOCK_C)
 
@@ -69,12 +69,12 @@ def _short_attention_backward(
     HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """P made again; dS = P (dO vᵀ - D) / sqrt(c), D = sum_j P (dO vᵀ); dq = dS k, dk = dSᵀ q, dv = Pᵀ dO.
+    """P computed again; dS = P (dO vᵀ - D) / sqrt(c), D = sum_j P (dO vᵀ); dq = dS k, dk = dSᵀ q, dv = Pᵀ dO.
 
-    Tile: as forward. ONE: the sequence is one tile, all of it in registers, five products. Else tiles of
-    queries come first, for lse, D (left in two numbers a row, which the same program reads again) and dq,
-    then tiles of keys for dk and dv. Every element is written once, by one program: no order changes the
-    result.
+    Tile: as forward.  ONE: the sequence is one tile in registers, five products.  Otherwise a first loop over
+    tiles of queries computes lse, D (two numbers a row, which the same program reads again) and dq, and a
+    second over tiles of keys dk and dv.  Every element is written once, by one program, so the result does
+    not depend on an order.
     Traffic: 3 c of q k v and c of dO read, 3 c written a row.
     """
     start, length = sequence(offsets_ptr, tl.program_id(0), LENGTH, HAS_OFFSETS)
@@ -88,7 +88,7 @@ def _short_attention_backward(
         v = load_rows(q_ptr + 2 * width, rows, real, 3 * width, C, BLOCK_C)
         do = load_rows(grad_ptr, rows, real, width, C, BLOCK_C)
         seen = visible_pairs(mask_ptr, start, place, place, length, HAS_MASK, CAUSAL)
-        p, ds = whole_slopes(q, k, v, do, seen, scale, PRECISION, ACC)
+        p, ds = one_tile_gradients(q, k, v, do, seen, scale, PRECISION, ACC)
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
         dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
@@ -115,11 +115,11 @@ def _short_attention_backward(
 
 
 def forward(
-    qkv: Tensor, heads: int, length: int, causal: bool, mask: Tensor | None, offsets: Tensor | None
+    qkv: Tensor, offsets: Tensor | None, mask: Tensor | None, heads: int, length: int, causal: bool
 ) -> Tensor:
-    """Outputs r w of packed rows r 3w, contiguous; sequences have `length` rows, or at most so with offsets.
+    """Return outputs r w of packed rows r 3w, contiguous.
 
-    mask: r, bool.  offsets: n + 1, int32, the first row of each sequence and the end.
+    offsets: n + 1, int32, of sequences of at most `length` rows; None if all have `length`.  mask: r, bool.
     """
     rows, width = len(qkv), qkv.shape[1] // 3
     out, tile = qkv.new_empty(rows, width), settings(qkv, width // heads, length)
@@ -135,13 +135,13 @@ def forward(
 def backward(
     grad: Tensor,
     qkv: Tensor,
+    offsets: Tensor | None,
+    mask: Tensor | None,
     heads: int,
     length: int,
     causal: bool,
-    mask: Tensor | None,
-    offsets: Tensor | None,
 ) -> Tensor:
-    """Gradient by the packed rows, from that by the outputs, r w, contiguous."""
+    """Return the gradient by the packed rows from that by the outputs, r w, contiguous."""
     rows, width = len(qkv), qkv.shape[1] // 3
     dqkv, tile = torch.empty_like(qkv), settings(qkv, width // heads, length)
     acc = torch.promote_types(qkv.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Soft assignment of tokens to centres and the mean of their residuals, a sample at a time."""
+"""Pooling of tokens by soft assignment to centres, one program a sample."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from discovla_kernels.tiles import Traffic, accumulator, mask_pointer, precision, unsupported_tensors
 
-MAX_SHARES = 1 << 13  # tokens x centres of a sample, both padded: a few arrays of that size live in registers
-BLOCK_ELEMENTS = 1 << 24  # tokens' numbers of the samples that are pooled at once
+MAX_SHARES = 1 << 13  # tokens x centres of a sample, padded; a few arrays of that size live in registers
+BLOCK_ELEMENTS = 1 << 24  # numbers in the tokens of samples that are pooled at once
 
 
 def unsupported(tokens: Tensor, mask: Tensor, assignment: Tensor) -> str:
-    """Why the kernels do not take n l d tokens and k d centres; empty where they do."""
+    """Return why the kernels cannot take n l d tokens and k d centres, or ""."""
     length, centres = padded(tokens.shape[1]), padded(len(assignment))
     if length * centres > MAX_SHARES:
         return (
@@ -26,7 +26,7 @@ def unsupported(tokens: Tensor, mask: Tensor, assignment: Tensor) -> str:
 
 @triton.jit
 def _table(table_ptr, k, d, K, D):
-    """Some columns of a table of centres, k d."""
+    """Load some columns of a table of centres, k d."""
     return tl.load(
         table_ptr + k[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0
     )
@@ -34,7 +34,7 @@ def _table(table_ptr, k, d, K, D):
 
 @triton.jit
 def _tokens(token_ptr, row, real, d, D, ACC: tl.constexpr):
-    """Some columns of a sample's real tokens, l d; 0 for the others."""
+    """Load some columns of a sample's tokens, l d; 0 for padding."""
     return tl.load(
         token_ptr + row[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
     ).to(ACC)
@@ -45,7 +45,7 @@ def _shares(
     token_ptr, assignment_ptr, row, real, k, K, D, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """a of a sample, l k: softmax over the centres, 0 where a token is not real."""
+    """Return a of a sample, l k: the softmax over centres, 0 for padding."""
     z = tl.zeros((row.shape[0], k.shape[0]), dtype=ACC)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -58,7 +58,7 @@ def _shares(
 
 @triton.jit
 def _residuals(token_ptr, centre_ptr, a, row, real, k, d, K, D, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """Some columns of V, k d, and of x."""
+    """Return some columns of V, k d, of x and of the centres."""
     x, e = _tokens(token_ptr, row, real, d, D, ACC), _table(centre_ptr, k, d, K, D)
     total = tl.dot(tl.trans(a), x, input_precision=PRECISION, out_dtype=ACC)
     return total - tl.sum(a, axis=0)[:, None] * e, x, e
@@ -69,7 +69,7 @@ def _norms(
     token_ptr, centre_ptr, a, row, real, k, K, D, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """‖V_k‖, and 1 for centres that do not exist."""
+    """Return ‖V_k‖, and 1 for padding."""
     squares = tl.zeros((k.shape[0],), dtype=ACC)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -85,9 +85,8 @@ def _soft_vlad_forward(
 ):  # fmt: skip
     """out = n(sum_k n(V_k)), V_k = sum_l a_lk (x_l - e_k), a_l = softmax_k(x_l · c_k), n(x) = x / ‖x‖.
 
-    Tile: one sample, BLOCK_D columns at a time, four times over: for a, ‖V‖, the mean's length, the mean.
-    Registers: a of all tokens, l k.
-    Traffic: `traffic`. Backward: `_soft_vlad_backward`.
+    Tile: one sample, BLOCK_D columns at a time, in four passes: for a, ‖V‖, the length of the mean, the mean.
+    Registers: a of all tokens, l k.  Traffic: `traffic`.  Backward: `_soft_vlad_backward`.
     """
     n = tl.program_id(0).to(tl.int64)
     l, k = tl.arange(0, L_BLOCK), tl.arange(0, K_BLOCK)  # noqa: E741
@@ -110,7 +109,7 @@ def _soft_vlad_forward(
 
 @triton.jit
 def _slopes(v, norm, grad, along, project, length):
-    """Some columns of dV, k d, and of dm, where m = sum_k n(V_k)."""
+    """Return some columns of dV, k d, and of dm, where m = sum_k n(V_k)."""
     unit = v / norm[:, None]
     dm = (grad - tl.sum(unit, axis=0) * along) / length
     return (dm[None, :] - unit * project[:, None]) / norm[:, None], dm
@@ -122,16 +121,15 @@ def _soft_vlad_backward(
     D, stride_share, L_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Derivative by the tokens, and what two matrix products make those by the centres of.
+    """Derivative by the tokens, and the operands of two matrix products that give those by the centres.
 
     v = n(V), m = sum_k v: dm = (g - m (m·g) / ‖m‖²) / ‖m‖, dV = (dm - v (v·dm)) / ‖V‖;
     dz = a (dA - sum_k a dA) with dA_lk = dV_k · (x_l - e_k), dx = a dV + dz c, dc = dzᵀ x;
     de_k = -sum_n A dV = -sum_n (A / ‖V‖) dm + sum_n w V with A = sum_l a, w = A (v·dm) / ‖V‖²,
     and w V = sum_l (w a) x - (w A) e.
-    Written: dx, dz and w a (n l 2k), dm (n d), A / ‖V‖ and w A (2 n k).
-    Tile: one sample, BLOCK_D columns at a time, five times over: for a, ‖V‖, the products with g and m, dA,
-    dx. Registers: a and dz, l k.
-    Traffic: `traffic` with `backward`.
+    Writes dx, dz and w a (n l 2k), dm (n d), A / ‖V‖ and w A (2 n k).
+    Tile: one sample, BLOCK_D columns at a time, in five passes: for a, ‖V‖, the products with g and m, dA and
+    dx.  Registers: a and dz, l k.  Traffic: `traffic` with `backward`.
     """
     n = tl.program_id(0).to(tl.int64)
     l, k = tl.arange(0, L_BLOCK), tl.arange(0, K_BLOCK)  # noqa: E741
@@ -183,7 +181,7 @@ def _soft_vlad_backward(
 
 
 def forward(tokens: Tensor, mask: Tensor, assignment: Tensor, centres: Tensor) -> Tensor:
-    """n d of tokens n l d with mask n l; centres k d, both in float32 at least."""
+    """Pool tokens n l d with mask n l to n d; assignment and centres k d, in float32 at least."""
     out = tokens.new_empty(len(tokens), tokens.shape[2], dtype=assignment.dtype)
     _soft_vlad_forward[(len(tokens),)](
         tokens.contiguous(), mask_pointer(mask, tokens), assignment.contiguous(), centres.contiguous(), out,
@@ -211,17 +209,16 @@ def gradients(
 
 
 def samples_per_block(tokens: Tensor, assignment: Tensor) -> int:
-    """How many samples are pooled at once."""
+    """Return how many samples are pooled at once."""
     return max(1, BLOCK_ELEMENTS // (tokens.shape[1] * tokens.shape[2]))
 
 
 def traffic(n: int, tokens: tuple[int, int], k: int, d: int, *, backward: bool) -> Traffic:
-    """Of n samples of l tokens, so many of which are real in all; tokens: l and that number.
+    """Traffic of n samples; tokens: l of a sample, and the number of real ones in all.
 
-    Every sample loads its mask once and, all but the first time from a cache, its real tokens and a table of
-    centres for each of the four times over, and stores one vector. With `backward` five times over, the
-    assignment's table once more and the gradient three times; stored are as many numbers as the tokens have,
-    and 2 l k + d + 2 k.
+    A sample loads its mask once, and in each of four passes its real tokens and a table of centres (from a
+    cache after the first), and stores one vector.  Backward has five passes, loads the assignment once more
+    and the gradient three times; it stores the gradient by the tokens, and 2 l k + d + 2 k.
     """
     l, real = tokens  # noqa: E741
     if not backward:
@@ -231,7 +228,7 @@ def traffic(n: int, tokens: tuple[int, int], k: int, d: int, *, backward: bool) 
 
 
 def padded(count: int) -> int:
-    """Tokens or centres of a tile: a power of two that tensor cores take."""
+    """Return the tokens or centres of a tile: a power of two that tensor cores take."""
     return max(16, triton.next_power_of_2(count))
 
 

@@ -1,4 +1,4 @@
-"""Attention within frames and of readout rows across the frames of a group, one pass over keys and values."""
+"""Attention within frames and of readout rows across the frames of a group, in one pass over the keys."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import triton.language as tl
 from torch import Tensor
 
 from discovla_kernels.attention_tiles import (
-    attend_more,
+    attend_tile,
     group_gradients,
     key_gradients,
+    keys_with_position,
     load_gradients,
     load_rows,
-    log_of,
-    members,
-    moved_keys,
+    log_sum_exp,
+    one_tile_gradients,
+    program_sequences,
     query_gradients,
     sequence,
     settings,
     store_rows,
     visible,
     visible_pairs,
-    whole_slopes,
 )
 from discovla_kernels.short_attention import unsupported as attention_unsupported
 from discovla_kernels.tiles import LOWEST, mask_pointer
 
-MAX_FRAMES = 64  # of a group: a query of each lives in registers
+MAX_FRAMES = 64  # of a group; a query of each lives in registers
 
 
 def unsupported(qkv: Tensor, readout: Tensor, *others: Tensor | None) -> str:
-    """Why the kernels do not take rows ... 3 h c with readout rows b f; empty where they do."""
+    """Return why the kernels cannot take rows ... 3 h c with readout rows b f, or ""."""
     if readout.shape[1] > MAX_FRAMES:
         return f"expected groups of at most {MAX_FRAMES} frames, found {readout.shape[1]}"
     for other in (readout, *others):
@@ -42,33 +42,33 @@ def unsupported(qkv: Tensor, readout: Tensor, *others: Tensor | None) -> str:
 
 @triton.jit
 def _temporal_fusion_forward(
-    qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, out_ptr, own_ptr, read_ptr,
-    lse_ptr, LENGTH, ALONE, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
+    qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, out_ptr, local_ptr, fused_ptr,
+    lse_ptr, LENGTH, UNGROUPED, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """o_f = softmax(q_f k_fᵀ / sqrt(c)) v_f of every frame f; g_f = softmax(q_f[rho_f] Kᵀ / sqrt(c)) V.
 
     K, V: keys (with the frames' positions) and values of all frames of a group; rho_f: the readout row.
-    out holds o_f, but g_f in the readout rows; own holds o_f[rho_f]. The first ALONE sequences have no group.
-    Tile: a group and head; frame after frame, BLOCK queries x BLOCK keys as in short attention, and with the
-    last tile of queries, which passes over all keys of a frame, the BLOCK_F readout rows see the same tile of
-    keys. Registers: beside short attention's, the readout queries and their online softmax.
-    Traffic: 3 c read and c written a row, as short attention alone; a readout row writes c + 1 more of ACC
-    for backward: `_temporal_fusion_backward`.
+    out holds o_f, and g_f in readout rows; local holds o_f[rho_f].  The first UNGROUPED sequences have no g.
+    Tile: a group and head, frame after frame, BLOCK queries x BLOCK keys as in short attention.  Beside the
+    last tile of queries, which passes over all keys of a frame, the BLOCK_F readout rows see the same keys.
+    Registers: those of short attention, the readout queries and their online softmax.
+    Traffic: 3 c read and c written a row, as short attention; a readout row writes c + 1 more in ACC for
+    backward: `_temporal_fusion_backward`.
     """
     h = tl.program_id(1).to(tl.int64)
-    first_s, count, g, asking = members(tl.program_id(0), ALONE, F)
+    first_s, count, g, grouped = program_sequences(tl.program_id(0), UNGROUPED, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
-    q_ptr, out_ptr, own_ptr, c = qkv_ptr + h * C, out_ptr + h * C, own_ptr + h * C, tl.arange(0, BLOCK_C)
-    ends = tl.load(readout_ptr + g + slot, mask=slot < asking, other=0)
-    ends_q = load_rows(q_ptr, ends, slot < asking, 3 * width, C, BLOCK_C)
+    q_ptr, out_ptr, local_ptr, c = qkv_ptr + h * C, out_ptr + h * C, local_ptr + h * C, tl.arange(0, BLOCK_C)
+    readout_rows = tl.load(readout_ptr + g + slot, mask=slot < grouped, other=0)
+    readout_q = load_rows(q_ptr, readout_rows, slot < grouped, 3 * width, C, BLOCK_C)
     top_g, total_g = tl.full((BLOCK_F,), LOWEST, dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
     out_g = tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
     for f in range(0, count):
         start, length = sequence(offsets_ptr, first_s + f, LENGTH, HAS_OFFSETS)
-        readout = tl.load(readout_ptr + g + f, mask=f < asking, other=-1)
-        readout = tl.where(f < asking, readout - start, -1)
+        readout = tl.load(readout_ptr + g + f, mask=f < grouped, other=-1)
+        readout = tl.where(f < grouped, readout - start, -1)
         for first in range(0, length, BLOCK):
             i = first + place
             q = load_rows(q_ptr, start + i, i < length, 3 * width, C, BLOCK_C)
@@ -80,94 +80,96 @@ def _temporal_fusion_forward(
                 k = load_rows(q_ptr + width, start + j, j < length, 3 * width, C, BLOCK_C)
                 v = load_rows(q_ptr + 2 * width, start + j, j < length, 3 * width, C, BLOCK_C)
                 seen = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL)
-                top, total, out = attend_more(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
+                top, total, out = attend_tile(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
                 if first + BLOCK >= length:
-                    k_g = moved_keys(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                    k_g = keys_with_position(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
                     seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
-                    seen_g = seen_g & (slot < asking)[:, None]
-                    top_g, total_g, out_g = attend_more(
-                        ends_q, k_g, v, seen_g, scale, top_g, total_g, out_g, PRECISION, ACC
+                    seen_g = seen_g & (slot < grouped)[:, None]
+                    top_g, total_g, out_g = attend_tile(
+                        readout_q, k_g, v, seen_g, scale, top_g, total_g, out_g, PRECISION, ACC
                     )
             out /= tl.where(total == 0, 1.0, total)[:, None]
             store_rows(out_ptr, start + i, (i < length) & (i != readout), width, C, out, BLOCK_C)
             here = (readout >= first) & (readout < first + BLOCK)
-            own = tl.sum(tl.where((i == readout)[:, None], out, 0.0), axis=0)
-            tl.store(own_ptr + (g + f) * width + c, own, mask=(c < C) & here)
+            local = tl.sum(tl.where((i == readout)[:, None], out, 0.0), axis=0)
+            tl.store(local_ptr + (g + f) * width + c, local, mask=(c < C) & here)
     out_g /= tl.where(total_g == 0, 1.0, total_g)[:, None]
-    store_rows(out_ptr, ends, slot < asking, width, C, out_g, BLOCK_C)
-    store_rows(read_ptr + h * C, g + slot, slot < asking, width, C, out_g, BLOCK_C)
-    tl.store(lse_ptr + (g + slot) * H + h, log_of(top_g, total_g), mask=slot < asking)
+    store_rows(out_ptr, readout_rows, slot < grouped, width, C, out_g, BLOCK_C)
+    store_rows(fused_ptr + h * C, g + slot, slot < grouped, width, C, out_g, BLOCK_C)
+    tl.store(lse_ptr + (g + slot) * H + h, log_sum_exp(top_g, total_g), mask=slot < grouped)
 
 
 @triton.jit
 def _temporal_fusion_backward(
-    qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, grad_ptr, own_grad_ptr,
-    read_ptr, group_lse_ptr, dqkv_ptr, dposition_ptr, lse_ptr, mean_ptr, LENGTH, ALONE, F, H, C,
+    qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, grad_ptr, local_grad_ptr,
+    fused_ptr, group_lse_ptr, dqkv_ptr, dposition_ptr, lse_ptr, mean_ptr, LENGTH, UNGROUPED, F, H, C,
     scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr,
     HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """As `_short_attention_backward` frame after frame, each tile of keys also seeing the readout rows:
+    """`_short_attention_backward` frame after frame, where each tile of keys also sees the readout rows:
 
-    P = exp(q[rho] Kᵀ / sqrt(c) - lse), dS = P (dg Vᵀ - dg·g) / sqrt(c), dK += dSᵀ q[rho], dV += Pᵀ dg,
-    dq[rho] = dS K over all frames, added in registers to what the readout row gets within its frame.
-    dposition: sum over a frame's keys of dSᵀ q[rho], for each group by itself.
+    P = exp(q[rho] Kᵀ / sqrt(c) - lse), dS = P (dg Vᵀ - dg·g) / sqrt(c), dK += dSᵀ q[rho], dV += Pᵀ dg.
+    dq[rho] = dS K over all frames is added in registers to that of the readout row within its frame.
+    dposition: sum over a frame's keys of dSᵀ q[rho], for each group.
     """
     h = tl.program_id(1).to(tl.int64)
-    first_s, count, g, asking = members(tl.program_id(0), ALONE, F)
+    first_s, count, g, grouped = program_sequences(tl.program_id(0), UNGROUPED, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, grad_ptr, dq_ptr, c = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C, tl.arange(0, BLOCK_C)
-    ends = tl.load(readout_ptr + g + slot, mask=slot < asking, other=0)
-    ends_q = load_rows(q_ptr, ends, slot < asking, 3 * width, C, BLOCK_C)
-    ends_do = load_rows(grad_ptr, ends, slot < asking, width, C, BLOCK_C)
-    read = load_rows(read_ptr + h * C, g + slot, slot < asking, width, C, BLOCK_C)
-    ends_mean, ends_dq = tl.sum(read * ends_do.to(ACC), axis=1), tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
-    ends_lse = tl.load(group_lse_ptr + (g + slot) * H + h, mask=slot < asking, other=0.0)
+    readout_rows = tl.load(readout_ptr + g + slot, mask=slot < grouped, other=0)
+    readout_q = load_rows(q_ptr, readout_rows, slot < grouped, 3 * width, C, BLOCK_C)
+    readout_do = load_rows(grad_ptr, readout_rows, slot < grouped, width, C, BLOCK_C)
+    fused = load_rows(fused_ptr + h * C, g + slot, slot < grouped, width, C, BLOCK_C)
+    readout_mean = tl.sum(fused * readout_do.to(ACC), axis=1)
+    readout_dq = tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
+    readout_lse = tl.load(group_lse_ptr + (g + slot) * H + h, mask=slot < grouped, other=0.0)
     for f in range(0, count):
         start, length = sequence(offsets_ptr, first_s + f, LENGTH, HAS_OFFSETS)
-        readout = tl.load(readout_ptr + g + f, mask=f < asking, other=-1)
-        readout = tl.where(f < asking, readout - start, -1)
-        own_ptr = own_grad_ptr + (g + f) * width + h * C
-        moved = tl.zeros((BLOCK_C,), dtype=ACC)
-        own = tl.zeros((BLOCK_C,), dtype=ACC)
+        readout = tl.load(readout_ptr + g + f, mask=f < grouped, other=-1)
+        readout = tl.where(f < grouped, readout - start, -1)
+        local_ptr = local_grad_ptr + (g + f) * width + h * C
+        dposition = tl.zeros((BLOCK_C,), dtype=ACC)
+        local = tl.zeros((BLOCK_C,), dtype=ACC)
         if not ONE:
-            own = query_gradients(
-                q_ptr, mask_ptr, grad_ptr, own_ptr, dq_ptr, lse_ptr + h, mean_ptr + h, start, length, readout,
-                H, C, scale, True, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+            local = query_gradients(
+                q_ptr, mask_ptr, grad_ptr, local_ptr, dq_ptr, lse_ptr + h, mean_ptr + h, start, length,
+                readout, H, C, scale, True, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
             )  # fmt: skip
-            tl.debug_barrier()  # lse and D that other threads of the program wrote are read from here on
+            tl.debug_barrier()  # other threads wrote the lse and D that are read below
         for other in range(0, BLOCK if ONE else length, BLOCK):
             j, real = other + place, other + place < length
             k = load_rows(q_ptr + width, start + j, real, 3 * width, C, BLOCK_C)
             v = load_rows(q_ptr + 2 * width, start + j, real, 3 * width, C, BLOCK_C)
             if ONE:
                 q = load_rows(q_ptr, start + j, real, 3 * width, C, BLOCK_C)
-                do = load_gradients(grad_ptr, own_ptr, start, j, length, readout, width, C, True, BLOCK_C)
+                do = load_gradients(grad_ptr, local_ptr, start, j, length, readout, width, C, True, BLOCK_C)
                 seen = visible_pairs(mask_ptr, start, j, j, length, HAS_MASK, CAUSAL)
-                p, ds = whole_slopes(q, k, v, do, seen, scale, PRECISION, ACC)
+                p, ds = one_tile_gradients(q, k, v, do, seen, scale, PRECISION, ACC)
                 dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)
                 dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
                 dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
                 store_rows(dq_ptr, start + j, real & (j != readout), 3 * width, C, dq, BLOCK_C)
-                own = tl.sum(tl.where((j == readout)[:, None], dq, 0.0), axis=0)
+                local = tl.sum(tl.where((j == readout)[:, None], dq, 0.0), axis=0)
             else:
                 dk, dv = key_gradients(
-                    q_ptr, mask_ptr, grad_ptr, own_ptr, lse_ptr + h, mean_ptr + h, k, v, other, start, length,
-                    readout, H, C, scale, True, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+                    q_ptr, mask_ptr, grad_ptr, local_ptr, lse_ptr + h, mean_ptr + h, k, v, other, start,
+                    length, readout, H, C, scale, True, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
                 )  # fmt: skip
-            k_g = moved_keys(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+            k_g = keys_with_position(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
             seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
-            seen_g = seen_g & (slot < asking)[:, None]
-            ends_dq, dk, dv, more = group_gradients(
-                ends_q, k_g, v, ends_do, seen_g, scale, ends_lse, ends_mean, ends_dq, dk, dv, PRECISION, ACC
-            )
-            moved += more
+            seen_g = seen_g & (slot < grouped)[:, None]
+            readout_dq, dk, dv, more = group_gradients(
+                readout_q, k_g, v, readout_do, seen_g, scale, readout_lse, readout_mean, readout_dq, dk, dv,
+                PRECISION, ACC,
+            )  # fmt: skip
+            dposition += more
             store_rows(dq_ptr + width, start + j, real, 3 * width, C, dk, BLOCK_C)
             store_rows(dq_ptr + 2 * width, start + j, real, 3 * width, C, dv, BLOCK_C)
-        ends_dq += tl.where((slot == f)[:, None], own[None, :], 0.0)
+        readout_dq += tl.where((slot == f)[:, None], local[None, :], 0.0)
         if HAS_POSITION:
-            tl.store(dposition_ptr + (g + f) * width + h * C + c, moved, mask=(c < C) & (f < asking))
-    store_rows(dq_ptr, ends, slot < asking, 3 * width, C, ends_dq, BLOCK_C)
+            tl.store(dposition_ptr + (g + f) * width + h * C + c, dposition, mask=(c < C) & (f < grouped))
+    store_rows(dq_ptr, readout_rows, slot < grouped, 3 * width, C, readout_dq, BLOCK_C)
 
 
 def forward(

@@ -1,4 +1,4 @@
-"""What kernels share: a tile of products of rows, launch arithmetic, and what triton's numbers are called."""
+"""Helpers of all kernels: a tile of products, dtypes and precisions of products, checks, traffic."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ def product_tile(
     x_ptr, y_ptr, x_rows, y_rows, x_real, y_real, D,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x[x_rows] y[y_rows]ᵀ of two contiguous matrices with D columns; rows that are not real count as 0.
+    """Return x[x_rows] y[y_rows]ᵀ of contiguous matrices with D columns; rows that are not real count as 0.
 
-    Products are of numbers of the dtype of x.
-
-    x_rows, y_rows: int64.  An element adds its products in one order, whatever tile it is in, so that equal
-    rows give equal products.
+    Products are taken in the dtype of x.  x_rows, y_rows: int64.  An element is summed in the same order in
+    every tile, so equal rows give equal products.
     """
     product = tl.zeros((x_rows.shape[0], y_rows.shape[0]), dtype=ACC)
     for start in range(0, D, BLOCK_D):
@@ -39,7 +37,7 @@ def product_tile(
 
 @triton.jit
 def part_rows(n, LENGTH: tl.constexpr, OFFSET: tl.constexpr, mask_ptr, N, PARTS, HAS_MASK: tl.constexpr):
-    """Parts from OFFSET on of the samples n: their rows, whether they exist, whether they are unmasked."""
+    """Return for LENGTH parts from OFFSET of samples n: their rows, which exist, which are unmasked."""
     i = OFFSET + tl.arange(0, LENGTH)
     rows = tl.reshape(n[:, None] * PARTS + i[None, :], (n.shape[0] * LENGTH,))
     exists = tl.reshape((n < N)[:, None] & (i < PARTS)[None, :], (n.shape[0] * LENGTH,))
@@ -51,45 +49,45 @@ def part_rows(n, LENGTH: tl.constexpr, OFFSET: tl.constexpr, mask_ptr, N, PARTS,
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Elements that a kernel loads and stores, whatever the level of memory they come from."""
+    """Elements that a kernel loads and stores, at any level of memory."""
 
     loads: int
     stores: int
 
 
 def accumulator(x: Tensor) -> tl.dtype:
-    """What products of `x` are added up in."""
+    """Return the dtype in which products of `x` are summed."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def precision(x: Tensor) -> str:
-    """How tensor cores multiply float32: three TF32 products, or one where torch's own matmul may."""
+    """Return how tensor cores multiply float32: three TF32 products, or one if torch allows TF32."""
     if x.dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def dense_matmul(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """x y by the vendor's library, added up and returned in `dtype`."""
+    """Return x y by the vendor's library, summed and returned in `dtype`."""
     if x.dtype == dtype:
         return x @ y
     return torch.mm(x, y, out_dtype=dtype)
 
 
 def mask_pointer(mask: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A mask as bytes; where there is none, a pointer that is never read."""
+    """Return a mask as bytes; without one, a pointer that is never read."""
     return stand_in if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def unsupported_tensors(*tensors: Tensor | None) -> str:
-    """Why no kernel takes these tensors; empty where one does."""
-    given = [x for x in tensors if x is not None]
-    on_gpu = given[0].is_cuda
-    if len(dtypes := {x.dtype for x in given if x.is_floating_point() and x.ndim}) > 1:
+    """Return why no kernel can take these tensors, or ""."""
+    present = [x for x in tensors if x is not None]
+    on_gpu = present[0].is_cuda
+    if len(dtypes := {x.dtype for x in present if x.is_floating_point() and x.ndim}) > 1:
         return f"expected all embeddings in one dtype, found {sorted(map(str, dtypes))}"
-    for x in given:
-        if x.device != given[0].device:
-            return f"expected all tensors on {given[0].device}, found one on {x.device}"
+    for x in present:
+        if x.device != present[0].device:
+            return f"expected all tensors on {present[0].device}, found one on {x.device}"
         if x.dtype == torch.float64 and x.ndim and on_gpu:
             return "float64 has no kernel on a GPU: impl='torch' computes it"
         if x.dtype == torch.bfloat16 and x.device.type == "cpu":

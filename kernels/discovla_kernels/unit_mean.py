@@ -1,4 +1,4 @@
-"""The mean of unit rows: norm, division and mean of a sample's rows in one pass."""
+"""Mean of unit rows: norm, division and mean of a sample's rows in one pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_WIDTH = 8192  # of a row, which lives in registers
 
 
 def unsupported(x: Tensor, *others: Tensor | None) -> str:
-    """Why the kernels do not take rows n k d; empty where they do."""
+    """Return why the kernels cannot take rows n k d, or ""."""
     if x.shape[-1] > MAX_WIDTH:
         return f"expected rows of at most {MAX_WIDTH} numbers, found {x.shape[-1]}"
     return unsupported_tensors(x, *others)
@@ -21,7 +21,7 @@ def unsupported(x: Tensor, *others: Tensor | None) -> str:
 
 @triton.jit
 def _row(x_ptr, mask_ptr, row, D, HAS_MASK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """x / ‖x‖ of a row, 1 / ‖x‖, and 1 if the row counts; 0 for all three if it does not."""
+    """Return x / ‖x‖ of a row, 1 / ‖x‖, and 1 if the row counts; all three are 0 if it does not."""
     d = tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(ACC)
     real = row >= 0
@@ -37,7 +37,7 @@ def _unit_mean_forward(
 ):
     """out = sum_k m_k x_k / ‖x_k‖ / max(1, sum_k m_k).
 
-    Tile: one sample, row after row; the sum stays in registers. Traffic: each row read once.
+    Tile: one sample, row after row, with the sum in registers.  Traffic: each row read once.
     Backward: `_unit_mean_backward`.
     """
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
@@ -69,7 +69,7 @@ def _unit_mean_backward(
 
 
 def forward(x: Tensor, mask: Tensor | None) -> Tensor:
-    """n k d, contiguous, to n d; mask: n k, bool."""
+    """Return the means, n d, of rows n k d, contiguous; mask: n k, bool."""
     n, k, d = x.shape
     out = x.new_empty(n, d)
     _unit_mean_forward[(n,)](x, mask_pointer(mask, x), out, k, d, **_settings(x, mask))
@@ -77,7 +77,7 @@ def forward(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Gradient by x, from that by the mean, n d, contiguous."""
+    """Return the gradient by x from that by the means, n d, contiguous."""
     (n, k, d), dx = x.shape, torch.empty_like(x)
     _unit_mean_backward[(n,)](grad, x, mask_pointer(mask, x), dx, k, d, **_settings(x, mask))
     return dx

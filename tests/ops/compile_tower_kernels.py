@@ -30,14 +30,12 @@ from discovla_kernels import temporal_fusion as fusion
 HALF, SINGLE = torch.bfloat16, torch.float32
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 OTHERS = {  # of arguments that are not rows, by how their names end
-    "z_read_ptr": "",  # these are
+    "readout_z_ptr": "",  # these are
     "part_grad_ptr": "",
     "down_ptr": "*fp32",
     "up_ptr": "*fp32",
     "bias_ptr": "*fp32",
     "part_ptr": "*fp32",
-    "ends_ptr": "*i64",
-    "slot_ptr": "*i32",
     "index_ptr": "*i32",
     "offsets_ptr": "*i32",
     "readout_ptr": "*i64",
@@ -50,7 +48,8 @@ OTHERS = {  # of arguments that are not rows, by how their names end
     "da_ptr": "*fp32",
     "lse_ptr": "*fp32",
     "mean_ptr": "*fp32",
-    "read_ptr": "*fp32",
+    "fused_ptr": "*fp32",
+    "readout_x_ptr": "*fp32",
     "position_ptr": "*fp32",
 }
 STREAM = ("x_ptr", "sum_ptr", "dsum_ptr", "dx_ptr")  # of the norms, float32 beside bfloat16
@@ -108,8 +107,8 @@ def row_cases() -> list[Case]:
     for dtype, width in ((HALF, 768), (SINGLE, 512)):
         lora = lora_norm._tile(width, 8) | {"HAS_AFFINE": True}
         for read in (False, True):
-            flags = {"HAS_DSUM": not read, "HAS_DU": True, "HAS_READ": read}
-            cases += [(lora_norm._lora_norm_forward, dtype, lora | {"HAS_U": True, "HAS_READ": read})]
+            flags = {"HAS_DSUM": not read, "HAS_DU": True, "HAS_READOUT": read}
+            cases += [(lora_norm._lora_norm_forward, dtype, lora | {"HAS_U": True, "HAS_READOUT": read})]
             cases += [(lora_norm._lora_norm_backward, dtype, lora | flags)]
     for dtype, gelu in ((HALF, False), (SINGLE, True)):
         x = torch.empty(1, dtype=dtype)
@@ -163,7 +162,7 @@ def attention_cases() -> list[Case]:
 def with_arguments_of_one(case: Case) -> Case:
     """One head, one row, one frame: Triton makes constants of integers that are 1, without their methods."""
     kernel, dtype, constants = case
-    ones = {name: 1 for name in ("LENGTH", "ALONE", "F", "H", "C") if name in kernel.arg_names}
+    ones = {name: 1 for name in ("LENGTH", "UNGROUPED", "F", "H", "C") if name in kernel.arg_names}
     return kernel, dtype, constants | ones
 
 

@@ -7,7 +7,7 @@ from benchmarks.measure import relative_frobenius
 from discovla.nn.block import ACTIVATIONS
 from discovla.ops.fp8_linear import fp8_linear, quantise_weight
 from discovla.ops.fp8_mlp import FP8MLPWeights, fp8_mlp
-from discovla.ops.quantise_rows import FP8, Through, quantise_rows
+from discovla.ops.quantise_rows import FP8, quantise_rows
 from tests.ops.kernels import DEVICE
 
 T, W, M = 33, 32, 128
@@ -51,7 +51,7 @@ def test_what_is_hidden_alone_is_kept_and_a_result_that_is_not_read_not_computed
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = fp8_mlp(x, weights)
-    own = {id(part) for weight in (weights.up, weights.down) for part in weight.kept}
+    own = {id(part) for weight in (weights.up, weights.down) for part in weight.backward_tensors}
     (h,) = [t for t in kept if id(t) not in own]
     assert h.shape == (T, M) and h.dtype == out.dtype == torch.bfloat16
     (want,) = torch.autograd.grad(out, x, torch.ones_like(out))
@@ -67,19 +67,19 @@ def test_what_is_hidden_alone_is_kept_and_a_result_that_is_not_read_not_computed
 def test_the_kernel_rounds_what_passes_an_activation_as_the_reference(activation, hidden, t, i, dtype):
     x = torch.randn(t, i, device=DEVICE).to(dtype)
     h = torch.randn(t, i, device=DEVICE).to(dtype) if hidden else None
-    through, columns = Through(activation=activation, hidden=h), torch.logspace(-1, 1, i, device=DEVICE)
-    want, got = (quantise_rows(x, columns, through=through, impl=impl) for impl in ("reference", "triton"))
+    scale, options = torch.logspace(-1, 1, i, device=DEVICE), {"activation": activation, "hidden": h}
+    want, got = (quantise_rows(x, scale, **options, impl=impl) for impl in ("reference", "triton"))
     torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=0)
     codes = [q.view(torch.uint8).int() for q, _ in (want, got)]
     apart = (codes[0] - codes[1]).abs()
     assert apart.max() <= 1 and apart.float().mean() <= 2e-3, "one to the next number of FP8, in few places"
-    truth = x.double() * columns
+    truth = x.double() * scale
     if hidden:
         wide = h.double().requires_grad_()
         ACTIVATIONS[activation](wide).sum().backward()
         truth = truth * wide.grad
     else:
-        truth = ACTIVATIONS[activation](x.double()) * columns
+        truth = ACTIVATIONS[activation](x.double()) * scale
     assert relative_frobenius(got[0].float() * got[1], truth) <= 0.04
     assert got[0].dtype == FP8
 
@@ -103,7 +103,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"bias: expected shape \(16,\), found \(32,\)"):
         fp8_mlp(x, short)
     with pytest.raises(ValueError, match=r"hidden: expected shape \(33, 32\), found \(33, 31\)"):
-        through = Through(activation="gelu", hidden=x[:, 0, :31])
-        quantise_rows(x[:, 0], through=through)
-    with pytest.raises(ValueError, match=r"columns: expected shape \(32,\), found \(31,\)"):
+        quantise_rows(x[:, 0], activation="gelu", hidden=x[:, 0, :31])
+    with pytest.raises(ValueError, match=r"column_scale: expected shape \(32,\), found \(31,\)"):
         quantise_rows(x[:, 0], torch.ones(31, device=DEVICE))

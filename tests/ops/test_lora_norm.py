@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=f"^{name}: expected shape"):
             call()
-    with pytest.raises(ValueError, match=r"^weight, bias: expected frozen ones"):
+    with pytest.raises(ValueError, match=r"^weight, bias: expected frozen tensors"):
         weight.requires_grad_()
         weights()
     with pytest.raises(KernelUnavailable, match="rank and width of at most 64 and 1024"):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from discovla.ops.dispatch import IMPLEMENTATIONS
 from discovla.ops.lora_norm import lora_norm, lora_weights
-from discovla.ops.readout_lora_norm import _read_lora_norm, readout_lora_norm, readout_lora_projection
+from discovla.ops.readout_lora_norm import _readout_lora_norm, readout_lora_norm, readout_lora_projection
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 from tests.ops.test_lora_norm import BUDGET, HALF, SINGLE, assert_close, leaves
 
@@ -86,7 +86,7 @@ def test_the_op_is_registered_soundly():
     a = a.detach()[None].clone().requires_grad_()
     arguments = (x, a, u, None, None, places(4, 2)[1], 2, 1e-5, torch.float64)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(_read_lora_norm, arguments, test_utils=tests)
+    torch.library.opcheck(_readout_lora_norm, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

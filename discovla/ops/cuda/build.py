@@ -1,9 +1,9 @@
-"""Builds the CUDA kernels of csrc/ into the package, by calling nvcc: no torch with CUDA is needed for it.
+"""Build the CUDA kernels of csrc/ into the package by calling nvcc; a torch without CUDA is enough.
 
-    python -m discovla.ops.cuda.build               build, or say in one line why not
+    python -m discovla.ops.cuda.build               build, or print the reason for failure in one line
 
-setup.py runs this file as a script, since the isolated environment pip builds in has no torch. It imports the
-standard library only.
+setup.py runs this file as a script, since pip builds in an isolated environment without torch.  It imports
+the standard library only.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parents[3] / "csrc"
 LIBRARY = Path(__file__).with_name("discovla_cuda.so")
-# For A100, for H100 and H200, and as PTX for what comes after them.
+# A100; H100 and H200; PTX for later GPUs
 ARCHITECTURES = (
     "-gencode=arch=compute_80,code=[sm_80,compute_80]",
     "-gencode=arch=compute_90a,code=sm_90a",
 )
-OLDEST_TORCH = "0x020b000000000000"  # 2.11: the library runs with this one and every later one
+OLDEST_TORCH = "0x020b000000000000"  # 2.11: the library runs with it and every later version
 
 
 class BuildError(RuntimeError):
-    """The kernels cannot be built; one line."""
+    """The kernels cannot be built; the message is one line."""
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of PATH, or where CUDA's packages put it."""
+    """Return the path of nvcc from CUDA_HOME, PATH, or CUDA's usual folder; None if there is none."""
     folders = [f"{os.environ['CUDA_HOME']}/bin"] if "CUDA_HOME" in os.environ else []
     folders += [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def build(out: Path = LIBRARY) -> bool:
-    """Compile every csrc/*.cu at once and link them; False where `out` is newer than all of csrc/.
+    """Compile every csrc/*.cu in parallel and link them; return False if `out` is newer than all of csrc/.
 
     Raises:
-        BuildError: nvcc, torch or csrc/ is not there, or nvcc fails.
+        BuildError: nvcc, torch or csrc/ is missing, or nvcc fails.
     """
     sources = sorted(SOURCES.glob("*.cu"))
     if not sources:
@@ -60,10 +60,10 @@ def build(out: Path = LIBRARY) -> bool:
 
 
 def _compile(nvcc: str, torch: Path, sources: list[Path], out: Path) -> None:
-    # -O1 is for launchers; device code is optimised as far as can be, whatever it says
+    # -O1 applies to launchers; device code is always fully optimised
     options = ["-std=c++17", "-O1", *ARCHITECTURES, "-Xcompiler=-fPIC", "-DUSE_CUDA"]
     options += [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f"-I{torch / 'include'}"]
-    # libtorch needs the library with CUDA where there is one, and so finds the current stream
+    # with --no-as-needed libtorch brings in its CUDA library, if any, which has the current stream
     link = ["-shared", f"-L{torch / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
     with tempfile.TemporaryDirectory() as folder:
         objects = [f"{folder}/{path.stem}.o" for path in sources]
@@ -72,44 +72,44 @@ def _compile(nvcc: str, torch: Path, sources: list[Path], out: Path) -> None:
             for source, target in zip(sources, objects, strict=True)
         ]
         _run_all(calls)
-        partial = out.with_name(f"{out.name}.{os.getpid()}")  # never half a library under its name
+        partial = out.with_name(f"{out.name}.{os.getpid()}")  # renamed once complete
         _run_all([[nvcc, *link, *objects, "-o", str(partial)]])
         partial.replace(out)
 
 
 def _run_all(calls: list[list[str]]) -> None:
-    """Run commands side by side.
+    """Run commands in parallel.
 
     Raises:
-        BuildError: one failed; its first line of error.
+        BuildError: one failed; with its first line of error.
     """
     running = [
         subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for call in calls
     ]
     ended = [(process.communicate()[0], process.returncode) for process in running]
-    for said, status in ended:
+    for output, status in ended:
         if status:
-            lines = [line for line in said.splitlines() if "error" in line or "fatal" in line]
-            raise BuildError("nvcc failed: " + (lines or said.splitlines() or ["no output"])[0])
+            lines = [line for line in output.splitlines() if "error" in line or "fatal" in line]
+            raise BuildError("nvcc failed: " + (lines or output.splitlines() or ["no output"])[0])
 
 
 def main(words: list[str] | None = None) -> int:
-    """Build as DISCOVLA_CUDA says; without it as `1`."""
-    parser = argparse.ArgumentParser(description="Builds the CUDA kernels of csrc/.")
-    parser.add_argument("--out", type=Path, default=LIBRARY, help="where to; into the package if not given")
-    given = parser.parse_args(words)
-    wish = os.environ.get("DISCOVLA_CUDA", "1")
-    if wish not in ("auto", "0", "1"):
-        print(f"DISCOVLA_CUDA: expected auto, 0 or 1, found {wish!r}", file=sys.stderr)
+    """Build as DISCOVLA_CUDA demands, by default `1`."""
+    parser = argparse.ArgumentParser(description="Build the CUDA kernels of csrc/.")
+    parser.add_argument("--out", type=Path, default=LIBRARY, help="default: in the package")
+    out = parser.parse_args(words).out
+    mode = os.environ.get("DISCOVLA_CUDA", "1")
+    if mode not in ("auto", "0", "1"):
+        print(f"DISCOVLA_CUDA: expected auto, 0 or 1, found {mode!r}", file=sys.stderr)
         return 2
-    if wish == "0" or (wish == "auto" and find_nvcc() is None):
+    if mode == "0" or (mode == "auto" and find_nvcc() is None):
         return 0
     try:
-        print(f"{given.out}: {'built' if build(given.out) else 'up to date'}")
+        print(f"{out}: {'built' if build(out) else 'up to date'}")
     except BuildError as error:
-        kind = "warning: no CUDA kernels" if wish == "auto" else "error"
+        kind = "warning: no CUDA kernels" if mode == "auto" else "error"
         print(f"discovla: {kind}: {error}", file=sys.stderr)
-        return 0 if wish == "auto" else 1
+        return 0 if mode == "auto" else 1
     return 0
 
 

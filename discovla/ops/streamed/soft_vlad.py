@@ -1,6 +1,6 @@
-"""Pooling of some samples' tokens by soft assignment in plain torch, and its derivative.
+"""`soft_vlad` of some samples in plain torch, and its gradients.
 
-The same functions as `discovla_kernels.soft_vlad`, which has the derivation.
+Same functions as `discovla_kernels.soft_vlad`, where the gradients are derived.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from discovla.ops.blocks import ELEMENTS
 
 
 def forward(tokens: Tensor, mask: Tensor, assignment: Tensor, centres: Tensor) -> Tensor:
-    """n d of tokens n l d with mask n l; centres k d, both in float32 at least."""
+    """Pool tokens n l d with mask n l to n d; assignment and centres k d, in float32 at least."""
     x = tokens.to(assignment.dtype)
     share = _shares(x, mask, assignment)
     unit, _ = _residuals(x, share, centres)
@@ -41,18 +41,18 @@ def gradients(
 
 
 def samples_per_block(tokens: Tensor, assignment: Tensor) -> int:
-    """How many samples are pooled at once, so that what there is of them stays within ELEMENTS."""
+    """Return how many samples are pooled at once, so that their temporaries stay within ELEMENTS."""
     (_, length, d), k = tokens.shape, len(assignment)
     return max(1, ELEMENTS // ((length + 4 * k) * d))
 
 
 def _shares(x: Tensor, mask: Tensor, assignment: Tensor) -> Tensor:
-    """a of real tokens, n l k."""
+    """Return a, n l k; 0 for padding."""
     return (x @ assignment.T).softmax(-1) * mask[..., None]
 
 
 def _residuals(x: Tensor, share: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """V / ‖V‖, n k d, and ‖V‖, n k 1."""
+    """Return V / ‖V‖, n k d, and ‖V‖, n k 1."""
     residuals = share.mT @ x - share.sum(1)[..., None] * centres
     norm = residuals.norm(dim=-1, keepdim=True)
     return residuals / norm, norm
