@@ -48,8 +48,9 @@ def _visible_keys(mask_ptr, readout_ptr, s, start, j, length, HAS_MASK: tl.const
 def _readout_attention_forward(
     q_ptr, kv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, out_ptr, local_ptr,
     LENGTH, UNGROUPED, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """o_f = softmax(q_f k_fᵀ / sqrt(c)) v_f of sequence f, g_f = softmax(q_f Kᵀ / sqrt(c)) V of its group.
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tests.nn.test_chain import results
 
 from discovla.batch import Batch
 from discovla.ops.buckets import MIN_ROWS, bucketed_rows, fill_bucket
 from discovla.testing import random_captions, relative_error, tiny_architecture
 from tests import steps
+from tests.nn.test_block import results
 
 
 def captions(n: int, length: int, seed: int = 0) -> torch.Tensor:
