@@ -1,69 +1,69 @@
-"""`discovla shard`: clips decoded once, for training without decoding."""
+"""`discovla shard`: decode the clips of a manifest once, so that training reads frames without decoding."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+from discovla.config import read_config
+from discovla.data.config import FULL_SIZE
+from discovla.data.sampling import Sampler, Sampling, Slice
+from discovla.data.shards.layout import Format, Keep, ShardSettings
+from discovla.data.shards.writer import CLIP_SECONDS, write_shards
+from discovla.data.video.frames import Damaged
+
+# Options that a config replaces; None is the default of `ShardSettings`.
+SAMPLING_OPTIONS = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "damaged")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
     text = (
-        "decode the clips of a manifest once, into WebDataset tars that train.py reads with data.shards=OUT;"
-        " stopped in the middle, the same command goes on"
+        "Decode the clips of a manifest once into WebDataset tars, from which runs with data.shards=OUT read"
+        " their frames. After an interruption, the same command continues."
     )
-    parser = commands.add_parser("shard", help="decode clips once, into WebDataset tars", description=text)
+    parser = commands.add_parser("shard", help=text, description=text)
     parser.add_argument("manifest", type=Path, metavar="MANIFEST")
-    parser.add_argument("out", type=Path, metavar="OUT", help="a folder, or a bucket's copy of it later on")
-    config = "a run's TOML: frames, their sampling and size are those of its data and model"
+    out = "local folder; a copy of it on a web server, in S3 or in Google Cloud Storage is read the same way"
+    parser.add_argument("out", type=Path, metavar="OUT", help=out)
+    config = "config of a run, whose sampling and frame size are the defaults of the options below"
     parser.add_argument("--config", type=Path, metavar="TOML", help=config)
-    _add_frames(parser)
-    _add_files(parser)
-    parser.set_defaults(run=_shard)
 
-
-def _add_frames(parser: argparse.ArgumentParser) -> None:
-    """Options that say which frames are kept; None leaves them to the config or their defaults."""
-    from discovla.data.sampling import Sampler, Slice
-
-    parser.add_argument("--frames", type=int, metavar="N", help="of a clip, default: 12")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames of a clip; default: 12")
     parser.add_argument("--sampling", choices=get_args(Sampler), help="default: discovla")
-    parser.add_argument("--sample-rate", type=float, metavar="HZ", help="default: 1")
+    parser.add_argument("--sample-rate", type=float, metavar="R", help="frames a second; default: 1")
     parser.add_argument("--sampling-divisor", type=int, metavar="N", help="default: 1")
     parser.add_argument("--sampling-slice", choices=get_args(Slice), help="default: even")
-    damaged = "what to do with a video that breaks off after some frames, default: refuse"
-    parser.add_argument("--damaged", choices=("refuse", "use"), help=damaged)
+    damaged = "refuse videos that break off, or use their frames up to there; default: refuse"
+    parser.add_argument("--damaged", choices=get_args(Damaged), help=damaged)
     keep = (
-        "`sampled`: the frames that testing takes; `candidates`: all that training may draw; default: what"
-        " the sampling needs to train"
+        "frames to store: those that evaluation samples, or all that training may sample; default: candidates"
+        " if the sampling is random in training, else sampled"
     )
-    parser.add_argument("--keep", choices=("sampled", "candidates"), help=keep)
-    size = "pixels of a side, or `full`, which augment = randaugment or resized_crop needs; default: 224"
+    parser.add_argument("--keep", choices=get_args(Keep), help=keep)
+    size = "side of the frames in pixels, or `full`, as randaugment and resized_crop need; default: 224"
     parser.add_argument("--size", metavar="N", help=size)
 
-
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    """Options that say how they are kept, and how they are made."""
-    parser.add_argument("--format", choices=("raw", "jpeg"), default="raw", help="default: %(default)s")
-    parser.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEG, default: %(default)s")
-    tokens = "tokens of the longest caption, default: %(default)s"
+    parser.add_argument("--format", choices=get_args(Format), default="raw", help="default: %(default)s")
+    quality = "JPEG quality, 1 to 100; default: %(default)s"
+    parser.add_argument("--quality", type=int, default=90, metavar="Q", help=quality)
+    tokens = "most tokens of a stored caption; default: %(default)s"
     parser.add_argument("--context-length", type=int, default=77, metavar="N", help=tokens)
-    clips = "clips in a tar, default: %(default)s"
+    clips = "clips of a tar; default: %(default)s"
     parser.add_argument("--clips-per-shard", type=int, default=256, metavar="N", help=clips)
     cores = len(os.sched_getaffinity(0))
-    workers = "processes; 0 decodes in this one, without a limit; default: all cores, %(default)s"
+    workers = "processes; 0 decodes in this one, without a time limit; default: all cores, %(default)s"
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help=workers)
-    limit = "seconds a clip may take, default: %(default)g"
-    parser.add_argument("--limit", type=float, default=120.0, metavar="S", help=limit)
-    verify = "read what is there again and make anew what differs from its checksum"
+    limit = "seconds a clip may take; default: %(default)g"
+    parser.add_argument("--limit", type=float, default=CLIP_SECONDS, metavar="S", help=limit)
+    verify = "check existing tars by checksum and write those that differ again"
     parser.add_argument("--verify", action="store_true", help=verify)
+    parser.set_defaults(run=_run)
 
 
-def _shard(arguments: argparse.Namespace) -> None:
-    from discovla.data.shards.writer import write_shards  # torch takes seconds to import
-
+def _run(arguments: argparse.Namespace) -> None:
     report = write_shards(
         arguments.manifest,
         arguments.out,
@@ -76,47 +76,36 @@ def _shard(arguments: argparse.Namespace) -> None:
     for clip in report.bad[:5]:
         print(f"no frames of {clip.id!r} ({clip.video}): {clip.reason}")
     if report.bad:
-        print(f"{len(report.bad)} clips give no frames; all are in {arguments.out / 'quarantine.jsonl'}")
+        print(f"{len(report.bad)} clips have no frames; all are in {arguments.out / 'quarantine.jsonl'}")
     print(
         f"{arguments.out}: {report.clips} clips in {report.shards} shards, {report.size / 1e6:.1f} MB;"
-        f" {report.decoded} decoded now"
+        f" {report.decoded} decoded in this run"
     )
 
 
-def _settings(arguments: argparse.Namespace):
-    """What is kept of each clip: what is asked for, else the config's, else the defaults."""
-    from discovla.data.sampling import Sampling
-    from discovla.data.shards.layout import ShardSettings
+def _settings(arguments: argparse.Namespace) -> ShardSettings:
+    """Return the options of the command line; those left out are of the config, if there is one."""
+    options: dict[str, Any] = {}
+    if arguments.config is not None:
+        config = read_config(arguments.config)
+        options = {name: getattr(config.data, name) for name in SAMPLING_OPTIONS}
+        if config.data.augment in FULL_SIZE:
+            options["size"] = None
+        elif arguments.size is None:
+            from discovla.towers.weights import load_pretrained
 
-    fields = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "damaged")
-    chosen = {} if arguments.config is None else _of_config(arguments, fields)
-    chosen |= {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+            options["size"] = load_pretrained(config.model).architecture.image_size
+    options |= {name: value for name in SAMPLING_OPTIONS if (value := getattr(arguments, name)) is not None}
     if arguments.size is not None:
         if arguments.size != "full" and not arguments.size.isdecimal():
             raise ValueError(f"--size: expected pixels or 'full', found {arguments.size!r}")
-        chosen["size"] = None if arguments.size == "full" else int(arguments.size)
-    sampling = Sampling(frames=1, sampler=chosen.get("sampling", "discovla"))
-    keep = arguments.keep or ("candidates" if sampling.is_random else "sampled")
+        options["size"] = None if arguments.size == "full" else int(arguments.size)
+    sampling = Sampling(frames=1, sampler=options.get("sampling", "discovla"))
     return ShardSettings(
-        keep=keep,
+        keep=arguments.keep or ("candidates" if sampling.is_random else "sampled"),
         format=arguments.format,
         quality=arguments.quality,
         context_length=arguments.context_length,
         clips_per_shard=arguments.clips_per_shard,
-        **chosen,
+        **options,
     )
-
-
-def _of_config(arguments: argparse.Namespace, fields: tuple[str, ...]) -> dict:
-    """What a run's data and model say of frames."""
-    from discovla.config import read_config
-    from discovla.data.config import FULL_SIZE
-    from discovla.towers.weights import load_pretrained
-
-    config = read_config(arguments.config)
-    chosen = {name: getattr(config.data, name) for name in fields}
-    if config.data.augment in FULL_SIZE:
-        chosen["size"] = None
-    elif arguments.size is None:  # the weights may have to be fetched to know it
-        chosen["size"] = load_pretrained(config.model).architecture.image_size
-    return chosen

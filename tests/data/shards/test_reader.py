@@ -59,8 +59,8 @@ def test_raw_frames_are_those_of_the_files_bit_for_bit(made, world):
     shards = pickle.loads(pickle.dumps(Shards(made())))
     clips = good(read_manifest(world))
     for clip in reversed(clips):
-        wanted = read_frames(clip.video, sampling(clip), fitted).frames
-        assert np.array_equal(shards.frames(clip, sampling(clip), None), wanted)
+        expected = read_frames(clip.video, sampling(clip), fitted).frames
+        assert np.array_equal(shards.frames(clip, sampling(clip), None), expected)
     found = [(c.id, c.captions, c.split, c.start, c.frame_captions) for c in good(shards.clips)]
     assert found == [(c.id, c.captions, c.split, c.start, c.frame_captions) for c in clips]
     assert [clip.id for clip in shards.split("val")] == ["clip/2.x"]
@@ -71,8 +71,8 @@ def test_raw_frames_are_those_of_the_files_bit_for_bit(made, world):
 def test_frames_of_full_size_are_changed_as_those_of_the_files(made, world):
     shards = Shards(made(size=None))
     for clip in good(read_manifest(world)):
-        wanted = read_frames(clip.video, sampling(clip), lambda image: fitted(image.rotate(9))).frames
-        assert np.array_equal(shards.frames(clip, sampling(clip), lambda i: fitted(i.rotate(9))), wanted)
+        expected = read_frames(clip.video, sampling(clip), lambda image: fitted(image.rotate(9))).frames
+        assert np.array_equal(shards.frames(clip, sampling(clip), lambda i: fitted(i.rotate(9))), expected)
 
 
 @pytest.mark.parametrize("sampler", ["clip2video", "t2vparser"])
@@ -91,10 +91,10 @@ def test_candidates_serve_every_seed_of_a_sampling_that_moves(sampler, made, wor
 def test_jpeg_frames_are_close_to_those_of_the_files(made, world):
     shards = Shards(made(format="jpeg", quality=95))
     for clip in good(read_manifest(world)):
-        wanted = read_frames(clip.video, sampling(clip), fitted).frames
+        expected = read_frames(clip.video, sampling(clip), fitted).frames
         found = shards.frames(clip, sampling(clip), None)
-        assert found.shape == wanted.shape
-        assert np.abs(found.astype(int) - wanted).max() <= 6  # grey frames, of which JPEG changes little
+        assert found.shape == expected.shape
+        assert np.abs(found.astype(int) - expected).max() <= 6  # grey frames, of which JPEG changes little
 
 
 def test_a_clip_that_gave_no_frames_says_why_again(made, world):
@@ -107,8 +107,8 @@ def test_a_clip_that_gave_no_frames_says_why_again(made, world):
 
 def test_a_damaged_clip_that_was_kept_is_refused_where_damaged_ones_are(made, world):
     shards, clip = Shards(made(damaged="use")), read_manifest(world)[-1]
-    wanted = read_frames(clip.video, sampling(clip), fitted, damaged="use").frames
-    assert np.array_equal(shards.frames(clip, sampling(clip), None, damaged="use"), wanted)
+    expected = read_frames(clip.video, sampling(clip), fitted, damaged="use").frames
+    assert np.array_equal(shards.frames(clip, sampling(clip), None, damaged="use"), expected)
     with pytest.raises(DecodeError, match="damaged: "):
         shards.frames(clip, sampling(clip), None)
 

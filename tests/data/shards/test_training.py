@@ -48,9 +48,9 @@ def batches(data: DataConfig, *, epoch: int = 1, start: int = 0, **changes) -> l
     return list(loader.epoch(epoch, start=start))
 
 
-def assert_same(found: list[Batch], wanted: list[Batch]) -> None:
-    assert len(found) == len(wanted) > 0
-    for a, b in zip(found, wanted, strict=True):
+def assert_same(found: list[Batch], expected: list[Batch]) -> None:
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
         assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in FIELDS)
         assert [(clip.id, clip.reason) for clip in a.bad] == [(clip.id, clip.reason) for clip in b.bad]
 
@@ -79,18 +79,18 @@ SLOW = ("randaugment",)  # it imports timm
 @pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.slow] * (w in SLOW)) for w in WAYS])
 def test_training_sees_the_same_from_shards_bad_clips_and_all(way, made, world):
     of_data, of_shards = WAYS[way]
-    wanted = batches(config(world, **of_data))
+    expected = batches(config(world, **of_data))
     found = batches(config(world, shards=str(made(**of_shards)), **of_data))
-    assert_same(found, wanted)
+    assert_same(found, expected)
     assert sum(len(batch.bad) for batch in found) == 1
 
 
 def test_frame_captions_come_from_shards_too(made, world):
     changes = {"missing_frame_captions": "drop"}
-    wanted = batches(config(world, **changes), frame_captions=True)
+    expected = batches(config(world, **changes), frame_captions=True)
     found = batches(config(world, shards=str(made()), **changes), frame_captions=True)
-    assert_same(found, wanted)
-    assert torch.equal(found[0].frame_text_ids, wanted[0].frame_text_ids)
+    assert_same(found, expected)
+    assert torch.equal(found[0].frame_text_ids, expected[0].frame_text_ids)
 
 
 def test_ranks_take_slices_and_an_epoch_goes_on_in_its_middle(made, world):
@@ -117,9 +117,9 @@ def test_workers_give_the_batches_of_one_process(place, made, world):
 def test_evaluation_batches_from_shards_equal_those_from_files(made, world):
     plain, sharded = config(world), config(world, shards=str(made()))
     clips = read_clips(sharded, "val")
-    wanted = list(video_batches(read_manifest(world, split="val"), plain, SIZE, 2))
+    expected = list(video_batches(read_manifest(world, split="val"), plain, SIZE, 2))
     found = list(video_batches(clips, sharded, SIZE, 2))
-    assert all(torch.equal(a.frames, b.frames) for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(found, expected, strict=True))
     with pytest.raises(DecodeError, match=r"1 clips cannot be evaluated: 'text' .*: not a video file"):
         list(video_batches(read_clips(sharded, "train"), sharded, SIZE, 8))
 

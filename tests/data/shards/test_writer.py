@@ -1,13 +1,11 @@
-"""Shards as they are written: their bytes, their indices, and runs that were stopped."""
+"""Writing shards: their bytes, their indices, and runs that are interrupted."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -23,7 +21,15 @@ from discovla.data.shards import writer
 from discovla.data.shards.layout import QUARANTINE, ShardSettings
 from discovla.data.shards.writer import write_shards
 from discovla.data.tokens import Tokenizer
-from tests.data.shards.world import FRAMES, SIZE, contents, make_manifest, make_shards
+from tests.data.shards.world import (
+    FRAMES,
+    SIZE,
+    contents,
+    decoded_clips,
+    make_manifest,
+    make_shards,
+    sharding,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,31 +49,31 @@ def members(tar: Path) -> dict[str, bytes]:
         return {m.name: file.extractfile(m).read() for m in file.getmembers()}
 
 
-def test_a_tar_holds_captions_tokens_and_frames_of_its_clips(raw, world):
+def test_a_tar_has_captions_tokens_and_frames_of_its_clips(raw, world):
     clips = read_manifest(world)
-    found = members(raw / "train-000000.tar")
-    assert {name.split(".")[0] for name in found} == {"00000000", "00000001"}
-    told = json.loads(found["00000001.json"])
-    assert (told["id"], told["captions"]) == (clips[1].id, list(clips[1].captions))
-    assert told["frame_captions"] == [list(clips[1].frame_captions[0]), None]
-    assert (told["count"], told["indices"], told["shape"]) == (3, [0, 0, 1, 2], [SIZE, SIZE, 3])
-    tokens = np.load(io.BytesIO(found["00000001.tokens.npy"]))
-    wanted = Tokenizer(12).encode(clips[1].captions)[0].numpy()
+    files = members(raw / "train-000000.tar")
+    assert {name.split(".")[0] for name in files} == {"00000000", "00000001"}
+    record = json.loads(files["00000001.json"])
+    assert (record["id"], record["captions"]) == (clips[1].id, list(clips[1].captions))
+    assert record["frame_captions"] == [list(clips[1].frame_captions[0]), None]
+    assert (record["count"], record["indices"], record["shape"]) == (3, [0, 0, 1, 2], [SIZE, SIZE, 3])
+    tokens = np.load(io.BytesIO(files["00000001.tokens.npy"]))
+    expected = Tokenizer(12).encode(clips[1].captions)[0].numpy()
     assert tokens.dtype == np.uint16
-    assert (wanted[:, : tokens.shape[1]] == tokens).all()
-    assert not wanted[:, tokens.shape[1] :].any()
-    stills = np.load(io.BytesIO(found["00000001.frame_tokens.npy"]))
+    assert (expected[:, : tokens.shape[1]] == tokens).all()
+    assert not expected[:, tokens.shape[1] :].any()
+    stills = np.load(io.BytesIO(files["00000001.frame_tokens.npy"]))
     assert stills.shape[:2] == (2, FRAMES)
-    wanted = Tokenizer(stills.shape[2]).encode(clips[1].frame_captions[0])[0].numpy()
-    assert (stills[0] == wanted).all()
+    expected = Tokenizer(stills.shape[2]).encode(clips[1].frame_captions[0])[0].numpy()
+    assert (stills[0] == expected).all()
     assert not stills[1].any()
-    frames = np.load(io.BytesIO(found["00000001.frames.npy"]))
+    frames = np.load(io.BytesIO(files["00000001.frames.npy"]))
     assert (frames.shape, frames.dtype) == ((FRAMES, SIZE, SIZE, 3), np.uint8)
     assert (frames[0] == frames[1]).all()
     assert not (frames[1] == frames[2]).all()
 
 
-def test_every_split_has_its_own_tars_and_every_clip_its_own_line(raw, world):
+def test_every_split_has_its_own_tars_and_every_clip_a_line_in_the_index(raw, world):
     assert [p.name for p in sorted(raw.glob("*.tar"))] == [
         *(f"train-00000{i}.tar" for i in range(3)),
         "val-000000.tar",
@@ -77,18 +83,18 @@ def test_every_split_has_its_own_tars_and_every_clip_its_own_line(raw, world):
     assert not list(raw.rglob("*.part*"))
 
 
-def test_the_index_names_every_member_of_a_tar(raw):
+def test_the_dali_index_lists_every_member_of_a_tar(raw):
     for index in raw.glob("*.idx"):
         version, *lines = index.read_text().splitlines()
         assert version == f"v1.2 {len(lines)}"
         with tarfile.open(index.with_suffix(".tar")) as tar:
-            wanted = [(m.name.partition(".")[2], m.offset_data, m.size, m.name) for m in tar.getmembers()]
+            expected = [(m.name.partition(".")[2], m.offset_data, m.size, m.name) for m in tar.getmembers()]
         words = " ".join(lines).split()
         groups = zip(*[iter(words)] * 4, strict=True)
-        assert [(name, int(at), int(size), whole) for name, at, size, whole in groups] == wanted
+        assert [(name, int(at), int(size), whole) for name, at, size, whole in groups] == expected
 
 
-def test_the_index_is_that_of_dali(raw, tmp_path):
+def test_the_dali_index_equals_that_of_wds2idx(raw, tmp_path):
     wds2idx = pytest.importorskip("wds2idx", reason="needs nvidia-dali, whose tool it is compared with")
     tar = raw / "train-000000.tar"
     with wds2idx.IndexCreator(str(tar), str(tmp_path / "index"), verbose=False) as creator:
@@ -96,7 +102,7 @@ def test_the_index_is_that_of_dali(raw, tmp_path):
     assert (tmp_path / "index").read_bytes() == tar.with_suffix(".idx").read_bytes()
 
 
-def test_a_clip_without_frames_is_named_and_gets_no_zeros(raw, world):
+def test_a_clip_without_frames_is_listed_with_the_reason_and_has_no_samples(raw, world):
     bad = [json.loads(line) for line in (raw / QUARANTINE).read_text().splitlines()]
     assert [row["id"] for row in bad] == ["text", "cut"]
     assert "not a video file" in bad[0]["reason"]
@@ -107,32 +113,29 @@ def test_a_clip_without_frames_is_named_and_gets_no_zeros(raw, world):
     assert len(members(raw / "train-000002.tar")) == 0
 
 
-def test_a_process_writes_what_this_one_writes_and_a_finished_folder_is_left_alone(raw, world, tmp_path):
+def test_worker_processes_write_the_same_bytes_and_a_finished_folder_stays_untouched(raw, world, tmp_path):
     report = make_shards(world, tmp_path / "out", workers=1)
     assert report.decoded == len(read_manifest(world))
-    found = contents(tmp_path / "out")
-    assert found == contents(raw)
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*")}
+    assert contents(tmp_path / "out") == contents(raw)
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.*") if p.is_file()}
     again = make_shards(world, tmp_path / "out")
     assert (again.decoded, again.clips, len(again.bad)) == (0, 5, 2)
-    assert {
-        p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*") if p.is_file()
-    }.items() <= times.items()
-    assert contents(tmp_path / "out") == found
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.*") if p.is_file()}
+    assert contents(tmp_path / "out") == contents(raw)
 
 
-def test_a_run_stopped_after_any_clip_goes_on_with_the_next(raw, world, tmp_path, monkeypatch):
+def test_a_run_interrupted_after_any_clip_continues_with_the_next(raw, world, tmp_path, monkeypatch):
     clips, seen = read_manifest(world), []
     decode = writer.read_frames
 
-    def stopped(path, *rest, **options):
+    def interrupted(path, *rest, **options):
         if len(seen) % 3 == 2:
             seen.append(None)
             raise KeyboardInterrupt
         seen.append(path)
         return decode(path, *rest, **options)
 
-    monkeypatch.setattr(writer, "read_frames", stopped)
+    monkeypatch.setattr(writer, "read_frames", interrupted)
     for _ in range(10):
         try:
             make_shards(world, tmp_path / "out")
@@ -144,16 +147,16 @@ def test_a_run_stopped_after_any_clip_goes_on_with_the_next(raw, world, tmp_path
 
 
 @pytest.mark.parametrize("step", ["_write_atomically", "dali_index", "_write_tar", "_write_index"])
-def test_a_run_stopped_while_it_writes_loses_nothing(step, raw, world, tmp_path, monkeypatch):
+def test_a_run_interrupted_while_it_writes_loses_nothing(step, raw, world, tmp_path, monkeypatch):
     original, calls = getattr(writer, step), []
 
-    def stopped(*arguments):
+    def interrupted(*arguments):
         calls.append(1)
         if len(calls) in (1, 3):
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(writer, step, stopped)
+    monkeypatch.setattr(writer, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_shards(world, tmp_path / "out")
     for _ in range(2):
@@ -164,44 +167,39 @@ def test_a_run_stopped_while_it_writes_loses_nothing(step, raw, world, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_killed_run_taken_up_again_writes_the_same_bytes_and_decodes_nothing_twice(tmp_path, raw):
-    manifest = make_manifest(tmp_path / "many", count=24)
-    wanted, out = tmp_path / "wanted", tmp_path / "out"
-    make_shards(manifest, wanted)
-    code = (
-        "import sys; from pathlib import Path; from tests.data.shards.world import make_shards;"
-        "print(make_shards(Path(sys.argv[1]), Path(sys.argv[2]), workers=2).decoded)"
-    )
-    command = [sys.executable, "-c", code, str(manifest), str(out)]
+def test_a_killed_run_continues_with_the_same_bytes_and_decodes_no_clip_twice(tmp_path):
+    manifest, out = make_manifest(tmp_path / "many", count=24), tmp_path / "out"
+    make_shards(manifest, tmp_path / "expected")
     decoded = []
-    for parts in (3, 9):
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[3], start_new_session=True)
-        _wait_for_clips(out, parts, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        decoded.append(_clips_there(out))
-    left = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
-    assert int(left.stdout) == 25 - decoded[-1]
+    for clips in (3, 9):
+        with sharding(manifest, out) as process:
+            deadline = time.monotonic() + 180
+            while len(decoded_clips(out)) < clips:
+                assert process.poll() is None and time.monotonic() < deadline, "ended before it was killed"
+                time.sleep(0.005)
+        decoded.append(len(decoded_clips(out)))
+    with sharding(manifest, out) as process:
+        last, _ = process.communicate(timeout=180)
+    assert int(last) == 25 - decoded[-1]
     assert 3 <= decoded[0] < decoded[1] < 25
-    assert contents(out) == contents(wanted)
+    assert contents(out) == contents(tmp_path / "expected")
 
 
-def _clips_there(out: Path) -> int:
-    """Clips that are decoded: in shards, and in parts on their way there."""
-    states = [json.loads(path.read_text()) for path in (out / ".state").glob("*-*.json")]
-    done = {row["number"] for state in states for row in state["clips"]}
-    parts = {int(p.name) for p in (out / ".state/parts").glob("*") if not p.name.startswith(".")}
-    return len(done | parts)
+def test_a_damaged_part_file_is_decoded_again(raw, world, tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "_write_tar", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(world, tmp_path / "out")
+    monkeypatch.undo()
+    first, _ = sorted((tmp_path / "out/.state/parts").glob("0*"))
+    first.write_bytes(first.read_bytes()[:-1])
+    assert make_shards(world, tmp_path / "out").decoded == len(read_manifest(world)) - 1
+    assert contents(tmp_path / "out") == contents(raw)
 
 
-def _wait_for_clips(out: Path, number: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 180
-    while not (out / ".state/plan.json").exists() or _clips_there(out) < number:
-        assert process.poll() is None and time.monotonic() < deadline, "ended before it could be killed"
-        time.sleep(0.005)
-
-
-def test_a_tar_that_is_cut_off_changed_or_gone_is_made_again(raw, world, tmp_path):
+def test_a_tar_that_is_cut_off_changed_or_missing_is_written_again(raw, world, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(raw, out)
     first, second = (out / f"train-00000{i}.tar" for i in range(2))
@@ -225,12 +223,12 @@ def test_a_tar_that_is_cut_off_changed_or_gone_is_made_again(raw, world, tmp_pat
     ],
     ids=["frames", "format"],
 )
-def test_a_folder_begun_otherwise_is_refused(changes, message, raw, world):
+def test_a_folder_of_other_settings_is_refused(changes, message, raw, world):
     with pytest.raises(ValueError, match=message):
         make_shards(world, raw, **changes)
 
 
-def test_a_folder_of_other_clips_or_other_files_is_refused(raw, tmp_path):
+def test_a_folder_of_another_manifest_of_other_files_or_in_use_is_refused(raw, tmp_path):
     manifest = make_manifest(tmp_path / "other", count=2)
     with pytest.raises(ValueError, match="its shards are of another manifest"):
         make_shards(manifest, raw)
@@ -251,7 +249,7 @@ def test_a_folder_of_other_clips_or_other_files_is_refused(raw, tmp_path):
         other.stdin.close()
 
 
-def test_clips_that_all_give_nothing_are_an_error(tmp_path):
+def test_a_manifest_without_any_frames_is_an_error(tmp_path):
     manifest = make_manifest(tmp_path, count=0)
     with pytest.raises(ValueError, match="none of 1 clips has frames, the first: not a video file"):
         make_shards(manifest, tmp_path / "out")
@@ -277,16 +275,16 @@ def test_the_command_takes_frames_and_size_from_a_config(world, tmp_path, capsys
         "1",
     ]
     assert main([*words, "--sample-rate", "5"]) == 0
-    told = capsys.readouterr().out
-    assert "2 clips give no frames; all are in" in told
-    assert "5 clips in 2 shards" in told
+    record = capsys.readouterr().out
+    assert "2 clips have no frames; all are in" in record
+    assert "5 clips in 2 shards" in record
     settings = json.loads((tmp_path / "out/shards.json").read_text())["settings"]
     assert (settings["frames"], settings["size"], settings["sample_rate"]) == (8, 64, 5.0)
     assert main([*words, "--size", "large"]) == 2
     assert "--size: expected pixels or 'full', found 'large'" in capsys.readouterr().err
 
 
-def test_a_clip_that_takes_too_long_is_named(tmp_path):
+def test_a_clip_that_takes_too_long_is_listed_with_the_reason(tmp_path):
     manifest = make_manifest(tmp_path, count=0)
     settings = ShardSettings(frames=FRAMES, size=SIZE, sample_rate=5.0)
     with pytest.raises(ValueError, match="none of 1 clips has frames, the first: took longer than 1e-06 s"):

@@ -1,7 +1,14 @@
-"""A few clips of every kind that shards must hold, and their shards."""
+"""Clips of every kind that shards hold, and their shards."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from discovla.data.manifest import Clip, write_manifest
@@ -14,7 +21,7 @@ FRAMES, SIZE = 4, 16
 
 
 def make_manifest(folder: Path, cut_off: Path | None = None, count: int = 5, split: str = "train") -> Path:
-    """Clips of 20 frames at 10 a second in two splits, one too short, one spanned, two bad ones."""
+    """Write clips of 20 frames at 10 fps: one is short, one has a start, and one or two are bad."""
     clips = []
     for i in range(count):
         path = movie(folder / f"videos/{i}.mp4", 3 if i == 1 else 20, size=(24, 40) if i % 2 else (32, 20))
@@ -54,5 +61,33 @@ def make_shards(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of shards but the lock."""
+    """Return the content of every file of a shard folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def decoded_clips(out: Path) -> set[int]:
+    """Return the numbers of the clips that runs have decoded, in finished tars and in part files."""
+    records = [json.loads(path.read_text()) for path in (out / ".state").glob("*-*.json")]
+    parts = {int(path.name) for path in (out / ".state/parts").glob("0*")}
+    return parts | {clip["number"] for record in records for clip in record["clips"]}
+
+
+@contextmanager
+def sharding(manifest: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run `make_shards` in a process that prints the number of decoded clips, and kill it at the end."""
+    code = (
+        "import sys; from pathlib import Path; from tests.data.shards.world import make_shards;"
+        "print(make_shards(Path(sys.argv[1]), Path(sys.argv[2]), workers=2).decoded)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(manifest), str(out)],
+        cwd=Path(__file__).parents[3],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
