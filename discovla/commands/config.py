@@ -46,7 +46,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("config", help=text, description=text)
     parser.add_argument("words", nargs="*", metavar="[CONFIG] a.b=c", help="TOML of a run, then overrides")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print a JSON list, one object a key")
+    form.add_argument("--json", action="store_true", help="print a JSON list, one object per key")
     form.add_argument("--markdown", action="store_true", help="print a reference of all keys of all methods")
     parser.set_defaults(run=_run)
 
