@@ -1,11 +1,11 @@
-"""What a training step takes on 1 to 1,024 GPUs: predicted from rates given, its bytes held to counted ones.
+"""Predict the time, memory and traffic of a training step on 1 to 1,024 GPUs, and count its traffic on CPUs.
 
     python benchmarks/scale.py                              the table, with the assumptions it rests on
-    python benchmarks/scale.py --towers-ms 48 --loss-tflops 420 --bandwidth 280     from what was measured
-    python benchmarks/scale.py --count 1 2 4                count the bytes of real runs on CPU processes
+    python benchmarks/scale.py --towers-ms 48 --loss-tflops 420 --bandwidth 280     with your measurements
+    python benchmarks/scale.py --count 1 2 4                count the bytes of real steps on CPU processes
 
-Time and memory are predictions.  What is counted is what collectives send: each process of a real run wraps
-them and adds up its own; the formula must come within 5 %.  Rows of both go to --out, one JSON a line.
+Time and memory are predictions.  The bytes that collectives send are counted in a real step, by wrapping them
+in each process; the formula must be within 5 %.  Rows of both go to --out, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -41,22 +41,21 @@ from discovla.towers.weights import initialise
 from discovla.train_step import TrainStep
 
 WORLDS = tuple(2**k for k in range(11))
-SUMS = 5  # numbers a text has summed over ranks: of the statistics of two matrices, both ways
-FLOAT = 4  # bytes: sums and gradients travel in float32, embeddings in what the towers compute in
+SUMS = 5  # numbers per text that are summed over ranks: statistics of two matrices in both directions
+FLOAT = 4  # bytes of sums and gradients, which are sent in float32
 COUNTED = {"all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor"}
 COUNTED |= {"all_reduce", "all_to_all_single"}
-PAIRS, FRAMES = 8, 3  # of all processes together, of the runs that are counted
+PAIRS, FRAMES = 8, 3  # of all processes together in a counted step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Sizes that decide what a step sends and computes; the defaults are DiscoVLA at ViT-B/32.
+    """Sizes that a step's traffic and work depend on; the defaults are DiscoVLA at ViT-B/32.
 
-    pairs: of one GPU.  dim: of an embedding.  frames: a clip's, each with a caption that travels too.
-    wire: bytes of a number of an embedding, or of its gradient, on its way between GPUs: 2 in bf16.
-    trained, frozen: parameters.  tokens, width, layers: of the vision tower for one frame; the text tower
-    counts with 12 tokens a caption, at two thirds of that width.
-    """
+    pairs: per GPU.  dim: of an embedding.  frames: per clip, each with a caption whose embedding is sent too.
+    wire: bytes per number of an embedding, or of its gradient, between GPUs: 2 in bf16.
+    trained, frozen: numbers of parameters.  tokens, width, layers: of the vision tower for one frame; the
+    text tower counts with 12 tokens per caption and two thirds of that width."""
 
     pairs: int = 128
     dim: int = 512
@@ -71,12 +70,11 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What one GPU and its links do; none of the defaults has been measured here.
+    """Speed of one GPU and its links; the defaults are assumptions, not measurements.
 
     towers_ms: forward and backward of both towers and the update, on one GPU.  loss_tflops: of the similarity
     matrices.  bandwidth: GB/s through a GPU's link in a ring.  latency: microseconds of a small all-reduce
-    for each doubling of GPUs.  straggler: share of a step that the slowest of 1,024 costs.
-    """
+    per doubling of GPUs.  straggler: share of a step lost to the slowest of 1,024 GPUs."""
 
     towers_ms: float = 52.0
     loss_tflops: float = 450.0
@@ -86,11 +84,11 @@ class Rates:
 
 
 def sent_bytes(model: Model, world_size: int) -> dict[str, float]:
-    """Bytes that a rank sends in a step, all collectives as rings.
+    """Return the bytes that a rank sends in a step by ring collectives, by part.
 
-    Of W ranks with b pairs each and B in all: texts and their frames' captions, (1 + F) D numbers a pair, and
-    their gradients back, (W - 1) b (1 + F) D each, of `wire` bytes; which clip a pair shows, 8 bytes; in
-    float32, 5 sums a text, twice (W - 1) / W B, and gradients of T parameters, twice (W - 1) / W T.
+    For W ranks with b pairs each, B = W b: embeddings of texts and frame captions and their gradients,
+    (W - 1) b (1 + F) D numbers of `wire` bytes each; clip indices, 8 bytes per pair; in float32, 5 sums per
+    text, 2 (W - 1) / W B each, and gradients of T parameters, 2 (W - 1) / W T.
     """
     w, b = world_size, model.pairs
     embeddings = (w - 1) * b * (1 + model.frames) * model.dim * model.wire
@@ -104,31 +102,31 @@ def sent_bytes(model: Model, world_size: int) -> dict[str, float]:
 
 
 def step_ms(model: Model, rates: Rates, world_size: int) -> dict[str, float]:
-    """Milliseconds of a step on each of `world_size` GPUs, by part, and its weak-scaling efficiency.
+    """Return the milliseconds of a step on `world_size` GPUs, by part, and its weak-scaling efficiency.
 
-    The gather runs beside the vision tower's forward pass (a third of the towers' time), the scatter beside
-    its backward pass (the rest); what is longer shows.  Similarities: a GPU's columns of two matrices, four
-    products each, 8 B b (F² + 1) D operations.
+    The gather overlaps with the vision tower's forward (a third of the towers' time), the scatter with its
+    backward (the rest); only what exceeds these counts.  Similarities: a GPU's columns of two matrices, four
+    matrix products each, 8 B b (F² + 1) D operations.
     """
-    moved = {
+    transfer = {
         name: 1e3 * size / (rates.bandwidth * 1e9) for name, size in sent_bytes(model, world_size).items()
     }
     pairs = world_size * model.pairs * model.pairs
     loss = 8 * pairs * (model.frames**2 + 1) * model.dim / (rates.loss_tflops * 1e12) * 1e3
     doublings = (world_size - 1).bit_length()
-    waits = 3 * rates.latency / 1e3 * doublings  # two of sums, one of gradients
-    shown = max(0.0, moved["gather"] - rates.towers_ms / 3)
-    shown += max(0.0, moved["scatter"] - rates.towers_ms * 2 / 3)
-    shown += moved["sums"] + moved["gradients"] + waits
+    waits = 3 * rates.latency / 1e3 * doublings  # two all-reduces of sums, one of gradients
+    exposed = max(0.0, transfer["gather"] - rates.towers_ms / 3)
+    exposed += max(0.0, transfer["scatter"] - rates.towers_ms * 2 / 3)
+    exposed += transfer["sums"] + transfer["gradients"] + waits
     straggling = rates.straggler * doublings / 10 * rates.towers_ms
-    total = rates.towers_ms + loss + shown + straggling
+    total = rates.towers_ms + loss + exposed + straggling
     alone = rates.towers_ms + 8 * model.pairs**2 * (model.frames**2 + 1) * model.dim / (
         rates.loss_tflops * 1e9
     )
     return {
         "towers": rates.towers_ms,
         "loss": loss,
-        "communication": shown,
+        "communication": exposed,
         "straggler": straggling,
         "step": total,
         "efficiency": alone / total,
@@ -137,7 +135,7 @@ def step_ms(model: Model, rates: Rates, world_size: int) -> dict[str, float]:
 
 
 def memory_bytes(model: Model, world_size: int) -> dict[str, float]:
-    """Bytes on each GPU in bf16: state by engine/memory.py, activations, everyone's texts and gradients."""
+    """Return the bytes on each GPU in bf16: state, activations, gathered texts and their gradients."""
     sizes = Sizes(frozen=model.frozen, trained=model.trained, world_size=world_size)
     frames = model.pairs * model.frames
     towers = [
@@ -153,7 +151,7 @@ def memory_bytes(model: Model, world_size: int) -> dict[str, float]:
 
 
 def table(model: Model, rates: Rates) -> str:
-    """The prediction for every size, under what it assumes."""
+    """Format the prediction for every number of GPUs, with its assumptions."""
     lines = [
         "Predicted, not measured. Assumed: "
         + ", ".join(f"{name} {value:g}" for name, value in asdict(rates).items()),
@@ -170,13 +168,13 @@ def table(model: Model, rates: Rates) -> str:
             f"{efficiency[0]:>6.1%} {efficiency[1]:>6.1%} "
             f"{1e3 * w * model.pairs / ms['step']:>10,.0f} {memory / 1e9:>6.1f}"
         )
-    return "\n".join([*lines, "eff*: the loss's operations, which grow with B, counted as work"])
+    return "\n".join([*lines, "eff*: with the loss's operations, which grow with B, counted as work"])
 
 
 def counted(world_size: int, wire: int) -> tuple[Model, Counter[str]]:
-    """The sizes of a real step on CPU processes, and the bytes that its first rank sent, by collective.
+    """Run a step on CPU processes; return its sizes and the bytes that rank 0 sent, by collective.
 
-    wire: bytes of a number of an embedding: 2 where towers compute in bf16, else 4.
+    wire: bytes per number of an embedding: 2 computes the towers in bf16, 4 in fp32.
     """
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
@@ -195,7 +193,7 @@ def counted(world_size: int, wire: int) -> tuple[Model, Counter[str]]:
 
 
 def _rank(rank: int, size: int, wire: int, where: tuple[str, Any]) -> None:
-    """One process: a step of a tiny DiscoVLA, whose collectives are counted."""
+    """Run one process: a step of a tiny DiscoVLA whose collectives are counted."""
     port, answers = where
     if size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
@@ -224,17 +222,17 @@ def _rank(rank: int, size: int, wire: int, where: tuple[str, Any]) -> None:
 
 @contextmanager
 def counting(size: int) -> Iterator[Counter[str]]:
-    """Count what each of torch's collectives sends as a ring would."""
+    """Count the bytes that each of torch's collectives would send in a ring."""
     sent: Counter[str] = Counter()
     originals = {name: getattr(dist, name) for name in COUNTED if hasattr(dist, name)}
 
     def wrap(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def counts(*tensors: Any, **options: Any) -> Any:
-            given = tensors[0] if name == "all_reduce" else tensors[1]
-            factor = size - 1 if name.startswith("all_gather") else (size - 1) / size  # of an exchange too
+            sent_tensor = tensors[0] if name == "all_reduce" else tensors[1]
+            factor = size - 1 if name.startswith("all_gather") else (size - 1) / size  # also for all_to_all
             factor *= 2 if name == "all_reduce" else 1
-            sent[name] += round(factor * given.numel() * given.element_size())
+            sent[name] += round(factor * sent_tensor.numel() * sent_tensor.element_size())
             return call(*tensors, **options)
 
         return counts
@@ -249,22 +247,26 @@ def counting(size: int) -> Iterator[Counter[str]]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print the table, or count; write rows."""
-    parser = argparse.ArgumentParser(description="Predict and count what a step takes on many GPUs.")
+    """Print the table, or count bytes; write rows."""
+    parser = argparse.ArgumentParser(
+        description="Predict a training step on many GPUs, or count its traffic."
+    )
     for name, value in asdict(Rates()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, metavar="X")
     for name, value in asdict(Model()).items():
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N")
-    parser.add_argument("--count", type=int, nargs="+", metavar="W", help="count real runs of W processes")
+    parser.add_argument(
+        "--count", type=int, nargs="+", metavar="W", help="count the bytes of steps of W processes"
+    )
     parser.add_argument("--out", type=Path, help="file of results; default: one of the day and commit")
-    given = vars(parser.parse_args(words))
+    options = vars(parser.parse_args(words))
     where = machine("cpu")
-    out = given["out"] or results_file(where, "scale")
-    if given["count"]:
-        right = [_check(w, wire, where, out) for w in given["count"] for wire in (4, 2)]
+    out = options["out"] or results_file(where, "scale")
+    if options["count"]:
+        right = [_check(w, wire, where, out) for w in options["count"] for wire in (4, 2)]
         return 0 if all(right) else 1
-    rates = Rates(**{name: given[name] for name in asdict(Rates())})
-    model = Model(**{name: given[name] for name in asdict(Model())})
+    rates = Rates(**{name: options[name] for name in asdict(Rates())})
+    model = Model(**{name: options[name] for name in asdict(Model())})
     print(table(model, rates))
     for w in WORLDS:
         row = {"name": "scale", "kind": "predicted", "world_size": w, "ms": step_ms(model, rates, w)}
@@ -274,12 +276,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _check(world_size: int, wire: int, where: dict[str, Any], out: Path) -> bool:
-    """Count a run, say how far the formula is off, and whether that is at most 5 %."""
+    """Count a step and print the formula's error; return True if it is at most 5 %."""
     model, sent = counted(world_size, wire)
-    predicted, found = sum(sent_bytes(model, world_size).values()), sum(sent.values())
-    off = abs(predicted - found) / found if found else predicted
+    predicted, counted_bytes = sum(sent_bytes(model, world_size).values()), sum(sent.values())
+    off = abs(predicted - counted_bytes) / counted_bytes if counted_bytes else predicted
     print(
-        f"{world_size} processes, {wire} bytes a number of embeddings: {found:,} bytes sent by a rank, "
+        f"{world_size} processes, {wire} bytes per number: {counted_bytes:,} bytes sent by a rank, "
         f"predicted {predicted:,.0f}, off {off:.2%}"
     )
     row = {"name": "scale", "kind": "counted", "world_size": world_size, "sent": dict(sent)}

@@ -50,8 +50,8 @@ def test_golden_steps_give_the_released_parameters(file, dtype, limit):
 
 def test_golden_schedule_is_not_rebased_after_the_warm_up(file):
     hyper, tensors = file
-    found = [learning_rate(s, hyper["t_total"], schedule(hyper)) for s in range(len(tensors["lr_factor"]))]
-    assert found == pytest.approx((tensors["lr_factor"] * hyper["base_lr"]).tolist(), rel=1e-12, abs=1e-16)
+    rates = [learning_rate(s, hyper["t_total"], schedule(hyper)) for s in range(len(tensors["lr_factor"]))]
+    assert rates == pytest.approx((tensors["lr_factor"] * hyper["base_lr"]).tolist(), rel=1e-12, abs=1e-16)
 
 
 def test_without_a_warm_up_the_schedule_starts_at_its_peak():

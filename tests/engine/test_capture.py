@@ -54,15 +54,15 @@ def batch(seed: int = 0, size: int = 4) -> Batch:
 
 def unrecorded(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
     kept, step.recorded = step.recorded, None
-    found = steps.take(step, batch)
+    results = steps.take(step, batch)
     step.recorded = kept
-    return found
+    return results
 
 
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        assert relative_error(got[name], value) <= 1e-10 or value.abs().max() < 1e-12, name
+def assert_same(result: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(result[name], value) <= 1e-10 or value.abs().max() < 1e-12, name
 
 
 QUICK = ("discovla", "t2vparser")
@@ -87,22 +87,22 @@ def test_a_step_records_without_reading_values_from_the_device(variant, impl, mo
     step.method.vision.impl = step.method.text.impl = impl
     recorder = Unwatched()
     trained = [p for p in step.parameters() if p.requires_grad]
-    step.recorded = held = Capture(step.losses, trained, recorder)
+    step.recorded = graphs = Capture(step.losses, trained, recorder)
     for _ in range(3):
         step(batch().to("meta")).total.backward()
     assert recorder.replayed == 2
-    (one,) = held.recordings.values()
-    assert all(x.is_meta for x in held.buffers.values())
+    (one,) = graphs.recordings.values()
+    assert all(x.is_meta for x in graphs.buffers.values())
     assert one.batch.text_mask.is_meta and one.batch.frames.is_meta
 
 
 def test_a_shape_with_its_caption_rows_is_recorded_at_its_second_batch():
-    step, held, recorder = made(min_rows=8)
+    step, graphs, recorder = made(min_rows=8)
     for count, (seed, size) in enumerate([(0, 4), (1, 4), (0, 3), (0, 4), (0, 3)]):
         assert recorder.recorded == max(0, count - 3)
         assert_same(steps.take(step, batch(seed, size)), unrecorded(step, batch(seed, size)))
-    assert len(held.recordings) == recorder.recorded == 2
-    assert len(held.buffers) == 14, "seven of each size, whatever the rows"
+    assert len(graphs.recordings) == recorder.recorded == 2
+    assert len(graphs.buffers) == 14, "seven of each size, whatever the rows"
 
 
 def test_a_step_gives_bitwise_the_same_numbers_before_it_is_recorded():
@@ -116,44 +116,44 @@ def test_a_step_gives_bitwise_the_same_numbers_before_it_is_recorded():
 
 def test_recordings_are_dropped_for_an_unrecorded_step_if_memory_is_short(caplog):
     short: list[bool] = [False]
-    step, held, recorder = made(memory_short=lambda: short[0])
+    step, graphs, recorder = made(memory_short=lambda: short[0])
     for _ in range(2):
         step(batch())
     other = batch(size=3)
     step(other)
-    assert len(held.recordings) == 1
+    assert len(graphs.recordings) == 1
     short[0] = True
     bad = replace(batch(), valid=torch.tensor([True, False, True, True]))
-    for given in (bad, bad):
-        assert_same(steps.take(step, given), unrecorded(step, given))
-        assert not held.recordings and not held.buffers
+    for given_batch in (bad, bad):
+        assert_same(steps.take(step, given_batch), unrecorded(step, given_batch))
+        assert not graphs.recordings and not graphs.buffers
     assert caplog.text.count("recordings are dropped") == 1
     assert_same(steps.take(step, batch()), unrecorded(step, batch()))
-    assert recorder.recorded == 2 and len(held.recordings) == 1
+    assert recorder.recorded == 2 and len(graphs.recordings) == 1
 
 
 def test_of_many_shapes_the_least_recently_used_is_dropped(caplog):
-    step, held, recorder = made(max_recordings=2)
+    step, graphs, recorder = made(max_recordings=2)
     sizes = [2, 2, 3, 3, 2, 4, 4, 2, 3]
     with caplog.at_level(logging.WARNING):
         for size in sizes:
             assert_same(steps.take(step, batch(size=size)), unrecorded(step, batch(size=size)))
-            assert len(held.recordings) <= 2 and len(held.buffers) <= 2 * 7
+            assert len(graphs.recordings) <= 2 and len(graphs.buffers) <= 2 * 7
     assert recorder.recorded == 4, "size 3 was dropped for 4 and replaced it again"
     assert caplog.text.count("batches of more than 2 shapes") == 1
 
 
 def test_bad_clips_and_evaluation_run_unrecorded(caplog):
     step, _, recorder = made()
-    whole = batch()
+    full = batch()
     for _ in range(2):
-        step(whole)
-    bad = replace(whole, valid=torch.tensor([True, False, True, True]))
+        step(full)
+    bad = replace(full, valid=torch.tensor([True, False, True, True]))
     for _ in range(3):
         assert_same(steps.take(step, bad), unrecorded(step, bad))
-    want = unrecorded(step, whole)["loss"]
+    expected = unrecorded(step, full)["loss"]
     with torch.no_grad():
-        assert relative_error(step(whole).total, want) <= 1e-12
+        assert relative_error(step(full).total, expected) <= 1e-12
     assert recorder.recorded == recorder.replayed == 1
     assert caplog.text.count("with unreadable clips") == 1
 
@@ -165,15 +165,15 @@ def test_captions_encoded_between_steps_use_the_rows_of_their_own_tokens():
     assert recorder.recorded == 1
     long = batch(1)
     long.text_mask[:], long.text_ids[:, -1] = True, long.text_ids.max()
-    wanted = steps.make("discovla").text(long.text_ids, long.text_mask, dtype=torch.float64)
-    assert torch.equal(step.method.text(long.text_ids, long.text_mask, dtype=torch.float64), wanted)
+    expected = steps.make("discovla").text(long.text_ids, long.text_mask, dtype=torch.float64)
+    assert torch.equal(step.method.text(long.text_ids, long.text_mask, dtype=torch.float64), expected)
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "row"),
     [("text_mask", "caption 2"), ("frame_mask", "video 2"), ("frame_text_mask", "frame caption 7")],
 )
-def test_an_empty_mask_row_is_named_before_a_replay(name, found):
+def test_an_empty_mask_row_is_named_before_a_replay(name, row):
     step = TrainStep(steps.make("discovla").float().to("meta"), ALONE, "exact")
     step.method.compute_dtype = torch.float32
     recorder = Unwatched()
@@ -182,8 +182,8 @@ def test_an_empty_mask_row_is_named_before_a_replay(name, found):
     for _ in range(2):
         step(batch().to("meta"))
     bad = batch().to("meta")
-    getattr(bad, name).flatten(0, -2)[int(found.split()[-1])] = False
-    with pytest.raises(ValueError, match=f"^{found}: expected at least one entry that is no padding"):
+    getattr(bad, name).flatten(0, -2)[int(row.split()[-1])] = False
+    with pytest.raises(ValueError, match=f"^{row}: expected at least one entry that is no padding"):
         step(bad)
     assert recorder.replayed == 1
 
@@ -219,18 +219,18 @@ def test_results_outlive_the_next_replay_but_backward_must_precede_it():
 def test_gradients_scale_with_the_loss_and_unreached_parameters_have_none():
     used, unused = (torch.nn.Parameter(torch.tensor([2.0, 3.0])) for _ in range(2))
 
-    def step(given: Batch, rows: object) -> Losses:
-        return Losses(total=(used * given.frame_mask.sum()).sum(), terms={})
+    def step(batch: Batch, rows: object) -> Losses:
+        return Losses(total=(used * batch.frame_mask.sum()).sum(), terms={})
 
-    held = Capture(step, [used, unused], Rerun(lambda: [used, unused, *held.buffers.values()]))
+    graphs = Capture(step, [used, unused], Rerun(lambda: [used, unused, *graphs.buffers.values()]))
     for _ in range(2):
         used.grad = None
-        (held(batch()).total * 3).backward()
+        (graphs(batch()).total * 3).backward()
         assert used.grad is not None and used.grad.tolist() == [36.0, 36.0] and unused.grad is None
 
 
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "setting"),
     [
         ({"grad_cache_chunks": 2}, "grad_cache_chunks = 2"),
         ({"distinct_captions": True}, "distinct_captions = True"),
@@ -240,8 +240,8 @@ def test_gradients_scale_with_the_loss_and_unreached_parameters_have_none():
         ({"bf16_parameters": True, "precision": "bf16"}, "bf16_parameters = True"),
     ],
 )
-def test_settings_that_prevent_recording_are_refused(options, found):
-    with pytest.raises(ValueError, match=f"capture: expected 'none' with {found}, found 'graph'"):
+def test_settings_that_prevent_recording_are_refused(options, setting):
+    with pytest.raises(ValueError, match=f"capture: expected 'none' with {setting}, found 'graph'"):
         EngineConfig(capture="graph", **options)
     assert EngineConfig(**options).capture == "none"
 
@@ -267,23 +267,23 @@ def test_a_recorded_run_has_the_losses_of_an_unrecorded_one(tmp_path, drawn, mon
     for name in ("none", "graph"):
         run(read_config(path, [f"engine.capture={name}", f"directory={tmp_path}/{name}"]))
     assert 1 <= recorder.recorded <= recorder.replayed <= 5
-    found, wanted = (runs.records(tmp_path / name) for name in ("graph", "none"))
+    results, expected = (runs.records(tmp_path / name) for name in ("graph", "none"))
     for key in ("loss", "grad_norm"):
-        ours, theirs = (torch.tensor([record[key] for record in every]) for every in (found, wanted))
+        ours, theirs = (torch.tensor([record[key] for record in every]) for every in (results, expected))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
 
 
 def every_strategy(world: World) -> dict:
     """Return losses and parameters after four steps, by plain torch and DeepSpeed, recorded or not."""
-    found: dict = {}
+    results: dict = {}
     for name in ("torch", "deepspeed"):
-        for how in ("eager", "recorded"):
+        for mode in ("eager", "recorded"):
             step = TrainStep(steps.make("discovla").float(), world, "exact")
             step.method.compute_dtype = torch.float32
             engine = EngineConfig.model_validate({"strategy": name, "device": "cpu"})
             plan = StepPlan(engine=engine, optim=OptimConfig(), world=world, batch_size=4)
             strategy = make_strategy(step, plan)
-            if how == "recorded":
+            if mode == "recorded":
                 step.recorded = Capture(step.losses, tuple(strategy.trained.values()), Unwatched())
             losses = []
             for number in range(4):
@@ -291,8 +291,8 @@ def every_strategy(world: World) -> dict:
                 losses.append(total.item())
                 strategy.backward(total)
                 strategy.step(1e-3)
-            found[name, how] = {"losses": torch.tensor(losses), **strategy.trained_state()}
-    return {"loss": [x["losses"].tolist() for x in found.values()], "found": found}
+            results[name, mode] = {"losses": torch.tensor(losses), **strategy.trained_state()}
+    return {"loss": [x["losses"].tolist() for x in results.values()], "found": results}
 
 
 def test_batches_that_differ_between_processes_run_unrecorded(caplog):
@@ -314,33 +314,33 @@ def on_two(world: World) -> dict:
     recorder = Unwatched()
     trained = [p for p in step.parameters() if p.requires_grad]
     bounds = CaptureLimits(max_over_ranks=partial(max_over_ranks, world), min_rows=8)
-    found: dict = {"recorded": [], "plain": [], "sum": torch.zeros(())}
+    results: dict = {"recorded": [], "plain": [], "sum": torch.zeros(())}
     for kind in ("plain", "recorded"):
         step.recorded = Capture(step.losses, trained, recorder, bounds) if kind == "recorded" else None
         for seed in (0, 1, 0, 1, 2):
-            whole = batch(seed, size=8)
-            found[kind].append(steps.take(step, steps.share(whole, world)))
-    losses = [x["loss"].item() for x in (*found["plain"], *found["recorded"])]
-    return {**found, "loss": losses, "counts": (recorder.recorded, recorder.replayed)}
+            full = batch(seed, size=8)
+            results[kind].append(steps.take(step, steps.share(full, world)))
+    losses = [x["loss"].item() for x in (*results["plain"], *results["recorded"])]
+    return {**results, "loss": losses, "counts": (recorder.recorded, recorder.replayed)}
 
 
 @pytest.mark.slow
 def test_processes_record_the_same_shapes_at_the_same_steps(tmp_path):
-    found = steps.on_ranks(on_two, 2, tmp_path)
-    for got, want in zip(found["recorded"], found["plain"], strict=True):
-        assert_same(got, want)
-    recorded, replayed = found["counts"]
+    results = steps.on_ranks(on_two, 2, tmp_path)
+    for result, expected in zip(results["recorded"], results["plain"], strict=True):
+        assert_same(result, expected)
+    recorded, replayed = results["counts"]
     assert 1 <= recorded <= replayed <= 3
 
 
 @pytest.mark.slow
 def test_recorded_steps_train_the_same_with_every_strategy(tmp_path):
-    found = steps.on_ranks(every_strategy, 1, tmp_path)["found"]
-    wanted = found["torch", "eager"]
-    assert wanted["losses"][3] != wanted["losses"][2]
-    for key, values in found.items():
+    results = steps.on_ranks(every_strategy, 1, tmp_path)["found"]
+    expected = results["torch", "eager"]
+    assert expected["losses"][3] != expected["losses"][2]
+    for key, values in results.items():
         for name, value in values.items():
-            torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5, msg=f"{key} {name}")
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=f"{key} {name}")
 
 
 @pytest.mark.gpu
@@ -354,16 +354,16 @@ def test_a_cuda_graph_gives_the_losses_and_gradients_of_the_step(variant, impl):
     step.method.train()
     step.method.vision.impl = step.method.text.impl = impl
     trained = [p for p in step.parameters() if p.requires_grad]
-    held = step.recorded = Capture(step.losses, trained, record_graph(world.device))
+    graphs = step.recorded = Capture(step.losses, trained, record_graph(world.device))
     for number, seed in enumerate((0, 1, 2, 1)):
-        given = batch(seed).to("cuda")
+        given_batch = batch(seed).to("cuda")
         torch.manual_seed(seed)
-        found = steps.take(step, given)
+        results = steps.take(step, given_batch)
         torch.manual_seed(seed)
-        wanted = unrecorded(step, given)
-        assert len(held.recordings) == (number > 0)
-        for name, value in wanted.items():
-            assert relative_error(found[name], value) <= 1e-4 or value.abs().max() < 1e-6, name
+        expected = unrecorded(step, given_batch)
+        assert len(graphs.recordings) == (number > 0)
+        for name, value in expected.items():
+            assert relative_error(results[name], value) <= 1e-4 or value.abs().max() < 1e-6, name
 
 
 @pytest.mark.gpu
@@ -373,16 +373,16 @@ def test_a_replay_does_not_sync_and_allocates_nothing():
     step.method.compute_dtype = torch.float32
     trained = [p for p in step.parameters() if p.requires_grad]
     step.recorded = Capture(step.losses, trained, record_graph(world.device))
-    given = batch().to("cuda").map(lambda x: x if x.is_cuda else x.pin_memory())
+    given_batch = batch().to("cuda").map(lambda x: x if x.is_cuda else x.pin_memory())
     for _ in range(3):
-        step(given).total.backward()
+        step(given_batch).total.backward()
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(5):
-            step(given).total.backward()
+            step(given_batch).total.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= held
+    assert torch.cuda.memory_allocated() <= before

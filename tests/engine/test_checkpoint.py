@@ -39,12 +39,12 @@ def _save(folder: Path, step: int = 120, **changes) -> Path:
 
 def test_a_saved_checkpoint_loads(tmp_path):
     path = _save(tmp_path)
-    found = load(path)
-    assert (path.name, found.step, found.meta) == ("step-00000120", 120, {"epoch": 2, "seed": 42})
-    assert found.tensors.keys() == TENSORS.keys()
+    loaded = load(path)
+    assert (path.name, loaded.step, loaded.meta) == ("step-00000120", 120, {"epoch": 2, "seed": 42})
+    assert loaded.tensors.keys() == TENSORS.keys()
     for part, named in TENSORS.items():
-        assert found.tensors[part].keys() == named.keys()
-        assert all(torch.equal(found.tensors[part][name], named[name]) for name in named)
+        assert loaded.tensors[part].keys() == named.keys()
+        assert all(torch.equal(loaded.tensors[part][name], named[name]) for name in named)
 
 
 def test_an_empty_part_is_kept(tmp_path):
@@ -58,8 +58,8 @@ def test_a_missing_folder_has_no_latest_checkpoint(tmp_path):
 def test_the_latest_is_the_highest_step(tmp_path):
     for step in (9, 100, 20):
         _save(tmp_path, step)
-    found = latest(tmp_path)
-    assert found is not None and found.step == 100
+    loaded = latest(tmp_path)
+    assert loaded is not None and loaded.step == 100
 
 
 def _flip(path: Path) -> None:
@@ -91,8 +91,8 @@ BREAKS = {
 def test_a_broken_checkpoint_is_skipped_with_a_warning(tmp_path, caplog, name, damage, message):
     _save(tmp_path, 1)
     damage(_save(tmp_path, 2) / name)
-    found = latest(tmp_path)
-    assert found is not None and found.step == 1
+    loaded = latest(tmp_path)
+    assert loaded is not None and loaded.step == 1
     assert message in caplog.text and "step-00000002" in caplog.text
 
 
@@ -105,10 +105,10 @@ def test_loading_a_broken_checkpoint_is_an_error(tmp_path, name, damage, message
 
 
 def test_a_folder_being_written_is_not_a_checkpoint(tmp_path):
-    whole = _save(tmp_path, 1)
-    shutil.copytree(whole, tmp_path / ".writing-step-00000002")
-    found = latest(tmp_path)
-    assert found is not None and found.step == 1
+    complete = _save(tmp_path, 1)
+    shutil.copytree(complete, tmp_path / ".writing-step-00000002")
+    loaded = latest(tmp_path)
+    assert loaded is not None and loaded.step == 1
 
 
 def test_remains_of_an_interrupted_write_are_removed(tmp_path):
@@ -121,16 +121,16 @@ def test_remains_of_an_interrupted_write_are_removed(tmp_path):
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     _save(tmp_path, 3)
     _save(tmp_path, 3, meta={"epoch": 9})
-    found = latest(tmp_path)
-    assert found is not None and found.meta == {"epoch": 9}
+    loaded = latest(tmp_path)
+    assert loaded is not None and loaded.meta == {"epoch": 9}
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
 def test_a_checkpoint_that_was_moved_aside_is_still_found(tmp_path):
     path = _save(tmp_path, 3)
     path.rename(tmp_path / ".old-step-00000003")
-    found = latest(tmp_path)
-    assert found is not None and found.step == 3
+    loaded = latest(tmp_path)
+    assert loaded is not None and loaded.step == 3
     _save(tmp_path, 4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
@@ -155,13 +155,13 @@ def test_a_killed_writer_leaves_a_complete_checkpoint(tmp_path):
         )
         assert process.stdout is not None
         for _ in range(3 + 4 * attempt):
-            said = int(process.stdout.readline())
+            announced = int(process.stdout.readline())
         process.send_signal(signal.SIGKILL)
         rest = process.communicate()[0].split()
-        said = max([said, *map(int, rest)])
-        found = latest(folder)
-        assert found is not None and found.step >= said
-        assert torch.equal(found.tensors["trained"]["x"], torch.full((20000,), float(found.step)))
+        announced = max([announced, *map(int, rest)])
+        loaded = latest(folder)
+        assert loaded is not None and loaded.step >= announced
+        assert torch.equal(loaded.tensors["trained"]["x"], torch.full((20000,), float(loaded.step)))
 
 
 @pytest.mark.parametrize("stage", ["tensors", "state", "rename"])
@@ -250,16 +250,16 @@ def test_prune_never_removes_the_last_complete_checkpoint(tmp_path):
     for path in paths[2:]:
         _flip(path / "trained.safetensors")
     prune(tmp_path, 1)
-    found = latest(tmp_path)
-    assert found is not None and found.step == 2
+    loaded = latest(tmp_path)
+    assert loaded is not None and loaded.step == 2
     assert not paths[0].exists()
 
 
 def test_a_checkpoint_of_another_architecture_names_the_keys():
-    found = {"method": "discovla", "vision": {"width": 768, "layers": 12}}
+    loaded = {"method": "discovla", "vision": {"width": 768, "layers": 12}}
     expected = {"method": "discovla", "vision": {"width": 1024, "layers": 24}, "rank": 8}
     with pytest.raises(CheckpointError) as caught:
-        check_fingerprint(found, expected, "run/step-00000001")
+        check_fingerprint(loaded, expected, "run/step-00000001")
     assert str(caught.value) == (
         "run/step-00000001: another architecture: rank: expected 8, found None; "
         "vision.layers: expected 24, found 12; vision.width: expected 1024, found 768"

@@ -9,7 +9,7 @@ from tests.engine.launch import environment, run_jobs
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+def results(tmp_path_factory) -> dict:
     """Return the collectives' results on one process and on two."""
     folder = tmp_path_factory.mktemp("distributed")
     jobs = [{"case": "gather_values"}, {"case": "gather_gradient"}]
@@ -21,22 +21,22 @@ def found(tmp_path_factory) -> dict:
     }
 
 
-def test_gather_concatenates_in_rank_order(found):
-    assert found["values", 2]["ints"] == [0, 1]
-    assert found["values", 2]["bools"] == [True, False]
+def test_gather_concatenates_in_rank_order(results):
+    assert results["values", 2]["ints"] == [0, 1]
+    assert results["values", 2]["bools"] == [True, False]
 
 
-def test_gather_accepts_noncontiguous_tensors(found):
-    assert found["values", 2]["strided"] == [[0.0, 2.0], [1.0, 3.0], [1.0, 3.0], [2.0, 4.0]]
+def test_gather_accepts_noncontiguous_tensors(results):
+    assert results["values", 2]["strided"] == [[0.0, 2.0], [1.0, 3.0], [1.0, 3.0], [2.0, 4.0]]
 
 
-def test_objects_and_sums_cross_ranks(found):
-    assert found["values", 2]["objects"] == [{"rank": 0}, {"rank": 1}]
-    assert found["values", 2]["sum"] == [3]
+def test_objects_and_sums_cross_ranks(results):
+    assert results["values", 2]["objects"] == [{"rank": 0}, {"rank": 1}]
+    assert results["values", 2]["sum"] == [3]
 
 
-def test_one_process_gathers_itself(found):
-    assert found["values", 1] == {
+def test_one_process_gathers_itself(results):
+    assert results["values", 1] == {
         "ints": [0],
         "bools": [True],
         "objects": [{"rank": 0}],
@@ -45,13 +45,13 @@ def test_one_process_gathers_itself(found):
     }
 
 
-def test_the_ranks_parts_of_a_loss_sum_to_that_of_one_process(found):
-    assert found["gradient", 2]["loss"] == pytest.approx(found["gradient", 1]["loss"], rel=1e-14)
+def test_the_ranks_parts_of_a_loss_sum_to_that_of_one_process(results):
+    assert results["gradient", 2]["loss"] == pytest.approx(results["gradient", 1]["loss"], rel=1e-14)
 
 
-def test_gradients_of_the_parts_sum_through_the_gather(found):
-    wanted = found["gradient", 1]["gradient"]
-    assert found["gradient", 2]["gradient"] == pytest.approx(wanted, rel=1e-12)
+def test_gradients_of_the_parts_sum_through_the_gather(results):
+    expected = results["gradient", 1]["gradient"]
+    assert results["gradient", 2]["gradient"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_gather_is_the_identity_on_one_process():

@@ -64,8 +64,8 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
 def test_the_run_keeps_its_config_and_versions(tmp_path):
     _run(tmp_path, 0, 1)
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 42}
-    found = json.loads((tmp_path / "versions.json").read_text())
-    assert found["torch"] == torch.__version__ and found["processes"] == 2 and "git_commit" in found
+    record = json.loads((tmp_path / "versions.json").read_text())
+    assert record["torch"] == torch.__version__ and record["processes"] == 2 and "git_commit" in record
 
 
 def test_tensorboard_has_the_scalars(tmp_path):

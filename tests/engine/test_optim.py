@@ -32,8 +32,8 @@ def test_golden_schedule_gives_the_released_learning_rates(golden):
     for case in json.loads((golden / "discovla/schedule.json").read_text())["cases"]:
         config = OptimConfig(lr=case["base_lr"], warmup=case["warmup_proportion"])
         for step, expected in case["lr_at_step"].items():
-            found = learning_rate(int(step), case["total_steps"], config)
-            assert found == pytest.approx(expected, rel=1e-12, abs=0), (case["total_steps"], step)
+            values = learning_rate(int(step), case["total_steps"], config)
+            assert values == pytest.approx(expected, rel=1e-12, abs=0), (case["total_steps"], step)
         last = learning_rate(case["total_steps"], case["total_steps"], config)
         assert last == pytest.approx(case["lr_after_last_step"], rel=1e-12, abs=1e-18)
 
@@ -92,8 +92,8 @@ def test_a_group_has_its_own_learning_rate_and_decay():
     )
     optimizer = make_optimizer(module, OptimConfig(weight_decay=0.3), groups)
     set_learning_rate(optimizer, 2.0)
-    found = [(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
-    assert found == [(2, 0.2, 0.0), (1, 2.0, 0.3), (1, 2.0, 0.3)]
+    values = [(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert values == [(2, 0.2, 0.0), (1, 2.0, 0.3), (1, 2.0, 0.3)]
 
 
 def test_a_group_that_matches_no_parameter_is_refused():
