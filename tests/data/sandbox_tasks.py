@@ -8,8 +8,6 @@ import signal
 import time
 from typing import Any
 
-import numpy as np
-
 from discovla.data.doctor import ExamineRequest, examine
 
 
@@ -54,14 +52,3 @@ def examination(request: ExamineRequest) -> dict[str, Any]:
     """Examine a file whose name says how its decoding ends."""
     task(request.path.stem)
     return examine(request)
-
-
-def hang_at(item: Any) -> tuple[np.ndarray, list[str | None]]:
-    """Decode a batch of plans to white frames, but hang at a clip with the id `hang`."""
-    config, plans = item
-    if any(plan is not None and plan.id == "hang" for plan in plans):
-        task("hang")
-    frames = np.zeros((len(plans), config.frames, config.image_size, config.image_size, 3), np.uint8)
-    for row, plan in enumerate(plans):
-        frames[row] = 0 if plan is None else 255
-    return frames, [None] * len(plans)

@@ -20,8 +20,8 @@ from discovla.data.manifest import Clip
 from discovla.data.sandbox import Sandbox
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.pyav import index_video
+from tests.data.dali.tasks import hang_at
 from tests.data.odd_clips import odd_clip
-from tests.data.sandbox_tasks import hang_at
 from tests.data.video.test_frames import expected_verdict, realdata_videos
 
 REASON = missing()
@@ -193,13 +193,13 @@ def test_a_killed_process_is_replaced_and_gives_the_same_frames(folder, decoder)
 @pytest.mark.slow
 def test_a_clip_that_hangs_is_named_and_the_others_are_decoded(monkeypatch):
     monkeypatch.setattr(dali_reader, "missing", lambda: None)
-    decoder = DaliDecoder(PipelineConfig(frames=2, image_size=4, time_limit=2.0))
-    decoder._sandbox = Sandbox(hang_at, limit=2.0)
+    decoder = DaliDecoder(PipelineConfig(frames=2, image_size=4, time_limit=0.5))
+    decoder._sandbox = Sandbox(hang_at, limit=0.5)
     number = np.zeros(1, np.int64)
     names = ("fine", "hang", "good")
     plans = [Plan(id=name, path=Path(name), indices=number.astype(np.int32), places=number) for name in names]
     frames, reasons = decoder.decode(plans)
-    assert reasons == [None, "not decoded: took longer than 2 s", None]
+    assert reasons == [None, "not decoded: took longer than 0.5 s", None]
     assert frames.flatten(1).any(1).tolist() == [True, False, True]
     decoder.close()
 
