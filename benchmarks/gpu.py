@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.cases import Case, checked_cases, timed_cases

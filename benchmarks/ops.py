@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.cases import Case, case

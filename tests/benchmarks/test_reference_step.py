@@ -1,4 +1,4 @@
-"""Our step equals the published one, with less work: counted, and number by number."""
+"""Our step has the losses and gradients of the published one, with less work."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def small(activation="quick_gelu", layers=3) -> Architecture:
 
 
 def make(architecture: Architecture, dtype=torch.float32, fused=(2, 1), rank=4) -> DiscoVLA:
-    """A DiscoVLA of noise in which everything that is trained has a gradient."""
+    """Make a DiscoVLA of noise in which every trained parameter has a gradient."""
     config = DiscoVLAConfig(lora_rank=rank, fused_vision_blocks=fused[0], fused_text_blocks=fused[1])
     method = DiscoVLA(architecture, config)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def make(architecture: Architecture, dtype=torch.float32, fused=(2, 1), rank=4) 
 
 
 def check(method: DiscoVLA, batch: Batch, limit: float) -> None:
-    """Losses, terms and the gradient of every trained parameter are those of the reference."""
+    """Compare losses, terms and the gradient of every trained parameter with the reference."""
     reference = ReferenceStep(method)
     want, got = reference(batch), step_inputs.step(method, batch)
     for name, value in {"total": got.total, **got.terms}.items():
@@ -126,7 +126,7 @@ def test_anomaly_detection_and_fused_attention_do_not_change_the_reference():
         assert relative_error(other.trained[name].grad, p.grad) <= 1e-10, name
 
 
-def test_only_the_published_method_has_a_reference():
+def test_a_method_with_other_options_is_refused():
     method = DiscoVLA(
         tiny_architecture(), DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1, kl_norm="fixed")
     )
@@ -136,7 +136,7 @@ def test_only_the_published_method_has_a_reference():
 
 @pytest.fixture
 def meta_device(monkeypatch) -> torch.device:
-    """The meta device as a context: torch knows by these functions what it makes there, so not poisoned."""
+    """Return the meta device, with the original torch.empty, which meta tensors need."""
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, getattr(torch._C._VariableFunctions, name))
     _device_constructors.cache_clear()
@@ -144,7 +144,7 @@ def meta_device(monkeypatch) -> torch.device:
 
 
 def published(name: str, meta: torch.device, pairs: int = 2) -> tuple[DiscoVLA, Batch]:
-    """The published size on meta tensors, captions of 12 tokens padded to 32."""
+    """Make the published model on meta tensors, with captions of 12 tokens padded to 32."""
     architecture = step_inputs.architecture(name)
     with meta:
         method = DiscoVLA(architecture, DiscoVLAConfig())
@@ -170,7 +170,7 @@ def published(name: str, meta: torch.device, pairs: int = 2) -> tuple[DiscoVLA, 
         pytest.param("ViT-L/14", 0.97, id="L/14", marks=pytest.mark.slow),
     ],
 )
-def test_work_is_its_closed_form_and_a_share_of_the_published(name, share, meta_device):
+def test_counted_work_equals_its_closed_form_and_is_a_share_of_the_published(name, share, meta_device):
     method, batch = published(name, meta_device)
     architecture, size = method.architecture, size_of(batch)
     needed, whole = (form(architecture, method.config, size) for form in (needed_flops, reference_flops))
@@ -180,7 +180,7 @@ def test_work_is_its_closed_form_and_a_share_of_the_published(name, share, meta_
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])
-def test_work_is_its_closed_form_at_small_sizes(layers):
+def test_counted_work_equals_its_closed_form_at_small_sizes(layers):
     architecture = small(layers=layers)
     method = make(architecture, fused=(min(2, layers), 1))
     batch = noise_batch(architecture, size=3, frames=2)
@@ -194,14 +194,14 @@ def test_work_is_its_closed_form_at_small_sizes(layers):
 
 
 def loss(method: DiscoVLA, batch: Batch) -> torch.Tensor:
-    """Forward alone."""
+    """Compute the loss without backward."""
     return method.losses(*method.encode(batch)).total
 
 
 @pytest.mark.parametrize("memory", [mode for mode in WIDTHS if mode != "keep"])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_every_mode_of_memory_keeps_its_widths_a_token_and_layer(impl, memory, meta_device):
-    """Of 128 clips: beside them are [W | B], what the kernels multiply with, 126 MB in float32."""
+def test_every_memory_mode_keeps_its_number_of_widths_a_token_and_layer(impl, memory, meta_device):
+    """With 128 clips; the kernels also keep [W | B], 126 MB in float32."""
     method, batch = published("ViT-B/32", meta_device, pairs=128)
     for tower in (method.vision, method.text):
         tower.impl, tower.memory = impl, memory
@@ -216,8 +216,8 @@ def test_every_mode_of_memory_keeps_its_widths_a_token_and_layer(impl, memory, m
     ("memory", "more"),
     [("recompute_mlp", 0.17), ("recompute_projections", 0.31), ("recompute_blocks", 0.34)],
 )
-def test_a_mode_of_memory_computes_again_what_it_must_alone(memory, more, meta_device):
-    """8, 14 and 16 of the 48 squared widths a token takes in a block: one product of the MLP is spared."""
+def test_a_memory_mode_recomputes_only_what_it_must(memory, more, meta_device):
+    """8, 14 and 16 of the 48 squared widths of a token and block; one product of the MLP is spared."""
     method, batch = published("ViT-B/32", meta_device)
     needed = needed_flops(method.architecture, method.config, size_of(batch))
     method.vision.memory = method.text.memory = memory
@@ -225,7 +225,7 @@ def test_a_mode_of_memory_computes_again_what_it_must_alone(memory, more, meta_d
 
 
 @pytest.mark.parametrize(("dtype", "less"), [(torch.float32, 2), (torch.bfloat16, 4)], ids=["fp32", "bf16"])
-def test_what_is_kept_for_backward_is_nine_widths_a_token_and_layer(dtype, less, meta_device):
+def test_nine_widths_a_token_and_layer_are_kept_for_backward(dtype, less, meta_device):
     method, batch = published("ViT-B/32", meta_device)
     meta = batch.to("meta")
     reference = ReferenceStep(method)
@@ -239,8 +239,8 @@ def test_what_is_kept_for_backward_is_nine_widths_a_token_and_layer(dtype, less,
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 450), (torch.bfloat16, 457)], ids=str)
-def test_launches_with_the_kernels_do_not_grow(dtype, most, meta_device):
-    """450 is the issue's target, 24 layers of 7 forward and 11 backward and 18 for all else."""
+def test_the_number_of_launches_with_the_kernels_does_not_grow(dtype, most, meta_device):
+    """The target is 450: 24 layers with 7 forward and 11 backward, and 18 others."""
     architecture = small(layers=12)
     method, batch = make(architecture, fused=(4, 2), rank=8).to("meta"), noise_batch(architecture).to("meta")
     method.vision.impl = method.text.impl = "triton"
@@ -252,7 +252,7 @@ def test_launches_with_the_kernels_do_not_grow(dtype, most, meta_device):
 
 
 class Started(TorchDispatchMode):
-    """Of every op of ours how many kernels it starts, triton's and torch's."""
+    """Return how many kernels each of our ops starts, those of Triton and of torch."""
 
     def __init__(self, monkeypatch) -> None:
         super().__init__()
@@ -278,7 +278,7 @@ class Started(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("meta_device")  # for what is allocated is not filled then
-def test_an_op_counts_as_the_kernels_it_starts(monkeypatch):
+def test_the_count_of_an_op_is_the_number_of_kernels_it_starts(monkeypatch):
     if DEVICE == "cuda":
         pytest.skip("counts what triton's interpreter is asked for, which runs where there is no GPU")
     architecture = small(layers=2)
@@ -295,8 +295,8 @@ def test_an_op_counts_as_the_kernels_it_starts(monkeypatch):
     }
 
 
-def test_launches_of_the_published_depth_do_not_grow():
-    """Plain torch starts a kernel for each op."""
+def test_the_number_of_launches_in_plain_torch_does_not_grow():
+    """Plain torch starts one kernel for each op."""
     architecture = small(layers=12)
     method, batch = make(architecture, fused=(4, 2)), noise_batch(architecture)
     with Launches() as ours:
