@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its o
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.cases import Case, checked_cases, timed_cases
-from benchmarks.gpu_data import measure_data
+from benchmarks.data import measure_machine
 from benchmarks.gpu_report import earlier_rows, regressions, report
 from benchmarks.measure import (
     Times,
@@ -345,7 +345,7 @@ def main(words: Sequence[str] | None = None) -> int:
     share = 1.0 if options.suite == "check" else CHECKING
     where = machine(DEVICE)
     if options.suite == "data":
-        measure_data(results_file(where, "data"), where)
+        measure_machine(results_file(where, "data"), where)
         return 0
     path = results_file(where, "gpu")
     before = earlier_rows(path.parent, where["time"])
