@@ -96,7 +96,7 @@ def without_quarantined(clips: Sequence[Clip], path: str | Path) -> list[Clip]:
 
 
 def _read(path: Path) -> dict[str, BadClip]:
-    """Return bad clips by id; drop a last line that a crash cut short, as its clip will be found again."""
+    """Return bad clips by id; drop a last line that a crash cut short, as its clip will be read again."""
     known: dict[str, BadClip] = {}
     if not path.exists():
         return known

@@ -95,11 +95,11 @@ def test_batches_have_one_frame_caption_per_frame(clips):
     assert batch.frame_text_ids.shape == (4, 2, 12)
     row = 1
     clip = clips[batch.video_index[row]]
-    wanted = [Tokenizer(12).encode(texts)[0] for texts in clip.frame_captions]
+    expected = [Tokenizer(12).encode(texts)[0] for texts in clip.frame_captions]
     caption = [Tokenizer(12).encode([text])[0][0].tolist() for text in clip.captions].index(
         batch.text_ids[row].tolist()
     )
-    assert torch.equal(batch.frame_text_ids[row], wanted[caption])
+    assert torch.equal(batch.frame_text_ids[row], expected[caption])
     assert torch.equal(batch.frame_text_mask, batch.frame_text_ids != 0)
 
 
@@ -128,27 +128,27 @@ def test_batches_do_not_depend_on_workers(clips):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_start_in_mid_epoch_gives_the_remaining_batches(clips, workers):
     loader = TrainLoader(clips, config(workers=workers, augment="light"), spec())
-    whole = list(loader.epoch(2))
+    all_batches = list(loader.epoch(2))
     rest = list(loader.epoch(2, start=1))
     assert len(rest) == 2
-    assert all(same(a, b) for a, b in zip(whole[1:], rest, strict=True))
+    assert all(same(a, b) for a, b in zip(all_batches[1:], rest, strict=True))
 
 
 def test_an_abandoned_epoch_does_not_change_the_next(clips):
     loader = TrainLoader(clips, config(workers=2), spec())
-    whole = list(loader.epoch(1))
+    all_batches = list(loader.epoch(1))
     next(loader.epoch(0))
-    assert all(same(a, b) for a, b in zip(whole, loader.epoch(1), strict=True))
+    assert all(same(a, b) for a, b in zip(all_batches, loader.epoch(1), strict=True))
 
 
 def test_batches_of_all_ranks_concatenate_to_the_batch_of_one_process(clips):
     one = list(TrainLoader(clips, config(augment="light"), spec()).epoch(0))
     halves = [spec(world_size=2, rank=rank) for rank in (0, 1)]
     ranks = [list(TrainLoader(clips, config(augment="light"), half).epoch(0)) for half in halves]
-    for whole, left, right in zip(one, *ranks, strict=True):
-        assert torch.equal(whole.frames, torch.cat([left.frames, right.frames]))
-        assert torch.equal(whole.text_ids, torch.cat([left.text_ids, right.text_ids]))
-        assert torch.equal(whole.video_index, torch.cat([left.video_index, right.video_index]))
+    for batch, left, right in zip(one, *ranks, strict=True):
+        assert torch.equal(batch.frames, torch.cat([left.frames, right.frames]))
+        assert torch.equal(batch.text_ids, torch.cat([left.text_ids, right.text_ids]))
+        assert torch.equal(batch.video_index, torch.cat([left.video_index, right.video_index]))
 
 
 def test_reading_does_not_change_the_random_state(clips):
@@ -161,7 +161,7 @@ def test_reading_does_not_change_the_random_state(clips):
 
 
 def broken(clips: list[Clip], tmp_path: Path) -> list[Clip]:
-    """The same clips with a text for the third video."""
+    """Return the clips with a text file as the third video."""
     (tmp_path / "bad.mp4").write_text("no video")
     return [replace(clip, video=tmp_path / "bad.mp4") if i == 2 else clip for i, clip in enumerate(clips)]
 

@@ -23,7 +23,7 @@ def test_frames_are_those_of_the_golden_file(golden):
     cases = json.loads((golden / "discovla/frame_sampling.json").read_text())["cases"]
     assert cases
     for case in cases:
-        found = frame_indices(
+        indices = frame_indices(
             case["length"],
             case["fps"],
             case["max_frames"],
@@ -31,7 +31,7 @@ def test_frames_are_those_of_the_golden_file(golden):
             start=case.get("start_s"),
             end=case.get("end_s"),
         )
-        assert found == case["indices"], case
+        assert indices == case["indices"], case
 
 
 def test_a_clip_shorter_than_the_frames_repeats_them():
@@ -66,7 +66,7 @@ def test_a_stride_of_zero_is_refused_with_its_rate():
         ((10, float("nan"), 12), "rate: expected frames per second above 0, found nan"),
         ((10, 25.0, 0), "frames: expected at least 1, found 0"),
     ],
-    ids=["no frames", "no rate", "rate nan", "none wanted"],
+    ids=["no frames", "no rate", "rate nan", "frames 0"],
 )
 def test_arguments_out_of_range_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -98,8 +98,8 @@ def golden_cases(golden, key: str) -> list[dict]:
 
 def test_clip2video_samples_the_frames_of_the_golden_file(golden):
     for case in golden_cases(golden, "clip2video_eval_indices"):
-        found = divide_stored(case["n_frames"], case["divisor"], case["max_frames"])
-        assert found == case["clip2video_eval_indices"], case
+        indices = divide_stored(case["n_frames"], case["divisor"], case["max_frames"])
+        assert indices == case["clip2video_eval_indices"], case
 
 
 def test_clip2video_samples_the_golden_frames_of_clips_at_the_stored_rate(golden):
@@ -114,8 +114,8 @@ def test_clip2video_samples_the_golden_frames_of_clips_at_the_stored_rate(golden
 
 def test_clip4clip_keeps_the_frames_of_the_golden_file(golden):
     for case in golden_cases(golden, "clip4clip_uniform_indices"):
-        found = slice_indices(list(range(case["n_frames"])), case["max_frames"], "even")
-        assert found == case["clip4clip_uniform_indices"], case
+        indices = slice_indices(list(range(case["n_frames"])), case["max_frames"], "even")
+        assert indices == case["clip4clip_uniform_indices"], case
         sampling = Sampling(frames=case["max_frames"], sampler="clip4clip")
         assert sampling.indices(case["n_frames"], 1.0) == case["clip4clip_uniform_indices"], case
 

@@ -71,14 +71,14 @@ def loader(data: DataConfig, **changes) -> TrainLoader:
     return TrainLoader(read_clips(data, "train"), data, batch_spec(**({"batch_size": 3} | changes)))
 
 
-def assert_near(found: list[Batch], wanted: list[Batch], refused: tuple[int, ...] = ()) -> int:
+def assert_near(batches: list[Batch], expected: list[Batch], refused: tuple[int, ...] = ()) -> int:
     """Assert that batches agree but for small differences and refused clips; return the frames compared."""
-    assert len(found) == len(wanted) > 0
+    assert len(batches) == len(expected) > 0
     compared = 0
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(batches, expected, strict=True):
         assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in FIELDS)
-        told = {clip.id: clip.reason for clip in b.bad}
-        assert {clip.id: clip.reason for clip in a.bad if clip.id != "long-gop"} == told
+        reasons = {clip.id: clip.reason for clip in b.bad}
+        assert {clip.id: clip.reason for clip in a.bad if clip.id != "long-gop"} == reasons
         assert a.valid is not None and b.valid is not None
         for row, clip in enumerate(a.video_index.tolist()):
             assert bool(a.valid[row]) == (clip not in refused and bool(b.valid[row]))
@@ -97,8 +97,8 @@ def assert_near(found: list[Batch], wanted: list[Batch], refused: tuple[int, ...
 def test_training_batches_are_near_to_those_of_pyav(augment, world):
     mine = loader(config(world, augment=augment))
     batches = list(mine.epoch(1))
-    wanted = list(loader(config(world, augment=augment, decoder="pyav")).epoch(1))
-    assert assert_near(batches, wanted, refused=(5,)) >= 20
+    expected = list(loader(config(world, augment=augment, decoder="pyav")).epoch(1))
+    assert assert_near(batches, expected, refused=(5,)) >= 20
     refused = {clip.reason for batch in batches for clip in batch.bad if clip.id == "long-gop"}
     assert len(refused) == 1
     assert (
@@ -114,12 +114,12 @@ def test_training_batches_are_near_to_those_of_pyav(augment, world):
 
 @pytest.mark.slow
 def test_batches_do_not_depend_on_workers_or_ranks(world):
-    whole = list(loader(config(world, augment="light")).epoch(0))
+    single = list(loader(config(world, augment="light")).epoch(0))
     by_workers = list(loader(config(world, augment="light", workers=2)).epoch(0))
     shares = [
         list(loader(config(world, augment="light"), rank=rank, world_size=3).epoch(0)) for rank in range(3)
     ]
-    for i, batch in enumerate(whole):
+    for i, batch in enumerate(single):
         assert torch.equal(by_workers[i].frames, batch.frames)
         assert torch.equal(torch.cat([share[i].frames for share in shares]), batch.frames)
         assert by_workers[i].bad == batch.bad
@@ -129,9 +129,9 @@ def test_batches_do_not_depend_on_workers_or_ranks(world):
 def test_evaluation_is_near_to_pyav_and_names_refused_clips(world):
     data = config(world)
     clips = read_clips(data, "val")
-    found = list(video_batches(clips, data, SIZE, 2))
-    wanted = list(video_batches(clips, config(world, decoder="pyav"), SIZE, 2))
-    for a, b in zip(found, wanted, strict=True):
+    batches = list(video_batches(clips, data, SIZE, 2))
+    expected = list(video_batches(clips, config(world, decoder="pyav"), SIZE, 2))
+    for a, b in zip(batches, expected, strict=True):
         assert torch.equal(a.frame_mask, b.frame_mask)
         assert torch.equal(a.clip_index, b.clip_index)
         assert (a.frames.int() - b.frames.int()).abs().float().mean() <= TOLERANCE_MEAN
@@ -155,11 +155,11 @@ def test_evaluation_is_near_to_pyav_and_names_refused_clips(world):
 )
 def test_batches_from_shards_are_near_to_those_without_dali(changes, augment, world, made):
     data = {"shards": made(**changes), "augment": augment}
-    found = list(loader(config(world, **data)).epoch(1))
-    wanted = list(loader(config(world, **data, decoder="pyav")).epoch(1))
-    assert assert_near(found, wanted) >= 24
+    batches = list(loader(config(world, **data)).epoch(1))
+    expected = list(loader(config(world, **data, decoder="pyav")).epoch(1))
+    assert assert_near(batches, expected) >= 24
     if changes == {"format": "raw"}:
-        assert all(torch.equal(a.frames, b.frames) for a, b in zip(found, wanted, strict=True))
+        assert all(torch.equal(a.frames, b.frames) for a, b in zip(batches, expected, strict=True))
 
 
 def test_the_origin_of_the_pixels_names_dali_where_it_decodes(world, made):
