@@ -46,8 +46,6 @@ from discovla.engine.strategy import (
     trained_size,
 )
 
-logger = logging.getLogger(__name__)
-
 MAX_BUCKET = 50_000_000  # elements that are buffered and communicated at once
 OFFLOAD_MODULE = "deepspeed.runtime.zero.parameter_offload"  # holds the stack of running modules at stage 3
 

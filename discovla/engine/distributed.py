@@ -18,8 +18,6 @@ from torch import Tensor
 
 from discovla.engine.lifecycle.peers import Peers, find_peers
 
-logger = logging.getLogger(__name__)
-
 GradScale = Literal["exact", "official"]
 CommDtype = Literal["compute", "fp32"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import subprocess
@@ -20,8 +19,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from discovla.engine.distributed import World
-
-logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 PACKAGES = (

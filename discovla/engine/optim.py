@@ -71,7 +71,74 @@ class ParameterGroup:
     weight_decay: float | None = None
 
 
-class AdamW(torch.optim.Optimizer):
+def _start_state(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
+    """Create zero moments and step 0, with the keys of torch's AdamW and the step on the CPU as there."""
+    state = optimizer.state[param]
+    state["step"] = torch.tensor(0.0)
+    state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    return state
+
+
+def _released_update(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """Update one tensor by the released AdamW."""
+    beta1, beta2 = group["betas"]
+    lr, grad = group["lr"], param.grad
+    assert grad is not None
+    state["step"] += 1
+    step = state["step"].item()
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean.mul_(beta1).add_(grad, alpha=1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    param.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-size)
+    if group["weight_decay"]:
+        param.mul_(1 - lr * group["weight_decay"])
+
+
+def _bert_update(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """Update one tensor by BertAdam."""
+    beta1, beta2 = group["betas"]
+    grad, clip = param.grad, group["clip_tensor_norm"]
+    assert grad is not None
+    if clip is not None:
+        grad = grad * (clip / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0)
+    state["step"] += 1
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean.mul_(beta1).add_(grad, alpha=1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    update = mean / square.sqrt().add_(group["eps"])
+    if group["weight_decay"]:
+        update.add_(param, alpha=group["weight_decay"])
+    param.add_(update, alpha=-group["lr"])
+
+
+class _TensorwiseOptimizer(torch.optim.Optimizer):
+    """Optimiser that updates every parameter with a gradient by `update(param, state, group)`."""
+
+    update: Callable[[Tensor, dict[str, Tensor], dict[str, Any]], None]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; return the value of `closure`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.update(param, self.state[param] or _start_state(self, param), group)
+        return loss
+
+
+class AdamW(_TensorwiseOptimizer):
     """AdamW of DiscoVLA's released code.
 
     Step t = 1, 2, ...: m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
@@ -97,27 +164,10 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; return the value of `closure`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    _released_update(param, self.state[param] or _start_state(self, param), group)
-        return loss
+    update = staticmethod(_released_update)
 
 
-class BertAdam(torch.optim.Optimizer):
+class BertAdam(_TensorwiseOptimizer):
     """Adam of CLIP4Clip's released code, from BERT's first releases.
 
     g <- g min(1, clip / (‖g‖ + 1e-6)) for each tensor;  m <- b1 m + (1 - b1) g;
@@ -145,24 +195,7 @@ class BertAdam(torch.optim.Optimizer):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "clip_tensor_norm": clip_tensor_norm})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; return the value of `closure`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    _bert_update(param, self.state[param] or _start_state(self, param), group)
-        return loss
+    update = staticmethod(_bert_update)
 
 
 def for_partitions(config: OptimConfig) -> OptimConfig:
@@ -255,48 +288,6 @@ def start_state(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> N
     for param in params:
         if not optimizer.state[param]:
             _start_state(optimizer, param)
-
-
-def _start_state(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
-    """Create zero moments and step 0, with the keys of torch's AdamW and the step on the CPU as there."""
-    state = optimizer.state[param]
-    state["step"] = torch.tensor(0.0)
-    state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    return state
-
-
-def _released_update(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """Update one tensor by the released AdamW."""
-    beta1, beta2 = group["betas"]
-    lr, grad = group["lr"], param.grad
-    assert grad is not None
-    state["step"] += 1
-    step = state["step"].item()
-    mean, square = state["exp_avg"], state["exp_avg_sq"]
-    mean.mul_(beta1).add_(grad, alpha=1 - beta1)
-    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    param.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-size)
-    if group["weight_decay"]:
-        param.mul_(1 - lr * group["weight_decay"])
-
-
-def _bert_update(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """Update one tensor by BertAdam."""
-    beta1, beta2 = group["betas"]
-    grad, clip = param.grad, group["clip_tensor_norm"]
-    assert grad is not None
-    if clip is not None:
-        grad = grad * (clip / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0)
-    state["step"] += 1
-    mean, square = state["exp_avg"], state["exp_avg_sq"]
-    mean.mul_(beta1).add_(grad, alpha=1 - beta1)
-    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    update = mean / square.sqrt().add_(group["eps"])
-    if group["weight_decay"]:
-        update.add_(param, alpha=group["weight_decay"])
-    param.add_(update, alpha=-group["lr"])
 
 
 def _param_groups(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import selectors
@@ -16,8 +15,6 @@ from dataclasses import dataclass, field
 
 from discovla.engine.distributed import World
 from discovla.engine.lifecycle.peers import Peer, Peers, wait_until
-
-logger = logging.getLogger(__name__)
 
 INTERVAL = 5.0  # seconds between heartbeats
 GRACE = 5.0  # seconds the main thread has to end by itself once a process is lost
