@@ -80,11 +80,13 @@ def truth(case: Case, leaves: list[Tensor]) -> list[Tensor]:
 
 def errors(case: Case, impl: Any, leaves: list[Tensor], want: list[Tensor]) -> dict[str, float]:
     """Return relative errors: of the value, the largest of any gradient, and of the value's worst entry."""
-    (got, *gradients), (value, *wanted) = case.run(leaves, impl), want
+    (got, *gradients), (value, *true_gradients) = case.run(leaves, impl), want
     if case.scaled:  # the derivative by the scale is a sum of numbers that nearly cancel
-        gradients, wanted = gradients[:-1], wanted[:-1]
+        gradients, true_gradients = gradients[:-1], true_gradients[:-1]
     gradient_errors = [
-        relative_frobenius(g, w) for g, w in zip(gradients, wanted, strict=True) if w.double().norm() > 1e-9
+        relative_frobenius(g, w)
+        for g, w in zip(gradients, true_gradients, strict=True)
+        if w.double().norm() > 1e-9
     ]
     worst = (got.double() - value).abs().max() / value.abs().max().clamp(min=1e-30)
     value_error = relative_frobenius(got, value) if value.double().norm() > 1e-9 else 0.0

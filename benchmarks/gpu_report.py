@@ -62,15 +62,15 @@ def targets(rows: Iterable[Row]) -> list[str]:
     lines = []
     for name, ours in _with_one_target(rows):
         goals = {key: ours[0].get(f"target_{key}") for key in ("ms", "gb")}
-        wanted = {key: goal for key, goal in goals.items() if goal}
-        if not wanted:
+        targeted = {key: goal for key, goal in goals.items() if goal}
+        if not targeted:
             continue
         best = min(ours, key=lambda row: row["ms_p50"])
         measured = {"ms": best["ms_p50"], "gb": best["extra_gb"]}
         parts = [
             f"{measured[key]:.3g} {key.upper() if key == 'gb' else key}, target {goal:g}: "
             + ("met" if measured[key] <= goal else f"missed by {measured[key] / goal - 1:.0%}")
-            for key, goal in wanted.items()
+            for key, goal in targeted.items()
         ]
         lines.append(f"{name} ({best['impl']}): " + "; ".join(parts))
     return lines

@@ -151,8 +151,8 @@ def _fusion_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     x, u, *weights = leaves
     names = ("down", "down_bias", "up", "up_bias")
     _, slots = _read_rows(len(x), x.device)
-    given = AdapterWeights(**dict(zip(names, weights, strict=True)))
-    return fusion_norm(x, u, given, slots, affine=_affine(x.shape[-1], x.device), impl=impl)
+    adapter_weights = AdapterWeights(**dict(zip(names, weights, strict=True)))
+    return fusion_norm(x, u, adapter_weights, slots, affine=_affine(x.shape[-1], x.device), impl=impl)
 
 
 def _read_lora_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:

@@ -198,7 +198,7 @@ def _scene(rng: np.random.Generator, looks: list[tuple[str, str, str]]) -> Scene
         kinds[1] = event_kind(rng)
     order = "then" if "stays" not in kinds and rng.random() < _THEN else "while"
     places = [str(p) for p in rng.permutation(list(PLACES))]
-    taken = {look[:2] for look in looks}
+    used = {look[:2] for look in looks}
     actors = []
     for look, kind, (start, end) in zip(looks, kinds, _times(rng, order), strict=True):
         shape, colour, size = look
@@ -206,8 +206,8 @@ def _scene(rng: np.random.Generator, looks: list[tuple[str, str, str]]) -> Scene
         place_to = places.pop() if kind == "moves" else None
         colour_to = None
         if kind == "turns":
-            colour_to = other(rng, list(COLOURS), *(c for s, c in taken if s == shape))
-            taken.add((shape, colour_to))
+            colour_to = other(rng, list(COLOURS), *(c for s, c in used if s == shape))
+            used.add((shape, colour_to))
         at = centre(rng, place)
         to = centre(rng, place_to) if place_to else at
         size = _GROW.get(kind, size)
@@ -219,7 +219,7 @@ def _scene(rng: np.random.Generator, looks: list[tuple[str, str, str]]) -> Scene
         # All siblings of a group have their actors in one order; the first to act must vary.
         (a, b) = actors
         actors = [replace(b, start=a.start, end=a.end), replace(a, start=b.start, end=b.end)]
-    return Scene(actors=(actors[0], actors[1]), order=order, distractors=_distractors(rng, places, taken))
+    return Scene(actors=(actors[0], actors[1]), order=order, distractors=_distractors(rng, places, used))
 
 
 def _times(rng: np.random.Generator, order: str) -> list[tuple[float, float]]:
@@ -234,14 +234,14 @@ def _times(rng: np.random.Generator, order: str) -> list[tuple[float, float]]:
 
 
 def _distractors(
-    rng: np.random.Generator, places: list[str], taken: set[tuple[str, str]]
+    rng: np.random.Generator, places: list[str], used: set[tuple[str, str]]
 ) -> tuple[Thing, ...]:
     """Choose up to two objects without events that differ from the actors in shape or colour."""
     things = []
     for _ in range(rng.choice(3, p=(0.3, 0.5, 0.2))):
-        free = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in taken]
+        free = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in used]
         shape, colour = pick(rng, free)
-        taken.add((shape, colour))
+        used.add((shape, colour))
         x, y = centre(rng, places.pop())
         things.append(Thing(shape=shape, colour=colour, x=x, y=y, radius=RADII[pick(rng, list(RADII))]))
     return tuple(things)

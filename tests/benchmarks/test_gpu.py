@@ -58,12 +58,12 @@ def test_one_call_checks_times_and_reports(on_cpu, monkeypatch, capsys):
     assert run(monkeypatch, checked, timed) == 0
     rows = read_rows(on_cpu)
     assert [row["impl"] for row in rows if row.get("ok")] == ["triton"] * 3
-    found = {(row["op"], row["impl"]): row for row in rows if "ok" not in row}
-    assert {impl for op, impl in found if op == "info_nce"} == {
+    measured = {(row["op"], row["impl"]): row for row in rows if "ok" not in row}
+    assert {impl for op, impl in measured if op == "info_nce"} == {
         *("triton", "torch", "reference", "inf_cl", "compiled")
     }
-    assert "it holds at least 288 GB" in found["alignment_losses", "compiled"]["left_out"]
-    assert "its tensors are on cpu" in found["rank_of_positive", "cuda"]["left_out"]
+    assert "it holds at least 288 GB" in measured["alignment_losses", "compiled"]["left_out"]
+    assert "its tensors are on cpu" in measured["rank_of_positive", "cuda"]["left_out"]
     said = capsys.readouterr().out
     assert "3 checks, all within budget" in said
     assert "1 not checked: frame_similarity: impl='cuda': its tensors are on cpu" in said
@@ -108,8 +108,8 @@ def test_training_steps_are_in_the_results_with_their_target(on_cpu, monkeypatch
         row = {"name": contest.name, "op": "step", "tflops_needed": 50.0, "extra_gb": 16.0, "kept_mb": 1.0}
         row |= {"launches": 500, "target_ms": 52.0, "samples_s": 2000.0}
         times = {"reference": 900.0, "ours bf16": 60.0, "ours fp8": 40.0}
-        found = [row | {"impl": x, "ms_p50": t, "ms_p20": t, "ms_p80": t} for x, t in times.items()]
-        return [*found[:2], found[2] | {"target_ms": 36.0}]
+        measured = [row | {"impl": x, "ms_p50": t, "ms_p20": t, "ms_p80": t} for x, t in times.items()]
+        return [*measured[:2], measured[2] | {"target_ms": 36.0}]
 
     asked = []
     monkeypatch.setattr(gpu, "compare_steps", steps)

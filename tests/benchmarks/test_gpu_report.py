@@ -17,7 +17,7 @@ from benchmarks.measure import read_rows
 
 
 def row(name="a", impl="triton", ms=10.0, spread=0.1, **more):
-    found = {
+    measured = {
         "name": name,
         "op": "info_nce",
         "impl": impl,
@@ -26,7 +26,7 @@ def row(name="a", impl="triton", ms=10.0, spread=0.1, **more):
         "ms_p80": ms + spread,
     }
     figures = {"extra_gb": 0.5, "tflops_needed": 1.0, "frac_gemm": 0.25, "launches": 3}
-    return found | figures | {"target_ms": None, "target_gb": None} | more
+    return measured | figures | {"target_ms": None, "target_gb": None} | more
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_a_run_is_compared_with_the_last_five_before_it(tmp_path):
         line = json.dumps(row(ms=float(day)) | {"time": f"2026-01-0{day}"})
         (tmp_path / f"2026010{day}-abc-gpu.jsonl").write_text(line + "\n")
     (tmp_path / "20260101-abc-ops.jsonl").write_text("not of this benchmark")
-    found = earlier_rows(tmp_path, "2026-01-07")
-    assert [old["ms_p50"] for old in found["a", "triton"]] == [2, 3, 4, 5, 6]
+    measured = earlier_rows(tmp_path, "2026-01-07")
+    assert [old["ms_p50"] for old in measured["a", "triton"]] == [2, 3, 4, 5, 6]
 
 
 def test_a_broken_results_file_is_named_with_its_line(tmp_path):

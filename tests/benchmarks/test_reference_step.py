@@ -61,9 +61,9 @@ def check(method: DiscoVLA, batch: Batch, limit: float) -> None:
     want, got = reference(batch), step_inputs.step(method, batch)
     for name, value in {"total": got.total, **got.terms}.items():
         assert relative_error(value, want[name]) <= limit, name
-    found = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
-    assert found.keys() == reference.trained.keys()
-    for name, grad in found.items():
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+    assert gradients.keys() == reference.trained.keys()
+    for name, grad in gradients.items():
         assert grad is not None and reference.trained[name].grad.abs().max() > 0, name
         assert relative_error(grad, reference.trained[name].grad) <= limit, name
 

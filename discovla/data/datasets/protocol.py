@@ -99,9 +99,9 @@ def _id_differences(expected: ExpectedSplit, split: str, listed: Mapping[str, It
     if expected.numbers is None:
         return ["the ids are not those of the protocol (SHA-256 of the sorted list differs)"]
     excluded = set(listed.get(expected.excluding, ())) if expected.excluding else set()
-    wanted = {f"video{number}" for number in expected.numbers} - excluded
+    known_ids = {f"video{number}" for number in expected.numbers} - excluded
     lines = []
-    for kind, names in (("missing", wanted - ids), ("extra", ids - wanted)):
+    for kind, names in (("missing", known_ids - ids), ("extra", ids - known_ids)):
         if names:
             shown = sorted(names, key=lambda name: (len(name), name))[:_SHOWN]
             more = ", ..." if len(names) > _SHOWN else ""
