@@ -1,4 +1,4 @@
-"""Whole runs from shards: the same figures as from clips, also killed and over a network that fails."""
+"""Runs that train from shards: the same results as from videos, also over a network that fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 5  # of 8 pairs; an epoch has 9 steps
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, drawn) -> Path:
-    """Raw shards of the drawn world as the command makes them for a tiny run."""
+    """Return raw shards of the drawn world with the settings of a small run."""
     folder = tmp_path_factory.mktemp("shards")
     config = runs.write_config(folder, drawn)
     words = ["shard", drawn, folder / "raw", "--config", config, "--clips-per-shard", 10, "--workers", 0]
@@ -27,14 +27,14 @@ def shards(tmp_path_factory, drawn) -> Path:
 
 
 def assert_same(found: Path, wanted: Path) -> None:
-    """Every number two runs wrote is the same."""
+    """Assert that two runs wrote the same numbers."""
     for kind in ("train", "val"):
         assert runs.records(found, kind) == runs.records(wanted, kind) != []
     for name in ("results.json", "before.json"):
         assert json.loads((found / name).read_text()) == json.loads((wanted / name).read_text()), name
 
 
-def test_a_run_on_raw_shards_has_the_losses_and_results_of_one_on_clips(tmp_path, drawn, shards):
+def test_a_run_from_raw_shards_has_the_losses_and_results_of_one_from_videos(tmp_path, drawn, shards):
     words = [runs.write_config(tmp_path, drawn), "steps=2"]
     runs.train([*words, f"directory={tmp_path}/clips"])
     runs.train([*words, f"data.shards={shards}"])
@@ -44,7 +44,7 @@ def test_a_run_on_raw_shards_has_the_losses_and_results_of_one_on_clips(tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_on_a_failing_server_killed_in_mid_epoch_ends_as_one_on_clips(tmp_path, drawn, shards):
+def test_a_run_from_a_failing_server_killed_and_resumed_ends_as_one_from_videos(tmp_path, drawn, shards):
     words = [runs.write_config(tmp_path, drawn), f"steps={STEPS}", "checkpoint_every=2", "batch_size=8"]
     runs.train([*words, f"directory={tmp_path}/clips"], timeout=300)
     with served(shards) as (address, server):
@@ -66,7 +66,7 @@ def test_a_run_on_a_failing_server_killed_in_mid_epoch_ends_as_one_on_clips(tmp_
 
 
 @pytest.mark.slow
-def test_shards_that_go_away_are_named_and_counted_until_they_are_too_many(tmp_path, drawn, shards):
+def test_a_tar_that_disappears_makes_bad_clips_until_they_are_too_many(tmp_path, drawn, shards):
     words = [runs.write_config(tmp_path, drawn), "steps=4", "data.val_split=", "data.bad_clip_share=0.2"]
     with served(shards) as (address, server):
         server.faults = {"train-000001.tar": [404]}  # 10 of 24 clips
@@ -83,7 +83,7 @@ def test_shards_that_go_away_are_named_and_counted_until_they_are_too_many(tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_does_not_go_on_with_other_pixels(tmp_path, drawn, shards):
+def test_a_run_does_not_resume_with_frames_of_other_shards(tmp_path, drawn, shards):
     config = runs.write_config(tmp_path, drawn)
     words = ["shard", drawn, tmp_path / "jpeg", "--config", config, "--format", "jpeg", "--workers", 0]
     assert main([str(word) for word in words]) == 0

@@ -1,4 +1,4 @@
-"""Frames of shards, from a folder and from servers good and bad."""
+"""Frames read from shards in a local folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def world(tmp_path_factory, cut_off) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, world):
-    """Shards with given settings, made when they are first asked for."""
+    """Return a function that makes shards of given settings once."""
     folder = tmp_path_factory.mktemp("made")
 
     def make(**changes) -> Path:
@@ -43,7 +43,7 @@ def made(tmp_path_factory, world):
 
 @pytest.fixture
 def copied(made, tmp_path) -> Path:
-    """A copy of raw shards, to be spoiled."""
+    """Return a copy of raw shards to damage."""
     return Path(shutil.copytree(made(), tmp_path / "shards"))
 
 
@@ -55,7 +55,7 @@ def good(clips):
     return [clip for clip in clips if clip.id not in ("text", "cut")]
 
 
-def test_raw_frames_are_those_of_the_files_bit_for_bit(made, world):
+def test_raw_frames_equal_those_of_the_videos_bit_for_bit(made, world):
     shards = pickle.loads(pickle.dumps(Shards(made())))
     clips = good(read_manifest(world))
     for clip in reversed(clips):
@@ -68,7 +68,7 @@ def test_raw_frames_are_those_of_the_files_bit_for_bit(made, world):
         shards.split("dev")
 
 
-def test_frames_of_full_size_are_changed_as_those_of_the_files(made, world):
+def test_whole_frames_are_transformed_as_those_of_the_videos(made, world):
     shards = Shards(made(size=None))
     for clip in good(read_manifest(world)):
         expected = read_frames(clip.video, sampling(clip), lambda image: fitted(image.rotate(9))).frames
@@ -76,7 +76,7 @@ def test_frames_of_full_size_are_changed_as_those_of_the_files(made, world):
 
 
 @pytest.mark.parametrize("sampler", ["clip2video", "t2vparser"])
-def test_candidates_serve_every_seed_of_a_sampling_that_moves(sampler, made, world):
+def test_candidates_contain_the_frames_of_every_seed_of_a_random_sampling(sampler, made, world):
     moving = {"clip2video": {"sample_rate": 10.0}, "t2vparser": {"sample_rate": 1.0}}[sampler]
     shards = Shards(made(sampling=sampler, keep="candidates", **moving))
     clip = read_manifest(world)[3]
@@ -88,7 +88,7 @@ def test_candidates_serve_every_seed_of_a_sampling_that_moves(sampler, made, wor
         assert len({tuple(one.indices(20, 10.0)) for one in drawn}) > 5
 
 
-def test_jpeg_frames_are_close_to_those_of_the_files(made, world):
+def test_jpeg_frames_are_close_to_those_of_the_videos(made, world):
     shards = Shards(made(format="jpeg", quality=95))
     for clip in good(read_manifest(world)):
         expected = read_frames(clip.video, sampling(clip), fitted).frames
@@ -97,7 +97,7 @@ def test_jpeg_frames_are_close_to_those_of_the_files(made, world):
         assert np.abs(found.astype(int) - expected).max() <= 6  # grey frames, of which JPEG changes little
 
 
-def test_a_clip_that_gave_no_frames_says_why_again(made, world):
+def test_a_clip_without_frames_raises_the_recorded_reason(made, world):
     shards, clips = Shards(made()), {clip.id: clip for clip in read_manifest(world)}
     with pytest.raises(DecodeError, match=r"text.mp4: not a video file"):
         shards.frames(clips["text"], sampling(clips["text"]), None)
@@ -105,7 +105,7 @@ def test_a_clip_that_gave_no_frames_says_why_again(made, world):
         shards.frames(clips["cut"], sampling(clips["cut"]), None)
 
 
-def test_a_damaged_clip_that_was_kept_is_refused_where_damaged_ones_are(made, world):
+def test_frames_of_a_damaged_video_are_refused_unless_damaged_is_use(made, world):
     shards, clip = Shards(made(damaged="use")), read_manifest(world)[-1]
     expected = read_frames(clip.video, sampling(clip), fitted, damaged="use").frames
     assert np.array_equal(shards.frames(clip, sampling(clip), None, damaged="use"), expected)
@@ -127,7 +127,7 @@ def test_a_damaged_clip_that_was_kept_is_refused_where_damaged_ones_are(made, wo
     ],
     ids=["size", "full", "frames", "moving"],
 )
-def test_shards_of_other_frames_are_refused_before_they_are_read(changes, size, message, made):
+def test_shards_without_the_sampled_frames_are_refused_before_training(changes, size, message, made):
     shards = Shards(made())
     with pytest.raises(ValueError, match=message):
         shards.check(shards.clips, lambda clip: sampling(clip, **changes), size=size)
@@ -165,7 +165,7 @@ def test_shards_of_other_frames_are_refused_before_they_are_read(changes, size, 
     ],
     ids=["no index", "no json", "version", "clips", "no rows", "cut off", "no tar"],
 )
-def test_spoiled_shards_are_refused_in_one_line(spoil, message, copied):
+def test_a_damaged_index_is_refused_in_one_line(spoil, message, copied):
     spoil(copied)
     with pytest.raises(ValueError, match=message) as error:
         Shards(copied)
@@ -176,7 +176,7 @@ def cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
-def test_frames_that_change_on_disk_are_told_apart_from_those_that_do_not(copied):
+def test_changed_frames_are_refused_and_the_others_are_read(copied):
     shards = Shards(copied)
     tar = copied / "train-000000.tar"
     content = bytearray(tar.read_bytes())
@@ -208,7 +208,7 @@ def test_a_corrupt_jpeg_is_named(made, tmp_path):
         shards.frames(shards.clips[0], sampling(shards.clips[0]), None)
 
 
-def test_the_reader_of_an_index_knows_what_is_in_it(made):
+def test_the_settings_are_those_of_the_index(made):
     settings = json.loads((made() / "shards.json").read_text())["settings"]
     assert (Shards(made()).settings.size, Shards(made()).settings.frames) == (
         settings["size"],

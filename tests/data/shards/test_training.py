@@ -26,7 +26,7 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, world):
-    """Shards with given settings, made when they are first asked for."""
+    """Return a function that makes shards of given settings once."""
     folder = tmp_path_factory.mktemp("made")
 
     def make(**changes) -> Path:
@@ -55,7 +55,7 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
         assert [(clip.id, clip.reason) for clip in a.bad] == [(clip.id, clip.reason) for clip in b.bad]
 
 
-WAYS = {
+CASES = {
     "none": ({}, {}),
     "light": ({"augment": "light"}, {}),
     "light from full size": ({"augment": "light"}, {"size": None}),
@@ -76,16 +76,16 @@ WAYS = {
 SLOW = ("randaugment",)  # it imports timm
 
 
-@pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.slow] * (w in SLOW)) for w in WAYS])
-def test_training_sees_the_same_from_shards_bad_clips_and_all(way, made, world):
-    of_data, of_shards = WAYS[way]
-    expected = batches(config(world, **of_data))
-    found = batches(config(world, shards=str(made(**of_shards)), **of_data))
+@pytest.mark.parametrize("case", [pytest.param(w, marks=[pytest.mark.slow] * (w in SLOW)) for w in CASES])
+def test_training_batches_from_shards_equal_those_from_videos_including_bad_clips(case, made, world):
+    data_keys, shard_settings = CASES[case]
+    expected = batches(config(world, **data_keys))
+    found = batches(config(world, shards=str(made(**shard_settings)), **data_keys))
     assert_same(found, expected)
     assert sum(len(batch.bad) for batch in found) == 1
 
 
-def test_frame_captions_come_from_shards_too(made, world):
+def test_frame_captions_are_read_from_shards(made, world):
     changes = {"missing_frame_captions": "drop"}
     expected = batches(config(world, **changes), frame_captions=True)
     found = batches(config(world, shards=str(made()), **changes), frame_captions=True)
@@ -93,7 +93,7 @@ def test_frame_captions_come_from_shards_too(made, world):
     assert torch.equal(found[0].frame_text_ids, expected[0].frame_text_ids)
 
 
-def test_ranks_take_slices_and_an_epoch_goes_on_in_its_middle(made, world):
+def test_ranks_read_slices_of_a_batch_and_an_epoch_starts_at_any_step(made, world):
     data = config(world, shards=str(made()))
     whole = batches(data)
     shares = [batches(data, rank=rank, world_size=2, start=1) for rank in range(2)]
@@ -141,6 +141,6 @@ def test_shards_need_neither_manifest_nor_videos(made, world, tmp_path):
     ],
     ids=["full", "frames", "damaged", "sampling"],
 )
-def test_shards_made_for_something_else_are_refused_at_once(changes, message, made, world):
+def test_shards_of_other_settings_are_refused_before_training(changes, message, made, world):
     with pytest.raises(ValueError, match=message):
         batches(config(world, **({"shards": str(made())} | changes)))
