@@ -18,6 +18,7 @@ from discovla.nn.features import check_mask, on, unit, widen
 from discovla.nn.fusion import FusionAttention
 from discovla.nn.logit_scale import LogitScale
 from discovla.nn.lora import LoRA
+from discovla.nn.temporal_heads import TemporalBasis
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
 from discovla.ops.column_shard import ColumnShard
 from discovla.ops.dispatch import Impl
@@ -31,6 +32,9 @@ from discovla.towers.weights import clip_names, openai_name, openai_weights
 
 # parameters of CLIP before its first blocks, which CLIP4Clip's recipe leaves as they are
 EMBEDDINGS = r"vision\.(\w+_embedding|ln_pre\..*)$|text\.(token_embedding\..*|position_embedding)$"
+
+# options that older checkpoints do not store
+ADDED_OPTIONS = ("temporal", "temporal_terms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,8 @@ class Method(nn.Module):
         self.vision = VisionTower(architecture, vision_block or self._blocks("vision"))
         self.text = TextTower(architecture, text_block or self._blocks("text"))
         self.logit_scale = LogitScale()
+        basis = config.temporal == "basis"
+        self.temporal = TemporalBasis(architecture.embed_dim, config.temporal_terms) if basis else None
         self.compute_dtype = torch.float32
         self.needs_frame_captions = config.alpha > 0 or config.beta > 0
 
@@ -106,7 +112,8 @@ class Method(nn.Module):
         fuses = config.fused_vision_blocks or config.fused_text_blocks
         fusion = (r".*\.attention\.adapter\..*",) if fuses else ()
         position = (r".*\.attention\.frame_position",) if config.frame_position else ()
-        return (*towers, *fusion, *position, *self.new_parameters)
+        temporal = () if self.temporal is None else (r"temporal\..*",)
+        return (*towers, *fusion, *position, *temporal, *self.new_parameters)
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
@@ -175,7 +182,16 @@ class Method(nn.Module):
         """Videos from frames (b f y x c uint8, or b f c y x normalised) and mask (b f, bool)."""
         check_mask("video", mask)
         mask = on(frames.device, mask)
-        return self.embed_video(self.encode_frames(frames, mask), mask)
+        return self.embed_frames(self.encode_frames(frames, mask), mask)
+
+    def embed_frames(self, frames: Tensor, mask: Tensor) -> Embedding:
+        """Videos from the features of their frames (b f d) and mask (b f), with `temporal` applied.
+
+        Alignment compares each frame by itself, without it.
+        """
+        if self.temporal is None:
+            return self.embed_video(frames, mask)
+        return replace(self.embed_video(self.temporal(frames, mask), mask), frames=frames)
 
     def encode_frames(self, frames: Tensor, mask: Tensor) -> Tensor:
         """Features of frames, b f d; arguments as in `encode_video`."""
@@ -377,9 +393,13 @@ class Method(nn.Module):
         for _, parameter in sorted(self.named_parameters()):
             if not parameter.requires_grad:
                 frozen = zlib.crc32(parameter.detach().cpu().contiguous().numpy().data, frozen)
+        options = self.config.model_dump(mode="json", exclude={"released"})
+        for name in ADDED_OPTIONS:
+            if options[name] == type(self.config).model_fields[name].default:
+                del options[name]
         return {
             "architecture": self.architecture.to_dict(),
-            "method": self.config.model_dump(mode="json", exclude={"released"}),
+            "method": options,
             "frozen": frozen,
         }
 

@@ -52,6 +52,12 @@ class MethodConfig(BaseModel):
     frame_position: bool = False
     """Add a learned position of the frame, zero at the start, to the keys of vision fusion, which without it
     does not depend on the order of the frames."""
+    temporal: Literal["none", "basis"] = "none"
+    """"basis": add to every frame's feature linear maps of it, weighted by cosines of the frame's place in
+    the clip, before frames are pooled or a head reads them.  The maps start at zero.  Without them, or a head
+    that reads places, a clip and its reverse have the same feature."""
+    temporal_terms: int = Field(default=4, ge=1)
+    """Number K of cosines of temporal = "basis", with K d^2 parameters for features of width d."""
     similarity: Literal["pooled", "tokens"] = "pooled"
     """Score of a caption and a video: "pooled" cosine of their pooled features, or "tokens", in which words
     and frames find their matches (T2VParser)."""

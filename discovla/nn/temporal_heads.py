@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -60,6 +61,31 @@ class Transformer(nn.Module):
         """Start from given blocks, as far as there are any of this shape; says whether there were enough."""
         copied = [_copy_block(own, other) for own, other in zip(self.blocks, blocks, strict=False)]
         return all(copied) and len(copied) == len(self.blocks)
+
+
+class TemporalBasis(nn.Module):
+    """Adds to every frame linear maps of it that depend on its place in the clip.
+
+    x_t -> x_t + sum_(k = 1..K) sqrt(2) cos(pi k (t + 1/2) / F) W_k x_t, where t counts the real frames and F
+    is their number.  W starts at zero, and with it the change.  The cosines are those of the DCT-II: over the
+    frames of a clip of more than K frames they are orthogonal.  Odd k change sign when a clip is reversed.
+
+    Parameters: weight, K d d.
+    """
+
+    def __init__(self, width: int, terms: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(terms, width, width))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return frames b f d; padded frames, where mask b f is false, stay as they are."""
+        terms = torch.arange(1, len(self.weight) + 1, device=x.device, dtype=x.dtype)
+        place = (mask.cumsum(1) - 0.5).to(x.dtype)  # b f, of real frames
+        count = mask.sum(1, keepdim=True).to(x.dtype).clamp(min=1)
+        waves = math.sqrt(2) * torch.cos(math.pi * terms * (place / count)[..., None])  # b f k
+        waves = waves * mask[..., None]
+        changes = (x @ self.weight.to(x.dtype).flatten(0, 1).T).unflatten(-1, (len(self.weight), -1))
+        return x + (waves[..., None] * changes).sum(-2)
 
 
 class LSTM(nn.LSTM):
