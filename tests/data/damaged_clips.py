@@ -85,7 +85,7 @@ def write_damaged(sources: Sequence[Path], folder: Path, count: int, seed: int =
 class Comparison:
     """Verdicts of the doctor, files that only the decoder refuses, and everything that went wrong."""
 
-    verdicts: Counter[str]
+    verdicts: dict[str, int]
     refused: int
     past_the_limit: int
     crashed: int
@@ -139,7 +139,7 @@ def compare(
             wrong += _differences(f"{clip.id}, first visit", outcome, wanted, decoder)
             wrong += _differences(f"{clip.id}, second visit", later, later_wanted, decoder)
     return Comparison(
-        verdicts=Counter(file["kind"] for file in diagnosis.files),
+        verdicts=dict(Counter(file["kind"] for file in diagnosis.files)),
         refused=refused,
         past_the_limit=len(slow),
         crashed=sum(reason.startswith("decoding it its process") for reason in reasons.values()),
