@@ -1,4 +1,4 @@
-"""One paper per file; METHODS is the list of them."""
+"""Retrieval methods, one paper per file; METHODS names them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build(model: ModelConfig, method: MethodConfig) -> Method:
-    """A method on its pretrained (or random, or released) weights, with gradients on for what it trains."""
+    """Build a method with pretrained, random or released weights, frozen but for what it trains."""
     pretrained = load_pretrained(model)
     built = METHODS[method.name](pretrained.architecture, method)
     if pretrained.weights is None:

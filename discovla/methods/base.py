@@ -1,4 +1,4 @@
-"""What every method is: towers, an encoding of both sides, losses and a similarity."""
+"""Base class of all methods: two towers, an encoding of captions and videos, losses and a similarity."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from discovla.towers.text import TextTower
 from discovla.towers.vision import MakeBlock, Pixels, VisionTower
 from discovla.towers.weights import clip_names, openai_name, openai_weights
 
-# parameters of CLIP before its first blocks, which CLIP4Clip's recipe leaves as they are
+# CLIP's parameters before its first blocks, which `freeze_embeddings` keeps as they are
 EMBEDDINGS = r"vision\.(\w+_embedding|ln_pre\..*)$|text\.(token_embedding\..*|position_embedding)$"
 
 # options that older checkpoints do not store
@@ -39,10 +39,10 @@ ADDED_OPTIONS = ("temporal", "temporal_terms")
 
 @dataclass(frozen=True, kw_only=True)
 class VideoLosses:
-    """A method's own loss of matching pairs.
+    """Loss of matching pairs without frame-level alignment.
 
-    total: scalar to minimise.  terms: what it is made of, unweighted.  logits: n n (n v), what its pairs are
-    scored with, ignored ones filled in: the student of a distillation; None where that is the pooled cosine.
+    total: scalar to minimise.  terms: its unweighted parts.  logits: n n (or n v), scores of all pairs with
+    ignored ones masked, the student of a distillation; None if that is the pooled cosine.
     """
 
     total: Tensor
@@ -51,12 +51,11 @@ class VideoLosses:
 
 
 class Method(nn.Module):
-    """A video-text retrieval method on a CLIP.
+    """A video-text retrieval method on a CLIP; by itself it pools the frames of a video by their mean.
 
-    By itself it scores captions with the mean of a video's frames.  A method changes what it must:
-    `embed_text` and `embed_video` make embeddings of the towers' features, `similarity` scores them and
-    `video_losses` trains them.  `compute_dtype` is what the towers compute in; features leave them in float32
-    at least.
+    A subclass overrides what differs: `embed_text` and `embed_video` turn tower features into embeddings,
+    `similarity` scores them, `video_losses` trains them.  The towers compute in `compute_dtype`; features
+    are float32 at least.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -80,7 +79,7 @@ class Method(nn.Module):
         self.needs_frame_captions = config.alpha > 0 or config.beta > 0
 
     def _blocks(self, side: Literal["vision", "text"]) -> MakeBlock:
-        """The maker of a tower's blocks: with LoRA where asked for, the last ones with fusion."""
+        """Return the function that makes a tower's blocks: with LoRA if configured, the last with fusion."""
         tower: TowerShape = getattr(self.architecture, side)
         fused: int = getattr(self.config, f"fused_{side}_blocks")
         if fused > tower.layers:
@@ -103,7 +102,7 @@ class Method(nn.Module):
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Regular expressions; a parameter trains where one matches its whole name."""
+        """Regular expressions; a parameter trains if one of them matches its whole name."""
         config = self.config
         full = (r"(vision|text)\..*", *([r"logit_scale\.log"] if self.uses_logit_scale else []))
         if config.freeze_embeddings:
@@ -117,61 +116,63 @@ class Method(nn.Module):
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
-        """Regular expressions on the names of what a method adds to the towers; they always train."""
+        """Regular expressions on the names of parameters that a method adds to CLIP; these always train."""
         return ()
 
     @property
     def uses_logit_scale(self) -> bool:
-        """Whether the losses depend on `logit_scale`, which then trains with the towers."""
+        """True if the losses depend on `logit_scale`; it then trains with the towers."""
         return True
 
     @property
     def scores_pooled(self) -> bool:
-        """Whether `similarity` is the scaled cosine of the pooled features."""
+        """True if `similarity` is the scaled cosine of the pooled features."""
         return self.config.similarity == "pooled"
 
     @property
     def impl(self) -> Impl:
-        """Of pooling and losses: the kernels, where they compute the blocks of both towers."""
+        """Implementation of pooling and losses: the kernels if they compute the blocks of both towers."""
         return "triton" if self.vision.impl == self.text.impl == "triton" else "auto"
 
     @property
     def sees_batch(self) -> str:
-        """The option by which embeddings depend on the rest of the batch; empty where they do not."""
+        """The option that makes embeddings depend on the rest of the batch; empty for none."""
         return ""
 
     @property
     def needs_words(self) -> bool:
-        """Whether `embed_text` is given a feature of every word."""
+        """True if `embed_text` needs a feature of every word."""
         return self.config.similarity == "tokens"
 
     def initialise_from_clip(self) -> None:
-        """Start what is copied from CLIP; called once CLIP's weights (or random ones) are in place."""
+        """Copy parameters from CLIP into new modules; called after CLIP's weights are loaded."""
 
     def encode(self, batch: Batch) -> tuple[Embedding, Embedding]:
-        """Both sides of a training batch."""
+        """Encode the captions and videos of a training batch."""
         return self.encode_texts(batch), self.encode_videos(batch)
 
     def encode_texts(self, batch: Batch) -> Embedding:
-        """The text side of a training batch, with the frame captions' features where needed."""
-        ids, seen = batch.text_ids, batch.text_mask
+        """Encode the captions of a training batch, with features of the frame captions if needed."""
+        ids, mask = batch.text_ids, batch.text_mask
         if not self.needs_frame_captions:
-            return self.encode_text(ids, seen)
+            return self.encode_text(ids, mask)
         if self.needs_words:
-            text, frames = self.encode_text(ids, seen), self.encode_frame_captions(batch)
+            text, frames = self.encode_text(ids, mask), self.encode_frame_captions(batch)
         else:
-            check_mask("caption", seen)
-            pooled, frames = self.text.together((ids, seen), batch.frame_captions(), self.compute_dtype)
-            text = self.embed_text(pooled, None, seen)
-        mask = on(frames.device, batch.frame_mask) if self.config.mask_padded_frames else None
-        return replace(text, frames=frames, frame_mask=mask)
+            check_mask("caption", mask)
+            pooled, frames = self.text.encode_with_groups(
+                (ids, mask), batch.frame_captions(), self.compute_dtype
+            )
+            text = self.embed_text(pooled, None, mask)
+        frame_mask = on(frames.device, batch.frame_mask) if self.config.mask_padded_frames else None
+        return replace(text, frames=frames, frame_mask=frame_mask)
 
     def encode_videos(self, batch: Batch) -> Embedding:
-        """The video side of a training batch."""
+        """Encode the videos of a training batch."""
         return self.encode_video(batch.frames, batch.frame_mask)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Embedding:
-        """Captions from ids (n l, int64) and mask (n l, bool; best on the CPU, see `TextTower`)."""
+        """Encode captions: ids n l, int64, and mask n l, bool; a mask on the CPU avoids a sync."""
         check_mask("caption", mask)
         if not self.needs_words:
             return self.embed_text(widen(self.text(ids, mask, dtype=self.compute_dtype)), None, mask)
@@ -179,7 +180,7 @@ class Method(nn.Module):
         return self.embed_text(widen(pooled), widen(words), on(ids.device, mask))
 
     def encode_video(self, frames: Tensor, mask: Tensor) -> Embedding:
-        """Videos from frames (b f y x c uint8, or b f c y x normalised) and mask (b f, bool)."""
+        """Encode videos: frames b f y x c uint8, or b f c y x normalised, and mask b f, bool."""
         check_mask("video", mask)
         mask = on(frames.device, mask)
         return self.embed_frames(self.encode_frames(frames, mask), mask)
@@ -195,8 +196,8 @@ class Method(nn.Module):
 
     def encode_frames(self, frames: Tensor, mask: Tensor) -> Tensor:
         """Features of frames, b f d; arguments as in `encode_video`."""
-        seen = mask if self.config.mask_padded_frames else None
-        return widen(self.vision(self.pixels(frames), seen))
+        visible = mask if self.config.mask_padded_frames else None
+        return widen(self.vision(self.pixels(frames), visible))
 
     def encode_frame_captions(self, batch: Batch) -> Tensor:
         """Features of the frame captions, b f d, fused over the captions of each sample."""
@@ -206,24 +207,24 @@ class Method(nn.Module):
         return widen(features).unflatten(0, (b, f))
 
     def embed_text(self, pooled: Tensor, words: Tensor | None, mask: Tensor) -> Embedding:
-        """Captions from their features (n d), those of their words (n l d) where needed, and mask (n l)."""
+        """Make embeddings of captions from their features n d, those of their words n l d, and mask n l."""
         return Embedding(pooled=pooled, tokens=words, mask=None if words is None else mask)
 
     def embed_video(self, frames: Tensor, mask: Tensor) -> Embedding:
-        """Videos from the features of their frames (b f d) and mask (b f)."""
+        """Make embeddings of videos from the features of their frames b f d and mask b f."""
         return self.pool(frames, frames, mask)
 
-    def pool(self, seen: Tensor, frames: Tensor, mask: Tensor) -> Embedding:
-        """The mean of unit features of the real frames.
+    def pool(self, related: Tensor, frames: Tensor, mask: Tensor) -> Embedding:
+        """Pool videos by the mean of unit features of their real frames.
 
         Args:
-            seen: b f d, of frames that have seen each other; what is pooled.
-            frames: b f d, of each frame by itself, for alignment.
+            related: b f d, features to pool, after frames are related to each other.
+            frames: b f d, features of each frame by itself, for frame-level alignment.
             mask: b f, bool.
         """
-        tokens = seen if self.config.similarity == "tokens" else None
+        tokens = related if self.config.similarity == "tokens" else None
         return Embedding(
-            pooled=unit_mean(seen, mask, impl=self.impl),
+            pooled=unit_mean(related, mask, impl=self.impl),
             tokens=tokens,
             mask=None if tokens is None else mask,
             frames=frames,
@@ -246,12 +247,12 @@ class Method(nn.Module):
         same_video: Tensor | None = None,
         columns: ColumnShard | None = None,
     ) -> Losses:
-        """The method's own loss of n matching pairs, and with frame captions + alpha l_frm + beta l_dis.
+        """`video_losses` of n matching pairs, plus alpha l_frm + beta l_dis with frame captions.
 
         Args:
-            text, video: n each, row i of one belongs to row i of the other.
-            same_video: n n, bool, true where two samples show one clip.
-            columns: where each process has its own videos: video is v, same_video n v, of this one.
+            text, video: n each; row i of one matches row i of the other.
+            same_video: n n, bool, true for two samples of one clip.
+            columns: this process's shard of the similarity's columns; video is then v, same_video n v.
         """
         ignore = None
         if self.config.exclude_same_video and same_video is not None:
@@ -262,24 +263,25 @@ class Method(nn.Module):
             own = self.video_losses(text, video, ignore, columns)
             return Losses(total=own.total, terms=_detached(own.terms))
         config, scale = self.config, self.logit_scale()
-        how = {"kl_norm": config.kl_norm, "detach_teacher": config.detach_teacher, "ignore": ignore}
+        options = {"kl_norm": config.kl_norm, "detach_teacher": config.detach_teacher, "ignore": ignore}
         if self.scores_pooled:
-            how |= {"alpha": config.alpha, "beta": config.beta, "impl": self.impl}
-            loss = alignment_losses(inputs, scale, **how)
+            options |= {"alpha": config.alpha, "beta": config.beta, "impl": self.impl}
+            loss = alignment_losses(inputs, scale, **options)
             terms = {"video": loss.video, "frame": loss.frame, "distill": loss.distill}
             return Losses(total=loss.total, terms=_detached(terms))
         own = self.video_losses(text, video, ignore, columns)
-        assert own.logits is not None, "a method that does not score pooled features gives its logits"
-        frame, distill = frame_alignment(own.logits, inputs, scale, **how)
+        assert own.logits is not None, "a method that does not score pooled features returns logits"
+        frame, distill = frame_alignment(own.logits, inputs, scale, **options)
         total = own.total + config.alpha * frame + config.beta * distill
         return Losses(total=total, terms=_detached({**own.terms, "frame": frame, "distill": distill}))
 
     def video_losses(
         self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: ColumnShard | None = None
     ) -> VideoLosses:
-        """The method's own loss, without alignment, of n pairs or of `columns`.
+        """Loss of n pairs, or of this process's `columns`, without frame-level alignment.
 
-        ignore: n n (or n v), bool, pairs left out of every softmax.
+        Args:
+            ignore: n n (or n v), bool, pairs left out of every softmax.
         """
         if self.scores_pooled:
             pooled = (text.pooled, video.pooled, self.logit_scale())
@@ -292,7 +294,7 @@ class Method(nn.Module):
     def _alignment_inputs(
         self, text: Embedding, video: Embedding, columns: ColumnShard | None
     ) -> AlignmentInputs | None:
-        """What frame-level alignment compares; None where either side has no frames' features."""
+        """Inputs of frame-level alignment; None if a side has no features of frames."""
         if text.frames is None or video.frames is None:
             return None
         mask = video.frame_mask if self.config.mask_padded_frames else None
@@ -308,14 +310,14 @@ class Method(nn.Module):
         )
 
     def pixels(self, frames: Tensor) -> Pixels:
-        """Frames as the vision tower takes them, in the compute dtype."""
+        """Normalise frames for the vision tower, in the compute dtype."""
         return self.vision.pixels(frames, dtype=self.compute_dtype)
 
     def freeze(self) -> None:
-        """Let gradients flow into the declared parameters only.
+        """Freeze all parameters but those that `trained` declares.
 
         Raises:
-            ValueError: a declared expression matches no parameter.
+            ValueError: an expression of `trained` matches no parameter.
         """
         patterns = dict.fromkeys(self.trained, 0)
         for name, parameter in self.named_parameters():
@@ -327,11 +329,11 @@ class Method(nn.Module):
             raise ValueError(f"{self.config.name}: {unmatched[0]!r} matches no parameter to train")
 
     def undecayed(self, name: str) -> bool:
-        """Whether a trained parameter has no weight decay."""
+        """True if a trained parameter has no weight decay."""
         return "bias" in name and not self.config.decay_biases
 
     def parameter_groups(self) -> tuple[TunedGroup, ...]:
-        """The trained parameters that have a learning rate or weight decay of their own, after `freeze`."""
+        """Trained parameters with a learning rate or weight decay of their own; call after `freeze`."""
         clip, config = set(clip_names(self.architecture)), self.config
         members: dict[tuple[bool, bool], list[str]] = {}
         for name in self.trained_state():
@@ -348,19 +350,19 @@ class Method(nn.Module):
         )
 
     def released_parameters(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our parameters, by our names, from a checkpoint of the paper's own code.
+        """Convert a checkpoint of the paper's own code to our parameters by our names.
 
         Raises:
-            ValueError: the checkpoint is of something else, or the method has no released ones.
+            ValueError: the checkpoint does not fit, or the method has no released checkpoints.
         """
         raise ValueError(f"{self.config.name}: expected a method with released checkpoints")
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The parameters that train, by name."""
+        """Trained parameters by name."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what `trained_state` gave, strictly.
+        """Copy parameters that `trained_state` returned, strictly.
 
         Raises:
             ValueError: names or shapes differ; the first is named.
@@ -377,10 +379,7 @@ class Method(nn.Module):
                 parameter.copy_(state[name])
 
     def plain_weights(self) -> dict[str, Tensor]:
-        """The CLIP inside, under OpenAI's names, with LoRA merged into its projections.
-
-        What a method computes beyond plain CLIP blocks (heads, fusion) is not in it.
-        """
+        """Weights of the CLIP inside, by OpenAI's names, with LoRA merged; heads and fusion are left out."""
         weights = openai_weights(self, self.architecture)
         for name, module in self.named_modules():
             if isinstance(module, Attention) and isinstance(module.lora, LoRA):
@@ -388,7 +387,7 @@ class Method(nn.Module):
         return weights
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be loaded: sizes, options and weights that are not in it."""
+        """Sizes, options and a checksum of frozen weights; a checkpoint of other values is refused."""
         frozen = 0
         for _, parameter in sorted(self.named_parameters()):
             if not parameter.requires_grad:
@@ -405,7 +404,7 @@ class Method(nn.Module):
 
 
 def excluded(logits: Tensor, ignore: Tensor | None) -> Tensor:
-    """Logits n n without the pairs to ignore."""
+    """Mask the logits of pairs to ignore, n n."""
     return logits if ignore is None else logits.masked_fill(ignore, EXCLUDED)
 
 

@@ -1,4 +1,4 @@
-"""Adaptive Decomposition Tokens: learned tokens that read views out of the rows of a caption or a video."""
+"""Adaptive Decomposition Tokens: learned tokens are decoded into views of a caption or a video."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from discovla.ops.attention import attention
 
 DROPOUT = 0.1
 HEADS = 4
-TOKEN_STD = 0.1  # of the tokens' start
+TOKEN_STD = 0.1  # standard deviation of the initial tokens
 
 
 class FeedForward(nn.Module):
@@ -55,7 +55,7 @@ class MemoryAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: n m, bool, true on rows of the memory that may be seen."""
+        """Attend from x to memory; mask: n m, bool, true on visible rows of the memory."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x, memory))
         keys = None if mask is None else mask[:, None, None]  # n 1 1 m
         dropout = self.dropout if self.training else 0.0
@@ -92,7 +92,7 @@ class Stack(nn.Module):
 
 
 class Decomposition(nn.Module):
-    """Views of captions and of videos: one set of tokens, shared, decoded by a stack of each side's own.
+    """Views of captions and videos: tokens that both sides share, decoded by one stack for each side.
 
     Source: T2VParser, Adaptive Decomposition Tokens; specification, section 3, as in its code.
     """
@@ -103,11 +103,11 @@ class Decomposition(nn.Module):
         self.text, self.video = Stack(width, depth, heads), Stack(width, depth, heads)
 
     def views_of_text(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Views n q d of captions from their words (n l d) and mask (n l, bool; None where all are seen)."""
+        """Views n q d of captions from their words n l d and mask n l, bool; None: all are visible."""
         return self.text(self._tokens(words), words, mask)
 
     def views_of_video(self, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Views n q d of videos from what is made of their frames (n f d) and mask (n f, bool)."""
+        """Views n q d of videos from rows made of their frames, n f d, and mask n f, bool."""
         return self.video(self._tokens(memory), memory, mask)
 
     def _tokens(self, memory: Tensor) -> Tensor:

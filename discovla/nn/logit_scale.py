@@ -12,7 +12,7 @@ LIMIT = math.log(100)
 
 
 class LogitScale(nn.Module):
-    """s = exp(log).  A module of its own, so that ZeRO-3 gathers the parameter where it is used.
+    """s = exp(log).  A module, so that ZeRO-3 gathers the parameter when it is used.
 
     Source: CLIP (arXiv 2103.00020), section 2.5: starts at 1 / 0.07 and is clipped at 100.
     """
@@ -26,5 +26,5 @@ class LogitScale(nn.Module):
 
     @torch.no_grad()
     def clip(self) -> None:
-        """Bound s by 100; called after an optimiser step that may have moved it."""
+        """Bound s by 100; call after each optimiser step."""
         self.log.clamp_(max=LIMIT)

@@ -1,4 +1,4 @@
-"""Which numbers the blocks of a model compute with, where that is not one dtype throughout."""
+"""Mixed precision of blocks: a wider residual stream, and frozen weights in FP8."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from discovla.ops.fp8_linear import fp8_unsupported, quantise_weight
 
 
 def widen_residual(module: nn.Module, compute: torch.dtype) -> None:
-    """Let the blocks of a tower add up their updates in float32, and compute these in `compute`."""
+    """Keep the residual stream of a tower's blocks in float32, and compute their updates in `compute`."""
     for block in module.modules():
         if isinstance(block, Block):
             block.ln_1.compute_dtype = block.ln_2.compute_dtype = compute
@@ -21,16 +21,20 @@ def widen_residual(module: nn.Module, compute: torch.dtype) -> None:
 def quantise_frozen(
     module: nn.Module, device: torch.device, *, backward: bool = False, impl: Impl = "auto"
 ) -> int:
-    """Let every frozen linear layer of a model multiply in FP8 on `device`; with `backward` both ways.
+    """Make every frozen linear layer of a model multiply in FP8 on `device`.
 
-    Its `weight` is rounded to what FP8 holds, once and for good; parameters that train stay as they are.
-    Beside it lies the same in one byte a number, for both ways in two.  impl: of `fp8_linear`.
+    Its weight is rounded to FP8 in place, for good, and kept in one byte a number beside it, with `backward`
+    in two.  Parameters that train are not changed.
+
+    Args:
+        backward: compute gradients in FP8 too.
+        impl: of `ops.fp8_linear`.
 
     Returns:
-        How many layers there are.
+        The number of these layers.
 
     Raises:
-        ValueError: there are none, or the device cannot; the message is one line.
+        ValueError: there are none, or the device or the sizes do not allow FP8; one line.
     """
     layers = {name: x for name, x in module.named_modules() if isinstance(x, Linear) and frozen(x)}
     if not layers:

@@ -129,7 +129,7 @@ class StanLayer(nn.Module):
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth: zero entries of x's first axis in training with probability `rate`."""
+    """Stochastic depth: in training zero entries of x's first axis at `rate`, divide the rest by 1 - rate."""
     if not training or not rate:
         return x
     kept = torch.rand(len(x), device=x.device) >= rate

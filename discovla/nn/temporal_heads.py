@@ -1,4 +1,4 @@
-"""What looks at the features of a video's frames after the towers."""
+"""Heads on the features of a video's frames: transformers, LSTM, pair scorer, soft VLAD."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Table(nn.Module):
-    """Learned rows (positions, types), of which the first few are taken."""
+    """A table of learned rows (positions, types); `forward(n)` returns the first n."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Table(nn.Module):
 
     @torch.no_grad()
     def copy(self, rows: Tensor) -> bool:
-        """Start from the first of given rows, where they are as wide and enough; says whether."""
+        """Copy the first of `rows` if they are as wide and enough; return True if they were copied."""
         fits = rows.shape[1] == self.weight.shape[1] and len(rows) >= len(self.weight)
         if fits:
             self.weight.copy_(rows[: len(self.weight)])
@@ -39,7 +39,7 @@ class Table(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks on n l w whose tokens see the keys of a mask; without a final norm."""
+    """Blocks on n l w with a key mask and without a final norm."""
 
     def __init__(self, shape: BlockShape, layers: int) -> None:
         super().__init__()
@@ -47,18 +47,18 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(fresh(Block(shape)) for _ in range(layers))
 
     def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
-        """Rows of the last block; key_mask: n l, or n h l with one for each head.
+        """Return the rows of the last block; key_mask: n l, or n h l with a mask for each head.
 
-        Where a mask hides every key the queries see all of them, as with the additive -1e6 of the released
-        heads; what they then make is hidden in turn by whoever pools.
+        If a mask hides every key, all are visible, as with the additive -1e6 of the released heads; pooling
+        leaves such rows out.
         """
-        sequences = SequenceLayout(key_mask=key_mask | ~key_mask.any(-1, keepdim=True))
+        layout = SequenceLayout(key_mask=key_mask | ~key_mask.any(-1, keepdim=True))
         for block in self.blocks:
-            x = block(x, sequences)
+            x = block(x, layout)
         return x
 
     def copy(self, blocks: Sequence[nn.Module]) -> bool:
-        """Start from given blocks, as far as there are any of this shape; says whether there were enough."""
+        """Copy the first of `blocks` that have this shape; return True if every own block was copied."""
         copied = [_copy_block(own, other) for own, other in zip(self.blocks, blocks, strict=False)]
         return all(copied) and len(copied) == len(self.blocks)
 
@@ -89,7 +89,7 @@ class TemporalBasis(nn.Module):
 
 
 class LSTM(nn.LSTM):
-    """One layer, one direction; only the hidden states are given on."""
+    """An LSTM of one layer and one direction that returns the hidden states only."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, batch_first=True)
@@ -99,7 +99,7 @@ class LSTM(nn.LSTM):
 
 
 class PairScorer(nn.Module):
-    """A transformer reads a caption and a video's frames as one sequence and gives their score.
+    """A transformer on a caption and a video's frames as one sequence, which returns their score.
 
     y = S([g, x_0 .. x_f-1] + E; mask [1, m]);  score = w2 q(W1 ln(y_0) + b1) + b2, q = quick_gelu.
     """
@@ -114,7 +114,7 @@ class PairScorer(nn.Module):
         self.score = fresh(Linear(shape.width, 1))
 
     def forward(self, text: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
-        """Scores p of p pairs: text p d, frames p f d, mask p f."""
+        """Scores of p pairs, p: text p d, frames p f d, mask p f."""
         x = torch.cat([text[:, None], frames], dim=1)  # p f+1 d
         x = self.dropout(x + self.positions(x.shape[1]).to(x.dtype))
         y = self.transformer(x, torch.cat([mask.new_ones(len(mask), 1), mask], dim=1))
@@ -130,13 +130,13 @@ class SoftVLAD(nn.Module):
         self.centres = nn.Parameter(torch.randn(centres, width) / 8)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """n d, unit, of tokens n l d with mask n l."""
+        """Aggregate tokens n l d with mask n l into unit vectors n d."""
         return soft_vlad(tokens, mask, self.assignment, self.centres)
 
 
 @torch.no_grad()
 def fresh(module: M) -> M:
-    """The module with weights of its linear maps normal (0, 0.02) and biases zero."""
+    """Initialise the linear maps of a module: weights normal (0, 0.02), biases zero."""
     for part in module.modules():
         if isinstance(part, Linear):
             nn.init.normal_(part.weight, std=0.02)
@@ -145,7 +145,7 @@ def fresh(module: M) -> M:
 
 
 def _copy_block(own: nn.Module, other: nn.Module) -> bool:
-    """Copy what both have; `other` may have adapters besides."""
+    """Copy the parameters that both have, if their shapes agree; return True if they do."""
     source = other.state_dict()
     state = {name: source[name] for name in own.state_dict()}
     fits = all(tensor.shape == state[name].shape for name, tensor in own.state_dict().items())

@@ -1,4 +1,4 @@
-"""Sizes of a CLIP: by open_clip's name, or read off a state dict."""
+"""Sizes of a CLIP, from open_clip's name, its config or a state dict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from discovla.ops.mlp import Activation
 
 @dataclass(frozen=True, kw_only=True)
 class TowerShape:
-    """Layers of one transformer: width, depth, heads, width of the MLP."""
+    """Sizes of one transformer: width, number of layers, heads, width of the MLP."""
 
     width: int
     layers: int
@@ -22,7 +22,7 @@ class TowerShape:
     mlp_width: int
 
     def block(self, activation: Activation) -> BlockShape:
-        """The shape of each of its blocks."""
+        """Shape of its blocks."""
         return BlockShape(width=self.width, heads=self.heads, mlp_width=self.mlp_width, activation=activation)
 
 
@@ -44,11 +44,11 @@ class Architecture:
 
     @property
     def patches(self) -> int:
-        """Patches of an image, without the class token."""
+        """Number of patches of an image, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
     def joint_block(self) -> BlockShape:
-        """The shape of heads' blocks on joint features: the text tower's at the joint width.
+        """Shape of blocks of heads on joint features: the text tower's, at the joint width.
 
         Raises:
             ValueError: the joint width does not divide into the text tower's number of heads.
@@ -62,7 +62,7 @@ class Architecture:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint or a file."""
+        """Convert to plain values, for a checkpoint or a file."""
         return asdict(self)
 
     @staticmethod
@@ -72,17 +72,17 @@ class Architecture:
         return Architecture(**{**values, **towers})
 
 
-# What a plain CLIP ViT may say in open_clip's model configs; anything else is another architecture.
+# keys of a plain CLIP ViT in open_clip's model configs; any other key means another architecture
 VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
 TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 PLAIN_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
 
 
 def architecture_from_config(name: str, config: Mapping[str, Any]) -> Architecture:
-    """Sizes from an open_clip model config.
+    """Read sizes from an open_clip model config.
 
     Args:
-        name: for messages.
+        name: of the model, for messages.
         config: as in open_clip's model_configs/*.json.
 
     Raises:
@@ -95,8 +95,8 @@ def architecture_from_config(name: str, config: Mapping[str, Any]) -> Architectu
         *(f"text_cfg.{k}" for k in set(text) - TEXT_KEYS),
     }
     if other or not isinstance(vision.get("layers"), int):
-        what = ", ".join(sorted(other)) or f"vision_cfg.layers={vision.get('layers')}"
-        raise ValueError(f"{name}: expected a plain CLIP ViT, found {what}")
+        keys = ", ".join(sorted(other)) or f"vision_cfg.layers={vision.get('layers')}"
+        raise ValueError(f"{name}: expected a plain CLIP ViT, found {keys}")
     width = vision["width"]
     return Architecture(
         embed_dim=config["embed_dim"],
@@ -146,7 +146,7 @@ def config_from_architecture(architecture: Architecture) -> dict[str, Any]:
 
 
 def architecture_from_state_dict(state: Mapping[str, Tensor], activation: Activation) -> Architecture:
-    """Sizes read off OpenAI-named weights; heads are taken as width / 64, which no shape can tell.
+    """Read sizes from OpenAI-named weights, with heads of width 64, which no shape shows.
 
     Raises:
         ValueError: a weight that fixes a size is missing, or a width is not a multiple of 64.

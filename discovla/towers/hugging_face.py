@@ -1,4 +1,4 @@
-"""CLIP weights under Hugging Face's names, as papers built on it release them."""
+"""CLIP weights by Hugging Face's names, as papers built on that library release them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 Rules = Sequence[tuple[str, str]]
 
-# ours -> Hugging Face's, as regular expressions, applied in this order
+# our names -> Hugging Face's, as regular expressions, applied in this order
 BLOCK_RULES: Rules = (
     (r"\.attention\.qkv\.", ".self_attn.qkv_proj."),
     (r"\.attention\.out\.", ".self_attn.out_proj."),
@@ -31,55 +31,56 @@ CLIP_RULES: Rules = (
     (r"^text\.ln_final\.", "text_model.final_layer_norm."),
     (r"^text\.blocks\.", "text_model.encoder.layers."),
 )
-# what such files hold beside weights of ours
+# entries of such files that are not parameters of ours
 UNUSED = r"(.*\.)?(position_ids|logit_scale)"
 
 
 def from_hugging_face(
     own: Mapping[str, Tensor], rules: Rules, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Our parameters from a state dict, each exactly once.
+    """Convert a state dict to our parameters, each exactly once.
 
     Separate query, key and value projections become one; projections to the joint space are transposed.
 
     Args:
-        own: our parameters by name; only their shapes are looked at.
-        rules: from our names to theirs, of what is not plain CLIP; `BLOCK_RULES` and `CLIP_RULES` follow.
-        state: by their names, without prefixes (`without_prefixes`).
+        own: our parameters by name.
+        rules: from our names to theirs, for modules beside plain CLIP; applied before `BLOCK_RULES` and
+            `CLIP_RULES`.
+        state: tensors by their names, without prefixes (`without_prefixes`).
 
     Raises:
         ValueError: tensors are missing or unexpected; the first few are named.
     """
     theirs = {name: _theirs(name, (*rules, *BLOCK_RULES, *CLIP_RULES)) for name in own}
     expected = {part for parts in theirs.values() for part in parts}
-    wrong = [f"missing {part}" for parts in theirs.values() for part in parts if part not in state]
-    wrong += [f"unexpected {n}" for n in state if n not in expected and not re.fullmatch(UNUSED, n)]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"checkpoint does not fit: {'; '.join(wrong[:5])}{more}")
-    found = {name: torch.cat([state[part] for part in parts]) for name, parts in theirs.items()}
+    misfits = [f"missing {part}" for parts in theirs.values() for part in parts if part not in state]
+    misfits += [f"unexpected {n}" for n in state if n not in expected and not re.fullmatch(UNUSED, n)]
+    if misfits:
+        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        raise ValueError(f"checkpoint does not fit: {'; '.join(misfits[:5])}{more}")
+    joined = {name: torch.cat([state[part] for part in parts]) for name, parts in theirs.items()}
     return {
         name: tensor.T if name in ("vision.projection", "text.projection") else tensor
-        for name, tensor in found.items()
+        for name, tensor in joined.items()
     }
 
 
 def without_prefixes(state: Mapping[str, Tensor], anchors: Iterable[str]) -> dict[str, Tensor]:
-    """The state with what stands before its parts' names taken away.
+    """Remove the prefix of each part of a model from the names of a state dict.
 
     Args:
-        state: by names such as "backbone.vision.layers.0.mlp.fc1.bias".
-        anchors: one name of each part, bare; what precedes it in the state precedes the whole part.
+        state: tensors by names such as "backbone.vision.layers.0.mlp.fc1.bias".
+        anchors: one bare name from each part; its prefix in the state is that of the whole part.
 
     Raises:
-        ValueError: an anchor is missing, or there more than once.
+        ValueError: an anchor is missing or occurs more than once, or two names become one.
     """
     prefixes = []
     for anchor in anchors:
-        found = [name for name in state if name == anchor or name.endswith(f".{anchor}")]
-        if len(found) != 1:
-            raise ValueError(f"checkpoint: expected one tensor named ...{anchor}, found {len(found)}")
-        prefixes.append(found[0].removesuffix(anchor))
+        matches = [name for name in state if name == anchor or name.endswith(f".{anchor}")]
+        if len(matches) != 1:
+            raise ValueError(f"checkpoint: expected one tensor named ...{anchor}, found {len(matches)}")
+        prefixes.append(matches[0].removesuffix(anchor))
     prefixes.sort(key=len, reverse=True)
     bare: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -92,7 +93,7 @@ def without_prefixes(state: Mapping[str, Tensor], anchors: Iterable[str]) -> dic
 
 
 def _theirs(name: str, rules: Rules) -> tuple[str, ...]:
-    """Hugging Face's names of one of our parameters: three for a joint projection."""
+    """Hugging Face's names of one of our parameters: three for a qkv projection."""
     for ours, theirs in rules:
         name = re.sub(ours, theirs, name)
     if "qkv_proj" in name:

@@ -21,17 +21,19 @@ from discovla.ops.short_attention import Packing
 from discovla.towers.architecture import Architecture
 from discovla.towers.vision import MakeBlock
 
-Tokens = tuple[Tensor, Tensor]  # ids, int64, and the mask of real ones, bool
+Tokens = tuple[Tensor, Tensor]  # ids, int64, and the mask of real tokens, bool
 
 
 class TextTower(nn.Module):
-    """embed -> blocks -> project; a caption is read at its end-of-text token, the largest id.
+    """embed -> blocks -> project; the readout token of a caption is end-of-text, the largest id.
 
-    `impl` and `memory` say how blocks are computed; see `ops.dispatch` and `nn.memory`.  With `distinct`
-    identical captions pass the blocks below the first that fuses as one; on a GPU they are waited for.  Off
-    unless asked for: of the frame captions of the drawn world 3.5 % repeat within a clip, and 5.0 % within
-    128 clips.  `rows` may settle how many rows packed captions take, see `ops.buckets`: what is more than
-    their tokens nobody sees.
+    Captions are packed: padding is not computed.
+
+    impl, memory: how blocks are computed and what they keep for backward; see `ops.dispatch`, `nn.memory`.
+    distinct: compute identical captions once below the first block that fuses; on a GPU this syncs.  It pays
+        only if many repeat: in the drawn world 3.5 % of frame captions do within a clip, 5.0 % within 128.
+    rows: number of packed rows for captions of a shape, see `ops.buckets`; surplus rows hold padding that no
+        token sees.
     """
 
     impl: Impl = "auto"
@@ -42,7 +44,8 @@ class TextTower(nn.Module):
         super().__init__()
         shape = architecture.text
         make_block = make_block or (lambda layer: Block(shape.block(architecture.activation)))
-        table = torch.empty(architecture.vocab_size, shape.width)  # its own start imports torch._dynamo
+        # from_pretrained: the default initialisation of nn.Embedding imports torch._dynamo
+        table = torch.empty(architecture.vocab_size, shape.width)
         self.rows: PackedRows = {}
         self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.position_embedding = nn.Parameter(torch.empty(architecture.context_length, shape.width))
@@ -59,37 +62,37 @@ class TextTower(nn.Module):
         return (self.token_embedding(ids) + self.position_embedding[:length]).to(dtype)
 
     def project(self, x: Residual) -> Tensor:
-        """Rows of width w to joint features of width d."""
+        """Norm and project rows of width w to joint features of width d."""
         y = self.ln_final.norm_residual(x, self.impl)
         return y @ self.projection.to(y.dtype)
 
-    def layout(self, ids: Tensor, mask: Tensor | None, group: int = 0, alone: int = 0) -> SequenceLayout:
-        """What the blocks must know of the captions, packed without what `mask` leaves out.
+    def layout(self, ids: Tensor, mask: Tensor | None, group: int = 0, ungrouped: int = 0) -> SequenceLayout:
+        """Layout of captions for the blocks, packed if there is a mask; arguments as in `forward`.
 
         Raises:
-            ValueError: the mask leaves an end-of-text token out.
+            ValueError: the mask hides an end-of-text token.
         """
-        at_end = ids.argmax(-1, keepdim=True)
-        plain = SequenceLayout(
-            causal=True, group=group, ungrouped=alone, readout=at_end[:, 0], impl=self.impl
+        end = ids.argmax(-1, keepdim=True)
+        padded = SequenceLayout(
+            causal=True, group=group, ungrouped=ungrouped, readout=end[:, 0], impl=self.impl
         )
         if mask is None:
-            return plain
-        kept, count = self._kept(mask)
-        packing = Packing.from_mask(kept, count).to(ids.device)
-        places = on(ids.device, torch.where(mask, kept.cumsum(1) - 1, -1))
-        readout = places.gather(1, at_end)[:, 0]
+            return padded
+        packed, num_rows = self._packed_tokens(mask)
+        packing = Packing.from_mask(packed, num_rows).to(ids.device)
+        packed_place = on(ids.device, torch.where(mask, packed.cumsum(1) - 1, -1))
+        readout = packed_place.gather(1, end)[:, 0]
         expect(readout >= 0, "mask: expected true at the end-of-text token of each caption")
-        seen = None
-        if count is not None:  # real tokens come before the others that are kept
+        fusion_key_mask = None
+        if num_rows is not None:  # real tokens come first, surplus rows after them
             lengths = on(ids.device, mask.sum(1, keepdim=True))
-            seen = torch.arange(packing.max_length, device=ids.device) < lengths
-        return replace(plain, readout=readout, fusion_key_mask=seen, packing=packing)
+            fusion_key_mask = torch.arange(packing.max_length, device=ids.device) < lengths
+        return replace(padded, readout=readout, fusion_key_mask=fusion_key_mask, packing=packing)
 
-    def _kept(self, mask: Tensor) -> tuple[Tensor, int | None]:
-        """Which tokens n l are computed, and how many where `rows` settles that."""
-        count = self.rows.get((len(mask), mask.shape[1]))
-        return (mask, None) if count is None else (fill_bucket(mask, count), count)
+    def _packed_tokens(self, mask: Tensor) -> tuple[Tensor, int | None]:
+        """The tokens n l that get a row, and the number of rows if `rows` fixes it."""
+        num_rows = self.rows.get((len(mask), mask.shape[1]))
+        return (mask, None) if num_rows is None else (fill_bucket(mask, num_rows), num_rows)
 
     @overload
     def forward(
@@ -98,7 +101,7 @@ class TextTower(nn.Module):
         mask: Tensor | None,
         *,
         group: int = 0,
-        alone: int = 0,
+        ungrouped: int = 0,
         dtype: torch.dtype = torch.float32,
         words: Literal[False] = False,
     ) -> Tensor: ...
@@ -110,7 +113,7 @@ class TextTower(nn.Module):
         mask: Tensor | None,
         *,
         group: int = 0,
-        alone: int = 0,
+        ungrouped: int = 0,
         dtype: torch.dtype = torch.float32,
         words: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
@@ -121,91 +124,93 @@ class TextTower(nn.Module):
         mask: Tensor | None,
         *,
         group: int = 0,
-        alone: int = 0,
+        ungrouped: int = 0,
         dtype: torch.dtype = torch.float32,
         words: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Caption features n d; with `words` those of every position too, n l d.
+        """Caption features n d; with `words` also those of every position, n l d.
 
         Args:
-            ids: n l, int64.  mask: n l, bool, true on real tokens; padding is neither seen nor computed, and
-                its words are those of some real token.  None leaves the causal mask alone, as CLIP has it:
-                rows of padding, which come last, see padding then.  A mask on the CPU beside ids on a GPU
-                spares waiting for it: how many tokens there are is read from the mask.
-            group: how many neighbouring captions make one sample in fusion blocks; 0 for none.
-            alone: how many captions come before those and have no group; without words.
+            ids: n l, int64.
+            mask: n l, bool, true on real tokens.  Padding is neither visible nor computed, and its words are
+                those of some real token.  None: the causal mask alone, as in CLIP; padding, which comes last,
+                sees padding.  With ids on a GPU, a mask on the CPU avoids a sync.
+            group: number of neighbouring captions that make one sample in fusion blocks; 0 for none.
+            ungrouped: number of captions before the groups; not with `words`.
             dtype: to compute in.
         """
         if mask is None and not words and not group:
             mask = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(-1)[:, None]
         if self.distinct and mask is not None and not words:
-            return self._distinct(ids, mask, (group, alone), dtype)
-        layout = self.layout(ids, mask, group, alone)
-        x = self.project(
-            self._through(self.blocks, self._rows(ids, mask, dtype), layout, readout_only=not words)
-        )
+            return self._forward_distinct(ids, mask, group, ungrouped, dtype)
+        layout, x = self.layout(ids, mask, group, ungrouped), self._embed_packed(ids, mask, dtype)
+        x = self.project(self._run(self.blocks, x, layout, readout_only=not words))
         if not words:
             return x
         pooled = layout.read(x)
         if mask is not None:
-            places = (self._kept(mask)[0].flatten().cumsum(0) - 1).view(ids.shape)
-            x = x[places.to(ids.device, non_blocking=True)]
+            row = (self._packed_tokens(mask)[0].flatten().cumsum(0) - 1).view(ids.shape)
+            x = x[row.to(ids.device, non_blocking=True)]
         return pooled, x
 
-    def together(
+    def encode_with_groups(
         self, captions: Tokens, grouped: Tokens, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Features n d of captions and b f d of others that fuse in groups of f, in one pass; widened.
+        """Encode captions, and other captions that fuse in groups of f, in one pass.
 
         Args:
-            captions: ids and mask, n l, as in `forward`.  grouped: the same, b f l.
+            captions: ids and mask, n l, as in `forward`.  grouped: ids and mask, b f l.
+
+        Returns:
+            n d and b f d, in float32 at least.
         """
-        count, (b, f) = len(captions[0]), grouped[0].shape[:2]
-        ids, mask = joined(captions, (grouped[0].flatten(0, 1), grouped[1].flatten(0, 1)))
-        features = widen(self(ids, mask, group=f, alone=count, dtype=dtype))
-        first, others = features.split([count, b * f])
+        n, (b, f) = len(captions[0]), grouped[0].shape[:2]
+        ids, mask = concatenate_captions(captions, (grouped[0].flatten(0, 1), grouped[1].flatten(0, 1)))
+        features = widen(self(ids, mask, group=f, ungrouped=n, dtype=dtype))
+        first, others = features.split([n, b * f])
         return first, others.unflatten(0, (b, f))
 
-    def _rows(self, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Embedded tokens n l w, or packed t w."""
+    def _embed_packed(self, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Embedded tokens n l w, or t w without padding if there is a mask."""
         x = self.embed(ids, dtype)
         if mask is None:
             return x
-        kept, count = self._kept(mask)
-        flat = kept.flatten()
-        places = flat.nonzero() if count is None else flat.nonzero_static(size=count)
-        return take_rows(x.flatten(0, 1), places[:, 0].to(ids.device, non_blocking=True))
+        packed, num_rows = self._packed_tokens(mask)
+        flat = packed.flatten()
+        index = flat.nonzero() if num_rows is None else flat.nonzero_static(size=num_rows)
+        return take_rows(x.flatten(0, 1), index[:, 0].to(ids.device, non_blocking=True))
 
-    def _through(
+    def _run(
         self, blocks: nn.ModuleList, x: Tensor, layout: SequenceLayout, *, readout_only: bool
     ) -> Residual:
-        """Rows after some of the blocks; with readout_only the readout rows alone."""
+        """`run_blocks` in this tower's memory mode."""
         layout = replace(layout, memory=self.plan.choose(self.memory, x))
         return run_blocks(blocks, x, layout, readout_only=readout_only)
 
-    def _distinct(self, ids: Tensor, mask: Tensor, groups: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Features n d of captions, the same ones going together as far as no caption sees another.
-
-        groups: `group` and `alone` of `forward`.
-        """
-        fusing = [groups[0] > 0 and cast(Block, block).attention.fuses for block in self.blocks]
-        below = fusing.index(True) if any(fusing) else len(fusing)
-        first, of = distinct_rows(torch.where(on(ids.device, mask), ids, -1))
+    def _forward_distinct(
+        self, ids: Tensor, mask: Tensor, group: int, ungrouped: int, dtype: torch.dtype
+    ) -> Tensor:
+        """`forward` that computes identical captions once, in the blocks before the first that fuses."""
+        fuses = [group > 0 and cast(Block, block).attention.fuses for block in self.blocks]
+        first_fused = fuses.index(True) if any(fuses) else len(fuses)
+        first, kind = distinct_rows(torch.where(on(ids.device, mask), ids, -1))
         few_ids, few_mask = ids[first], mask[first.to(mask.device)]
-        few, x = self.layout(few_ids, few_mask), self._rows(few_ids, few_mask, dtype)
-        if below == len(fusing):
-            return self.project(self._through(self.blocks, x, few, readout_only=True)).index_select(0, of)
-        x = self._through(self.blocks[:below], x, few, readout_only=False) if below else x
-        every = self.layout(ids, mask, *groups)
-        assert few.packing is not None and every.packing is not None, "they have masks"
-        assert isinstance(x, Tensor), "neither the tokens nor rows that are not pruned are left as two"
-        rows = few.packing.pad_index[of].flatten()[every.packing.pack_index]
-        x = self._through(self.blocks[below:], x.index_select(0, rows), every, readout_only=True)
-        return self.project(x)
+        few, x = self.layout(few_ids, few_mask), self._embed_packed(few_ids, few_mask, dtype)
+        if first_fused == len(fuses):
+            return self.project(self._run(self.blocks, x, few, readout_only=True)).index_select(0, kind)
+        if first_fused:
+            rows = self._run(self.blocks[:first_fused], x, few, readout_only=False)
+            assert isinstance(rows, Tensor), "only a last block and inner blocks leave an update pending"
+            x = rows
+        every = self.layout(ids, mask, group, ungrouped)
+        assert few.packing is not None and every.packing is not None, "both have a mask"
+        index = few.packing.pad_index[kind].flatten()[every.packing.pack_index]
+        x = x.index_select(0, index)
+        return self.project(self._run(self.blocks[first_fused:], x, every, readout_only=True))
 
 
-def joined(captions: Tokens, others: Tokens) -> Tokens:
-    """Two lots of captions as one, those of fewer places padded: ids n l, masks n l."""
+def concatenate_captions(captions: Tokens, others: Tokens) -> Tokens:
+    """Concatenate ids n l and masks n l, the shorter ones padded."""
     length = max(captions[0].shape[1], others[0].shape[1])
     ids, masks = (
         torch.cat([F.pad(x, (0, length - x.shape[1])) if x.shape[1] < length else x for x in parts])
@@ -215,7 +220,7 @@ def joined(captions: Tokens, others: Tokens) -> Tokens:
 
 
 def distinct_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of n rows the first of each kind, u, and for every row which of those it is, n; int64."""
-    kinds, of = x.unique(dim=0, return_inverse=True)
-    every = torch.arange(len(x), device=x.device)
-    return every.new_full((len(kinds),), len(x)).scatter_reduce_(0, of, every, "amin"), of
+    """Index of the first of each kind of n equal rows, u, and the kind of every row, n; int64."""
+    kinds, kind = x.unique(dim=0, return_inverse=True)
+    index = torch.arange(len(x), device=x.device)
+    return index.new_full((len(kinds),), len(x)).scatter_reduce_(0, kind, index, "amin"), kind

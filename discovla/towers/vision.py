@@ -24,9 +24,9 @@ MakeBlock = Callable[[int], Block]
 
 @dataclass(frozen=True, kw_only=True)
 class CentredPatches:
-    """Frames whose normalisation is left to the patch embedding.
+    """Patches of frames that the patch embedding normalises.
 
-    rows: b f p (c y x) or n p (c y x), bytes less 128, exact in the dtype that is computed in.
+    rows: b f p (c y x) or n p (c y x), pixel bytes minus 128, which every compute dtype holds exactly.
     statistics: mean and std of each channel, in [0, 1].
     """
 
@@ -35,28 +35,28 @@ class CentredPatches:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the rows."""
+        """Shape of the rows."""
         return self.rows.shape
 
     def flatten(self, start: int, end: int) -> CentredPatches:
-        """The same with some of the axes of its rows as one."""
+        """Flatten axes `start` to `end` of the rows."""
         return replace(self, rows=self.rows.flatten(start, end))
 
 
-Pixels = Tensor | CentredPatches  # of frames, as `VisionTower.embed` takes them
+Pixels = Tensor | CentredPatches  # frames as `VisionTower.embed` takes them
 
 
 class VisionTower(nn.Module):
     """embed -> blocks -> project.
 
-    A method may swap blocks through `make_block(layer)`, or walk `blocks` itself between `embed` and
-    `project`.  `impl` and `memory` say how blocks are computed; see `ops.dispatch` and
-    `nn.memory`.
+    A method may replace blocks by `make_block(layer)`, or run `blocks` itself between `embed` and `project`.
 
-    Where a kernel cuts the frames and the patch embedding is frozen, the normalisation is folded into that:
-    the kernel writes bytes less 128, and each pass makes W' and b' of the weights as they are then.  In
-    float32 features are the same to 1e-5; in bfloat16, where rows lose nothing any more but W' is rounded,
-    as far from the truth as without.  Plain torch keeps the formula: it would save one multiplication.
+    impl, memory: how blocks are computed and what they keep for backward; see `ops.dispatch`, `nn.memory`.
+
+    With kernels and a frozen patch embedding, the normalisation of pixels is folded into the embedding: the
+    kernel writes bytes minus 128, and each pass computes W' and b' from the current weights.  In float32
+    features agree to 1e-5; in bfloat16 the error is as large as without, from W' instead of the rows.  Plain
+    torch normalises the pixels, which costs it one multiplication.
     """
 
     impl: Impl = "auto"
@@ -84,9 +84,9 @@ class VisionTower(nn.Module):
         std: tuple[float, ...] = CLIP_STD,
         dtype: torch.dtype = torch.float32,
     ) -> Pixels:
-        """Frames as `embed` takes them: normalised, b f c y x; by a kernel as patches b f p (c y x).
+        """Prepare frames for `embed`: normalised, b f c y x, or with kernels as patches, b f p (c y x).
 
-        Args: as of `ops.preprocess_frames`.
+        Args: as for `ops.preprocess_frames`.
         """
         impl = choose("block", self.impl, frames.device.type)
         if impl == "torch" or frames.is_floating_point():
@@ -105,7 +105,7 @@ class VisionTower(nn.Module):
         return CentredPatches(rows=rows, statistics=statistics) if frozen else rows
 
     def embed(self, frames: Pixels) -> Tensor:
-        """Frames n c y x, or their patches n p (c y x), to tokens n p w, the class token first."""
+        """Frames n c y x, or their patches n p (c y x), to tokens n 1+p w, the class token first."""
         if isinstance(frames, CentredPatches):
             rows, impl = frames.rows, cast(Impl, choose("block", self.impl, frames.rows.device.type))
             folded = fold_normalisation(
@@ -122,35 +122,36 @@ class VisionTower(nn.Module):
         return self._tokens(patches.flatten(2).transpose(1, 2))
 
     def _tokens(self, patches: Tensor) -> Tensor:
-        """Embedded patches n p w with the class token before and positions added, normed."""
+        """Prepend the class token to embedded patches n p w, add positions and norm: n 1+p w."""
         dtype = patches.dtype
         cls = self.class_embedding.to(dtype).expand(len(patches), 1, -1)
         x = torch.cat([cls, patches], dim=1) + self.position_embedding.to(dtype)  # n 1+p w
         return self.ln_pre.norm_residual(x, self.impl)
 
     def project(self, cls: Residual) -> Tensor:
-        """Class rows n w to joint features n d."""
+        """Norm and project class rows n w to joint features n d."""
         y = self.ln_post.norm_residual(cls, self.impl)
         return y @ self.projection.to(y.dtype)
 
     def layout(self, frames: Tensor, group: int, frame_mask: Tensor | None = None) -> SequenceLayout:
-        """What the blocks must know of n embedded frames, `group` of them a video.
+        """Layout of n embedded frames for the blocks, `group` frames a video.
 
-        frame_mask: b f, bool; where given, padded frames are not seen in fusion blocks.
+        Args:
+            frame_mask: b f, bool; hides padded frames in fusion blocks.
         """
         n, tokens, _ = frames.shape
-        seen = None if frame_mask is None else frame_mask.flatten()[:, None].expand(n, tokens)
+        visible = None if frame_mask is None else frame_mask.flatten()[:, None].expand(n, tokens)
         readout = torch.zeros(n, dtype=torch.long, device=frames.device)
         return SequenceLayout(
             group=group,
             readout=readout,
-            fusion_key_mask=seen,
+            fusion_key_mask=visible,
             impl=self.impl,
             memory=self.plan.choose(self.memory, frames),
         )
 
     def forward(self, frames: Pixels, frame_mask: Tensor | None = None) -> Tensor:
-        """Frame features b f d of what `pixels` gives; frames meet in fusion blocks only."""
+        """Frame features b f d of the result of `pixels`; frames see each other in fusion blocks only."""
         b, f = frames.shape[:2]
         x = self.embed(frames.flatten(0, 1))
         cls = run_blocks(self.blocks, x, self.layout(x, f, frame_mask))  # n w

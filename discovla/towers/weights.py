@@ -1,4 +1,4 @@
-"""CLIP weights: from a tag, a file, the drawn world's asset or a seed, into our towers and back."""
+"""CLIP weights: loaded from a tag, a file, the drawn world's asset or a seed, and written back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from discovla.towers.vision import VisionTower
 log = logging.getLogger(__name__)
 
 DRAWN_CLIP = Path(__file__).parent.parent / "assets" / "drawn_clip.safetensors"
-# our names -> OpenAI's, replaced in this order
+# our names -> OpenAI's, applied in this order
 OPENAI_NAMES = (
     ("logit_scale.log", "logit_scale"),
     ("vision.patch_embedding", "visual.conv1.weight"),
@@ -46,41 +46,39 @@ NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
 
 
 class ModelConfig(BaseModel):
-    """Which CLIP to start from.
+    """The CLIP to start from."""
 
-    architecture: open_clip's name ("ViT-B-32-quickgelu"), or a JSON file of the same form; optional for the
-        drawn CLIP and for a file of weights whose heads are 64 wide.
-    pretrained: an open_clip tag ("openai"), a file of OpenAI- or open_clip-named weights (.pt, .safetensors),
-        "drawn" for the small CLIP that ships with discovla, or "random".
-    activation: "auto" takes it from the tag, the archive or the architecture; naming it guards against a
-        mismatch.
-    seed: of the random start.
-    position_std: standard deviation of the vision tower's position and class embeddings at a random start;
-        None for OpenAI's width^-0.5, from which a small tower learns where things are more slowly.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     architecture: str | None = None
+    """Name of an open_clip model ("ViT-B-32-quickgelu") or a JSON file in open_clip's form.  Optional for the
+    drawn CLIP and for a file of weights with heads of width 64."""
     pretrained: str = "openai"
+    """Weights: an open_clip tag ("openai"), a file with OpenAI's or open_clip's names (.pt, .safetensors),
+    "drawn" for the small CLIP that ships with discovla, or "random"."""
     activation: Literal["auto", "quick_gelu", "gelu"] = "auto"
+    """Activation of the MLPs; "auto" takes it from the tag, the archive or the architecture.  Naming another
+    one than that of the weights is an error."""
     seed: int = 0
+    """Seed of random weights."""
     position_std: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Standard deviation of random position and class embeddings of the vision tower.  None: OpenAI's
+    width^-0.5, with which a small tower learns positions more slowly."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """An architecture and its weights under OpenAI's names; None for a random start."""
+    """An architecture and its weights by OpenAI's names, or None for a random start."""
 
     architecture: Architecture
     weights: dict[str, Tensor] | None
 
 
 def load_pretrained(config: ModelConfig) -> Pretrained:
-    """Find the weights a config names, and the architecture they fit.
+    """Load the weights that a config names, and the architecture they fit.
 
     Raises:
-        ValueError: unknown name, tag or activation, or a file that is not what it should be.
+        ValueError: unknown name, tag or activation, or a file without the weights of a CLIP.
         FileNotFoundError: a path that does not exist.
     """
     named = _named_architecture(config.architecture)
@@ -92,24 +90,25 @@ def load_pretrained(config: ModelConfig) -> Pretrained:
         return read_drawn_clip(DRAWN_CLIP)
     path = Path(config.pretrained)
     if path.suffix in {".pt", ".pth", ".bin", ".safetensors"}:
-        weights, must_be = read_weights(path)
+        weights, activation = read_weights(path)
         if named is None:
-            named = _guess_architecture(path, weights, config, must_be)
-        return Pretrained(architecture=_check_activation(config, named, must_be), weights=weights)
-    path, must_be = _download(config.architecture, config.pretrained)
+            named = _infer_architecture(path, weights, config, activation)
+        return Pretrained(architecture=_check_activation(config, named, activation), weights=weights)
+    path, activation = _download(config.architecture, config.pretrained)
     assert named is not None, "a tag without an architecture is refused by _download"
-    return Pretrained(architecture=_check_activation(config, named, must_be), weights=read_weights(path)[0])
+    architecture = _check_activation(config, named, activation)
+    return Pretrained(architecture=architecture, weights=read_weights(path)[0])
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Read OpenAI- or open_clip-named weights from a file.
+    """Read weights with OpenAI's or open_clip's names from a file.
 
-    Takes OpenAI's JIT archives, torch checkpoints (bare, or open_clip's training checkpoints with
+    Reads OpenAI's JIT archives, torch checkpoints (bare, or open_clip's training checkpoints with
     "state_dict") and safetensors; the prefixes "module." and, on the text tower, "text." are dropped.
 
     Returns:
-        Float32 weights by OpenAI's names, and the activation the file proves (only a JIT archive of OpenAI
-        does).
+        Float32 weights by OpenAI's names, and the activation if the file determines it, as only a JIT archive
+        of OpenAI does.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file of CLIP weights, found none")
@@ -132,7 +131,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def read_drawn_clip(path: Path) -> Pretrained:
-    """The small CLIP of the drawn world; only its words' token rows are stored, the others are zero."""
+    """Read the small CLIP of the drawn world; token rows that are not stored are zero."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: the drawn world's CLIP is missing; make it: configs/pretrain_drawn.toml"
@@ -150,7 +149,7 @@ def read_drawn_clip(path: Path) -> Pretrained:
 def write_drawn_clip(
     path: Path, architecture: Architecture, weights: Mapping[str, Tensor], token_ids: Sequence[int]
 ) -> None:
-    """The inverse of `read_drawn_clip`: OpenAI-named weights in float16, token rows of `token_ids` only."""
+    """Write a small CLIP: weights by OpenAI's names in float16, token rows of `token_ids` only."""
     small = {name: tensor.half().contiguous() for name, tensor in weights.items()}
     ids = torch.tensor(sorted(token_ids), dtype=torch.int32)
     small["token_embedding.weight"] = small["token_embedding.weight"][ids.long()].contiguous()
@@ -160,38 +159,38 @@ def write_drawn_clip(
 
 
 def load_weights(model: nn.Module, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
-    """Copy OpenAI-named weights into a model that holds `vision`, `text` and `logit_scale`, strictly.
+    """Copy weights by OpenAI's names into a model with `vision`, `text` and `logit_scale`, strictly.
 
-    Parameters a method adds (adapters, heads) are left alone.
+    Parameters that a method adds (adapters, heads) keep their values.
 
     Raises:
         ValueError: weights are missing, unexpected or of another shape; the first few are named.
     """
     names = {openai_name(name): name for name in clip_names(architecture)}
     own = model.state_dict(keep_vars=True)
-    wrong = [f"missing {n}" for n in names if n not in weights]
-    wrong += [f"unexpected {n}" for n in weights if n not in names]
-    wrong += [
+    misfits = [f"missing {n}" for n in names if n not in weights]
+    misfits += [f"unexpected {n}" for n in weights if n not in names]
+    misfits += [
         f"{n}: expected {tuple(own[ours].shape)}, found {tuple(weights[n].shape)}"
         for n, ours in names.items()
         if n in weights and weights[n].shape != own[ours].shape
     ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"weights do not fit the architecture: {'; '.join(wrong[:5])}{more}")
+    if misfits:
+        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        raise ValueError(f"weights do not fit the architecture: {'; '.join(misfits[:5])}{more}")
     with torch.no_grad():
         for theirs, ours in names.items():
             own[ours].copy_(weights[theirs])
 
 
 def openai_weights(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
-    """The inverse of `load_weights`: the plain CLIP inside a model, under OpenAI's names."""
+    """Copy the weights of the plain CLIP inside a model, by OpenAI's names: the inverse of `load_weights`."""
     own = model.state_dict()
     return {openai_name(name): own[name].detach().clone() for name in clip_names(architecture)}
 
 
 def clip_names(architecture: Architecture) -> list[str]:
-    """Our names of the parameters of a plain CLIP."""
+    """List our names of the parameters of a plain CLIP."""
     with torch.device("meta"):
         towers = {"vision": VisionTower(architecture), "text": TextTower(architecture)}
     names = [f"{side}.{name}" for side, tower in towers.items() for name in tower.state_dict()]
@@ -199,7 +198,7 @@ def clip_names(architecture: Architecture) -> list[str]:
 
 
 def openai_name(name: str) -> str:
-    """OpenAI's (and open_clip's) name of one of our parameters of a plain CLIP."""
+    """Convert our name of a parameter of a plain CLIP to OpenAI's, which is open_clip's too."""
     for ours, theirs in OPENAI_NAMES:
         name = name.replace(ours, theirs)
     return name
@@ -208,10 +207,10 @@ def openai_name(name: str) -> str:
 def initialise(
     model: nn.Module, architecture: Architecture, seed: int, position_std: float | None = None
 ) -> None:
-    """Fill a CLIP's parameters from a seed.
+    """Initialise a CLIP's parameters from a seed.
 
-    Standard deviations are those of OpenAI's code, but that patches are embedded with width^-0.5, as in all
-    other projections; position_std is the `ModelConfig`'s.
+    Standard deviations are those of OpenAI's code, except for the patch embedding's, width^-0.5 as in all
+    other projections; position_std as in `ModelConfig`.
     """
     generator = torch.Generator().manual_seed(seed)
     own = model.state_dict(keep_vars=True)
@@ -230,7 +229,7 @@ def initialise(
 
 
 def _initial_std(name: str, width: int, layers: int) -> float | None:
-    """Standard deviation of a parameter's start; None for those that start at a constant."""
+    """Standard deviation of a parameter's initial values; None for a constant."""
     if name.endswith("bias") or ".ln_" in name or name == "logit_scale.log":
         return None
     if name == "text.token_embedding.weight":
@@ -259,7 +258,7 @@ def _named_architecture(name: str | None) -> Architecture | None:
 
 
 def _download(name: str | None, tag: str) -> tuple[Path, str]:
-    """The cached or freshly fetched file of an open_clip tag, and its activation."""
+    """Return the file of an open_clip tag, downloaded unless cached, and its activation."""
     if name is None:
         raise ValueError(
             f"model.architecture: expected a name to go with model.pretrained={tag!r}, found none"
@@ -277,36 +276,41 @@ def _download(name: str | None, tag: str) -> tuple[Path, str]:
     return Path(download_pretrained(config)), "quick_gelu" if config.get("quick_gelu") else "gelu"
 
 
-def _guess_architecture(
-    path: Path, weights: Mapping[str, Tensor], config: ModelConfig, must_be: str | None
+def _infer_architecture(
+    path: Path, weights: Mapping[str, Tensor], config: ModelConfig, known: str | None
 ) -> Architecture:
-    activation = must_be or config.activation
+    activation = known or config.activation
     if activation == "auto":
         raise ValueError(
-            f"{path}: bare weights do not tell the activation; set model.activation or model.architecture"
+            f"{path}: bare weights do not fix the activation: set model.activation or model.architecture"
         )
-    found = architecture_from_state_dict(weights, "quick_gelu" if activation == "quick_gelu" else "gelu")
-    log.warning(
-        "%s: no architecture named; taking %d vision and %d text heads of width 64",
-        path,
-        found.vision.heads,
-        found.text.heads,
+    architecture = architecture_from_state_dict(
+        weights, "quick_gelu" if activation == "quick_gelu" else "gelu"
     )
-    return found
+    log.warning(
+        "%s: no architecture named; assuming %d vision and %d text heads of width 64",
+        path,
+        architecture.vision.heads,
+        architecture.text.heads,
+    )
+    return architecture
 
 
-def _check_activation(config: ModelConfig, found: Architecture, must_be: str | None) -> Architecture:
-    """`found` with the activation the weights need; a named one that contradicts them is an error."""
-    known = must_be or found.activation
-    if config.activation not in ("auto", known):
+def _check_activation(config: ModelConfig, architecture: Architecture, known: str | None) -> Architecture:
+    """Return the architecture with the activation of the weights; refuse a config that contradicts it."""
+    activation = known or architecture.activation
+    if config.activation not in ("auto", activation):
         raise ValueError(
-            f"model.activation: expected {known!r} for these weights, found {config.activation!r}"
+            f"model.activation: expected {activation!r} for these weights, found {config.activation!r}"
         )
-    if known != found.activation:
+    if activation != architecture.activation:
         log.warning(
-            "%s: the weights need %s, not %s; taking it", config.architecture, known, found.activation
+            "%s: using %s, the activation of the weights, instead of %s",
+            config.architecture,
+            activation,
+            architecture.activation,
         )
-    return replace(found, activation="quick_gelu" if known == "quick_gelu" else "gelu")
+    return replace(architecture, activation="quick_gelu" if activation == "quick_gelu" else "gelu")
 
 
 def _is_jit(path: Path) -> bool:

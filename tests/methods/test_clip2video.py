@@ -158,7 +158,7 @@ def test_golden_short_videos(head, strict, dtype):
 
 
 @pytest.mark.usefixtures("forced")
-def test_golden_captions_of_another_number(head, dtype):
+def test_golden_similarity_of_more_captions_than_videos(head, dtype):
     method = load(head, dtype, mask_mode="ragged")
     text = method.embed_text(
         head.get("rect.text", dtype), head.get("rect.tokens", dtype), head.get("rect.token_mask", dtype)
@@ -246,13 +246,13 @@ def test_more_frames_than_positions_are_refused():
         tiny().embed_video(torch.randn(1, 13, 16), torch.ones(1, 13, dtype=torch.bool))
 
 
-def test_a_caption_of_the_start_token_alone_is_refused():
+def test_a_caption_with_only_the_start_token_is_refused():
     mask = torch.tensor([[True, True, False], [True, False, False]])
     with pytest.raises(ValueError, match="words of caption 1: expected at least one entry"):
         tiny().embed_text(torch.randn(2, 16), torch.randn(2, 3, 16), mask)
 
 
-def test_the_given_text_mask_is_not_changed():
+def test_encoding_does_not_change_the_text_mask():
     method = tiny()
     batch = noise_batch(method.architecture)
     mask = batch.text_mask.clone()
@@ -272,7 +272,7 @@ def test_the_given_text_mask_is_not_changed():
     ],
     ids=str,
 )
-def test_what_cannot_combine_is_refused(options, message):
+def test_contradictory_options_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         CLIP2VideoConfig(**options)
 

@@ -106,7 +106,7 @@ def test_blocks_of_pairs_score_like_all_pairs_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("own", [0, 1, 3])
-def test_processes_score_as_many_blocks_whatever_clips_they_could_read(monkeypatch, own):
+def test_all_processes_score_the_same_number_of_blocks(monkeypatch, own):
     method, calls = tiny("tightTransf"), []
     method.scorer.register_forward_hook(lambda *_: calls.append(1))
     monkeypatch.setattr(clip4clip, "HIDDEN", 1500)
@@ -136,7 +136,7 @@ def test_the_head_starts_from_the_text_tower(head):
         assert all(torch.equal(p, text.get_parameter(name)) for name, p in own.named_parameters())
 
 
-def test_a_text_tower_that_cannot_start_the_head_is_said(caplog):
+def test_a_text_tower_that_does_not_fit_the_head_is_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         tiny("seqTransf", layers=2)
         assert not caplog.records

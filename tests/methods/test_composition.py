@@ -205,13 +205,13 @@ def test_order_aware_heads_tell_a_reversed_clip(variant):
     ],
     ids=str,
 )
-def test_what_cannot_combine_is_one_line_that_names_the_keys(variant, options, message):
+def test_contradictory_options_are_one_line_that_names_the_keys(variant, options, message):
     with pytest.raises(ConfigError, match=message) as error:
         config(variant, **options)
     assert "\n" not in str(error.value)
 
 
-def test_the_method_of_the_guide_trains_as_it_stands_there(monkeypatch):
+def test_the_example_method_of_contributing_trains(monkeypatch):
     guide = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     code = guide.split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) < 40

@@ -61,14 +61,14 @@ def exact(method: DiscoVLA) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_a_residual_stream_in_float32_changes_nothing_where_it_was_that(impl):
+def test_a_float32_residual_stream_changes_nothing_in_float32(impl):
     plain, wide = made(impl=impl), made(impl=impl)
     widen_residual(wide, torch.float32)
     assert relative_error(gradients(wide), gradients(plain)) <= 1e-6
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_a_residual_stream_in_float32_is_nearer_the_truth_and_blocks_compute_in_bfloat16(impl):
+def test_a_float32_residual_stream_is_more_accurate_with_blocks_in_bfloat16(impl):
     seen: dict[str, set] = {"block": set(), "linear": set()}
     plain, wide = made(torch.bfloat16, impl), made(torch.bfloat16, impl)
     for side in (wide.vision, wide.text):
@@ -91,7 +91,7 @@ def test_a_residual_stream_in_float32_is_nearer_the_truth_and_blocks_compute_in_
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_frozen_weights_in_fp8_cost_little_and_those_that_train_are_not_touched(impl):
+def test_frozen_weights_in_fp8_cost_little_accuracy_and_trained_ones_are_unchanged(impl):
     method = made(impl=impl)
     truth, true_gradients = exact(method)
     before = {name: p.detach().clone() for name, p in method.named_parameters()}
@@ -113,7 +113,7 @@ def test_frozen_weights_in_fp8_cost_little_and_those_that_train_are_not_touched(
     assert relative_error(gradients(method), true_gradients) < 0.3
 
 
-def test_gradients_in_fp8_take_as_many_products_and_cost_little_more(monkeypatch):
+def test_gradients_in_fp8_need_as_many_products_and_cost_little_accuracy(monkeypatch):
     """Of every layer one each way; the first blocks' rows of queries, keys and values need no gradient."""
     products, errors = Counter(), {}
     monkeypatch.setattr(fp8_linear, "_reference", counting(fp8_linear._reference, products))
@@ -141,7 +141,7 @@ def counting(product, counts):
     return counted
 
 
-def test_both_ways_through_the_blocks_compute_the_same_in_fp8():
+def test_every_implementation_of_blocks_gives_the_same_in_fp8():
     found = []
     for impl in ("auto", "reference"):
         method = made(impl=impl)
@@ -150,14 +150,14 @@ def test_both_ways_through_the_blocks_compute_the_same_in_fp8():
     assert relative_error(found[0], found[1]) <= 0.02, "rows that round differently make it more than 1e-6"
 
 
-def test_a_weight_in_fp8_travels_with_its_layer():
+def test_an_fp8_weight_moves_with_its_layer():
     layer = Linear(32, 16).requires_grad_(False)
     quantise_frozen(torch.nn.ModuleList([layer]), CPU, backward=True)
     moved = layer.to("meta").fp8
     assert all(x.is_meta for x in (moved.bits, moved.scale, moved.plain, moved.transposed))
 
 
-def test_what_cannot_be_in_fp8_is_one_clear_line(monkeypatch):
+def test_a_model_or_device_without_fp8_is_refused_in_one_line(monkeypatch):
     trained = torch.nn.ModuleList([Linear(16, 16)])
     with pytest.raises(ValueError, match=r"^fp8: expected frozen linear layers, found none \(.*\)$"):
         quantise_frozen(trained, CPU)

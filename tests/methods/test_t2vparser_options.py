@@ -44,7 +44,7 @@ def padded(frames: int = 4):
     return dataclasses.replace(batch, frame_mask=mask)
 
 
-def test_padding_changes_no_embedding_that_counts():
+def test_padding_does_not_change_real_embeddings():
     method, batch = make(), padded()
     other = dataclasses.replace(
         batch,

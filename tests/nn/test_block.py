@@ -63,7 +63,7 @@ def results(method: Method, batch: Batch, impl: Impl) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients_are_those_of_plain_torch(case):
+def test_ops_give_the_losses_and_gradients_of_plain_torch(case):
     method, batch = made(case, torch.float64)
     want, got = (results(method, batch, impl) for impl in ("torch", "reference"))
     assert got.keys() == want.keys() and len(want) > 4
@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_those_of_plain_torch(case):
 
 
 @pytest.mark.parametrize("case", ["every block fused, positions, masks"])
-def test_losses_and_gradients_of_the_kernels_are_those_of_plain_torch(case):
+def test_kernels_give_the_losses_and_gradients_of_plain_torch(case):
     method, batch = made(case, torch.float64)
     want, got = (results(method, batch[:2], impl) for impl in ("torch", "triton"))
     assert got.keys() == want.keys()
@@ -111,7 +111,7 @@ def test_an_impl_that_cannot_run_is_refused(monkeypatch):
         method.encode_videos(batch)
 
 
-def test_a_run_says_what_computes_the_blocks_and_what_they_keep(monkeypatch):
+def test_the_engine_config_sets_implementation_and_memory_of_both_towers(monkeypatch):
     method, _ = made("published", torch.float32)
     cpu = torch.device("cpu")
     set_kernels(method, EngineConfig(impl="triton", memory="recompute_mlp", distinct_captions=True), cpu)

@@ -16,7 +16,7 @@ MODES = list(WIDTHS)[1:]
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("case", ["published", "fine-tuned in full", "branch"])
-def test_losses_and_gradients_are_the_same_bit_by_bit_in_every_mode(case, impl):
+def test_every_memory_mode_gives_the_same_losses_and_gradients_bit_for_bit(case, impl):
     method, batch = made(case, torch.float32)
     method.vision.memory = method.text.memory = "keep"
     want = results(method, batch, impl)
@@ -45,13 +45,13 @@ def test_without_backward_nothing_is_checkpointed(mode, monkeypatch):
         block(torch.randn(2, 3, 8), SequenceLayout(memory=mode))
 
 
-def test_the_mode_is_the_first_that_fits_a_share_of_the_free_memory():
+def test_the_first_memory_mode_that_fits_is_chosen():
     found = [choose_memory(100, free) for free in (1125, 1124, 625, 624, 250, 249, 1)]
     keep, mlp, projections, blocks = WIDTHS
     assert found == [keep, mlp, mlp, projections, projections, blocks, blocks]
 
 
-def test_a_gpus_free_memory_is_asked_for_when_more_tokens_come_than_before(monkeypatch):
+def test_the_memory_mode_is_chosen_again_only_for_a_larger_batch(monkeypatch):
     free = iter([3 * 600 * 4 * 9 * 10 / 8, 3 * 1200 * 4 * 5 * 10 / 8])
     monkeypatch.setattr(memory, "free_bytes", lambda device: next(free))
     plan = MemoryPlan(layers=3)

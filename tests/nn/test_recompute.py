@@ -37,7 +37,7 @@ def compare(got, want, leaves: list[Tensor], limit: float) -> None:
 
 @pytest.mark.parametrize(("dtype", "limit"), DTYPES)
 @pytest.mark.parametrize("rows", [(1,), (7,), (3, 5)], ids=str)
-def test_a_frozen_mlp_is_quick_gelu_between_two_maps(dtype, limit, rows):
+def test_quick_gelu_mlp_equals_its_formula(dtype, limit, rows):
     up, down = Linear(6, 24).requires_grad_(False), Linear(24, 6).requires_grad_(False)
     x = torch.randn(*rows, 6).to(dtype).requires_grad_()
     exact = dtype if dtype != torch.bfloat16 else torch.float32
@@ -52,7 +52,7 @@ def test_a_frozen_mlp_is_quick_gelu_between_two_maps(dtype, limit, rows):
     compare(lambda: quick_gelu_mlp(x, up.weights(dtype), down.weights(dtype)), want, [x], limit)
 
 
-def test_an_mlp_whose_result_is_not_read_has_its_gradient():
+def test_an_mlp_without_output_has_the_same_gradient():
     up, down = Linear(6, 24).requires_grad_(False), Linear(24, 6).requires_grad_(False)
     x = torch.randn(5, 6, requires_grad=True)
     weights = up.weights(x.dtype), down.weights(x.dtype)
@@ -65,7 +65,7 @@ def test_an_mlp_whose_result_is_not_read_has_its_gradient():
 
 @pytest.mark.parametrize(("dtype", "limit"), DTYPES)
 @pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
-def test_a_projection_with_lora_is_norm_then_map_then_update(dtype, limit, first):
+def test_normed_lora_projection_equals_its_formula(dtype, limit, first):
     norm, linear, lora = LayerNorm(6), Linear(6, 18), LoRA(6, 18, 2)
     with torch.no_grad():
         for p in (norm.weight, norm.bias, lora.b):
@@ -86,7 +86,7 @@ def test_a_projection_with_lora_is_norm_then_map_then_update(dtype, limit, first
     compare(got, want, [a, b] if first else [x, a, b], limit)
 
 
-def test_recomputation_keeps_its_inputs_alone():
+def test_recompute_in_backward_keeps_only_its_inputs():
     x, y, fixed = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True), torch.randn(3)
 
     def function(x: Tensor, y: Tensor, fixed: Tensor, absent: None) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def test_recomputation_keeps_its_inputs_alone():
         torch.testing.assert_close(one, two)
 
 
-def test_rows_are_packed_padded_and_taken():
+def test_padding_and_packing_rows_are_inverse():
     kept = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 1, 0]]).bool()
     packing = Packing.from_mask(kept)
     assert packing.mask.tolist() == [[True] * 3, [True, False, False], [True, True, False]]

@@ -19,7 +19,7 @@ def test_hidden_keys_change_nothing():
     torch.testing.assert_close(head(x, mask)[:1, :2], short)
 
 
-def test_where_every_key_is_hidden_the_queries_see_all():
+def test_queries_see_all_keys_if_the_mask_hides_every_key():
     head, x = Transformer(SHAPE, 1), torch.randn(2, 5, 16)
     none, all_ = torch.zeros(2, 5, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
     assert torch.equal(head(x, none), head(x, all_))
@@ -42,13 +42,13 @@ def test_a_block_with_adapters_is_copied_without_them():
 
 
 @pytest.mark.parametrize("sources", [0, 1], ids=["none", "one"])
-def test_too_few_or_other_blocks_are_told(sources):
+def test_copying_too_few_or_other_blocks_returns_false(sources):
     wide = BlockShape(width=32, heads=4, mlp_width=64)
     assert not Transformer(SHAPE, 2).copy([Block(SHAPE)] * sources)
     assert not Transformer(SHAPE, 1).copy([Block(wide)])
 
 
-def test_a_table_takes_the_first_rows_it_can_use():
+def test_a_table_copies_the_first_rows():
     table, rows = Table(3, 4), torch.randn(5, 4)
     assert table.copy(rows) and torch.equal(table(2), rows[:2])
     assert not table.copy(rows[:2]) and not table.copy(rows[:, :3])

@@ -41,14 +41,14 @@ def test_a_caption_longer_than_the_positions_is_refused(tower):
 @pytest.mark.parametrize(
     ("impl", "fused"), [("torch", 0), ("torch", 1), ("torch", 2), ("reference", 2), ("triton", 2)]
 )
-def test_captions_of_both_kinds_that_pass_together_are_as_those_that_pass_apart(impl, fused, distinct):
+def test_captions_and_frame_captions_encode_the_same_together_and_apart(impl, fused, distinct):
     method = made_fusing(fused)
     tower, batch = method.text, repeated(noise_batch(method.architecture, size=3, frames=4))
     tower.impl, tower.distinct = impl, distinct
     captions = batch.text_ids[:, :9], batch.text_mask[:, :9]  # padded to another length than the others
     captions[0][:, 8], captions[1][:] = batch.text_ids.max(), True
     others = batch.frame_captions()
-    got = [x.flatten(0, -2) for x in tower.together(captions, others, torch.float64)]
+    got = [x.flatten(0, -2) for x in tower.encode_with_groups(captions, others, torch.float64)]
     want = [tower(*captions, dtype=torch.float64)]
     want += [tower(*(x.flatten(0, 1) for x in others), group=4, dtype=torch.float64)]
     weights = [torch.randn_like(x) for x in want]
@@ -61,7 +61,7 @@ def test_captions_of_both_kinds_that_pass_together_are_as_those_that_pass_apart(
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("fused", [0, 1, 2])
-def test_identical_captions_that_pass_as_one_change_nothing(fused, impl):
+def test_computing_identical_captions_once_changes_nothing(fused, impl):
     method = made_fusing(fused)
     method.text.impl = impl
     batch = repeated(noise_batch(method.architecture, size=3, frames=4))
@@ -85,7 +85,7 @@ def test_identical_captions_are_computed_once_below_the_first_block_that_fuses()
     assert rows == [int(mask[:, 0].sum() + mask[0, 3].sum()), int(mask.sum())]
 
 
-def test_the_first_row_of_each_kind_is_found():
+def test_distinct_rows_returns_the_first_row_of_each_kind():
     first, of = distinct_rows(torch.tensor([[3, 1, -1], [2, 1, 0], [3, 1, -1], [2, 1, 0], [3, 1, 1]]))
     assert sorted(first.tolist()) == [0, 1, 4] and first[of].tolist() == [0, 1, 0, 1, 4]
 

@@ -56,7 +56,7 @@ def test_statistics_are_those_of_the_method(statistics):
     assert relative_error(got, want) <= 1e-12
 
 
-def test_an_embedding_that_trains_is_not_folded_nor_are_frames_that_come_normalised():
+def test_trained_embeddings_and_normalised_frames_are_not_folded():
     method, batch = made("fine-tuned in full", torch.float32)
     method.vision.impl = "reference"
     assert isinstance(method.pixels(batch.frames), torch.Tensor)
@@ -66,7 +66,7 @@ def test_an_embedding_that_trains_is_not_folded_nor_are_frames_that_come_normali
     assert torch.equal(embedded(method, normalised, "reference"), want)
 
 
-def test_what_is_folded_follows_the_weights_and_is_saved_nowhere():
+def test_the_folded_embedding_follows_its_weights_and_is_not_in_the_state_dict():
     impl: Impl = "reference"
     method, batch = made("published", torch.float32)
     names = list(method.state_dict())
@@ -88,7 +88,7 @@ def test_what_is_folded_follows_the_weights_and_is_saved_nowhere():
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
-def test_in_bfloat16_a_folded_embedding_is_as_near_to_the_truth(kept):
+def test_a_folded_embedding_is_as_accurate_in_bfloat16(kept):
     """W' is rounded where rows were; weights that were in bfloat16 before are rounded again."""
     method, _ = made("published", torch.float32)
     cast_frozen(method, kept)

@@ -9,7 +9,7 @@ from tests.nn.test_block import made
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("case", ["published", "every block fused, positions, masks", "words"])
-def test_of_a_batch_on_another_device_the_masks_alone_are_looked_at(case, impl):
+def test_encoding_reads_values_of_masks_only(case, impl):
     method, batch = made(case, torch.float32)
     method.vision.impl = method.text.impl = impl
     moved = batch.to("meta")
@@ -35,7 +35,7 @@ def test_a_row_without_an_entry_is_refused_before_it_reaches_the_device(name, me
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_encoding_makes_nobody_wait_for_the_gpu(impl):
+def test_encoding_does_not_sync_with_the_gpu(impl):
     method, _ = made("published", torch.float32)
     method.vision.impl = method.text.impl = impl
     method.cuda()

@@ -114,13 +114,13 @@ def test_sizes_of_the_standard_models_are_open_clips(name, vision_heads, vision_
     assert shapes == {name: tuple(t.shape) for name, t in state.items()}
 
 
-def test_another_kind_of_model_is_refused_by_the_key_that_makes_it_so():
+def test_a_config_of_another_architecture_is_refused_by_its_key():
     config = open_clip.get_model_config("ViT-B-16-SigLIP")
     with pytest.raises(ValueError, match=r"ViT-B-16-SigLIP: expected a plain CLIP ViT, found .*vision_cfg\."):
         architecture_from_config("ViT-B-16-SigLIP", config)
 
 
-def test_wrong_weights_are_named(tmp_path):
+def test_an_error_names_weights_that_do_not_fit(tmp_path):
     model = reference(ODD_QUICK)
     state = model.state_dict()
     state["extra"] = torch.zeros(1)
@@ -135,7 +135,7 @@ def test_wrong_weights_are_named(tmp_path):
     assert "visual.proj: expected (64, 16), found (3, 3)" in message
 
 
-def test_an_openai_archive_brings_its_activation(tmp_path, caplog):
+def test_an_openai_archive_sets_the_activation(tmp_path, caplog):
     model = reference({**ODD_QUICK})
     images, ids = torch.randn(1, 3, 24, 24), torch.ones(1, 9, dtype=torch.long)
     torch.jit.trace(model, (images, ids), check_trace=False).save(tmp_path / "openai.pt")
@@ -151,7 +151,7 @@ def test_an_openai_archive_brings_its_activation(tmp_path, caplog):
         load_pretrained(ModelConfig(**named, activation="gelu"))
 
 
-def test_a_tag_brings_its_file_and_activation(tmp_path, monkeypatch):
+def test_a_tag_sets_file_and_activation(tmp_path, monkeypatch):
     weights = tmp_path / "downloaded.pt"
     torch.save(reference(VIT_B_32).state_dict(), weights)
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda config: str(weights))
@@ -171,11 +171,11 @@ def test_a_training_checkpoint_of_open_clip_with_prefixes_loads(tmp_path):
     assert set(weights) == set(model.state_dict())
 
 
-def test_bare_weights_take_heads_of_64_and_say_so(tmp_path, caplog):
+def test_bare_weights_get_heads_of_width_64_with_a_warning(tmp_path, caplog):
     model = reference({**ODD_QUICK, "text_cfg": {**ODD_QUICK["text_cfg"], "width": 64, "heads": 1}})
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     bare = {"pretrained": str(tmp_path / "w.safetensors")}
-    with pytest.raises(ValueError, match="bare weights do not tell the activation"):
+    with pytest.raises(ValueError, match="bare weights do not fix the activation"):
         load_pretrained(ModelConfig(**bare))
     with caplog.at_level(logging.WARNING):
         found = load_pretrained(ModelConfig(**bare, activation="quick_gelu")).architecture
@@ -183,7 +183,7 @@ def test_bare_weights_take_heads_of_64_and_say_so(tmp_path, caplog):
     assert "heads of width 64" in caplog.text
 
 
-def test_a_random_start_depends_on_its_seed_alone(tmp_path):
+def test_random_weights_depend_on_the_seed_only(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(ODD_QUICK))
 
     def weights(seed: int) -> dict:
@@ -229,7 +229,7 @@ def test_padding_has_no_effect_on_a_caption():
             assert relative_error(method.text(i[None], m[None]), alone) <= 1e-6
 
 
-def test_position_std_widens_the_start_of_vision_positions_alone():
+def test_position_std_sets_the_deviation_of_vision_positions_only():
     architecture = tiny_architecture()
     methods = [CLIP(architecture, CLIPConfig()) for _ in range(2)]
     for method, position_std in zip(methods, (None, 0.5), strict=True):
