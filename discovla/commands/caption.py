@@ -89,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"OUT: expected a .jsonl or a .json, found {out}")
     clips = read_manifest(arguments.manifest)
     if not any(clip.split == arguments.split for clip in clips):
-        raise ValueError(f"{arguments.manifest}: no clip of the split {arguments.split!r}")
+        raise ValueError(f"{arguments.manifest}: expected clips of the split {arguments.split!r}, found none")
     if arguments.known is not None:
         known = with_frame_captions(clips, read_frame_captions(arguments.known), arguments.split)
         clips = [new if any(new.frame_captions or ()) else old for old, new in zip(clips, known, strict=True)]
