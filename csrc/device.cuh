@@ -1,7 +1,7 @@
-// What kernels need beside the language: types, copies, tensor cores, and a launch.
+// CUDA primitives that the kernels use: types, copies, tensor cores, and a launch.
 //
-// nvcc takes them from CUDA. A C++ compiler takes them from cuda_on_host.h of the tests, which runs the same
-// kernels, thread by thread, on a CPU.
+// Under nvcc they are those of CUDA. A C++ compiler includes cuda_on_host.h of the tests instead, which runs
+// the same kernels on a CPU, thread by thread.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@
 #include <string>
 
 #ifndef __CUDA_ARCH__
-#define REGISTER_OPS  // once, in the pass for the host: the others need not read torch's headers
+#define REGISTER_OPS  // in the host pass only: the others need no torch headers
 #endif
 
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -28,11 +28,11 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// One launch of a kernel that takes one record.
+// Launches a kernel that takes one struct of arguments.
 template <typename Arguments>
 void launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t bytes, cudaStream_t stream,
             Arguments arguments) {
-  if (bytes > 48 * 1024) {  // more than any kernel may have unasked
+  if (bytes > 48 * 1024) {  // above the default limit of a kernel
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
           "shared memory");
   }

@@ -1,11 +1,11 @@
-// The hot loop of the frame similarity, forward and backward: discovla/ops/frame_similarity.py.
+// Frame similarity of a block of pairs, forward and backward: discovla/ops/frame_similarity.py.
 #include "tile.cuh"
 
 namespace discovla {
 
 // text: (texts i_parts) width, video: (videos j_parts) width, unit rows. Masks: true on real parts, or null.
-// text_best, text_index: (t i) v; video_best, video_index: (t v) j; pools: 5 t v; all null where backward
-// will not come.
+// text_best, text_index: (t i) v; video_best, video_index: (t v) j; pools: 5 t v; all null without
+// backward.
 template <typename T>
 struct FrameArguments {
   const T *text, *video;
@@ -19,7 +19,7 @@ struct FrameArguments {
   __host__ __device__ bool video_real(int64_t row) const { return !video_mask || video_mask[row]; }
 };
 
-// A softmax-weighted mean, addend by addend: weights exp(logit), kept relative to the largest so far.
+// An online softmax-weighted mean: weights exp(logit), relative to the largest logit so far.
 struct Pool {
   float top = -1e30f, total = 0, mean = 0, squares = 0;  // squares: of the distances from the mean
 
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Products::THREADS) frame_similarity_forward(Fr
   }
 }
 
-// grad: t v. derivative: (t i) (v j), what backward of the products takes. The rest as forward left it.
+// grad: t v. derivative: (t i) (v j), by the products of parts. The rest: as written by forward.
 template <typename T>
 struct FrameGradients {
   FrameArguments<T> kept;
@@ -143,8 +143,8 @@ struct FrameGradients {
   }
 };
 
-// The derivative by all products of a block of pairs, dense, for two matrix products. A thread takes elements
-// by themselves. Traffic: T V I J elements written, T V (6 (I + J) + 24) bytes read.
+// The derivative by all products of a block of pairs, dense, for two matrix products. Elements are
+// independent. Traffic: T V I J elements written, T V (6 (I + J) + 24) bytes read.
 template <typename T>
 __global__ void frame_similarity_backward(FrameGradients<T> a) {
   const int64_t columns = int64_t(a.kept.videos) * a.kept.j_parts,

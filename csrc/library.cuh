@@ -41,7 +41,7 @@ T* pointer(const std::optional<Tensor>& x) {
   return x ? pointer<T>(*x) : nullptr;
 }
 
-// Refuses a tensor of another shape, dtype or device, or with gaps: a kernel would read beside it.
+// Refuses a tensor of another shape, dtype or device, or a strided one: a kernel would read out of bounds.
 inline void expect(const char* name, const Tensor& x, std::initializer_list<int64_t> shape, ScalarType type,
                    const Tensor& like) {
   bool fits = x.dim() == int64_t(shape.size()) && x.scalar_type() == type && x.is_contiguous() &&

@@ -1,11 +1,11 @@
-// Ranks of the right groups of items among all, without the matrix of scores:
+// Ranks of the positive groups of items, without the matrix of scores:
 // discovla/ops/rank_of_positive.py.
 #include "tile.cuh"
 
 namespace discovla {
 
-// query: n width, items: m width, unit rows; items of one group follow one another. positive: n, the right
-// group. group: m, the group of each item, and starts: its first item and m at the end; both null where every
+// query: n width, items: m width, unit rows; items of one group follow one another. positive: n, the
+// positive group. group: m, the group of each item, and starts: its first item and m at the end; both null where every
 // item is a group. lse: m, of a dual softmax with `scale` and `lowest`; null for cosines. target: n. counts:
 // 2 n, from zero.
 template <typename T>
@@ -21,7 +21,7 @@ struct RankArguments {
   __host__ __device__ int64_t start(int64_t g) const { return starts ? starts[g] : g; }
   __host__ __device__ int64_t group_of(int64_t item) const { return group ? group[item] : item; }
 
-  // A cosine, or the logarithm of what the dual softmax makes of it.
+  // The cosine, or the logarithm of its dual softmax.
   __host__ __device__ float score(float cosine, int64_t item) const {
     if (!lse) return cosine;
     const float logit = scale * cosine;
@@ -32,8 +32,8 @@ struct RankArguments {
 template <typename T>
 using RankTile = Tile<T, 128, 128, 2, 4>;
 
-// target_i = the best score of query i within its right group. Tile: 128 queries with one item of each one's
-// group, of which the diagonal is kept, so that equal scores come of the same arithmetic as in rank_count.
+// target_i = the best score of query i within its positive group. Tile: 128 queries with one item of each
+// query's group; only the diagonal is used, so equal scores come from the same arithmetic as in rank_count.
 template <typename T>
 __global__ void __launch_bounds__(RankTile<T>::THREADS) rank_target(RankArguments<T> a) {
   DYNAMIC_SHARED(memory);
@@ -64,12 +64,12 @@ __global__ void __launch_bounds__(RankTile<T>::THREADS) rank_target(RankArgument
   if (active) a.target[own] = best;
 }
 
-// counts_0 += |{groups other than the right one with a score >= target}|, counts_1 the same with >.
+// counts_0 += |{groups other than the positive one with a score >= target}|, counts_1 the same with >.
 //
 // Block: 128 queries and one of `chunks` runs of groups, 128 items after another. A warp takes a query's 128
 // scores, 32 at a time, as bits of what reaches and of what exceeds the target. Of a group that spans words
 // or tiles the first hit counts: the last group that was hit is kept for each query. Integers are added,
-// whose sum no order changes. Traffic: N M WIDTH (2 / 128) elements, mostly from L2; 8 N bytes added for each
+// so the result does not depend on an order. Traffic: N M WIDTH (2 / 128) elements, mostly from L2; 8 N bytes added for each
 // chunk.
 template <typename T>
 __global__ void __launch_bounds__(RankTile<T>::THREADS) rank_count(RankArguments<T> a) {
@@ -135,7 +135,7 @@ template void rank_of_positive(RankArguments<__nv_bfloat16>, cudaStream_t);
 namespace discovla {
 namespace {
 
-// counts: 2 n, int32: groups other than the right one that score at least as high, and higher.
+// counts: 2 n, int32: groups other than the positive one that score at least as high, and higher.
 Tensor rank_of_positive_cuda(Tensor query, Tensor items, Tensor positive, std::optional<Tensor> group,
                              std::optional<Tensor> starts, std::optional<Tensor> lse,
                              std::optional<Tensor> lowest, double scale) {

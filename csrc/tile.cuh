@@ -11,8 +11,8 @@ namespace wmma = nvcuda::wmma;
 //
 // The block has DOWN x ACROSS warps; each holds (ROWS / DOWN) x (COLUMNS / ACROSS) sums in registers. Rows
 // pass through two stages of shared memory, 128 bytes of each at a time, the next copied while one is
-// multiplied. Float32 is multiplied as three TF32 products. An element adds its products in one order,
-// whatever place it has in a tile, so that equal rows give equal products.
+// multiplied. Float32 is multiplied as three TF32 products. An element is summed in the same order at every
+// place of a tile, so equal rows give equal products.
 template <typename T, int ROWS_, int COLUMNS_, int DOWN, int ACROSS>
 struct Tile {
   using Element = T;
@@ -44,7 +44,7 @@ struct Tile {
 #pragma unroll
       for (auto& sum : row) wmma::fill_fragment(sum, 0.0f);
     const int steps = ceil_div(width, DEPTH);
-    __syncthreads();  // whoever still reads products of the call before
+    __syncthreads();  // threads may still read the products of the previous call
     copy(x, x_row, y, y_row, width, 0, stages);
     for (int step = 0; step < steps; ++step) {
       if (step + 1 < steps) {

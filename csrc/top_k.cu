@@ -3,7 +3,7 @@
 
 namespace discovla {
 
-// query: n width, items: m width, unit rows. group: m, the group of each item, or null where every item is
+// query: n width, items: m width, unit rows. group: m, the group of each item, or null if every item is
 // one. lists: n chunks k, scratch. values, indices: n k.
 template <typename T>
 struct TopKArguments {
@@ -41,8 +41,8 @@ __host__ __device__ inline float score_of(uint64_t key) {
   return as.number;
 }
 
-// Puts a key into a falling list of k, by one warp. A key of the same index that is already there goes if it
-// is smaller, and stays, alone, if it is not.
+// Inserts a key into a descending list of k, by one warp. Of two keys with the same index only the larger
+// stays.
 __device__ inline void insert(uint64_t* list, int k, uint64_t key) {
   const int lane = threadIdx.x % 32;
   int place = 0, gone = k - 1;

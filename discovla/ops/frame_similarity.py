@@ -107,7 +107,9 @@ def _frame_similarity(
     functions, pairs = block_functions(impl), len(text) * len(video)
     text, video = unit_rows(text, pairs)[0], unit_rows(video, pairs)[0]
     out = text.new_empty(len(text), len(video), dtype=sum_dtype(text))
-    for rows, columns in pair_blocks(*out.shape, functions.pairs_per_block(text, video, keep=False)):
+    for rows, columns in pair_blocks(
+        len(text), len(video), functions.pairs_per_block(text, video, keep=False)
+    ):
         masks = select_rows(text_mask, rows), select_rows(video_mask, columns)
         out[rows, columns] = functions.maxima(
             text[rows], video[columns], scale, *masks, keep=False
@@ -135,7 +137,7 @@ def _frame_similarity_backward(
     dtext, dscale = torch.empty_like(text), torch.zeros_like(scale)
     (text, text_inverse), (video, video_inverse) = unit_rows(text, pairs), unit_rows(video, pairs)
     dvideo_unit = torch.zeros_like(video, dtype=dtype)
-    for rows, across in row_strips(*grad.shape, functions.pairs_per_block(text, video, keep=True)):
+    for rows, across in row_strips(len(text), len(video), functions.pairs_per_block(text, video, keep=True)):
         dtext_unit = torch.zeros_like(text[rows], dtype=dtype)
         for columns in across:
             block = (text[rows], video[columns], scale)

@@ -60,7 +60,7 @@ def _late_interaction(
     """`late_interaction` block by block, of unit rows."""
     functions = block_functions(impl)
     out = text.new_empty(len(text), len(video), dtype=sum_dtype(text))
-    for rows, columns in pair_blocks(*out.shape, functions.pairs_per_block(text, video)):
+    for rows, columns in pair_blocks(len(text), len(video), functions.pairs_per_block(text, video)):
         masks = select_rows(text_mask, rows), select_rows(video_mask, columns)
         out[rows, columns] = functions.scores(text[rows], video[columns], *masks)
     return out
@@ -83,7 +83,7 @@ def _late_interaction_backward(
     """Gradients by text and video, float32 at least; the cosines of each block are computed again."""
     functions = block_functions(impl)
     dtext, dvideo = (torch.zeros_like(x, dtype=sum_dtype(x)) for x in (text, video))
-    for rows, columns in pair_blocks(*grad.shape, functions.pairs_per_block(text, video)):
+    for rows, columns in pair_blocks(len(text), len(video), functions.pairs_per_block(text, video)):
         masks = select_rows(text_mask, rows), select_rows(video_mask, columns)
         gradients = functions.gradients(grad[rows, columns], text[rows], video[columns], *masks)
         dtext[rows] += gradients[0]

@@ -193,7 +193,7 @@ def _token_similarity(
     """Either similarity of unit rows, block by block; mode: ranking, training, or official padding."""
     functions = block_functions(impl)
     out = text.new_empty(len(text), len(video), dtype=sum_dtype(text))
-    for rows, columns in pair_blocks(*out.shape, functions.pairs_per_block(text, video)):
+    for rows, columns in pair_blocks(len(text), len(video), functions.pairs_per_block(text, video)):
         masks = select_rows(text_mask, rows), select_rows(video_mask, columns)
         out[rows, columns] = functions.scores(text[rows], video[columns], *masks, kappa, mode)
     return out
@@ -218,7 +218,7 @@ def _token_similarity_backward(
     """Gradients by text and video, float32 at least; the cosines of each block are computed again."""
     functions = block_functions(impl)
     dtext, dvideo = (torch.zeros_like(x, dtype=sum_dtype(x)) for x in (text, video))
-    for rows, columns in pair_blocks(*grad.shape, functions.pairs_per_block(text, video)):
+    for rows, columns in pair_blocks(len(text), len(video), functions.pairs_per_block(text, video)):
         masks = select_rows(text_mask, rows), select_rows(video_mask, columns)
         block = (grad[rows, columns], text[rows], video[columns], *masks)
         gradients = functions.gradients(*block, kappa, mode)
@@ -266,18 +266,18 @@ class _Communication(torch.autograd.Function):
         ctx.save_for_backward(text, video, text_mask, video_mask)
         ctx.kappa, ctx.padding = kappa, padding
         scores = text.new_empty(len(text), len(video))  # t v
-        for rows, columns in pair_blocks(*scores.shape, streamed.pairs_per_block(text, video)):
+        for rows, columns in pair_blocks(len(text), len(video), streamed.pairs_per_block(text, video)):
             block = _select(text[rows], video[columns], text_mask, video_mask, rows, columns)
             scores[rows, columns] = token_training_similarity_reference(block, kappa, padding, True)
         return scores
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        text, video, *masks = ctx.saved_tensors
+        text, video, text_mask, video_mask = ctx.saved_tensors
         dtext, dvideo = torch.zeros_like(text), torch.zeros_like(video)
-        for rows, columns in pair_blocks(*grads[0].shape, streamed.pairs_per_block(text, video)):
+        for rows, columns in pair_blocks(len(text), len(video), streamed.pairs_per_block(text, video)):
             leaves = text[rows].detach().requires_grad_(), video[columns].detach().requires_grad_()
-            block = _select(*leaves, *masks, rows, columns)
+            block = _select(leaves[0], leaves[1], text_mask, video_mask, rows, columns)
             with torch.enable_grad():
                 scores = token_training_similarity_reference(block, ctx.kappa, ctx.padding, True)
             gradients = torch.autograd.grad(scores, leaves, grads[0][rows, columns])

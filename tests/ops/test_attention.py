@@ -81,6 +81,6 @@ def test_the_reference_passes_gradcheck():
     )
 
 
-def test_a_kernel_that_is_not_there_is_an_error_with_its_remedy():
+def test_a_missing_kernel_is_refused_with_the_remedy():
     with pytest.raises(KernelUnavailable, match="attention: no implementation 'cuda'; use one of auto"):
         attention(*inputs(3, torch.float32), impl="cuda")

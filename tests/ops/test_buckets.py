@@ -15,7 +15,7 @@ def captions(n: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pairs", [64, 128, 1024])
-def test_little_is_waste_and_few_numbers_come(pairs):
+def test_at_most_5_percent_is_waste_and_few_row_counts_occur(pairs):
     found = set()
     for seed in range(40):
         masks = captions(pairs, 32, seed), captions(12 * pairs, 32, seed + 1000)
@@ -27,7 +27,7 @@ def test_little_is_waste_and_few_numbers_come(pairs):
     assert len(found) <= 8
 
 
-def test_a_small_batch_takes_a_step_of_its_own_and_never_more_than_there_are_places():
+def test_a_small_batch_is_rounded_up_to_at_most_its_places():
     few, full = captions(1, 32), torch.ones(3, 5, dtype=torch.bool)
     assert bucketed_rows([few]) == {(1, 32): 32}
     assert bucketed_rows([captions(12, 32)]) == {
@@ -38,13 +38,13 @@ def test_a_small_batch_takes_a_step_of_its_own_and_never_more_than_there_are_pla
     assert bucketed_rows([holes]) == {(2, 4): 7}, "a place before the last token would be seen"
 
 
-def test_lots_of_one_shape_share_their_rows():
+def test_masks_of_one_shape_share_their_rows():
     some, more = captions(20, 32), torch.ones(20, 32, dtype=torch.bool)
     assert bucketed_rows([some, more], fewest=1) == {(20, 32): 640, (40, 32): 1280}
 
 
 @pytest.mark.parametrize("rows", [6, 7, 9])
-def test_a_widened_mask_has_so_many_places_none_before_a_token(rows):
+def test_a_filled_mask_has_the_rows_asked_for_and_adds_none_before_a_token(rows):
     mask = torch.tensor([[True, False, True, False], [True, False, False, False], [True, True, True, False]])
     found = fill_bucket(mask, rows)
     assert found.sum() == rows and (found | ~mask).all()
@@ -53,7 +53,7 @@ def test_a_widened_mask_has_so_many_places_none_before_a_token(rows):
 
 @pytest.mark.parametrize("variant", steps.VARIANTS)
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_losses_and_gradients_are_those_without_more_rows(variant, impl):
+def test_added_rows_change_no_loss_and_no_gradient(variant, impl):
     method, batch = steps.make(variant), garbled(steps.whole_batch(bad=False))
     want = results(method, batch, impl)
     masks = [
@@ -73,7 +73,7 @@ def test_losses_and_gradients_are_those_without_more_rows(variant, impl):
         assert relative_error(got[name], value) <= 1e-12 or value.abs().max() < 1e-12, name
 
 
-def test_of_masks_on_another_device_nothing_is_read_back():
+def test_filling_a_mask_does_not_sync_with_its_device():
     method, batch = steps.make("discovla"), steps.whole_batch(bad=False)
     assert batch.frame_text_mask is not None
     method.text.rows = bucketed_rows([batch.text_mask, batch.frame_text_mask.flatten(0, 1)])
@@ -82,7 +82,7 @@ def test_of_masks_on_another_device_nothing_is_read_back():
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
-def test_words_are_the_same(impl):
+def test_added_rows_change_no_word_feature(impl):
     method, (ids, mask) = steps.make("tokens"), random_captions(tiny_architecture(), 5, torch.Generator())
     method.text.impl = impl
     want = method.text(ids, mask, words=True, dtype=torch.float64)

@@ -165,7 +165,7 @@ def test_alignment_losses_of_columns_are_those_of_whole_matrices(impl, split, de
 
 @pytest.mark.parametrize("detach", [False, True], ids=["taught both ways", "detached teacher"])
 @pytest.mark.parametrize("split", SPLITS)
-def test_any_logits_are_taught_by_columns_as_by_whole_matrices(split, detach):
+def test_frame_alignment_of_columns_is_that_of_the_whole_matrix_for_any_logits(split, detach):
     *masks, ignore = masks_and_ignore()
 
     def losses(x, own, columns):
@@ -196,7 +196,7 @@ def test_groups_of_columns_are_those_of_whole_matrices(split, detach, taught):
 
 
 @pytest.mark.parametrize("kl_norm", ["official", "fixed"])
-def test_groups_are_batches_of_their_own(kl_norm):
+def test_losses_of_groups_are_the_mean_over_groups_as_batches(kl_norm):
     *masks, ignore = masks_and_ignore()
     x, n, groups = leaves(), 8, (slice(0, 4), slice(4, 8))
     x = [leaf[:n] if leaf.dim() else leaf for leaf in x]

@@ -75,13 +75,13 @@ def test_a_failure_of_nvcc_is_one_line(wish, status, said, false_nvcc, monkeypat
     assert not false_nvcc.exists()
 
 
-def test_nothing_is_built_where_it_is_not_wanted(false_nvcc, monkeypatch, capsys):
+def test_with_mode_0_nothing_is_built(false_nvcc, monkeypatch, capsys):
     monkeypatch.setenv("DISCOVLA_CUDA", "0")
     assert builder.main(["--out", str(false_nvcc)]) == 0
     assert capsys.readouterr() == ("", "")
 
 
-def test_nothing_is_said_where_there_is_no_nvcc(monkeypatch, tmp_path, capsys):
+def test_auto_without_nvcc_prints_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(builder, "find_nvcc", lambda: None)
     monkeypatch.setenv("DISCOVLA_CUDA", "auto")
     assert builder.main(["--out", str(tmp_path / "out.so")]) == 0
@@ -90,13 +90,13 @@ def test_nothing_is_said_where_there_is_no_nvcc(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("discovla: error: nvcc is not on PATH")
 
 
-def test_an_unknown_wish_is_refused(monkeypatch, capsys):
+def test_an_unknown_mode_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("DISCOVLA_CUDA", "yes")
     assert builder.main([]) == 2
     assert capsys.readouterr().err == "DISCOVLA_CUDA: expected auto, 0 or 1, found 'yes'\n"
 
 
-def test_what_is_newer_than_its_sources_is_not_built_again(false_nvcc):
+def test_an_up_to_date_library_is_not_built_again(false_nvcc):
     false_nvcc.touch()
     assert builder.build(false_nvcc) is False
     os.utime(false_nvcc, (0, 0))

@@ -115,7 +115,7 @@ def test_ranks_of_groups_count_a_group_once(m, kinds, chunks, host):
 
 
 @DTYPES
-def test_ranks_of_rows_that_are_no_multiple_of_a_copy(dtype, host):
+def test_ranks_of_rows_whose_width_is_no_multiple_of_a_copy(dtype, host):
     query, items = units((20, 65), 0, dtype), units((70, 65), 1, dtype)
     positive = torch.arange(20)
     want = rank_of_positive_reference(query.double(), items.double(), positive, None, None)

@@ -32,7 +32,7 @@ def test_a_kernel_on_a_cpu_needs_the_interpreter(monkeypatch):
         choose("info_nce", "triton", "cpu")
 
 
-def test_auto_takes_plain_torch_for_what_the_kernel_does_not_and_says_so_once(caplog, monkeypatch):
+def test_auto_falls_back_to_torch_for_unsupported_tensors_and_warns_once(caplog, monkeypatch):
     monkeypatch.setitem(AUTO, "frame_similarity", {"cuda": "triton"})
     dispatch._warn_once.cache_clear()
     too_many = torch.zeros(1, 300, 2)
@@ -64,7 +64,7 @@ def inputs(x, text_frames, video_frames):
     return AlignmentInputs(text=x, video=x, text_frames=text_frames, video_frames=video_frames)
 
 
-def test_one_block_is_left_to_the_reference_where_no_kernel_is_chosen(monkeypatch):
+def test_auto_takes_the_reference_for_one_block_unless_a_kernel_is_chosen(monkeypatch):
     assert choose("info_nce", "auto", "cpu", small=True) == "reference"
     assert choose("info_nce", "auto", "cpu") == "torch"
     monkeypatch.setitem(AUTO, "info_nce", {"cuda": "triton"})

@@ -78,7 +78,7 @@ def test_rows_too_small_for_a_scale_count_as_zeros(impl):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_by_the_kernel_results_and_gradients_are_the_same(backward):
+def test_the_kernel_gives_the_results_and_gradients_of_the_reference(backward):
     x, weight, bias = (part.to(DEVICE) for part in made(t=33))
     rounded, found = quantise_weight(weight, backward=backward), {}
     for impl in ("reference", "triton"):
@@ -90,7 +90,7 @@ def test_by_the_kernel_results_and_gradients_are_the_same(backward):
         assert relative_error(got, want) <= (0 if DEVICE == "cpu" else 2**-8)
 
 
-def test_rows_that_the_kernel_does_not_take_are_refused():
+def test_unsupported_rows_are_refused_by_the_kernel():
     with pytest.raises(KernelUnavailable, match="quantise_rows: impl='triton': float64 has no kernel"):
         quantise_rows(torch.ones(1, 2, dtype=torch.float64), impl="triton")
     with pytest.raises(KernelUnavailable, match="expected rows of at most 16384 numbers, found 16385"):
@@ -109,7 +109,7 @@ def test_the_product_is_that_of_the_rounded_numbers_and_near_the_true_one():
     assert 0.01 < relative_error(got - bias, (x.double() @ weight.double().T)) < 0.06
 
 
-def test_gradients_are_those_of_the_rounded_weight_and_of_nothing_else():
+def test_gradients_are_those_of_the_rounded_weight_only():
     x, weight, bias = made(dtype=torch.float64)
     x.requires_grad_()
     rounded = quantise_weight(weight)
@@ -143,7 +143,7 @@ def test_gradients_in_fp8_are_those_of_rounded_ones_and_near_the_true_ones():
     assert 0.01 < relative_error(x.grad[rows] / scale[rows], truth[rows] / scale[rows]) < 0.04
 
 
-def test_of_a_gradient_e4m3_loses_half_of_what_e5m2_does():
+def test_e4m3_loses_half_as_much_of_a_gradient_as_e5m2():
     """As the gradients of a model: the numbers of a row are of sizes some powers of ten apart."""
     _, weight, _ = made(o=256)
     rounded = quantise_weight(weight)
@@ -159,7 +159,7 @@ def test_of_a_gradient_e4m3_loses_half_of_what_e5m2_does():
     assert errors[FP8] < 0.6 * errors[torch.float8_e5m2] and errors[FP8] < 0.03
 
 
-def test_for_backward_in_fp8_a_byte_a_weight_is_kept_and_nothing_of_the_rows():
+def test_backward_in_fp8_keeps_a_byte_a_weight_and_no_rows():
     x, weight, bias = made()
     rounded, kept = quantise_weight(weight, backward=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -46,7 +46,7 @@ def test_values_and_gradients_are_those_of_its_layers_and_near_the_true_ones(act
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_what_is_hidden_alone_is_kept_and_a_result_that_is_not_read_not_computed(backward, monkeypatch):
+def test_only_h_is_kept_and_an_unneeded_output_is_not_computed(backward, monkeypatch):
     x, weights, _ = made(backward, torch.bfloat16)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -64,7 +64,7 @@ def test_what_is_hidden_alone_is_kept_and_a_result_that_is_not_read_not_computed
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize(("t", "i"), [(1, 1), (7, 63), (130, 16), (3, 4097)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_kernel_rounds_what_passes_an_activation_as_the_reference(activation, hidden, t, i, dtype):
+def test_the_kernel_rounds_after_an_activation_as_the_reference(activation, hidden, t, i, dtype):
     x = torch.randn(t, i, device=DEVICE).to(dtype)
     h = torch.randn(t, i, device=DEVICE).to(dtype) if hidden else None
     scale, options = torch.logspace(-1, 1, i, device=DEVICE), {"activation": activation, "hidden": h}
@@ -85,7 +85,7 @@ def test_the_kernel_rounds_what_passes_an_activation_as_the_reference(activation
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_by_the_kernel_values_and_gradients_are_the_same(backward):
+def test_the_kernel_gives_the_values_and_gradients_of_the_reference(backward):
     x, weights, _ = made(backward, torch.float32 if DEVICE == "cpu" else torch.bfloat16)
     found = {}
     for impl in ("reference", "triton"):
@@ -95,7 +95,7 @@ def test_by_the_kernel_values_and_gradients_are_the_same(backward):
         assert relative_frobenius(got, want) <= 5e-3
 
 
-def test_what_does_not_fit_is_refused():
+def test_shapes_that_do_not_fit_are_refused():
     x, weights, _ = made(False)
     with pytest.raises(ValueError, match=r"x: expected shape \(33, 1, 32\), found \(33, 1, 31\)"):
         fp8_mlp(x[..., :31], weights)

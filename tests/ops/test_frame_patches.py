@@ -78,7 +78,7 @@ def test_whole_frames_are_normalised_channels_first(dtype, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_what_does_not_fit_is_refused_by_name(impl):
+def test_shapes_that_do_not_fit_are_refused_by_name(impl):
     frames = torch.zeros(1, 1, 4, 6, 3, dtype=torch.uint8)
     half = ((0.5, 0.5), (0.5, 0.5))
     for message, call in (

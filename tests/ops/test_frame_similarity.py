@@ -63,7 +63,7 @@ def test_values_and_gradients_are_those_of_the_formula(impl, masked, dtype, shap
 
 
 @pytest.mark.parametrize("impl", STREAMED)
-def test_many_blocks_give_what_one_gives(impl, monkeypatch):
+def test_many_blocks_give_the_result_of_one(impl, monkeypatch):
     skip_what_no_gpu_kernel_takes(impl, torch.float64)
     text, video, scale = noise((9, 4, 6)), noise((5, 3, 6)), torch.tensor(SCALE, device=DEVICE).double()
     direction = noise((9, 5))

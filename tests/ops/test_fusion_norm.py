@@ -75,7 +75,7 @@ def test_values_and_gradients_are_those_of_the_formula(rows, n, stream, dtype, i
         assert (g.double() - w).abs().max() <= 2 * budget * max(1, w.abs().max()), name
 
 
-def test_of_what_is_added_the_kernel_keeps_the_adapters_rows_alone():
+def test_of_u_the_kernel_keeps_only_the_adapters_input():
     x = leaves(30, 4, (SINGLE, SINGLE))
     own = {leaf.untyped_storage().data_ptr() for leaf in x}
     kept: list[Tensor] = []
@@ -100,7 +100,7 @@ def test_the_op_is_registered_soundly():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_what_does_not_fit_is_refused_by_name(impl):
+def test_shapes_that_do_not_fit_are_refused_by_name(impl):
     x, places = leaves(4, 2, (SINGLE, SINGLE)), slots(4, 2)
     for message, wrong in (
         ("u: expected at least 4 rows 33 wide", lambda: call([x[0], x[1][:3], *x[2:]], places, impl)),

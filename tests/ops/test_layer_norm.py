@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_the_formula(rows, parts, dtypes, impl
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtypes", STREAMS, ids=str)
 @pytest.mark.parametrize("parts", [1, 2], ids=["alone", "sum"])
-def test_a_frozen_gain_and_shift_scale_what_is_normed(parts, dtypes, impl):
+def test_a_frozen_gain_and_shift_scale_the_normalised_rows(parts, dtypes, impl):
     skip_what_no_gpu_kernel_takes(impl, dtypes[0])
     x = leaves(7, 33, dtypes, parts)
     affine = tuple(torch.randn(33, device=DEVICE).to(dtypes[1]) for _ in "gs")

@@ -63,7 +63,7 @@ def test_values_and_gradients_are_those_of_the_formula(rows, stream, dtype, impl
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_nothing_need_be_added(impl):
+def test_the_update_is_optional(impl):
     x, a, _ = leaves(7, (SINGLE, SINGLE))
     total, z, _ = lora_norm(x, a, impl=impl)
     assert total is x
@@ -76,7 +76,7 @@ def test_nothing_need_be_added(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_programs_share_many_rows_among_them(impl, monkeypatch):
+def test_many_rows_are_shared_among_programs(impl, monkeypatch):
     monkeypatch.setattr("discovla_kernels.lora_norm.PROGRAMS", 2)
     x = leaves(70, (SINGLE, SINGLE))
     truth = [leaf.detach().double().requires_grad_() for leaf in x]
@@ -93,7 +93,7 @@ def of_one(weight: Tensor, bias: Tensor, lora: LoRA) -> LoRAWeights:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_weights_put_together_have_the_gradients_of_each(impl, monkeypatch):
+def test_weights_assembled_together_have_the_gradients_of_each(impl, monkeypatch):
     monkeypatch.setattr("discovla_kernels.lora_norm.PROGRAMS", 3)
     linears = [(torch.randn(6, 5, device=DEVICE), torch.randn(6, device=DEVICE)) for _ in range(2)]
     loras = [LoRA(5, 6, 3).to(DEVICE) for _ in range(2)]
@@ -165,7 +165,7 @@ def test_the_op_is_registered_soundly():
     torch.library.opcheck(_lora_norm, arguments, test_utils=tests)
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_shapes_that_do_not_fit_are_refused_by_name():
     x, a, u = leaves(3, (SINGLE, SINGLE))
     weight, bias, b = torch.zeros(4, 33), torch.zeros(4), torch.zeros(4, 3)
 

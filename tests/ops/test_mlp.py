@@ -107,7 +107,7 @@ def test_the_op_is_registered_soundly():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_what_does_not_fit_is_refused_by_name(impl):
+def test_shapes_that_do_not_fit_are_refused_by_name(impl):
     x = leaves(3, 4, 5, torch.float32)
     for index, name in enumerate(NAMES):
         if index:
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused_by_name(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_result_that_is_not_read_has_the_same_gradients(impl):
+def test_an_unneeded_output_has_the_same_gradients(impl):
     x = leaves(7, 12, 20, torch.float32)
     weights = MLPWeights(up=x[1], up_bias=x[2], down=x[3], down_bias=x[4])
     outs = [mlp(x[0], weights, output_needed=needed, impl=impl) for needed in (True, False)]

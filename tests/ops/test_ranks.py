@@ -44,7 +44,7 @@ def test_ranks_of_texts_are_those_of_the_matrix(n, dtype, impl):
 
 
 @pytest.mark.parametrize("impl", RANKS)
-def test_texts_of_one_video_share_their_right_item(impl):
+def test_texts_of_one_video_share_their_positive_item(impl):
     groups = torch.arange(40) % 13
     text, video = signs(40, 0), signs(13, 1)
     found = ranks(impl, text.float(), video.float(), groups)
@@ -87,7 +87,7 @@ def test_dual_softmax_ranks_are_those_of_the_matrix(n, impl):
     assert_ranks(ranks(impl, video, text, every, dual_softmax_scale=20), video_to_text_ranks(to_text))
 
 
-def test_runs_of_queries_rank_as_all_at_once(monkeypatch):
+def test_chunks_of_queries_rank_as_all_at_once(monkeypatch):
     groups = torch.arange(40) % 13
     text, video = signs(40, 0), signs(13, 1)
     arguments = (video, text, torch.arange(13))
@@ -111,7 +111,7 @@ def test_a_group_too_large_for_a_tile_is_refused_by_the_kernel():
         rank_of_positive(signs(3, 0), signs(129, 1), one[:3], groups=one, impl="triton")
 
 
-def test_a_right_item_that_is_not_there_is_refused():
+def test_a_positive_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"positive: expected 3 indices in 0\.\.2"):
         rank_of_positive(signs(3, 0), signs(3, 1), torch.tensor([0, 1, 3]))
 

@@ -143,7 +143,7 @@ def test_values_and_gradients_are_those_of_the_formula(name, dtype, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_queries_that_may_see_no_key_give_zeros_and_get_none_back(impl):
+def test_queries_that_see_no_key_give_zeros_and_zero_gradients(impl):
     q, kv = torch.randn(4, WIDTH, device=DEVICE), torch.randn(4, 3, 2 * WIDTH, device=DEVICE)
     mask = torch.tensor([[False] * 3, [False] * 3, [True] * 3, [True] * 3], device=DEVICE)
     ends = torch.arange(0, 12, 3, device=DEVICE)
@@ -155,7 +155,7 @@ def test_queries_that_may_see_no_key_give_zeros_and_get_none_back(impl):
     assert all(g.isfinite().all() and not g[:2].any() for g in grads)
 
 
-def test_the_kernel_keeps_its_inputs_alone():
+def test_the_kernel_keeps_only_its_inputs():
     x = CASES["frames"].leaves(torch.float32)
     own = {leaf.untyped_storage().data_ptr() for leaf in x}
     kept: list[Tensor] = []
@@ -165,7 +165,7 @@ def test_the_kernel_keeps_its_inputs_alone():
     assert [tuple(t.shape) for t in more] == [(6,)], "the rows that are read"
 
 
-def test_twice_the_same_is_bitwise_the_same():
+def test_two_runs_are_bitwise_equal():
     case = CASES["both-captions"]
     x = case.leaves(torch.float32)
     grads = [torch.autograd.grad(sum(y.square().sum() for y in case.run(x, "triton")), x) for _ in "ab"]
@@ -191,7 +191,7 @@ def test_the_op_is_registered_soundly():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_what_does_not_fit_is_refused_by_name(impl):
+def test_shapes_that_do_not_fit_are_refused_by_name(impl):
     q, kv, ends = torch.zeros(4, 4), torch.zeros(4, 3, 8), torch.arange(0, 12, 3)
     seen = torch.ones(4, 3) > 0
 

@@ -45,7 +45,7 @@ def test_values_and_gradients_are_those_of_the_rows_of_lora_norm(rows, n, stream
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_nothing_need_be_added_nor_all_be_used(impl):
+def test_the_update_is_optional_and_each_output_can_be_used_alone(impl):
     x, a, _ = leaves(7, (SINGLE, SINGLE))
     where = places(7, 2)
     for which in range(3):
@@ -60,7 +60,7 @@ def test_nothing_need_be_added_nor_all_be_used(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_with_its_projection_it_is_that_of_the_rows_read(impl):
+def test_with_its_projection_it_gives_the_queries_of_readout_rows(impl):
     x, a, u = leaves(20, (SINGLE, SINGLE))
     generator = torch.Generator().manual_seed(0)
     shapes = (99, 33), (99,), (99, 3)
@@ -90,7 +90,7 @@ def test_the_op_is_registered_soundly():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_what_does_not_fit_is_refused_by_name(impl):
+def test_shapes_that_do_not_fit_are_refused_by_name(impl):
     x, a, u = leaves(4, (SINGLE, SINGLE))
     ends, slots = places(4, 2)
     for name, call in (

@@ -81,7 +81,7 @@ def test_values_and_gradients_are_those_of_the_formula(size, causal, masked, imp
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_in_every_dtype(dtype, impl):
+def test_values_and_gradients_in_every_dtype(dtype, impl):
     for lengths in ([7, 7], [70]):
         check(lengths, dtype, impl, causal=True, masked=True)
 
@@ -94,7 +94,7 @@ def test_sequences_of_different_lengths_lie_end_to_end(lengths, causal, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_query_that_sees_no_key_is_zero_and_sends_nothing_back(impl):
+def test_a_query_that_sees_no_key_is_zero_and_has_no_gradient(impl):
     x = rows([4, 4], torch.float32).view(2, 4, -1)
     mask = torch.tensor([[False] * 4, [True] * 4], device=DEVICE)
     out = short_attention(x, HEADS, key_mask=mask, impl=impl)
@@ -111,7 +111,7 @@ def test_the_kernel_keeps_nothing_but_its_input():
     assert {t.untyped_storage().data_ptr() for t in kept} == {x.untyped_storage().data_ptr()}
 
 
-def test_twice_the_same_is_bitwise_the_same():
+def test_two_runs_are_bitwise_equal():
     for length in (50, 70):
         x = rows([length], torch.float32)
         grads = []
@@ -146,7 +146,7 @@ def test_the_op_is_registered_soundly():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_what_does_not_fit_is_refused_by_name(impl):
+def test_shapes_that_do_not_fit_are_refused_by_name(impl):
     x = rows([4], torch.float32)
     wide = Packing(offsets=torch.tensor([0, 4]), max_length=4, num_rows=4)
     short = Packing(offsets=torch.tensor([0, 3], dtype=torch.int32), max_length=3, num_rows=3)

@@ -73,7 +73,7 @@ def test_a_masked_token_has_no_part_and_no_gradient(impl):
 
 
 @pytest.mark.parametrize("impl", STREAMED)
-def test_some_samples_at_a_time_give_what_all_give(impl, monkeypatch):
+def test_samples_in_blocks_give_the_result_of_all_at_once(impl, monkeypatch):
     skip_what_no_gpu_kernel_takes(impl, torch.float64)
     x = [y.detach().to(DEVICE).requires_grad_(y.is_floating_point()) for y in inputs(5, torch.float64)]
     whole = soft_vlad(*x, impl=impl)
@@ -118,6 +118,6 @@ def test_the_reference_passes_gradcheck():
     )
 
 
-def test_a_kernel_that_is_not_there_is_an_error():
+def test_a_missing_kernel_is_refused():
     with pytest.raises(KernelUnavailable, match="soft_vlad: no implementation 'cuda'"):
         soft_vlad(*inputs(3, torch.float32), impl="cuda")

@@ -194,7 +194,7 @@ def test_with_adapter_and_layer_norm_it_is_the_attention_of_a_fusion_block(impl)
     torch.testing.assert_close(total, x + want, atol=1e-5, rtol=1e-5)
 
 
-def test_beside_its_input_the_kernel_keeps_only_what_readout_rows_read():
+def test_beside_its_input_the_kernel_keeps_only_the_readout_rows_results():
     case = CASES["frames"]
     x = case.leaves(torch.float32)
     kept: list[Tensor] = []
@@ -204,7 +204,7 @@ def test_beside_its_input_the_kernel_keeps_only_what_readout_rows_read():
     assert [tuple(t.shape) for t in more] == [(2, 3), (6, HEADS * CHANNELS), (6, HEADS)]
 
 
-def test_twice_the_same_is_bitwise_the_same():
+def test_two_runs_are_bitwise_equal():
     case = CASES["long-captions"]
     x = case.leaves(torch.float32)
     grads = [torch.autograd.grad(sum(y.square().sum() for y in case.run(x, "triton")), x)[0] for _ in "ab"]
@@ -230,7 +230,7 @@ def test_the_op_is_registered_soundly():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_what_does_not_fit_is_refused_by_name(impl):
+def test_shapes_that_do_not_fit_are_refused_by_name(impl):
     x, readout = torch.zeros(4, 3, 12), torch.arange(0, 12, 3).view(2, 2)
     seen = torch.ones(4, 3) > 0
 

@@ -146,7 +146,7 @@ def test_gradients_equal_the_golden_ones(file, name, kind, dtype, impl):
 
 @pytest.mark.parametrize(("kind", "impl"), [case for case in CASES if case[1] != "reference"])
 @pytest.mark.parametrize("block", [1, 45, 70])  # cosines: one pair, two pairs, three
-def test_blocks_of_pairs_change_nothing(monkeypatch, kind, impl, block):
+def test_streaming_in_blocks_changes_no_score_and_no_gradient(monkeypatch, kind, impl, block):
     monkeypatch.setattr("discovla.ops.streamed.token_similarity.BLOCK", block)
     monkeypatch.setattr("discovla_kernels.pairs.BLOCK_BYTES", 8 * block)
     x = inputs(texts=5, videos=4)
@@ -159,7 +159,7 @@ def test_blocks_of_pairs_change_nothing(monkeypatch, kind, impl, block):
 
 
 @pytest.mark.parametrize(("kind", "impl"), [case for case in CASES if case[1] != "triton"])
-def test_gradcheck(kind, impl):
+def test_the_reference_passes_gradcheck(kind, impl):
     x = inputs(2, 3, 3, 2, 4)
     assert torch.autograd.gradcheck(
         lambda t, v: scores_of(replace(x, text=t, video=v), kind, impl, kappa=5.0), (x.text, x.video)
@@ -271,6 +271,6 @@ def test_communication_has_no_kernel():
         token_training_similarity(inputs(), communication=True, impl="triton")
 
 
-def test_an_implementation_that_is_not_here_is_refused():
+def test_an_unknown_implementation_is_refused():
     with pytest.raises(KernelUnavailable, match="token_similarity"):
         token_similarity(inputs(), impl="cuda")

@@ -21,7 +21,7 @@ def test_every_checked_case_agrees_with_the_reference(case):
         assert relative_frobenius(got, truth) < 1e-4
 
 
-def test_every_case_has_a_name_of_its_own_and_every_op_is_timed():
+def test_case_names_are_unique_and_every_op_is_timed():
     for cases in (checked_tower_cases(), timed_tower_cases("full")):
         assert len({case.name for case in cases}) == len(cases)
         assert {case.op for case in cases} >= {

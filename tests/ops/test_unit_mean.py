@@ -41,7 +41,7 @@ def test_values_and_gradients_are_those_of_the_formula(n, dtype, masked, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_row_of_zeros_shows(impl):
+def test_a_row_of_zeros_gives_nan(impl):
     assert unit_mean(torch.zeros(1, 2, 3, device=DEVICE), impl=impl).isnan().all()
 
 
@@ -57,7 +57,7 @@ def test_the_op_is_registered_soundly():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_what_does_not_fit_is_refused_by_name(impl):
+def test_shapes_that_do_not_fit_are_refused_by_name(impl):
     x = torch.ones(2, 3, 4)
     for message, wrong in (
         ("x: expected n k d, found", lambda: unit_mean(x[0], impl=impl)),
