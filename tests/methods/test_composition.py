@@ -198,10 +198,10 @@ def test_order_aware_heads_tell_a_reversed_clip(variant):
     [
         ("meanP", {"frame_position": True}, r"method\.frame_position: .*method\.fused_vision_blocks >= 1"),
         ("tightTransf", {"similarity": "tokens"}, r"method\.head: .*expected method\.similarity = 'pooled'"),
-        ("clip2video", {"similarity": "tokens"}, r"method\.similarity: input should be 'pooled'"),
+        ("clip2video", {"similarity": "tokens"}, r"method\.similarity: expected 'pooled', found 'tokens'"),
         ("clip2video", {"sim_type": "meanP"}, r"method\.sim_type: .*method\.temporal_type = 'none'"),
         ("discovla", {"head": "seqLSTM"}, r"method\.head: unknown key"),
-        ("meanP", {"tune": "half"}, r"method\.tune: input should be 'full', 'lora' or 'frozen'"),
+        ("meanP", {"tune": "half"}, r"method\.tune: expected 'full', 'lora' or 'frozen'"),
     ],
     ids=str,
 )
