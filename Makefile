@@ -1,4 +1,4 @@
-# `make train` and `make test` need git, make, g++ and python3 >= 3.11 with venv and headers. The rest they set up.
+# `make train`, `make test` and `make docs` need git, make, g++ and python3 >= 3.11 with venv and headers. They set up the rest.
 #
 #   TORCH   what pip installs where the environment holds no torch:
 #           make train TORCH='torch==2.11.0 --index-url https://download.pytorch.org/whl/cu130'
@@ -22,7 +22,7 @@ export PATH := $(BIN):$(PATH)
 # Two runs on one machine may not share a port.
 PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
-.PHONY: train test install
+.PHONY: train test docs install
 
 train: install
 	discovla draw data/drawn_world
@@ -31,6 +31,10 @@ train: install
 
 test: install
 	python -m pytest -q -m "not slow" -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+
+docs: install
+	@python -c 'import mkdocs' 2>/dev/null || python -m pip install -q -c constraints.txt -c $(VENV)/torch.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --site-dir build/docs
 
 install: $(VENV)/installed
 

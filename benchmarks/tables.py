@@ -23,7 +23,7 @@ from benchmarks.experiments import ABLATION_RUNS, EXPERIMENTS, LADDER, METHOD_RU
 from benchmarks.measure import RESULTS, ROOT, read_rows
 
 Row = dict[str, Any]
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("docs/results.md", "docs/performance.md")
 ABSENT = "-"
 LAST = 20  # steps whose mean loss is the end of a loss curve
 

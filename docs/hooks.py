@@ -1,14 +1,30 @@
-"""MkDocs hook: write the config reference into its page when the site is built."""
+"""MkDocs hook: fill pages with the config reference and with documents that lie elsewhere in the repository."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from discovla.commands.config import markdown
 
-MARKER = "<!-- config reference -->"
+ROOT = Path(__file__).parents[1]
+CONFIG = "<!-- config reference -->"
+INCLUDE = re.compile(r"<!-- include ([\w./]+) -->")
+LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
 
 
 def on_page_markdown(text: str, **_: Any) -> str:
-    """Replace the marker by the reference of every config key."""
-    return text.replace(MARKER, markdown()) if MARKER in text else text
+    """Replace the markers of a page by the text they stand for."""
+    text = INCLUDE.sub(lambda match: _document(match[1]), text)
+    return text.replace(CONFIG, markdown()) if CONFIG in text else text
+
+
+def _document(path: str) -> str:
+    """A document of the repository; links to pages of the site are adapted, other relative links become text."""
+
+    def link(match: re.Match[str]) -> str:
+        label, target = match.groups()
+        return f"[{label}]({target.removeprefix('docs/')})" if target.startswith("docs/") else f"`{target}`"
+
+    return LINK.sub(link, (ROOT / path).read_text())

@@ -250,7 +250,8 @@ class Method(nn.Module):
         """`video_losses` of n matching pairs, plus alpha l_frm + beta l_dis with frame captions.
 
         Args:
-            text, video: n each; row i of one matches row i of the other.
+            text: n captions.
+            video: n clips; row i matches row i of text.
             same_video: n n, bool, true for two samples of one clip.
             columns: this process's shard of the similarity's columns; video is then v, same_video n v.
         """
