@@ -1,4 +1,4 @@
-"""MkDocs hook: fill pages with the config reference and with documents that lie elsewhere in the repository."""
+"""MkDocs hook: fill pages with the config reference and with other documents of the repository."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def on_page_markdown(text: str, **_: Any) -> str:
 
 
 def _document(path: str) -> str:
-    """A document of the repository; links to pages of the site are adapted, other relative links become text."""
+    """A document of the repository; links to pages of the site are adapted, other links become text."""
 
     def link(match: re.Match[str]) -> str:
         label, target = match.groups()
