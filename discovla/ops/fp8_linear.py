@@ -181,7 +181,7 @@ def _reference(rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, d
 def _scaled_product(
     rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The same by the hardware's FP8 product with float32 sums."""
+    """`_reference` by the hardware's FP8 product with float32 sums."""
     return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         rows[0],
         bits.view(FP8).T,

@@ -103,10 +103,10 @@ def _contrastive_forward(
         column_ptr, student, teacher, here, i.to(tl.int64) * C + c, c < C, stride_column, HAS_TEACHER, 0
     )
     right = (r[:, None] == c[None, :] + shift) & here
-    found = tl.sum(right.to(tl.int32), axis=1) > 0
-    tl.store(diagonal_ptr + r, tl.sum(tl.where(right, student, 0.0), axis=1), mask=found)
+    has_match = tl.sum(right.to(tl.int32), axis=1) > 0
+    tl.store(diagonal_ptr + r, tl.sum(tl.where(right, student, 0.0), axis=1), mask=has_match)
     if HAS_TEACHER:
-        tl.store(diagonal_ptr + R + r, tl.sum(tl.where(right, teacher, 0.0), axis=1), mask=found)
+        tl.store(diagonal_ptr + R + r, tl.sum(tl.where(right, teacher, 0.0), axis=1), mask=has_match)
 
 
 @triton.jit

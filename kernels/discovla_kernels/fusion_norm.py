@@ -110,9 +110,9 @@ def _adapter_backward(
             up_ptr + w[:, None] * RANK + rank[None, :], mask=(w < W)[:, None] & real[None, :], other=0.0
         )
         dh = tl.dot(dz, up.to(dz.dtype), dh, input_precision=PRECISION, out_dtype=ACC)
-        found = tl.dot(tl.trans(dz), g, input_precision=PRECISION, out_dtype=ACC)
+        dup = tl.dot(tl.trans(dz), g, input_precision=PRECISION, out_dtype=ACC)
         place, here = w[:, None] * RANK + rank[None, :], (w < W)[:, None] & real[None, :]
-        tl.store(up_part_ptr + place, found, mask=here)
+        tl.store(up_part_ptr + place, dup, mask=here)
         tl.store(up_part_ptr + RANK * W + w, tl.sum(dz.to(ACC), axis=0), mask=w < W)
     dh = tl.where((n < N)[:, None], dh * activation_slope(h, False), 0.0)
     tl.store(part_ptr + RANK * W + rank, tl.sum(dh, axis=0), mask=real)

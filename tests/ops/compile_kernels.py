@@ -70,8 +70,8 @@ def build(kernel: Any, constants: dict[str, Any], rows: str, target: GPUTarget) 
 
 def entries() -> set[str]:
     """The kernels that are launched, by their names; what they call has other names."""
-    found = {name for module in MODULES for name in vars(module)}
-    return {x for x in found if x.endswith(("_forward", "_backward")) and x.startswith("_")}
+    actual = {name for module in MODULES for name in vars(module)}
+    return {x for x in actual if x.endswith(("_forward", "_backward")) and x.startswith("_")}
 
 
 def main(capability: int) -> None:

@@ -82,10 +82,10 @@ def build(case: Case, target: GPUTarget) -> None:
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned = [i for i, n in enumerate(names) if signature[n][0] in "*i"]
     hints = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    found = compile_kernel(ASTSource(kernel, signature, values, hints), target=target, options=options)
-    if found.metadata.shared > SHARED[target.arch]:
+    built = compile_kernel(ASTSource(kernel, signature, values, hints), target=target, options=options)
+    if built.metadata.shared > SHARED[target.arch]:
         sys.exit(
-            f"{kernel.__name__}: {found.metadata.shared} bytes of shared memory, {SHARED[target.arch]} there"
+            f"{kernel.__name__}: {built.metadata.shared} bytes of shared memory, {SHARED[target.arch]} there"
         )
 
 

@@ -23,24 +23,24 @@ class Counts:
 @contextmanager
 def counted() -> Iterator[Counts]:
     """Counts of every kernel that runs meanwhile."""
-    found = Counts()
+    actual = Counts()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     add, dot = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_dot
 
     def counting_load(self, pointers, mask, *rest):
-        found.loads += int(mask.data.sum())
+        actual.loads += int(mask.data.sum())
         return load(self, pointers, mask, *rest)
 
     def counting_store(self, pointers, value, mask, *rest):
-        found.stores += int(mask.data.sum())
+        actual.stores += int(mask.data.sum())
         return store(self, pointers, value, mask, *rest)
 
     def counting_add(self, kind, pointers, value, mask, *rest):
-        found.stores += int(mask.data.sum())
+        actual.stores += int(mask.data.sum())
         return add(self, kind, pointers, value, mask, *rest)
 
     def counting_dot(self, a, b, *rest):
-        found.flops += 2 * a.data.size * b.data.shape[-1]
+        actual.flops += 2 * a.data.size * b.data.shape[-1]
         return dot(self, a, b, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -48,4 +48,4 @@ def counted() -> Iterator[Counts]:
         patch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
         patch.setattr(InterpreterBuilder, "create_atomic_rmw", counting_add)
         patch.setattr(InterpreterBuilder, "create_dot", counting_dot)
-        yield found
+        yield actual

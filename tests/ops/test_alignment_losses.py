@@ -41,12 +41,12 @@ def test_frame_similarity_is_its_formula_on_the_real_parts(frames, masked):
         text_mask[1, frames // 2 + 1 :] = False
         video_mask[2, 1:] = False
     want = frame_similarity_by_hand(text, video, SCALE, text_mask, video_mask)
-    wanted = torch.autograd.grad((want * noise(3, 4)).sum(), (text, video))
+    expected = torch.autograd.grad((want * noise(3, 4)).sum(), (text, video))
     masks = {"text_mask": text_mask, "video_mask": video_mask} if masked else {}
     got = frame_similarity(text, video, SCALE, **masks)
-    found = torch.autograd.grad((got * noise(3, 4)).sum(), (text, video))
+    actual = torch.autograd.grad((got * noise(3, 4)).sum(), (text, video))
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
-    for g, w in zip(found, wanted, strict=True):
+    for g, w in zip(actual, expected, strict=True):
         torch.testing.assert_close(g, w, atol=1e-11, rtol=1e-10)
 
 

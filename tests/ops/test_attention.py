@@ -64,11 +64,11 @@ def test_in_16_bits_gradients_are_as_close_as_those_of_torch(dtype, masked, caus
     seen = (seen.tril() if causal else seen) & (True if mask is None else mask)
     want = F.scaled_dot_product_attention(*truth, attn_mask=seen)
     direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    wanted = torch.autograd.grad(want, truth, direction.double())
+    expected = torch.autograd.grad(want, truth, direction.double())
     fused = torch.autograd.grad(F.scaled_dot_product_attention(*leaves, attn_mask=seen), leaves, direction)
     got = attention(*leaves, mask=mask, causal=causal)
     for name, own, torchs, true in zip(
-        "qkv", torch.autograd.grad(got, leaves, direction), fused, wanted, strict=True
+        "qkv", torch.autograd.grad(got, leaves, direction), fused, expected, strict=True
     ):
         assert own.dtype == dtype
         assert (own.double() - true).norm() <= 1.2 * (torchs.double() - true).norm(), name

@@ -16,15 +16,15 @@ def captions(n: int, length: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("pairs", [64, 128, 1024])
 def test_at_most_5_percent_is_waste_and_few_row_counts_occur(pairs):
-    found = set()
+    actual = set()
     for seed in range(40):
         masks = captions(pairs, 32, seed), captions(12 * pairs, 32, seed + 1000)
         rows, tokens = bucketed_rows(masks), [int(mask.sum()) for mask in masks]
         ours = [rows[len(mask), 32] for mask in masks]
         assert all(own >= real for own, real in zip(ours, tokens, strict=True))
         assert rows[13 * pairs, 32] == sum(ours) <= 1.05 * sum(tokens)
-        found.add(tuple(ours))
-    assert len(found) <= 8
+        actual.add(tuple(ours))
+    assert len(actual) <= 8
 
 
 def test_a_small_batch_is_rounded_up_to_at_most_its_places():
@@ -46,9 +46,9 @@ def test_masks_of_one_shape_share_their_rows():
 @pytest.mark.parametrize("rows", [6, 7, 9])
 def test_a_filled_mask_has_the_rows_asked_for_and_adds_none_before_a_token(rows):
     mask = torch.tensor([[True, False, True, False], [True, False, False, False], [True, True, True, False]])
-    found = fill_bucket(mask, rows)
-    assert found.sum() == rows and (found | ~mask).all()
-    assert not found[0, 1]
+    actual = fill_bucket(mask, rows)
+    assert actual.sum() == rows and (actual | ~mask).all()
+    assert not actual[0, 1]
 
 
 @pytest.mark.parametrize("variant", steps.VARIANTS)

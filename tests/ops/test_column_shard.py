@@ -50,9 +50,9 @@ class Ranks:
     def _everyones(self, rank: int, own: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         self.given[rank] = tuple(x.detach().clone() for x in own)
         self.barrier.wait(30)
-        found = [self.given[other] for other in range(len(self.sizes))]
+        actual = [self.given[other] for other in range(len(self.sizes))]
         self.barrier.wait(30)
-        return found
+        return actual
 
     def _sums(self, rank: int, own: tuple[Tensor, ...]) -> list[Tensor]:
         return [torch.stack(parts).sum(0) for parts in zip(*self._everyones(rank, own), strict=True)]
@@ -87,22 +87,22 @@ def check(
 ) -> None:
     """Every rank's losses are the whole ones, and their gradients add up to the whole one."""
     x = leaves()
-    wanted = losses(x, slice(None), None)
-    weights = [0.7, 0.4, 1.3][: len(wanted)]
-    whole = torch.autograd.grad(_weighed(wanted, weights), x, allow_unused=True)
+    expected = losses(x, slice(None), None)
+    weights = [0.7, 0.4, 1.3][: len(expected)]
+    whole = torch.autograd.grad(_weighed(expected, weights), x, allow_unused=True)
 
     def part(own: slice, columns: ColumnShard) -> list[Tensor]:
         mine = [leaf.detach().requires_grad_() for leaf in x]
-        found = losses(mine, own, columns)
-        grads = torch.autograd.grad(_weighed(found, weights), mine, allow_unused=True)
-        return [*found, *(g for g in grads if g is not None)]
+        actual = losses(mine, own, columns)
+        grads = torch.autograd.grad(_weighed(actual, weights), mine, allow_unused=True)
+        return [*actual, *(g for g in grads if g is not None)]
 
-    for found in (ranks := Ranks(sizes).run(part)):
-        for got, want in zip(found, wanted, strict=False):
+    for actual in (ranks := Ranks(sizes).run(part)):
+        for got, want in zip(actual, expected, strict=False):
             assert relative_error(got.detach(), want.detach()) < 1e-12
     present = [g for g in whole if g is not None]
-    for index, want in enumerate(present, start=len(wanted)):
-        assert relative_error(torch.stack([found[index] for found in ranks]).sum(0), want) < 1e-10
+    for index, want in enumerate(present, start=len(expected)):
+        assert relative_error(torch.stack([actual[index] for actual in ranks]).sum(0), want) < 1e-10
 
 
 def _weighed(losses: list[Tensor], weights: list[float]) -> Tensor:
@@ -157,8 +157,8 @@ def test_alignment_losses_of_columns_are_those_of_whole_matrices(impl, split, de
 
     def losses(x, own, columns):
         how = {"detach_teacher": detach, "ignore": ignore[:, own], "impl": impl}
-        found = alignment_losses(inputs(x, own, columns, masks), x[4], **how)
-        return [found.video, found.frame, found.distill]
+        actual = alignment_losses(inputs(x, own, columns, masks), x[4], **how)
+        return [actual.video, actual.frame, actual.distill]
 
     check(losses, SPLITS[split])
 
@@ -187,8 +187,8 @@ def test_groups_of_columns_are_those_of_whole_matrices(split, detach, taught):
         how = {"detach_teacher": detach, "ignore": ignore[:, own]}
         given = inputs(x, own, columns, masks, group=4)
         if taught == "pooled":
-            found = alignment_losses(given, x[4], **how)
-            return [found.video, found.frame, found.distill]
+            actual = alignment_losses(given, x[4], **how)
+            return [actual.video, actual.frame, actual.distill]
         student = x[4] * cosine_similarity(x[0], x[1][own]) ** 3
         return list(frame_alignment(student.masked_fill(ignore[:, own], -1e9), given, x[4], **how))
 
@@ -202,17 +202,17 @@ def test_losses_of_groups_are_the_mean_over_groups_as_batches(kl_norm):
     x = [leaf[:n] if leaf.dim() else leaf for leaf in x]
     masks = [mask[:n] for mask in masks]
     how = {"kl_norm": kl_norm, "ignore": ignore[:n, :n]}
-    found = alignment_losses(inputs(x, slice(None), None, masks, group=4), x[4], **how)
-    wanted = []
+    actual = alignment_losses(inputs(x, slice(None), None, masks, group=4), x[4], **how)
+    expected = []
     for group in groups:
         part = [leaf[group] if leaf.dim() else leaf for leaf in x]
         given = inputs(part, slice(None), None, [mask[group] for mask in masks])
-        wanted.append(alignment_losses(given, x[4], kl_norm=kl_norm, ignore=ignore[group, group]))
+        expected.append(alignment_losses(given, x[4], kl_norm=kl_norm, ignore=ignore[group, group]))
     whole = alignment_losses(inputs(x, slice(None), None, masks), x[4], **how)
-    assert found.video.item() == pytest.approx(whole.video.item(), rel=1e-12)
+    assert actual.video.item() == pytest.approx(whole.video.item(), rel=1e-12)
     for name in ("frame", "distill"):
-        mean = sum(getattr(loss, name).item() for loss in wanted) / 2
-        assert getattr(found, name).item() == pytest.approx(mean, rel=1e-12)
+        mean = sum(getattr(loss, name).item() for loss in expected) / 2
+        assert getattr(actual, name).item() == pytest.approx(mean, rel=1e-12)
         assert getattr(whole, name).item() != pytest.approx(mean, rel=1e-3)
 
 
@@ -220,10 +220,10 @@ def test_losses_of_groups_are_the_mean_over_groups_as_batches(kl_norm):
 def test_logits_far_apart_on_ranks_neither_overflow_nor_vanish(impl):
     eye = torch.eye(4)
     scale = torch.tensor(500.0)
-    found = Ranks([2, 2]).run(
+    actual = Ranks([2, 2]).run(
         lambda own, columns: [info_nce(eye, eye.roll(1, 0)[own], scale, columns=columns, impl=impl)]
     )
-    torch.testing.assert_close([loss for (loss,) in found], [torch.tensor(500.0)] * 2)
+    torch.testing.assert_close([loss for (loss,) in actual], [torch.tensor(500.0)] * 2)
 
 
 def alone(first: int) -> ColumnShard:
@@ -239,8 +239,8 @@ def block(n: int, videos: int, group: int | None = None) -> Callable[[str], None
     def run(impl: str) -> None:
         of = {"text": x[0], "video": x[1], "text_frames": x[2], "video_frames": x[3]}
         given = AlignmentInputs(**of, columns=alone(0), group=group)
-        found = alignment_losses(given, torch.tensor(9.0), impl=impl)
-        (found.video + found.frame + found.distill).backward()
+        actual = alignment_losses(given, torch.tensor(9.0), impl=impl)
+        (actual.video + actual.frame + actual.distill).backward()
 
     return run
 

@@ -77,10 +77,10 @@ def test_alignment_losses_and_gradients_are_those_of_the_formula(n, masked, dtyp
         cancelled = {"video": 0.7, "frame": 0.7, "distill": 70 / n}
         for (name, size), g, w in zip(cancelled.items(), got, want, strict=True):
             assert_close(g, w, BUDGET[dtype], name, size)
-        wanted = torch.autograd.grad(want[0] + 0.3 * want[1] + 2 * want[2], truth.leaves)
-        found = torch.autograd.grad(got[0] + 0.3 * got[1] + 2 * got[2], x.leaves)
+        expected = torch.autograd.grad(want[0] + 0.3 * want[1] + 2 * want[2], truth.leaves)
+        actual = torch.autograd.grad(got[0] + 0.3 * got[1] + 2 * got[2], x.leaves)
         for name, g, w in zip(
-            ("text", "video", "text_frames", "video_frames", "scale"), found, wanted, strict=True
+            ("text", "video", "text_frames", "video_frames", "scale"), actual, expected, strict=True
         ):
             assert_close(g, w, BUDGET[dtype], name, 70 if n == 1 else 0.01)
 
@@ -99,9 +99,9 @@ def test_info_nce_and_its_gradients_are_those_of_the_formula(n, masked, dtype, i
     want = info_nce(*(truth.leaves[i] for i in which), ignore=x.ignore, impl="reference")
     got = info_nce(*(x.leaves[i] for i in which), ignore=x.ignore, impl=impl)
     assert_close(got, want, BUDGET.get(dtype, 2e-5), "loss")
-    wanted = torch.autograd.grad(want, [truth.leaves[i] for i in which])
-    found = torch.autograd.grad(got, [x.leaves[i] for i in which])
-    for name, g, w in zip(("text", "video", "scale"), found, wanted, strict=True):
+    expected = torch.autograd.grad(want, [truth.leaves[i] for i in which])
+    actual = torch.autograd.grad(got, [x.leaves[i] for i in which])
+    for name, g, w in zip(("text", "video", "scale"), actual, expected, strict=True):
         # a gradient comes back in the dtype of its input
         assert_close(g, w, 1e-3 if g.dtype == torch.float16 else BUDGET[g.dtype], name)
 
@@ -112,12 +112,12 @@ def test_any_cut_into_blocks_gives_the_same_losses_and_gradients(pairs, impl, mo
     skip_what_no_gpu_kernel_takes(impl, torch.float64)
     x = case(11, True, torch.float64)
     whole = losses(x, impl)
-    wanted = torch.autograd.grad(sum(whole), x.leaves)
+    expected = torch.autograd.grad(sum(whole), x.leaves)
     for module in ("discovla.ops.streamed", "discovla_kernels"):
         monkeypatch.setattr(f"{module}.contrastive.pairs_per_block", lambda text, keep: pairs)
     cut = losses(x, impl)
-    found = torch.autograd.grad(sum(cut), x.leaves)
-    for g, w in zip([*cut, *found], [*whole, *wanted], strict=True):
+    actual = torch.autograd.grad(sum(cut), x.leaves)
+    for g, w in zip([*cut, *actual], [*whole, *expected], strict=True):
         assert relative_error(g, w) < 1e-12
 
 
@@ -177,9 +177,9 @@ def test_the_total_is_the_weighted_sum(impl):
     )
     out = alignment_losses(given, x.leaves[4], alpha=alpha, beta=beta, ignore=x.ignore, impl=impl)
     want = out.video + alpha * out.frame + beta * out.distill
-    wanted = torch.autograd.grad(want, x.leaves, retain_graph=True)
+    expected = torch.autograd.grad(want, x.leaves, retain_graph=True)
     assert relative_error(out.total, want) < 1e-12
-    for g, w in zip(torch.autograd.grad(out.total, x.leaves), wanted, strict=True):
+    for g, w in zip(torch.autograd.grad(out.total, x.leaves), expected, strict=True):
         assert relative_error(g, w) < 1e-12
 
 
@@ -189,6 +189,6 @@ def test_one_loss_alone_can_be_differentiated(impl):
     x = case(7, False, torch.float64)
     for which in range(3):
         want = torch.autograd.grad(losses(x, "reference")[which], x.leaves, allow_unused=True)
-        found = torch.autograd.grad(losses(x, impl)[which], x.leaves)
-        for g, w in zip(found, want, strict=True):
+        actual = torch.autograd.grad(losses(x, impl)[which], x.leaves)
+        for g, w in zip(actual, want, strict=True):
             assert relative_error(g, torch.zeros_like(g) if w is None else w) < 1e-11 or not g.any()

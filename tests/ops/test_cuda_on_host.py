@@ -189,13 +189,13 @@ def test_frame_similarity_and_its_derivatives_are_the_references(t, v, i, j, mas
     scale, grad = torch.tensor(9.0), torch.randn(t, v)
     got = host_frames(host, text, video, scale, masks, grad, backwards)
     rows = (text.double(), video.double(), scale.double())
-    found = streamed.maxima(*rows, *masks, keep=True)
-    want = streamed.gradients(grad.double(), found, *rows, *masks)
+    actual = streamed.maxima(*rows, *masks, keep=True)
+    want = streamed.gradients(grad.double(), actual, *rows, *masks)
     products = got[1].double()
     text_grad = (products @ rows[1].flatten(0, 1)).view(t, i, 20)
     video_grad = (products.T @ rows[0].flatten(0, 1)).view(v, j, 20)
     rounded = 1e-5 if dtype == torch.float32 else 8e-3  # the derivative is written in the dtype of the rows
-    assert (got[0] - found.similarity).abs().max() < 2e-6
+    assert (got[0] - actual.similarity).abs().max() < 2e-6
     assert close(text_grad, want[0], rounded)
     assert close(video_grad, want[1], rounded)
     assert close(got[2], want[2], 1e-4)
@@ -208,10 +208,10 @@ def test_of_equal_matches_the_lowest_index_takes_the_gradient(host):
     _, derivative, _ = host_frames(host, text, video, scale, (None, None), grad, False)
     derivative = derivative.view(2, 5, 3, 4)
     rows = (text.double(), video.double(), scale.double())
-    found = streamed.maxima(*rows, None, None, keep=True)
+    actual = streamed.maxima(*rows, None, None, keep=True)
     want = torch.zeros(2, 5, 3, 4, dtype=torch.float64)
-    want.scatter_add_(3, found.text_index[..., None], found.text_slope[..., None])
-    want.scatter_add_(1, found.video_index[:, None], found.video_slope[:, None])
+    want.scatter_add_(3, actual.text_index[..., None], actual.text_slope[..., None])
+    want.scatter_add_(1, actual.video_index[:, None], actual.video_slope[:, None])
     torch.testing.assert_close(derivative.double(), want, atol=1e-6, rtol=1e-5)
 
 

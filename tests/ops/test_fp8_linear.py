@@ -18,17 +18,17 @@ def made(t: int = 7, o: int = 48, i: int = 32, dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_weight_is_rounded_once_by_output_and_is_exact_in_bfloat16(dtype):
     _, weight, _ = made(dtype=dtype)
-    found = quantise_weight(weight)
-    assert found.bits.dtype == torch.uint8 and found.plain.dtype == dtype
-    plain = found.bits.view(FP8).double() * found.scale.double()[:, None]
-    assert torch.equal(found.plain.double(), plain)
-    assert torch.equal(found.plain.to(torch.bfloat16).double(), plain)
+    actual = quantise_weight(weight)
+    assert actual.bits.dtype == torch.uint8 and actual.plain.dtype == dtype
+    plain = actual.bits.view(FP8).double() * actual.scale.double()[:, None]
+    assert torch.equal(actual.plain.double(), plain)
+    assert torch.equal(actual.plain.to(torch.bfloat16).double(), plain)
     error = (plain - weight.double()).abs()
-    assert (error <= HALF_ULP * weight.double().abs() + found.scale[:, None] * SMALLEST / 2).all()
-    filled = found.bits.view(FP8).float().abs().amax(1)
+    assert (error <= HALF_ULP * weight.double().abs() + actual.scale[:, None] * SMALLEST / 2).all()
+    filled = actual.bits.view(FP8).float().abs().amax(1)
     assert (filled >= 208).all() and (filled <= 448).all(), "the range of FP8 is used"
-    again = quantise_weight(found.plain)
-    assert torch.equal(again.plain, found.plain), "what is rounded stays"
+    again = quantise_weight(actual.plain)
+    assert torch.equal(again.plain, actual.plain), "what is rounded stays"
 
 
 def test_rows_of_all_sizes_are_rounded_alike_and_zeros_stay():
@@ -80,13 +80,13 @@ def test_rows_too_small_for_a_scale_count_as_zeros(impl):
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_kernel_gives_the_results_and_gradients_of_the_reference(backward):
     x, weight, bias = (part.to(DEVICE) for part in made(t=33))
-    rounded, found = quantise_weight(weight, backward=backward), {}
+    rounded, actual = quantise_weight(weight, backward=backward), {}
     for impl in ("reference", "triton"):
         leaf = x.to(torch.float32 if DEVICE == "cpu" else torch.bfloat16, copy=True).requires_grad_()
         out = fp8_linear(leaf[:, None], rounded, bias, impl=impl)
         out.backward(out.detach().flip(0))
-        found[impl] = out.detach(), leaf.grad
-    for got, want in zip(found["triton"], found["reference"], strict=True):
+        actual[impl] = out.detach(), leaf.grad
+    for got, want in zip(actual["triton"], actual["reference"], strict=True):
         assert relative_error(got, want) <= (0 if DEVICE == "cpu" else 2**-8)
 
 
@@ -154,8 +154,8 @@ def test_e4m3_loses_half_as_much_of_a_gradient_as_e5m2():
         wider = grad * rounded.scale
         scale = wider.abs().amax(1, keepdim=True) / torch.finfo(dtype).max
         q_w = rounded.bits.view(FP8).double()
-        found = ((wider / scale).to(dtype).double() * scale) @ q_w
-        errors[dtype] = ((found - truth).norm() / truth.norm()).item()
+        actual = ((wider / scale).to(dtype).double() * scale) @ q_w
+        errors[dtype] = ((actual - truth).norm() / truth.norm()).item()
     assert errors[FP8] < 0.6 * errors[torch.float8_e5m2] and errors[FP8] < 0.03
 
 

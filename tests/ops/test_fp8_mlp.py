@@ -32,8 +32,8 @@ def test_values_and_gradients_are_those_of_its_layers_and_near_the_true_ones(act
     (gradient,) = torch.autograd.grad(out, x, direction)
     h = fp8_linear(x, weights.up, weights.up_bias, impl="reference")
     layers = fp8_linear(ACTIVATIONS[activation](h), weights.down, weights.down_bias, impl="reference")
-    (wanted,) = torch.autograd.grad(layers, x, direction)
-    for got, want in ((out, layers), (gradient, wanted)):
+    (expected,) = torch.autograd.grad(layers, x, direction)
+    for got, want in ((out, layers), (gradient, expected)):
         assert relative_frobenius(got, want) <= 2e-3, "numbers between two of FP8 go either way"
     up, up_bias, down, down_bias = (part.double() for part in plain)
     wide = x.detach().double().requires_grad_()
@@ -87,11 +87,11 @@ def test_the_kernel_rounds_after_an_activation_as_the_reference(activation, hidd
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_kernel_gives_the_values_and_gradients_of_the_reference(backward):
     x, weights, _ = made(backward, torch.float32 if DEVICE == "cpu" else torch.bfloat16)
-    found = {}
+    actual = {}
     for impl in ("reference", "triton"):
         out = fp8_mlp(x, weights, impl=impl)
-        found[impl] = out, *torch.autograd.grad(out, x, out.detach().flip(0))
-    for got, want in zip(found["triton"], found["reference"], strict=True):
+        actual[impl] = out, *torch.autograd.grad(out, x, out.detach().flip(0))
+    for got, want in zip(actual["triton"], actual["reference"], strict=True):
         assert relative_frobenius(got, want) <= 5e-3
 
 

@@ -29,9 +29,9 @@ def leaves(rows: int, n: int, dtypes: tuple[torch.dtype, torch.dtype]) -> list[T
 
 def slots(rows: int, n: int) -> Tensor:
     """The last n rows get what the adapter makes, in turned order; the first names what is before FIRST."""
-    found = torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=DEVICE)
-    before = (found == rows - 1).int() - 1  # 0 of the first row, -1 of the others
-    return torch.where(found < n, found + FIRST, before)
+    actual = torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=DEVICE)
+    before = (actual == rows - 1).int() - 1  # 0 of the first row, -1 of the others
+    return torch.where(actual < n, actual + FIRST, before)
 
 
 def affine() -> tuple[Tensor, Tensor]:
@@ -67,11 +67,11 @@ def test_values_and_gradients_are_those_of_the_formula(rows, n, stream, dtype, i
     assert (got[0].dtype, got[1].dtype) == (stream, dtype)
     budget = max(BUDGET[stream], BUDGET[dtype])
     directions = [torch.randn(w.shape, dtype=torch.float64, device=DEVICE) for w in want]
-    wanted = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
-    found = torch.autograd.grad(
+    expected = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
+    actual = torch.autograd.grad(
         sum((g * d.to(g.dtype)).sum() for g, d in zip(got, directions, strict=True)), x
     )
-    for name, g, w in zip(("sum", "y", *NAMES), (*got, *found), (*want, *wanted), strict=True):
+    for name, g, w in zip(("sum", "y", *NAMES), (*got, *actual), (*want, *expected), strict=True):
         assert (g.double() - w).abs().max() <= 2 * budget * max(1, w.abs().max()), name
 
 

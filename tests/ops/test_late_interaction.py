@@ -71,8 +71,8 @@ def test_the_reference_is_the_formula_pair_by_pair(shape, masked):
     torch.testing.assert_close(got[0], want, atol=1e-12, rtol=1e-12)
     if want.requires_grad:
         direction = noise(*want.shape, seed=4)
-        wanted = torch.autograd.grad((want * direction).sum(), x, materialize_grads=True)
-        torch.testing.assert_close(got[1:], list(wanted), atol=1e-11, rtol=1e-11)
+        expected = torch.autograd.grad((want * direction).sum(), x, materialize_grads=True)
+        torch.testing.assert_close(got[1:], list(expected), atol=1e-11, rtol=1e-11)
 
 
 @pytest.mark.parametrize("impl", STREAMED)

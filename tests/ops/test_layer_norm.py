@@ -46,11 +46,11 @@ def test_values_and_gradients_are_those_of_the_formula(rows, parts, dtypes, impl
     budget = max(BUDGET[dtype] for dtype in dtypes)
     for name, g, w in zip(("sum", "y"), got, want, strict=True):
         assert_close(g, w, budget, name)
-    wanted = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
-    found = torch.autograd.grad(
+    expected = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
+    actual = torch.autograd.grad(
         sum((g * d.to(g.dtype)).sum() for g, d in zip(got, directions, strict=True)), x
     )
-    for name, g, w in zip(NAMES, found, wanted, strict=False):
+    for name, g, w in zip(NAMES, actual, expected, strict=False):
         assert_close(g, w, 2 * budget, name)
 
 
@@ -69,11 +69,11 @@ def test_a_frozen_gain_and_shift_scale_the_normalised_rows(parts, dtypes, impl):
     for name, g, w in zip(("sum", "y"), got, want, strict=True):
         assert_close(g, w, 2 * budget, name)
     directions = [torch.randn(7, 33, dtype=torch.float64, device=DEVICE) for _ in range(2)]
-    wanted = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
-    found = torch.autograd.grad(
+    expected = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
+    actual = torch.autograd.grad(
         sum((g * d.to(g.dtype)).sum() for g, d in zip(got, directions, strict=True)), x
     )
-    for name, g, w in zip(NAMES, found, wanted, strict=False):
+    for name, g, w in zip(NAMES, actual, expected, strict=False):
         assert_close(g, w, 4 * budget, name)
 
 

@@ -54,11 +54,11 @@ def test_values_and_gradients_are_those_of_the_formula(rows, stream, dtype, impl
     want, got = want[:2], got[:2]
     for name, g, w in zip(("sum", "z"), got, want, strict=True):
         assert_close(g, w, budget, name)
-    wanted = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
-    found = torch.autograd.grad(
+    expected = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
+    actual = torch.autograd.grad(
         sum((g * d.to(g.dtype)).sum() for g, d in zip(got, directions, strict=True)), x
     )
-    for name, g, w in zip(("x", "a", "u"), found, wanted, strict=True):
+    for name, g, w in zip(("x", "a", "u"), actual, expected, strict=True):
         assert_close(g, w, 2 * budget, name)
 
 
@@ -80,9 +80,9 @@ def test_many_rows_are_shared_among_programs(impl, monkeypatch):
     monkeypatch.setattr("discovla_kernels.lora_norm.PROGRAMS", 2)
     x = leaves(70, (SINGLE, SINGLE))
     truth = [leaf.detach().double().requires_grad_() for leaf in x]
-    found = torch.autograd.grad(lora_norm(*x, impl=impl)[1].sin().sum(), x)
-    wanted = torch.autograd.grad(lora_norm(*truth, impl="reference")[1].sin().sum(), truth)
-    for g, w in zip(found, wanted, strict=True):
+    actual = torch.autograd.grad(lora_norm(*x, impl=impl)[1].sin().sum(), x)
+    expected = torch.autograd.grad(lora_norm(*truth, impl="reference")[1].sin().sum(), truth)
+    for g, w in zip(actual, expected, strict=True):
         assert_close(g, w, 2 * BUDGET[SINGLE], "gradient")
 
 
@@ -110,8 +110,8 @@ def test_weights_assembled_together_have_the_gradients_of_each(impl, monkeypatch
     got = [lora_projection(*one, every[0]), lora_projection(*other, every[1])]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    found, wanted = (torch.autograd.grad(sum(o.sin().sum() for o in out), trained) for out in (got, want))
-    for a, b in zip(found, wanted, strict=True):
+    actual, expected = (torch.autograd.grad(sum(o.sin().sum() for o in out), trained) for out in (got, want))
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4)
 
 
@@ -138,8 +138,8 @@ def test_with_its_projection_it_is_norm_and_projection_and_lora(impl, folded):
         _, z, low = lora_norm(x, lora.a, affine=(gain, shift), impl=impl)
         got = lora_projection(z, low, of_one(linear.weight.detach(), linear.bias.detach(), lora))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    wanted, found = (torch.autograd.grad(out.sin().sum(), trained) for out in (want, got))
-    for g, w in zip(found, wanted, strict=True):
+    expected, actual = (torch.autograd.grad(out.sin().sum(), trained) for out in (want, got))
+    for g, w in zip(actual, expected, strict=True):
         torch.testing.assert_close(g, w, atol=5e-5, rtol=1e-4)
 
 

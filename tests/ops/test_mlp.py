@@ -18,12 +18,12 @@ NAMES = ("x", "up", "up_bias", "down", "down_bias")
 def leaves(rows: int, width: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(rows)
     shapes = [(rows, width), (hidden, width), (hidden,), (width, hidden), (width,)]
-    found = []
+    actual = []
     for shape in shapes:
         size = shape[1] ** -0.5 if shape != (rows, width) and len(shape) == 2 else 1
         noise = size * torch.randn(shape, generator=generator, dtype=torch.float64)
-        found.append(noise.to(DEVICE, dtype).requires_grad_())
-    return found
+        actual.append(noise.to(DEVICE, dtype).requires_grad_())
+    return actual
 
 
 def call(x: list[Tensor], activation, impl: str) -> Tensor:
@@ -47,9 +47,9 @@ def test_values_and_gradients_are_those_of_the_formula(rows, activation, dtype, 
     assert got.dtype == dtype
     assert_close(got, want, BUDGET[dtype], "value")
     direction = torch.randn(want.shape, dtype=torch.float64, device=DEVICE)
-    wanted = torch.autograd.grad((want * direction).sum(), truth)
-    found = torch.autograd.grad((got * direction.to(dtype)).sum(), x)
-    for name, g, w in zip(NAMES, found, wanted, strict=True):
+    expected = torch.autograd.grad((want * direction).sum(), truth)
+    actual = torch.autograd.grad((got * direction.to(dtype)).sum(), x)
+    for name, g, w in zip(NAMES, actual, expected, strict=True):
         assert_close(g, w, BUDGET[dtype], name)
 
 

@@ -25,13 +25,13 @@ def ranks(impl: str, query: Tensor, items: Tensor, right: Tensor, **options) -> 
     skip_what_no_gpu_kernel_takes(impl, query.dtype)
     where = DEVICE if impl in ("triton", "cuda") else "cpu"
     given = {name: x.to(where) if isinstance(x, Tensor) else x for name, x in options.items()}
-    found = rank_of_positive(query.to(where), items.to(where), right.to(where), **given, impl=impl)
-    return found[0].cpu(), found[1].cpu()
+    actual = rank_of_positive(query.to(where), items.to(where), right.to(where), **given, impl=impl)
+    return actual[0].cpu(), actual[1].cpu()
 
 
-def assert_ranks(found: tuple[Tensor, Tensor], wanted) -> None:
-    np.testing.assert_array_equal(found[0].numpy(), wanted.ties_against)
-    np.testing.assert_array_equal(found[1].numpy(), wanted.optimistic)
+def assert_ranks(actual: tuple[Tensor, Tensor], expected) -> None:
+    np.testing.assert_array_equal(actual[0].numpy(), expected.ties_against)
+    np.testing.assert_array_equal(actual[1].numpy(), expected.optimistic)
 
 
 @pytest.mark.parametrize("impl", RANKS)
@@ -39,16 +39,16 @@ def assert_ranks(found: tuple[Tensor, Tensor], wanted) -> None:
 @pytest.mark.parametrize("n", SIZES)
 def test_ranks_of_texts_are_those_of_the_matrix(n, dtype, impl):
     text, video = signs(n, 0), signs(n, 1)
-    found = ranks(impl, text.to(dtype), video.to(dtype), torch.arange(n))
-    assert_ranks(found, text_to_video_ranks((text @ video.T).numpy()))
+    actual = ranks(impl, text.to(dtype), video.to(dtype), torch.arange(n))
+    assert_ranks(actual, text_to_video_ranks((text @ video.T).numpy()))
 
 
 @pytest.mark.parametrize("impl", RANKS)
 def test_texts_of_one_video_share_their_positive_item(impl):
     groups = torch.arange(40) % 13
     text, video = signs(40, 0), signs(13, 1)
-    found = ranks(impl, text.float(), video.float(), groups)
-    assert_ranks(found, text_to_video_ranks((text @ video.T).numpy(), groups.numpy()))
+    actual = ranks(impl, text.float(), video.float(), groups)
+    assert_ranks(actual, text_to_video_ranks((text @ video.T).numpy(), groups.numpy()))
 
 
 @pytest.mark.parametrize("impl", RANKS)
@@ -56,8 +56,8 @@ def test_a_video_ranks_groups_of_captions_by_their_best(impl):
     groups = torch.arange(40).roll(3) % 13
     text, video = signs(40, 0), signs(13, 1)
     dtype = torch.float32 if impl == "cuda" else torch.float64
-    found = ranks(impl, video.to(dtype), text.to(dtype), torch.arange(13), groups=groups)
-    assert_ranks(found, video_to_text_ranks((text @ video.T).numpy(), groups.numpy()))
+    actual = ranks(impl, video.to(dtype), text.to(dtype), torch.arange(13), groups=groups)
+    assert_ranks(actual, video_to_text_ranks((text @ video.T).numpy(), groups.numpy()))
 
 
 @pytest.mark.parametrize("impl", RANKS)
@@ -68,10 +68,10 @@ def test_dual_softmax_ranks_of_groups_are_those_of_the_matrix(impl):
     text, video = (torch.nn.functional.normalize(x) for x in sides)
     _, to_text = dual_softmax((20 * text @ video.T).numpy())
     dtype = torch.float32 if impl == "cuda" else torch.float64
-    found = ranks(
+    actual = ranks(
         impl, video.to(dtype), text.to(dtype), torch.arange(6), groups=groups, dual_softmax_scale=20
     )
-    assert_ranks(found, video_to_text_ranks(to_text, groups.numpy()))
+    assert_ranks(actual, video_to_text_ranks(to_text, groups.numpy()))
 
 
 @pytest.mark.parametrize("impl", RANKS)

@@ -136,9 +136,11 @@ def test_values_and_gradients_are_those_of_the_formula(name, dtype, impl):
     for part, g, w in zip(("rows", "own"), got, want, strict=True):
         assert g.dtype == dtype
         assert_close(g, w, BUDGET[dtype], part)
-    wanted = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
-    found = torch.autograd.grad(sum((g * d.to(dtype)).sum() for g, d in zip(got, directions, strict=True)), x)
-    for part, g, w in zip(("q", "kv", "position"), found, wanted, strict=False):
+    expected = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
+    actual = torch.autograd.grad(
+        sum((g * d.to(dtype)).sum() for g, d in zip(got, directions, strict=True)), x
+    )
+    for part, g, w in zip(("q", "kv", "position"), actual, expected, strict=False):
         assert_close(g, w, 2 * BUDGET[dtype], part)
 
 

@@ -35,12 +35,12 @@ def test_values_and_gradients_are_those_of_the_rows_of_lora_norm(rows, n, stream
     assert torch.equal(low, found_z[:, 33:36]) and not low.requires_grad
     got, budget = (read, found_z, z_read), max(BUDGET[stream], BUDGET[dtype])
     directions = [torch.randn(w.shape, dtype=torch.float64, device=DEVICE) for w in want]
-    wanted = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
-    found = torch.autograd.grad(
+    expected = torch.autograd.grad(sum((w * d).sum() for w, d in zip(want, directions, strict=True)), truth)
+    actual = torch.autograd.grad(
         sum((g * d.to(g.dtype)).sum() for g, d in zip(got, directions, strict=True)), x
     )
     names = ("read", "z", "z of the rows read", "x", "a", "u")
-    for name, g, w in zip(names, (*got, *found), (*want, *wanted), strict=True):
+    for name, g, w in zip(names, (*got, *actual), (*want, *expected), strict=True):
         assert_close(g, w, 2 * budget, name)
 
 
@@ -54,9 +54,9 @@ def test_the_update_is_optional_and_each_output_can_be_used_alone(impl):
         read, found_z, _, z_read = readout_lora_norm(x, a, None, *where, impl=impl)
         got = (read, found_z, z_read)[which]
         assert_close(got, want, BUDGET[SINGLE], "value")
-        (wanted,) = torch.autograd.grad(want.sin().sum(), x)
-        (found,) = torch.autograd.grad(got.sin().sum(), x)
-        assert_close(found, wanted, 2 * BUDGET[SINGLE], "gradient")
+        (expected,) = torch.autograd.grad(want.sin().sum(), x)
+        (actual,) = torch.autograd.grad(got.sin().sum(), x)
+        assert_close(actual, expected, 2 * BUDGET[SINGLE], "gradient")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -75,8 +75,10 @@ def test_with_its_projection_it_gives_the_queries_of_readout_rows(impl):
     want = qkv[where[0], :33], qkv[:, 33:]
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, atol=1e-4, rtol=1e-4)
-    found, wanted = (torch.autograd.grad(sum(o.sin().sum() for o in out), (x, a, b)) for out in (got, want))
-    for g, w in zip(found, wanted, strict=True):
+    actual, expected = (
+        torch.autograd.grad(sum(o.sin().sum() for o in out), (x, a, b)) for out in (got, want)
+    )
+    for g, w in zip(actual, expected, strict=True):
         torch.testing.assert_close(g, w, atol=2e-4, rtol=1e-3)
 
 

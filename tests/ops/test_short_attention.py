@@ -68,9 +68,9 @@ def check(lengths: list[int], dtype: torch.dtype, impl: str, *, causal=False, ma
     assert got.dtype == dtype
     assert_close(got.reshape(want.shape), want, BUDGET[dtype], "value")
     direction = torch.randn(want.shape, dtype=torch.float64, device=DEVICE)
-    (wanted,) = torch.autograd.grad((want * direction).sum(), truth)
-    (found,) = torch.autograd.grad((got * direction.to(dtype).view(got.shape)).sum(), x)
-    assert_close(found, wanted, 2 * BUDGET[dtype], "gradient")
+    (expected,) = torch.autograd.grad((want * direction).sum(), truth)
+    (actual,) = torch.autograd.grad((got * direction.to(dtype).view(got.shape)).sum(), x)
+    assert_close(actual, expected, 2 * BUDGET[dtype], "gradient")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -48,11 +48,11 @@ def test_values_and_gradients_are_those_of_the_formula(impl, dtype, tokens):
     got = [
         x.to(DEVICE, kind).requires_grad_(kind != torch.bool) for x, kind in zip(given, dtypes, strict=True)
     ]
-    want, found = plain(*truth), soft_vlad(*got, impl=impl)
+    want, actual = plain(*truth), soft_vlad(*got, impl=impl)
     direction = torch.randn(3, 8, dtype=torch.float64)
     (want * direction).sum().backward()
-    (found * direction.to(found)).sum().backward()
-    assert (found.cpu().double() - want).abs().max() <= BUDGET[dtype]
+    (actual * direction.to(actual)).sum().backward()
+    assert (actual.cpu().double() - want).abs().max() <= BUDGET[dtype]
     for ours, theirs in zip(got, truth, strict=True):
         if theirs.grad is not None:
             assert ours.grad.dtype == ours.dtype
@@ -77,12 +77,12 @@ def test_samples_in_blocks_give_the_result_of_all_at_once(impl, monkeypatch):
     skip_what_no_gpu_kernel_takes(impl, torch.float64)
     x = [y.detach().to(DEVICE).requires_grad_(y.is_floating_point()) for y in inputs(5, torch.float64)]
     whole = soft_vlad(*x, impl=impl)
-    wanted = torch.autograd.grad(whole.square()[:, 0].sum(), (x[0], *x[2:]))
+    expected = torch.autograd.grad(whole.square()[:, 0].sum(), (x[0], *x[2:]))
     monkeypatch.setattr("discovla.ops.streamed.soft_vlad.ELEMENTS", 2 * (5 + 16) * 8)
     monkeypatch.setattr("discovla_kernels.soft_vlad.BLOCK_ELEMENTS", 2 * 5 * 8)  # two samples, then one
     cut = soft_vlad(*x, impl=impl)
-    found = torch.autograd.grad(cut.square()[:, 0].sum(), (x[0], *x[2:]))
-    torch.testing.assert_close([cut, *found], [whole, *wanted], atol=1e-13, rtol=1e-13)
+    actual = torch.autograd.grad(cut.square()[:, 0].sum(), (x[0], *x[2:]))
+    torch.testing.assert_close([cut, *actual], [whole, *expected], atol=1e-13, rtol=1e-13)
 
 
 @pytest.mark.parametrize("impl", STREAMED)

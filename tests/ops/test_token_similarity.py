@@ -80,8 +80,8 @@ def test_scores_are_the_formula_on_the_real_rows(kind, impl, i):
     got = scores_of(x, kind, impl, kappa=7.0)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
     weight = torch.randn_like(want)
-    found, wanted = (torch.autograd.grad((s * weight).sum(), (x.text, x.video)) for s in (got, want))
-    for f, w in zip(found, wanted, strict=True):
+    actual, expected = (torch.autograd.grad((s * weight).sum(), (x.text, x.video)) for s in (got, want))
+    for f, w in zip(actual, expected, strict=True):
         torch.testing.assert_close(f, w, atol=1e-11, rtol=1e-10)
 
 
@@ -153,8 +153,8 @@ def test_streaming_in_blocks_changes_no_score_and_no_gradient(monkeypatch, kind,
     got, want = scores_of(x, kind, impl), scores_of(x, kind, "reference")
     torch.testing.assert_close(got, want, atol=1e-14, rtol=1e-13)
     weight = torch.randn_like(want)
-    found, wanted = (torch.autograd.grad((s * weight).sum(), (x.text, x.video)) for s in (got, want))
-    for f, w in zip(found, wanted, strict=True):
+    actual, expected = (torch.autograd.grad((s * weight).sum(), (x.text, x.video)) for s in (got, want))
+    for f, w in zip(actual, expected, strict=True):
         torch.testing.assert_close(f, w, atol=1e-12, rtol=1e-11)
 
 
@@ -241,9 +241,9 @@ def test_values_and_gradients_of_ragged_shapes_keep_their_budget(impl, kind, dty
     got, want = scores_of(x, kind, impl, 20.0), scores_of(wide, kind, "reference", 20.0)
     assert (got.double() - want).abs().max() <= BUDGET[dtype]
     direction = torch.randn_like(want)
-    found = torch.autograd.grad((got * direction).sum(), (x.text, x.video))
-    wanted = torch.autograd.grad((want * direction).sum(), (wide.text, wide.video))
-    for f, w in zip(found, wanted, strict=True):
+    actual = torch.autograd.grad((got * direction).sum(), (x.text, x.video))
+    expected = torch.autograd.grad((want * direction).sum(), (wide.text, wide.video))
+    for f, w in zip(actual, expected, strict=True):
         # what comes back in fp16 is rounded to it; of parallel vectors' gradients only rounding is left
         budget = 1e-3 if dtype == torch.float16 else BUDGET[dtype]
         assert (f.double() - w).abs().max() <= budget * max(w.abs().max(), 20.0 if d == 1 else 0.1)

@@ -38,9 +38,9 @@ def masks(shape: tuple[int, ...], masked: bool) -> tuple[Tensor | None, Tensor |
     return tuple(torch.ones(s, dtype=torch.bool) if masked else None for s in ((t, i), (v, j)))  # type: ignore
 
 
-def assert_counts(found: Counts, formula) -> None:
-    assert found.loads == pytest.approx(formula.loads, rel=0.1)
-    assert found.stores == pytest.approx(formula.stores, rel=0.1)
+def assert_counts(actual: Counts, formula) -> None:
+    assert actual.loads == pytest.approx(formula.loads, rel=0.1)
+    assert actual.stores == pytest.approx(formula.stores, rel=0.1)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
@@ -48,12 +48,12 @@ def assert_counts(found: Counts, formula) -> None:
 def test_traffic_of_the_frame_similarity(shape, masked):
     given, (text, video) = masks(shape, masked), sides(shape)
     for keep in (False, True):
-        with counted() as found:
+        with counted() as actual:
             maxima = frames.maxima(text, video, SCALE, *given, keep=keep)
-        assert_counts(found, frames.traffic(shape, masked=masked, keep=keep))
-    with counted() as found:
+        assert_counts(actual, frames.traffic(shape, masked=masked, keep=keep))
+    with counted() as actual:
         frames.gradients(torch.ones(len(text), len(video)), maxima, text, video, SCALE, *given)
-    assert_counts(found, frames.traffic_backward(shape, masked=masked))
+    assert_counts(actual, frames.traffic_backward(shape, masked=masked))
 
 
 @pytest.mark.parametrize("given", ["alone", "teacher", "ignore"])
@@ -62,58 +62,58 @@ def test_traffic_of_the_contrastive_losses(given):
     rows = [(torch.randn(n, d), torch.ones(n)) for n in (r, c)]
     teacher = torch.randn(r, c) if given == "teacher" else None
     ignore = torch.zeros(r, c, dtype=torch.bool) if given == "ignore" else None
-    with counted() as found:
+    with counted() as actual:
         contrastive.statistics(*rows, SCALE, teacher, ignore, 0)
     options = {"teacher": teacher is not None, "ignore": ignore is not None}
-    assert_counts(found, contrastive.traffic(shape, backward=False, **options))
+    assert_counts(actual, contrastive.traffic(shape, backward=False, **options))
     sums = torch.full((3, r), 99.0), torch.full((3, c), 99.0)
-    with counted() as found:
+    with counted() as actual:
         contrastive.derivative(*rows, SCALE, teacher, ignore, 0, *sums, torch.ones(3), True)
-    assert_counts(found, contrastive.traffic(shape, backward=True, **options))
+    assert_counts(actual, contrastive.traffic(shape, backward=True, **options))
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["items", "groups"])
 def test_traffic_of_ranks(grouped):
     query, items = torch.randn(40, 24), torch.randn(78, 24)
     groups = torch.arange(78) % 26 if grouped else None  # three of each, in four places
-    with counted() as found:
+    with counted() as actual:
         rank_of_positive.count_better(query, items, torch.arange(40) % 26, groups, None)
-    assert_counts(found, rank_of_positive.traffic(40, (78, 26, 4) if grouped else (78, 78, 1), 24))
+    assert_counts(actual, rank_of_positive.traffic(40, (78, 26, 4) if grouped else (78, 78, 1), 24))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("mode", ["ranking", "official"])
 def test_traffic_of_token_similarities(mode, masked):
     given, (text, video) = masks(SHAPE, masked), sides(SHAPE)
-    with counted() as found:
+    with counted() as actual:
         tokens.scores(text, video, *given, 10.0, mode)
-    assert_counts(found, tokens.traffic(SHAPE, masked=masked, backward=False))
-    with counted() as found:
+    assert_counts(actual, tokens.traffic(SHAPE, masked=masked, backward=False))
+    with counted() as actual:
         tokens.gradients(torch.ones(len(text), len(video)), text, video, *given, 10.0, mode)
-    assert_counts(found, tokens.traffic(SHAPE, masked=masked, backward=True))
+    assert_counts(actual, tokens.traffic(SHAPE, masked=masked, backward=True))
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_traffic_of_late_interaction(masked):
     given, (text, video) = masks(SHAPE, masked), sides(SHAPE)
-    with counted() as found:
+    with counted() as actual:
         interaction.scores(text, video, *given)
-    assert_counts(found, interaction.traffic(SHAPE, masked=masked, backward=False))
-    with counted() as found:
+    assert_counts(actual, interaction.traffic(SHAPE, masked=masked, backward=False))
+    with counted() as actual:
         interaction.gradients(torch.ones(len(text), len(video)), text, video, *given)
-    assert_counts(found, interaction.traffic(SHAPE, masked=masked, backward=True))
+    assert_counts(actual, interaction.traffic(SHAPE, masked=masked, backward=True))
 
 
 def test_traffic_of_soft_vlad():
     n, length, k, d = 3, 20, 5, 80
     x, mask = torch.randn(n, length, d), torch.arange(length) < torch.tensor([[20], [7], [1]])
     tables = torch.randn(k, d), torch.randn(k, d)
-    with counted() as found:
+    with counted() as actual:
         soft_vlad.forward(x, mask, *tables)
-    assert_counts(found, soft_vlad.traffic(n, (length, 28), k, d, backward=False))
-    with counted() as found:
+    assert_counts(actual, soft_vlad.traffic(n, (length, 28), k, d, backward=False))
+    with counted() as actual:
         soft_vlad.gradients(torch.randn(n, d), x, mask, *tables)
-    assert_counts(found, soft_vlad.traffic(n, (length, 28), k, d, backward=True))
+    assert_counts(actual, soft_vlad.traffic(n, (length, 28), k, d, backward=True))
 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -155,10 +155,10 @@ def step_of(op: str) -> tuple[Counts, float, int]:
         out = call(x)
         torch.autograd.grad(out, x, torch.ones_like(out))
 
-    with counted() as found:
+    with counted() as actual:
         products = product_flops(step)
     pairs = [(x[0], x[1])] + ([(x[2], x[3])] if op == "alignment_losses" else [])
-    return found, products, sum(2 * a.numel() * b.numel() // a.shape[-1] for a, b in pairs)
+    return actual, products, sum(2 * a.numel() * b.numel() // a.shape[-1] for a, b in pairs)
 
 
 @pytest.mark.parametrize("op", STEPS)
@@ -166,11 +166,11 @@ def test_a_step_multiplies_in_four_passes_without_padding(op, monkeypatch):
     """One pass forward, one again in backward, one for each side's gradient."""
     streamed = importlib.import_module("discovla.ops.alignment_losses")
     monkeypatch.setattr(streamed, "fits_one_block", lambda *_: False)
-    found, products, one_pass = step_of(op)
-    assert found.flops == 2 * one_pass
+    actual, products, one_pass = step_of(op)
+    assert actual.flops == 2 * one_pass
     assert products == 2 * one_pass
 
 
 def test_losses_of_one_block_multiply_no_more_than_streamed_ones():
-    found, products, one_pass = step_of("alignment_losses")
-    assert one_pass <= found.flops < 2 * one_pass and products == 2 * one_pass
+    actual, products, one_pass = step_of("alignment_losses")
+    assert one_pass <= actual.flops < 2 * one_pass and products == 2 * one_pass

@@ -34,9 +34,9 @@ def test_values_and_gradients_are_those_of_the_formula(n, dtype, masked, impl):
     got = unit_mean(x, mask if masked else None, impl=impl)
     assert got.dtype == dtype
     direction = torch.randn(want.shape, dtype=torch.float64, device=DEVICE)
-    (wanted,) = torch.autograd.grad((want * direction).sum(), truth)
-    (found,) = torch.autograd.grad((got * direction.to(dtype)).sum(), x)
-    for name, g, w in zip(("value", "gradient"), (got, found), (want, wanted), strict=True):
+    (expected,) = torch.autograd.grad((want * direction).sum(), truth)
+    (actual,) = torch.autograd.grad((got * direction.to(dtype)).sum(), x)
+    for name, g, w in zip(("value", "gradient"), (got, actual), (want, expected), strict=True):
         assert (g.double() - w).abs().max() <= BUDGET[dtype] * max(1, w.abs().max()), name
 
 
