@@ -273,9 +273,10 @@ class T2VParser(Method):
             for name, p in self.named_parameters()
             if re.fullmatch(parts, name) and not re.search(r"\.(lora|adapter|frame_position)\b", name)
         }
-        found = from_hugging_face(own, (*STAN_RULES, *HEAD_RULES), without_prefixes(state, anchors))
-        tokens = found.get("decomposition.tokens")
-        return found if tokens is None else {**found, "decomposition.tokens": tokens.flatten(0, 1)}
+        parameters = from_hugging_face(own, (*STAN_RULES, *HEAD_RULES), without_prefixes(state, anchors))
+        if "decomposition.tokens" in parameters:  # released as 1 q d
+            parameters["decomposition.tokens"] = parameters["decomposition.tokens"].flatten(0, 1)
+        return parameters
 
 
 def diversity(views: Tensor, n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How rows form sequences: packing, masks, groups and readout rows, as every block of a tower needs them."""
+"""Layout of sequences in rows: packing, masks, groups and readout rows, shared by all blocks of a tower."""
 
 from __future__ import annotations
 

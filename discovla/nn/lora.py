@@ -26,5 +26,5 @@ class LoRA(nn.Module):
         return (x @ self.a.to(x.dtype).T) @ (b if outputs is None else b[outputs]).T
 
     def delta(self) -> Tensor:
-        """The same update as a weight, b a, o x i: add it to the frozen weight to merge them."""
+        """The update as a weight, b a, o x i; adding it to the frozen weight merges them."""
         return self.b @ self.a

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import GridExecutor
 
 from benchmarks import step_inputs
-from benchmarks.measure import Launches, bytes_kept, flops
+from benchmarks.measure import SEVERAL, Launches, bytes_kept, flops
 from benchmarks.step_baselines import ReferenceStep
 from benchmarks.step_inputs import size_of, step
 from benchmarks.step_work import kept_bytes, needed_flops, reference_flops
@@ -286,12 +286,12 @@ def test_the_count_of_an_op_is_the_number_of_kernels_it_starts(monkeypatch):
     method.vision.impl = method.text.impl = "triton"
     with Started(monkeypatch) as mode:
         step_inputs.step(method, noise_batch(architecture, size=2, frames=2))
-    assert mode.started == {name: {step_inputs.SEVERAL.get(name, 1)} for name in mode.started}
+    assert mode.started == {name: {SEVERAL.get(name, 1)} for name in mode.started}
     assert mode.started.keys() >= {
         "lora_norm",
         "short_attention",
         "temporal_fusion_backward",
-        *step_inputs.SEVERAL,
+        *SEVERAL,
     }
 
 

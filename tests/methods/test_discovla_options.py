@@ -1,4 +1,4 @@
-"""What the golden files do not hold: options, exports, counts, and what the method cannot see."""
+"""Options, exports, parameter counts and padding of DiscoVLA, which the golden files do not cover."""
 
 import dataclasses
 

@@ -114,7 +114,7 @@ def test_frozen_weights_in_fp8_cost_little_accuracy_and_trained_ones_are_unchang
 
 
 def test_gradients_in_fp8_need_as_many_products_and_cost_little_accuracy(monkeypatch):
-    """Of every layer one each way; the first blocks' rows of queries, keys and values need no gradient."""
+    """One product a layer and direction; queries, keys and values of the first blocks need no gradient."""
     products, errors = Counter(), {}
     monkeypatch.setattr(fp8_linear, "_reference", counting(fp8_linear._reference, products))
     method = made()

@@ -179,7 +179,7 @@ def test_golden_head_variants_of_the_composition(golden, dtype, limit):
 
 
 def gathered(parts: list[Embedding], own: int) -> Embedding:
-    """What rank `own` has after a gather whose backward keeps its own slice alone, unscaled."""
+    """Gather embeddings as rank `own` sees them; backward keeps its own slice, unscaled."""
     parts = [part if rank == own else part.map(Tensor.detach) for rank, part in enumerate(parts)]
     return Embedding(
         pooled=torch.cat([part.pooled for part in parts]),
