@@ -18,9 +18,18 @@ from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip
 from discovla.data.video.errors import DecodeError
 from discovla.methods.base import Method
+from discovla.ops.top_k import top_k
 from discovla.retrieval.embed import embed_texts, embed_videos, in_order
 from discovla.retrieval.metrics import retrieval_metrics, summary
 from discovla.retrieval.ranks import Ranks, streamed_ranks, text_to_video_ranks, video_to_text_ranks
+from discovla.retrieval.record import (
+    TOP,
+    EvaluationRecord,
+    ScoreCollector,
+    negative_pairs,
+    ranks_of,
+    with_clips,
+)
 from discovla.retrieval.rerank import dual_softmax, qb_norm
 from discovla.retrieval.similarity import pooled_ranks, similarity_matrix, similarity_tile
 
@@ -32,6 +41,7 @@ COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
 
 Metrics = dict[str, Any]
+RanksBySetting = dict[str, dict[str, Ranks]]  # "raw", "dual softmax", "QB-Norm" -> "t2v", "v2t"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +53,7 @@ class EvalOptions:
     bank: training captions for QB-Norm, which is left out without them.
     rank, world_size: this process and the number of processes.
     gather: collects one object from every process, in the order of their ranks.
+    on_record: called with the per-query results; None leaves them out.
     """
 
     data: DataConfig
@@ -53,6 +64,7 @@ class EvalOptions:
     rank: int = 0
     world_size: int = 1
     gather: Callable[[Any], list[Any]] = lambda share: [share]
+    on_record: Callable[[EvaluationRecord], None] | None = None
 
 
 def evaluate(method: Method, clips: Sequence[Clip], options: EvalOptions) -> dict[str, Metrics]:
@@ -80,23 +92,32 @@ def evaluate(method: Method, clips: Sequence[Clip], options: EvalOptions) -> dic
     text, video = _embed_texts(method, captions, options), _embed_videos(method, clips, options)
     large = len(captions) * len(clips) > LARGEST_MATRIX
     if method.scores_pooled and (large or not options.rerank):
-        return _pooled_metrics(method, text, video, groups, options)
-    tile = similarity_tile(method, text, video, options.device)
-    if large:
-        if options.rerank:
-            logger.warning("%d x %d scores: ranked in tiles, without re-ranking", len(captions), len(clips))
-        return {"raw": _summaries(streamed_ranks(tile, len(captions), len(clips), groups))}
-    matrix = similarity_matrix(tile, len(captions), len(clips))
-    results = {"raw": retrieval_metrics(matrix, groups)}
-    if options.rerank:
-        by_text, by_video = dual_softmax(matrix)
-        ranks = text_to_video_ranks(by_text, groups), video_to_text_ranks(by_video, groups)
-        results["dual softmax"] = _summaries(ranks)
-    if options.rerank and options.bank:
-        cosines = matrix / method.logit_scale().item()
-        normalised = qb_norm(cosines, _bank_cosines(method, video, options))
-        results["QB-Norm"] = {"t2v": summary(text_to_video_ranks(normalised, groups))}
-    return results
+        ranks, record = _pooled_ranks(method, text, video, groups, options)
+    else:
+        tile = similarity_tile(method, text, video, options.device)
+        scale = method.logit_scale().item() if method.scores_pooled else 1.0
+        collector = None
+        if options.on_record is not None:
+            collector = ScoreCollector(groups, len(clips), scale=scale)
+        if large:
+            if options.rerank:
+                sizes = len(captions), len(clips)
+                logger.warning("%d x %d scores: ranked in tiles, without re-ranking", *sizes)
+            on_tile = None if collector is None else collector.add
+            found = streamed_ranks(tile, len(captions), len(clips), groups, on_tile=on_tile)
+            ranks = {"raw": _directions(found)}
+        else:
+            matrix = similarity_matrix(tile, len(captions), len(clips))
+            if collector is not None:
+                collector.add(np.arange(len(captions)), slice(0, len(clips)), matrix)
+            ranks = _matrix_ranks(method, matrix, video, groups, options)
+        record = None if collector is None else collector.record(ranks)
+    if options.on_record is not None and record is not None:
+        options.on_record(with_clips(record, clips))
+    return {
+        setting: {direction: summary(values) for direction, values in directions.items()}
+        for setting, directions in ranks.items()
+    }
 
 
 def evaluate_manifest(
@@ -186,22 +207,52 @@ def _read_groups(path: str | Path) -> list[int]:
     return groups
 
 
-def _pooled_metrics(
+def _matrix_ranks(
+    method: Method, matrix: np.ndarray, video: Embedding, groups: np.ndarray, options: EvalOptions
+) -> RanksBySetting:
+    """Rank by the complete matrix, and re-rank it if the options ask for it."""
+    ranks = {"raw": _directions((text_to_video_ranks(matrix, groups), video_to_text_ranks(matrix, groups)))}
+    if options.rerank:
+        by_text, by_video = dual_softmax(matrix)
+        both = text_to_video_ranks(by_text, groups), video_to_text_ranks(by_video, groups)
+        ranks["dual softmax"] = _directions(both)
+    if options.rerank and options.bank:
+        cosines = matrix / method.logit_scale().item()
+        normalised = qb_norm(cosines, _bank_cosines(method, video, options))
+        ranks["QB-Norm"] = {"t2v": text_to_video_ranks(normalised, groups)}
+    return ranks
+
+
+def _pooled_ranks(
     method: Method, text: Embedding, video: Embedding, groups: np.ndarray, options: EvalOptions
-) -> dict[str, Metrics]:
-    """Compute the metrics of pooled features without storing the matrix, which QB-Norm would need."""
+) -> tuple[RanksBySetting, EvaluationRecord | None]:
+    """Rank by pooled features without storing the matrix, which QB-Norm would need."""
     features = text.pooled.to(options.device), video.pooled.to(options.device)
-    results = {"raw": _summaries(pooled_ranks(*features, groups))}
+    ranks = {"raw": _directions(pooled_ranks(*features, groups))}
     if options.rerank:
         scale = method.logit_scale().item()
-        results["dual softmax"] = _summaries(pooled_ranks(*features, groups, dual_softmax_scale=scale))
+        both = pooled_ranks(*features, groups, dual_softmax_scale=scale)
+        ranks["dual softmax"] = _directions(both)
     if options.rerank and options.bank:
         logger.warning("%d x %d scores: ranked without QB-Norm, which needs them all", len(text), len(video))
-    return results
+    if options.on_record is None:
+        return ranks, None
+    scores, indices = top_k(*features, min(TOP, len(video)))
+    unit = [torch.nn.functional.normalize(x.float(), dim=1).cpu().numpy() for x in features]
+    texts, videos = negative_pairs(groups, len(video))
+    record = EvaluationRecord(
+        ranks=ranks_of(ranks),
+        groups=groups,
+        top=indices.cpu().numpy(),
+        top_scores=scores.cpu().numpy(),
+        positive=np.einsum("td,td->t", unit[0], unit[1][groups]),
+        negative=np.einsum("td,td->t", unit[0][texts], unit[1][videos]),
+    )
+    return ranks, record
 
 
-def _summaries(ranks: tuple[Ranks, Ranks]) -> Metrics:
-    return {"t2v": summary(ranks[0]), "v2t": summary(ranks[1])}
+def _directions(ranks: tuple[Ranks, Ranks]) -> dict[str, Ranks]:
+    return {"t2v": ranks[0], "v2t": ranks[1]}
 
 
 def _bank_cosines(method: Method, video: Embedding, options: EvalOptions) -> np.ndarray:

@@ -199,3 +199,27 @@ def test_the_table_has_optimistic_metrics_if_they_differ():
 def test_the_table_has_dashes_for_a_direction_without_metrics():
     only = {"t2v": retrieval_metrics(np.eye(2))["t2v"]}
     assert results_table({"QB-Norm": only}).splitlines()[2].split()[-5:] == ["-"] * 5
+
+
+@pytest.mark.parametrize("way", ["matrix", "pooled", "large pooled", "tiles"])
+def test_every_way_of_ranking_hands_over_the_results_of_each_query(method, clips, options, monkeypatch, way):
+    records = []
+    matrix = similarity(method, clips, options.data) / method.logit_scale().item()
+    if way in {"large pooled", "tiles"}:
+        monkeypatch.setattr(module, "LARGEST_MATRIX", 1)
+    if way == "tiles":
+        monkeypatch.setattr(CLIP, "scores_pooled", False)
+        matrix = matrix * method.logit_scale().item()
+    found = evaluate(
+        method, clips, replace(options, rerank=way in {"matrix", "large pooled"}, on_record=records.append)
+    )
+    (record,) = records
+    assert list(record.ranks) == list(found)
+    for setting, directions in record.ranks.items():
+        for direction, ranks in directions.items():
+            assert found[setting][direction]["MnR"] == ranks.mean()
+    np.testing.assert_array_equal(record.top, np.argsort(-matrix, axis=1)[:, :5])
+    np.testing.assert_allclose(record.top_scores, -np.sort(-matrix, axis=1)[:, :5], rtol=1e-4)
+    np.testing.assert_allclose(record.positive, matrix[np.arange(7), record.groups], rtol=1e-4)
+    assert record.captions == [caption for clip in clips for caption in clip.captions]
+    assert [clip.id for clip in record.clips] == ["c0", "c1", "c2", "c3"]

@@ -106,7 +106,13 @@ class Tiles:
 
 
 def streamed_ranks(
-    tile: TileOf, texts: int, videos: int, groups: Sequence[int] | Array | None = None, *, block: int = 1024
+    tile: TileOf,
+    texts: int,
+    videos: int,
+    groups: Sequence[int] | Array | None = None,
+    *,
+    block: int = 1024,
+    on_tile: Callable[[Array, slice, Array], None] | None = None,
 ) -> tuple[Ranks, Ranks]:
     """Rank text to video and video to text with one tile in memory at a time; equal to ranks of the matrix.
 
@@ -118,6 +124,7 @@ def streamed_ranks(
         texts, videos: their numbers.
         groups: t, the video of each text; None if text i describes video i.
         block: rows and columns of a tile.
+        on_tile: called once with each tile: its texts, its run of videos and its scores.
 
     Raises:
         ValueError: a score that is not finite, or groups that do not fit.
@@ -128,6 +135,8 @@ def streamed_ranks(
     for rows, _ in tiles.rows():
         for columns in tiles.columns():
             scores = _finite(tile(rows, columns), rows, columns)
+            if on_tile is not None:
+                on_tile(rows, columns, scores)
             text_counts[:, rows] += count_above(scores, text_target[rows, None], axis=1)
             best = best_of_groups(scores, tiles.groups[rows])
             video_counts[:, columns] += count_above(best, video_target[columns], axis=0)
