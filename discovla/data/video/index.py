@@ -176,9 +176,10 @@ class FrameIndexBuilder:
         """Return the index of all that was added."""
         frame_at = {time: frame for frame, time in enumerate(self.times)}
         _, _, pixel_format, turns = self._format
-        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        public: dict[str, Any] = {k: value for k, value in vars(self).items() if not k.startswith("_")}
+        public["times"] = tuple(self.times)
         return FrameIndex(
-            **(public | {"times": tuple(self.times)}),
+            **public,
             keyframes=tuple(sorted((frame_at[pts], dts) for pts, dts in self._starts if pts in self._intra)),
             pixel_format=pixel_format,
             rotation=turns,
