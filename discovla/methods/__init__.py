@@ -28,7 +28,10 @@ def build(model: ModelConfig, method: MethodConfig) -> Method:
     if pretrained.weights is None:
         initialise(built, pretrained.architecture, model.seed, model.position_std)
     else:
-        load_weights(built, pretrained.architecture, pretrained.weights)
+        try:
+            load_weights(built, pretrained.architecture, pretrained.weights)
+        except ValueError as error:
+            raise ValueError(f"{model.pretrained}: {error}") from error
     built.initialise_from_clip()
     if method.released is not None:
         load_released(built, method.released)

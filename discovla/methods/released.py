@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from discovla.methods.base import Method
-from discovla.towers.weights import clip_names, openai_name, read_weights
+from discovla.towers.weights import clip_names, misfit_text, openai_name, read_weights
 
 # our names -> OpenAI's, inside a block
 BLOCK_NAMES = (
@@ -34,7 +34,11 @@ def load_released(method: Method, path: Path | str) -> None:
     Raises:
         ValueError: parameters are missing, unexpected or of another shape; the first few are named.
     """
-    released = method.released_parameters(read_weights(Path(path))[0])
+    weights, _ = read_weights(Path(path))
+    try:
+        released = method.released_parameters(weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     own = dict(method.named_parameters())
     misfits = [
         f"{name}: expected {tuple(own[name].shape)}, found {tuple(tensor.shape)}"
@@ -42,7 +46,7 @@ def load_released(method: Method, path: Path | str) -> None:
         if own[name].shape != tensor.shape
     ]
     if misfits:
-        raise ValueError(f"{path}: {_first(misfits)}")
+        raise ValueError(f"{path}: {misfit_text(shapes=misfits)}")
     with torch.no_grad():
         for name, tensor in released.items():
             own[name].copy_(tensor)
@@ -66,14 +70,16 @@ def by_name(
     bare = {name.removeprefix("clip.") for name in theirs.values() if name.startswith("clip.")}
     state = {f"clip.{name}" if name in bare else name: tensor for name, tensor in state.items()}
     expected = set(theirs.values())
-    misfits = [f"missing {name}" for name in theirs.values() if name not in state]
-    misfits += [
-        f"unexpected {name}"
-        for name in state
-        if name not in expected and not re.fullmatch(f"{unused}|{NOT_WEIGHTS}", name)
-    ]
+    misfits = misfit_text(
+        missing=[name for name in theirs.values() if name not in state],
+        unexpected=[
+            name
+            for name in state
+            if name not in expected and not re.fullmatch(f"{unused}|{NOT_WEIGHTS}", name)
+        ],
+    )
     if misfits:
-        raise ValueError(f"checkpoint does not fit {method.config.name}: {_first(misfits)}")
+        raise ValueError(f"checkpoint does not fit {method.config.name}: {misfits}")
     return {ours: state[name] for ours, name in theirs.items()}
 
 
@@ -92,8 +98,3 @@ def _block_name(name: str) -> str:
     for ours, theirs in BLOCK_NAMES:
         name = name.replace(ours, theirs)
     return name
-
-
-def _first(misfits: list[str]) -> str:
-    more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
-    return "; ".join(misfits[:5]) + more

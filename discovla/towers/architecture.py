@@ -88,7 +88,11 @@ def architecture_from_config(name: str, config: Mapping[str, Any]) -> Architectu
     Raises:
         ValueError: the config describes something other than a plain CLIP ViT; the offending key is named.
     """
-    vision, text = config["vision_cfg"], config["text_cfg"]
+    vision, text = config.get("vision_cfg"), config.get("text_cfg")
+    if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
+        raise ValueError(
+            f"{name}: expected vision_cfg and text_cfg, found {', '.join(map(str, config)) or 'nothing'}"
+        )
     other = {
         *(set(config) - PLAIN_KEYS),
         *(f"vision_cfg.{k}" for k in set(vision) - VISION_KEYS),
@@ -97,6 +101,13 @@ def architecture_from_config(name: str, config: Mapping[str, Any]) -> Architectu
     if other or not isinstance(vision.get("layers"), int):
         keys = ", ".join(sorted(other)) or f"vision_cfg.layers={vision.get('layers')}"
         raise ValueError(f"{name}: expected a plain CLIP ViT, found {keys}")
+    required = ("embed_dim", "vision_cfg.image_size", "vision_cfg.width", "vision_cfg.patch_size")
+    required += ("text_cfg.width", "text_cfg.layers", "text_cfg.heads")
+    given = {**config, **{f"vision_cfg.{k}": v for k, v in vision.items()}}
+    given |= {f"text_cfg.{k}": v for k, v in text.items()}
+    for key in required:
+        if type(given.get(key)) is not int or given[key] < 1:
+            raise ValueError(f"{name}: {key}: expected a whole number above 0, found {given.get(key)!r}")
     width = vision["width"]
     return Architecture(
         embed_dim=config["embed_dim"],

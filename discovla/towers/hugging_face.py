@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from discovla.towers.weights import misfit_text
+
 Rules = Sequence[tuple[str, str]]
 
 # our names -> Hugging Face's, as regular expressions, applied in this order
@@ -53,11 +55,12 @@ def from_hugging_face(
     """
     theirs = {name: _theirs(name, (*rules, *BLOCK_RULES, *CLIP_RULES)) for name in own}
     expected = {part for parts in theirs.values() for part in parts}
-    misfits = [f"missing {part}" for parts in theirs.values() for part in parts if part not in state]
-    misfits += [f"unexpected {n}" for n in state if n not in expected and not re.fullmatch(UNUSED, n)]
+    misfits = misfit_text(
+        missing=[part for parts in theirs.values() for part in parts if part not in state],
+        unexpected=[n for n in state if n not in expected and not re.fullmatch(UNUSED, n)],
+    )
     if misfits:
-        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
-        raise ValueError(f"checkpoint does not fit: {'; '.join(misfits[:5])}{more}")
+        raise ValueError(f"checkpoint does not fit: {misfits}")
     joined = {name: torch.cat([state[part] for part in parts]) for name, parts in theirs.items()}
     return {
         name: tensor.T if name in ("vision.projection", "text.projection") else tensor

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from discovla import torchvision_cpu
+from discovla.foreign import describe, nested, read_jit, read_json, read_safetensors, read_torch, recognise
 from discovla.nn.logit_scale import START
 from discovla.towers.architecture import Architecture, architecture_from_config, architecture_from_state_dict
 from discovla.towers.text import TextTower
@@ -41,6 +42,20 @@ OPENAI_NAMES = (
     ("mlp.down.", "mlp.c_proj."),
 )
 VISION_POSITIONS = ("vision.class_embedding", "vision.position_embedding")
+EXPECTED = "a file of CLIP weights (a state dict)"
+FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
+KIND_NAMES = {
+    "text": "a text file",
+    "pickle": "a pickle that torch.save did not write",
+    "npy": "a NumPy array",
+    "npz": "an archive of NumPy arrays",
+}
+# parts of names that torch.compile, FSDP and activation checkpointing add
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# states in a training checkpoint that hold tensors but no model
+NOT_MODELS = ("optim", "scaler", "sched", "lr_sched")
+# weights that tell where the names of a tower begin; the text tower's in open_clip's CustomTextCLIP
+VISION_ANCHOR, TEXT_ANCHOR = "visual.conv1.weight", "text.positional_embedding"
 # entries of OpenAI's archives that are not weights
 NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
 
@@ -89,8 +104,9 @@ def load_pretrained(config: ModelConfig) -> Pretrained:
     if config.pretrained == "drawn":
         return read_drawn_clip(DRAWN_CLIP)
     path = Path(config.pretrained)
-    if path.suffix in {".pt", ".pth", ".bin", ".safetensors"}:
+    if path.suffix in FILE_SUFFIXES or path.exists():
         weights, activation = read_weights(path)
+        weights = without_prefix(weights)
         if named is None:
             named = _infer_architecture(path, weights, config, activation)
         return Pretrained(architecture=_check_activation(config, named, activation), weights=weights)
@@ -101,33 +117,115 @@ def load_pretrained(config: ModelConfig) -> Pretrained:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Read weights with OpenAI's or open_clip's names from a file.
+    """Read weights with OpenAI's or open_clip's names from a file, recognised by its content.
 
-    Reads OpenAI's JIT archives, torch checkpoints (bare, or open_clip's training checkpoints with
-    "state_dict") and safetensors; the prefixes "module." and, on the text tower, "text." are dropped.
+    Reads OpenAI's JIT archives, torch checkpoints and safetensors.  A checkpoint may hold one state dict
+    beside other values, under any name; the parts of names that torch.compile and parallel training add, and
+    "text." on the text tower, are dropped.
 
     Returns:
         Float32 weights by OpenAI's names, and the activation if the file determines it, as only a JIT archive
         of OpenAI does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no state dict, or several, or a weight that is not finite.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file of CLIP weights, found none")
-    activation = None
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    elif _is_jit(path):
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-        activation = "quick_gelu"
+    kind = recognise(path, EXPECTED)
+    if kind == "jit":
+        content: Any = read_jit(path, EXPECTED)
+    elif kind == "safetensors":
+        content = read_safetensors(path, EXPECTED)
+    elif kind == "torch":
+        content = read_torch(path, EXPECTED)
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if "text.positional_embedding" in state:
+        raise ValueError(f"{path}: expected {EXPECTED}, found {KIND_NAMES[kind]}")
+    state = without_wrappers(path, _state_dict(path, content))
+    if TEXT_ANCHOR in state:
         state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
     weights = {
         name: t.float() for name, t in state.items() if name not in NOT_WEIGHTS and name != "attn_mask"
     }
-    return weights, activation
+    for name, tensor in weights.items():
+        if name.endswith("attn_mask"):
+            continue  # -inf above the diagonal
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise ValueError(
+                f"{path}: {name}: expected finite numbers, found {bad} of {tensor.numel()} that are not"
+            )
+    return weights, "quick_gelu" if kind == "jit" else None
+
+
+def without_wrappers(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without the parts of names that wrappers of a model add.
+
+    Raises:
+        ValueError: two names become one.
+    """
+    bare: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        while short.startswith("module."):
+            short = short.removeprefix("module.")
+        if short in bare:
+            raise ValueError(f"{path}: expected one tensor for {short}, found another, {name}")
+        bare[short] = tensor
+    return bare
+
+
+def without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a CLIP that is part of another model ("clip.visual.proj") by its own names."""
+    anchored = [name for name in weights if name.endswith(f".{VISION_ANCHOR}")]
+    if VISION_ANCHOR in weights or len(anchored) != 1:
+        return dict(weights)
+    prefix = anchored[0].removesuffix(VISION_ANCHOR)
+    bare = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    if len(bare) < len(weights):
+        return dict(weights)  # two names would become one
+    log.warning("weights: the names of the CLIP begin with %r, which is dropped", prefix)
+    if TEXT_ANCHOR in bare:
+        bare = {name.removeprefix("text."): tensor for name, tensor in bare.items()}
+    return bare
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    """Return the one state dict in the content of a file; other values beside its tensors are left out.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    sources = {
+        name: inner
+        for name, inner in nested(content)
+        if isinstance(inner, Mapping) and not name.startswith(NOT_MODELS)
+    }
+    states = {
+        name: {str(key): _tensor(value) for key, value in inner.items() if _is_tensor(value)}
+        for name, inner in sources.items()
+    }
+    states = {name: state for name, state in states.items() if state}
+    # Any CLIP has position embeddings; a head or a list of losses beside it has none.
+    models = {name: state for name, state in states.items() if any("position" in key for key in state)}
+    if len(models) > 1:
+        raise ValueError(
+            f"{path}: expected one state dict, found {len(models)}: {', '.join(models)}; save one alone"
+        )
+    if not models and len(states) != 1:
+        raise ValueError(f"{path}: expected {EXPECTED}, found {describe(content)}")
+    name, state = next(iter((models or states).items()))
+    others = [str(key) for key in sources[name] if str(key) not in state]
+    if others:
+        log.warning("%s: values beside the weights are left out: %s", path, ", ".join(others[:5]))
+    return state
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub")
+
+
+def _tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.from_numpy(value)
 
 
 def read_drawn_clip(path: Path) -> Pretrained:
@@ -168,19 +266,36 @@ def load_weights(model: nn.Module, architecture: Architecture, weights: Mapping[
     """
     names = {openai_name(name): name for name in clip_names(architecture)}
     own = model.state_dict(keep_vars=True)
-    misfits = [f"missing {n}" for n in names if n not in weights]
-    misfits += [f"unexpected {n}" for n in weights if n not in names]
-    misfits += [
-        f"{n}: expected {tuple(own[ours].shape)}, found {tuple(weights[n].shape)}"
-        for n, ours in names.items()
-        if n in weights and weights[n].shape != own[ours].shape
-    ]
+    misfits = misfit_text(
+        missing=[n for n in names if n not in weights],
+        unexpected=[n for n in weights if n not in names],
+        shapes=[
+            f"{n}: expected {tuple(own[ours].shape)}, found {tuple(weights[n].shape)}"
+            for n, ours in names.items()
+            if n in weights and not _fits(weights[n], own[ours])
+        ],
+    )
     if misfits:
-        more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
-        raise ValueError(f"weights do not fit the architecture: {'; '.join(misfits[:5])}{more}")
+        raise ValueError(f"weights do not fit the architecture: {misfits}")
     with torch.no_grad():
         for theirs, ours in names.items():
-            own[ours].copy_(weights[theirs])
+            own[ours].copy_(weights[theirs].reshape(own[ours].shape))
+
+
+def misfit_text(
+    *, missing: Sequence[str] = (), unexpected: Sequence[str] = (), shapes: Sequence[str] = ()
+) -> str:
+    """Return how a state dict differs from the expected one, the first names of each kind; "" if equal."""
+    parts = []
+    for kind, names in (("missing ", missing), ("unexpected ", unexpected), ("", shapes)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{kind}{', '.join(names[:3])}{more}")
+    return "; ".join(parts)
+
+
+def _fits(tensor: Tensor, own: Tensor) -> bool:
+    return tensor.shape == own.shape or tensor.numel() == own.numel() == 1
 
 
 def openai_weights(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
@@ -245,7 +360,7 @@ def _named_architecture(name: str | None) -> Architecture | None:
     if name is None:
         return None
     if name.endswith(".json"):
-        return architecture_from_config(name, json.loads(Path(name).read_text()))
+        return architecture_from_config(name, read_json(Path(name), "a model config in open_clip's form"))
     torchvision_cpu.install()
     import open_clip
 
@@ -311,10 +426,3 @@ def _check_activation(config: ModelConfig, architecture: Architecture, known: st
             architecture.activation,
         )
     return replace(architecture, activation="quick_gelu" if activation == "quick_gelu" else "gelu")
-
-
-def _is_jit(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
