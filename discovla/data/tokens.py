@@ -46,13 +46,12 @@ class Tokenizer:
 
         Returns: ids n l (int64, padded with 0) and mask n l (bool, True on tokens, start and end included).
         """
-        ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
-        mask = torch.zeros(len(texts), self.context_length, dtype=torch.bool)
+        length = self.context_length
         start, end = special_ids()
-        for row, text in enumerate(texts):
-            tokens = [start, *_tokens(text)[: self.context_length - 2], end]
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = True
+        rows = [[start, *_tokens(text)[: length - 2], end] for text in texts]
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        ids, mask = ids.view(len(rows), length), torch.arange(length) < lengths[:, None]
         return ids, mask
 
     def length(self, text: str) -> int:
