@@ -47,3 +47,7 @@ def _parser(called: str | None) -> argparse.ArgumentParser:
         else:
             commands.add_parser(name, help=sentence)
     return parser
+
+
+if __name__ == "__main__":  # launch/ starts `discovla preflight` as a module
+    sys.exit(main())

@@ -172,6 +172,13 @@ def test_scripts_are_valid_bash(script):
     assert os.access(script, os.X_OK) == (script.suffix == ".sh")
 
 
+def test_the_command_runs_as_a_module():
+    """The launch scripts start `discovla preflight` in this form."""
+    command = [sys.executable, "-m", "discovla.cli", "--version"]
+    done = subprocess.run(command, env=environment(ROOT), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("discovla ")
+
+
 @pytest.mark.slow
 def test_torchrun_checks_restarts_lost_ranks_forwards_signals_and_keeps_logs(tmp_path, drawn, whole):
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE]
@@ -213,9 +220,9 @@ def test_deepspeed_on_two_machines_ends_with_the_status_of_a_stopped_rank(tmp_pa
 WITH_FAULT = """
 import os, sys
 from train import main
-from tests.runs import _arrange
+from tests.runs import _inject
 if os.environ["RANK"] == "0":
-    _arrange("SIGTERM^2", "discovla.engine.checkpoint", "_write_tensors", "1")
+    _inject("SIGTERM^2", "discovla.engine.checkpoint", "_write_tensors", "1")
 sys.exit(main(sys.argv[1:]))
 """
 
