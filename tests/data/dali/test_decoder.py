@@ -127,7 +127,7 @@ def test_realdata_frames_are_near_to_those_of_pyav_or_the_file_is_refused(realda
             assert error_of(frames[0].cpu().numpy(), pyav_frames(path, **options)) <= TOLERANCE_MEAN, path
             near.append(path.name)
     assert refused
-    assert len(near) >= 5, near
+    assert len(near) >= 4, near
 
 
 @with_dali
