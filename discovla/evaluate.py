@@ -20,6 +20,7 @@ from discovla.data.video.errors import DecodeError
 from discovla.methods.base import Method
 from discovla.ops.top_k import top_k
 from discovla.retrieval.embed import embed_texts, embed_videos, in_order
+from discovla.retrieval.matrix import read_matrix
 from discovla.retrieval.metrics import retrieval_metrics, summary
 from discovla.retrieval.ranks import Ranks, streamed_ranks, text_to_video_ranks, video_to_text_ranks
 from discovla.retrieval.record import (
@@ -151,7 +152,7 @@ def evaluate_matrix(path: str | Path, groups: str | Path | None = None) -> Metri
     """Compute the metrics of a similarity matrix that any model wrote.
 
     Args:
-        path: .npy file, texts x videos.
+        path: file of texts x videos, see `read_matrix`.
         groups: JSON list with the video of each text; None if text i describes video i.
 
     Returns:
@@ -161,10 +162,7 @@ def evaluate_matrix(path: str | Path, groups: str | Path | None = None) -> Metri
         ValueError: wrong contents; the message has the file.
         OSError: unreadable file.
     """
-    try:
-        matrix = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: expected a .npy file with a matrix of numbers: {error}") from None
+    matrix = read_matrix(path)
     try:
         return retrieval_metrics(matrix, None if groups is None else _read_groups(groups))
     except ValueError as error:

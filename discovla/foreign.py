@@ -130,12 +130,28 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
     if recognise(path, expected) != "text":
         raise ValueError(f"{path}: expected {expected}, found no text")
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(read_utf8(path, expected))
     except ValueError as error:
         raise ValueError(f"{path}: expected {expected}, found text that is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected {expected}, found {describe(value)}")
     return value
+
+
+def read_utf8(path: Path, expected: str) -> str:
+    """Read a text file, without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8; the message names the line.
+    """
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        utf16 = " (it is UTF-16)" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        byte = f"0x{content[error.start]:02x}"
+        raise ValueError(f"{path}:{line}: expected {expected} in UTF-8, found byte {byte}{utf16}") from error
 
 
 def read_plain_pickle(path: Path, *, arrays: bool = False) -> Any:

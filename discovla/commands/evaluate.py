@@ -21,8 +21,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     manifest = "clips to evaluate on; default: those of the run"
     parser.add_argument("--manifest", type=Path, metavar="JSONL", help=manifest)
     parser.add_argument("--split", default="test", help="split of the manifest; default: %(default)s")
-    matrix = "similarity matrix to evaluate instead of a run; rows are texts, columns videos"
-    parser.add_argument("--matrix", type=Path, metavar="NPY", help=matrix)
+    matrix = (
+        "similarity matrix to evaluate instead of a run (.npy, .npz, .pt, .safetensors, .pkl, .json or a "
+        "text table); rows are texts, columns videos"
+    )
+    parser.add_argument("--matrix", type=Path, metavar="FILE", help=matrix)
     groups = "JSON list with the video of each text of the matrix; default: text i describes video i"
     parser.add_argument("--groups", type=Path, metavar="JSON", help=groups)
     devices = ("auto", "cpu", "cuda")
