@@ -315,6 +315,7 @@ def method_and_loader(config: RunConfig) -> tuple[Method, TrainLoader]:
         image_size=method.architecture.image_size,
         context_length=config.data.context_length,
         frame_captions=method.needs_frame_captions,
+        order=method.needs_order_words,
     )
     data = config.data.model_copy(update={"workers": 0})
     return method, TrainLoader(read_clips(data, data.train_split), data, spec)

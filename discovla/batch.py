@@ -23,12 +23,16 @@ class Batch:
     """One rank's share of a training batch.
 
     text_ids: b l, int64, padded with 0.  text_mask: b l, bool, true on real tokens.
-    frames: b f y x c, uint8 RGB; float b f c y x is already normalised.  frame_mask: b f, bool.
+    frames: b f y x c, uint8 RGB; float b f c y x is already normalised; float b f d are features of a frozen
+        vision tower.  frame_mask: b f, bool.
     frame_text_ids, frame_text_mask: b f l, captions of the sampled frames, or None.
     video_index: b, int64, index of the clip; equal for captions of one clip.
     valid: b, bool, false on clips that could not be read; None if every rank read all of its clips.  The row
         of an unreadable clip is a placeholder; it keeps shapes equal on all ranks, and no loss uses it.
     bad: the unreadable clips.
+    tells_order: b, bool, true where the caption tells the order of events; None if no loss asks for it.
+    false_text_ids, false_text_mask: b l, the caption with an exchange that makes it false, or None.
+    has_false_text: b, bool, true where there is an exchange; the caption itself stands in the other rows.
     """
 
     text_ids: Tensor
@@ -40,6 +44,10 @@ class Batch:
     frame_text_ids: Tensor | None = None
     frame_text_mask: Tensor | None = None
     bad: tuple[BadClip, ...] = field(default=())
+    tells_order: Tensor | None = None
+    false_text_ids: Tensor | None = None
+    false_text_mask: Tensor | None = None
+    has_false_text: Tensor | None = None
 
     def __len__(self) -> int:
         return self.text_ids.shape[0]
@@ -50,7 +58,8 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
         """Move to `device`; masks stay on the CPU, so that reading them does not sync."""
-        kept = {name: getattr(self, name) for name in ("text_mask", "frame_mask", "frame_text_mask")}
+        masks = ("text_mask", "frame_mask", "frame_text_mask", "false_text_mask", "has_false_text")
+        kept = {name: getattr(self, name) for name in masks}
         return replace(self.map(lambda x: x.to(device, non_blocking=non_blocking)), **kept)
 
     def frame_captions(self) -> tuple[Tensor, Tensor]:
@@ -81,6 +90,10 @@ class Embedding:
     mask: n k, bool, true on real tokens; None if all are real.
     frames: n f d, a feature for each frame or for its caption, for frame-level alignment.
     frame_mask: n f, bool, true on real frames.
+    false_pooled, false_tokens, false_mask: the same of a counterpart that does not match: of a video its
+        reverse, of a caption one with an exchange.  None without losses that need it.
+    tells_order: n, bool, true where a caption tells the order of events.
+    has_false: n, bool, true where a caption has a counterpart.
     """
 
     pooled: Tensor
@@ -88,6 +101,21 @@ class Embedding:
     mask: Tensor | None = None
     frames: Tensor | None = None
     frame_mask: Tensor | None = None
+    false_pooled: Tensor | None = None
+    false_tokens: Tensor | None = None
+    false_mask: Tensor | None = None
+    tells_order: Tensor | None = None
+    has_false: Tensor | None = None
+
+    @property
+    def false(self) -> Embedding:
+        """Return the counterparts that do not match."""
+        assert self.false_pooled is not None, "encoded with counterparts"
+        return Embedding(pooled=self.false_pooled, tokens=self.false_tokens, mask=self.false_mask)
+
+    def with_false(self, other: Embedding) -> Embedding:
+        """Return the embedding with counterparts that do not match."""
+        return replace(self, false_pooled=other.pooled, false_tokens=other.tokens, false_mask=other.mask)
 
     def __len__(self) -> int:
         return self.pooled.shape[0]

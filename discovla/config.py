@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from discovla.data.config import DataConfig
 from discovla.engine.config import EngineConfig
@@ -80,6 +80,19 @@ class RunConfig(BaseModel):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _check_order(self) -> RunConfig:
+        method = self.method
+        stills = self.data.stills is not None
+        if stills and (method.reversed_negatives or method.swapped_captions or self.data.reversed_pairs):
+            raise ValueError("data.stills: expected clips with losses that teach order, found stills")
+        if self.engine.capture == "graph" and method.swapped_captions:
+            raise ValueError(
+                "engine.capture: expected 'none' with method.swapped_captions, whose number differs from "
+                "batch to batch, found 'graph'"
+            )
+        return self
 
     def to_json(self) -> str:
         """Return the resolved config as JSON; `read_config` reads it back."""
@@ -210,8 +223,8 @@ def _config_error(source: str, prefix: str, model: type[BaseModel], error: Valid
             message = f"{key}: expected a value, found none"
         case "value_error":  # by a validator of ours
             text = str(first.get("ctx", {})["error"])
-            named = re.match(r"(\w+): ", text)  # one of a whole table begins with the key
-            message = f"{key}.{text}" if named else f"{key}: {text}"
+            named = re.match(r"([\w.]+): ", text)  # one of a whole table begins with the key
+            message = f"{key}.{text}".lstrip(".") if named else f"{key}: {text}"
             if "found " not in text:
                 message += f", found {first['input']!r}"
         case _:

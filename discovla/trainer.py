@@ -375,6 +375,7 @@ def make_loader(config: RunConfig, method: Method, clips: list[Clip], world: Wor
         image_size=method.architecture.image_size,
         context_length=data.context_length,
         frame_captions=method.needs_frame_captions,
+        order=method.needs_order_words,
     )
     stills = None if data.stills is None else Stills(seed=config.seed, **data.stills.model_dump())
     return TrainLoader(clips if stills is None else stills, data, spec)

@@ -48,6 +48,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "frame_group": 3,
         "exclude_same_video": True,
     },
+    "order": {"name": "clip", "temporal": "basis", "reversed_negatives": 0.7, "swapped_captions": 0.6},
+    "order, aligned": {
+        "name": "discovla",
+        "fused_vision_blocks": 1,
+        "fused_text_blocks": 1,
+        "frame_position": True,
+        "reversed_negatives": 0.7,
+        "swapped_captions": 0.6,
+    },
+    "order, pairs": {
+        "name": "clip4clip",
+        "head": "tightTransf",
+        "head_layers": 1,
+        "temporal": "basis",
+        "reversed_negatives": 0.7,
+        "reversed_when": "always",
+        "swapped_captions": 0.6,
+        **ALIGNED,
+    },
+    "order, tokens": {
+        "name": "t2vparser",
+        "stan_layers": 1,
+        "decomposition_layers": 1,
+        "decomposition_heads": 2,
+        "temporal": "basis",
+        "reversed_negatives": 0.7,
+        "swapped_captions": 0.6,
+    },
     "tokens": {"name": "clip", "similarity": "tokens", "exclude_same_video": True, **ALIGNED},
     "seqTransf": {"name": "clip4clip", "head": "seqTransf", "head_layers": 1},
     "tightTransf": {"name": "clip4clip", "head": "tightTransf", "head_layers": 1, **ALIGNED},
@@ -98,6 +126,9 @@ def make(variant: str | dict[str, Any]) -> Method:
 def whole_batch(*, bad: bool) -> Batch:
     """Return the batch of all ranks: two clips occur twice, some frames are padding, some rows unreadable."""
     made = noise_batch(tiny_architecture(), size=BATCH, frames=FRAMES)
+    other = noise_batch(tiny_architecture(), size=BATCH, frames=FRAMES, seed=1)
+    other_mask = other.text_mask.clone()
+    other_mask[:, :2] = True
     text_mask, frame_mask, valid = (
         made.text_mask.clone(),
         made.frame_mask.clone(),
@@ -111,6 +142,10 @@ def whole_batch(*, bad: bool) -> Batch:
         text_mask=text_mask,
         frame_mask=frame_mask,
         video_index=torch.tensor([0, 1, 2, 0, 4, 2, 6, 7]),
+        tells_order=torch.tensor([True, False, True, True, False, True, True, False]),
+        false_text_ids=other.text_ids,
+        false_text_mask=other_mask,
+        has_false_text=torch.tensor([True, False, False, True, False, False, True, False]),
         valid=valid if bad else None,
     )
 

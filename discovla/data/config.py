@@ -80,6 +80,14 @@ class DataConfig(BaseModel):
     """Training captions without frame captions, where the method needs them: `error` refuses to start, `drop`
     leaves them out."""
 
+    reversed_pairs: bool = False
+    """Also train on pairs of a clip played backwards and a caption that is true of it, for the training clips
+    whose `reversed_captions` the manifest has."""
+
+    order_words: Path | None = None
+    """TOML file with the phrases that tell the order of events, `words`, and the pairs of phrases that
+    exchange, `exchanges`, for method.reversed_negatives and method.swapped_captions.  Default: English."""
+
     damaged: Damaged = "refuse"
     """Videos that decode up to some frame only: `refuse` counts them as bad, `use` reads up to there."""
 
@@ -115,7 +123,7 @@ class DataConfig(BaseModel):
             raise ValueError("expected a manifest, or data.shards")
         return value
 
-    @field_validator("quarantine", "index_dir", mode="before")
+    @field_validator("quarantine", "index_dir", "order_words", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value  # an empty path would mean the current folder

@@ -20,6 +20,7 @@ from discovla.data.config import FULL_SIZE, DataConfig, LongCaptions
 from discovla.data.dali.pipeline import Plan
 from discovla.data.dali.reader import DaliClipReader
 from discovla.data.manifest import Clip, check_clips, read_manifest
+from discovla.data.order import OrderWords, read_order_words
 from discovla.data.quarantine import without_quarantined
 from discovla.data.sampling import clip_sampling
 from discovla.data.shards.reader import Shards, open_shards
@@ -40,10 +41,14 @@ Frames = np.ndarray | Plan  # f y x 3 uint8, or the plan by which DALI decodes t
 
 @dataclass(frozen=True)
 class Pair:
-    """A training pair: index of the clip in the list, index of the caption in the clip."""
+    """A training pair: index of the clip in the list, index of the caption in the clip.
+
+    backwards: the clip is played backwards, and `caption` counts in its reversed captions.
+    """
 
     clip: int
     caption: int
+    backwards: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,8 @@ class Sample:
     video_index: index of the clip in the list.
     frame_captions: one caption per frame, or None.
     bad: the clip and the reason if it gives no frames, else None.
+    false_text: the caption with an exchange that makes it false, or None.
+    tells_order: the caption tells the order of events.
     """
 
     text: str
@@ -61,6 +68,8 @@ class Sample:
     video_index: int
     frame_captions: tuple[str, ...] | None = None
     bad: BadClip | None = None
+    false_text: str | None = None
+    tells_order: bool = False
 
 
 class Dataset(Protocol):
@@ -215,6 +224,7 @@ class ClipDataset:
 
     seed: seed of the augmentation and of random sampling; None for evaluation.
     frame_captions: samples have frame captions.
+    order: finds exchanges in captions and whether they tell order; None leaves both out.
     """
 
     clips: Sequence[Clip]
@@ -222,6 +232,7 @@ class ClipDataset:
     reader: ClipReader
     seed: int | None = None
     frame_captions: bool = False
+    order: OrderWords | None = None
 
     @property
     def frames_per_clip(self) -> int:
@@ -232,7 +243,7 @@ class ClipDataset:
         return len(self.pairs)
 
     def sample(self, index: int, epoch: int) -> Sample:
-        """Return pair `index`; augmentation depends on (seed, epoch, index)."""
+        """Return pair `index`; augmentation and exchange depend on (seed, epoch, index)."""
         pair = self.pairs[index]
         clip = self.clips[pair.clip]
         frames = bad = None
@@ -240,12 +251,20 @@ class ClipDataset:
             frames = self.reader.read(clip, None if self.seed is None else f"{self.seed}/{epoch}/{index}")
         except DecodeError as error:
             bad = BadClip(id=clip.id, video=str(clip.video), reason=error.reason)
+        text = clip.captions[pair.caption]
+        if pair.backwards:
+            assert clip.reversed_captions is not None, "a pair of them"
+            text = clip.reversed_captions[pair.caption]
+            frames = frames[::-1] if isinstance(frames, np.ndarray) else None
+        order = self.order
         return Sample(
-            text=clip.captions[pair.caption],
+            text=text,
             frames=frames,
             frame_captions=_frame_captions(clip, pair) if self.frame_captions else None,
             video_index=pair.clip,
             bad=bad,
+            false_text=None if order is None else order.exchanged(text, index + epoch),
+            tells_order=order is not None and order.tells_order(text),
         )
 
 
@@ -257,6 +276,7 @@ def clip_dataset(
     context_length: int,
     frame_captions: bool,
     seed: int,
+    order: bool = False,
 ) -> ClipDataset:
     """Check clips and return their training pairs.
 
@@ -270,13 +290,40 @@ def clip_dataset(
             "sampling: expected 'discovla', whose frames the frame captions describe (method.alpha or "
             f"method.beta is not 0), found {config.sampling!r}"
         )
+    pairs = training_pairs(clips, frame_captions=frame_captions, missing=config.missing_frame_captions)
+    if config.reversed_pairs:
+        pairs += _reversed_pairs(clips, config, frame_captions=frame_captions)
     return ClipDataset(
         clips=clips,
-        pairs=training_pairs(clips, frame_captions=frame_captions, missing=config.missing_frame_captions),
+        pairs=pairs,
         reader=clip_reader(clips, config, image_size, training=True),
         seed=seed,
         frame_captions=frame_captions,
+        order=read_order_words(config.order_words) if order else None,
     )
+
+
+def _reversed_pairs(clips: Sequence[Clip], config: DataConfig, *, frame_captions: bool) -> list[Pair]:
+    """Return a pair for each caption that is true of a clip played backwards.
+
+    Raises:
+        ValueError: no clip has such captions, or DALI decodes, whose plans play forwards.
+    """
+    if _decodes_by_dali(config):
+        raise ValueError("reversed_pairs: expected another decoder than 'dali', which plays clips forwards")
+    pairs = [
+        Pair(i, j, backwards=True)
+        for i, clip in enumerate(clips)
+        for j in range(len(clip.reversed_captions or ()))
+    ]
+    if frame_captions:
+        pairs = [pair for pair in pairs if _frame_captions(clips[pair.clip], pair) is not None]
+    if not pairs:
+        raise ValueError(
+            f"reversed_pairs: expected training clips with reversed_captions, found {len(clips)} without; "
+            "`discovla draw` and `discovla shard` write them for a drawn world"
+        )
+    return pairs
 
 
 def training_pairs(
@@ -312,7 +359,15 @@ def training_pairs(
 
 
 def _frame_captions(clip: Clip, pair: Pair) -> tuple[str, ...] | None:
-    return None if clip.frame_captions is None else clip.frame_captions[pair.caption]
+    """Return the captions of a pair's frames in the order in which they are played, or None.
+
+    A clip played backwards takes those of any caption of the clip, because they describe the same frames.
+    """
+    lists = clip.frame_captions
+    if lists is None:
+        return None
+    texts = lists[pair.caption % len(lists)] if pair.backwards else lists[pair.caption]
+    return texts[::-1] if pair.backwards and texts is not None else texts
 
 
 def _ordered_pairs(clips: Sequence[Clip]) -> list[Pair]:

@@ -35,6 +35,7 @@ class BatchSpec:
     image_size: pixels of a side of the frames.
     context_length: tokens of a caption.
     frame_captions: batches have one caption per frame.
+    order: batches tell which captions tell order, and have their exchanges.
     """
 
     batch_size: int
@@ -44,6 +45,7 @@ class BatchSpec:
     image_size: int
     context_length: int
     frame_captions: bool
+    order: bool = False
 
     def __post_init__(self) -> None:
         if self.world_size < 1 or not 0 <= self.rank < self.world_size:
@@ -89,6 +91,7 @@ class TrainLoader:
                 context_length=spec.context_length,
                 frame_captions=spec.frame_captions,
                 seed=spec.seed,
+                order=spec.order,
             )
         self.dataset, self.spec = dataset, spec
         self.steps_per_epoch = len(dataset) // spec.batch_size
@@ -201,6 +204,7 @@ class _BatchReader:
                 image_size=image_size,
                 plans=self._dali is not None,
                 tokenizer=tokenizer,
+                order=isinstance(dataset, ClipDataset) and dataset.order is not None,
             ),
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
@@ -251,12 +255,14 @@ class _Collate:
 
     frames_per_clip: clips with fewer frames are padded with black frames, which the mask hides.
     plans: frames are plans, which `DaliDecoder` replaces.
+    order: samples tell of the order in their captions.
     """
 
     frames_per_clip: int
     image_size: int
     plans: bool
     tokenizer: Tokenizer | None
+    order: bool
 
     def __call__(self, samples: list[Sample]) -> dict[str, Any]:
         frames = tuple(sample.frames for sample in samples) if self.plans else self._padded(samples)
@@ -272,6 +278,11 @@ class _Collate:
         if self.tokenizer is None:
             return fields
         fields["text_ids"], fields["text_mask"] = self.tokenizer.encode([s.text for s in samples])  # b l
+        if self.order:
+            false = [s.text if s.false_text is None else s.false_text for s in samples]
+            fields["false_text_ids"], fields["false_text_mask"] = self.tokenizer.encode(false)  # b l
+            fields["has_false_text"] = torch.tensor([s.false_text is not None for s in samples])
+            fields["tells_order"] = torch.tensor([s.tells_order for s in samples])
         captions = [s.frame_captions for s in samples if s.frame_captions is not None]
         if captions:
             ids, mask = self.tokenizer.encode([text for texts in captions for text in texts])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _REQUIRED = ("id", "video", "captions", "split")
-_OPTIONAL = ("start", "end", "frame_captions", "caption_order")
+_OPTIONAL = ("start", "end", "frame_captions", "caption_order", "reversed_captions")
 _NAMED = 5  # faults named in one message; a wrong folder makes a fault of every clip
 
 FrameCaptions = tuple[tuple[str, ...] | None, ...]
@@ -28,6 +28,7 @@ class Clip:
     frame_captions: for each caption one caption per sampled frame, or None.
     caption_order: position of each caption among all training samples of the dataset; None if the dataset
         lists its samples clip by clip.
+    reversed_captions: captions that are true of the clip played backwards, or None.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Clip:
     end: float | None = None
     frame_captions: FrameCaptions | None = None
     caption_order: tuple[int, ...] | None = None
+    reversed_captions: tuple[str, ...] | None = None
 
 
 def read_manifest(path: str | Path, *, split: str | None = None) -> list[Clip]:
@@ -225,6 +227,7 @@ def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"{where}: {key}: expected a text that is not empty, found {row[key]!r}")
     captions = _texts(row["captions"], f"{where}: captions")
+    backwards = row.get("reversed_captions")
     return Clip(
         id=row["id"],
         video=Path(os.path.normpath(folder / row["video"])),
@@ -234,6 +237,7 @@ def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
         end=_seconds(row.get("end"), f"{where}: end"),
         frame_captions=_frame_captions(row.get("frame_captions"), len(captions), f"{where}: frame_captions"),
         caption_order=_order(row.get("caption_order"), len(captions), f"{where}: caption_order"),
+        reversed_captions=None if backwards is None else _texts(backwards, f"{where}: reversed_captions"),
     )
 
 

@@ -43,7 +43,7 @@ _GROW = {"grows": "small", "shrinks": "big"}
 _BACKWARDS = {"appears": "disappears", "disappears": "appears", "grows": "shrinks", "shrinks": "grows"}
 _THEN = 0.8  # share of "then" among scenes where no actor stays; about 0.6 of all scenes
 _LAST = 0.86  # latest end of an event: 8 of 32 frames are sampled, the last at 28/32
-_STREAMS = ("actors", "scene", "pixels", "captions", "probes")  # independent random numbers
+_STREAMS = ("actors", "scene", "pixels", "captions", "probes", "reversed")  # independent random numbers
 
 T = TypeVar("T")
 

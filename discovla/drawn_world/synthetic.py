@@ -1,7 +1,8 @@
 """The drawn world: H.264 clips of shapes with captions, made from a seed.
 
 A clip has two actors with one event each, and distractors that its captions do not mention.  Training clips
-have three captions, each with a still caption for every sampled frame; clips of the other splits have one.
+have three captions, each with a still caption for every sampled frame, and three that are true of the clip
+played backwards; clips of the other splits have one.
 The split `siblings` has groups of four clips with the same actors, which differ only in events and places.
 """
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from discovla.data.manifest import Clip, write_manifest
 from discovla.data.sampling import frame_indices
-from discovla.drawn_world.scenes import FRAMES, RATE, Scene, clip_rng, film, make_scene
+from discovla.drawn_world.scenes import FRAMES, RATE, Scene, backwards, clip_rng, film, make_scene
 from discovla.drawn_world.wording import Statement, frame_caption, phrase, tell
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 CAPTIONS = 3  # of a training clip
 SAMPLED = 8  # frames with frame captions: those sampled at one a second
 
-_WORLD = 1  # version; raise it with every change to frames or captions
+_WORLD = 2  # version; raise it with every change to frames or captions
+_SAME_VIDEOS = (1,)  # older versions whose video files are those of this one; their manifest is replaced
 _PARAMETERS, _MANIFEST = "world.json", "manifest.jsonl"
 _CHUNK = 20  # clips a process draws at once
 # With several threads the bytes would depend on the machine; fastdecode and no B-frames decode fastest.
@@ -85,7 +87,7 @@ def draw_world(out: Path, *, seed: int = 0, sizes: WorldSizes | None = None, wor
         raise ValueError(f"workers: expected at least 1, got {workers}")
     out, sizes = Path(out), sizes or WorldSizes()
     manifest = out / _MANIFEST
-    _check_parameters(out, {"world": _WORLD, "seed": seed, "sizes": asdict(sizes)})
+    current = _check_parameters(out, {"world": _WORLD, "seed": seed, "sizes": asdict(sizes)})
     jobs = [
         (split, range(start, min(start + _CHUNK, count)))
         for split, count in asdict(sizes).items()
@@ -93,7 +95,7 @@ def draw_world(out: Path, *, seed: int = 0, sizes: WorldSizes | None = None, wor
     ]
     videos = [out / _video(split, index) for split, indices in jobs for index in indices]
     missing = sum(not path.is_file() for path in videos)
-    if manifest.is_file() and not missing:
+    if current and manifest.is_file() and not missing:
         logger.info("%s: all %d clips exist", out, len(videos))
         return manifest
     logger.info("%s: drawing %d of %d clips", out, missing, len(videos))
@@ -104,6 +106,7 @@ def draw_world(out: Path, *, seed: int = 0, sizes: WorldSizes | None = None, wor
             clips += chunk
             bar.update(len(chunk))
     write_manifest(manifest, clips)
+    _write_parameters(out, {"world": _WORLD, "seed": seed, "sizes": asdict(sizes)})
     return manifest
 
 
@@ -132,25 +135,37 @@ def encode(frames: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _check_parameters(out: Path, parameters: dict[str, Any]) -> None:
-    """Write the parameters to a new folder; refuse a folder with other parameters."""
+def _check_parameters(out: Path, parameters: dict[str, Any]) -> bool:
+    """Write the parameters to a new folder; refuse a folder with other parameters.
+
+    Returns:
+        False if the folder is of an older version with the same videos, whose manifest must be replaced.
+    """
     path = out / _PARAMETERS
     if path.is_file():
         try:
             existing = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: expected the parameters of a drawn world as JSON, {error}") from error
+        if any(existing == {**parameters, "world": version} for version in _SAME_VIDEOS):
+            return False
         if existing != parameters:
             raise ValueError(
                 f"{path}: expected the world {parameters}, found {existing}; choose another folder"
             )
-        return
+        return True
     if (out / _MANIFEST).exists():
         raise ValueError(
             f"{out / _MANIFEST}: expected {_PARAMETERS} beside it, found none; not a drawn world"
         )
     out.mkdir(parents=True, exist_ok=True)
-    _write(path, (json.dumps(parameters, indent=2) + "\n").encode())
+    _write_parameters(out, parameters)
+    return True
+
+
+def _write_parameters(out: Path, parameters: dict[str, Any]) -> None:
+    """Write world.json."""
+    _write(out / _PARAMETERS, (json.dumps(parameters, indent=2) + "\n").encode())
 
 
 @contextmanager
@@ -183,11 +198,20 @@ def _draw(out: Path, seed: int, split: str, index: int) -> Clip:
     rng = clip_rng(seed, split, index, "captions")
     count = CAPTIONS if split == "train" else 1
     captions = tuple(phrase(tell(scene, rng), rng) for _ in range(count))
-    stills = None
+    stills = backward = None
     if split == "train":
+        rng_back, scene_back = clip_rng(seed, split, index, "reversed"), backwards(scene)
+        backward = tuple(phrase(tell(scene_back, rng_back), rng_back) for _ in range(count))
         times = [i / FRAMES for i in frame_indices(FRAMES, RATE, SAMPLED)]
         stills = tuple(tuple(frame_caption(scene, time, rng) for time in times) for _ in captions)
-    return Clip(id=video.stem, video=video, captions=captions, split=split, frame_captions=stills)
+    return Clip(
+        id=video.stem,
+        video=video,
+        captions=captions,
+        split=split,
+        frame_captions=stills,
+        reversed_captions=backward,
+    )
 
 
 def _video(split: str, index: int) -> Path:

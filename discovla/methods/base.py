@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discovla.batch import Batch, Embedding, Losses
@@ -33,8 +34,9 @@ from discovla.towers.weights import clip_names, openai_name, openai_weights
 # CLIP's parameters before its first blocks, which `freeze_embeddings` keeps as they are
 EMBEDDINGS = r"vision\.(\w+_embedding|ln_pre\..*)$|text\.(token_embedding\..*|position_embedding)$"
 
+PAIRS = 8  # captions and videos whose matching scores are computed together
 # options that older checkpoints do not store
-ADDED_OPTIONS = ("temporal", "temporal_terms")
+ADDED_OPTIONS = ("temporal", "temporal_terms", "reversed_negatives", "reversed_when", "swapped_captions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,9 @@ class Method(nn.Module):
         full = (r"(vision|text)\..*", *([r"logit_scale\.log"] if self.uses_logit_scale else []))
         if config.freeze_embeddings:
             full = (f"(?!{EMBEDDINGS}).*", *full[1:])
-        towers = {"full": full, "lora": (r".*\.attention\.lora\..*",), "frozen": ()}[config.tune]
+        text = f"(?!{EMBEDDINGS})text\\..*" if config.freeze_embeddings else r"text\..*"
+        lora = r".*\.attention\.lora\..*"
+        towers = {"full": full, "text": (text,), "lora": (lora,), "frozen": ()}[config.tune]
         fuses = config.fused_vision_blocks or config.fused_text_blocks
         fusion = (r".*\.attention\.adapter\..*",) if fuses else ()
         position = (r".*\.attention\.frame_position",) if config.frame_position else ()
@@ -144,6 +148,22 @@ class Method(nn.Module):
         """True if `embed_text` needs a feature of every word."""
         return self.config.similarity == "tokens"
 
+    @property
+    def needs_order_words(self) -> bool:
+        """True if the losses need captions with exchanges, or to know which captions tell order."""
+        words = self.config.reversed_negatives and self.config.reversed_when == "order_words"
+        return bool(words or self.config.swapped_captions)
+
+    @property
+    def sees_frame_order(self) -> bool:
+        """True if the features that `encode_frames` gives of a clip depend on the order of its frames."""
+        return self.config.frame_position
+
+    @property
+    def frozen_frames(self) -> bool:
+        """True if nothing that trains changes what `encode_frames` gives."""
+        return not any(p.requires_grad for p in self.vision.parameters())
+
     def initialise_from_clip(self) -> None:
         """Copy parameters from CLIP into new modules; called after CLIP's weights are loaded."""
 
@@ -152,6 +172,29 @@ class Method(nn.Module):
         return self.encode_texts(batch), self.encode_videos(batch)
 
     def encode_texts(self, batch: Batch) -> Embedding:
+        """Encode the captions of a training batch, with frame captions and exchanges if needed."""
+        text = self._encode_captions(batch)
+        if self.config.reversed_negatives and self.config.reversed_when == "order_words":
+            assert batch.tells_order is not None, "read with order words"
+            text = replace(text, tells_order=batch.tells_order)
+        return self._with_exchanged(text, batch) if self.config.swapped_captions else text
+
+    def _with_exchanged(self, text: Embedding, batch: Batch) -> Embedding:
+        """Add exchanged captions; rows without an exchange are not encoded, except one if no row has any."""
+        ids, mask, has_false = batch.false_text_ids, batch.false_text_mask, batch.has_false_text
+        assert ids is not None and mask is not None and has_false is not None, "read with exchanges"
+        rows = has_false.cpu().nonzero()[:, 0]
+        if not len(rows):
+            rows = torch.zeros(1, dtype=torch.long)
+        on_device = rows.to(ids.device, non_blocking=True)
+        exchanged = self.encode_text(ids[on_device], mask[rows.to(mask.device)])
+        placed = {
+            name: getattr(text, name).index_copy(0, on_device, x) for name, x in exchanged.tensors().items()
+        }
+        text = text.with_false(Embedding(**placed))
+        return replace(text, has_false=has_false.to(ids.device, non_blocking=True))
+
+    def _encode_captions(self, batch: Batch) -> Embedding:
         """Encode the captions of a training batch, with features of the frame captions if needed."""
         ids, mask = batch.text_ids, batch.text_mask
         if not self.needs_frame_captions:
@@ -168,8 +211,19 @@ class Method(nn.Module):
         return replace(text, frames=frames, frame_mask=frame_mask)
 
     def encode_videos(self, batch: Batch) -> Embedding:
-        """Encode the videos of a training batch."""
-        return self.encode_video(batch.frames, batch.frame_mask)
+        """Encode the videos of a training batch, and the reversed videos if needed."""
+        check_mask("video", batch.frame_mask)
+        pixels, mask = batch.frames, on(batch.frames.device, batch.frame_mask)
+        cached = pixels.dim() == 3
+        frames = pixels if cached else self.encode_frames(pixels, mask)
+        video = self.embed_frames(frames, mask)
+        if not self.config.reversed_negatives:
+            return video
+        if self.sees_frame_order and not cached:
+            backwards = self.encode_frames(reverse_frames(pixels, mask), mask)
+        else:
+            backwards = reverse_frames(frames, mask)
+        return video.with_false(self.embed_frames(backwards, mask))
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Embedding:
         """Encode captions: ids n l, int64, and mask n l, bool; a mask on the CPU avoids a sync."""
@@ -186,9 +240,9 @@ class Method(nn.Module):
         return self.embed_frames(self.encode_frames(frames, mask), mask)
 
     def embed_frames(self, frames: Tensor, mask: Tensor) -> Embedding:
-        """Videos from the features of their frames (b f d) and mask (b f), with `temporal` applied.
+        """Embed videos from frame features, b f d, and mask b f, with `temporal` applied.
 
-        Alignment compares each frame by itself, without it.
+        `Embedding.frames`, which alignment compares, are the features without it.
         """
         if self.temporal is None:
             return self.embed_video(frames, mask)
@@ -247,7 +301,7 @@ class Method(nn.Module):
         same_video: Tensor | None = None,
         columns: ColumnShard | None = None,
     ) -> Losses:
-        """`video_losses` of n matching pairs, plus alpha l_frm + beta l_dis with frame captions.
+        """`video_losses` of n matching pairs, plus alpha l_frm + beta l_dis, plus `order_losses`.
 
         Args:
             text: n captions.
@@ -255,6 +309,51 @@ class Method(nn.Module):
             same_video: n n, bool, true for two samples of one clip.
             columns: this process's shard of the similarity's columns; video is then v, same_video n v.
         """
+        losses = self._matching_losses(text, video, same_video, columns)
+        order = self.order_losses(text, video, columns)
+        weights = {"reversed": self.config.reversed_negatives, "swapped": self.config.swapped_captions}
+        total = losses.total
+        for name, term in order.items():
+            total = total + weights[name] * term
+        return Losses(total=total, terms=losses.terms | _detached(order))
+
+    def order_losses(
+        self, text: Embedding, video: Embedding, columns: ColumnShard | None = None
+    ) -> dict[str, Tensor]:
+        """Unweighted losses that teach order, of n matching pairs or of `columns`.
+
+        reversed: sum over the captions that count of softplus(s(caption, reverse) - s(caption, clip)) / n.
+        swapped: the same of softplus(s(exchanged caption, clip) - s(caption, clip)).
+        Memory and work grow with n, not with its square.
+        """
+        config = self.config
+        if not (config.reversed_negatives or config.swapped_captions):
+            return {}
+        first, count = 0 if columns is None else columns.first_text, len(text)
+        own = text[first : first + len(video)]
+        true, sums = self.pair_scores(own, video), {}
+        if config.reversed_negatives:
+            wrong = F.softplus(self.pair_scores(own, video.false) - true)
+            sums["reversed"] = (wrong if own.tells_order is None else wrong * own.tells_order).sum()
+        if config.swapped_captions:
+            assert own.has_false is not None, "encoded with exchanges"
+            wrong = F.softplus(self.pair_scores(own.false, video) - true)
+            sums["swapped"] = (wrong * own.has_false).sum()
+        if columns is not None:
+            sums = dict(zip(sums, columns.all_reduce(*sums.values()), strict=True))
+        return {name: x / count for name, x in sums.items()}
+
+    def pair_scores(self, text: Embedding, video: Embedding) -> Tensor:
+        """Logits n of caption i with video i: the diagonal of `similarity`, in blocks of PAIRS rows."""
+        if self.scores_pooled:
+            return self.logit_scale() * (unit(text.pooled) * unit(video.pooled)).sum(-1)
+        blocks = [slice(i, i + PAIRS) for i in range(0, len(text), PAIRS)]
+        return torch.cat([self.similarity(text[rows], video[rows]).diagonal() for rows in blocks])
+
+    def _matching_losses(
+        self, text: Embedding, video: Embedding, same_video: Tensor | None, columns: ColumnShard | None
+    ) -> Losses:
+        """The losses of `losses` without those that teach order."""
         ignore = None
         if self.config.exclude_same_video and same_video is not None:
             ignore = same_video.clone()
@@ -402,6 +501,18 @@ class Method(nn.Module):
             "method": options,
             "frozen": frozen,
         }
+
+
+def reverse_frames(frames: Tensor, mask: Tensor) -> Tensor:
+    """Frames b f ... with the real ones, where mask b f is true, in reverse order; the others stay."""
+    count = mask.sum(1, keepdim=True)
+    real = (
+        (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    )  # places of the real frames, then of the others
+    rank = mask.cumsum(1) - 1
+    source = real.gather(1, (count - 1 - rank).clamp(min=0))
+    places = torch.where(mask, source, torch.arange(mask.shape[1], device=mask.device))
+    return frames[torch.arange(len(frames), device=frames.device)[:, None], places]
 
 
 def excluded(logits: Tensor, ignore: Tensor | None) -> Tensor:

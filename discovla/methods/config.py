@@ -32,9 +32,10 @@ class MethodConfig(BaseModel):
     """The method: "clip", "discovla", "clip4clip", "clip2video" or "t2vparser"."""
     released: Path | None = None
     """Checkpoint of the paper's own code to load (.bin, .pt or .safetensors).  None: start from CLIP."""
-    tune: Literal["full", "lora", "frozen"] = "full"
-    """Trained parameters of the towers: "full" all, "lora" a low-rank update of every qkv projection (LoRA,
-    arXiv 2106.09685), "frozen" none.  Modules that a method adds to the towers always train."""
+    tune: Literal["full", "text", "lora", "frozen"] = "full"
+    """Trained parameters of the towers: "full" all, "text" those of the text tower, "lora" a low-rank update
+    of every qkv projection (LoRA, arXiv 2106.09685), "frozen" none.  Modules that a method adds to the towers
+    always train."""
     lora_rank: int = Field(default=8, ge=1)
     """Rank r of LoRA and of the adapters of fusion blocks."""
     freeze_embeddings: bool = False
@@ -58,6 +59,16 @@ class MethodConfig(BaseModel):
     that reads places, a clip and its reverse have the same feature."""
     temporal_terms: int = Field(default=4, ge=1)
     """Number K of cosines of temporal = "basis", with K d^2 parameters for features of width d."""
+    reversed_negatives: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of a loss by which a caption fits its clip better than the clip played backwards:
+    mean softplus(s(caption, reverse) - s(caption, clip))."""
+    reversed_when: Literal["order_words", "always"] = "order_words"
+    """Captions that count in reversed_negatives: those with a phrase that tells order (data.order_words), or
+    all."""
+    swapped_captions: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of a loss by which a clip fits its caption better than the caption with an exchange that makes
+    it false (data.order_words): mean softplus(s(exchanged, clip) - s(caption, clip)).  Captions without an
+    exchange count as 0."""
     similarity: Literal["pooled", "tokens"] = "pooled"
     """Score of a caption and a video: "pooled" cosine of their pooled features, or "tokens", in which words
     and frames find their matches (T2VParser)."""

@@ -33,7 +33,7 @@ class DiscoVLAConfig(MethodConfig):
 
     name: Literal["discovla"] = "discovla"
     """The method."""
-    tune: Literal["full", "lora", "frozen"] = "lora"
+    tune: Literal["full", "text", "lora", "frozen"] = "lora"
     """Trained parameters of the towers; published: "lora", the logit scale stays frozen."""
     fused_vision_blocks: int = Field(default=4, ge=0)
     """H_V: number of last vision blocks with Image-Video Features Fusion."""

@@ -146,6 +146,15 @@ class T2VParser(Method):
     def uses_logit_scale(self) -> bool:
         return self.needs_frame_captions
 
+    @property
+    def sees_frame_order(self) -> bool:
+        return self.stan is not None or super().sees_frame_order
+
+    @property
+    def frozen_frames(self) -> bool:
+        """False with STAN, which trains."""
+        return self.stan is None and super().frozen_frames
+
     def undecayed(self, name: str) -> bool:
         """True for norms and biases of the towers; everything in new modules decays, as released."""
         new = any(re.fullmatch(pattern, name) for pattern in self.new_parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from discovla.data.dataset import (
     FileClipReader,
     Pair,
     check_captions,
+    clip_dataset,
     read_splits,
     training_pairs,
 )
 from discovla.data.manifest import Clip, write_manifest
+from discovla.data.order import OrderWords
 from tests.data.conftest import movie, numbers
 
 
@@ -53,6 +56,45 @@ def test_a_sample_has_the_caption_and_the_frames_of_its_pair(clip):
     assert sample.bad is None
     assert sample.frames.shape == (2, 16, 16, 3)
     assert numbers(sample.frames) == [0, 19]
+
+
+def test_a_pair_played_backwards_has_the_reversed_caption_frames_and_frame_captions(clip):
+    both = replace(clip, reversed_captions=("eno", "owt"))
+    made = dataset(both, clips=[both], pairs=[Pair(0, 1, backwards=True)], frame_captions=True)
+    sample = made.sample(0, 0)
+    assert (sample.text, sample.frame_captions) == ("owt", ("y", "x"))
+    assert numbers(sample.frames) == [19, 0]
+
+
+def test_reversed_pairs_follow_the_pairs_that_are_played_forwards(clip):
+    both = replace(clip, reversed_captions=("eno",))
+    config = DataConfig(manifest=Path("unused"), frames=2, reversed_pairs=True)
+    options = {"image_size": 16, "context_length": 8, "frame_captions": False, "seed": 0}
+    assert clip_dataset([both], config, **options).pairs == [
+        Pair(0, 0),
+        Pair(0, 1),
+        Pair(0, 0, backwards=True),
+    ]
+    with pytest.raises(
+        ValueError, match="reversed_pairs: expected training clips with reversed_captions, found 1"
+    ):
+        clip_dataset([clip], config, **options)
+    dali = config.model_copy(update={"decoder": "dali"})
+    with pytest.raises(ValueError, match="reversed_pairs: expected another decoder than 'dali'"):
+        clip_dataset([both], dali, **options)
+
+
+def test_a_sample_has_an_exchange_that_changes_with_the_epoch(clip):
+    told = replace(clip, captions=("a door opens before it falls", "a door"))
+    made = dataset(told, clips=[told], pairs=[Pair(0, 0), Pair(0, 1)], order=OrderWords())
+    texts = {made.sample(0, epoch).false_text for epoch in range(3)}
+    assert texts == {
+        "a door closes before it falls",
+        "a door opens after it falls",
+        "a door opens before it rises",
+    }
+    assert made.sample(0, 0).tells_order
+    assert (made.sample(1, 0).false_text, made.sample(1, 0).tells_order) == (None, False)
 
 
 def test_samples_have_no_frame_captions_by_default(clip):

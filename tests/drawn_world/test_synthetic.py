@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 import zlib
 
 import av
@@ -9,9 +10,9 @@ import pytest
 from discovla.data.manifest import check_clips, read_manifest
 from discovla.data.tokens import Tokenizer
 from discovla.drawn_world.drawing import COLOURS, PLACES
-from discovla.drawn_world.scenes import EVENTS, FRAMES, PARTS, RATE, film, make_scene
+from discovla.drawn_world.scenes import EVENTS, FRAMES, PARTS, RATE, backwards, film, make_scene
 from discovla.drawn_world.synthetic import SAMPLED, WorldSizes, draw_world, encode, first_caption
-from discovla.drawn_world.wording import CONTEXT_LENGTH, WORDS
+from discovla.drawn_world.wording import CONTEXT_LENGTH, WORDS, phrase, tell
 
 SIZES = WorldSizes(train=30, val=5, test=5, siblings=8)
 
@@ -146,6 +147,46 @@ def test_a_complete_world_stays_unchanged(world, caplog):
         assert draw_world(world.parent, sizes=SIZES, workers=1) == world
     assert {p: p.stat().st_mtime_ns for p in world.parent.rglob("*")} == before
     assert "all 48 clips exist" in caplog.text
+
+
+def test_reversed_captions_are_true_of_the_clip_played_backwards(world):
+    clips = [clip for clip in read_manifest(world) if clip.reversed_captions is not None]
+    assert [clip.id for clip in clips] == [f"train_{i:05d}" for i in range(30)]
+    for index, clip in enumerate(clips):
+        plain = {
+            phrase(tell(make_scene(0, "train", index))),
+            phrase(tell(backwards(make_scene(0, "train", index)))),
+        }
+        words = {word for text in plain for word in text.split()} | {
+            "goes",
+            "remains",
+            "becomes",
+            "and",
+            "as",
+        }
+        assert len(clip.reversed_captions) == 3
+        for text in clip.reversed_captions:
+            assert set(text.split()) <= words | {"small", "big"}
+    actor = make_scene(0, "train", 0).actors[1]  # moves from the top left to the bottom right, second
+    assert (actor.kind, actor.place, actor.place_to) == ("moves", "top left", "bottom right")
+    assert any("from the bottom right" in text for text in clips[0].reversed_captions)
+
+
+def test_a_world_of_the_version_before_keeps_its_videos_and_gets_a_new_manifest(world, tmp_path):
+    folder = tmp_path / "world"
+    shutil.copytree(world.parent, folder)
+    for name, old, new in (
+        ("world.json", '"world": 2', '"world": 1'),
+        ("manifest.jsonl", "train_00003", "x"),
+    ):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.mp4")}
+    manifest = draw_world(folder, sizes=SIZES, workers=1)
+    assert manifest.read_bytes() == world.read_bytes()
+    assert (folder / "world.json").read_bytes() == (world.parent / "world.json").read_bytes()
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.mp4")} == before
 
 
 def test_other_parameters_are_refused(world):

@@ -1,10 +1,13 @@
 """The temporal basis: a clip and its reverse get different features, and the start is mean pooling."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from discovla.methods.base import reverse_frames
 from discovla.nn.temporal_heads import TemporalBasis
 from tests.methods.test_composition import VARIANTS, batch, make
 
@@ -84,3 +87,95 @@ def test_alignment_compares_frames_without_their_place():
 def test_a_checkpoint_from_before_the_option_still_fits_the_method():
     assert "temporal" not in make("clip").fingerprint()["method"]
     assert make("clip", temporal="basis").fingerprint()["method"]["temporal"] == "basis"
+
+
+ORDER = {"reversed_negatives": 0.5, "swapped_captions": 0.25}
+TELLS = torch.tensor([True, False, True, True])
+HAS_FALSE = torch.tensor([False, True, True, False])
+
+
+def order_batch():
+    """Four clips of four frames, of which one has two; the exchanges are other captions."""
+    data = batch()
+    mask = data.frame_mask.clone()
+    mask[1, 2:] = False
+    ids, seen = data.text_ids.roll(1, 0), data.text_mask.roll(1, 0)
+    return replace(
+        data,
+        frame_mask=mask,
+        tells_order=TELLS,
+        false_text_ids=torch.where(HAS_FALSE[:, None], ids, data.text_ids),
+        false_text_mask=torch.where(HAS_FALSE[:, None], seen, data.text_mask),
+        has_false_text=HAS_FALSE,
+    )
+
+
+def backwards(data):
+    rows = torch.tensor([[3, 2, 1, 0], [1, 0, 2, 3], [3, 2, 1, 0], [3, 2, 1, 0]])
+    return replace(data, frames=data.frames[torch.arange(4)[:, None], rows])
+
+
+@pytest.mark.parametrize("when", ["order_words", "always"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_order_losses_are_their_formula(variant, when):
+    """Scores of whole matrices, with the reverses encoded by themselves, give the same losses."""
+    method = make(variant, temporal="basis", mask_padded_frames=True, reversed_when=when, **ORDER)
+    torch.nn.init.normal_(method.temporal.weight, std=0.3)
+    method, data = method.double().eval(), order_batch()
+    method.compute_dtype = torch.float64
+    got = method.losses(*method.encode(data))
+    video, reverse = method.encode_videos(data), method.encode_videos(backwards(data))
+    text = method.encode_text(data.text_ids, data.text_mask)
+    false = method.encode_text(data.false_text_ids, data.false_text_mask)
+    true = method.similarity(text, video).diagonal()
+    wrong = F.softplus(method.similarity(text, reverse).diagonal() - true)
+    counted = TELLS if when == "order_words" else torch.ones(4)
+    torch.testing.assert_close(got.terms["reversed"], (wrong * counted).sum() / 4, rtol=1e-11, atol=1e-12)
+    wrong = F.softplus(method.similarity(false, video).diagonal() - true)
+    torch.testing.assert_close(got.terms["swapped"], (wrong * HAS_FALSE).sum() / 4, rtol=1e-11, atol=1e-12)
+    plain = make(variant, temporal="basis", mask_padded_frames=True).double().eval()
+    plain.compute_dtype = torch.float64
+    plain.load_state_dict(method.state_dict())
+    total = (
+        plain.losses(*plain.encode(data)).total + 0.5 * got.terms["reversed"] + 0.25 * got.terms["swapped"]
+    )
+    torch.testing.assert_close(got.total, total, rtol=1e-11, atol=1e-12)
+
+
+def test_clips_are_encoded_once():
+    method, data = make("clip", temporal="basis", **ORDER), order_batch()
+    calls = []
+    method.vision.register_forward_hook(lambda *_: calls.append(1))
+    method.encode_videos(data)
+    assert len(calls) == 1
+
+
+def test_a_batch_without_exchanges_has_no_loss_of_them():
+    method, data = (
+        make("clip", **ORDER),
+        replace(order_batch(), has_false_text=torch.zeros(4, dtype=torch.bool)),
+    )
+    losses = method.losses(*method.encode(data))
+    assert losses.terms["swapped"] == 0
+
+
+def test_a_blind_method_cannot_lower_the_loss_of_reversed_clips():
+    """Without places a clip and its reverse score alike: the loss is log 2 for each caption that counts."""
+    method, data = make("clip", **ORDER).double().eval(), order_batch()
+    method.compute_dtype = torch.float64
+    losses = method.losses(*method.encode(data))
+    assert losses.terms["reversed"].item() == pytest.approx(math.log(2) * 3 / 4, rel=1e-12)
+
+
+def test_real_frames_are_reversed_wherever_they_are():
+    frames = torch.arange(10).view(2, 5)
+    mask = torch.tensor([[True, True, True, False, False], [False, True, False, True, True]])
+    assert reverse_frames(frames, mask).tolist() == [[2, 1, 0, 3, 4], [5, 9, 7, 8, 6]]
+
+
+def test_tuning_the_text_tower_leaves_vision_and_scale_frozen():
+    method = make("clip", tune="text", freeze_embeddings=True)
+    names = set(method.trained_state())
+    assert "text.blocks.0.attention.qkv.weight" in names and "text.token_embedding.weight" not in names
+    assert all(name.startswith("text.") for name in names)
+    assert method.frozen_frames and not make("clip").frozen_frames

@@ -87,13 +87,23 @@ class _AllCandidates(Sampling):
 
 def clip_to_json(clip: Clip) -> dict[str, Any]:
     """Return the fields of a clip except its video, without those that are None."""
-    names = ("id", "captions", "split", "start", "end", "frame_captions", "caption_order")
+    names = (
+        "id",
+        "captions",
+        "split",
+        "start",
+        "end",
+        "frame_captions",
+        "caption_order",
+        "reversed_captions",
+    )
     return {name: value for name in names if (value := getattr(clip, name)) is not None}
 
 
 def clip_from_json(row: dict[str, Any]) -> Clip:
     """Return the clip of a line of clips.jsonl; its video need not exist."""
     frame_captions, order = row.get("frame_captions"), row.get("caption_order")
+    backwards = row.get("reversed_captions")
     if frame_captions is not None:
         frame_captions = tuple(None if texts is None else tuple(texts) for texts in frame_captions)
     return Clip(
@@ -105,6 +115,7 @@ def clip_from_json(row: dict[str, Any]) -> Clip:
         end=row.get("end"),
         frame_captions=frame_captions,
         caption_order=None if order is None else tuple(order),
+        reversed_captions=None if backwards is None else tuple(backwards),
     )
 
 
