@@ -185,6 +185,12 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
+def printable(text: str) -> str:
+    """Return a text that can be written as UTF-8, with `\\xNN` for each byte of a file's name that is not."""
+    text = re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", text)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def describe(value: Any) -> str:
     """Return what a loaded value is, in a few words."""
     shape = getattr(value, "shape", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -12,8 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from discovla.foreign import printable
+
+logger = logging.getLogger(__name__)
+
 _REQUIRED = ("id", "video", "captions", "split")
 _OPTIONAL = ("start", "end", "frame_captions", "caption_order", "reversed_captions")
+_MISSING = {"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "N/A", "n/a", "#N/A"}  # written for no value
 _NAMED = 5  # faults named in one message; a wrong folder makes a fault of every clip
 
 FrameCaptions = tuple[tuple[str, ...] | None, ...]
@@ -55,6 +61,7 @@ def read_manifest(path: str | Path, *, split: str | None = None) -> list[Clip]:
     path = Path(path)
     clips = []
     seen: dict[str, int] = {}
+    missing: list[int] = []  # lines with a caption that stands for no value
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -64,6 +71,13 @@ def read_manifest(path: str | Path, *, split: str | None = None) -> list[Clip]:
             raise ValueError(f"{where}: expected a new id, found {clip.id!r}, the id of line {seen[clip.id]}")
         seen[clip.id] = number
         clips.append(clip)
+        if any(map(is_missing_value, clip.captions)):
+            missing.append(number)
+    if missing:
+        logger.warning(
+            "%s: %d clips have a caption such as 'nan' or 'None', which stands for no value: line %s%s",
+            *(path, len(missing), ", ".join(map(str, missing[:_NAMED])), ", ..." * (len(missing) > _NAMED)),
+        )
     if not clips:
         raise ValueError(f"{path}: expected one clip a line, found none")
     selected = [clip for clip in clips if split in (None, clip.split)]
@@ -190,6 +204,35 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"{path}: expected a manifest, {error.strerror}") from error
 
 
+def is_missing_value(caption: str) -> bool:
+    """Return True if a caption is what programs write where a value is missing."""
+    return caption.strip() in _MISSING
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse a text that cannot be written as UTF-8 or holds a null character.
+
+    Raises:
+        ValueError: the text is not one.
+    """
+    if printable(text) != text:
+        raise ValueError(f"{where}: expected UTF-8, found {printable(text)[-60:]}")
+    if "\0" in text:
+        raise ValueError(f"{where}: expected a text, found a null character in {text[:20]!r}")
+
+
+def check_span(start: float | None, end: float | None, where: str) -> None:
+    """Refuse a span that does not end after it starts.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if end is not None and end <= (start or 0):
+        raise ValueError(
+            f"{where}: expected a start before the end, found start {start or 0:g} and end {end:g}"
+        )
+
+
 def json_object(line: str, where: str) -> dict[str, Any]:
     """Parse one line as a JSON object.
 
@@ -226,15 +269,19 @@ def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
     for key in ("id", "video", "split"):
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"{where}: {key}: expected a text that is not empty, found {row[key]!r}")
+        check_text(row[key], f"{where}: {key}")
     captions = _texts(row["captions"], f"{where}: captions")
     backwards = row.get("reversed_captions")
+    start = _seconds(row.get("start"), f"{where}: start")
+    end = _seconds(row.get("end"), f"{where}: end")
+    check_span(start, end, where)
     return Clip(
         id=row["id"],
         video=Path(os.path.normpath(folder / row["video"])),
         captions=captions,
         split=row["split"],
-        start=_seconds(row.get("start"), f"{where}: start"),
-        end=_seconds(row.get("end"), f"{where}: end"),
+        start=start,
+        end=end,
         frame_captions=_frame_captions(row.get("frame_captions"), len(captions), f"{where}: frame_captions"),
         caption_order=_order(row.get("caption_order"), len(captions), f"{where}: caption_order"),
         reversed_captions=None if backwards is None else _texts(backwards, f"{where}: reversed_captions"),
@@ -248,6 +295,7 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
     for i, text in enumerate(value):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}[{i}]: expected a text that is not empty, found {_short(text)}")
+        check_text(text, f"{where}[{i}]")
     return tuple(value)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from discovla.data.datasets.annotations import Annotations
-from discovla.data.datasets.files import VIDEO_SUFFIXES, VideoFolder, read_ids, read_json, required_file
+from discovla.data.datasets.files import VIDEO_SUFFIXES, VideoFolder, read_json, required_file
 from discovla.data.datasets.protocol import Dataset, ExpectedSplit
+from discovla.data.datasets.tables import read_ids
 from discovla.data.manifest import Clip
 
 SECONDS = 30.0  # annotators saw the first six chunks of 5 s

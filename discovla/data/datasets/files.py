@@ -1,19 +1,17 @@
-"""Readers of annotation files: JSON, text, tables, id lists, and pickles without running code."""
+"""Readers of annotation files: JSON, text, captions by video, and pickles without running code."""
 
 from __future__ import annotations
 
-import csv
 import json
-import pickle
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from discovla.foreign import read_plain_pickle, read_utf8
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".3g2"),
     *(".mts", ".m2ts", ".ts", ".ogv", ".gif"),
 )
-_VERBATIM = ("caption", "sentence")  # not stripped: frame captions are keyed by the raw text
 
 
 def optional_file(root: Path, *names: str, folders: tuple[str, ...] = ("",)) -> Path | None:
@@ -98,30 +96,9 @@ def read_text(path: str | Path, kind: str = "text file") -> str:
         ValueError: the file is missing or is not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found byte {error.start} is not") from error
+        return read_utf8(Path(path), f"a {kind}")
     except OSError as error:
         raise ValueError(f"{path}: expected a {kind}, {error.strerror}") from error
-
-
-def read_ids(path: Path) -> list[str]:
-    """Read video ids, each once: lines of a .txt, the column `video_id` of a .csv, or a .json list.
-
-    Raises:
-        ValueError: the file has another form or holds no id.
-    """
-    if path.suffix == ".csv":
-        ids = [row["video_id"] for _, row in read_table(path, required=("video_id",))]
-    elif path.suffix == ".json":
-        ids = read_json(path)
-        if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
-            raise ValueError(f"{path}: expected a list of video ids")
-    else:
-        ids = [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    if not ids:
-        raise ValueError(f"{path}: expected at least one video id, found none")
-    return list(dict.fromkeys(ids))
 
 
 def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
@@ -132,7 +109,7 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         ValueError: the file has another form; the message names the video.
     """
-    lists = read_pickle(path) if path.suffix == ".pkl" else read_json(path)
+    lists = read_plain_pickle(path) if path.suffix == ".pkl" else read_json(path)
     if not isinstance(lists, dict) or not lists:
         raise ValueError(f"{path}: expected an object of captions by video, found {type(lists).__name__}")
     captions = {}
@@ -151,87 +128,3 @@ def _caption(text: Any) -> str | None:
     if isinstance(text, list) and all(isinstance(word, str) for word in text):
         text = " ".join(text)
     return text if isinstance(text, str) and text.strip() else None
-
-
-def read_pickle(path: Path) -> Any:
-    """Read a pickle of containers, texts and numbers; any class or function in it is refused.
-
-    Raises:
-        ValueError: the file is missing or is not such a pickle.
-    """
-    try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path}: not a pickle of plain values: {error or 'it is empty'}") from error
-    except OSError as error:
-        raise ValueError(f"{path}: expected a pickle, {error.strerror}") from error
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Load no classes and call no functions."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="utf-8")  # of texts that Python 2 wrote
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def read_table(
-    path: Path, *, required: tuple[str, ...], allowed: tuple[str, ...] | None = None
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows of a table with a header, each with the number of its last line.
-
-    The separator is the most frequent of comma, semicolon and tab in the header.  Column names ignore case.
-
-    Args:
-        required: columns that must exist and whose cells must not be empty.
-        allowed: the only columns accepted; None accepts any.
-
-    Raises:
-        ValueError: a bad header or row; the message names file and line.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            first_line = file.readline()
-            separator = max(",;\t", key=first_line.count)
-            cells = next(csv.reader([first_line], delimiter=separator), [])
-            header = [name.strip().lower() for name in cells]
-            _check_header(header, f"{path}:1", required, allowed)
-            reader = csv.reader(file, delimiter=separator, strict=True)
-            for cells in reader:
-                if not any(cell.strip() for cell in cells):
-                    continue
-                line = reader.line_num + 1  # the header was read before
-                if len(cells) != len(header):
-                    raise ValueError(f"{path}:{line}: expected {len(header)} columns, found {len(cells)}")
-                row = {
-                    name: cell if name in _VERBATIM else cell.strip()
-                    for name, cell in zip(header, cells, strict=True)
-                }
-                for name in required:
-                    if not row[name].strip():
-                        raise ValueError(f"{path}:{line}: {name} is empty")
-                yield line, row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found byte {error.start} is not") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}: not a table: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{path}: expected a table, {error.strerror}") from error
-
-
-def _check_header(
-    header: list[str], where: str, required: tuple[str, ...], allowed: tuple[str, ...] | None
-) -> None:
-    """Refuse a header that lacks a required column, has an unknown one, or repeats one."""
-    missing = [name for name in required if name not in header]
-    unknown = [name for name in header if allowed is not None and name not in allowed]
-    columns = ", ".join(header) or "nothing"
-    if missing:
-        raise ValueError(f"{where}: expected the column {', '.join(missing)}, found {columns}")
-    if unknown or len(set(header)) != len(header):
-        raise ValueError(
-            f"{where}: expected the columns {', '.join(allowed or required)} once each, found {columns}"
-        )

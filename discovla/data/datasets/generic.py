@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from discovla.data.datasets.annotations import Annotations
-from discovla.data.datasets.files import VIDEO_SUFFIXES, read_table, read_text
-from discovla.data.manifest import Clip, json_object
+from discovla.data.datasets.files import VIDEO_SUFFIXES, read_text
+from discovla.data.datasets.tables import read_table
+from discovla.data.manifest import Clip, check_span, check_text, is_missing_value, json_object
+from discovla.foreign import printable
 
 _COLUMNS = ("video", "caption", "start", "end", "split")
 _KEYS = (*_COLUMNS, "captions")
 _SPLITS = ("train", "val", "test")
+_LIKE_SPLITS = {"val", "test", "valid", "validation", "dev", "eval", "testing"}  # of other programs
 
 
 class _Clips:
@@ -41,8 +45,9 @@ class _Clips:
         """Add the captions of one row.
 
         Raises:
-            ValueError: an earlier row has the clip in another split.
+            ValueError: an earlier row has the clip in another split, or the span ends before it starts.
         """
+        check_span(start, end, f"{path}:{line}")
         span = "" if start is end is None else f"@{start or 0:g}-{'' if end is None else format(end, 'g')}"
         clip = Clip(
             id=video + span,
@@ -64,13 +69,13 @@ class _Clips:
             clip = replace(earlier, captions=earlier.captions + captions)
         self.clips[video, start, end] = clip
 
-    def annotations(self) -> Annotations:
-        """Return the clips, with a note if parts of one video are in several splits."""
+    def annotations(self, notes: Sequence[str] = ()) -> Annotations:
+        """Return the clips, with a further note if parts of one video are in several splits."""
         splits: dict[Path, set[str]] = {}
         for clip in self.clips.values():
             splits.setdefault(clip.video, set()).add(clip.split)
         shared = [path.name for path, names in splits.items() if len(names) > 1]
-        notes = [_note("videos have parts in several splits", shared)] if shared else []
+        notes = [*notes, *([_note("videos have parts in several splits", shared)] if shared else [])]
         return Annotations(clips=list(self.clips.values()), notes=notes)
 
 
@@ -85,12 +90,14 @@ def csv_clips(path: str | Path) -> Annotations:
     """
     path = Path(path)
     clips = _Clips(path.parent)
-    for line, row in read_table(path, required=_COLUMNS[:2], allowed=_COLUMNS):
+    notes: list[str] = []
+    for line, row in read_table(path, required=_COLUMNS[:2], allowed=_COLUMNS, notes=notes):
         start, end = (_cell_seconds(row.get(key, ""), f"{path}:{line}: {key}") for key in ("start", "end"))
+        _check_caption(row["caption"], f"{path}:{line}")
         clips.add(row["video"], (row["caption"],), row.get("split"), start, end, path, line)
     if not clips.clips:
         raise ValueError(f"{path}: expected at least one row below the header, found none")
-    return clips.annotations()
+    return clips.annotations(notes)
 
 
 def jsonl_clips(path: str | Path) -> Annotations:
@@ -119,41 +126,130 @@ def folder_clips(root: str | Path) -> Annotations:
     """Read a folder of videos, each with a text file of the same name, one caption a line.
 
     The captions of `x.mp4` are in `x.mp4.txt` or `x.txt`.  Clips in a subfolder `train`, `val` or `test` have
-    that split, all others `train`.
+    that split, all others `train`.  Linked folders are followed, each once.  Hidden files and folders, and
+    names that are not UTF-8, are left out and noted.
 
     Raises:
-        ValueError: the folder is missing, a text file is empty, or no video has a text file.
+        ValueError: the folder is missing or cannot be read, a text is empty, or no video has a text.
     """
     root = Path(root).resolve()
     if not root.is_dir():
         raise ValueError(f"{root}: expected a folder of videos, found none")
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    clips, without_text, used = [], [], set()
-    for video in (path for path in files if path.suffix.lower() in VIDEO_SUFFIXES):
+    tree = _Tree(root)
+    files = sorted(root / name for name in tree.files())
+    clips, without_text, used, others = [], [], set(), []
+    for video in files:
         name = video.relative_to(root).as_posix()
+        if video.suffix.lower() not in VIDEO_SUFFIXES:
+            others += [name] if video.suffix != ".txt" else []
+            continue
         texts = (video.with_name(video.name + ".txt"), video.with_suffix(".txt"))
         text = next((path for path in texts if path.is_file()), None)
         if text is None:
             without_text.append(name)
             continue
         used.add(text)
-        captions = tuple(line.strip() for line in read_text(text).split("\n") if line.strip())
+        numbered = enumerate(read_text(text).split("\n"), start=1)
+        captions = {number: line.strip() for number, line in numbered if line.strip()}
         if not captions:
             raise ValueError(f"{text}: expected a caption a line, found none")
-        folder = name.split("/")[0]
-        split = folder if "/" in name and folder in _SPLITS else "train"
-        clips.append(Clip(id=name, video=video, captions=captions, split=split))
+        for number, caption in captions.items():
+            _check_caption(caption, f"{text}:{number}")
+        split = _split_of(name)
+        clips.append(Clip(id=name, video=video, captions=tuple(captions.values()), split=split))
+    reasons = {
+        "texts have no video beside them": [
+            p.relative_to(root).as_posix() for p in files if p.suffix == ".txt" and p not in used
+        ],
+        "files are neither videos nor texts": others,
+        **tree.left_out,
+        "folders are named like a split, but their clips are in 'train'": _almost_splits(clips),
+    }
+    notes = [_note(text, names) for text, names in reasons.items() if names]
     if not clips:
+        also = "".join(f"; {note}" for note in notes)
         raise ValueError(
-            f"{root}: expected a text beside a video, found {len(without_text)} videos without one"
+            f"{root}: expected a text beside a video, found {len(without_text)} videos without one{also}"
         )
-    unused = [p.relative_to(root).as_posix() for p in files if p.suffix == ".txt" and p not in used]
-    notes = []
     if without_text:
-        notes.append(_note("videos have no text beside them and are left out", without_text))
-    if unused:
-        notes.append(_note("texts have no video beside them", unused))
+        notes.insert(0, _note("videos have no text beside them and are left out", without_text))
     return Annotations(clips=clips, notes=notes)
+
+
+class _Tree:
+    """The files of a folder, with those that are left out and why."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.left_out: dict[str, list[str]] = {
+            reason: []
+            for reason in (
+                "hidden files and folders are left out",
+                "names are not UTF-8 and are left out; rename them",
+                "links lead nowhere and are left out",
+                "links lead to a folder that was read already, and are left out",
+            )
+        }
+
+    def files(self) -> Iterator[str]:
+        """Yield the names of files, relative to the root.
+
+        Raises:
+            ValueError: a folder cannot be read.
+        """
+        hidden, not_text, broken, again = self.left_out.values()
+        seen = set()  # device and number of each folder
+        folders = [self.root]
+        while folders:
+            folder = folders.pop()
+            status = folder.stat()
+            name = folder.relative_to(self.root).as_posix()
+            if (status.st_dev, status.st_ino) in seen:
+                again.append(name)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            try:
+                entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
+            except OSError as error:
+                raise ValueError(f"{folder}: expected a folder that can be read: {error.strerror}") from error
+            below = []
+            for entry in entries:
+                path = Path(entry.path)
+                name = path.relative_to(self.root).as_posix()
+                if entry.name.startswith("."):
+                    hidden.append(printable(name))
+                elif name != printable(name):
+                    not_text.append(printable(name))
+                elif entry.is_dir():
+                    below.append(path)
+                elif entry.is_file():
+                    yield name
+                elif entry.is_symlink():
+                    broken.append(name)
+            folders += reversed(below)
+
+
+def _split_of(name: str) -> str:
+    """Return the split of a clip by the folder in which it lies."""
+    folder = name.split("/")[0]
+    return folder if "/" in name and folder in _SPLITS else "train"
+
+
+def _almost_splits(clips: Sequence[Clip]) -> list[str]:
+    """Return the folders of clips whose names are almost those of a split other than train."""
+    folders = dict.fromkeys(
+        clip.id.split("/")[0] for clip in clips if "/" in clip.id and clip.split == "train"
+    )
+    return [name for name in folders if name not in _SPLITS and name.lower() in _LIKE_SPLITS]
+
+
+def _check_caption(text: str, where: str) -> None:
+    """Refuse a caption that is no caption."""
+    check_text(text, f"{where}: caption")
+    if is_missing_value(text):
+        raise ValueError(
+            f"{where}: caption: expected a text, found {text.strip()!r}, which stands for no value"
+        )
 
 
 def _note(text: str, names: list[str]) -> str:
@@ -202,4 +298,5 @@ def _captions(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: caption: expected a text that is not empty, found {text!r}"[:300])
+        _check_caption(text, where)
     return tuple(texts)

@@ -11,14 +11,13 @@ from discovla.data.datasets.files import (
     VideoFolder,
     optional_file,
     read_captions,
-    read_ids,
     read_json,
-    read_pickle,
-    read_table,
     required_file,
 )
 from discovla.data.datasets.protocol import Dataset, ExpectedSplit
+from discovla.data.datasets.tables import read_ids, read_table
 from discovla.data.manifest import Clip
+from discovla.foreign import read_plain_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +151,7 @@ def _read_test_pairs(root: Path, sentences: _Sentences, train: set[str]) -> dict
 
 def _pairs_by_caption_number(path: Path, sentences: _Sentences) -> dict[str, str]:
     """Read a pickle of caption numbers by test video, and return the captions they select."""
-    numbers = read_pickle(path)
+    numbers = read_plain_pickle(path)
     items = numbers.items() if isinstance(numbers, dict) else ()
     if not items or not all(isinstance(name, str) and isinstance(number, int) for name, number in items):
         raise ValueError(f"{path}: expected the number of a caption by video")

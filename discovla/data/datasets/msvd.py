@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from discovla.data.datasets.annotations import Annotations, listed_clips
-from discovla.data.datasets.files import VideoFolder, read_captions, read_ids, required_file
+from discovla.data.datasets.files import VideoFolder, read_captions, required_file
 from discovla.data.datasets.protocol import Dataset, ExpectedSplit
+from discovla.data.datasets.tables import read_ids
 
 
 def read_msvd(root: Path, videos: str | Path, protocol: str) -> Annotations:

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from discovla.data.datasets.annotations import Annotations, listed_clips
-from discovla.data.datasets.files import VideoFolder, optional_file, read_ids, read_json, required_file
+from discovla.data.datasets.files import VideoFolder, optional_file, read_json, required_file
 from discovla.data.datasets.protocol import Dataset, ExpectedSplit
+from discovla.data.datasets.tables import read_ids
 
 _TRAIN_FILE, _VALIDATION_FILE = "vatex_training_v1.0.json", "vatex_validation_v1.0.json"
 

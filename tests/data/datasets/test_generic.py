@@ -58,7 +58,7 @@ def test_spans_of_one_video_are_clips_of_their_own(tmp_path):
             "video,caption,split\nx.mp4,one,train\nx.mp4,two,test\n",
             "clips.csv:3: x.mp4 is in split 'test', at line 2 in 'train'",
         ),
-        ('video,caption\nx.mp4,"one\n', "clips.csv: not a table"),
+        ('video,caption\nx.mp4,"one\n', "clips.csv:2: not a table: a quoted cell begins here and never ends"),
     ],
     ids=lambda value: value[:30],
 )
