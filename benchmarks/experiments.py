@@ -55,7 +55,7 @@ from discovla.towers.weights import DRAWN_CLIP, read_drawn_clip
 from discovla.train_step import TrainStep, set_precision
 
 Row = dict[str, Any]
-QUICKSTART = "configs/quickstart.toml"
+QUICKSTART = "configs/quickstart_discovla.toml"
 SEEDS = (0, 1, 2)
 
 

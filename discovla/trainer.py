@@ -35,6 +35,7 @@ from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan
 from discovla.errors import PeerLost, RunStopped, exit_process, is_connection_lost
 from discovla.evaluate import EvalOptions, evaluate
+from discovla.features import frozen_loader
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
@@ -163,6 +164,7 @@ class Trainer:
             Name of a row to metrics; None on ranks > 0, and if training ends early.
         """
         rows = self.measure_zero_shot()
+        self.loader = frozen_loader(self.config, self.method, self.loader, self.world)
         towers = [self.method.vision, self.method.text]
         every = self.config.engine.straggler_check_every
         timer = RankTimer(self.world, towers, every=every, name=self.name)  # its hooks precede the strategy's

@@ -28,6 +28,7 @@ HIGH = {
     "train_step": 6,
     "checkpoints": 7,
     "evaluate": 7,
+    "features": 7,
     "load": 7,
     "report": 7,
     "export": 8,

@@ -17,7 +17,7 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
-from discovla.batch import BadClip, Batch
+from discovla.batch import Batch
 from discovla.data.config import DataConfig
 from discovla.data.dali.reader import DaliClipReader, DaliDecoder
 from discovla.data.dataset import ClipDataset, Dataset, Pair, Sample, clip_dataset, clip_reader
@@ -145,22 +145,41 @@ def video_batches(
         DecodeError: a clip gives no frames; all such clips of the batch are named.
     """
     check_clips(clips, files=config.shards is None)
+    low, high = (len(clips) * r // world_size for r in (rank, rank + 1))
+    for batch, reasons in readable_batches(clips, config, image_size, batch_size, low, high):
+        bad = [(clips[i], why) for i, why in zip(batch.clip_index.tolist(), reasons, strict=True) if why]
+        if bad:
+            named = "; ".join(f"{clip.id!r} ({clip.video}): {why}" for clip, why in bad)
+            raise DecodeError(bad[0][0].video, f"{len(bad)} clips cannot be evaluated: {named}")
+        yield batch
+
+
+def readable_batches(
+    clips: Sequence[Clip],
+    config: DataConfig,
+    image_size: int,
+    batch_size: int,
+    low: int = 0,
+    high: int | None = None,
+) -> Iterator[tuple[VideoBatch, list[str | None]]]:
+    """Yield the frames of clips `low` .. `high` - 1 in order, and for each clip why it gives none, or None.
+
+    There is no augmentation.  A clip that gives no frames has black ones.
+    """
+    high = len(clips) if high is None else high
     reader = clip_reader(clips, config, image_size, training=False)
     dataset = ClipDataset(clips=clips, pairs=[Pair(i, 0) for i in range(len(clips))], reader=reader)
-    low, high = (len(clips) * r // world_size for r in (rank, rank + 1))
     firsts = range(low, high, batch_size)
     steps = [[(i, 0) for i in range(first, min(first + batch_size, high))] for first in firsts]
     workers = min(config.workers, len(steps))
     batch_reader = _BatchReader(dataset, image_size, None, workers, persistent=False)
     with closing(batch_reader), closing(batch_reader.read(steps)) as batches:
         for fields in batches:
-            bad: tuple[BadClip, ...] = fields["bad"]
-            if bad:
-                named = "; ".join(f"{clip.id!r} ({clip.video}): {clip.reason}" for clip in bad)
-                raise DecodeError(bad[0].video, f"{len(bad)} clips cannot be evaluated: {named}")
-            yield VideoBatch(
+            reasons = iter([clip.reason for clip in fields["bad"]])
+            batch = VideoBatch(
                 frames=fields["frames"], frame_mask=fields["frame_mask"], clip_index=fields["video_index"]
             )
+            yield batch, [None if valid else next(reasons) for valid in fields["valid"].tolist()]
 
 
 def text_batches(
@@ -291,10 +310,11 @@ class _Collate:
         return fields
 
     def _padded(self, samples: list[Sample]) -> Tensor:
-        """Return the frames of all samples, b f y x c uint8."""
+        """Return the frames of all samples, b f y x c uint8, or their features, b f d float32."""
         arrays = [s.frames if isinstance(s.frames, np.ndarray) else None for s in samples]
         size = next((a.shape[1:] for a in arrays if a is not None), (self.image_size, self.image_size, 3))
-        frames = np.zeros((len(arrays), self.frames_per_clip, *size), np.uint8)
+        dtype = next((a.dtype for a in arrays if a is not None), np.dtype(np.uint8))
+        frames = np.zeros((len(arrays), self.frames_per_clip, *size), dtype)
         for row, array in zip(frames, arrays, strict=True):
             if array is not None:
                 row[: len(array)] = array

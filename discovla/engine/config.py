@@ -56,6 +56,11 @@ class EngineConfig(BaseModel):
     9, "recompute_mlp" 5 for 16 % more work, "recompute_projections" 2 for 30 %, "recompute_blocks" 1 for 33
     %. "auto" takes the first that fits the free GPU memory, and "keep" on a CPU."""
 
+    frozen_features: Literal["auto", "off"] = "auto"
+    """"auto": if the vision tower is frozen, every epoch reads the same frames without augmentation and clips
+    are read twice or more, encode each training clip once, before the first step, and train from its features
+    in `directory`/features. The losses keep every bit in fp32. "off": encode frames in every step."""
+
     distinct_captions: bool = False
     """Encode identical captions of a batch once. Same numbers; less work if captions of neighbouring frames
     repeat."""

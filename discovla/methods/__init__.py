@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from discovla.methods.base import Method
+from discovla.methods.basis import Basis
 from discovla.methods.clip import CLIP
 from discovla.methods.clip2video import CLIP2Video
 from discovla.methods.clip4clip import CLIP4Clip
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "clip4clip": CLIP4Clip,
     "clip2video": CLIP2Video,
     "t2vparser": T2VParser,
+    "basis": Basis,
 }
 
 

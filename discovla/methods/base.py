@@ -494,7 +494,7 @@ class Method(nn.Module):
                 frozen = zlib.crc32(parameter.detach().cpu().contiguous().numpy().data, frozen)
         options = self.config.model_dump(mode="json", exclude={"released"})
         for name in ADDED_OPTIONS:
-            if options[name] == type(self.config).model_fields[name].default:
+            if options[name] == MethodConfig.model_fields[name].default:
                 del options[name]
         return {
             "architecture": self.architecture.to_dict(),

@@ -29,7 +29,7 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
-    """The method: "clip", "discovla", "clip4clip", "clip2video" or "t2vparser"."""
+    """The method: "clip", "discovla", "clip4clip", "clip2video", "t2vparser" or "basis"."""
     released: Path | None = None
     """Checkpoint of the paper's own code to load (.bin, .pt or .safetensors).  None: start from CLIP."""
     tune: Literal["full", "text", "lora", "frozen"] = "full"

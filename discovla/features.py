@@ -1,0 +1,205 @@
+"""Features of training clips, computed once by a frozen vision tower, from which training reads.
+
+The clips are encoded in parts of one training batch each, so that every feature has the bits that it would
+have in training.  A part is two files in the folder of the run, `features/KEY/NUMBER.npy` (clips f d) and
+`NUMBER.json`, written atomically; an interrupted pass continues with the parts that are missing.  KEY depends
+on the weights, on the frames and on the clips.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from discovla.config import RunConfig
+from discovla.data.config import DataConfig
+from discovla.data.dataset import ClipDataset, frame_origin
+from discovla.data.loader import TrainLoader, readable_batches
+from discovla.data.manifest import Clip
+from discovla.data.video.errors import DecodeError
+from discovla.engine.distributed import World, barrier
+from discovla.methods.base import Method
+from discovla.retrieval.embed import evaluating
+
+logger = logging.getLogger(__name__)
+
+FIXED_SAMPLING = ("discovla", "clip4clip")  # samplings that read the same frames of a clip in every epoch
+
+
+def why_not_frozen(config: RunConfig, method: Method, loader: TrainLoader) -> str:
+    """Return why a run cannot read features in place of frames, or why it would not pay; empty if it can."""
+    data, dataset = config.data, loader.dataset
+    if config.engine.frozen_features == "off":
+        return "engine.frozen_features = 'off'"
+    if not isinstance(dataset, ClipDataset):
+        return "data.stills shows every still once"
+    if not method.frozen_frames:
+        return f"method.tune = {method.config.tune!r} or a part of the method trains in the vision tower"
+    if data.augment != "none":
+        return f"data.augment = {data.augment!r} changes the frames"
+    if data.sampling not in FIXED_SAMPLING:
+        return f"data.sampling = {data.sampling!r} reads other frames in each epoch"
+    if method.sees_frame_order and (data.reversed_pairs or method.config.reversed_negatives):
+        return "the vision tower sees the order of frames, which are also read backwards"
+    steps = config.steps or config.epochs * loader.steps_per_epoch
+    if steps * config.batch_size < 2 * len(dataset.clips):
+        return f"{steps} steps read fewer than two times the {len(dataset.clips)} clips"
+    return ""
+
+
+def frozen_loader(config: RunConfig, method: Method, loader: TrainLoader, world: World) -> TrainLoader:
+    """Return the loader of a run with features in place of frames, or the loader itself if that cannot be.
+
+    The features are computed here, unless an earlier pass has done so.
+    """
+    reason = why_not_frozen(config, method, loader)
+    if reason:
+        logger.info("frames are encoded in every step: %s", reason)
+        return loader
+    dataset = loader.dataset
+    assert isinstance(dataset, ClipDataset)
+    share = config.batch_size // world.size
+    folder = config.directory / "features" / _key(config, method, dataset.clips, share)
+    store = FeatureStore(folder=folder, clips=dataset.clips, size=share)
+    write_features(store, config, method, world)
+    reader = FeatureReader(
+        config=config.data, store=store, places={c.id: i for i, c in enumerate(dataset.clips)}
+    )
+    data = config.data.model_copy(update={"workers": 0})  # reading a row takes less than sending it
+    return TrainLoader(replace(dataset, reader=reader), data, loader.spec)
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Parts of `size` clips in a folder; part i holds the clips from i size on."""
+
+    folder: Path
+    clips: Sequence[Clip]
+    size: int
+
+    @property
+    def parts(self) -> int:
+        """Return the number of parts."""
+        return -(-len(self.clips) // self.size)
+
+    def paths(self, part: int) -> tuple[Path, Path]:
+        """Return the files of a part: features, and numbers of frames with the reasons of bad clips."""
+        return self.folder / f"{part:06d}.npy", self.folder / f"{part:06d}.json"
+
+    def missing(self) -> list[int]:
+        """Return the parts that are not written yet; the JSON file of a part is written last."""
+        return [part for part in range(self.parts) if not self.paths(part)[1].is_file()]
+
+    def write(self, part: int, features: np.ndarray, facts: dict[str, list]) -> None:
+        """Write a part atomically."""
+        array, described = self.paths(part)
+        for path, save in ((array, lambda file: np.save(file, features)), (described, None)):
+            hidden = path.with_name(f".{path.name}.{os.getpid()}.part")
+            with hidden.open("wb") as file:
+                file.write(json.dumps(facts).encode()) if save is None else save(file)
+            hidden.replace(path)
+
+
+@dataclass(frozen=True)
+class FeatureReader:
+    """`ClipReader` that returns the features of a clip's frames, f d, in place of pixels.
+
+    places: id of a clip to its place in the store.
+    """
+
+    config: DataConfig
+    store: FeatureStore
+    places: dict[str, int]
+
+    def read(self, clip: Clip, seed: str | None = None) -> np.ndarray:
+        """See `ClipReader`."""
+        part, row = divmod(self.places[clip.id], self.store.size)
+        features, facts = self._parts[part]
+        if facts["bad"][row] is not None:
+            raise DecodeError(clip.video, facts["bad"][row])
+        return features[row, : facts["frames"][row]].astype(np.float32, copy=False)
+
+    @cached_property
+    def _parts(self) -> list[tuple[np.ndarray, dict[str, list]]]:
+        paths = (self.store.paths(part) for part in range(self.store.parts))
+        return [
+            (np.load(array, mmap_mode="r"), json.loads(described.read_text())) for array, described in paths
+        ]
+
+
+def write_features(store: FeatureStore, config: RunConfig, method: Method, world: World) -> None:
+    """Compute the parts of a store that are missing, rank r every world.size-th of them."""
+    missing = store.missing()
+    barrier(world)  # before any rank writes
+    store.folder.mkdir(parents=True, exist_ok=True)
+    own = missing[world.rank :: world.size]
+    if missing:
+        logger.info("%s: encoding %d clips once, in %d parts", store.folder, len(store.clips), len(missing))
+    began = time.perf_counter()
+    # a last part of fewer clips is filled up, because the bits of a product depend on its size
+    rows = [i % len(store.clips) for part in own for i in range(part * store.size, (part + 1) * store.size)]
+    batches = readable_batches(
+        [store.clips[i] for i in rows], config.data, method.architecture.image_size, store.size
+    )
+    shown = tqdm(own, desc="encoding clips", unit="part", disable=None if world.first else True)
+    with evaluating(method):
+        for part, (batch, bad) in zip(shown, batches, strict=True):
+            frames, mask = batch.frames.to(world.device), batch.frame_mask.to(world.device)
+            features = method.encode_frames(frames, mask).cpu()
+            if method.compute_dtype != torch.float32:
+                features = features.half()  # holds what was computed in bf16
+            count = min(store.size, len(store.clips) - part * store.size)
+            lengths = batch.frame_mask.sum(1).tolist()
+            facts = {"frames": lengths[:count], "bad": bad[:count]}
+            store.write(part, features[:count].numpy(), facts)
+    barrier(world)
+    if unseen := store.missing():
+        raise ValueError(
+            f"engine.frozen_features: expected {store.folder} on a file system that all processes share, "
+            f"found {len(unseen)} of {store.parts} parts missing; 'off' needs none"
+        )
+    if missing:
+        logger.info("clips are encoded, in %.1f s", time.perf_counter() - began)
+
+
+def _key(config: RunConfig, method: Method, clips: Sequence[Clip], share: int) -> str:
+    """Return a name that differs if weights, precision, frames or clips differ."""
+    digest = hashlib.sha256()
+    for name, x in sorted(method.vision.state_dict().items()):
+        digest.update(name.encode() + str(x.dtype).encode())
+        digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    data = config.data
+    names = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "damaged", "decoder")
+    facts = {
+        "data": {name: getattr(data, name) for name in names},
+        "origin": frame_origin(data),
+        "shards": data.shards,
+        "method": method.config.model_dump(
+            mode="json", include={"name", "mask_padded_frames", "fused_vision_blocks"}
+        ),
+        "precision": [config.engine.precision, config.engine.residual_dtype, config.engine.impl],
+        "clips": [(clip.id, str(clip.video), clip.start, clip.end, _stamp(clip)) for clip in clips],
+        "share": share,
+    }
+    digest.update(json.dumps(facts, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _stamp(clip: Clip) -> tuple[int, int] | None:
+    """Return size and time of a video file; None of one that is not there, as with shards."""
+    try:
+        status = clip.video.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,126 @@
+"""Training from features of a frozen vision tower equals training from frames."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from discovla.config import read_config
+from discovla.data.manifest import read_manifest, write_manifest
+from discovla.engine.distributed import World
+from discovla.features import frozen_loader, why_not_frozen
+from discovla.methods import build
+from discovla.trainer import make_loader
+from tests import runs
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+BASIS = ("method=basis", "data.augment=none", "data.reversed_pairs=true", "steps=12", "data.val_split=")
+OFF, AUTO = "engine.frozen_features=off", "engine.frozen_features=auto"
+
+
+def prepared(tmp_path, drawn, *words):
+    """Return config, method and loader of a run on the drawn clips."""
+    config = read_config(runs.write_config(tmp_path, drawn), [*BASIS, *words])
+    method = build(config.model, config.method)
+    return (
+        config,
+        method,
+        make_loader(config, method, read_manifest(config.data.manifest, split="train"), ALONE),
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "way"),
+    [
+        (1, "engine.strategy=torch"),
+        pytest.param(2, "engine.zero_stage=2", marks=pytest.mark.slow),
+        pytest.param(2, "engine.zero_stage=3", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_have_the_bits_of_training_from_frames(size, way, tmp_path, drawn):
+    strategy = () if way.startswith("engine.strategy") else ("engine.strategy=deepspeed",)
+    words = [runs.write_config(tmp_path, drawn), *BASIS, *strategy, way]
+    for option in (OFF, AUTO):
+        runs.train([*words, option, f"directory={tmp_path}/{option[-4:]}"], size=size)
+    frames, features = (runs.records(tmp_path / name) for name in ("=off", "auto"))
+    assert len(frames) == 12
+    for name in ("loss", "reversed", "swapped", "grad_norm"):
+        assert [row[name] for row in frames] == [row[name] for row in features], name
+    assert (tmp_path / "auto/features").is_dir() and not (tmp_path / "=off/features").exists()
+
+
+def test_batches_have_the_features_of_their_frames_also_backwards(tmp_path, drawn):
+    config, method, loader = prepared(tmp_path, drawn)
+    cached = frozen_loader(config, method, loader, ALONE)
+    for frames, features in zip(loader.epoch(1), cached.epoch(1), strict=True):
+        with torch.no_grad():
+            assert torch.equal(method.encode_frames(frames.frames, frames.frame_mask), features.frames)
+        assert torch.equal(frames.text_ids, features.text_ids)
+        assert torch.equal(frames.frame_mask, features.frame_mask)
+
+
+def test_an_interrupted_pass_continues_with_what_is_missing(tmp_path, drawn):
+    config, method, loader = prepared(tmp_path, drawn)
+    frozen_loader(config, method, loader, ALONE)
+    parts = sorted((tmp_path / "run/features").rglob("*.npy"))
+    parts[1].with_suffix(".json").unlink()
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in parts}
+    frozen_loader(config, method, loader, ALONE)
+    changed = [path for path in parts if path.stat().st_mtime_ns != before[path][0]]
+    assert changed == [parts[1]]
+    assert parts[1].read_bytes() == before[parts[1]][1]
+
+
+def test_other_weights_make_other_features(tmp_path, drawn):
+    config, method, loader = prepared(tmp_path, drawn)
+    frozen_loader(config, method, loader, ALONE)
+    with torch.no_grad():
+        method.vision.projection.add_(0.1)
+    frozen_loader(config, method, loader, ALONE)
+    assert len(list((tmp_path / "run/features").iterdir())) == 2
+
+
+def test_a_clip_that_cannot_be_read_stays_bad(tmp_path, drawn):
+    clips = read_manifest(drawn)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    first = clips[0]
+    manifest = tmp_path / "m.jsonl"
+    write_manifest(manifest, [type(first)(**{**vars(first), "video": broken}), *clips[1:]])
+    config, method, loader = prepared(tmp_path, manifest)
+    cached = frozen_loader(config, method, loader, ALONE)
+    expected = {(bad.id, bad.reason) for batch in loader.epoch(0) for bad in batch.bad}
+    assert {name for name, _ in expected} == {first.id}
+    assert {(bad.id, bad.reason) for batch in cached.epoch(0) for bad in batch.bad} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((OFF,), "engine.frozen_features = 'off'"),
+        (("method.tune=full",), "method.tune = 'full'"),
+        (("method.tune=lora",), "method.tune = 'lora'"),
+        (("method.fused_vision_blocks=1",), "trains in the vision tower"),
+        (("data.augment=light",), "data.augment = 'light' changes the frames"),
+        (("data.sampling=t2vparser",), "data.sampling = 't2vparser' reads other frames"),
+        (("steps=1",), "1 steps read fewer than two times"),
+    ],
+)
+def test_frames_are_encoded_in_every_step_where_features_would_differ_or_not_pay(
+    words, reason, tmp_path, drawn, caplog
+):
+    config, method, loader = prepared(tmp_path, drawn, *words)
+    assert reason in why_not_frozen(config, method, loader)
+    with caplog.at_level(logging.INFO):
+        assert frozen_loader(config, method, loader, ALONE) is loader
+    assert reason in caplog.text
+    assert not (tmp_path / "run/features").exists()
+
+
+def test_parts_hold_one_batch_each(tmp_path, drawn):
+    config, method, loader = prepared(tmp_path, drawn)
+    frozen_loader(config, method, loader, ALONE)
+    facts = [json.loads(path.read_text()) for path in sorted((tmp_path / "run/features").rglob("*.json"))]
+    assert [len(part["frames"]) for part in facts][:-1] == [16] * (len(facts) - 1)
+    assert sum(len(part["frames"]) for part in facts) == len(read_manifest(drawn, split="train"))
