@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
 from discovla.data.video.errors import DecodeError
+from discovla.foreign import printable
 
+EXIT_BUG = 1
 EXIT_FAILED = 2
 EXIT_STOPPED = 75  # a signal stopped the run and it can resume: EX_TEMPFAIL of sysexits.h
 EXPECTED = (ValueError, DecodeError, OSError, FloatingPointError)
@@ -36,8 +40,12 @@ def run_program(run: Callable[[], None], program: str) -> int:
     the rank that it loads for.
 
     Returns:
-        Exit status: 0, `EXIT_FAILED` after an expected error, `EXIT_STOPPED` after a stop signal.
+        Exit status: 0, `EXIT_FAILED` after an expected error, `EXIT_STOPPED` after a stop signal, `EXIT_BUG`
+        after any other error, whose traceback is printed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has not all letters
     try:
         run()
         return 0
@@ -48,6 +56,8 @@ def run_program(run: Callable[[], None], program: str) -> int:
     except PeerLost as error:
         print_error(str(error), program)
         return EXIT_FAILED
+    except UnicodeError:  # a ValueError that names no file
+        return _report_bug(program)
     except EXPECTED as error:
         line = one_line(error)
     except RuntimeError as error:
@@ -59,12 +69,21 @@ def run_program(run: Callable[[], None], program: str) -> int:
             )
             return EXIT_FAILED
         if not is_connection_lost(error):
-            raise
+            return _report_bug(program)
         line = "another process of this run ended; see its own message"
+    except Exception:
+        return _report_bug(program)
     if _rank():
         time.sleep(RANK_ZERO_SECONDS)
     print_error(line, program)
     return EXIT_FAILED
+
+
+def _report_bug(program: str) -> int:
+    """Print the traceback of the error being handled and where to report it, and return the exit status."""
+    traceback.print_exc()
+    print_error("this is a bug in discovla; report it with the lines above", program)
+    return EXIT_BUG
 
 
 def print_error(line: str, program: str) -> None:
@@ -87,11 +106,11 @@ def exit_process(line: str, before_exit: Callable[[], None]) -> None:
 def one_line(error: Exception) -> str:
     """Return the message of an error on one line, after the file's name if the system gives one."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return printable(f"{os.fsdecode(error.filename)}: {error.strerror}")
     text = str(error).strip()
     if text.startswith("Caught ") and "Traceback" in text:
         text = text.splitlines()[-1]  # a data-loading process sends its whole traceback
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def is_connection_lost(error: RuntimeError) -> bool:

@@ -78,7 +78,10 @@ def test_draw_writes_a_world_of_the_sizes_asked_for(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["evaluate", "--matrix", "no.npy"], "no.npy: No such file or directory"),
+        (
+            ["evaluate", "--matrix", "no.npy"],
+            "no.npy: expected a matrix of similarities (texts x videos), found none",
+        ),
         (["frames", "no.mp4", "--out", "o"], "no.mp4"),
         (["draw", "w", "--train", "-1"], "train: expected at least 0 clips, got -1"),
         (["prepare", "csv", "no.csv", "--out", "m.jsonl"], "no.csv"),
