@@ -47,9 +47,9 @@ from discovla.config import RunConfig, read_config
 from discovla.data.dataset import read_clips
 from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.engine.distributed import join_world
-from discovla.load import load_run
 from discovla.methods import build
 from discovla.methods.base import Method
+from discovla.model import load_run
 from discovla.towers.architecture import config_from_architecture
 from discovla.towers.weights import DRAWN_CLIP, read_drawn_clip
 from discovla.train_step import TrainStep, set_precision

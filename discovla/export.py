@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from discovla.drawn_world.wording import token_ids
-from discovla.load import LoadedRun
+from discovla.model import LoadedRun
 from discovla.towers.architecture import config_from_architecture
 from discovla.towers.weights import write_drawn_clip
 

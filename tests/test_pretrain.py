@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from discovla.cli import main
 from discovla.engine.ema import EMA
-from discovla.load import load_run
+from discovla.model import load_run
 from tests import runs
 from tests.engine.launch import ROOT
 

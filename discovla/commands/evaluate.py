@@ -9,7 +9,7 @@ from typing import Any
 
 from discovla.engine.distributed import join_world
 from discovla.evaluate import EvalOptions, evaluate_manifest, evaluate_matrix, results_table
-from discovla.load import load_run
+from discovla.model import load_run
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from discovla.export import export, export_drawn
-from discovla.load import load_run
+from discovla.model import load_run
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -8,11 +8,12 @@ The way of a clip: `read_clips` reads the manifest or shards, `clip_dataset` che
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+from PIL import Image
 
 from discovla.batch import BadClip
 from discovla.data.augment import draw_light
@@ -22,7 +23,7 @@ from discovla.data.dali.reader import DaliClipReader
 from discovla.data.manifest import Clip, check_clips, read_manifest
 from discovla.data.order import OrderWords, read_order_words
 from discovla.data.quarantine import without_quarantined
-from discovla.data.sampling import clip_sampling
+from discovla.data.sampling import clip_sampling, slice_indices
 from discovla.data.shards.reader import Shards, open_shards
 from discovla.data.tokens import Tokenizer
 from discovla.data.video.errors import DecodeError
@@ -33,6 +34,7 @@ from discovla.data.video.frames import (
     check_decoder,
     frame_transform,
 )
+from discovla.data.video.resize import resize_and_crop
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +166,28 @@ class ShardClipReader:
         sampling = clip_sampling(self.config, clip, seed)
         frames = self._shards.frames(clip, sampling, transform, damaged=self.config.damaged)
         return draw_light(seed or "")(frames) if augment == "light" else frames
+
+
+class ArrayClipReader:
+    """`ClipReader` of frames that are in memory, by the id of the clip; other clips are read from files.
+
+    Args:
+        arrays: f y x 3 uint8, one or more frames of any size.  More than `config.frames` are thinned out
+            evenly.
+        files: reader of clips without an array.
+        image_size: pixels of a side of the frames.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], files: ClipReader, image_size: int) -> None:
+        self.config, self._arrays, self._files, self._size = files.config, arrays, files, image_size
+
+    def read(self, clip: Clip, seed: str | None = None) -> Frames:
+        """See `ClipReader`."""
+        if clip.id not in self._arrays:
+            return self._files.read(clip, seed)
+        frames = self._arrays[clip.id]
+        kept = slice_indices(list(range(len(frames))), self.config.frames, "even")
+        return np.stack([resize_and_crop(Image.fromarray(frames[i]), self._size) for i in kept])
 
 
 def clip_reader(clips: Sequence[Clip], config: DataConfig, image_size: int, *, training: bool) -> ClipReader:

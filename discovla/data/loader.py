@@ -20,7 +20,15 @@ from torch import Tensor
 from discovla.batch import Batch
 from discovla.data.config import DataConfig
 from discovla.data.dali.reader import DaliClipReader, DaliDecoder
-from discovla.data.dataset import ClipDataset, Dataset, Pair, Sample, clip_dataset, clip_reader
+from discovla.data.dataset import (
+    ClipDataset,
+    ClipReader,
+    Dataset,
+    Pair,
+    Sample,
+    clip_dataset,
+    clip_reader,
+)
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.tokens import Tokenizer
 from discovla.data.video.errors import DecodeError
@@ -161,13 +169,17 @@ def readable_batches(
     batch_size: int,
     low: int = 0,
     high: int | None = None,
+    *,
+    reader: ClipReader | None = None,
 ) -> Iterator[tuple[VideoBatch, list[str | None]]]:
     """Yield the frames of clips `low` .. `high` - 1 in order, and for each clip why it gives none, or None.
 
-    There is no augmentation.  A clip that gives no frames has black ones.
+    There is no augmentation.  A clip that gives no frames has black ones.  `reader` is that of the config by
+    default.
     """
     high = len(clips) if high is None else high
-    reader = clip_reader(clips, config, image_size, training=False)
+    if reader is None:
+        reader = clip_reader(clips, config, image_size, training=False)
     dataset = ClipDataset(clips=clips, pairs=[Pair(i, 0) for i in range(len(clips))], reader=reader)
     firsts = range(low, high, batch_size)
     steps = [[(i, 0) for i in range(first, min(first + batch_size, high))] for first in firsts]

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from discovla.tensor_files import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +279,7 @@ def _reason(error: Exception) -> str:
 
 def _write_tensors(path: Path, named: dict[str, Tensor]) -> None:
     """Write one safetensors file and flush it to the disk."""
-    save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in named.items()}, path)
+    write_tensors(path, named)
     _flush(path)
 
 

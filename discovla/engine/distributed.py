@@ -65,7 +65,7 @@ def join_world(
         TimeoutError: processes are missing; names them.
     """
     rank, size, local_rank = _launched_ranks()
-    world = World(rank=rank, size=size, local_rank=local_rank, device=_choose_device(device, local_rank))
+    world = World(rank=rank, size=size, local_rank=local_rank, device=choose_device(device, local_rank))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size > 1 and not dist.is_initialized():
@@ -291,7 +291,7 @@ def _launched_ranks() -> tuple[int, int, int]:
     return rank, size, local_rank
 
 
-def _choose_device(device: str, local_rank: int) -> torch.device:
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
     """Return the device of this process."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda, found {device!r}")

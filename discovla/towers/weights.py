@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from discovla import torchvision_cpu
 from discovla.foreign import describe, nested, read_jit, read_json, read_safetensors, read_torch, recognise
 from discovla.nn.logit_scale import START
+from discovla.tensor_files import write_tensors
 from discovla.towers.architecture import Architecture, architecture_from_config, architecture_from_state_dict
 from discovla.towers.text import TextTower
 from discovla.towers.vision import VisionTower
@@ -251,9 +252,8 @@ def write_drawn_clip(
     small = {name: tensor.half().contiguous() for name, tensor in weights.items()}
     ids = torch.tensor(sorted(token_ids), dtype=torch.int32)
     small["token_embedding.weight"] = small["token_embedding.weight"][ids.long()].contiguous()
-    save_file(
-        {**small, "token_ids": ids}, path, metadata={"architecture": json.dumps(architecture.to_dict())}
-    )
+    metadata = {"architecture": json.dumps(architecture.to_dict())}
+    write_tensors(path, {**small, "token_ids": ids}, metadata)
 
 
 def load_weights(model: nn.Module, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
