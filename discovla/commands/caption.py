@@ -10,9 +10,9 @@ from typing import get_args
 import torch
 from tqdm import tqdm
 
-from discovla.data.captions.captioner import Captioner
 from discovla.data.captions.captioning import (
     CaptionedClips,
+    Captioner,
     CaptionSettings,
     CaptionStore,
     caption_clips,
@@ -20,7 +20,7 @@ from discovla.data.captions.captioning import (
 )
 from discovla.data.captions.coca import CoCaCaptioner
 from discovla.data.captions.endpoint import EndpointCaptioner, Server
-from discovla.data.datasets.frame_captions import (
+from discovla.data.datasets.annotations import (
     read_frame_captions,
     with_frame_captions,
     write_frame_captions,

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from discovla.data.datasets import DATASETS, OWN_CLIPS, Annotations, Dataset
-from discovla.data.datasets.frame_captions import read_frame_captions, with_frame_captions
+from discovla.data.datasets.annotations import read_frame_captions, with_frame_captions
 from discovla.data.datasets.report import prepare
 
 _OWN_TITLES = {

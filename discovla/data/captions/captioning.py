@@ -8,19 +8,42 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from discovla.data.captions.captioner import Captioner, NoCaption
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import Damaged, read_frames
 
+INSTRUCTION = "Describe this picture in one short sentence."
 _SHOWN = 5  # clips named in a report
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoCaption:
+    """Reason why a picture has no caption."""
+
+    reason: str
+
+
+class Captioner(Protocol):
+    """Caption pictures."""
+
+    identity: str
+    """Model, weights, prompt and all else, besides the picture, that determines a caption."""
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[str | NoCaption]:
+        """Return a caption for each picture (uint8 RGB, y x 3), or the reason why it has none."""
+        ...
+
+
+def as_caption(text: str) -> str | NoCaption:
+    """Return a model's answer on one line."""
+    return " ".join(text.split()) or NoCaption(reason="the model's answer is empty")
 
 
 @dataclass(frozen=True, kw_only=True)

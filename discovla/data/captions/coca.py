@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from discovla import torchvision_cpu
-from discovla.data.captions.captioner import NoCaption, as_caption
+from discovla.data.captions.captioning import NoCaption, as_caption
 
 _START, _END = 49406, 49407  # token ids
 

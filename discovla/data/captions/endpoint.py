@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from discovla.data.captions.captioner import INSTRUCTION, NoCaption, as_caption
+from discovla.data.captions.captioning import INSTRUCTION, NoCaption, as_caption
 
 _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)  # HTTP status codes that are retried
 _LONGEST_WAIT = 60.0  # seconds between two attempts

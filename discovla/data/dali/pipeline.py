@@ -18,7 +18,7 @@ from torch import Tensor
 
 from discovla.data.augment import crop_box, light_table, randaugment_steps
 from discovla.data.config import Augment
-from discovla.data.video.resize import resize_geometry
+from discovla.data.video.frames import resize_geometry
 from discovla.torchvision_cpu import install
 
 CLIPS = 16  # clips decoded at once, which bounds the memory of frames of full size

@@ -43,8 +43,7 @@ from discovla.data.shards.layout import (
     tar_sample,
 )
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import read_frames
-from discovla.data.video.resize import resize_and_crop
+from discovla.data.video.frames import read_frames, resize_and_crop
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 
 from discovla.cli import main
-from discovla.data.captions.captioner import NoCaption
-from discovla.data.captions.captioning import CaptionSettings, CaptionStore, caption_clips, with_captions
-from discovla.data.datasets.frame_captions import read_frame_captions, write_frame_captions
+from discovla.data.captions.captioning import (
+    CaptionSettings,
+    CaptionStore,
+    NoCaption,
+    caption_clips,
+    with_captions,
+)
+from discovla.data.datasets.annotations import read_frame_captions, write_frame_captions
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from tests.data.captions.server import captions_server
 from tests.data.conftest import movie, numbers

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from discovla.data.captions.captioner import NoCaption, as_caption
+from discovla.data.captions.captioning import NoCaption, as_caption
 from discovla.data.captions.coca import CoCaCaptioner
 from tests.data.captions.tiny_coca import tiny_coca
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from discovla.data.captions.captioner import NoCaption
+from discovla.data.captions.captioning import NoCaption
 from discovla.data.captions.endpoint import EndpointCaptioner, Server
 from tests.data.captions.server import captions_server
 

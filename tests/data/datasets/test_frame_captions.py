@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from discovla.data.datasets.frame_captions import read_frame_captions, with_frame_captions
+from discovla.data.datasets.annotations import read_frame_captions, with_frame_captions
 from discovla.data.manifest import Clip
 
 

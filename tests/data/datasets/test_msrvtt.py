@@ -12,8 +12,7 @@ import pytest
 
 from discovla.data.dataset import training_pairs
 from discovla.data.datasets import DATASETS
-from discovla.data.datasets.annotations import first_captions
-from discovla.data.datasets.frame_captions import read_frame_captions, with_frame_captions
+from discovla.data.datasets.annotations import first_captions, read_frame_captions, with_frame_captions
 from discovla.data.datasets.report import split_reports
 
 msrvtt = DATASETS["msrvtt"].read

@@ -12,7 +12,7 @@ import pytest
 
 from discovla.cli import main
 from discovla.data.datasets import DATASETS, Annotations
-from discovla.data.datasets.frame_captions import read_frame_captions, with_frame_captions
+from discovla.data.datasets.annotations import read_frame_captions, with_frame_captions
 from discovla.data.datasets.generic import csv_clips
 from discovla.data.datasets.report import prepare
 from discovla.data.manifest import Clip, read_manifest

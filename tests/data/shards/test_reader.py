@@ -15,8 +15,7 @@ from PIL import Image
 from discovla.data.manifest import read_manifest
 from discovla.data.shards.reader import Shards
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import read_frames
-from discovla.data.video.resize import resize_and_crop
+from discovla.data.video.frames import read_frames, resize_and_crop
 from tests.data.shards.world import FRAMES, SIZE, make_manifest, make_shards, sampling
 
 MOVING = {"sampling": "clip2video", "sample_rate": 10.0}

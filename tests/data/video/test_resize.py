@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from discovla.data.video.resize import resize_and_crop
+from discovla.data.video.frames import resize_and_crop
 from discovla.torchvision_cpu import install
 
 

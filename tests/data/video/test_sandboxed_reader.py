@@ -16,9 +16,14 @@ from discovla.data.loader import DataConfig, TrainLoader
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import FrameRequest, SandboxedReader, read_frames, read_request
+from discovla.data.video.frames import (
+    FrameRequest,
+    SandboxedReader,
+    read_frames,
+    read_request,
+    resize_and_crop,
+)
 from discovla.data.video.index import FrameIndexStore
-from discovla.data.video.resize import resize_and_crop
 from tests.data.conftest import batch_spec, movie
 from tests.data.odd_clips import odd_clip
 
