@@ -22,8 +22,7 @@ from discovla.config import ConfigError, read_config
 from discovla.data.manifest import Clip, read_manifest
 from discovla.data.sampling import clip_sampling
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import read_frames
-from discovla.data.video.resize import resize_and_crop
+from discovla.data.video.frames import read_frames, resize_and_crop
 from discovla.methods import build
 from discovla.model import load_run
 from discovla.retrieval.similarity import similarity_matrix

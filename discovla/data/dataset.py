@@ -33,8 +33,8 @@ from discovla.data.video.frames import (
     SandboxedReader,
     check_decoder,
     frame_transform,
+    resize_and_crop,
 )
-from discovla.data.video.resize import resize_and_crop
 
 logger = logging.getLogger(__name__)
 
