@@ -22,6 +22,7 @@ COMMANDS = {
     "zero": "Print a run's DeepSpeed settings and its predicted memory per GPU.",
     "preflight": "Check every machine of a run before it starts.",
     "evaluate": "Measure retrieval by a trained run, or by a similarity matrix of any model.",
+    "report": "Write the HTML report of a run, or of several side by side.",
     "export": "Write the trained parameters of a run for other programs.",
 }
 

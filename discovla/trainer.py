@@ -29,7 +29,7 @@ from discovla.engine.lifecycle.heartbeat import GRACE, Heartbeat
 from discovla.engine.lifecycle.pace import RankTimer, describe_slow_ranks
 from discovla.engine.lifecycle.peers import Peers
 from discovla.engine.lifecycle.signals import STOP_REASONS, StopSignals
-from discovla.engine.log import RunLog
+from discovla.engine.log import RunLog, log_test
 from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan
@@ -40,6 +40,9 @@ from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
+from discovla.report.data import RunFacts, SplitFacts, device_name, machine
+from discovla.report.writer import save_record, try_report
+from discovla.retrieval.record import EvaluationRecord
 from discovla.train_step import METHOD, TrainStep, prepare_method
 
 logger = logging.getLogger(__name__)
@@ -163,7 +166,10 @@ class Trainer:
         Returns:
             Name of a row to metrics; None on ranks > 0, and if training ends early.
         """
+        self.write_facts()
         rows = self.measure_zero_shot()
+        if "val" not in self.splits and self.world.first:
+            try_report(self.config.directory)
         self.loader = frozen_loader(self.config, self.method, self.loader, self.world)
         towers = [self.method.vision, self.method.text]
         every = self.config.engine.straggler_check_every
@@ -171,6 +177,28 @@ class Trainer:
         state = self.make_state()
         complete = self.train(state, timer)
         return self.test(state, rows) if complete else None
+
+    def write_facts(self) -> None:
+        """Keep the facts of the run that its report shows."""
+        if not self.world.first:
+            return
+        splits = {
+            use: SplitFacts(
+                name=clips[0].split, clips=len(clips), captions=sum(len(clip.captions) for clip in clips)
+            )
+            for use, clips in self.splits.items()
+        }
+        facts = RunFacts(
+            splits=splits,
+            pairs=len(self.loader.dataset),
+            total_steps=self.total_steps,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            parameters=sum(parameter.numel() for parameter in self.method.parameters()),
+            trained_parameters=sum(parameter.numel() for parameter in self.method.trained_state().values()),
+            device=device_name(self.world.device),
+            **machine(),
+        )
+        facts.save(self.config.directory)
 
     def measure_zero_shot(self) -> Results:
         """Measure CLIP with mean pooling, and the method before training, on the test split."""
@@ -180,8 +208,10 @@ class Trainer:
         rows, name = {}, self.config.method.name
         if name != "clip":
             plain = build(self.config.model, CLIPConfig(tune="frozen")).to(self.world.device)
-            rows["zero-shot, mean pooling"] = self.evaluate(plain, "test")["raw"]
-        rows[f"zero-shot, {name} untrained"] = self.evaluate(self.method, "test")["raw"]
+            title = "zero-shot, mean pooling"
+            rows[title] = self.evaluate(plain, "test", "test-plain", title=title)["raw"]
+        title = f"zero-shot, {name} untrained"
+        rows[title] = self.evaluate(self.method, "test", "test-untrained", title=title)["raw"]
         if self.world.first:
             write_json(path, rows)
         return rows
@@ -322,8 +352,12 @@ class Trainer:
     def validate(self, state: TrainState, log: RunLog) -> float | None:
         """Measure the validation split; return the score (sum of both R@1) if it is the best so far."""
         with state.strategy.gathered(), nullcontext() if state.ema is None else state.ema.applied():
-            metrics = self.evaluate(self.method, "val")["raw"]
+            record = "val" if state.step else "val-start"
+            title = f"{self.config.method.name}, step {state.step}"
+            metrics = self.evaluate(self.method, "val", record, title=title, step=state.step)["raw"]
         log.evaluation(state.step, "val", metrics)
+        if self.world.first:
+            log.pictures(state.step, try_report(self.config.directory))
         return self.checkpoints.if_best(metrics["t2v"]["R@1"] + metrics["v2t"]["R@1"])
 
     def save(self, state: TrainState, log: RunLog, best_score: float | None = None) -> None:
@@ -339,17 +373,31 @@ class Trainer:
             if state.ema is not None:
                 state.strategy.load_trained_state(state.ema.state())
         with state.strategy.gathered():
-            metrics = self.evaluate(self.method, "test", rerank=True)
-        name = f"{self.config.method.name}, step {step}"
+            name = f"{self.config.method.name}, step {step}"
+            metrics = self.evaluate(self.method, "test", "test", title=name, step=step, rerank=True)
+        raw = metrics["raw"]
         rows[name] = metrics.pop("raw")
         rows |= {f"{name} + {reranking}": values for reranking, values in metrics.items()}
         if not self.world.first:
             return None
         write_json(self.config.directory / "results.json", rows)
+        pictures = try_report(self.config.directory)
+        log_test(self.config.directory, step, raw, pictures)
         return rows
 
-    def evaluate(self, method: Method, split: str, *, rerank: bool = False) -> Results:
-        """Measure a method on a split; QB-Norm's bank is the training captions."""
+    def evaluate(
+        self, method: Method, split: str, name: str, *, title: str, step: int = 0, rerank: bool = False
+    ) -> Results:
+        """Measure a method on a split; QB-Norm's bank is the training captions.
+
+        Args:
+            name: of the file of per-query results, `evaluation-<name>.npz`.
+            title: of the row of results.  step: optimizer steps taken.
+        """
+
+        def keep(record: EvaluationRecord) -> None:
+            save_record(self.config.directory, name, record, title=title, step=step)
+
         train_clips = self.splits.get("train", []) if rerank else []
         options = EvalOptions(
             data=self.config.data,
@@ -360,6 +408,7 @@ class Trainer:
             rank=self.world.rank,
             world_size=self.world.size,
             gather=lambda share: gather_objects(share, self.world),
+            on_record=keep if self.world.first else None,
         )
         return evaluate(method, self.splits[split], options)
 

@@ -25,6 +25,7 @@ from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import read_frames, resize_and_crop
 from discovla.methods import build
 from discovla.model import load_run
+from discovla.retrieval.record import EvaluationRecord
 from discovla.retrieval.similarity import similarity_matrix
 from discovla.tensor_files import write_tensors
 from discovla.testing import relative_error
@@ -47,6 +48,22 @@ def test_a_loaded_run_has_the_results_of_its_best_checkpoint(run, capsys):
     name = next(name for name in kept if name.startswith("discovla, step") and "+" not in name)
     assert found["raw"] == kept[name]
     assert {"dual softmax", "QB-Norm"} <= set(found)
+
+
+def test_evaluate_adds_the_results_of_every_query_to_an_older_run(run, capsys):
+    (run / "evaluation-test.npz").unlink(missing_ok=True)
+    (run / "report.html").unlink(missing_ok=True)
+    assert main(["evaluate", str(run), "--report", "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    record = EvaluationRecord.load(run / "evaluation-test.npz")
+    assert record.ranks["raw"]["t2v"].mean() == pytest.approx(metrics["raw"]["t2v"]["MnR"])
+    assert record.title in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("words", [("--split", "train"), ("--manifest", "other.jsonl")])
+def test_a_report_is_of_the_test_or_val_split_of_the_run(run, words, capsys):
+    assert main(["evaluate", str(run), "--report", *words]) == 2
+    assert "expected the test or val split of the run's own clips" in capsys.readouterr().err
 
 
 def test_a_single_checkpoint_can_be_loaded(run):

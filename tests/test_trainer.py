@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 
 from discovla.data.manifest import read_manifest, write_manifest
+from discovla.retrieval.record import EvaluationRecord
 from tests import runs
 from tests.engine.launch import LAUNCHER, ROOT, free_port
 
@@ -126,6 +128,39 @@ def test_results_have_rows_before_and_after_training(alone):
     assert len(names) == 5
     after = names[2]
     assert names[3:] == [f"{after} + dual softmax", f"{after} + QB-Norm"]
+
+
+def test_a_run_keeps_the_results_of_every_query_and_writes_its_report(alone):
+    rows = json.loads((alone / "results.json").read_text())
+    for name in ("test-plain", "test-untrained", "test", "val-start", "val"):
+        record = EvaluationRecord.load(alone / f"evaluation-{name}.npz")
+        ranks = record.ranks["raw"]
+        if name.startswith("test"):
+            for direction in ("t2v", "v2t"):
+                assert ranks[direction].mean() == pytest.approx(rows[record.title][direction]["MnR"])
+    page = (alone / "report.html").read_text()
+    assert "Finished: 6 of 6 steps" in page and "Validation R@1" in page
+    assert page.count('<div class="query">') and "data:image/jpeg" in page
+    assert all(name in page for name in rows)
+
+
+def test_tensorboard_has_the_test_metrics_and_the_pictures_of_the_report(alone):
+    events = EventAccumulator(str(alone / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    metrics = json.loads((alone / "results.json").read_text())
+    trained = next(name for name in metrics if ", step " in name and "+" not in name)
+    (test,) = events.Scalars("test/t2v/R@1")
+    assert test.value == pytest.approx(metrics[trained]["t2v"]["R@1"])
+    assert {"report/Losses", "report/Similarities", "report/Validation R@1"} <= set(events.Tags()["images"])
+
+
+def test_a_killed_run_has_a_report_of_its_last_validation(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), "evaluate_every=2"]
+    job = runs.start(words, fault="kill:discovla.trainer:learning_rate:4")
+    assert job.wait() == [-signal.SIGKILL]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Not finished: 2 of 6 steps" in page
+    assert "Validation split" in page and '<div class="query">' in page
 
 
 def test_without_a_validation_split_the_last_step_is_selected(tmp_path, drawn):

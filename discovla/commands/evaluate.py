@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from discovla.data.config import DataConfig
 from discovla.engine.distributed import join_world
 from discovla.evaluate import EvalOptions, evaluate_manifest, evaluate_matrix, results_table
 from discovla.model import load_run
+from discovla.report.writer import save_record, write_report
+from discovla.retrieval.record import EvaluationRecord
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -32,10 +35,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", default="auto", choices=devices, help="default: %(default)s")
     as_json = "print one JSON object; ties count against the query, and for it under `optimistic`"
     parser.add_argument("--json", action="store_true", help=as_json)
+    report = "also keep the results of every query in the run directory, and write its report.html"
+    parser.add_argument("--report", action="store_true", help=report)
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.report and arguments.run_path is None:
+        raise ValueError("evaluate: --report: expected a RUN, found none")
     if (arguments.run_path is None) == (arguments.matrix is None):
         raise ValueError("evaluate: expected either a RUN or --matrix")
     if arguments.matrix is not None:
@@ -47,11 +54,35 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the metrics of a run, raw and re-ranked."""
+    """Return the metrics of a run, raw and re-ranked; with --report also keep the results of every query."""
     world = join_world(arguments.device)
     run = load_run(arguments.run_path)
+    records: list[EvaluationRecord] = []
     options = EvalOptions(
-        data=run.config.data, device=world.device, batch_size=run.config.eval_batch_size, rerank=True
+        data=run.config.data,
+        device=world.device,
+        batch_size=run.config.eval_batch_size,
+        rerank=True,
+        on_record=records.append if arguments.report else None,
     )
-    method = run.method.to(world.device)
-    return evaluate_manifest(method, arguments.manifest, arguments.split, options)
+    use = _recorded_use(arguments, run.config.data) if arguments.report else None
+    rows = evaluate_manifest(run.method.to(world.device), arguments.manifest, arguments.split, options)
+    if use is not None:
+        path: Path = arguments.run_path
+        directory = path if (path / "checkpoints").is_dir() else path.absolute().parents[1]
+        title = f"{run.config.method.name}, step {run.step}"
+        save_record(directory, use, records[0], title=title, step=run.step)
+        write_report(directory)
+    return rows
+
+
+def _recorded_use(arguments: argparse.Namespace, data: DataConfig) -> str:
+    """Return the use ("test" or "val") of the split whose results a report shows."""
+    uses = {data.test_split: "test", data.val_split: "val"}
+    if arguments.manifest is not None or arguments.split not in uses:
+        raise ValueError(
+            "evaluate: --report: expected the test or val split of the run's own clips "
+            f"({', '.join(repr(split) for split in uses if split)}), found --split {arguments.split}"
+            + ("" if arguments.manifest is None else f" --manifest {arguments.manifest}")
+        )
+    return uses[arguments.split]

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -124,6 +125,11 @@ class RunLog:
         for name, value in flatten(values).items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Show pictures (y x 3, uint8) in TensorBoard, by their names."""
+        if self.world.first:
+            add_pictures(self._board, step, pictures)
+
     def event(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Record an event after `step` steps, such as a checkpoint or a slow rank."""
         if self.world.first:
@@ -146,6 +152,22 @@ class RunLog:
             self._file.write(f"{json.dumps(record)}\n".encode())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.directory / METRICS)) from error
+
+
+def log_test(
+    directory: Path, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
+) -> None:
+    """Show the test metrics of step `step` and the pictures of the finished run in TensorBoard."""
+    with SummaryWriter(directory / "tensorboard") as board:
+        for name, value in flatten(metrics).items():
+            board.add_scalar(f"test/{name}", value, step)
+        add_pictures(board, step, pictures)
+
+
+def add_pictures(board: SummaryWriter, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+    """Add pictures, y x 3 uint8, to a TensorBoard file."""
+    for name, pixels in pictures.items():
+        board.add_image(f"report/{name}", pixels, step, dataformats="HWC")
 
 
 def drop_records(path: Path, start: int) -> None:

@@ -1,0 +1,105 @@
+"""Strips of frames of the clips that a report shows, decoded once and kept in the run directory."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from discovla.data.config import DataConfig
+from discovla.data.dataset import ClipReader, FileClipReader, ShardClipReader
+from discovla.data.manifest import Clip
+from discovla.data.shards.reader import open_shards
+from discovla.data.video.errors import DecodeError
+from discovla.retrieval.record import EvaluatedClip
+
+FOLDER = "report_frames"
+SIZE = 96  # pixels of a side of a frame
+FRAMES = 4  # in a strip
+GAP = 3  # pixels between two frames
+
+
+class FrameStrips:
+    """JPEG strips of four evenly spaced frames among those that the model sees.
+
+    Args:
+        directory: of the run; strips are kept in its folder `report_frames`.
+        data: how frames are sampled and decoded.
+        seconds: time after which no further clip is decoded; those left out follow in the next report.
+    """
+
+    def __init__(self, directory: Path, data: DataConfig, *, seconds: float) -> None:
+        self.folder, self.data = directory / FOLDER, data
+        self.deadline = time.monotonic() + seconds
+        self.errors: list[str] = []
+        self.postponed = 0
+        self._reader: ClipReader | None = None
+
+    def read(self, clips: Iterable[EvaluatedClip]) -> dict[str, bytes]:
+        """Return the strips of clips by their id, without those that cannot be read or are postponed."""
+        strips = {}
+        try:
+            for clip in clips:
+                strip = self._strip(clip)
+                if strip is not None:
+                    strips[clip.id] = strip
+        finally:
+            if isinstance(self._reader, FileClipReader):
+                self._reader.close()
+            self._reader = None
+        return strips
+
+    def _strip(self, clip: EvaluatedClip) -> bytes | None:
+        identity = f"{clip.id}\0{clip.video}\0{clip.start}\0{clip.end}\0{self.data.sampling}"
+        path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jpg"
+        if path.is_file():
+            return path.read_bytes()
+        if time.monotonic() > self.deadline:
+            self.postponed += 1
+            return None
+        source = Clip(
+            id=clip.id,
+            video=Path(clip.video),
+            captions=clip.captions,
+            split=clip.split,
+            start=clip.start,
+            end=clip.end,
+        )
+        try:
+            self._reader = self._reader or make_reader(self.data)
+            frames = self._reader.read(source)
+        except (DecodeError, ValueError, OSError) as error:
+            self.errors.append(str(error))
+            return None
+        assert isinstance(frames, np.ndarray), "a reader of files or shards returns pixels"
+        content = encode_strip(frames)
+        self.folder.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_bytes(content)
+        part.replace(path)
+        return content
+
+
+def make_reader(data: DataConfig) -> ClipReader:
+    """Return a reader of small frames on the CPU, also where DALI decodes for training."""
+    if data.shards is not None:
+        return ShardClipReader(data, SIZE, open_shards(data.shards))
+    decoder = "pyav" if data.decoder == "dali" else data.decoder
+    return FileClipReader(data.model_copy(update={"decoder": decoder}), SIZE)
+
+
+def encode_strip(frames: np.ndarray) -> bytes:
+    """Return a JPEG of evenly spaced frames side by side, from frames f y x 3."""
+    chosen = frames[np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)]
+    strip = Image.new("RGB", (FRAMES * (SIZE + GAP) - GAP, SIZE), "#808080")
+    for i, frame in enumerate(chosen):
+        small = Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        strip.paste(small, (i * (SIZE + GAP), 0))
+    file = io.BytesIO()
+    strip.save(file, "JPEG", quality=82)
+    return file.getvalue()

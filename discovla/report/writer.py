@@ -1,0 +1,69 @@
+"""Write the report of one run, or of several side by side, and send its plots to TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from discovla.data.manifest import write_atomic
+from discovla.errors import one_line
+from discovla.report.data import read_run
+from discovla.report.frames import FrameStrips
+from discovla.report.page import render_comparison, render_run
+from discovla.report.plots import Plot
+from discovla.retrieval.record import EvaluationRecord
+
+logger = logging.getLogger(__name__)
+
+REPORT = "report.html"
+TRAINING_SECONDS = 2.0  # for frames, of a report that is written while ranks wait
+
+
+def save_record(directory: Path, name: str, record: EvaluationRecord, *, title: str, step: int) -> None:
+    """Keep per-query results in `evaluation-<name>.npz` of a run directory."""
+    replace(record, title=title, step=step).save(directory / f"evaluation-{name}.npz")
+
+
+def write_report(
+    directory: Path, out: Path | None = None, *, seconds: float = 120.0
+) -> tuple[Path, list[Plot]]:
+    """Write the report of a run and return its path and plots.
+
+    Args:
+        directory: of the run.
+        out: file to write; None for `report.html` in the directory.
+        seconds: largest time to decode frames that are not yet kept.
+
+    Raises:
+        ConfigError: the folder is no run directory.
+        OSError: the file cannot be written.
+    """
+    run = read_run(directory)
+    strips = None if run.parsed is None else FrameStrips(directory, run.parsed.data, seconds=seconds)
+    page, plots = render_run(run, strips)
+    out = out or directory / REPORT
+    write_atomic(out, page)
+    return out, plots
+
+
+def try_report(directory: Path) -> dict[str, np.ndarray]:
+    """Write the report of a run in training and return its plots as pixels, by title.
+
+    A report that cannot be written is one warning: it must not end the run.
+    """
+    try:
+        _, plots = write_report(directory, seconds=TRAINING_SECONDS)
+        return {plot.title: plot.pixels for plot in plots}
+    except Exception as error:
+        logger.warning("%s not written: %s", directory / REPORT, one_line(error))
+        return {}
+
+
+def write_comparison(directories: Sequence[Path], out: Path) -> Path:
+    """Write one page for several runs; errors as `write_report`."""
+    write_atomic(out, render_comparison([read_run(directory) for directory in directories]))
+    return out
