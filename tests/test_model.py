@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,6 @@ import pytest
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import discovla
@@ -23,13 +24,15 @@ from discovla.data.manifest import Clip, read_manifest
 from discovla.data.sampling import clip_sampling
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import read_frames, resize_and_crop
+from discovla.export import export, measure_loss, parts_beyond_clip
 from discovla.methods import build
+from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.model import load_run
 from discovla.retrieval.record import EvaluationRecord
 from discovla.retrieval.similarity import similarity_matrix
 from discovla.tensor_files import write_tensors
 from discovla.testing import relative_error
-from discovla.towers.weights import read_drawn_clip
+from discovla.towers.weights import load_weights, read_drawn_clip
 from tests.runs import METHODS, TINY, train, write_config
 
 
@@ -74,21 +77,102 @@ def test_a_single_checkpoint_can_be_loaded(run):
     assert all(torch.equal(stored[n], p) for n, p in loaded.method.trained_state().items())
 
 
-def test_an_export_has_the_adapter_and_an_open_clip_model(run, tmp_path, capsys):
-    assert main(["export", str(run), str(tmp_path / "out"), "--merge"]) == 0
-    assert capsys.readouterr().out.count("wrote ") == 3
-    with safe_open(tmp_path / "out" / "adapter.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["config"])["method"]["name"] == "discovla"
-    loaded = load_run(run)
-    sizes = json.loads((tmp_path / "out" / "open_clip.json").read_text())
-    reference = open_clip.CLIP(**sizes).eval()
-    reference.load_state_dict(load_file(tmp_path / "out" / "open_clip.safetensors"))
-    ids = torch.tensor([[49406, 320, 1615, 49407, 0, 0], [49406, 786, 533, 4161, 320, 49407]])
-    padded = torch.zeros(2, 32, dtype=torch.long)
-    padded[:, :6] = ids
+def test_a_lossy_export_is_refused_with_the_measured_recalls_unless_asked_for(run, tmp_path, capsys):
+    assert main(["export", str(run), str(tmp_path / "out"), "--open-clip", "--device", "cpu"]) == 2
+    line = capsys.readouterr().err
+    figures = r"\d+\.\d / \d+\.\d"
+    assert "cannot hold fusion of frames in the vision tower (method.fused_vision_blocks); R@1 text" in line
+    measured = (
+        f"on 6 clips of val: the run {figures}, the plain CLIP {figures}, before training {figures}; --los"
+    )
+    assert re.search(measured, line)
+    assert not (tmp_path / "out").exists()
+    assert main(["export", str(run), str(tmp_path / "out"), "--open-clip", "--lossy", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("wrote ") == 3 and "the plain CLIP lacks fusion of frames" in printed.err
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/out")
+    loaded, ids = load_run(run), open_clip.SimpleTokenizer(context_length=32)(["a red circle", "a box"])
     with torch.no_grad():
-        ours = loaded.method.encode_text(padded, padded > 0).pooled
-        assert relative_error(ours, reference.encode_text(padded)) <= 1e-5
+        ours = loaded.method.encode_text(ids, ids > 0).pooled
+        assert relative_error(ours, model.eval().encode_text(ids)) <= 1e-5
+
+
+def test_recalls_of_a_loss_are_those_of_evaluate(run):
+    loaded = load_run(run)
+    loss = measure_loss(loaded, "cpu")
+    options = evaluation.EvalOptions(data=loaded.config.data, batch_size=loaded.config.eval_batch_size)
+    clips = read_manifest(loaded.config.data.manifest, split="val")
+    raw = evaluation.evaluate(loaded.method, clips, options)["raw"]
+    assert loss.recalls["the run"] == (raw["t2v"]["R@1"], raw["v2t"]["R@1"])
+    absent = loaded.config.data.model_copy(update={"manifest": Path("/absent.jsonl")})
+    moved = replace(loaded, config=loaded.config.model_copy(update={"data": absent}))
+    assert "not measured: /absent.jsonl" in str(measure_loss(moved, "cpu"))
+
+
+LOSSLESS = ["method.fused_vision_blocks=0"]
+
+
+@pytest.mark.parametrize("name", ["plain", "fusion", "lossless", "temporal", *METHODS])
+def test_what_a_plain_clip_cannot_hold_is_known_for_every_method(name, tmp_path, drawn, clips):
+    words = METHODS | {
+        "plain": ["method=clip"],
+        "fusion": [],
+        "lossless": LOSSLESS,
+        "temporal": [*LOSSLESS, "method.temporal=basis"],
+    }
+    config = read_config(write_config(tmp_path, drawn), words[name])
+    method = build(config.model, config.method)
+    for parameter in method.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    plain = CLIP(method.architecture, CLIPConfig(tune="frozen"))
+    load_weights(plain, method.architecture, method.plain_weights())
+    ours, theirs = (discovla.Model(m, config.data, device="cpu") for m in (method, plain))
+    equal = np.allclose(similarity(ours, clips), similarity(theirs, clips), atol=1e-4)
+    assert equal == (parts_beyond_clip(method) == ())
+    assert equal == (name in {"plain", "lossless", "meanP"})
+
+
+def test_an_export_without_loss_loads_in_open_clip_with_its_preprocessing(tmp_path, drawn, clips):
+    train([write_config(tmp_path, drawn), "steps=1", *LOSSLESS])
+    out = tmp_path / "out"
+    assert main(["export", str(tmp_path / "run"), str(out), "--open-clip"]) == 0
+    reference, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+    model = discovla.load(tmp_path / "run", device="cpu")
+    frames = full_size_frames(model, clips[0])
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(Image.fromarray(frame)) for frame in frames])
+        features = reference.eval().encode_image(pixels, normalize=True).mean(0, keepdim=True)
+    ours = torch.nn.functional.normalize(model.embed_videos([frames]).pooled)
+    assert relative_error(ours, torch.nn.functional.normalize(features)) <= 1e-4
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~current_umask()}
+
+
+def test_a_loaded_export_has_the_features_of_the_run_bit_for_bit(run, model, clips, tmp_path, monkeypatch):
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    monkeypatch.chdir(tmp_path)
+    exported = discovla.load(tmp_path / "out", device="cpu")
+    np.testing.assert_array_equal(similarity(exported, clips), similarity(model, clips))
+    assert exported.run.step == model.run.step
+
+
+def test_an_export_of_other_pretrained_weights_is_refused(run, tmp_path):
+    loaded = load_run(run)
+    other = loaded.config.model.model_copy(update={"seed": 7})
+    export(replace(loaded, config=loaded.config.model_copy(update={"model": other})), tmp_path)
+    with pytest.raises(ValueError, match=r"adapter\.safetensors"):
+        discovla.load(tmp_path)
+    write_tensors(tmp_path / "adapter.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(ConfigError, match="expected the config of a run in its metadata"):
+        discovla.load(tmp_path)
+
+
+def test_options_of_export_that_do_not_fit_are_named(run, tmp_path, capsys):
+    for words, message in [
+        (["--merge"], "--merge: renamed; use --open-clip"),
+        (["--lossy"], "with --open-clip"),
+    ]:
+        assert main(["export", str(run), str(tmp_path / "out"), *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_drawn_export_has_the_format_of_the_shipped_asset(run, tmp_path):
@@ -130,6 +214,13 @@ def test_import_discovla_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         discovla.lode  # noqa: B018 (the access is the test)
+
+
+def current_umask() -> int:
+    """Return the umask of this process."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
 
 
 @pytest.fixture

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from discovla.export import export, export_drawn
+from discovla.export import export, export_drawn, export_open_clip, measure_loss
 from discovla.model import load_run
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
-    text = "Write the trained parameters of a run, and with --merge a plain CLIP, for other programs."
+    text = "Write the trained parameters of a run, which discovla.load(OUT) opens, and a CLIP for open_clip."
     parser = commands.add_parser("export", help=text, description=text)
     parser.add_argument("run_path", type=Path, metavar="RUN", help="run directory or one checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="output folder; with --drawn the output file")
-    merge = "also write a plain CLIP under open_clip's names, with LoRA merged in"
-    parser.add_argument("--merge", action="store_true", help=merge)
+    open_clip = (
+        "also write the CLIP inside, with LoRA merged in, as open_clip loads it by the name local-dir:OUT; "
+        "refused if the run has parts that a plain CLIP cannot hold"
+    )
+    parser.add_argument("--open-clip", action="store_true", help=open_clip)
+    lossy = "write that CLIP without those parts; R@1 of both on the run's val split is printed"
+    parser.add_argument("--lossy", action="store_true", help=lossy)
     drawn = "write a CLIP trained on the drawn world as the small file that discovla ships"
     parser.add_argument("--drawn", action="store_true", help=drawn)
+    devices = ("auto", "cpu", "cuda")
+    parser.add_argument("--device", default="auto", choices=devices, help="default: %(default)s")
+    parser.add_argument("--merge", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=_export)
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.merge:
+        raise ValueError("export: --merge: renamed; use --open-clip")
+    if arguments.lossy and not arguments.open_clip:
+        raise ValueError("export: expected --lossy with --open-clip, found it alone")
     run = load_run(arguments.run_path)
     if arguments.drawn:
-        written = [export_drawn(run, arguments.out)]
-    else:
-        written = export(run, arguments.out, merged=arguments.merge)
+        print(f"wrote {export_drawn(run, arguments.out)}")
+        return
+    loss = None
+    if arguments.open_clip:
+        loss = measure_loss(run, arguments.device)
+        if loss.parts and not arguments.lossy:
+            raise ValueError(
+                f"export: a plain CLIP cannot hold {loss}; --lossy writes it without, and discovla.load(OUT) "
+                "needs no --open-clip"
+            )
+        if loss.parts:
+            sys.stderr.write(f"discovla: WARNING: the plain CLIP lacks {loss}\n")
+    written = [export(run, arguments.out)]
+    if arguments.open_clip:
+        written += export_open_clip(run, arguments.out, loss)
     print("\n".join(f"wrote {path}" for path in written))
