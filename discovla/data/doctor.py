@@ -32,7 +32,7 @@ _NAMED = 40  # broken clips in the summary
 
 @dataclass(frozen=True, kw_only=True)
 class ExamineOptions:
-    """How files are examined.
+    """Options of the examination of files.
 
     sampling: of a training run; the span is that of each clip.
     damaged: "refuse" or "use" files that break off.

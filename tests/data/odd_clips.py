@@ -16,7 +16,7 @@ COUNT = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """How a clip is made: file suffix, codec and its options, and what is odd about it.
+    """A kind of clip: file suffix, codec with its options, and the oddity.
 
     skipped, delayed: ticks that an MP4's edit list leaves out at the beginning, and that it waits before.
     """

@@ -1,4 +1,4 @@
-"""Which captions tell an order, and which exchanges make them false."""
+"""Tests of captions that tell an order, and of the exchanges that make them false."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Where the tests of kernels run: on the GPU if there is one, else in Triton's interpreter."""
+"""Device of the kernel tests: the GPU if there is one, else the CPU with Triton's interpreter."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the benchmarks of the ops are made of, where there is no GPU."""
+"""Tests of the parts of the op benchmarks, without a GPU."""
 
 import subprocess
 import sys

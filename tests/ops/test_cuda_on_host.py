@@ -53,7 +53,7 @@ def run(host: ctypes.CDLL, name: str, dtype: torch.dtype, backwards: bool, *argu
 
 
 def walled(x: Tensor) -> Tensor:
-    """The same rows between NaNs, ended by zeros to a multiple of 16 bytes as the launchers expect them."""
+    """Copy rows between NaNs, padded with zeros to a multiple of 16 bytes as the launchers expect."""
     x = F.pad(x, (0, -x.shape[-1] % (16 // x.element_size())))
     room = torch.full((64 + x.numel() + 64,), float("nan"), dtype=x.dtype)
     room[64:-64] = x.flatten()

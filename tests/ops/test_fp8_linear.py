@@ -144,7 +144,7 @@ def test_gradients_in_fp8_are_those_of_rounded_ones_and_near_the_true_ones():
 
 
 def test_e4m3_loses_half_as_much_of_a_gradient_as_e5m2():
-    """As the gradients of a model: the numbers of a row are of sizes some powers of ten apart."""
+    """The numbers of a row are several powers of ten apart, as in the gradients of a model."""
     _, weight, _ = made(o=256)
     rounded = quantise_weight(weight)
     grad = torch.randn(64, 256) * torch.exp(2 * torch.randn(64, 256)) / rounded.scale

@@ -44,7 +44,7 @@ def call(x: list[Tensor], places: Tensor, impl) -> tuple[Tensor, Tensor]:
 
 
 def plain(x: list[Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in plain torch, step by step."""
+    """Compute `fusion_norm` in plain torch, step by step."""
     rows = len(x[0])
     h = x[1][rows:] @ x[2].T + x[3]
     added = (h * torch.sigmoid(1.702 * h)) @ x[4].T + x[5]

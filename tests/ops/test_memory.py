@@ -1,4 +1,4 @@
-"""What streamed ops hold beside inputs and outputs grows with the batch, not with its square."""
+"""Memory of streamed ops beside inputs and outputs grows with the batch, not with its square."""
 
 import pytest
 import torch

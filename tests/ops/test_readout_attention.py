@@ -74,7 +74,7 @@ class Case:
 
 
 def plain(case: Case, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The same, one query at a time, as a reader would do it by hand."""
+    """Compute `readout_attention` one query at a time, as by hand."""
     q = leaves[0].unflatten(-1, (HEADS, CHANNELS))
     k, v = leaves[1].unflatten(-1, (2, HEADS, CHANNELS)).unbind(1)  # r h c
     owner = torch.repeat_interleave(torch.tensor(case.lengths))  # the sequence of each row

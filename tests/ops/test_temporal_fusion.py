@@ -92,7 +92,7 @@ class Case:
 
 
 def plain(case: Case, leaves: list[Tensor]) -> list[Tensor]:
-    """The same, one query at a time, as a reader would do it by hand."""
+    """Compute `temporal_fusion` one query at a time, as by hand."""
     q, k, v = leaves[0].unflatten(-1, (3, HEADS, CHANNELS)).unbind(1)  # r h c
     frames, moved = len(case.lengths[0]), k
     owner = torch.repeat_interleave(torch.tensor(case.flat)).to(DEVICE)  # the sequence of each row

@@ -1,4 +1,4 @@
-"""What the benchmarks of the towers' ops are made of, where there is no GPU."""
+"""Tests of the parts of the tower op benchmarks, without a GPU."""
 
 import pytest
 import torch

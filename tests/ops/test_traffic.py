@@ -1,4 +1,4 @@
-"""What kernels load, store and multiply, counted in the interpreter, is what their formulas say."""
+"""Loads, stores and products of kernels, counted in the interpreter, equal their formulas."""
 
 import importlib
 
@@ -147,7 +147,7 @@ STEPS = {
 
 
 def step_of(op: str) -> tuple[Counts, float, int]:
-    """What the kernels of a step do, flops of torch's products beside them, and those of one pass."""
+    """Count the kernels of a step, the flops of torch's products beside them, and those of one pass."""
     shapes, call = STEPS[op]
     x = leaves(*shapes)
 
