@@ -19,6 +19,7 @@ from discovla.data.loader import text_batches, video_batches
 from discovla.data.manifest import Clip, read_manifest
 from discovla.data.tokens import Tokenizer
 from discovla.drawn_world.probes import Probe, make_probes
+from discovla.drawn_world.scenes import make_scene
 from discovla.drawn_world.synthetic import WorldSizes, draw_world
 from discovla.methods.base import Method
 from discovla.methods.discovla import DiscoVLA
@@ -136,6 +137,29 @@ def choices(
         }
         for kind, answers in preferred.items()
     }
+
+
+def reversal_by_event(method: Method, evaluation: DrawnEvaluation) -> dict[str, dict[str, float]]:
+    """Return the choices of the reversal probes for clips both of whose actors have one kind of event.
+
+    Equal scores count as half.  "all" are all clips; "moves" are clips whose changes are moves alone.
+    """
+    world = json.loads((evaluation.manifest.parent / "world.json").read_text())
+    gallery = evaluation.galleries["test"]
+    probes = [probe for probe in evaluation.probes if probe.kind == "reversal"]
+    true, false = (_texts(method, [getattr(p, side) for p in probes]) for side in ("true", "false"))
+    videos = [embed_videos(method, x, "cpu") for x in (gallery.videos, gallery.backwards())]
+    totals: dict[str, list[float]] = {}
+    for number, probe in enumerate(probes):
+        video = videos[probe.played_backwards][slice(probe.clip, probe.clip + 1)]
+        rows = slice(number, number + 1)
+        margin = (_scores(method, true[rows], video) - _scores(method, false[rows], video)).item()
+        # the two captions of a method that is blind to order have equal scores up to rounding
+        point = 0.5 if abs(margin) < 1e-4 else float(margin > 0)
+        kinds = {actor.kind for actor in make_scene(world["seed"], "test", probe.clip).actors} - {"stays"}
+        for name in ("all", next(iter(kinds)) if len(kinds) == 1 else "several kinds"):
+            totals.setdefault(name, []).append(point)
+    return {name: {"count": len(x), "clip": 100 * sum(x) / len(x)} for name, x in sorted(totals.items())}
 
 
 @torch.no_grad()

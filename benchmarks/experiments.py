@@ -1,4 +1,4 @@
-"""Experiments on the drawn world: training runs of the quickstart with other options.
+"""Experiments on the drawn world: training runs of DiscoVLA's quickstart with other options.
 
     discovla draw data/drawn_world
     python benchmarks/experiments.py methods       all methods and some combinations
@@ -7,9 +7,12 @@
     python benchmarks/experiments.py stages        ZeRO stages on two processes
     python benchmarks/experiments.py rates         learning rates, compared on the validation split
     python benchmarks/experiments.py costs         time and memory of a step of each method
+    python benchmarks/experiments.py time          the quickstart, and each of its parts left out
 
 Runs whose results are in the results file are not repeated.  `--share 0/2` takes every second run, so that
-two processes can share an experiment.  Further words (`steps=2`) are overrides of every run, for a trial.
+two processes can share an experiment.  `time --trained runs/quickstart` measures a run that is already
+trained, if its options are those of the quickstart.  Further words (`steps=2`) are overrides of every run,
+for a trial.
 benchmarks/tables.py makes the tables.
 """
 
@@ -40,7 +43,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 
-from benchmarks.drawn_figures import DrawnEvaluation, measure
+from benchmarks.drawn_figures import DrawnEvaluation, measure, reversal_by_event
 from benchmarks.measure import RESULTS, ROOT, bytes_kept, machine, read_rows, relative_frobenius, write_row
 from discovla.batch import Batch
 from discovla.config import RunConfig, read_config
@@ -56,18 +59,20 @@ from discovla.train_step import TrainStep, set_precision
 
 Row = dict[str, Any]
 QUICKSTART = "configs/quickstart_discovla.toml"
+BASIS = "configs/quickstart.toml"
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run: overrides of the quickstart."""
+    """One training run: overrides of a recipe."""
 
     name: str
     words: str
     seed: int = 0
     kind: str = "run"
     processes: int = 1
+    recipe: str = QUICKSTART
     logit_scale: float | None = None
     """Replaces the pretrained one.  No training has fitted the model's similarities to it, unlike the scale
     near 100 of OpenAI's CLIP."""
@@ -76,6 +81,7 @@ class Run:
     def identity(self) -> str:
         """Return a text that is equal for equal runs, whatever their names."""
         parts = [
+            "" if self.recipe == QUICKSTART else self.recipe,
             self.words,
             f"seed={self.seed}",
             "" if self.logit_scale is None else f"logit_scale={self.logit_scale:g}",
@@ -103,7 +109,7 @@ class Setting:
         return " ".join([run.identity, *self.words])
 
     def config(self, run: Run) -> RunConfig:
-        return read_config(ROOT / QUICKSTART, self.overrides(run))
+        return read_config(ROOT / run.recipe, self.overrides(run))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +173,7 @@ def train(run: Run, setting: Setting, directory: Path) -> dict[str, float]:
     launcher = ["deepspeed", "-q", "--num_accelerators", str(run.processes), "--master_port", port]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryFile("w+") as log:
-        command = [*launcher, "train.py", QUICKSTART, *words]
+        command = [*launcher, "train.py", run.recipe, *words]
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -241,9 +247,13 @@ def measure_method(run: Run, setting: Setting) -> list[Row]:
     """
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
-        usage = train(run, setting, directory)
-        results = json.loads((directory / "results.json").read_text())
-        loaded = load_run(directory)
+        return [train(run, setting, directory) | measured(run, setting, directory)]
+
+
+def measured(run: Run, setting: Setting, directory: Path) -> Row:
+    """Measure the selected checkpoint of a trained run; see `measure_method`."""
+    results = json.loads((directory / "results.json").read_text())
+    loaded = load_run(directory)
     before = next(metrics for name, metrics in results.items() if name.endswith("untrained"))
     selected, after = next((n, m) for n, m in results.items() if ", step " in n and "+" not in n)
     evaluation = DrawnEvaluation(manifest=setting.manifest, data=loaded.config.data, fresh_clips=0)
@@ -259,7 +269,55 @@ def measure_method(run: Run, setting: Setting) -> list[Row]:
         "test": without_optimistic(after),
         "trained_parameters": sum(x.numel() for x in loaded.method.trained_state().values()),
     }
-    return [usage | row | {key: figures[key] for key in ("siblings", "val", "probes", "flip")}]
+    return row | {key: figures[key] for key in ("siblings", "val", "probes", "flip")}
+
+
+_PARTS = {
+    "temporal basis": "",
+    "without the basis": "method.temporal=none",
+    "without reversed negatives": "method.reversed_negatives=0",
+    "without swapped captions": "method.swapped_captions=0",
+    "without reversed pairs": "data.reversed_pairs=false",
+}
+TIME_RUNS = [
+    Run(name=name, words=words, seed=seed, recipe=BASIS) for name, words in _PARTS.items() for seed in SEEDS
+]
+
+
+def measure_time(run: Run, setting: Setting) -> list[Row]:
+    """As `measure_method`, with the reversal probes by kind of event and the seconds of training."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "run"
+        return [train(run, setting, directory) | measured_time(run, setting, directory)]
+
+
+def measured_time(run: Run, setting: Setting, directory: Path) -> Row:
+    """Measure a trained run of the quickstart; see `measure_time`."""
+    loaded = load_run(directory)
+    evaluation = DrawnEvaluation(manifest=setting.manifest, data=loaded.config.data, fresh_clips=0)
+    seconds = sum(record["seconds"] for record in records(directory, "train"))
+    row = {"reversal": reversal_by_event(loaded.method, evaluation), "train_seconds": round(seconds, 1)}
+    return measured(run, setting, directory) | row
+
+
+def measure_trained(directory: Path) -> Callable[[Run, Setting], list[Row]]:
+    """Return a measurement of the run that is trained in a directory, for the run with its options.
+
+    Raises:
+        ValueError: the directory has other options than the run that is measured.
+    """
+    config = load_run(directory).config
+
+    def measure_run(run: Run, setting: Setting) -> list[Row]:
+        expected = setting.config(run)
+        for part in ("method", "optim", "model", "batch_size", "steps", "seed"):
+            if getattr(expected, part) != getattr(config, part):
+                raise ValueError(
+                    f"{directory}: {part}: expected {getattr(expected, part)}, found {getattr(config, part)}"
+                )
+        return [measured_time(run, setting, directory)]
+
+    return measure_run
 
 
 def measure_rate(run: Run, setting: Setting) -> list[Row]:
@@ -520,6 +578,7 @@ EXPERIMENTS = {
         results=RESULTS / "cpu/precision-drawn-world.jsonl", runs=PRECISION_RUNS, measure=measure_precision
     ),
     "stages": Experiment(results=STAGES, runs=STAGE_RUNS, measure=measure_stage),
+    "time": Experiment(results=RESULTS / "cpu/time-drawn-world.jsonl", runs=TIME_RUNS, measure=measure_time),
 }
 
 
@@ -534,6 +593,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="default: the experiment's file of benchmarks/results")
     parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name matches")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th run, from the I-th on")
+    parser.add_argument("--trained", type=Path, metavar="RUN", help="`time`: measure a trained quickstart")
     options = parser.parse_args(words)
     if not re.fullmatch(r"\d+/[1-9]\d*", options.share):
         parser.error(f"--share: expected I/N, found {options.share!r}")
@@ -543,6 +603,12 @@ def main(words: Sequence[str] | None = None) -> int:
         experiment = replace(experiment, results=options.results)
     setting = Setting(manifest=options.manifest.resolve(), words=tuple(options.words))
     runs = [run for run in experiment.runs if re.search(options.only, run.name)][first::shares]
+    if options.trained is not None:
+        seed = load_run(options.trained).config.seed
+        runs = [run for run in TIME_RUNS if not run.words and run.seed == seed]
+        if options.experiment != "time" or not runs:
+            parser.error(f"--trained: expected a quickstart of the seeds {SEEDS}, found seed {seed}")
+        experiment = replace(experiment, measure=measure_trained(options.trained))
     run_experiment(experiment, setting, runs)
     return 0
 
