@@ -180,7 +180,16 @@ def _key(config: RunConfig, method: Method, clips: Sequence[Clip], share: int) -
         digest.update(name.encode() + str(x.dtype).encode())
         digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     data = config.data
-    names = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "damaged", "decoder")
+    names = (
+        "frames",
+        "sampling",
+        "sample_rate",
+        "sampling_divisor",
+        "sampling_slice",
+        "damaged",
+        "hdr",
+        "decoder",
+    )
     facts = {
         "data": {name: getattr(data, name) for name in names},
         "origin": frame_origin(data),

@@ -26,7 +26,7 @@ from discovla.data.datasets.annotations import (
     write_frame_captions,
 )
 from discovla.data.manifest import Clip, read_manifest, write_manifest
-from discovla.data.video.frames import Damaged
+from discovla.data.video.frames import Damaged, Hdr
 
 _MODELS = "openai:NAME (with --url) or coca:ARCHITECTURE@WEIGHTS (open_clip)"
 _SERVERS = """models of Hugging Face run behind a server, for example:
@@ -70,6 +70,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--sample-rate", type=float, default=1.0, metavar="R", help=rate)
     damaged = "treatment of clips that end early, as data.damaged; default: %(default)s"
     parser.add_argument("--damaged", choices=get_args(Damaged), default="refuse", help=damaged)
+    hdr = "treatment of HDR clips, as data.hdr; default: %(default)s"
+    parser.add_argument("--hdr", choices=get_args(Hdr), default="refuse", help=hdr)
     side = "longest side of a picture; default: %(default)s"
     parser.add_argument("--side", type=int, default=768, metavar="PIXELS", help=side)
     batch = "pictures per call, or requests at once; default: %(default)s"
@@ -121,6 +123,7 @@ def _caption(clips: list[Clip], arguments: argparse.Namespace) -> CaptionedClips
         frames=arguments.frames,
         sample_rate=arguments.sample_rate,
         damaged=arguments.damaged,
+        hdr=arguments.hdr,
         side=arguments.side,
         batch_size=arguments.batch_size,
         workers=arguments.workers,

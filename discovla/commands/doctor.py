@@ -17,7 +17,7 @@ from discovla.data.config import DataConfig
 from discovla.data.doctor import Diagnosis, ExamineOptions, add_broken, diagnose
 from discovla.data.manifest import Clip, read_manifest
 from discovla.data.sampling import Sampler, clip_sampling
-from discovla.data.video.frames import Damaged, DecoderName, check_decoder
+from discovla.data.video.frames import Damaged, DecoderName, Hdr, check_decoder
 
 _CLIPS = 32  # clips that --bench reads
 
@@ -30,13 +30,15 @@ def add(commands: argparse._SubParsersAction) -> None:
     out = "folder for files.jsonl and quarantine.jsonl; default: <manifest>.doctor beside the manifest"
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help=out)
     parser.add_argument("--split", metavar="NAME", help="split of the manifest; default: all")
-    config = "config of a run, which replaces the options of sampling, --damaged and --index-dir"
+    config = "config of a run, which replaces the options of sampling, --damaged, --hdr and --index-dir"
     parser.add_argument("--config", type=Path, metavar="TOML", help=config)
     parser.add_argument("--frames", type=int, default=12, metavar="N", help="of a clip; default: %(default)s")
     parser.add_argument("--sampling", choices=get_args(Sampler), default="discovla")
     parser.add_argument("--sample-rate", type=float, default=1.0, metavar="R", help="frames a second")
     damaged = "refuse files that break off, or use their frames up to there; default: %(default)s"
     parser.add_argument("--damaged", choices=get_args(Damaged), default="refuse", help=damaged)
+    hdr = "refuse HDR videos, or map their frames to SDR; default: %(default)s"
+    parser.add_argument("--hdr", choices=get_args(Hdr), default="refuse", help=hdr)
     decoder = "compare the frames of this decoder with those of PyAV, and list clips where they differ"
     parser.add_argument("--decoder", choices=get_args(DecoderName), default="pyav", help=decoder)
     index_dir = (
@@ -96,6 +98,7 @@ def _diagnose(clips: list[Clip], arguments: argparse.Namespace) -> Diagnosis:
     options = ExamineOptions(
         sampling=clip_sampling(config),
         damaged=config.damaged,
+        hdr=config.hdr,
         decoder="pyav" if arguments.decoder == "dali" else arguments.decoder,
         seconds=arguments.seconds,
         workers=arguments.workers,
@@ -130,6 +133,7 @@ def _config(arguments: argparse.Namespace) -> DataConfig:
                 sampling=arguments.sampling,
                 sample_rate=arguments.sample_rate,
                 damaged=arguments.damaged,
+                hdr=arguments.hdr,
             )
         except ValidationError as error:
             first = error.errors()[0]

@@ -12,10 +12,18 @@ from discovla.data.config import FULL_SIZE
 from discovla.data.sampling import Sampler, Sampling, Slice
 from discovla.data.shards.layout import Format, Keep, ShardSettings
 from discovla.data.shards.writer import CLIP_SECONDS, write_shards
-from discovla.data.video.frames import Damaged
+from discovla.data.video.frames import Damaged, Hdr
 
 # Options that a config replaces; None is the default of `ShardSettings`.
-SAMPLING_OPTIONS = ("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "damaged")
+SAMPLING_OPTIONS = (
+    "frames",
+    "sampling",
+    "sample_rate",
+    "sampling_divisor",
+    "sampling_slice",
+    "damaged",
+    "hdr",
+)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -38,6 +46,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--sampling-slice", choices=get_args(Slice), help="default: even")
     damaged = "refuse videos that break off, or use their frames up to there; default: refuse"
     parser.add_argument("--damaged", choices=get_args(Damaged), help=damaged)
+    hdr = "refuse HDR videos, or map their frames to SDR; default: refuse"
+    parser.add_argument("--hdr", choices=get_args(Hdr), help=hdr)
     keep = (
         "frames to store: those that evaluation samples, or all that training may sample; default: candidates"
         " if the sampling is random in training, else sampled"

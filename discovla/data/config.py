@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from discovla.data.sampling import Sampler, Slice
-from discovla.data.video.frames import Damaged
+from discovla.data.video.frames import Damaged, Hdr
 
 Augment = Literal["none", "light", "randaugment", "resized_crop"]
 FULL_SIZE = ("randaugment", "resized_crop")  # augmentations that are applied before frames are resized
@@ -90,6 +90,10 @@ class DataConfig(BaseModel):
 
     damaged: Damaged = "refuse"
     """Videos that decode up to some frame only: `refuse` counts them as bad, `use` reads up to there."""
+
+    hdr: Hdr = "refuse"
+    """HDR videos (transfer functions PQ and HLG): `refuse` counts them as bad, `tonemap` maps their frames to
+    SDR (decoder `pyav`)."""
 
     bad_clip_share: float = Field(default=0.01, ge=0, le=1)
     """Largest share of training clips that may turn out bad before the run stops."""

@@ -136,6 +136,7 @@ class FileClipReader:
             augment=augment,
             seed=seed or "",
             damaged=config.damaged,
+            hdr=config.hdr,
             decoder=self._decoder,
             index_dir=config.index_dir,
         )

@@ -16,16 +16,18 @@ from typing import Any
 
 import numpy as np
 from av.error import FFmpegError
+from av.video.format import VideoFormat
 
 from discovla.data.manifest import Clip, write_atomic
 from discovla.data.sampling import Sampling
 from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import Damaged, FileDecoder, read_frames
-from discovla.data.video.index import FrameIndex, FrameIndexStore, default_index_dir
-from discovla.data.video.pyav import Transform, open_video
+from discovla.data.video.frames import Damaged, FileDecoder, Hdr, read_frames
+from discovla.data.video.index import VERSION, FrameIndex, FrameIndexStore, default_index_dir
+from discovla.data.video.pyav import Transform, chosen_stream, open_video
 
 _VARIABLE = 1.5  # the rate is variable if the longest gap between frames exceeds the shortest by this factor
+_END_SECONDS = 0.5  # by which annotations may end late, being rounded
 _COMMON = 6  # values of each kind in the summary
 _NAMED = 40  # broken clips in the summary
 
@@ -36,6 +38,7 @@ class ExamineOptions:
 
     sampling: of a training run; the span is that of each clip.
     damaged: "refuse" or "use" files that break off.
+    hdr: "refuse" or "tonemap" HDR video.
     decoder: decoder whose frames are compared with those of PyAV.
     seconds: limit for a file with all its clips.
     workers: number of processes.
@@ -45,6 +48,7 @@ class ExamineOptions:
 
     sampling: Sampling
     damaged: Damaged = "refuse"
+    hdr: Hdr = "refuse"
     decoder: FileDecoder = "pyav"
     seconds: float = 300.0
     workers: int = 2
@@ -59,12 +63,14 @@ class Diagnosis:
     broken: id, path and reason of each clip that gives no frames.
     clips: number of clips.
     quarantine: path of the list of broken clips.
+    overlong: id, end and length of the video in seconds of each clip that ends after its video.
     """
 
     files: tuple[dict[str, Any], ...]
     broken: tuple[tuple[str, str, str], ...]
     clips: int
     quarantine: Path
+    overlong: tuple[tuple[str, float, float], ...] = ()
 
     def lines(self) -> list[str]:
         """Return a summary: counts of files by kind, unusual facts, each broken clip and its reason."""
@@ -81,6 +87,17 @@ class Diagnosis:
             lines.append(f"  frames     {_range([file['count'] for file in decoded])}")
             unusual = _counted(name for file in decoded for name in file["unusual"])
             lines.append(f"  unusual    {unusual or 'nothing'}")
+            chosen = [f"{file['video']}: {file['stream']}" for file in decoded if file.get("stream")]
+            lines += [f"  stream     {line}" for line in chosen[:_COMMON]]
+            lines += [f"  stream     and {len(chosen) - _COMMON} more"] if len(chosen) > _COMMON else []
+        if self.overlong:
+            some = ", ".join(
+                f"{name} ({end:g} s of {length:.1f} s)" for name, end, length in self.overlong[:_COMMON]
+            )
+            more = ", ..." if len(self.overlong) > _COMMON else ""
+            lines.append(
+                f"{len(self.overlong)} clips end after their video, and are read to its end: {some}{more}"
+            )
         lines.append(f"{len(self.broken)} of {self.clips} clips give no frames{':' if self.broken else ''}")
         lines += [f"  {name}  ({video}): {reason}" for name, video, reason in self.broken[:_NAMED]]
         if len(self.broken) > _NAMED:
@@ -96,6 +113,7 @@ class ExamineRequest:
     path: Path
     samplings: tuple[Sampling, ...]
     damaged: Damaged = "refuse"
+    hdr: Hdr = "refuse"
     decoder: FileDecoder = "pyav"
     index_dir: Path | None = None
 
@@ -164,10 +182,11 @@ def examine(request: ExamineRequest) -> dict[str, Any]:
         container, codec, pixels: FFmpeg's names.
         width, height: as displayed; coded_width, coded_height: as stored; rotation: in degrees.
         aspect: of a pixel.
-        streams: number of video streams.
+        streams: number of video streams; stream: which of several is read, in words.
         declared_rate, declared_duration, declared_count: of the header; rate, duration, count: of the frames.
         gaps: least and greatest seconds between two frames.
         keys: number of keyframes at which decoding can start.
+        bits: of a colour.  alpha, interlaced: of the pixels.  hdr: "PQ", "HLG" or None.
         unusual: unusual facts in words.
     """
     store = FrameIndexStore()  # of this call: an earlier index would replace the decoding
@@ -191,7 +210,13 @@ def _failure(request: ExamineRequest, sampling: Sampling, store: FrameIndexStore
 
     def read(decoder: FileDecoder, transform: Transform) -> dict[int, np.ndarray]:
         return read_frames(
-            request.path, sampling, transform, damaged=request.damaged, decoder=decoder, store=store
+            request.path,
+            sampling,
+            transform,
+            damaged=request.damaged,
+            hdr=request.hdr,
+            decoder=decoder,
+            store=store,
         ).images
 
     try:
@@ -217,6 +242,7 @@ def _header_facts(path: Path) -> dict[str, Any]:
             "coded_height": context.height,
             "aspect": None if not aspect else str(aspect),
             "streams": len(video.container.streams.video),
+            "stream": chosen_stream(path),
             "declared_rate": _rounded(stream.average_rate),
             "rotation": 0,
         }
@@ -230,10 +256,15 @@ def _frame_facts(index: FrameIndex) -> dict[str, Any]:
     seconds = sorted(index.seconds(i) for i, time in enumerate(index.times) if time is not None)
     gaps = [after - before for before, after in pairwise(seconds)]
     span = seconds[-1] - seconds[0] if gaps else 0.0
+    parts = VideoFormat(index.pixel_format).components if index.count else ()
     return {
         "width": index.size[0],
         "height": index.size[1],
         "pixels": index.pixel_format,
+        "bits": max((part.bits for part in parts), default=0),
+        "alpha": any(part.is_alpha for part in parts),
+        "interlaced": index.interlaced,
+        "hdr": index.hdr,
         "rate": _rounded(len(gaps) / span) if span else None,
         "duration": _rounded(span * (1 + 1 / len(gaps))) if span else None,
         "gaps": [round(min(gaps), 6), round(max(gaps), 6)] if gaps else None,
@@ -262,6 +293,10 @@ def _unusual(facts: Mapping[str, Any]) -> list[str]:
         "times do not ascend": not facts["ordered"],
         "decoder reports errors": facts["faults"] > 0,
         "one frame": facts["count"] == 1,
+        f"HDR ({facts['hdr']})": facts["hdr"] is not None,
+        f"{facts['bits']} bits a colour": facts["bits"] > 8,
+        "alpha, which is dropped": facts["alpha"],
+        "interlaced": facts["interlaced"],
     }
     return [name for name, true in unusual.items() if true]
 
@@ -276,6 +311,7 @@ def _requests(clips: Sequence[Clip], options: ExamineOptions) -> dict[Path, Exam
             path=path,
             samplings=tuple(samplings),
             damaged=options.damaged,
+            hdr=options.hdr,
             decoder=options.decoder,
             index_dir=options.index_dir,
         )
@@ -288,7 +324,15 @@ def _diagnosis(clips: Sequence[Clip], rows: Sequence[dict[str, Any]], quarantine
     reasons = {row["video"]: iter(row["clips"]) for row in rows}
     verdicts = [(clip.id, str(clip.video), next(reasons[str(clip.video)])) for clip in clips]
     broken = tuple(verdict for verdict in verdicts if verdict[2] is not None)
-    return _quarantined(Diagnosis(files=tuple(rows), broken=broken, clips=len(clips), quarantine=quarantine))
+    lengths = {
+        row["video"]: row["count"] / row["rate"] for row in rows if row.get("count") and row.get("rate")
+    }
+    ends = [(clip.id, clip.end, lengths.get(str(clip.video))) for clip in clips if clip.end is not None]
+    overlong = [(name, end, length) for name, end, length in ends if length and end > length + _END_SECONDS]
+    diagnosis = Diagnosis(
+        files=tuple(rows), broken=broken, clips=len(clips), quarantine=quarantine, overlong=tuple(overlong)
+    )
+    return _quarantined(diagnosis)
 
 
 def _quarantined(diagnosis: Diagnosis) -> Diagnosis:
@@ -312,8 +356,8 @@ def _key(request: ExamineRequest, options: ExamineOptions) -> str:
     except OSError:
         state = None
     index_dir = str(request.index_dir or default_index_dir())
-    values = (str(request.path), state, request.samplings, request.damaged, request.decoder)
-    text = repr((*values, options.seconds, index_dir))
+    values = (str(request.path), state, request.samplings, request.damaged, request.hdr, request.decoder)
+    text = repr((*values, options.seconds, index_dir, VERSION))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
 

@@ -17,7 +17,7 @@ from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.data.video.errors import DecodeError
-from discovla.data.video.frames import Damaged, read_frames
+from discovla.data.video.frames import Damaged, Hdr, read_frames
 
 INSTRUCTION = "Describe this picture in one short sentence."
 _SHOWN = 5  # clips named in a report
@@ -56,6 +56,8 @@ class CaptionSettings:
     """Frames a second."""
     damaged: Damaged = "refuse"
     """Treatment of clips that end early."""
+    hdr: Hdr = "refuse"
+    """Treatment of HDR clips."""
     side: int = 768
     """Pixels of the longer side; larger frames are reduced."""
     batch_size: int = 16
@@ -186,7 +188,7 @@ def caption_clips(
         sampling = Sampling(
             frames=settings.frames, sample_rate=settings.sample_rate, start=clip.start, end=clip.end
         )
-        request = _ClipFrames(clip.video, sampling, settings.side, settings.damaged)
+        request = _ClipFrames(clip.video, sampling, settings.side, settings.damaged, settings.hdr)
         keys[clip.id] = request.key()
         if store.captions(keys[clip.id]) is None:
             pending.setdefault(request, []).append(clip.id)
@@ -244,6 +246,7 @@ class _ClipFrames:
     sampling: Sampling
     side: int
     damaged: Damaged
+    hdr: Hdr
 
     def key(self) -> str:
         """Return a hash of the request and of the file's size and modification time."""
@@ -277,7 +280,7 @@ def read_clip(request: _ClipFrames) -> _Pictures:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return np.asarray(image)
 
-    decoded = read_frames(request.path, request.sampling, reduced, damaged=request.damaged)
+    decoded = read_frames(request.path, request.sampling, reduced, damaged=request.damaged, hdr=request.hdr)
     hashes = {index: frame_hash(decoded.images[index]) for index in set(decoded.indices)}
     return _Pictures(
         hashes=tuple(hashes[index] for index in decoded.indices),

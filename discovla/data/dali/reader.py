@@ -76,7 +76,7 @@ class DaliClipReader:
         else:
             check_file(clip.video)
             index = self._index(clip.video)
-            numbers = sampled_indices(clip.video, index, sampling, config.damaged)
+            numbers = sampled_indices(clip.video, index, sampling, config.damaged, config.hdr)
             indices, places = np.unique(numbers, return_inverse=True)
             content = None
             if reason := unfit(index, gpu=self.pipeline.device is not None):
@@ -203,6 +203,8 @@ def unfit(index: FrameIndex, *, gpu: bool) -> str | None:
             f"expected one of the codecs {', '.join(sorted(codecs))} on {'a GPU' if gpu else 'a CPU'}, "
             f"found {index.codec}"
         )
+    if index.hdr is not None:
+        return f"expected SDR, found HDR ({index.hdr}), which DALI does not map to SDR"
     if not index.seekable:
         return "expected a whole file, frames of one size and ascending times"
     if index.rotation:

@@ -30,7 +30,7 @@ from PIL import Image
 from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampler, Sampling, Slice, clip_sampling
 from discovla.data.tokens import Tokenizer
-from discovla.data.video.frames import Damaged
+from discovla.data.video.frames import Damaged, Hdr
 
 VERSION = 1
 SUMMARY, CLIPS, FRAMES, QUARANTINE = "shards.json", "clips.jsonl", "frames.npy", "quarantine.jsonl"
@@ -43,7 +43,7 @@ Keep = Literal["sampled", "candidates"]
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSettings:
-    """Content of shards; frames, sampling, sample_rate, sampling_* and damaged are those of `DataConfig`."""
+    """Content of shards; options that `DataConfig` has too are those of a run."""
 
     frames: int = 12
     sampling: Sampler = "discovla"
@@ -51,6 +51,7 @@ class ShardSettings:
     sampling_divisor: int = 1
     sampling_slice: Slice = "even"
     damaged: Damaged = "refuse"
+    hdr: Hdr = "refuse"
     keep: Keep = "sampled"
     """`sampled`: frames that evaluation samples, repeated where a clip is short. `candidates`: every frame
     that training may sample under any seed, once each."""

@@ -265,7 +265,9 @@ def _decode_clip(part: _Part) -> None:
         return np.asarray(image) if settings.size is None else resize_and_crop(image, settings.size)
 
     try:
-        decoded = read_frames(clip.video, settings.sampling_for(clip), transform, damaged=settings.damaged)
+        decoded = read_frames(
+            clip.video, settings.sampling_for(clip), transform, damaged=settings.damaged, hdr=settings.hdr
+        )
     except DecodeError as error:
         _write_part(part.path, b"", {"bad": error.reason})
         return

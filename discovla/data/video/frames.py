@@ -19,11 +19,12 @@ from discovla.data.sandbox import Sandbox, WorkerLost
 from discovla.data.video import pyav, torchcodec
 from discovla.data.video.errors import DecodeError, WrongFrames, check_file
 from discovla.data.video.index import FrameIndex, FrameIndexStore, default_index_dir
-from discovla.data.video.pyav import Images, Transform, decode_through
+from discovla.data.video.pyav import Images, Transform, chosen_stream, decode_through
 
 logger = logging.getLogger(__name__)
 
 Damaged = Literal["refuse", "use"]  # a file that breaks off: refuse it, or use the frames up to there
+Hdr = Literal["refuse", "tonemap"]  # video with HDR's brightness: refuse it, or map it to SDR
 DecoderName = Literal["pyav", "torchcodec", "dali"]
 FileDecoder = Literal["pyav", "torchcodec"]  # those that decode one file after another
 
@@ -59,6 +60,7 @@ def read_frames(
     transform: Transform = None,
     *,
     damaged: Damaged = "refuse",
+    hdr: Hdr = "refuse",
     decoder: FileDecoder = "pyav",
     store: FrameIndexStore | None = None,
 ) -> DecodedFrames:
@@ -69,10 +71,11 @@ def read_frames(
     Rotation is applied; pixels that are not square are left as they are, as in the released code.
 
     Args:
-        path: video file; of several video streams the best is read.
+        path: video file; of several video streams the largest is read.
         transform: applied once to each sampled frame, an RGB image, so that no more than one is held in full
             size; returns uint8 y x 3, the same shape for all.  None keeps frames as they are displayed.
         damaged: "refuse" a file that breaks off, or "use" its frames up to there.
+        hdr: "refuse" HDR video, or "tonemap" its frames to SDR.
         store: where frame indices are kept; None decodes the file as on a first visit.
 
     Raises:
@@ -87,7 +90,7 @@ def read_frames(
         images, index = decode_through(path, transform, sampling=sampling)
         if store is not None:
             store.put(path, index)
-    indices = sampled_indices(path, index, sampling, damaged)
+    indices = sampled_indices(path, index, sampling, damaged, hdr)
     if decoder == "torchcodec":
         try:
             images = torchcodec.decode_frames(path, index, indices, transform)
@@ -105,15 +108,19 @@ def read_frames(
     )
 
 
-def sampled_indices(path: Path, index: FrameIndex, sampling: Sampling, damaged: Damaged) -> list[int]:
+def sampled_indices(
+    path: Path, index: FrameIndex, sampling: Sampling, damaged: Damaged, hdr: Hdr = "refuse"
+) -> list[int]:
     """Return the numbers of the frames that a sampling takes of the frames that decode.
 
     Raises:
-        DecodeError: no frame decodes, the file is damaged and refused, or the sampling takes none.
+        DecodeError: no frame decodes, the file is damaged or HDR and refused, or the sampling takes none.
     """
     fault = index.fault()
     if fault and (index.count == 0 or damaged == "refuse"):
         raise DecodeError(path, fault)
+    if index.hdr is not None and hdr == "refuse":
+        raise DecodeError(path, f"HDR video ({index.hdr}): expected SDR; data.hdr = 'tonemap' maps it to SDR")
     rate = index.rate
     if rate is None and index.count == 1:
         rate = sampling.sample_rate  # any takes the one frame
@@ -153,6 +160,7 @@ class FrameRequest:
     augment: str = "none"
     seed: str = ""
     damaged: Damaged = "refuse"
+    hdr: Hdr = "refuse"
     decoder: FileDecoder = "pyav"
     index_dir: Path | None = None
 
@@ -169,6 +177,7 @@ def read_request(request: FrameRequest) -> np.ndarray:
         request.sampling,
         frame_transform(request.augment, request.seed, request.image_size),
         damaged=request.damaged,
+        hdr=request.hdr,
         decoder=request.decoder,
         store=_process_store(request.decoder, request.index_dir or default_index_dir()),
     )
@@ -218,6 +227,7 @@ def write_frames(
     sampling: Sampling,
     *,
     damaged: Damaged = "refuse",
+    hdr: Hdr = "refuse",
 ) -> list[Path]:
     """Write the sampled frames of a video as PNG at the size displayed, and `frames.json` with their times.
 
@@ -230,7 +240,10 @@ def write_frames(
         DecodeError: as `read_frames`.
         OSError: the folder cannot be written.
     """
-    decoded = read_frames(video, sampling, damaged=damaged)
+    decoded = read_frames(video, sampling, damaged=damaged, hdr=hdr)
+    chosen = chosen_stream(Path(video))
+    if chosen is not None:
+        logger.warning("%s: %s", video, chosen)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -22,9 +22,11 @@ import numpy as np
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 
+from discovla.data.video.hdr import hdr_name
+
 logger = logging.getLogger(__name__)
 
-VERSION = 6  # of the fields of `FrameIndex` and of the rules by which it is built
+VERSION = 7  # of the fields of `FrameIndex` and of the rules by which it is built
 _MEMORY = 64 << 20  # bytes of indices that a process keeps, enough for about 20,000 clips of 15 s
 _MAGIC = b"dvindex1"
 _HEADER = struct.Struct("<8sII")  # magic, CRC-32 of the rest, length of the JSON; the times follow
@@ -49,6 +51,7 @@ class FrameIndex:
     packets: number of packets that are not empty.
     uniform: True if all frames have the size, pixel format and rotation of the first.
     interlaced: True if a frame is interlaced.
+    hdr: "PQ" or "HLG" if the frames have this transfer function of HDR, None for SDR.
     problem: the error that ended decoding early, None if the file decodes to its end.
     faults: number of errors that the decoder reported but decoded past, as in a damaged file.
     sequential: True if seeking to a keyframe gave other frames than the index has.
@@ -70,6 +73,7 @@ class FrameIndex:
     packets: int
     uniform: bool
     interlaced: bool
+    hdr: str | None
     problem: str | None
     faults: int
     sequential: bool = False
@@ -138,6 +142,7 @@ class FrameIndexBuilder:
     size: tuple[int, int] = (0, 0)
     uniform: bool = True
     interlaced: bool = False
+    hdr: str | None = None
     times: list[int | None] = field(default_factory=list)
     _format: tuple[int, int, str, int] = (0, 0, "", 0)  # of the first frame
     _starts: list[tuple[int, int]] = field(
@@ -159,6 +164,7 @@ class FrameIndexBuilder:
         if self.count == 0:
             self._format = shape
             self.size = displayed_size(frame)
+            self.hdr = hdr_name(frame.color_trc)
         elif shape != self._format:
             self.uniform = False
         if frame.interlaced_frame:

@@ -19,11 +19,13 @@ from PIL import Image
 
 from discovla.data.sampling import Sampling
 from discovla.data.video.errors import DecodeError, WrongFrames, check_file, error_text
+from discovla.data.video.hdr import hdr_name, tone_map
 from discovla.data.video.index import FrameIndex, FrameIndexBuilder, quarter_turns
 
 Transform = Callable[[Image.Image], np.ndarray] | None  # RGB as displayed to uint8 y x 3; None keeps it
 Images = dict[int, np.ndarray]  # transformed frames by their number
 
+_PICTURE_CODECS = ("mjpeg", "png", "bmp", "webp")  # of covers and previews beside a video
 _TURNS = {
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
@@ -142,11 +144,11 @@ def decode_frames(path: Path, index: FrameIndex, frames: Sequence[int], transfor
 
 
 def displayed_pixels(frame: VideoFrame, size: tuple[int, int], transform: Transform) -> np.ndarray:
-    """Return a frame in RGB as displayed, transformed.
+    """Return a frame in RGB as displayed, transformed; HDR is mapped to SDR.
 
     A frame of another size than the first is resized to it, with its rotation applied.
     """
-    pixels = frame.to_ndarray(format="rgb24")
+    pixels = tone_map(frame) if hdr_name(frame.color_trc) else frame.to_ndarray(format="rgb24")
     turns = quarter_turns(frame)
     if transform is None and not turns and size == (frame.width, frame.height):
         return pixels
@@ -156,6 +158,20 @@ def displayed_pixels(frame: VideoFrame, size: tuple[int, int], transform: Transf
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     return np.asarray(image) if transform is None else transform(image)
+
+
+def chosen_stream(path: Path) -> str | None:
+    """Return which of several video streams is read, in words; None if there is one.
+
+    Raises:
+        DecodeError: the file does not open.
+    """
+    with open_video(path) as video:
+        streams = video.container.streams.video
+        if len(streams) < 2:
+            return None
+        sizes = ", ".join(f"{one.index} {one.width}x{one.height}" for one in streams)
+        return f"of the video streams {sizes}, {video.stream.index} is read"
 
 
 def is_cut_off(path: Path) -> bool:
@@ -270,8 +286,13 @@ def _open_failure(path: Path, error: Exception) -> str:
 
 
 def _best_stream(path: Path, container: InputContainer) -> VideoStream:
-    """Return the best video stream, not the cover picture of a sound file."""
+    """Return the best video stream, not the cover picture of a sound file.
+
+    Of several that FFmpeg decodes, it is the largest among those with the flags of FFmpeg's choice.
+    """
     stream = container.streams.best("video")
+    if isinstance(stream, VideoStream) and stream.codec_context is not None:
+        stream = max(_equal_streams(container, stream), key=lambda one: (_area(one), -one.index))
     if not isinstance(stream, VideoStream) or stream.disposition & stream.disposition.attached_pic:
         if container.streams.video and not isinstance(stream, VideoStream):
             raise DecodeError(path, "no video stream that can be decoded")
@@ -280,3 +301,19 @@ def _best_stream(path: Path, container: InputContainer) -> VideoStream:
     if stream.codec_context is None:
         raise DecodeError(path, "no decoder for its video stream")
     return stream
+
+
+def _equal_streams(container: InputContainer, stream: VideoStream) -> list[VideoStream]:
+    """Return the video streams with a decoder and with the flags of one of them, which is among them."""
+    pictures = stream.codec_context.name in _PICTURE_CODECS
+    return [
+        one
+        for one in container.streams.video
+        if one.codec_context is not None
+        and one.disposition == stream.disposition
+        and (pictures or one.codec_context.name not in _PICTURE_CODECS)
+    ]
+
+
+def _area(stream: VideoStream) -> int:
+    return stream.codec_context.width * stream.codec_context.height

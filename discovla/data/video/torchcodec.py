@@ -52,6 +52,8 @@ def missing() -> str | None:
 
 def unfit(index: FrameIndex) -> str | None:
     """Return why torchcodec would give other frames or pixels of a file than PyAV, None if it would not."""
+    if index.hdr is not None:
+        return f"it is HDR ({index.hdr}), which torchcodec does not map to SDR"
     if not index.seekable:
         return "it is damaged, changes its size or has frames without ascending times"
     if index.codec in _INEXACT_CODECS:
