@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,11 +28,13 @@ if (ROOT / "kernels").is_dir():
 
 
 class Build(build_py):
-    """Build modules and the CUDA library, in place for an editable install."""
+    """Build modules, with the configs, and the CUDA library, in place for an editable install."""
 
     def run(self) -> None:
         super().run()
         folder = ROOT if self.editable_mode else Path(self.build_lib).resolve()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "configs", folder / "discovla/configs", dirs_exist_ok=True)
         out = folder / "discovla/ops/cuda/discovla_cuda.so"
         # without PYTHONPATH of pip's isolated environment this interpreter finds torch
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}

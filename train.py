@@ -1,14 +1,16 @@
-"""Train: `deepspeed train.py configs/x.toml [a.b=c ...]`, by torchrun, or as plain `python train.py`."""
+"""Train: `deepspeed train.py CONFIG [a.b=c ...]`, by torchrun, or as plain `python train.py`.
+
+`discovla train CONFIG [a.b=c ...]` does the same, and starts the processes itself.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 
+from discovla.commands.train import train
 from discovla.config import read_config
 from discovla.errors import run_program
-from discovla.evaluate import results_table
-from discovla.trainer import run
 
 
 def main(words: list[str]) -> int:
@@ -18,13 +20,7 @@ def main(words: list[str]) -> int:
     if not words or words[0].startswith("-"):
         print("usage: deepspeed train.py CONFIG [a.b=c ...]", file=sys.stderr)
         return 2
-    return run_program(lambda: _train(words[0], words[1:]), "train.py")
-
-
-def _train(config: str, overrides: list[str]) -> None:
-    results = run(read_config(config, overrides))
-    if results is not None:
-        print(f"\n{results_table(results)}")
+    return run_program(lambda: train(read_config(words[0], words[1:])), "train.py")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from discovla import __version__
 from discovla.errors import run_program
 
 COMMANDS = {
+    "train": "Train a config, and measure retrieval before and after.",
     "prepare": "Turn a dataset, or videos of your own, into a manifest.",
     "doctor": "Check every clip of a manifest and list the broken ones, or measure the decoders.",
     "frames": "Write the frames of a video that a model would see as PNG files.",
@@ -29,10 +30,14 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Wrong input is one line on stderr and exit status 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser(argv[0] if argv else None).parse_args(argv)
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="discovla: %(levelname)s: %(message)s")
     return run_program(lambda: arguments.run(arguments), "discovla")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a subcommand; its `run` takes them."""
+    return _parser(argv[0] if argv else None).parse_args(argv)
 
 
 def _parser(called: str | None) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
@@ -68,9 +69,11 @@ class RunConfig(BaseModel):
     stop_at: int | None = Field(default=None, ge=1)
     """Stop after this step as if interrupted; the learning rate follows the schedule of the complete run."""
     evaluate_every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations on the validation split, which also follow every epoch."""
+    """Steps between evaluations on the validation split, besides that of the last step.  None: one after
+    every epoch."""
     checkpoint_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints, which also follow every epoch."""
+    """Steps between checkpoints, besides those of the last and of the best step.  None: one after every
+    epoch."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Number of newest checkpoints to keep, besides the best."""
     eval_batch_size: int = Field(default=64, ge=1)
@@ -103,7 +106,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML config, or the resolved `config.json` of a run directory, and apply overrides.
 
     Args:
-        path: file that ends in .toml or .json.
+        path: file that ends in .toml or .json, or the name of a packaged config.
         overrides: words such as "optim.lr=6e-4", applied in order.
 
     Raises:
@@ -112,12 +115,31 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(read_values(path, overrides), str(path))
 
 
+def find_config(name: Path | str) -> Path:
+    """Return the file of a config: `name` itself, or the packaged config of that name if there is no file."""
+    path = Path(name)
+    return path if path.is_file() else packaged_configs().get(str(name), path)
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Return the configs that come with discovla, by name: in the package, or beside it in a checkout."""
+    package = Path(str(files("discovla")))
+    folders = (package / "configs", package.parent / "configs")
+    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
 def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a config as plain values with overrides applied; the keys are not checked yet."""
-    path = Path(path)
+    path = find_config(path)
     try:
         text = path.read_text()
         values = translate_stored(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: expected a readable config file, or the name of a packaged config "
+            f"({', '.join(packaged_configs())}), found no file {path.absolute()}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: expected a readable config file, found {error.strerror}") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:

@@ -16,6 +16,7 @@ from discovla.batch import Embedding
 from discovla.data.dataset import check_captions, read_clips
 from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip
+from discovla.data.quarantine import without_quarantined
 from discovla.data.video.errors import DecodeError
 from discovla.methods.base import Method
 from discovla.ops.top_k import top_k
@@ -122,12 +123,20 @@ def evaluate(method: Method, clips: Sequence[Clip], options: EvalOptions) -> dic
 
 
 def evaluate_manifest(
-    method: Method, manifest: str | Path | None, split: str, options: EvalOptions
+    method: Method,
+    manifest: str | Path | None,
+    split: str,
+    options: EvalOptions,
+    *,
+    rerank: bool = True,
+    quarantine: str | Path | None = None,
 ) -> dict[str, Metrics]:
-    """Evaluate one split of a manifest, with re-ranking; its training captions are the bank of QB-Norm.
+    """Evaluate one split of a manifest; its training captions are the bank of QB-Norm.
 
     Args:
         manifest: JSONL of clips; None for the manifest or shards of `options.data`.
+        rerank: also report dual softmax and QB-Norm.
+        quarantine: list of clips to leave out, which makes the figures those of fewer clips.
 
     Raises:
         ValueError: the manifest is unreadable or has no clips in the split; and as `evaluate`.
@@ -137,15 +146,17 @@ def evaluate_manifest(
     if manifest is not None:
         data = data.model_copy(update={"manifest": Path(manifest), "shards": None})
     clips = read_clips(data, split)
+    if quarantine is not None:
+        clips = without_quarantined(clips, quarantine)
     bank = []
-    if split != data.train_split:  # a bank of the queries themselves would amount to dual softmax
+    if rerank and split != data.train_split:  # a bank of the queries themselves would amount to dual softmax
         bank = [
             caption
             for clip in read_clips(data, None)
             if clip.split == data.train_split
             for caption in clip.captions
         ]
-    return evaluate(method, clips, replace(options, data=data, rerank=True, bank=bank))
+    return evaluate(method, clips, replace(options, data=data, rerank=rerank, bank=bank))
 
 
 def evaluate_matrix(path: str | Path, groups: str | Path | None = None) -> Metrics:

@@ -48,6 +48,10 @@ from discovla.train_step import METHOD, TrainStep, prepare_method
 logger = logging.getLogger(__name__)
 
 Results = dict[str, Any]
+VAL_IS_TEST = (
+    "the final figures are of %r, on which the best step is selected, and so are optimistic; "
+    "`discovla prepare --test N` holds out clips to test on"
+)
 WRITE_SECONDS = 60.0  # for a checkpoint in writing to be completed before a lost peer ends this process
 
 
@@ -138,10 +142,24 @@ class Trainer:
         config.directory.mkdir(parents=True, exist_ok=True)
         check_capture(config.engine, world)
         self.splits = read_splits(config.data)
+        test_split = self.splits["test"][0].split
+        if test_split == config.data.val_split:
+            logger.warning("no test split: %s", VAL_IS_TEST % test_split)
         torch.manual_seed(config.seed)  # new parameters
         self.method = build(config.model, config.method)
         fingerprint = self.method.fingerprint()
         self.loader = make_loader(config, self.method, self.splits.get("train", []), world)
+        # with what the clips have decided, so that checkpoints and config.json tell it
+        data = config.data.model_copy(update={"test_split": test_split})
+        batch_size = self.loader.spec.batch_size
+        if batch_size != config.batch_size:
+            logger.warning(
+                "batch_size: %d in place of the default %d, because there are %d training pairs",
+                batch_size,
+                config.batch_size,
+                len(self.loader.dataset),
+            )
+        self.config = config = config.model_copy(update={"data": data, "batch_size": batch_size})
         self.total_steps = config.steps or config.epochs * self.loader.steps_per_epoch
         self.checkpoints = CheckpointManager(
             config,
@@ -253,12 +271,11 @@ class Trainer:
                 values = self.take_step(state, batch)
                 log.step(state.step - 1, clips=config.batch_size, values=values)
 
-                epoch_ends = state.step == total or state.step % self.loader.steps_per_epoch == 0
                 best_score = None
-                if "val" in self.splits and (epoch_ends or is_due(config.evaluate_every, state.step)):
+                if "val" in self.splits and self.is_due(config.evaluate_every, state.step):
                     best_score = self.validate(state, log)
-                must_save = epoch_ends or state.step == last or best_score is not None
-                if must_save or is_due(config.checkpoint_every, state.step):
+                must_save = state.step == last or best_score is not None
+                if must_save or self.is_due(config.checkpoint_every, state.step):
                     self.save(state, log, best_score)
                 for line in describe_slow_ranks(timer.step() or []):
                     logger.warning("step %d: %s", state.step, line)
@@ -266,6 +283,10 @@ class Trainer:
                 log.reset_clock()
             self.checkpoints.finish()
         return last == total and self.stop_reason is None
+
+    def is_due(self, period: int | None, step: int) -> bool:
+        """Return True every `period` steps, after every epoch without a period, and after the last step."""
+        return step == self.total_steps or step % (period or self.loader.steps_per_epoch) == 0
 
     def batches(self, step: int, last: int) -> Iterator[Batch]:
         """Yield this rank's batches of steps `step` .. `last` - 1, over epochs."""
@@ -429,7 +450,8 @@ def make_loader(config: RunConfig, method: Method, clips: list[Clip], world: Wor
         order=method.needs_order_words,
     )
     stills = None if data.stills is None else Stills(seed=config.seed, **data.stills.model_dump())
-    return TrainLoader(clips if stills is None else stills, data, spec)
+    reduce = "batch_size" not in config.model_fields_set  # the user did not ask for this size
+    return TrainLoader(clips if stills is None else stills, data, spec, reduce=reduce)
 
 
 def parameter_groups(method: Method) -> list[ParameterGroup]:
@@ -460,8 +482,3 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f".writing-{path.name}")
     part.write_text(json.dumps(value, indent=2))
     part.replace(path)
-
-
-def is_due(period: int | None, step: int) -> bool:
-    """Return True every `period` steps; never without a period."""
-    return period is not None and step % period == 0

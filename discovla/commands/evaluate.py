@@ -23,7 +23,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("run_path", type=Path, nargs="?", metavar="RUN", help=run)
     manifest = "clips to evaluate on; default: those of the run"
     parser.add_argument("--manifest", type=Path, metavar="JSONL", help=manifest)
-    parser.add_argument("--split", default="test", help="split of the manifest; default: %(default)s")
+    split = "split to evaluate; default: that of the run's final evaluation"
+    parser.add_argument("--split", help=split)
+    quarantine = "list of clips to leave out, as `discovla doctor` writes it"
+    parser.add_argument("--quarantine", type=Path, metavar="JSONL", help=quarantine)
+    plain = "leave out dual softmax and QB-Norm, and with it the training captions it embeds"
+    parser.add_argument("--no-rerank", action="store_true", help=plain)
     matrix = (
         "similarity matrix to evaluate instead of a run (.npy, .npz, .pt, .safetensors, .pkl, .json or a "
         "text table); rows are texts, columns videos"
@@ -54,7 +59,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the metrics of a run, raw and re-ranked; with --report also keep the results of every query."""
+    """Return the metrics of a run, raw and, unless left out, re-ranked; with --report keep every query's."""
     world = join_world(arguments.device)
     run = load_run(arguments.run_path)
     records: list[EvaluationRecord] = []
@@ -65,8 +70,16 @@ def _evaluate_run(arguments: argparse.Namespace) -> dict[str, Any]:
         rerank=True,
         on_record=records.append if arguments.report else None,
     )
-    use = _recorded_use(arguments, run.config.data) if arguments.report else None
-    rows = evaluate_manifest(run.method.to(world.device), arguments.manifest, arguments.split, options)
+    split = arguments.split or run.config.data.test_split or "test"
+    use = _recorded_use(arguments, split, run.config.data) if arguments.report else None
+    rows = evaluate_manifest(
+        run.method.to(world.device),
+        arguments.manifest,
+        split,
+        options,
+        rerank=not arguments.no_rerank,
+        quarantine=arguments.quarantine,
+    )
     if use is not None:
         path: Path = arguments.run_path
         directory = path if (path / "checkpoints").is_dir() else path.absolute().parents[1]
@@ -76,13 +89,14 @@ def _evaluate_run(arguments: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
-def _recorded_use(arguments: argparse.Namespace, data: DataConfig) -> str:
+def _recorded_use(arguments: argparse.Namespace, split: str, data: DataConfig) -> str:
     """Return the use ("test" or "val") of the split whose results a report shows."""
-    uses = {data.test_split: "test", data.val_split: "val"}
-    if arguments.manifest is not None or arguments.split not in uses:
+    uses = {data.val_split: "val", data.test_split: "test"}
+    options = ("manifest", "quarantine")
+    others = [f" --{name} {value}" for name in options if (value := getattr(arguments, name)) is not None]
+    if others or split not in uses:
         raise ValueError(
             "evaluate: --report: expected the test or val split of the run's own clips "
-            f"({', '.join(repr(split) for split in uses if split)}), found --split {arguments.split}"
-            + ("" if arguments.manifest is None else f" --manifest {arguments.manifest}")
+            f"({', '.join(repr(split) for split in uses if split)}), found --split {split}{''.join(others)}"
         )
-    return uses[arguments.split]
+    return uses[split]

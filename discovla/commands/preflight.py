@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from discovla.config import RunConfig, read_config
 from discovla.data.config import DataConfig
-from discovla.data.dataset import read_clips
+from discovla.data.dataset import read_splits
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.sampling import clip_sampling
 from discovla.data.shards.reader import open_shards
@@ -138,14 +138,13 @@ def free_disk(directory: Path, needed: float) -> float:
 def _count_clips(config: RunConfig) -> int:
     """Count the clips of all splits; check that the files exist, or read both ends of each split's shards."""
     data = config.data
-    names = [data.val_split, data.test_split, *([] if data.stills is not None else [data.train_split])]
-    splits = [read_clips(data, name) for name in names if name]
-    for clips in splits:
+    splits = {clips[0].split: clips for clips in read_splits(data).values()}
+    for clips in splits.values():
         check_clips(clips, files=data.shards is None)
         if data.shards is not None:
             for end in (clips[:READ_ATTEMPTS], clips[::-1][:READ_ATTEMPTS]):
                 _read_one(end, data)
-    return sum(map(len, splits))
+    return sum(map(len, splits.values()))
 
 
 def _read_one(clips: Sequence[Clip], data: DataConfig) -> None:

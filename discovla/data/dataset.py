@@ -20,7 +20,7 @@ from discovla.data.augment import draw_light
 from discovla.data.config import FULL_SIZE, DataConfig, LongCaptions
 from discovla.data.dali.pipeline import Plan
 from discovla.data.dali.reader import DaliClipReader
-from discovla.data.manifest import Clip, check_clips, read_manifest
+from discovla.data.manifest import Clip, check_clips, read_manifest, split_clips
 from discovla.data.order import OrderWords, read_order_words
 from discovla.data.quarantine import without_quarantined
 from discovla.data.sampling import clip_sampling, slice_indices
@@ -422,20 +422,29 @@ def read_clips(config: DataConfig, split: str | None) -> list[Clip]:
 def read_splits(config: DataConfig) -> dict[str, list[Clip]]:
     """Return the clips of the splits `train`, `val` and `test`; those for evaluation are checked.
 
-    `train` is missing with stills, `val` if the config names no split for it.  Clips in quarantine are
-    removed from `train`.
+    `train` is missing with stills, `val` if the config names no split for it.  `test` has the clips of
+    `val_split` if the config names no split for it, or if there are none of the split of the default name.
+    Clips in quarantine are removed from `train`.
 
     Raises:
-        ValueError: two splits are the same, or a split, clip or caption cannot be used.
+        ValueError: training and evaluation have the same split, or a split, clip or caption cannot be used.
     """
-    names = {"train": config.train_split, "val": config.val_split, "test": config.test_split}
+    clips = read_clips(config, None)
+    test_split = config.test_split
+    if test_split and config.val_split and "test_split" not in config.model_fields_set:
+        test_split = test_split if any(clip.split == test_split for clip in clips) else None
+    names = {"train": config.train_split, "val": config.val_split, "test": test_split or config.val_split}
+    if not names["test"]:
+        raise ValueError("data.test_split: expected a split to evaluate, found none, nor data.val_split")
     if config.stills is not None:
         del names["train"]
-    splits = {use: read_clips(config, name) for use, name in names.items() if name}
-    if len(set(names.values())) < len(names):
+    elif config.train_split in (names["val"], names["test"]):
         raise ValueError(
-            f"data: expected different splits to train, select and test on, found {list(names.values())}"
+            "data: expected other splits to select and test on than to train on, "
+            f"found {list(names.values())}"
         )
+    source = config.manifest if config.shards is None else config.shards
+    splits = {use: split_clips(clips, name, str(source)) for use, name in names.items() if name}
     if config.quarantine is not None and "train" in splits:
         splits["train"] = without_quarantined(splits["train"], config.quarantine)
     for use in ("val", "test"):

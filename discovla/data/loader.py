@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,12 +86,15 @@ class TrainLoader:
 
     Args:
         dataset: clips, which are checked here, or any other `Dataset`.
+        reduce: take a smaller batch if there are fewer pairs than `spec.batch_size`; it is in `spec` then.
 
     Raises:
         ValueError: fewer pairs than a batch, or clips that cannot be used.
     """
 
-    def __init__(self, dataset: Sequence[Clip] | Dataset, config: DataConfig, spec: BatchSpec) -> None:
+    def __init__(
+        self, dataset: Sequence[Clip] | Dataset, config: DataConfig, spec: BatchSpec, *, reduce: bool = False
+    ) -> None:
         if isinstance(dataset, Sequence):
             dataset = clip_dataset(
                 dataset,
@@ -101,6 +105,8 @@ class TrainLoader:
                 seed=spec.seed,
                 order=spec.order,
             )
+        if reduce and len(dataset) < spec.batch_size:
+            spec = replace(spec, batch_size=reduced_batch_size(len(dataset), spec.world_size))
         self.dataset, self.spec = dataset, spec
         self.steps_per_epoch = len(dataset) // spec.batch_size
         if self.steps_per_epoch == 0:
@@ -124,6 +130,12 @@ class TrainLoader:
         steps = [[(i, epoch) for i in order[first : first + share]] for first in firsts]
         with closing(self._reader.read(steps)) as batches:
             yield from (Batch(**fields) for fields in batches)
+
+
+def reduced_batch_size(pairs: int, world_size: int) -> int:
+    """Return the largest batch of so many pairs that suits the processes, and 1, 2, 4 and 8 of them."""
+    unit = math.lcm(8, world_size)
+    return pairs // unit * unit or pairs // world_size * world_size or world_size
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

@@ -80,10 +80,23 @@ def read_manifest(path: str | Path, *, split: str | None = None) -> list[Clip]:
         )
     if not clips:
         raise ValueError(f"{path}: expected one clip a line, found none")
-    selected = [clip for clip in clips if split in (None, clip.split)]
+    return clips if split is None else split_clips(clips, split, str(path))
+
+
+def split_clips(clips: Sequence[Clip], split: str, source: str) -> list[Clip]:
+    """Return the clips of a split.
+
+    Args:
+        source: of the clips, for the message.
+
+    Raises:
+        ValueError: there are none.
+    """
+    selected = [clip for clip in clips if clip.split == split]
     if not selected:
         counts = ", ".join(f"{name} {n}" for name, n in Counter(clip.split for clip in clips).items())
-        raise ValueError(f"{path}: expected clips of the split {split!r}, found {counts}")
+        hint = f"; `discovla prepare --{split} N` holds some out" if split in ("val", "test") else ""
+        raise ValueError(f"{source}: expected clips of the split {split!r}, found {counts}{hint}")
     return selected
 
 

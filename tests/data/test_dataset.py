@@ -247,12 +247,44 @@ def test_splits_are_read_by_their_use(tmp_path):
     }
 
 
-def test_a_split_for_two_uses_is_refused(tmp_path):
-    config = DataConfig(manifest=write_splits(tmp_path), val_split="test")
-    with pytest.raises(
-        ValueError, match=r"data: expected different splits .* found \['train', 'test', 'test'\]"
-    ):
+@pytest.mark.parametrize("options", [{"val_split": "train"}, {"test_split": "train"}])
+def test_evaluation_on_the_training_split_is_refused(options, tmp_path):
+    config = DataConfig(manifest=write_splits(tmp_path), **options)
+    with pytest.raises(ValueError, match="data: expected other splits to select and test on than to train"):
         read_splits(config)
+
+
+@pytest.mark.parametrize(
+    ("splits", "options"),
+    [
+        (("train", "val"), {}),
+        (("train", "val"), {"test_split": "val"}),
+        (("train", "val", "test"), {"test_split": ""}),
+        (("train", "val", "test"), {"test_split": "val"}),
+    ],
+)
+def test_the_final_evaluation_may_be_of_the_validation_split(splits, options, tmp_path):
+    config = DataConfig(manifest=write_splits(tmp_path, splits), **options)
+    assert {use: clips[0].split for use, clips in read_splits(config).items()} == {
+        "train": "train",
+        "val": "val",
+        "test": "val",
+    }
+
+
+@pytest.mark.parametrize(
+    ("splits", "options", "message"),
+    [
+        (("train", "val"), {"test_split": "test"}, "expected clips of the split 'test'.*prepare --test N"),
+        (("train", "val"), {"test_split": "dev"}, "expected clips of the split 'dev'"),
+        (("train", "val"), {"val_split": ""}, "expected clips of the split 'test'"),
+        (("train",), {}, "expected clips of the split 'val'.*prepare --val N"),
+        (("train", "val"), {"val_split": "", "test_split": ""}, "test_split: expected a split to evaluate"),
+    ],
+)
+def test_a_split_that_is_named_and_missing_is_refused(splits, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_splits(DataConfig(manifest=write_splits(tmp_path, splits), **options))
 
 
 def test_quarantine_takes_clips_from_training_only(tmp_path):

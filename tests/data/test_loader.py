@@ -19,6 +19,7 @@ from discovla.data.loader import (
     DataConfig,
     TrainLoader,
     epoch_order,
+    reduced_batch_size,
     text_batches,
     video_batches,
 )
@@ -361,3 +362,16 @@ def test_drawn_stills_can_be_loaded():
     batches = list(loader.epoch(0))
     assert [len(batch) for batch in batches] == [3, 3]
     assert all(same(a, b) for a, b in zip(batches, loader.epoch(0), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "world_size", "size"), [(35, 1, 32), (35, 2, 32), (35, 3, 24), (5, 1, 5), (5, 2, 4), (8, 1, 8)]
+)
+def test_a_batch_that_is_reduced_suits_the_processes(pairs, world_size, size):
+    assert reduced_batch_size(pairs, world_size) == size
+
+
+def test_a_batch_larger_than_the_data_is_reduced_if_allowed(clips):
+    loader = TrainLoader(clips, config(), spec(batch_size=64), reduce=True)
+    assert (loader.spec.batch_size, loader.steps_per_epoch) == (8, 1)
+    assert TrainLoader(clips, config(), spec(batch_size=4), reduce=True).spec.batch_size == 4

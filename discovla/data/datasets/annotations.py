@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -98,6 +99,58 @@ def hold_out(clips: Sequence[Clip], number: int) -> list[Clip]:
     return [
         replace(first_captions([clip])[0], split="val") if i in held else clip for i, clip in enumerate(clips)
     ]
+
+
+def video_key(path: Path) -> Hashable:
+    """Return a key that is equal for all paths of one video file, by links or otherwise."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path.resolve()
+    return status.st_dev, status.st_ino
+
+
+def hold_out_videos(clips: Sequence[Clip], sizes: Mapping[str, int | float], *, seed: int = 0) -> list[Clip]:
+    """Move training clips to other splits, all clips of a video file together and with all their captions.
+
+    Videos are chosen by a hash of the seed and the ids of their clips, so that clips added later move few
+    others.  A video is left in training if a clip of it is already in another split.
+
+    Args:
+        clips: of a user's own data.
+        sizes: by split, a number of clips, or their share of all training clips if it is a float.  A split
+            gets more clips only if its last video has more.
+        seed: of the choice.
+
+    Raises:
+        ValueError: a split exists already, or too few training clips would remain.
+    """
+    sizes = {split: size for split, size in sizes.items() if size}
+    for split in sizes:
+        if any(clip.split == split for clip in clips):
+            raise ValueError(f"--{split}: the clips have a split {split!r} of their own; leave --{split} out")
+    videos: dict[Hashable, list[int]] = {}
+    for i, clip in enumerate(clips):
+        videos.setdefault(video_key(clip.video), []).append(i)
+    total = sum(clip.split == "train" for clip in clips)
+    whole = [members for members in videos.values() if all(clips[i].split == "train" for i in members)]
+    names = {members[0]: min(clips[i].id for i in members) for members in whole}
+    whole.sort(key=lambda m: hashlib.sha256(f"{seed}/{names[m[0]]}".encode()).digest())
+    splits = [clip.split for clip in clips]
+    for split, size in sizes.items():
+        wanted = max(1, round(size * total)) if isinstance(size, float) else size
+        count = 0
+        while count < wanted and whole:
+            members = whole.pop()
+            count += len(members)
+            for i in members:
+                splits[i] = split
+        if count < wanted or "train" not in splits:
+            raise ValueError(
+                f"--{split}: expected fewer clips than the {total} for training, which are of "
+                f"{len(videos)} videos, found {wanted}"
+            )
+    return [replace(clip, split=split) for clip, split in zip(clips, splits, strict=True)]
 
 
 def read_frame_captions(path: str | Path) -> dict[str, tuple[str, ...]]:

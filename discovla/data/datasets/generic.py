@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from discovla.data.datasets.annotations import Annotations
+from discovla.data.datasets.annotations import Annotations, video_key
 from discovla.data.datasets.files import VIDEO_SUFFIXES, read_text
 from discovla.data.datasets.tables import read_table
 from discovla.data.manifest import Clip, check_span, check_text, is_missing_value, json_object
@@ -71,10 +71,10 @@ class _Clips:
 
     def annotations(self, notes: Sequence[str] = ()) -> Annotations:
         """Return the clips, with a further note if parts of one video are in several splits."""
-        splits: dict[Path, set[str]] = {}
+        videos: dict[Hashable, list[Clip]] = {}
         for clip in self.clips.values():
-            splits.setdefault(clip.video, set()).add(clip.split)
-        shared = [path.name for path, names in splits.items() if len(names) > 1]
+            videos.setdefault(video_key(clip.video), []).append(clip)
+        shared = [clips[0].video.name for clips in videos.values() if len({clip.split for clip in clips}) > 1]
         notes = [*notes, *([_note("videos have parts in several splits", shared)] if shared else [])]
         return Annotations(clips=list(self.clips.values()), notes=notes)
 

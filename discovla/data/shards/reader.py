@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from discovla.data.manifest import Clip
+from discovla.data.manifest import Clip, split_clips
 from discovla.data.sampling import Sampling
 from discovla.data.shards.layout import CLIPS, FRAME, FRAMES, SUMMARY, VERSION, ShardSettings, clip_from_json
 from discovla.data.shards.storage import StorageError, open_storage
@@ -97,14 +96,7 @@ class Shards:
         Raises:
             ValueError: there are none.
         """
-        clips = [clip for clip in self.clips if clip.split == name]
-        if not clips:
-            counts = Counter(clip.split for clip in self.clips)
-            splits = ", ".join(f"{split} {count}" for split, count in counts.items())
-            raise ValueError(
-                f"{self._storage.path(CLIPS)}: expected clips of the split {name!r}, found {splits}"
-            )
-        return clips
+        return split_clips(self.clips, name, self._storage.path(CLIPS))
 
     def frames(
         self,

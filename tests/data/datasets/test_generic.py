@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from discovla.data.datasets.annotations import hold_out
+from discovla.cli import main
+from discovla.data.datasets.annotations import hold_out, hold_out_videos
 from discovla.data.datasets.generic import csv_clips, folder_clips, jsonl_clips
 
 
@@ -175,3 +177,79 @@ def test_a_folder_without_texts_is_refused(tmp_path):
         folder_clips(files(tmp_path, x_txt=" \n"))
     with pytest.raises(ValueError, match="no: expected a folder of videos, found none"):
         folder_clips(tmp_path / "no")
+
+
+def trimmed(videos: int, parts: int) -> str:
+    rows = (f"{v}.mp4,{v} {p},{p},{p + 1}\n" for v in range(videos) for p in range(parts))
+    return "video,caption,start,end\n" + "".join(rows)
+
+
+def splits_of(clips) -> dict[str, set[str]]:
+    """Return the videos of each split."""
+    return {split: {c.video.name for c in clips if c.split == split} for split in ("train", "val", "test")}
+
+
+def test_held_out_videos_are_in_one_split_with_all_their_clips(tmp_path):
+    clips = csv_clips(table(tmp_path, trimmed(20, 3))).clips
+    held = hold_out_videos(clips, {"val": 6, "test": 0.1})
+    splits = splits_of(held)
+    assert [len(videos) for videos in splits.values()] == [16, 2, 2]
+    assert len(set.union(*splits.values())) == 20
+    assert [(c.id, c.captions) for c in held] == [(c.id, c.captions) for c in clips]
+
+
+def test_the_choice_of_held_out_videos_depends_on_the_seed_and_is_stable(tmp_path):
+    clips = csv_clips(table(tmp_path, trimmed(30, 1))).clips
+    first = hold_out_videos(clips, {"val": 5}, seed=1)
+    assert hold_out_videos(clips, {"val": 5}, seed=1) == first
+    assert splits_of(hold_out_videos(clips, {"val": 5}, seed=2))["val"] != splits_of(first)["val"]
+    more = hold_out_videos(csv_clips(table(tmp_path, trimmed(31, 1))).clips, {"val": 5}, seed=1)
+    assert len(splits_of(more)["val"] & splits_of(first)["val"]) >= 4
+
+
+def test_links_to_a_video_are_held_out_with_it(tmp_path):
+    names = []
+    for i in range(4):
+        (tmp_path / f"{i}.mp4").write_bytes(b"x")
+        (tmp_path / f"link{i}.mp4").symlink_to(f"{i}.mp4")
+        os.link(tmp_path / f"{i}.mp4", tmp_path / f"hard{i}.mp4")
+        names += [f"{i}.mp4", f"link{i}.mp4", f"hard{i}.mp4"]
+    clips = csv_clips(table(tmp_path, "video,caption\n" + "".join(f"{n},{n}\n" for n in names))).clips
+    held = splits_of(hold_out_videos(clips, {"test": 2}))["test"]
+    assert len(held) == 3, held
+    assert len({name[-5] for name in held}) == 1
+
+
+def test_a_video_with_clips_in_another_split_is_not_held_out(tmp_path):
+    text = "video,caption,start,end,split\nx.mp4,one,0,5,train\nx.mp4,two,5,9,test\ny.mp4,three,,,train\n"
+    text += "z.mp4,four,,,train\n"
+    held = hold_out_videos(csv_clips(table(tmp_path, text)).clips, {"val": 1})
+    assert splits_of(held)["val"] < {"y.mp4", "z.mp4"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"val": 4}, "--val: expected fewer clips than the 4 for training"),
+        ({"val": 2, "test": 2}, "--test: expected fewer clips than the 4 for training"),
+        ({"test": 0.99}, "--test: expected fewer clips than the 4 for training"),
+    ],
+)
+def test_holding_out_all_videos_is_refused(sizes, message, tmp_path):
+    clips = csv_clips(table(tmp_path, trimmed(4, 1))).clips
+    with pytest.raises(ValueError, match=message):
+        hold_out_videos(clips, sizes)
+
+
+def test_holding_out_beside_a_split_of_the_same_name_is_refused(tmp_path):
+    clips = csv_clips(table(tmp_path, "video,caption,split\nx.mp4,one,val\ny.mp4,two,train\n")).clips
+    with pytest.raises(ValueError, match="--val: the clips have a split 'val' of their own"):
+        hold_out_videos(clips, {"val": 1})
+
+
+@pytest.mark.parametrize("size", ["-1", "0%", "100%", "x", "1.5", "%"])
+def test_a_bad_size_of_a_split_is_refused(size, tmp_path, capsys):
+    source = table(tmp_path, trimmed(4, 1))
+    with pytest.raises(SystemExit):
+        main(["prepare", "csv", str(source), str(tmp_path / "m.jsonl"), f"--val={size}"])
+    assert "expected a number of clips or a share such as 10%" in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""`discovla train`: run a config, in this process or on several by DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from discovla.config import RunConfig, find_config, read_config
+
+DRAWN_WORLD = Path("data/drawn_world")  # as the packaged configs name it
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Declare the command and its options."""
+    text = (
+        "Train a config and measure retrieval before and after. Relative paths, also those in the config, are"
+        " relative to the current folder."
+    )
+    options = _options()
+    parser = commands.add_parser("train", help=text, description=text, parents=[options])
+    name = "TOML file, config.json of an earlier run, or a packaged config such as `own` or `quickstart`"
+    parser.add_argument("config", metavar="CONFIG", help=name)
+    overrides = "values that replace those of the config (`discovla config` prints all keys)"
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="a.b=c", help=overrides)
+    parser.set_defaults(run=_run)
+
+
+def _options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    number = "processes on this machine; default: one for each GPU, or one"
+    options.add_argument("--processes", type=int, metavar="N", help=number)
+    quiet = "print warnings and the table of results only"
+    options.add_argument("--quiet", action="store_true", help=quiet)
+    return options
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Launch the processes of the run, or be one of them."""
+    rest = argparse.ArgumentParser(prog="discovla train CONFIG", parents=[_options()])
+    rest.add_argument("overrides", nargs="*", metavar="a.b=c")
+    arguments = rest.parse_intermixed_args(arguments.words, arguments)  # options may follow CONFIG
+    quiet = getattr(arguments, "quiet", False)
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", force=True)
+    config = read_config(arguments.config, arguments.overrides)
+    if "RANK" not in os.environ:  # else a launcher has started this process
+        make_drawn_shards(config, arguments.config)
+        processes = getattr(arguments, "processes", None) or default_processes(config)
+        if processes < 1:
+            raise ValueError(f"--processes: expected at least 1, found {processes}")
+        if processes > 1:
+            launch(arguments.config, arguments.overrides, processes, quiet=quiet)
+    train(config)
+
+
+def train(config: RunConfig) -> None:
+    """Run a config in this process and print the results on rank 0."""
+    from discovla.evaluate import results_table  # torch takes seconds to import
+    from discovla.trainer import VAL_IS_TEST, run
+
+    results = run(config)
+    if results is not None:
+        print(f"\n{results_table(results)}")
+        data = json.loads((config.directory / "config.json").read_text())["data"]
+        if data["test_split"] == data["val_split"]:
+            print(f"no test split: {VAL_IS_TEST % data['val_split']}")
+
+
+def default_processes(config: RunConfig) -> int:
+    """Return the number of GPUs that the run may use, or 1."""
+    if config.engine.device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def launch(config: str, overrides: Sequence[str], processes: int, *, quiet: bool) -> None:
+    """Replace this process by DeepSpeed's launcher of so many."""
+    with socket.socket() as free:  # two runs on one machine may not share a port
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "deepspeed.launcher.runner", "-q", "--num_accelerators", str(processes)]
+    launcher += ["--master_port", str(port), "--no_local_rank", "--module", "discovla"]
+    words = ["train", *(["--quiet"] if quiet else []), config, *overrides]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *launcher, *words])
+
+
+def make_drawn_shards(config: RunConfig, name: str) -> None:
+    """Draw the clips of the drawn world, and write its shards, if the config reads them and there are none.
+
+    Args:
+        name: of the config, whose own sampling the shards have, whatever the overrides.
+
+    Raises:
+        ValueError, OSError: a file cannot be written.
+    """
+    source = Path(config.data.shards) if config.data.shards is not None else config.data.manifest
+    if source is None or DRAWN_WORLD not in source.parents:
+        return
+    from discovla import cli  # imports this module
+
+    manifest = DRAWN_WORLD / "manifest.jsonl"
+    shards = [] if config.data.shards is None else [config.data.shards]
+    if not manifest.is_file():
+        print(f"{DRAWN_WORLD.absolute()} has no clips yet: drawing them, once", flush=True)
+        commands = [["draw", str(DRAWN_WORLD)]]
+    else:
+        commands = []
+    if shards and not (Path(shards[0]) / "shards.json").is_file():
+        commands.append(["shard", str(manifest), shards[0], "--config", str(find_config(name))])
+    for words in commands:
+        arguments = cli.parse(words)
+        arguments.run(arguments)

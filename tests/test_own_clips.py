@@ -1,0 +1,80 @@
+"""Runs on few clips of a user's own: without a test split, with fewer pairs than a batch, with a rhythm."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from discovla.cli import main
+from discovla.config import read_config
+from discovla.data.manifest import read_manifest, write_manifest
+from tests import runs
+from tests.test_bad_input import error_line
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, drawn) -> tuple[Path, str]:
+    """Return the folder and the output of a run on 21 clips without a test split, at the default batch."""
+    folder = tmp_path_factory.mktemp("own")
+    clips = {split: read_manifest(drawn, split=split) for split in ("train", "val")}
+    write_manifest(folder / "few.jsonl", clips["train"][:13] + clips["val"][:8])
+    config = runs.write_config(folder, folder / "few.jsonl")
+    config.write_text(re.sub(r"^batch_size.*\n", "", config.read_text(), flags=re.M))
+    words = ["steps=5", "evaluate_every=2", "checkpoint_every=3", "method.alpha=0", "method.beta=0"]
+    return folder, runs.train([config, *words]).output()
+
+
+def test_figures_of_the_validation_split_are_said_to_be_optimistic(own):
+    folder, output = own
+    assert output.count("no test split: the final figures are of 'val', on which the best step is") == 2
+    assert output.rstrip().splitlines()[-1].startswith("no test split: the final figures are of 'val'")
+    config = read_config(folder / "run/config.json")
+    assert config.data.test_split == config.data.val_split == "val"
+
+
+def test_a_default_batch_size_is_reduced_to_the_data(own):
+    folder, output = own
+    (line,) = [line for line in output.splitlines() if line.startswith("batch_size: ")]
+    size, default, pairs = map(int, re.findall(r"\d+", line))
+    assert default == 128 and pairs - 8 < size <= pairs and size % 8 == 0
+    assert read_config(folder / "run/config.json").batch_size == size
+
+
+def test_a_run_with_a_reduced_batch_and_no_test_split_resumes(own):
+    folder, _ = own
+    words = [folder / "small.toml", "steps=5", "method.alpha=0", "method.beta=0", "resume=true"]
+    assert "resuming at step 5 of 5" in runs.train(words).output()
+
+
+def test_a_batch_size_that_the_user_set_is_refused_if_too_large(own):
+    folder, _ = own
+    line = error_line(runs.start([folder / "small.toml", "batch_size=100", f"directory={folder}/other"]))
+    assert re.search(r"batch_size: expected at most the \d+ training pairs, found 100", line)
+
+
+def test_evaluate_every_is_the_only_rhythm_besides_the_last_step(own):
+    assert [record["step"] for record in runs.records(own[0] / "run", "val")] == [0, 2, 4, 5]
+
+
+def test_evaluate_uses_the_split_of_the_run_and_may_leave_re_ranking_and_clips_out(own, capsys, tmp_path):
+    folder, _ = own
+    words = ["evaluate", str(folder / "run"), "--json", "--device", "cpu"]
+    assert main(words) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert set(rows) == {"raw", "dual softmax", "QB-Norm"}
+    assert main([*words, "--no-rerank"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"raw": rows["raw"]}
+    val = read_manifest(folder / "few.jsonl", split="val")
+    quarantine = tmp_path / "quarantine.jsonl"
+    bad = [{"id": clip.id, "video": "v", "reason": "r"} for clip in val[1:]]
+    quarantine.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    assert main([*words, "--no-rerank", "--quarantine", str(quarantine)]) == 0
+    assert json.loads(capsys.readouterr().out)["raw"]["t2v"]["R@1"] == 100.0
+
+
+def test_the_packaged_config_for_own_clips_needs_no_frame_captions_and_leaves_the_batch_size_open():
+    config = read_config("own")
+    assert config.method.alpha == config.method.beta == 0
+    assert "batch_size" not in config.model_fields_set
+    assert config.data.test_split == "test" and "test_split" not in config.data.model_fields_set
