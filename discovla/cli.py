@@ -30,14 +30,10 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Wrong input is one line on stderr and exit status 2."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(argv[0] if argv else None).parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="discovla: %(levelname)s: %(message)s")
     return run_program(lambda: arguments.run(arguments), "discovla")
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the options of a subcommand; its `run` takes them."""
-    return _parser(argv[0] if argv else None).parse_args(argv)
 
 
 def _parser(called: str | None) -> argparse.ArgumentParser:

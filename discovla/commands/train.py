@@ -104,17 +104,20 @@ def make_drawn_shards(config: RunConfig, name: str) -> None:
     source = Path(config.data.shards) if config.data.shards is not None else config.data.manifest
     if source is None or DRAWN_WORLD not in source.parents:
         return
-    from discovla import cli  # imports this module
+    from discovla.commands import draw, shard
 
     manifest = DRAWN_WORLD / "manifest.jsonl"
     shards = [] if config.data.shards is None else [config.data.shards]
+    commands = []
     if not manifest.is_file():
-        print(f"{DRAWN_WORLD.absolute()} has no clips yet: drawing them, once", flush=True)
-        commands = [["draw", str(DRAWN_WORLD)]]
-    else:
-        commands = []
+        print(f"{DRAWN_WORLD.absolute()}: no clips there yet, drawing them", flush=True)
+        commands.append(["draw", str(DRAWN_WORLD)])
     if shards and not (Path(shards[0]) / "shards.json").is_file():
         commands.append(["shard", str(manifest), shards[0], "--config", str(find_config(name))])
+    parser = argparse.ArgumentParser(prog="discovla")
+    subparsers = parser.add_subparsers()
+    draw.add(subparsers)
+    shard.add(subparsers)
     for words in commands:
-        arguments = cli.parse(words)
+        arguments = parser.parse_args(words)
         arguments.run(arguments)
