@@ -85,6 +85,7 @@ class RunData:
     records: part of the file name ("test", "val", ...) to per-query results.
     train, validations: records of metrics.jsonl.  bad_clips: refused in training.
     notes: one sentence for every part that cannot be shown.
+    label: name to show instead of the directory's.
     """
 
     directory: Path
@@ -101,11 +102,12 @@ class RunData:
     quarantined: list[BadClip]
     best_step: int | None
     notes: list[str] = field(default_factory=list)
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """Return the name of the run directory."""
-        return self.directory.name or str(self.directory)
+        """Return the label, or without one the name of the run directory."""
+        return self.label or self.directory.absolute().name
 
     @property
     def steps(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from discovla.retrieval.ranks import Array
 
 RESAMPLES = 1000
+FEWEST, DRAWS = 200, 20_000_000  # resamples of the largest sets, queries drawn for others
 LEVEL = 95.0  # percent
 RECALLS = (1, 5, 10)
 NAMES = (*(f"R@{k}" for k in RECALLS), "MdR", "MnR")
@@ -27,7 +28,7 @@ class Interval:
 
 
 def intervals(
-    ranks: Array, groups: Array | None = None, *, resamples: int = RESAMPLES
+    ranks: Array, groups: Array | None = None, *, resamples: int | None = None
 ) -> dict[str, Interval]:
     """Return R@1, R@5, R@10 in percent, MdR and MnR with 95 % intervals; equal on every call.
 
@@ -35,34 +36,42 @@ def intervals(
         ranks: n, from 1.
         groups: n, the clip of each query: captions of one clip are drawn together, because they are not
             independent. None: every query is drawn by itself.
+        resamples: number of draws; None: 1,000, or 200 to 1,000 for more than 20,000 queries.
     """
     ranks, units = np.asarray(ranks), _units(ranks, groups)
-    values = _metrics(ranks, np.ones((1, len(ranks)), np.float32))
-    return _with_limits(values, np.concatenate([_metrics(ranks, w) for w in _weights(units, resamples)]))
+    whole = _metrics(ranks, np.ones((1, len(ranks)), np.float32))
+    return _with_limits(whole, np.concatenate([_metrics(ranks, w) for w in _weights(units, resamples)]))
 
 
 def gains(
-    before: Array, after: Array, groups: Array | None = None, *, resamples: int = RESAMPLES
+    before: Array, after: Array, groups: Array | None = None, *, resamples: int | None = None
 ) -> dict[str, Interval]:
     """Return the differences after - before, with intervals from the same resampled queries for both.
 
     Args:
         before, after: n, ranks of the same queries.
-        groups: as `intervals`.
+        groups, resamples: as `intervals`.
     """
     before, after, units = np.asarray(before), np.asarray(after), _units(before, groups)
     one = np.ones((1, len(before)), np.float32)
-    values = _metrics(after, one) - _metrics(before, one)
+    whole = _metrics(after, one) - _metrics(before, one)
     drawn = [_metrics(after, w) - _metrics(before, w) for w in _weights(units, resamples)]
-    return _with_limits(values, np.concatenate(drawn))
+    return _with_limits(whole, np.concatenate(drawn))
+
+
+def values(ranks: Array) -> dict[str, float]:
+    """Return the metrics without intervals."""
+    found = _metrics(np.asarray(ranks), np.ones((1, len(ranks)), np.float32))
+    return dict(zip(NAMES, map(float, found[0]), strict=True))
 
 
 def _units(ranks: Array, groups: Array | None) -> Array:
     return np.arange(len(ranks)) if groups is None else np.unique(groups, return_inverse=True)[1]
 
 
-def _weights(units: Array, resamples: int) -> Iterator[Array]:
+def _weights(units: Array, resamples: int | None) -> Iterator[Array]:
     """Yield how often each query is drawn, b n, in blocks that fit in memory."""
+    resamples = resamples or min(RESAMPLES, max(FEWEST, DRAWS // len(units)))
     count = int(units.max()) + 1
     if resamples * max(count, len(units)) <= CELLS:
         yield _all_draws(count, resamples)[:, units]
@@ -98,7 +107,7 @@ def _metrics(ranks: Array, weights: Array) -> Array:
     return np.stack([*columns, middle / 2, weights @ ranks.astype(np.float64) / total], axis=1)
 
 
-def _with_limits(values: Array, drawn: Array) -> dict[str, Interval]:
+def _with_limits(whole: Array, drawn: Array) -> dict[str, Interval]:
     tail = (100.0 - LEVEL) / 2
     low, high = np.percentile(drawn, [tail, 100.0 - tail], axis=0)
-    return {name: Interval(*map(float, row)) for name, *row in zip(NAMES, values[0], low, high, strict=True)}
+    return {name: Interval(*map(float, row)) for name, *row in zip(NAMES, whole[0], low, high, strict=True)}

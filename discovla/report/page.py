@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from discovla import __version__
 from discovla.report.data import RunData
 from discovla.report.frames import FrameStrips
-from discovla.report.intervals import LEVEL, RESAMPLES, Interval, gains, intervals
+from discovla.report.intervals import LEVEL, RESAMPLES, Interval, gains, intervals, values
 from discovla.report.plots import Plot, appearances, curves, loss_terms, recall_by_depth, similarities
 from discovla.retrieval.ranks import Array
 from discovla.retrieval.record import EvaluatedClip, EvaluationRecord
@@ -26,14 +26,14 @@ HUBS = 10
 REFUSED = 50  # refused clips that are listed
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
 COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
-LOSSES = {  # term -> meaning, key of its weight
+LOSSES = {  # term -> meaning, key of its weight in the method's options; None: 1
     "video": ("captions and videos of the batch find each other, both ways (InfoNCE)", None),
+    "nce": ("captions and videos of the batch find each other, both ways (InfoNCE)", None),
     "frame": ("frames and their captions find each other", "alpha"),
     "distill": ("video-level similarities follow the frame-level ones", "beta"),
-    "nce": ("captions and videos of the batch find each other, both ways (InfoNCE)", None),
-    "global": ("whole captions and whole videos find each other", None),
-    "aligned": ("words and frames, aligned to shared centres, find each other", None),
-    "diversity": ("the parts of a caption or video differ from each other", None),
+    "diversity": ("the views of one caption or video differ from each other", "diversity"),
+    "reversed": ("a caption fits its clip better than the clip played backwards", "reversed_negatives"),
+    "swapped": ("a clip fits its caption better than one with an exchange", "swapped_captions"),
 }
 
 
@@ -99,7 +99,7 @@ def render_run(run: RunData, strips: FrameStrips | None) -> tuple[str, list[Plot
             refused_count=len(run.quarantined) + len(run.bad_clips),
             losses=_losses(run),
             changed=_changed(run),
-            config=_flat(run.config),
+            config=_flat(_config(run)),
             machine=_machine(run),
             speed=_speed(run),
             notes=run.notes,
@@ -110,8 +110,8 @@ def render_run(run: RunData, strips: FrameStrips | None) -> tuple[str, list[Plot
 
 def render_comparison(runs: Sequence[RunData]) -> str:
     """Return the page of several runs side by side."""
-    keys = dict.fromkeys(key for run in runs for key, _ in _flat(run.config))
-    flats = [dict(_flat(run.config)) for run in runs]
+    flats = [dict(_flat(_config(run))) for run in runs]
+    keys = dict.fromkeys(key for flat in flats for key in flat)
     differences = [
         (key, [_value(flat.get(key, "-")) for flat in flats])
         for key in keys
@@ -297,12 +297,18 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
             for direction, name in shown
         ]
     split, _, first, last = pair
+    found = {
+        direction: gains(
+            first.ranks["raw"][direction],
+            last.ranks["raw"][direction],
+            last.groups if direction == "t2v" else None,
+        )
+        for direction in DIRECTIONS
+    }
     tiles = []
     for direction, name in shown:
-        groups = last.groups if direction == "t2v" else None
-        ranks = first.ranks["raw"][direction], last.ranks["raw"][direction]
-        old, new = (intervals(values, groups)[name] for values in ranks)
-        gain = gains(*ranks, groups)[name]
+        old, new = (values(record.ranks["raw"][direction])[name] for record in (first, last))
+        gain = found[direction][name]
         low, high = (gain.low, gain.high) if name.startswith("R@") else (-gain.high, -gain.low)
         kind, verdict = "muted", "within sampling error"
         if low > 0 or high < 0:
@@ -310,8 +316,8 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
         tiles.append(
             {
                 "label": f"{name}, {DIRECTIONS[direction]}, {split}",
-                "value": _number(new),
-                "before": f"{_number(old)} before training",
+                "value": f"{new:.1f}",
+                "before": f"{old:.1f} before training",
                 "gain": f"{_signed(gain.value)} ({_range(gain, sign=True)})",
                 "kind": kind,
                 "verdict": verdict,
@@ -462,9 +468,9 @@ def _protocol(run: RunData) -> list[str]:
     lines = [
         "Text to video: every caption is a query against all videos of the split. Video to text: every video "
         "is a query, and each video answers with its best caption. A tie counts against the query.",
-        f"Ranges are {LEVEL:.0f} % intervals of a bootstrap over queries ({RESAMPLES:,} samples, seed 0; "
-        "captions of one clip are drawn together; gains compare the same queries). They hold the sampling "
-        "error of the evaluated clips, not that of the training seed.",
+        f"Ranges are {LEVEL:.0f} % intervals of a bootstrap over queries (up to {RESAMPLES:,} samples, "
+        "seed 0; captions of one clip are drawn together; gains compare the same queries). They hold the "
+        "sampling error of the evaluated clips, not that of the training seed.",
         "R@k is in percent; MdR and MnR are the median and the mean rank, best 1.",
     ]
     if run.validations:
@@ -498,12 +504,17 @@ def _losses(run: RunData) -> list[tuple[str, str, str, str, str]]:
     count = max(1, len(run.train) // 20)
     rows = []
     for name in loss_terms(run.train):
-        meaning, key = LOSSES.get(name, (f"a term of {method.get('name', 'the method')}", None))
-        values = [line[name] for line in run.train if name in line]
-        ends = [f"{np.mean(part):.3f}" for part in (values[:count], values[-count:])]
-        weight = "" if key is None else _value(method.get(key, ""))
+        meaning, key = LOSSES.get(name, (f"a term of {method.get('name', 'the method')}", ""))
+        logged = [line[name] for line in run.train if name in line]
+        ends = [f"{np.mean(part):.3f}" for part in (logged[:count], logged[-count:])]
+        weight = "1" if key is None else _value(method.get(key, ""))
         rows.append((name, meaning, weight, *ends))
     return rows
+
+
+def _config(run: RunData) -> Mapping[str, Any]:
+    """Return all keys of the config, with defaults of options that the run is older than."""
+    return run.config if run.parsed is None else run.parsed.model_dump(mode="json")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -31,7 +32,7 @@ COLOURS = {
 }
 SERIES = tuple(COLOURS)[:6]
 INK, LINE = "#5c6470", "#dfe3e8"
-RC = {
+RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "discovla",
     "font.size": 8.5,
@@ -103,7 +104,7 @@ def curves(runs: Sequence[RunData]) -> list[Plot]:
             _values(runs, "grad_norm", "Gradient norm", "Norm of the gradient before clipping.", smooth=True),
         ]
     if any(run.validations for run in runs):
-        plots += [_validation(runs, "R@1"), _validation(runs, "R@5")]
+        plots += [_validation(runs, metric) for metric in (("R@1", "R@5") if len(runs) == 1 else ("R@1",))]
     if any(run.train for run in runs):
         about = "Clips per second of each step, over all processes, without evaluation and saving."
         plots.append(_values(runs, "clips_per_second", "Speed", about, smooth=True))
@@ -206,7 +207,7 @@ def _validation(runs: Sequence[RunData], metric: str) -> Plot:
             values = [record[direction][metric] for record in run.validations]
             label = {"t2v": "text to video", "v2t": "video to text"}[direction]
             if len(runs) > 1:
-                label = f"{run.name}, {direction}"
+                label = run.name if direction == "t2v" else None
             elif direction == "v2t":
                 colour, style = SERIES[1], "-"
             axes.plot(steps, values, style, color=colour, marker="o", markersize=3.5, label=label)
@@ -214,12 +215,14 @@ def _validation(runs: Sequence[RunData], metric: str) -> Plot:
     axes.set_ylabel(f"{metric}, %")
     _legend(axes)
     about = f"{metric} on the validation split; step 0 is before training."
+    if len(runs) > 1:
+        about += " Solid: text to video, dashed: video to text."
     return Plot(f"Validation {metric}", figure, about)
 
 
 def loss_terms(records: Sequence[JSON]) -> list[str]:
     """Return the names of the loss terms in training records."""
-    names = dict.fromkeys(name for record in records[:1] + records[-1:] for name in record)
+    names = dict.fromkeys(name for record in (*records[:1], *records[-1:]) for name in record)
     return [name for name in names if name not in (*NO_LOSS, "loss")]
 
 
@@ -237,7 +240,7 @@ def _cycle(count: int) -> list[str]:
     return [SERIES[i % len(SERIES)] for i in range(count)]
 
 
-def _legend(axes: Axes, place: str = "best") -> None:
+def _legend(axes: Axes, place: Literal["best", "upper right", "lower right"] = "best") -> None:
     if axes.get_legend_handles_labels()[0]:
         with rc_context(RC):
             axes.legend(loc=place, fontsize=8, handlelength=1.4, labelspacing=0.3)

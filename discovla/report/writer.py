@@ -65,5 +65,8 @@ def try_report(directory: Path) -> dict[str, np.ndarray]:
 
 def write_comparison(directories: Sequence[Path], out: Path) -> Path:
     """Write one page for several runs; errors as `write_report`."""
-    write_atomic(out, render_comparison([read_run(directory) for directory in directories]))
+    runs = [read_run(directory) for directory in directories]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, label=str(directory)) for run, directory in zip(runs, directories, strict=True)]
+    write_atomic(out, render_comparison(runs))
     return out

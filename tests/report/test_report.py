@@ -12,7 +12,7 @@ import pytest
 
 from discovla.cli import main
 from discovla.report.data import RunFacts, SplitFacts
-from discovla.report.writer import save_record, try_report, write_report
+from discovla.report.writer import save_record, try_report, write_comparison, write_report
 from discovla.retrieval.metrics import retrieval_metrics
 from discovla.retrieval.ranks import text_to_video_ranks, video_to_text_ranks
 from discovla.retrieval.record import EvaluatedClip, ScoreCollector
@@ -259,6 +259,12 @@ def test_several_runs_are_shown_side_by_side(tmp_path, videos, capsys, monkeypat
     assert "a: discovla, step 40" in text and "b: discovla, step 40" in text
     assert "test: b minus a" in text
     assert "optim.lr 0.001 0.002" in text
+
+
+def test_runs_of_equal_names_are_shown_by_their_paths(tmp_path, videos):
+    runs = [make_run(tmp_path / name / "run", videos) for name in "ab"]
+    text = Page(write_comparison(runs, tmp_path / "both.html").read_text()).text
+    assert f"test: {runs[1]} minus {runs[0]}" in text
 
 
 def test_one_run_is_reported_by_the_command(run, capsys):
