@@ -133,7 +133,7 @@ def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
     """Read a config as plain values with overrides applied; the keys are not checked yet."""
     path = find_config(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         values = translate_stored(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(
@@ -142,6 +142,8 @@ def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: expected a readable config file, found {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected text in UTF-8, found another byte at {error.start}") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: expected valid TOML, found: {error}") from None
     for word in overrides:

@@ -91,6 +91,25 @@ def read_torch(path: Path, expected: str) -> Any:
         raise ValueError(f"{path}: expected {expected}, found {_unreadable(error)}") from error
 
 
+def read_tensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file to the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has another format, or is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    kind = recognise(path, expected)
+    if kind != "safetensors":
+        raise ValueError(f"{path}: expected {expected}, found a file of the format {kind}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected {expected}, found a damaged safetensors file: {error}") from error
+
+
 def read_jit(path: Path, expected: str) -> dict[str, Any]:
     """Read the weights of a TorchScript archive to the CPU.
 

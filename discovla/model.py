@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from discovla.data.video.errors import DecodeError
 from discovla.engine import checkpoint
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import choose_device
+from discovla.foreign import read_tensors
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
@@ -244,9 +244,7 @@ def load_run(path: Path | str) -> LoadedRun:
 
 def _load_export(path: Path) -> LoadedRun:
     """Load the adapter of an export on the pretrained weights that its config names."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        trained = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    trained, metadata = read_tensors(path, "the export of a run")
     if not {"config", "step"} <= set(metadata):
         raise ConfigError(f"{path}: expected the config of a run in its metadata, found none")
     config = parse_config(translate_stored(json.loads(metadata["config"])), str(path))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from discovla.batch import BadClip, Embedding
+from discovla.foreign import read_tensors
 from discovla.retrieval.embed import concatenate
 from discovla.retrieval.ranks import Array
 from discovla.tensor_files import write_tensors
@@ -97,9 +97,7 @@ class Embeddings:
             ValueError: the file has no embeddings.
             OSError: the file cannot be read.
         """
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = file.metadata() or {}
+        tensors, metadata = read_tensors(Path(path), "embeddings")
         if not {"pooled", "index"} <= set(tensors) or _REFUSED not in metadata:
             raise ValueError(f"{path}: expected embeddings, found the tensors {', '.join(sorted(tensors))}")
         refused = tuple(BadClip(**clip) for clip in json.loads(metadata[_REFUSED]))

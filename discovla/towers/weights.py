@@ -105,7 +105,7 @@ def load_pretrained(config: ModelConfig) -> Pretrained:
     if config.pretrained == "drawn":
         return read_drawn_clip(DRAWN_CLIP)
     path = Path(config.pretrained)
-    if path.suffix in FILE_SUFFIXES or path.exists():
+    if path.suffix in FILE_SUFFIXES or path.is_file() or len(path.parts) > 1:
         weights, activation = read_weights(path)
         weights = without_prefix(weights)
         if named is None:
@@ -399,9 +399,12 @@ def _infer_architecture(
         raise ValueError(
             f"{path}: bare weights do not fix the activation: set model.activation or model.architecture"
         )
-    architecture = architecture_from_state_dict(
-        weights, "quick_gelu" if activation == "quick_gelu" else "gelu"
-    )
+    try:
+        architecture = architecture_from_state_dict(
+            weights, "quick_gelu" if activation == "quick_gelu" else "gelu"
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     log.warning(
         "%s: no architecture named; assuming %d vision and %d text heads of width 64",
         path,
