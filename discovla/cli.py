@@ -24,6 +24,7 @@ COMMANDS = {
     "preflight": "Check every machine of a run before it starts.",
     "evaluate": "Measure retrieval by a trained run, or by a similarity matrix of any model.",
     "report": "Write the HTML report of a run, or of several side by side.",
+    "embed": "Write the embeddings of a manifest's videos and captions.",
     "export": "Write the trained parameters of a run for other programs.",
 }
 

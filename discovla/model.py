@@ -55,6 +55,15 @@ class LoadedRun:
     step: int
 
 
+class NoneReadable(ValueError):
+    """All videos of a call were refused."""
+
+    def __init__(self, refused: Sequence[BadClip]) -> None:
+        first = f"the first {refused[0].video}: {refused[0].reason}"
+        super().__init__(f"videos: expected at least one that can be read, found none; {first}")
+        self.refused = tuple(refused)
+
+
 class Model:
     """A retrieval method that embeds videos and texts and scores them.
 
@@ -76,8 +85,11 @@ class Model:
         precision: Precision = "fp32",
         run: LoadedRun | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
         self.method, self.data, self.batch_size, self.run = method.eval(), data, batch_size, run
-        self.device = choose_device(device)
+        self.device, self.precision = choose_device(device), precision
+        self.fingerprint = method.fingerprint()  # of the weights before a narrower precision
         prepare_method(method, EngineConfig(precision=precision), self.device)
 
     def embed_videos(
@@ -98,7 +110,8 @@ class Model:
 
         Raises:
             DecodeError: a video cannot be read; it is named.
-            ValueError: no video, none that can be read, or an input of another kind.
+            NoneReadable: all videos are refused.
+            ValueError: no video, or an input of another kind.
         """
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error: expected 'raise' or 'skip', found {on_error!r}")
@@ -133,8 +146,7 @@ class Model:
                         index.append(batch.clip_index[readable])
                         yield batch.frames[readable], batch.frame_mask[readable]
             if not index:
-                first = f"the first {refused[0].video}: {refused[0].reason}"
-                raise ValueError(f"videos: expected at least one that can be read, found none; {first}")
+                raise NoneReadable(refused)
 
         embedding = embed_videos(self.method, batches(), self.device)
         return Embeddings.of(embedding, torch.cat(index), refused)
@@ -206,7 +218,7 @@ def load(
     return Model(
         method,
         _data_config(config, data or {}),
-        batch_size=batch_size or size,
+        batch_size=size if batch_size is None else batch_size,
         device=device,
         precision=precision,
         run=run,

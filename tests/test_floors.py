@@ -32,6 +32,7 @@ HIGH = {
     "features": 7,
     "model": 7,
     "report": 7,
+    "corpus": 8,
     "export": 8,
     "trainer": 8,
     "commands": 9,
