@@ -39,6 +39,9 @@ def test_a_run_from_raw_shards_has_the_losses_and_results_of_one_from_videos(tmp
     runs.train([*words, f"directory={tmp_path}/clips"])
     runs.train([*words, f"data.shards={shards}"])
     assert_same(tmp_path / "run", tmp_path / "clips")
+    for name in ("clips", "run"):
+        page = (tmp_path / name / "report.html").read_text()
+        assert "data:image/jpeg" in page and "without frames" not in page
     # what a run saw last decides which shards its evaluation reads
     assert main(["evaluate", str(tmp_path / "run"), "--split", "val", "--device", "cpu"]) == 0
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from discovla.data.config import DataConfig
 from discovla.data.dataset import ClipReader, FileClipReader, ShardClipReader
@@ -83,6 +83,30 @@ class FrameStrips:
         part.write_bytes(content)
         part.replace(path)
         return content
+
+
+def montage(rows: Sequence[tuple[str, Sequence[tuple[bytes | None, bool]]]]) -> np.ndarray:
+    """Return one picture, y x 3 uint8, of captions and the strips of their clips, for TensorBoard.
+
+    Args:
+        rows: a caption, and for each clip its strip (None without frames) and True for the clip described.
+    """
+    width, height, text = 2 * SIZE, SIZE // 2, 16
+    columns = max(len(strips) for _, strips in rows)
+    picture = Image.new("RGB", (columns * (width + 8) + 8, len(rows) * (height + text + 12)), "white")
+    pen = ImageDraw.Draw(picture)
+    for i, (caption, strips) in enumerate(rows):
+        y = i * (height + text + 12)
+        printable = caption.encode("latin-1", "replace").decode("latin-1")  # PIL's own font has no others
+        pen.text((8, y + 2), " ".join(printable.split()), fill="black")
+        for j, (strip, own) in enumerate(strips):
+            x = 8 + j * (width + 8)
+            if own:
+                pen.rectangle((x - 3, y + text - 3, x + width + 2, y + text + height + 2), fill="#1f9068")
+            if strip is not None:
+                small = Image.open(io.BytesIO(strip)).resize((width, height))
+                picture.paste(small, (x, y + text))
+    return np.asarray(picture)
 
 
 def make_reader(data: DataConfig) -> ClipReader:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from discovla import __version__
 from discovla.report.data import RunData
-from discovla.report.frames import FrameStrips
+from discovla.report.frames import FrameStrips, montage
 from discovla.report.intervals import LEVEL, RESAMPLES, Interval, gains, intervals, values
 from discovla.report.plots import Plot, appearances, curves, loss_terms, recall_by_depth, similarities
 from discovla.retrieval.ranks import Array
@@ -54,8 +54,22 @@ class Row:
     kind: str = ""
 
 
-def render_run(run: RunData, strips: FrameStrips | None) -> tuple[str, list[Plot]]:
-    """Return the page of a run and its plots.
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The page of a run, its plots, and the queries that it shows: title to captions with their strips."""
+
+    page: str
+    plots: list[Plot]
+    queries: dict[str, list[tuple[str, list[tuple[bytes | None, bool]]]]]
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Return plots and queries as pixels, y x 3 uint8."""
+        plots = {plot.title: plot.pixels for plot in self.plots}
+        return plots | {title: montage(rows) for title, rows in self.queries.items()}
+
+
+def render_run(run: RunData, strips: FrameStrips | None) -> Report:
+    """Return the report of a run.
 
     Args:
         strips: of frames; None shows the ids of clips alone.
@@ -105,7 +119,18 @@ def render_run(run: RunData, strips: FrameStrips | None) -> tuple[str, list[Plot
             notes=run.notes,
         )
     )
-    return page, [*training, *evaluation]
+    shown = {
+        title: [
+            (
+                f"{query['caption']} (rank {query['rank']})",
+                [(pictures.get(result["clip"].id), result["own"]) for result in query["results"]],
+            )
+            for query in queries
+        ]
+        for title, queries in (("Best queries", best), ("Worst queries", worst))
+        if queries
+    }
+    return Report(page=page, plots=[*training, *evaluation], queries=shown)
 
 
 def render_comparison(runs: Sequence[RunData]) -> str:

@@ -88,6 +88,7 @@ class Plot:
         canvas = FigureCanvasAgg(self.figure)
         with rc_context(RC):
             self.figure.set_facecolor("white")
+            self.figure.set_dpi(200)
             canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

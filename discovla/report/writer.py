@@ -13,8 +13,7 @@ from discovla.data.manifest import write_atomic
 from discovla.errors import one_line
 from discovla.report.data import read_run
 from discovla.report.frames import FrameStrips
-from discovla.report.page import render_comparison, render_run
-from discovla.report.plots import Plot
+from discovla.report.page import Report, render_comparison, render_run
 from discovla.retrieval.record import EvaluationRecord
 
 logger = logging.getLogger(__name__)
@@ -28,10 +27,8 @@ def save_record(directory: Path, name: str, record: EvaluationRecord, *, title: 
     replace(record, title=title, step=step).save(directory / f"evaluation-{name}.npz")
 
 
-def write_report(
-    directory: Path, out: Path | None = None, *, seconds: float = 120.0
-) -> tuple[Path, list[Plot]]:
-    """Write the report of a run and return its path and plots.
+def write_report(directory: Path, out: Path | None = None, *, seconds: float = 120.0) -> tuple[Path, Report]:
+    """Write the report of a run and return its path and content.
 
     Args:
         directory: of the run.
@@ -44,20 +41,20 @@ def write_report(
     """
     run = read_run(directory)
     strips = None if run.parsed is None else FrameStrips(directory, run.parsed.data, seconds=seconds)
-    page, plots = render_run(run, strips)
+    report = render_run(run, strips)
     out = out or directory / REPORT
-    write_atomic(out, page)
-    return out, plots
+    write_atomic(out, report.page)
+    return out, report
 
 
 def try_report(directory: Path) -> dict[str, np.ndarray]:
-    """Write the report of a run in training and return its plots as pixels, by title.
+    """Write the report of a run in training and return its plots and queries as pixels, by title.
 
     A report that cannot be written is one warning: it must not end the run.
     """
     try:
-        _, plots = write_report(directory, seconds=TRAINING_SECONDS)
-        return {plot.title: plot.pixels for plot in plots}
+        _, report = write_report(directory, seconds=TRAINING_SECONDS)
+        return report.pictures()
     except Exception as error:
         logger.warning("%s not written: %s", directory / REPORT, one_line(error))
         return {}

@@ -217,7 +217,14 @@ def test_a_killed_run_has_a_report_of_its_validation(tmp_path, videos):
     assert "Not finished: 25 of 40 steps" in text
     assert "Validation split: 30 captions" in text
     assert "optimistic" in text
-    assert {"Losses", "Learning rate", "Gradient norm", "Validation R@1", "Similarities"} <= set(pictures)
+    assert {
+        "Losses",
+        "Learning rate",
+        "Gradient norm",
+        "Validation R@1",
+        "Similarities",
+        "Worst queries",
+    } <= set(pictures)
     assert all(pixels.dtype == np.uint8 and pixels.shape[2] == 3 for pixels in pictures.values())
 
 
