@@ -8,6 +8,7 @@ from threading import Barrier
 import av
 import numpy as np
 import pytest
+import torch
 
 from discovla import evaluate as module
 from discovla.data.loader import DataConfig, text_batches, video_batches
@@ -123,6 +124,82 @@ def test_the_training_captions_of_a_manifest_are_the_bank_of_qb_norm(method, cli
     plain = replace(options, rerank=False, bank=())
     assert evaluate_manifest(method, tmp_path / "m.jsonl", "test", plain) == evaluate(method, clips, options)
     assert "QB-Norm" not in evaluate_manifest(method, tmp_path / "m.jsonl", "train", plain)
+
+
+@pytest.fixture
+def reranked(monkeypatch):
+    """Return the matrices that `dual_softmax` and `qb_norm` get."""
+    matrices = {}
+    dual_softmax, qb_norm = module.dual_softmax, module.qb_norm
+
+    def record_dual_softmax(matrix):
+        matrices["logits"] = matrix
+        return dual_softmax(matrix)
+
+    def record_qb_norm(cosines, bank):
+        matrices["cosines"], matrices["bank"] = cosines, bank
+        return qb_norm(cosines, bank)
+
+    monkeypatch.setattr(module, "dual_softmax", record_dual_softmax)
+    monkeypatch.setattr(module, "qb_norm", record_qb_norm)
+    return matrices
+
+
+def cosines_of(method, captions, clips, data):
+    ids, mask = next(text_batches(captions, data.context_length, 100))
+    batch = next(video_batches(clips, data, method.architecture.image_size, 100))
+    text = method.encode_text(ids, mask).pooled
+    video = method.encode_video(batch.frames, batch.frame_mask).pooled
+    return torch.nn.functional.cosine_similarity(text[:, None], video[None], dim=-1).detach().numpy()
+
+
+def test_qb_norm_compares_cosines_and_dual_softmax_logits(method, clips, options, reranked):
+    evaluate(method, clips, options)
+    captions = [caption for clip in clips for caption in clip.captions]
+    expected = cosines_of(method, captions, clips, options.data)
+    np.testing.assert_allclose(reranked["cosines"], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        reranked["logits"], expected * method.logit_scale().item(), atol=1e-4 * method.logit_scale().item()
+    )
+    bank = cosines_of(method, list(options.bank), clips, options.data)
+    np.testing.assert_allclose(reranked["bank"], bank, atol=1e-5)
+
+
+@pytest.mark.parametrize(("largest", "kept"), [(7, 1), (6, 2), (4, 2), (3, 3), (2, 4)])
+def test_a_large_bank_is_drawn_evenly_from_all_captions(
+    method, clips, options, reranked, monkeypatch, largest, kept
+):
+    captions = ["red", "a green dot", "night", "a grey box", "it rains", "two men talk", "snow"]
+    monkeypatch.setattr(module, "BANK", largest)
+    evaluate(method, clips, replace(options, bank=captions))
+    expected = cosines_of(method, captions[::kept], clips, options.data)
+    np.testing.assert_allclose(reranked["bank"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_the_bank_has_the_training_captions_alone_whichever_split_is_measured(
+    method, clips, options, tmp_path, reranked, split
+):
+    train = [replace(clips[i], id=f"t{i}", split="train", captions=(f"number {i}", "it")) for i in range(2)]
+    val = replace(clips[2], id="v", captions=("a caption to select by",), split="val")
+    write_manifest(tmp_path / "m.jsonl", [val, train[0], *clips, train[1]])
+    evaluate_manifest(method, tmp_path / "m.jsonl", split, options)
+    measured = clips if split == "test" else [val]
+    bank = cosines_of(method, ["number 0", "it", "number 1", "it"], measured, options.data)
+    np.testing.assert_allclose(reranked["bank"], bank, atol=1e-5)
+
+
+def test_large_sets_are_reranked_by_the_method_s_logits(method, clips, options, monkeypatch):
+    scales, pooled_ranks = [], module.pooled_ranks
+
+    def record(text, video, groups, dual_softmax_scale=None):
+        scales.append(dual_softmax_scale)
+        return pooled_ranks(text, video, groups, dual_softmax_scale=dual_softmax_scale)
+
+    monkeypatch.setattr(module, "LARGEST_MATRIX", 1)
+    monkeypatch.setattr(module, "pooled_ranks", record)
+    evaluate(method, clips, options)
+    assert scales == [None, method.logit_scale().item()]
 
 
 def test_a_split_without_clips_is_an_error(method, clips, options, tmp_path):

@@ -327,3 +327,27 @@ def test_evaluation_keeps_both_similarities(head):
     kept = Embedding(pooled=video.pooled, tokens=video.tokens)
     rows = torch.cat([method.similarity(text[i : i + 2], kept) for i in range(0, len(text), 2)])
     torch.testing.assert_close(rows, method.similarity(text, video))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.2, 0.9, 1.0])
+def test_the_weight_belongs_to_the_global_similarity_in_ranking_loss_and_student(weight):
+    method = tiny(center_weight=weight).double()
+    text = Embedding(pooled=torch.randn(5, 16).double(), tokens=unit(torch.randn(5, 1, 16).double()))
+    video = Embedding(pooled=torch.randn(5, 16).double(), tokens=unit(torch.randn(5, 1, 16).double()))
+    scale = method.logit_scale()
+    glob = scale * unit(text.pooled) @ unit(video.pooled).T
+    aligned = scale * text.tokens[:, 0] @ video.tokens[:, 0].T
+    mixed = weight * glob + (1 - weight) * aligned
+    torch.testing.assert_close(method.similarity(text, video), mixed)
+    ignore = torch.zeros(5, 5, dtype=torch.bool)
+    ignore[0, 3] = True
+    losses = method.video_losses(text, video, ignore)
+    torch.testing.assert_close(losses.logits[~ignore], mixed[~ignore])
+    assert losses.logits[0, 3] < -1e3
+    terms = {}
+    for name, logits in (("global", glob), ("aligned", aligned)):
+        seen = logits.masked_fill(ignore, -math.inf)
+        rows, columns = seen.log_softmax(1).diagonal(), seen.log_softmax(0).diagonal()
+        terms[name] = -(rows.mean() + columns.mean()) / 2
+        torch.testing.assert_close(losses.terms[name], terms[name])
+    torch.testing.assert_close(losses.total, weight * terms["global"] + (1 - weight) * terms["aligned"])

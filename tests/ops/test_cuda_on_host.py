@@ -19,8 +19,6 @@ from discovla.ops.streamed import frame_similarity as streamed
 from discovla.ops.top_k import top_k_reference
 from discovla.testing import relative_error
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent / "cuda"
 ORDERS = pytest.mark.parametrize("backwards", [False, True], ids=["threads forwards", "threads backwards"])

@@ -139,6 +139,11 @@ RUNS = [
     for name in CASES
 ]
 RUNS += [("padded-frames", torch.float16)]
+# lengths that fill their tiles exactly: of 16, 32 and 64 keys, and two of 64
+CASES |= {f"exactly-{length}": Case([[length] * 2]) for length in (16, 32, 64, 128)}
+CASES |= {"captions-of-16-and-64": Case([[16, 64]], packed=True, causal=True)}
+RUNS += [(name, torch.float32) for name in CASES if name.startswith("exactly")]
+RUNS += [("captions-of-16-and-64", torch.float32), ("exactly-128", torch.float16)]
 
 
 def assert_close(got: Tensor, want: Tensor, budget: float, name: str) -> None:
