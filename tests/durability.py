@@ -1,4 +1,4 @@
-"""Record the order in which files are written, flushed and renamed, and kill a process between two of them."""
+"""Record the order in which files are flushed and renamed, and kill a process between two calls."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ def intercepted(patch: pytest.MonkeyPatch, before: Callable[[str, list[str]], No
     """Call `before` with the name and the paths of every call of `CALLS`."""
     with patch.context() as inner:
         for name in CALLS:
-
-            def call(*args, _name=name, _original=getattr(os, name), **kwargs):
-                before(_name, [_path(x) for x in args if isinstance(x, int | str | os.PathLike)])
-                return _original(*args, **kwargs)
-
-            inner.setattr(os, name, call)
+            inner.setattr(os, name, _announced(name, getattr(os, name), before))
         yield
+
+
+def _announced(name: str, call: Callable, before: Callable[[str, list[str]], None]) -> Callable:
+    def announced(*args, **kwargs):
+        before(name, [_path(x) for x in args if isinstance(x, int | str | os.PathLike)])
+        return call(*args, **kwargs)
+
+    return announced
 
 
 def assert_durable(patch: pytest.MonkeyPatch, write: Callable[[], object], *, folders: bool) -> list[str]:

@@ -1,17 +1,21 @@
 """Rows of unreadable clips have no part in a step."""
 
+import itertools
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from discovla.batch import Batch
 from discovla.engine.distributed import World
+from discovla.engine.optim import OptimConfig
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.towers.weights import initialise
 from discovla.train_step import TrainStep
+from discovla.trainer import Trainer
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 METHODS = {
@@ -67,3 +71,40 @@ def gradients(step: TrainStep, batch: Batch) -> dict[str, torch.Tensor]:
     losses.total.backward()
     grads = {name: p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
     return {"loss": losses.total.detach(), **losses.terms, **grads}
+
+
+def numbers_of_a_step(seed: int, step: int, rank: int) -> tuple[float, ...]:
+    """Return random numbers that the model of a trainer draws in one step."""
+    drawn: list[torch.Tensor] = []
+
+    class Draws:
+        trained = ()
+
+        def __call__(self, batch: Batch) -> SimpleNamespace:
+            drawn.append(torch.rand(3))
+            return SimpleNamespace(total=torch.zeros(()), terms={})
+
+        def backward(self, loss: torch.Tensor) -> None:
+            drawn.append(torch.rand(3))
+
+        def step(self, lr: float) -> float:
+            return 1.0
+
+    trainer = object.__new__(Trainer)
+    trainer.config = SimpleNamespace(seed=seed, optim=OptimConfig())
+    trainer.world = replace(ALONE, rank=rank, size=4)
+    trainer.total_steps = 10
+    trainer.method = SimpleNamespace(logit_scale=SimpleNamespace(log=torch.zeros(())))
+    trainer.quarantine = SimpleNamespace(known={})
+    state = SimpleNamespace(step=step, strategy=Draws(), skipped_steps=0, ema=None)
+    trainer.take_step(state, noise_batch(tiny_architecture(), size=2))
+    assert state.step == step + 1
+    return tuple(torch.cat(drawn).tolist())
+
+
+def test_random_numbers_depend_on_seed_step_and_rank_and_on_nothing_before():
+    places = list(itertools.product((0, 1, 42), (0, 1, 2, 3), (0, 1, 2, 3)))
+    numbers = [numbers_of_a_step(*place) for place in places]
+    assert len(set(numbers)) == len(places)
+    torch.rand(7)
+    assert [numbers_of_a_step(*place) for place in reversed(places)] == numbers[::-1]

@@ -18,7 +18,7 @@ NAMES = ("text", "video", "text_frames", "video_frames", "scale")
 SIZES = [1, 7, 63, 130]
 # fp32: rounding of logits of size 7, and of probabilities that cancel against the diagonal
 BUDGET = {torch.float64: 1e-11, torch.float32: 2e-5}
-CASES = [(torch.float64, n) for n in SIZES] + [(torch.float32, n) for n in SIZES[:3]]
+CASES = [(torch.float64, n) for n in SIZES] + [(torch.float32, n) for n in (*SIZES[:3], 16, 64)]
 
 
 @dataclass(frozen=True)

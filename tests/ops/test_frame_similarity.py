@@ -17,8 +17,10 @@ SHAPES = [
 ]
 # rounding of unit vectors, times the scale; half-precision inputs are widened first
 BUDGET = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 5e-6}
+FULL = [(4, 16, 4, 16, 32), (2, 64, 2, 32, 64)]  # tiles are filled exactly
 CASES = [(torch.float64, shape) for shape in SHAPES]
 CASES += [(torch.float32, shape) for shape in SHAPES[:4]] + [(torch.float16, SHAPES[2])]
+CASES += [(torch.float32, shape) for shape in FULL]
 
 
 def noise(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:

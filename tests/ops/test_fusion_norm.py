@@ -12,6 +12,7 @@ BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3}
 SINGLE, HALF = torch.float32, torch.float16
 # rows, readout rows, dtypes of the stream and of what is added to it
 CASES = [(1, 1, SINGLE, SINGLE), (7, 3, SINGLE, SINGLE), (63, 21, SINGLE, SINGLE), (130, 40, SINGLE, SINGLE)]
+CASES += [(16, 16, SINGLE, SINGLE), (64, 32, SINGLE, SINGLE)]  # tiles are filled exactly
 CASES += [(7, 3, torch.float64, torch.float64), (20, 4, SINGLE, HALF), (7, 2, HALF, HALF)]
 NAMES = ("x", "u", "down", "down_bias", "up", "up_bias")
 WIDTH, RANK, FIRST = 33, 3, 2

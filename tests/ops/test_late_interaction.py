@@ -16,6 +16,7 @@ SHAPES = [(1, 1, 1, 1, 1), (7, 3, 5, 1, 63), (2, 12, 3, 7, 130), (3, 63, 2, 7, 5
 BUDGET = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-6}
 CASES = [(dtype, shape) for dtype in (torch.float64, torch.float32) for shape in SHAPES]
 CASES += [(torch.float16, SHAPES[2])]
+CASES += [(torch.float32, shape) for shape in ((2, 16, 2, 32, 64), (2, 64, 2, 16, 32), (2, 8, 2, 128, 16))]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

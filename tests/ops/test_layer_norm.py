@@ -7,7 +7,7 @@ from discovla.ops.layer_norm import _layer_norm, layer_norm
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 IMPLS = IMPLEMENTATIONS["layer_norm"]
-SIZES = [1, 7, 63, 130]
+SIZES = [1, 7, 16, 63, 64, 130]
 # fp16: the sum, y and gradients are rounded to 11 bits
 BUDGET = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3}
 # the dtypes of the residual stream and of what is added to it

@@ -22,6 +22,7 @@ SINGLE, HALF = torch.float32, torch.float16
 CASES = [
     (rows, SINGLE, SINGLE) for rows in (1, 7, 63, 130)
 ]  # rows, dtypes of the stream and of what is added
+CASES += [(16, SINGLE, SINGLE), (64, SINGLE, SINGLE)]  # tiles are filled exactly
 CASES += [(7, torch.float64, torch.float64), (20, SINGLE, HALF), (7, HALF, HALF)]
 
 

@@ -8,7 +8,7 @@ from discovla.ops.mlp import MLPWeights, _mlp, mlp
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 IMPLS = IMPLEMENTATIONS["mlp"]
-SIZES = [1, 7, 63, 130]
+SIZES = [1, 7, 63, 64, 130]
 ACTIVATIONS = ["quick_gelu", "gelu"]
 # fp16: h and the gradients are rounded to 11 bits
 BUDGET = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3}

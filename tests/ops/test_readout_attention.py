@@ -115,6 +115,9 @@ CASES = {
     "both-captions": Case((70, 8, 3, 1, 12, 5), group=2, alone=2, packed=True, causal=True, masked=True),
     "both-placed": Case((4, 3, 1), group=2, alone=1, packed=True, causal=True, position=True),
 }
+# lengths that fill their tiles exactly
+CASES |= {f"exactly-{length}": Case((length,) * 2, group=2) for length in (16, 32, 64, 128)}
+CASES |= {"captions-of-64-and-16": Case((64, 16), packed=True, causal=True)}
 RUNS = [(name, torch.float64 if name.startswith("both") else torch.float32) for name in CASES]
 RUNS += [("padded-frames", torch.float16)]
 
