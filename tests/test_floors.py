@@ -34,6 +34,7 @@ HIGH = {
     "report": 7,
     "corpus": 8,
     "export": 8,
+    "order": 8,
     "trainer": 8,
     "commands": 9,
     "testing": 9,

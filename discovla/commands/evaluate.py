@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from discovla.data.config import DataConfig
+from discovla.data.dataset import read_clips
+from discovla.data.quarantine import without_quarantined
 from discovla.engine.distributed import join_world
 from discovla.evaluate import EvalOptions, evaluate_manifest, evaluate_matrix, results_table
 from discovla.model import load_run
+from discovla.order import measure_order, order_table
 from discovla.report.writer import save_record, write_report
 from discovla.retrieval.record import EvaluationRecord
 
@@ -42,6 +45,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help=as_json)
     report = "also keep the results of every query in the run directory, and write its report.html"
     parser.add_argument("--report", action="store_true", help=report)
+    order = "measure instead whether captions that tell order fit a clip better than its reverse"
+    parser.add_argument("--order", action="store_true", help=order)
     parser.set_defaults(run=_evaluate)
 
 
@@ -50,6 +55,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError("evaluate: --report: expected a RUN, found none")
     if (arguments.run_path is None) == (arguments.matrix is None):
         raise ValueError("evaluate: expected either a RUN or --matrix")
+    if arguments.order:
+        if arguments.matrix is not None or arguments.report:
+            raise ValueError("evaluate: --order: expected a RUN without --matrix and --report")
+        choices = _evaluate_order(arguments)
+        print(json.dumps(choices) if arguments.json else order_table(choices))
+        return
     if arguments.matrix is not None:
         metrics = evaluate_matrix(arguments.matrix, arguments.groups)
         print(json.dumps(metrics) if arguments.json else results_table({str(arguments.matrix): metrics}))
@@ -87,6 +98,20 @@ def _evaluate_run(arguments: argparse.Namespace) -> dict[str, Any]:
         save_record(directory, use, records[0], title=title, step=run.step)
         write_report(directory)
     return rows
+
+
+def _evaluate_order(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the choices of a run that the order of frames decides."""
+    world = join_world(arguments.device)
+    run = load_run(arguments.run_path)
+    data = run.config.data
+    if arguments.manifest is not None:
+        data = data.model_copy(update={"manifest": arguments.manifest, "shards": None})
+    clips = read_clips(data, arguments.split or data.test_split or "test")
+    if arguments.quarantine is not None:
+        clips = without_quarantined(clips, arguments.quarantine)
+    options = EvalOptions(data=data, device=world.device, batch_size=run.config.eval_batch_size)
+    return measure_order(run.method.to(world.device), clips, options)
 
 
 def _recorded_use(arguments: argparse.Namespace, split: str, data: DataConfig) -> str:

@@ -44,14 +44,24 @@ class OrderWords:
         """Return True if a caption has a phrase that tells order."""
         return self._order.search(caption.lower()) is not None
 
+    def phrases(self, caption: str) -> list[str]:
+        """Return the different phrases of a caption that tell order."""
+        return sorted(set(self._order.findall(caption.lower())))
+
     def exchanged(self, caption: str, choice: int) -> str | None:
         """Return a caption with one exchange that makes it false; None if no exchange fits.
 
-        The exchanges are: of the places in "from P to Q", of what "then" joins, and one for each phrase that
-        has a partner.
-
         Args:
             choice: selects among the exchanges that fit, modulo their number.
+        """
+        changed = self.exchanges_of(caption)
+        return changed[choice % len(changed)] if changed else None
+
+    def exchanges_of(self, caption: str) -> list[str]:
+        """Return a caption with each exchange that fits and makes it false.
+
+        The exchanges are: of the places in "from P to Q", of what "then" joins, and one for each phrase that
+        has a partner.
         """
         text = caption.lower()
         changed = []
@@ -62,7 +72,7 @@ class OrderWords:
             changed.append(f"{match[3]} {match[2]} {match[1]}{match[4]}")
         for match in self._exchanges.finditer(text):
             changed.append(text[: match.start()] + self._partners[match[0]] + text[match.end() :])
-        return changed[choice % len(changed)] if changed else None
+        return changed
 
     @cached_property
     def _partners(self) -> dict[str, str]:
