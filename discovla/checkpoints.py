@@ -16,12 +16,14 @@ from torch import Tensor
 from discovla.config import RENAMED_KEYS, RunConfig
 from discovla.data.config import DataConfig
 from discovla.data.dataset import frame_origin
+from discovla.data.fingerprint import DataFingerprint, differences
 from discovla.engine import checkpoint
 from discovla.engine.distributed import World, barrier, gather_objects
 from discovla.engine.ema import EMA
 from discovla.engine.log import METRICS
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import Strategy
+from discovla.lock import WriterLock
 from discovla.train_step import METHOD
 
 logger = logging.getLogger(__name__)
@@ -58,8 +60,10 @@ class CheckpointManager:
         world: of this process; only the first one writes.
         writer: the thread.
         fingerprint: of the method, which a checkpoint must match.
+        data: fingerprint of the clips, which a checkpoint must match but for `allow_changed_data`.
         total_steps: of the run.
         pairs: number of training pairs.
+        lock: of the run directory, which must be held whenever a checkpoint is written.
     """
 
     def __init__(
@@ -69,24 +73,33 @@ class CheckpointManager:
         writer: checkpoint.CheckpointWriter,
         *,
         fingerprint: dict[str, Any],
+        data: DataFingerprint,
         total_steps: int,
         pairs: int,
+        lock: WriterLock | None,
     ) -> None:
         self.config, self.world = config, world
         self.directory = config.directory / "checkpoints"
-        self.fingerprint = fingerprint
+        self.fingerprint, self.data = fingerprint, data
+        self._best_is_comparable = True  # False if the validation split has changed
         self.fixed = fixed_options(config, total_steps, pairs)
         self.best_score: float | None = None
         self.newest_step: int | None = None
         self._newest: checkpoint.Checkpoint | None = None  # until it is restored
-        self._writer = writer
+        self._writer, self._lock = writer, lock
+
+    @property
+    def resumes(self) -> bool:
+        """True if training goes on from a checkpoint, which `restore` has not loaded yet."""
+        return self._newest is not None
 
     def find_newest(self) -> None:
         """Find the newest complete checkpoint if the run resumes, and check that it belongs to this run.
 
         Raises:
             CheckpointError: it belongs to another method or other weights.
-            ValueError: the processes see different files, or an option that must not change has changed.
+            ValueError: the processes see different files, or an option or clips that must not change have
+                changed.
         """
         newest = checkpoint.latest(self.directory) if self.config.resume else None
         steps = gather_objects(None if newest is None else newest.step, self.world)
@@ -95,16 +108,37 @@ class CheckpointManager:
         if newest is None:
             return
         checkpoint.check_fingerprint(newest.meta["fingerprint"], self.fingerprint, str(newest.path))
+        self._check_data(newest)
         stored = {RENAMED_KEYS.get(key, key): value for key, value in newest.meta["schedule"].items()}
         # a checkpoint older than an option was trained with its default
         defaults = {f"data.{key}": DataConfig.model_fields[key].default for key in BATCH_OPTIONS}
         defaults |= {f"optim.{key}": field.default for key, field in OptimConfig.model_fields.items()}
         defaults["pixels"] = "decoded"
         for key, value in self.fixed.items():
+            if key == "training pairs" and self.config.allow_changed_data:
+                continue
             began_with = stored.get(key, defaults.get(key))
             if value != began_with:
                 raise ValueError(f"{newest.path}: {key}: the run began with {began_with!r}, found {value!r}")
         self._newest = newest
+
+    def _check_data(self, newest: checkpoint.Checkpoint) -> None:
+        """Refuse clips that differ from those of a checkpoint, or log the differences if they may change."""
+        began_with = newest.meta.get("data")
+        if began_with is None:
+            logger.warning("%s: written without a fingerprint of its clips: not checked", newest.path)
+            return
+        differing = "; ".join(differences(began_with, self.data))
+        if not differing:
+            return
+        source = "data.manifest" if self.config.data.shards is None else "data.shards"
+        if not self.config.allow_changed_data:
+            raise ValueError(
+                f"{newest.path}: {source}: {differing}; resume with the clips of the beginning, or with "
+                "allow_changed_data=true, which goes on with these and measures the zero-shot rows anew"
+            )
+        logger.warning("%s: %s: goes on with changed data: %s", newest.path, source, differing)
+        self._best_is_comparable = "val: " not in differing
 
     def restore(self, state: TrainState) -> None:
         """Load the checkpoint of `find_newest`, if there is one, into the state."""
@@ -125,7 +159,7 @@ class CheckpointManager:
                 checkpoint.set_best(self.directory, newest.path, score)
         barrier(self.world)
         best = checkpoint.best(self.directory)
-        self.best_score = None if best is None else best[1]
+        self.best_score = None if best is None or not self._best_is_comparable else best[1]
         logger.info("resuming at step %d of %d from %s", newest.step, self.fixed["steps"], newest.path)
 
     def if_best(self, score: float) -> float | None:
@@ -158,6 +192,7 @@ class CheckpointManager:
                 tensors["average"] = _unprefixed(average)
             meta = {
                 "fingerprint": self.fingerprint,
+                "data": self.data,
                 "schedule": self.fixed,
                 "better": best_score,
                 "state": {"skipped": state.skipped_steps},
@@ -186,6 +221,8 @@ class CheckpointManager:
 
     def _write(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
         """Write a checkpoint, mark it if it is the best, and remove old ones; runs in the writer's thread."""
+        if self._lock is not None:
+            self._lock.check()
         path = checkpoint.save(self.directory, step=step, tensors=tensors, meta=meta)
         if meta["better"] is not None:
             checkpoint.set_best(self.directory, path, meta["better"])
@@ -222,12 +259,14 @@ def _unprefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(METHOD): x for name, x in tensors.items()}
 
 
-def keep_earlier_run(directory: Path, world: World) -> None:
-    """Rename the directory of an earlier run to the first free `directory.N`."""
+def keep_earlier_run(directory: Path, world: World, lock: WriterLock | None) -> None:
+    """Rename the directory of an earlier run to the first free `directory.N`; the lock stays behind."""
     if world.first and ((directory / "checkpoints").exists() or (directory / METRICS).exists()):
         names = (directory.with_name(f"{directory.name}.{n}") for n in itertools.count(1))
         kept = next(name for name in names if not name.exists())
         directory.rename(kept)
         directory.mkdir()
+        if lock is not None:
+            lock.move(directory, renamed=kept)
         logger.warning("%s: kept the earlier run as %s", directory, kept)
     barrier(world)

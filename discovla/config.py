@@ -58,6 +58,10 @@ class RunConfig(BaseModel):
     """Folder of the run: checkpoints, logs and results."""
     resume: bool = False
     """Continue from the newest complete checkpoint in `directory`, if there is one."""
+    allow_changed_data: bool = False
+    """Resume though clips, captions, spans or files differ from those the run began with. What differs is
+    logged, training goes on at its step in the order of the new clips, the zero-shot rows are measured anew,
+    and the best step is selected anew if the validation split has changed."""
     seed: int = 42
     """Seed of new parameters, of the order of training pairs and of augmentation."""
     batch_size: int = Field(default=128, ge=1)

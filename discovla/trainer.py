@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -17,6 +18,7 @@ from discovla.batch import BadClip, Batch
 from discovla.checkpoints import CheckpointManager, TrainState, keep_earlier_run
 from discovla.config import RunConfig
 from discovla.data.dataset import read_splits
+from discovla.data.fingerprint import data_fingerprint, differences
 from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.data.manifest import Clip
 from discovla.data.quarantine import Quarantine
@@ -36,6 +38,7 @@ from discovla.engine.strategy import StepPlan
 from discovla.errors import PeerLost, RunStopped, exit_process, is_connection_lost
 from discovla.evaluate import EvalOptions, evaluate
 from discovla.features import frozen_loader
+from discovla.lock import LockHeld, WriterLock
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
@@ -68,8 +71,11 @@ def run(config: RunConfig) -> Results | None:
     """
     signals = StopSignals()  # notes the launcher's processes before this one waits for others
     writer = CheckpointWriter()
-    with joined_processes(config, signals, writer) as (world, name):
-        trainer = Trainer(config, world, signals=signals, writer=writer, name=name)
+    with (
+        joined_processes(config, signals, writer) as (world, name),
+        sole_writer(config.directory, world, signals) as lock,
+    ):
+        trainer = Trainer(config, world, signals=signals, writer=writer, name=name, lock=lock)
         results = trainer.run()
         if trainer.stop_reason is not None:
             signals.ignore()
@@ -121,6 +127,40 @@ def joined_processes(
             heartbeat.disarm()
 
 
+@contextmanager
+def sole_writer(directory: Path, world: World, signals: StopSignals) -> Iterator[WriterLock | None]:
+    """Lock the run directory; yields the lock on the first rank, which alone writes there.
+
+    Raises:
+        LockHeld: on every rank, if another run writes there.
+    """
+    lock, failure = None, None
+
+    def obey_signals() -> None:
+        if any(signals.counts()):
+            raise RunStopped(f"stopped while another writer of {directory} was watched")
+
+    if world.first:
+        lock = WriterLock(
+            directory,
+            "run",
+            on_lost=partial(exit_process, before_exit=lambda: None),
+            on_wait=obey_signals,
+        )
+        try:
+            lock.acquire()
+        except (LockHeld, RunStopped, OSError) as error:
+            failure = error
+    failure = gather_objects(failure, world)[0]
+    if failure is not None:
+        raise failure
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 class Trainer:
     """Trains, selects and tests one configuration on this process and its peers.
 
@@ -132,10 +172,18 @@ class Trainer:
         signals: requests to stop.
         writer: thread that writes checkpoints.
         name: of this process, in messages.
+        lock: of the run directory, held by the first rank.
     """
 
     def __init__(
-        self, config: RunConfig, world: World, *, signals: StopSignals, writer: CheckpointWriter, name: str
+        self,
+        config: RunConfig,
+        world: World,
+        *,
+        signals: StopSignals,
+        writer: CheckpointWriter,
+        name: str,
+        lock: WriterLock | None,
     ) -> None:
         self.config, self.world, self.signals, self.name = config, world, signals, name
         self.stop_reason: str | None = None
@@ -148,6 +196,8 @@ class Trainer:
         torch.manual_seed(config.seed)  # new parameters
         self.method = build(config.model, config.method)
         fingerprint = self.method.fingerprint()
+        self.weights = weights_checksum(self.method)
+        data = data_fingerprint(self.splits, config.data) if world.first else None
         self.loader = make_loader(config, self.method, self.splits.get("train", []), world)
         # with what the clips have decided, so that checkpoints and config.json tell it
         data = config.data.model_copy(update={"test_split": test_split})
@@ -166,13 +216,15 @@ class Trainer:
             world,
             writer,
             fingerprint=fingerprint,
+            data=gather_objects(data, world)[0],
             total_steps=self.total_steps,
             pairs=len(self.loader.dataset),
+            lock=lock,
         )
         self.checkpoints.find_newest()
         prepare_method(self.method, config.engine, world.device)
         if not config.resume:
-            keep_earlier_run(config.directory, world)
+            keep_earlier_run(config.directory, world, lock)
         clips = len(self.splits["train"]) if "train" in self.splits else len(self.loader.dataset)
         self.quarantine = Quarantine(
             config.directory / "quarantine.jsonl", clips=clips, share=config.data.bad_clip_share
@@ -221,8 +273,11 @@ class Trainer:
     def measure_zero_shot(self) -> Results:
         """Measure CLIP with mean pooling, and the method before training, on the test split."""
         path = self.config.directory / "before.json"
-        if self.config.resume and path.is_file():
-            return json.loads(path.read_text())
+        if self.config.resume:
+            kept = self.kept_zero_shot(path) if self.world.first else None
+            kept = gather_objects(kept, self.world)[0]
+            if kept is not None:
+                return kept
         rows, name = {}, self.config.method.name
         if name != "clip":
             plain = build(self.config.model, CLIPConfig(tune="frozen")).to(self.world.device)
@@ -231,8 +286,41 @@ class Trainer:
         title = f"zero-shot, {name} untrained"
         rows[title] = self.evaluate(self.method, "test", "test-untrained", title=title)["raw"]
         if self.world.first:
-            write_json(path, rows)
+            write_json(path, {"rows": rows, "fingerprint": self.zero_shot_fingerprint()})
         return rows
+
+    def kept_zero_shot(self, path: Path) -> Results | None:
+        """Return the rows of an earlier start; None if there are none or they are not of these clips.
+
+        Rows that were measured before a checkpoint are of the weights with which the run began, so that the
+        weights and options of this start count only without a checkpoint.
+        """
+        if not path.is_file():
+            return None
+        stored = json.loads(path.read_text())
+        if "fingerprint" not in stored:
+            logger.warning("%s: written without a fingerprint of its clips: not checked", path)
+            return stored
+        began_with, found = stored["fingerprint"], self.zero_shot_fingerprint()
+        differing = differences(began_with["data"], found["data"])
+        if not self.checkpoints.resumes:
+            differing += [name for name in ("weights", "options") if began_with[name] != found[name]]
+        if not differing:
+            return stored["rows"]
+        logger.warning("%s: measured with others, and measured anew: %s", path, "; ".join(differing))
+        return None
+
+    def zero_shot_fingerprint(self) -> dict[str, Any]:
+        """Return what the rows before training depend on, as JSON values."""
+        checkpoints = self.checkpoints
+        options = {
+            key: value for key, value in checkpoints.fixed.items() if key.startswith(("data.", "pixels"))
+        }
+        return {
+            "data": {"test": checkpoints.data["test"]},
+            "weights": self.weights,
+            "options": json.loads(json.dumps({"method": checkpoints.fingerprint, **options})),
+        }
 
     def make_state(self) -> TrainState:
         """Hand the method to a strategy that trains it; a resumed run continues from its checkpoint."""
@@ -452,6 +540,16 @@ def make_loader(config: RunConfig, method: Method, clips: list[Clip], world: Wor
     stills = None if data.stills is None else Stills(seed=config.seed, **data.stills.model_dump())
     reduce = "batch_size" not in config.model_fields_set  # the user did not ask for this size
     return TrainLoader(clips if stills is None else stills, data, spec, reduce=reduce)
+
+
+def weights_checksum(method: Method) -> int:
+    """Return a checksum of all parameters of a method on the CPU, in the order of their names."""
+    checksum = 0
+    for _, parameter in sorted(method.named_parameters()):
+        checksum = zlib.crc32(
+            parameter.detach().contiguous().flatten().view(torch.uint8).numpy().data, checksum
+        )
+    return checksum
 
 
 def parameter_groups(method: Method) -> list[ParameterGroup]:

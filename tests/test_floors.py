@@ -19,6 +19,7 @@ LOW = {  # package -> the packages it may import besides itself
     "methods": {"towers", "nn", "ops", "batch"},
     "retrieval": {"methods", "ops", "batch", "tensor_files"},
     "data": {"batch"},
+    "lock": set(),
     "drawn_world": {"data"},
     "engine": {"batch", "ops", "tensor_files"},
 }
