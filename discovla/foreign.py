@@ -316,6 +316,8 @@ def _unreadable(error: Exception) -> str:
 
 def _plain_classes() -> list[Any]:
     """Return the classes that training scripts save beside weights and that only hold values."""
+    scalar: Any
+    reconstruct: Any
     scalar, reconstruct = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
     dtypes = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")]
     renamed = [(f, f"{core}.multiarray.{f.__name__}") for f in (scalar, reconstruct) for core in _NUMPY_CORES]

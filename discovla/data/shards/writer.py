@@ -158,8 +158,10 @@ def _check_plan(path: Path, clips: Sequence[Clip], videos: Sequence[str], settin
     if earlier.get("version") != VERSION:
         raise ValueError(f"{out}: expected shards of version {VERSION}, found {earlier.get('version')}")
     for key, value in plan["settings"].items():
-        if earlier["settings"].get(key) != value:
-            expected = earlier["settings"].get(key)
+        expected = earlier["settings"].get(
+            key, getattr(ShardSettings(), key)
+        )  # an option newer than the plan
+        if expected != value:
             raise ValueError(f"{out}: {key}: expected {expected!r}, as in its other shards, found {value!r}")
     if earlier["clips_sha256"] != checksum:
         raise ValueError(f"{out}: its shards are of another manifest; expected an empty folder")

@@ -32,7 +32,7 @@ def tone_map(frame: VideoFrame) -> np.ndarray:
     1000 cd/m2, is compressed above it, by the same factor for all colours of a pixel.
     """
     transfer = TRANSFERS[int(frame.color_trc)]
-    codes = frame.reformat(format="rgb48le").to_ndarray()
+    codes: np.ndarray = frame.reformat(format="rgb48le").to_ndarray()
     light = _linear_table(transfer)[codes]
     if transfer == "HLG":
         luma = np.maximum(light @ _BT2020_LUMA, 1e-6)[..., None]
