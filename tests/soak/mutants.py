@@ -1,0 +1,370 @@
+"""Put faults into a copy of the code, one at a time, and report which of them the fast tests catch.
+
+    python -m tests.soak.mutants [--only WORD] [--seconds N] [--total N] [--processes N]
+
+Prints a line for every fault and a table at the end.  Ends with status 1 if less than 95 % are caught.
+A fault whose tests take longer than their limit counts as not caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("discovla", "kernels", "csrc", "tests", "benchmarks", "configs", "pyproject.toml")
+LEAST = 0.95  # share of faults that are caught
+LIMIT = 120.0  # seconds of CPU time for the tests of one fault
+LIBRARIES = ("triton", "numpy", "av", "PIL.Image", "pydantic", "safetensors.torch")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: `old` becomes `new` in a file; `tests` are those of `make test` that concern it."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    @property
+    def title(self) -> str:
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        return f"{self.file}: {old[:48]} -> {new[:48] or 'nothing'}"
+
+
+def _engine(
+    old: str, new: str, tests: str = "tests/engine/test_checkpoint.py tests/test_durability.py"
+) -> Mutant:
+    return Mutant("discovla/engine/checkpoint.py", old, new, tests)
+
+
+EVALUATE, METRICS = "tests/test_evaluate.py -k 'qb_norm or bank or rerank'", "tests/retrieval"
+WIDE, HOST = "tests/methods/test_widening.py", "tests/ops/test_cuda_on_host.py"
+TRAINING = "tests/data/shards/test_training.py -k before_training"
+SHARDS = "tests/test_durability.py tests/data/shards/test_writer.py tests/data/shards/test_reader.py"
+CLIP2VIDEO = "tests/methods/test_clip2video.py -k 'weight or golden_similarities'"
+FUSION = "tests/ops/test_temporal_fusion.py -k 'formula and triton'"
+STEP = "tests/test_train_step.py"
+
+MUTANTS = (
+    # wiring above tested functions
+    Mutant(
+        "discovla/evaluate.py", "cosines = matrix / method.logit_scale().item()", "cosines = matrix", EVALUATE
+    ),
+    Mutant("discovla/evaluate.py", "len(video)) / method.logit_scale().item()", "len(video))", EVALUATE),
+    Mutant("discovla/evaluate.py", "options.bank[::step]", "options.bank[:BANK]", EVALUATE),
+    Mutant("discovla/evaluate.py", "if clip.split == data.train_split", "if clip.split == split", EVALUATE),
+    Mutant("discovla/evaluate.py", "if clip.split == data.train_split", "if clip.split != split", EVALUATE),
+    Mutant("discovla/evaluate.py", "dual_softmax(matrix)", "dual_softmax(matrix / 100)", EVALUATE),
+    Mutant("discovla/evaluate.py", "dual_softmax_scale=scale", "dual_softmax_scale=1.0", EVALUATE),
+    Mutant(
+        "discovla/evaluate.py",
+        "text_to_video_ranks(by_text, groups)",
+        "text_to_video_ranks(by_video, groups)",
+        EVALUATE,
+    ),
+    Mutant("discovla/data/dataset.py", 'seed = "" if training else None', "seed = None", TRAINING),
+    Mutant("discovla/data/dataset.py", "size = None if training and", "size = None if", TRAINING),
+    Mutant(
+        "discovla/data/shards/reader.py",
+        "np.unique(indices))",
+        "np.unique(indices)[:1])",
+        "tests/data/shards",
+    ),
+    Mutant("discovla/retrieval/metrics.py", "ranks <= k", "ranks < k", METRICS),
+    Mutant("discovla/retrieval/metrics.py", "np.median", "np.mean", METRICS),
+    Mutant("discovla/retrieval/rerank.py", "beta * bank, axis=0", "bank, axis=0", METRICS),
+    Mutant("discovla/retrieval/ranks.py", "columns.stop <= own.start", "columns.stop < own.start", METRICS),
+    Mutant(
+        "discovla/retrieval/similarity.py",
+        "v2t = rank_of_positive(video, text, every, groups=own,",
+        "v2t = rank_of_positive(video, text, every, groups=None,",
+        f"{METRICS} {EVALUATE}",
+    ),
+    # constants that are symmetric in published settings
+    Mutant(
+        "discovla/methods/clip2video.py",
+        "return self.config.center_weight * glob + (1 - self.config.center_weight) * aligned",
+        "return (1 - self.config.center_weight) * glob + self.config.center_weight * aligned",
+        CLIP2VIDEO,
+    ),
+    Mutant(
+        "discovla/methods/clip2video.py",
+        "excluded(w * glob + (1 - w) * aligned, ignore)",
+        "excluded((1 - w) * glob + w * aligned, ignore)",
+        CLIP2VIDEO,
+    ),
+    Mutant(
+        "discovla/methods/clip2video.py",
+        'w * terms["global"] + (1 - w) * terms["aligned"]',
+        '(1 - w) * terms["global"] + w * terms["aligned"]',
+        CLIP2VIDEO,
+    ),
+    Mutant(
+        "discovla/nn/features.py",
+        "return x.to(torch.promote_types(x.dtype, torch.float32))",
+        "return x",
+        WIDE,
+    ),
+    Mutant(
+        "discovla/methods/base.py",
+        "return widen(self.vision(self.pixels(frames), visible))",
+        "return self.vision(self.pixels(frames), visible)",
+        WIDE,
+    ),
+    Mutant(
+        "discovla/methods/base.py",
+        "self.embed_text(widen(pooled), widen(words),",
+        "self.embed_text(widen(pooled), words,",
+        WIDE,
+    ),
+    Mutant(
+        "discovla/methods/base.py",
+        "return widen(features).unflatten(0, (b, f))",
+        "return features.unflatten(0, (b, f))",
+        WIDE,
+    ),
+    Mutant(
+        "discovla/ops/info_nce.py",
+        "F.cross_entropy(logits.T, target)",
+        "F.cross_entropy(logits, target)",
+        "tests/ops/test_contrastive.py -k '7 and torch' tests/methods/test_clip2video.py",
+    ),
+    Mutant(
+        "discovla/nn/logit_scale.py",
+        "clamp_(max=LIMIT)",
+        "clamp_(min=LIMIT)",
+        "tests/nn tests/methods tests/test_trainer.py -k 'logit_scale and not slow'",
+    ),
+    # exact tiles and half precision
+    Mutant(
+        "kernels/discovla_kernels/temporal_fusion.py",
+        "if first + BLOCK >= length:",
+        "if first + BLOCK > length:",
+        FUSION,
+    ),
+    Mutant(
+        "kernels/discovla_kernels/attention_tiles.py",
+        '"ONE": length <= block',
+        '"ONE": length <= block + 1',
+        "tests/ops/test_short_attention.py -k 'triton and formula'",
+    ),
+    Mutant(
+        "kernels/discovla_kernels/attention_tiles.py",
+        "min(64, max(16, triton.next_power_of_2(length)))",
+        "min(64, max(16, triton.next_power_of_2(length) // 2))",
+        "tests/ops/test_short_attention.py -k 'triton and formula'",
+    ),
+    Mutant(
+        "kernels/discovla_kernels/temporal_fusion.py",
+        "(readout < first + BLOCK)",
+        "(readout <= first + BLOCK)",
+        FUSION,
+    ),
+    Mutant(
+        "kernels/discovla_kernels/temporal_fusion.py", "(i < length) & (i != readout)", "i < length", FUSION
+    ),
+    Mutant(
+        "kernels/discovla_kernels/tiles.py",
+        "else tl.float32",
+        "else tl.float16",
+        "tests/ops/test_accumulators.py",
+    ),
+    Mutant(
+        "kernels/discovla_kernels/unit_mean.py",
+        '"ACC": accumulator(x)',
+        '"ACC": tl.float16',
+        "tests/ops/test_accumulators.py tests/ops/test_unit_mean.py",
+    ),
+    Mutant(
+        "csrc/top_k.cu",
+        "const bool there = tile + c < end;",
+        "const bool there = tile + c <= end;",
+        f"{HOST} -k best",
+    ),
+    Mutant("csrc/top_k.cu", "(0xFFFFFFFFu - index)", "index", f"{HOST} -k best"),
+    # durability
+    _engine("        file.flush()\n        os.fsync(file.fileno())\n", "        file.flush()\n"),
+    _engine("    write_tensors(path, named)\n    _flush(path)", "    write_tensors(path, named)"),
+    _engine("        _flush(writing)\n        _put_in_place", "        _put_in_place"),
+    _engine("    os.rename(writing, final)\n    _flush(final.parent)", "    os.rename(writing, final)"),
+    _engine("    os.rename(writing, final)\n", "    shutil.copytree(writing, final)\n"),
+    _engine(
+        "        os.replace(writing, pointer)\n        _flush(pointer.parent)",
+        "        os.replace(writing, pointer)",
+    ),
+    _engine("        os.replace(writing, pointer)\n", "        shutil.copy(writing, pointer)\n"),
+    _engine(
+        "    if final.exists():\n        os.rename(final, old)",
+        "    if final.exists():\n        shutil.rmtree(final)",
+    ),
+    _engine("        if not final.exists():\n            os.rename(path, final)", "        pass"),
+    _engine('    for key in ("bytes", "sha256"):', '    for key in ("bytes",):'),
+    Mutant(
+        "discovla/data/shards/writer.py",
+        "        file.flush()\n        os.fsync(file.fileno())\n    _write",
+        "    _write",
+        SHARDS,
+    ),
+    Mutant(
+        "discovla/data/shards/writer.py",
+        "            file.flush()\n            os.fsync(file.fileno())\n        unfinished.replace(path)",
+        "        unfinished.replace(path)",
+        SHARDS,
+    ),
+    Mutant(
+        "discovla/trainer.py",
+        "    part.replace(path)",
+        "    path.write_bytes(part.read_bytes())",
+        "tests/test_durability.py",
+    ),
+    Mutant(
+        "discovla/data/manifest.py",
+        "        part.replace(path)",
+        "        path.write_bytes(part.read_bytes())",
+        "tests/test_durability.py",
+    ),
+    Mutant(
+        "discovla/retrieval/record.py",
+        "            part.replace(path)",
+        "            path.write_bytes(part.read_bytes())",
+        "tests/test_durability.py",
+    ),
+    Mutant(
+        "discovla/engine/log.py",
+        "    os.replace(writing, path)",
+        "    path.write_bytes(writing.read_bytes())",
+        "tests/test_durability.py",
+    ),
+    # randomness of a step, and the optimiser
+    Mutant(
+        "discovla/trainer.py",
+        "* 1_000_003 + step) * 4_096 + self.world.rank)",
+        "* 1_000_003 + step) * 4_096)",
+        STEP,
+    ),
+    Mutant("discovla/trainer.py", "* 1_000_003 + step) * 4_096", "* 1_000_003) * 4_096", STEP),
+    Mutant("discovla/trainer.py", "(self.config.seed * 1_000_003 + step)", "(self.config.seed + step)", STEP),
+    Mutant(
+        "discovla/engine/optim.py",
+        "param.mul_(1 - lr * group",
+        "param.mul_(1 + lr * group",
+        "tests/engine/test_optim.py",
+    ),
+    Mutant(
+        "discovla/engine/optim.py",
+        "math.sqrt(1 - beta2**step) / (1 - beta1**step)",
+        "math.sqrt(1 - beta1**step) / (1 - beta2**step)",
+        "tests/engine/test_optim.py",
+    ),
+    Mutant(
+        "discovla/engine/strategy.py",
+        "        for param in params:\n            param.grad = None\n        raise",
+        "        raise",
+        "tests/engine/test_strategy.py tests/engine/test_optim.py",
+    ),
+)
+
+
+def start(mutant: Mutant, seconds: float, folder: Path) -> int | None:
+    """Run the tests of a fault in a copy of the code, in a forked process; return its id.
+
+    None if the fault is not in the code.  Libraries are imported before, which saves most of the time.
+    """
+    folder.mkdir()
+    for name in COPIED:
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
+    path = folder / mutant.file
+    text = path.read_text()
+    if mutant.old not in text:
+        return None
+    path.write_text(text.replace(mutant.old, mutant.new, 1))
+    child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        os.chdir(folder)
+        with (folder / "output").open("w") as output:
+            for descriptor in (1, 2):
+                os.dup2(output.fileno(), descriptor)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
+        signal.alarm(int(20 * seconds))
+        for name in [
+            name for name in sys.modules if name.split(".")[0] in ("tests", "discovla", "benchmarks")
+        ]:
+            del sys.modules[name]
+        sys.path[:] = [str(folder), str(folder / "kernels"), *(x for x in sys.path if str(ROOT) not in x)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+        words = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", f"--rootdir={folder}"]
+        status = int(pytest.main([*words, f"--basetemp={folder}/temporary", *shlex.split(mutant.tests)]))
+    finally:
+        os._exit(status)
+
+
+def result_of(status: int) -> str:
+    """Return "caught", "survived", or what went wrong, from the status of a process."""
+    if os.WIFSIGNALED(status):
+        return f"ended by signal {os.WTERMSIG(status)}"
+    return {0: "survived", 1: "caught"}.get(os.WEXITSTATUS(status), f"pytest {os.WEXITSTATUS(status)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", help="try faults whose title or tests have this word")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="CPU time for the tests of one fault")
+    parser.add_argument("--total", type=float, default=3600.0, help="start no fault after this many seconds")
+    parser.add_argument("--processes", type=int, default=1, help="faults tried at a time")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    chosen = [m for m in MUTANTS if options.only in m.title or options.only in m.tests]
+    results: dict[Mutant, str] = {}
+    running: dict[int, Mutant] = {}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        waiting = list(enumerate(chosen))
+        while running or waiting:
+            if waiting and time.monotonic() - started > options.total:
+                waiting = []
+            elif waiting and len(running) < options.processes:
+                number, mutant = waiting.pop(0)
+                child = start(mutant, options.seconds, Path(temporary) / str(number))
+                if child is None:
+                    results[mutant] = "not in the code"
+                else:
+                    running[child] = mutant
+            elif running:
+                child, status = os.wait()
+                mutant = running.pop(child)
+                results[mutant] = result_of(status)
+                print(f"{results[mutant]:<18} {mutant.title}", flush=True)
+    caught = sum(result == "caught" for result in results.values())
+    print("\n| fault | tests | result |\n|---|---|---|")
+    for mutant, result in results.items():
+        print(f"| `{mutant.title}` | `{mutant.tests}` | {result} |")
+    share = 100 * caught / max(1, len(results))
+    print(f"\n{caught} of {len(results)} caught ({share:.0f} %), {len(chosen)} chosen")
+    return int(not results or caught < LEAST * len(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
