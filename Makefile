@@ -19,15 +19,13 @@ PROCESSES ?= 1
 
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
-# Two runs on one machine may not share a port.
-PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 .PHONY: train test docs install
 
 train: install
-	discovla draw data/drawn_world
-	discovla shard data/drawn_world/manifest.jsonl data/drawn_world/shards --config configs/quickstart.toml
-	deepspeed -q --num_accelerators $(PROCESSES) --master_port $(PORT) train.py $(CONFIG) $(ARGS)
+	discovla train --processes $(PROCESSES) $(CONFIG) $(ARGS)
+	@echo
+	@echo 'Before the next commands (discovla, deepspeed):   source $(VENV)/bin/activate'
 
 test: install
 	python -m pytest -q -m "not slow" -n logical --maxprocesses 8 --dist loadfile $(ARGS)

@@ -28,6 +28,7 @@ from discovla.train_step import METHOD
 
 logger = logging.getLogger(__name__)
 
+RESULTS = "results.json"  # of a finished run
 # options of the data that decide the batches of a run; the others may change when it is resumed
 BATCH_OPTIONS = (
     *("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "context_length"),
@@ -260,13 +261,23 @@ def _unprefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def keep_earlier_run(directory: Path, world: World, lock: WriterLock | None) -> None:
-    """Rename the directory of an earlier run to the first free `directory.N`; the lock stays behind."""
+    """Rename the directory of an earlier run to the first free `directory.N`, after a line that says so.
+
+    The lock stays behind.
+    """
     if world.first and ((directory / "checkpoints").exists() or (directory / METRICS).exists()):
         names = (directory.with_name(f"{directory.name}.{n}") for n in itertools.count(1))
         kept = next(name for name in names if not name.exists())
+        state = "a finished run" if (directory / RESULTS).is_file() else "an unfinished run"
+        logger.warning(
+            "%s holds %s: it is kept as %s, and a new run starts here; "
+            "resume=true continues a run instead, directory=PATH starts elsewhere",
+            directory,
+            state,
+            kept,
+        )
         directory.rename(kept)
         directory.mkdir()
         if lock is not None:
             lock.move(directory, renamed=kept)
-        logger.warning("%s: kept the earlier run as %s", directory, kept)
     barrier(world)

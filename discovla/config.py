@@ -170,7 +170,7 @@ def apply_override(values: dict[str, Any], word: str) -> None:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise ConfigError(f"override: {key}: expected a table at {part!r}, found {table!r}")
-    if key == "method" and isinstance(value, str):
+    if key in ("method", "method.name") and isinstance(value, str):
         # each method has its own options: another method starts from its defaults
         if values.get("method", {}).get("name") != value:
             values["method"] = {"name": value}

@@ -16,7 +16,7 @@ from discovla.batch import Embedding
 from discovla.data.dataset import check_captions, read_clips
 from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip
-from discovla.data.quarantine import without_quarantined
+from discovla.data.quarantine import QUARANTINE_HINT, without_quarantined
 from discovla.data.video.errors import DecodeError
 from discovla.methods.base import Method
 from discovla.ops.top_k import top_k
@@ -305,5 +305,6 @@ def _gather(
     shares = options.gather((torch.tensor(share), embedding))
     errors = [part for _, part in shares if isinstance(part, DecodeError)]
     if errors:
-        raise DecodeError(errors[0].path, "; ".join(dict.fromkeys(error.reason for error in errors)))
+        reasons = "; ".join(dict.fromkeys(error.reason for error in errors))
+        raise DecodeError(errors[0].path, f"{reasons}; {QUARANTINE_HINT}")
     return in_order(shares, count)

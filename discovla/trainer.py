@@ -21,7 +21,7 @@ from discovla.data.dataset import read_splits
 from discovla.data.fingerprint import data_fingerprint, differences
 from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.data.manifest import Clip
-from discovla.data.quarantine import Quarantine
+from discovla.data.quarantine import QUARANTINE_HINT, Quarantine
 from discovla.drawn_world.stills import Stills
 from discovla.engine.capture import check_capture, make_capture
 from discovla.engine.checkpoint import CheckpointWriter
@@ -406,7 +406,9 @@ class Trainer:
         bad: list[BadClip] = [clip for share in gather_objects(batch.bad, self.world) for clip in share]
         self.quarantine.add(bad, write=self.world.first)
         if len(bad) == self.config.batch_size:
-            raise ValueError(f"step {step}: expected a readable clip, found none among {len(bad)}")
+            raise ValueError(
+                f"step {step}: expected a readable clip, found none among {len(bad)}; {QUARANTINE_HINT}"
+            )
         return batch, stop_reason
 
     def take_step(self, state: TrainState, batch: Batch) -> dict[str, float]:

@@ -11,6 +11,7 @@ from discovla.config import (
     RunConfig,
     parse_config,
     read_config,
+    read_values,
     submodel,
     translate_stored,
 )
@@ -166,3 +167,24 @@ def test_every_field_of_every_config_class_has_a_docstring(cls):
         if not field.description and submodel(field.annotation) is None
     ]
     assert not bare
+
+
+@pytest.mark.parametrize("word", ["method=clip4clip", "method.name=clip4clip"])
+def test_both_words_that_choose_a_method_start_from_its_defaults(word):
+    values = read_values("quickstart", [word])
+    assert values["method"] == {"name": "clip4clip"}
+    unchanged = read_values("discovla_msrvtt", ["method.name=discovla"])
+    assert unchanged == read_values("discovla_msrvtt")
+
+
+def test_a_number_as_weights_is_refused_with_the_seed_s_key():
+    with pytest.raises(ConfigError, match=r"model\.pretrained: .* model\.pretrained=random model\.seed=7"):
+        read_config("quickstart", ["model.pretrained=7"])
+
+
+def test_a_missing_config_is_named_by_its_absolute_path_with_the_packaged_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"own, .*quickstart.* found no file " + str(tmp_path / "none")):
+        read_config("none")
+    (tmp_path / "own").write_text("")  # a file of that name comes first
+    assert read_values("own") == {}

@@ -78,3 +78,13 @@ def test_the_packaged_config_for_own_clips_needs_no_frame_captions_and_leaves_th
     assert config.method.alpha == config.method.beta == 0
     assert "batch_size" not in config.model_fields_set
     assert config.data.test_split == "test" and "test_split" not in config.data.model_fields_set
+
+
+def test_a_finished_run_in_the_same_directory_is_kept_after_a_line_that_says_so(own):
+    folder, _ = own
+    words = [folder / "small.toml", "steps=1", "method.alpha=0", "method.beta=0"]
+    lines = runs.train(words).output().splitlines()
+    kept = f"{folder}/run holds a finished run: it is kept as {folder}/run.1, and a new run starts here; "
+    (line,) = [line for line in lines if line.startswith(kept)]
+    assert "resume=true" in line and "directory=PATH" in line
+    assert len(runs.records(folder / "run.1")) == 5 and len(runs.records(folder / "run")) == 1

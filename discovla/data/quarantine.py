@@ -12,6 +12,10 @@ from pathlib import Path
 from discovla.batch import BadClip
 from discovla.data.manifest import Clip
 
+QUARANTINE_HINT = (
+    "`discovla doctor MANIFEST` lists all such clips; data.quarantine=LIST leaves them out of training, "
+    "`discovla evaluate --quarantine LIST` out of an evaluation"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +57,7 @@ class Quarantine:
             raise ValueError(
                 f"data.bad_clip_share: expected at most {self.share:.2%} of {self.clips} clips to be bad,"
                 f" found {len(self.known)}, the last {last.id!r} ({last.video}): {last.reason};"
-                f" all are in {self.path}"
+                f" all are in {self.path}; {QUARANTINE_HINT}"
             )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ OPENAI_NAMES = (
     ("mlp.down.", "mlp.c_proj."),
 )
 VISION_POSITIONS = ("vision.class_embedding", "vision.position_embedding")
+CONNECT_SECONDS = 5.0  # for a server to answer
 EXPECTED = "a file of CLIP weights (a state dict)"
 FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
 KIND_NAMES = {
@@ -65,6 +68,16 @@ class ModelConfig(BaseModel):
     """The CLIP to start from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("pretrained", mode="before")
+    @classmethod
+    def _seed_has_a_key(cls, value: object) -> object:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            raise ValueError(
+                "expected a tag, a file, 'drawn' or 'random'; a random start from a seed is "
+                f"model.pretrained=random model.seed={value}"
+            )
+        return value
 
     architecture: str | None = None
     """Name of an open_clip model ("ViT-B-32-quickgelu") or a JSON file in open_clip's form.  Optional for the
@@ -379,6 +392,7 @@ def _download(name: str | None, tag: str) -> tuple[Path, str]:
             f"model.architecture: expected a name to go with model.pretrained={tag!r}, found none"
         )
     torchvision_cpu.install()
+    from huggingface_hub import constants
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
     config = get_pretrained_cfg(name, tag)
@@ -388,7 +402,32 @@ def _download(name: str | None, tag: str) -> tuple[Path, str]:
             f"model.pretrained: expected a file (.pt, .safetensors), 'drawn', 'random' or a tag of {name}"
             f" ({known}), found {tag!r}"
         )
-    return Path(download_pretrained(config)), "quick_gelu" if config.get("quick_gelu") else "gelu"
+    activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
+    hub = config.get("hf_hub")
+    offline = bool(hub) and not _reachable(constants.ENDPOINT)
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, offline or constants.HF_HUB_OFFLINE
+    try:
+        return Path(download_pretrained(config)), activation
+    except (OSError, RuntimeError) as error:
+        source = f"{constants.ENDPOINT}/{hub.rstrip('/')}" if hub else config.get("url")
+        reason = "no connection" if offline else " ".join(str(error).split())
+        raise ValueError(
+            f"model.pretrained={tag!r}: expected the weights of {name} in the cache, or from {source}, found "
+            f"{reason}; give a downloaded file: model.pretrained=/path/to/weights.safetensors"
+        ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable(url: str) -> bool:
+    """Return True if a server answers within a few seconds; the hub's own client tries for a minute."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
 
 
 def _infer_architecture(

@@ -1,5 +1,6 @@
 import json
 import logging
+import time
 from pathlib import Path
 
 import open_clip
@@ -155,6 +156,7 @@ def test_a_tag_sets_file_and_activation(tmp_path, monkeypatch):
     weights = tmp_path / "downloaded.pt"
     torch.save(reference(VIT_B_32).state_dict(), weights)
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda config: str(weights))
+    monkeypatch.setattr("discovla.towers.weights._reachable", lambda url: True)
     found = load_pretrained(ModelConfig(architecture="ViT-B-32", pretrained="openai"))
     assert found.architecture.activation == "quick_gelu"
     with pytest.raises(ValueError, match=r"model.pretrained: .*'drawn'.*found 'no_such_tag'"):
@@ -238,3 +240,15 @@ def test_position_std_sets_the_deviation_of_vision_positions_only():
     changed = {name for name in usual if not torch.equal(usual[name], wide[name])}
     assert changed == {"vision.class_embedding", "vision.position_embedding"}
     assert 0.4 < wide["vision.position_embedding"].std() < 0.6
+
+
+def test_weights_that_cannot_be_downloaded_are_refused_at_once(monkeypatch, tmp_path):
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"pretrained='openai': .* http://127.0.0.1:9/timm/.* found no con"):
+        load_pretrained(ModelConfig(architecture="ViT-B-32-quickgelu", pretrained="openai"))
+    assert time.monotonic() - began < 20  # the hub's own retries take a minute
+    assert not hub.HF_HUB_OFFLINE
