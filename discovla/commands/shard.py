@@ -104,7 +104,10 @@ def _settings(arguments: argparse.Namespace) -> ShardSettings:
         elif arguments.size is None:
             from discovla.towers.weights import load_pretrained
 
-            options["size"] = load_pretrained(config.model).architecture.image_size
+            model = config.model
+            if model.architecture is not None:  # which tells the size without the weights
+                model = model.model_copy(update={"pretrained": "random", "activation": "auto"})
+            options["size"] = load_pretrained(model).architecture.image_size
     options |= {name: value for name in SAMPLING_OPTIONS if (value := getattr(arguments, name)) is not None}
     if arguments.size is not None:
         if arguments.size != "full" and not arguments.size.isdecimal():
