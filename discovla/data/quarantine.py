@@ -57,7 +57,7 @@ class Quarantine:
             raise ValueError(
                 f"data.bad_clip_share: expected at most {self.share:.2%} of {self.clips} clips to be bad,"
                 f" found {len(self.known)}, the last {last.id!r} ({last.video}): {last.reason};"
-                f" all are in {self.path}; {QUARANTINE_HINT}"
+                f" {QUARANTINE_HINT}; all are in {self.path}"
             )
 
 
