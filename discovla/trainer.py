@@ -200,7 +200,7 @@ class Trainer:
         data = data_fingerprint(self.splits, config.data) if world.first else None
         self.loader = make_loader(config, self.method, self.splits.get("train", []), world)
         # with what the clips have decided, so that checkpoints and config.json tell it
-        data = config.data.model_copy(update={"test_split": test_split})
+        data_config = config.data.model_copy(update={"test_split": test_split})
         batch_size = self.loader.spec.batch_size
         if batch_size != config.batch_size:
             logger.warning(
@@ -209,7 +209,7 @@ class Trainer:
                 config.batch_size,
                 len(self.loader.dataset),
             )
-        self.config = config = config.model_copy(update={"data": data, "batch_size": batch_size})
+        self.config = config = config.model_copy(update={"data": data_config, "batch_size": batch_size})
         self.total_steps = config.steps or config.epochs * self.loader.steps_per_epoch
         self.checkpoints = CheckpointManager(
             config,
