@@ -77,7 +77,7 @@ def test_a_run_killed_at_any_write_equals_an_uninterrupted_one(tmp_path, drawn, 
         f"{CHECKPOINT}:_write_tensors:2",  # one of its two files is written
         f"{CHECKPOINT}:_put_in_place:1",  # all files are written, not yet renamed
         f"{CHECKPOINT}:set_best:1",  # renamed, not yet marked as the best
-        f"{CHECKPOINT}:keep:1",  # older ones are not removed
+        f"{CHECKPOINT}:prune:1",  # older ones are not removed
         "kill:discovla.trainer:write_json:1",  # the results
     ):
         job = runs.start(words, fault=kill)
