@@ -163,7 +163,8 @@ def read_run(directory: Path) -> RunData:
     complete = (directory / "results.json").is_file()
     results = read(directory / "results.json", "The table of test results") if complete else {}
     if not complete and (directory / "before.json").is_file():
-        results = read(directory / "before.json", "The table of zero-shot results")
+        before = read(directory / "before.json", "The table of zero-shot results")
+        results = before.get("rows", before)  # older runs hold the rows alone
     records = {}
     for name in RECORDS:
         path = directory / f"evaluation-{name}.npz"

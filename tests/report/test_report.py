@@ -212,11 +212,14 @@ def test_a_killed_run_has_a_report_of_its_validation(tmp_path, videos):
     run = make_run(tmp_path / "killed", videos, finished=False)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
+    rows = {"zero-shot, mean pooling": scored(0, 1.0, videos)[0]}
+    (run / "before.json").write_text(json.dumps({"rows": rows, "fingerprint": {"a": 1}}))
     pictures = try_report(run)
     text = Page((run / "report.html").read_text()).text
     assert "Not finished: 25 of 40 steps" in text
     assert "Validation split: 30 captions" in text
     assert "optimistic" in text
+    assert "zero-shot, mean pooling" in text and "fingerprint" not in text
     assert {
         "Losses",
         "Learning rate",
