@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from discovla.batch import Embedding
 from discovla.config import RunConfig
 from discovla.data.dataset import read_clips
+from discovla.data.tokens import Tokenizer
 from discovla.data.video.errors import DecodeError
 from discovla.drawn_world.wording import token_ids
 from discovla.engine.distributed import choose_device
@@ -17,6 +22,7 @@ from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.model import ADAPTER, LoadedRun
+from discovla.nn.features import widen
 from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD
 from discovla.tensor_files import write_tensors
 from discovla.towers.architecture import config_from_architecture
@@ -94,6 +100,90 @@ def export_open_clip(run: LoadedRun, out: Path, loss: Loss | None = None) -> lis
     (out / OPEN_CLIP_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     write_tensors(out / OPEN_CLIP_WEIGHTS, run.method.plain_weights())
     return [out / OPEN_CLIP_CONFIG, out / OPEN_CLIP_WEIGHTS]
+
+
+def export_programs(run: LoadedRun, out: Path) -> list[Path]:
+    """Write both encoders as programs that `torch.export.load` opens without discovla.
+
+    `video_encoder.pt2` takes frames (b f y x 3, uint8, as sampled and resized for the run) and their mask
+    (b f, bool); `text_encoder.pt2` takes token ids (b l, int64). Both return a dict with `pooled`, b d, and
+    with `tokens` and `mask` where the method compares them; b is free. `discovla.json` in each has f, y and
+    l.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: torch.export cannot follow the method, or the program computes something else.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    method, data = run.method.eval(), run.config.data
+    size, length = method.architecture.image_size, data.context_length
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, data.frames, size, size, 3)
+    frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    frame_mask = torch.arange(data.frames) < torch.tensor([[data.frames], [max(1, data.frames - 1)]])
+    ids, _ = Tokenizer(length).encode(["a red circle", "two blue boxes turn to the left"])
+    inputs = {"video": (frames, frame_mask), "text": (ids,)}
+    description = json.dumps({"frames": data.frames, "image_size": size, "context_length": length})
+    vision, text = method.vision.impl, method.text.impl
+    written = []
+    try:
+        method.vision.impl = method.text.impl = "torch"
+        for side, encoder in {"video": _VideoEncoder(method), "text": _TextEncoder(method)}.items():
+            path = out / f"{side}_encoder.pt2"
+            program = _program(encoder, inputs[side], f"{run.config.method.name}, {side}")
+            torch.export.save(program, path, extra_files={"discovla.json": description})
+            written.append(path)
+    finally:
+        method.vision.impl, method.text.impl = vision, text
+    return written
+
+
+class _VideoEncoder(nn.Module):
+    """Embed videos without the checks of `Method.encode_video`, which read masks."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, frames: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return _outputs(self.method.embed_frames(self.method.encode_frames(frames, mask), mask))
+
+
+class _TextEncoder(nn.Module):
+    """Embed texts as padded rows: packed ones have a number that depends on the texts."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        mask = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(-1, keepdim=True)
+        pooled, words = self.method.text(ids, None, words=True)
+        words = widen(words) if self.method.needs_words else None
+        return _outputs(self.method.embed_text(widen(pooled), words, mask))
+
+
+def _outputs(embedding: Embedding) -> dict[str, Tensor]:
+    return {n: x for n, x in embedding.tensors().items() if n in ("pooled", "tokens", "mask")}
+
+
+def _program(encoder: nn.Module, inputs: tuple[Tensor, ...], name: str) -> torch.export.ExportedProgram:
+    """Trace an encoder with a free batch size, and check the program at another one."""
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        try:
+            program = torch.export.export(encoder, inputs, dynamic_shapes=[{0: batch} for _ in inputs])
+        except (RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"export: torch.export cannot follow {name}: {first}") from None
+        more = tuple(torch.cat([x, x[:1]]) for x in inputs)
+        wanted, values = encoder(*more), program.module()(*more)
+    for key, expected in wanted.items():
+        if not torch.allclose(values[key].float(), expected.float(), rtol=1e-4, atol=1e-5):
+            raise ValueError(f"export: the program of {name} computes other values of {key}")
+    return program
 
 
 def export_drawn(run: LoadedRun, out: Path) -> Path:

@@ -22,12 +22,13 @@ from discovla.cli import main
 from discovla.config import ConfigError, read_config
 from discovla.data.manifest import Clip, read_manifest
 from discovla.data.sampling import clip_sampling
+from discovla.data.tokens import Tokenizer
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import read_frames, resize_and_crop
-from discovla.export import export, measure_loss, parts_beyond_clip
+from discovla.export import export, export_programs, measure_loss, parts_beyond_clip
 from discovla.methods import build
 from discovla.methods.clip import CLIP, CLIPConfig
-from discovla.model import load_run
+from discovla.model import LoadedRun, load_run
 from discovla.retrieval.record import EvaluationRecord
 from discovla.retrieval.similarity import similarity_matrix
 from discovla.tensor_files import write_tensors
@@ -386,3 +387,61 @@ def test_new_files_have_the_permissions_of_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+WITHOUT_DISCOVLA = """
+import sys
+sys.modules["discovla"] = None  # any import of it fails
+import torch
+data = torch.load("inputs.pt")
+results = {}
+for side, inputs in data.items():
+    encoder = torch.export.load(f"out/{side}_encoder.pt2").module()
+    for n in (1, 3):
+        results[f"{side} {n}"] = encoder(*(x[:n] for x in inputs))
+torch.save(results, "results.pt")
+assert not any(name.startswith("discovla.") for name in sys.modules)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["seqTransf", "t2vparser"])
+def test_exported_programs_of_other_methods_run_at_any_batch_size(name, tmp_path, drawn):
+    check_programs(name, tmp_path, drawn)
+
+
+def test_exported_programs_run_without_discovla_at_any_batch_size(tmp_path, drawn):
+    check_programs("fusion", tmp_path, drawn)
+
+
+def check_programs(name, tmp_path, drawn):
+    """Export both encoders of a method, run them in another process and compare."""
+    config = read_config(write_config(tmp_path, drawn), ({"fusion": []} | METHODS)[name])
+    method = build(config.model, config.method).eval()
+    export_programs(LoadedRun(config=config, method=method, step=1), tmp_path / "out")
+    frames = torch.randint(0, 256, (3, 8, 64, 64, 3), dtype=torch.uint8)
+    frame_mask = torch.arange(8) < torch.tensor([[8], [5], [1]])
+    ids, mask = Tokenizer(32).encode(["a red circle", "a", "a blue box turns to the left and then right"])
+    torch.save({"video": (frames, frame_mask), "text": (ids,)}, tmp_path / "inputs.pt")
+    subprocess.run([sys.executable, "-c", WITHOUT_DISCOVLA], cwd=tmp_path, check=True)
+    results = torch.load(tmp_path / "results.pt")
+    with torch.no_grad():
+        expected = {"video": method.encode_video(frames, frame_mask), "text": method.encode_text(ids, mask)}
+    for side, embedding in expected.items():
+        for n in (1, 3):
+            outputs = results[f"{side} {n}"]
+            assert relative_error(outputs["pooled"], embedding.pooled[:n]) <= 1e-4
+            assert ("tokens" in outputs) == (embedding.tokens is not None)
+            if embedding.tokens is not None:
+                real = embedding.mask[:n]
+                assert torch.equal(outputs["mask"], real)
+                assert relative_error(outputs["tokens"][real], embedding.tokens[:n][real]) <= 1e-4
+
+
+def test_a_method_that_torch_export_cannot_follow_is_named(tmp_path, drawn):
+    config = read_config(write_config(tmp_path, drawn), METHODS["seqLSTM"])
+    method = build(config.model, config.method)
+    with pytest.raises(ValueError, match=r"torch\.export cannot follow clip4clip, video"):
+        export_programs(LoadedRun(config=config, method=method, step=1), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert method.vision.impl == method.text.impl == "auto"

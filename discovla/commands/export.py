@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from discovla.export import export, export_drawn, export_open_clip, measure_loss
+from discovla.export import export, export_drawn, export_open_clip, export_programs, measure_loss
 from discovla.model import load_run
 
 
@@ -23,6 +23,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--open-clip", action="store_true", help=open_clip)
     lossy = "write that CLIP without those parts; R@1 of both on the run's val split is printed"
     parser.add_argument("--lossy", action="store_true", help=lossy)
+    programs = "also write both encoders as video_encoder.pt2 and text_encoder.pt2 for torch.export.load"
+    parser.add_argument("--torch-export", action="store_true", help=programs)
     drawn = "write a CLIP trained on the drawn world as the small file that discovla ships"
     parser.add_argument("--drawn", action="store_true", help=drawn)
     devices = ("auto", "cpu", "cuda")
@@ -53,4 +55,6 @@ def _export(arguments: argparse.Namespace) -> None:
     written = [export(run, arguments.out)]
     if arguments.open_clip:
         written += export_open_clip(run, arguments.out, loss)
+    if arguments.torch_export:
+        written += export_programs(run, arguments.out)
     print("\n".join(f"wrote {path}" for path in written))

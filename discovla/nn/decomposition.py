@@ -111,4 +111,4 @@ class Decomposition(nn.Module):
         return self.video(self._tokens(memory), memory, mask)
 
     def _tokens(self, memory: Tensor) -> Tensor:
-        return self.tokens.to(memory.dtype).expand(len(memory), -1, -1)
+        return self.tokens.to(memory.dtype).expand(memory.shape[0], -1, -1)

@@ -94,7 +94,7 @@ class FusionAttention(Attention):
             )
             ungrouped, grouped = self.out(local).tensor_split([layout.ungrouped])
             fused = self.adapter(grouped) + self.out(group)
-            return torch.cat([ungrouped, fused]) if len(ungrouped) else fused
+            return torch.cat([ungrouped, fused]) if ungrouped.shape[0] else fused
         local, group = padded_attention.fusion_attention(qkv, self.frame_position, self.heads, layout)
         local = self.out(local)
         rows, readout = local.flatten(0, -2), layout.readout_rows(local.shape[1])[layout.ungrouped :]

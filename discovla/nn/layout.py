@@ -83,7 +83,7 @@ class SequenceLayout:
         """Readout rows n w of all rows, a pending update added; x itself if a last block has returned it."""
         if isinstance(x, tuple):
             return self.read(x[0]) + self.read(x[1])
-        if x.dim() == 2 and self.readout is not None and len(x) == len(self.readout):
+        if x.dim() == 2 and self.readout is not None and x.shape[0] == self.readout.shape[0]:
             return x
         return take_rows(x.flatten(0, -2), self.readout_rows(x.shape[1]))
 
@@ -98,7 +98,7 @@ class SequenceLayout:
         device = readout.device
         return self._cached(
             f"readout_rows of {length}",
-            lambda: torch.arange(0, len(readout) * length, length, device=device) + readout,
+            lambda: torch.arange(0, readout.shape[0] * length, length, device=device) + readout,
         )
 
     def readout_index(self, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class SequenceLayout:
         If x holds the readout rows alone, n w, these are 0 to n - 1.
         """
         assert self.readout is not None, "readout_index is used only with readout rows"
-        rows, n = x[..., 0].numel(), len(self.readout)
+        rows, n = x[..., 0].numel(), self.readout.shape[0]
         sequences = self._cached("sequences", lambda: torch.arange(n, dtype=torch.int32, device=x.device))
         if x.dim() == 2 and rows == n:
             return sequences

@@ -60,7 +60,7 @@ def fusion_attention(
         assert layout.readout is not None, "groups have readout rows"
         q, k, v = (part[layout.ungrouped :] for part in (q, k, v))
         readout = layout.readout[layout.ungrouped :]
-        queries = q[torch.arange(len(q), device=q.device), :, readout]  # n' h c
+        queries = q[torch.arange(q.shape[0], device=q.device), :, readout]  # n' h c
         return local, _across_groups(queries, k, v, position, layout)
 
     return recompute_in_backward(attend, qkv, position)
@@ -118,7 +118,7 @@ def _group_position(position: Tensor, group: int, k: Tensor) -> Tensor:
     if group > len(position):
         raise ValueError(f"frames: expected at most {len(position)} with positions, got {group}")
     table = position[:group].unflatten(-1, (k.shape[1], -1))  # f h c
-    return table.repeat(len(k) // group, 1, 1)[:, :, None]
+    return table.repeat(k.shape[0] // group, 1, 1)[:, :, None]
 
 
 def _key_mask(layout: SequenceLayout) -> Tensor | None:

@@ -117,7 +117,7 @@ class PairScorer(nn.Module):
         """Scores of p pairs, p: text p d, frames p f d, mask p f."""
         x = torch.cat([text[:, None], frames], dim=1)  # p f+1 d
         x = self.dropout(x + self.positions(x.shape[1]).to(x.dtype))
-        y = self.transformer(x, torch.cat([mask.new_ones(len(mask), 1), mask], dim=1))
+        y = self.transformer(x, torch.cat([mask.new_ones(mask.shape[0], 1), mask], dim=1))
         return self.score(quick_gelu(self.dense(self.norm(y[:, 0]))))[:, 0]
 
 

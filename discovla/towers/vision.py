@@ -124,7 +124,7 @@ class VisionTower(nn.Module):
     def _tokens(self, patches: Tensor) -> Tensor:
         """Prepend the class token to embedded patches n p w, add positions and norm: n 1+p w."""
         dtype = patches.dtype
-        cls = self.class_embedding.to(dtype).expand(len(patches), 1, -1)
+        cls = self.class_embedding.to(dtype).expand(patches.shape[0], 1, -1)
         x = torch.cat([cls, patches], dim=1) + self.position_embedding.to(dtype)  # n 1+p w
         return self.ln_pre.norm_residual(x, self.impl)
 
