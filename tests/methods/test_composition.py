@@ -201,7 +201,7 @@ def test_order_aware_heads_tell_a_reversed_clip(variant):
         ("clip2video", {"similarity": "tokens"}, r"method\.similarity: expected 'pooled', found 'tokens'"),
         ("clip2video", {"sim_type": "meanP"}, r"method\.sim_type: .*method\.temporal_type = 'none'"),
         ("discovla", {"head": "seqLSTM"}, r"method\.head: unknown key"),
-        ("meanP", {"tune": "half"}, r"method\.tune: expected 'full', 'lora' or 'frozen'"),
+        ("meanP", {"tune": "half"}, r"method\.tune: expected 'full', 'text', 'lora' or 'frozen'"),
     ],
     ids=str,
 )
