@@ -41,7 +41,7 @@ class EngineConfig(BaseModel):
     gradients through these layers in FP8 too, for one more byte per frozen weight."""
 
     residual_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Dtype of the residual_dtype stream of the towers when precision is not "fp32"."""
+    """Dtype of the residual stream of the towers when precision is not "fp32"."""
 
     bf16_parameters: bool = False
     """Use DeepSpeed's bf16 mode, which casts trained parameters to bf16 and keeps fp32 master copies. For

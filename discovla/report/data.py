@@ -77,7 +77,7 @@ class RunFacts:
 
 @dataclass(kw_only=True)
 class RunData:
-    """What a report shows of a run.
+    """Values that a report shows of a run.
 
     config: the stored config by sections, with old keys translated; empty if it is missing.
     parsed: the same as a `RunConfig`; None if this version cannot read it.
