@@ -1,7 +1,7 @@
 """discovla: a GPU-first engine for video-text retrieval.
 
-`discovla.load` opens a run, an export or a plain CLIP. `import discovla` itself imports nothing: torch is
-imported when a name is used.
+`discovla.load` opens a run, an export or a plain CLIP, `discovla.Index` searches videos by it. `import
+discovla` itself imports nothing: torch is imported when a name is used.
 """
 
 from importlib import import_module
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from discovla.model import Model, load
     from discovla.retrieval.embeddings import Embeddings
+    from discovla.search.index import Index
 
 __version__ = "0.1.0"
-__all__ = ["Embeddings", "Model", "__version__", "load"]
+__all__ = ["Embeddings", "Index", "Model", "__version__", "load"]
 
 _MODULES = {
     "Embeddings": "discovla.retrieval.embeddings",
+    "Index": "discovla.search.index",
     "Model": "discovla.model",
     "load": "discovla.model",
 }

@@ -36,6 +36,7 @@ HIGH = {
     "corpus": 8,
     "export": 8,
     "order": 8,
+    "search": 8,
     "trainer": 8,
     "commands": 9,
     "testing": 9,
