@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
@@ -238,4 +239,31 @@ class Launches(TorchDispatchMode):
             launches = SEVERAL.get(name, 1) if func.namespace == "discovla" else 1
             self.count += launches
             self.ops[name] += launches
+        return out
+
+
+class Traffic(TorchDispatchMode):
+    """Count the bytes that ops on a device read and write, each operand of each op once; views move none.
+
+    Args:
+        device: of the tensors; "meta" counts a step of any size without computing it.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.device = device
+        self.bytes: Counter[str] = Counter()  # by the name of the op
+
+    @property
+    def total(self) -> int:
+        """Bytes of all ops."""
+        return sum(self.bytes.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in STILL:
+            operands = tree_leaves((args, kwargs, out))
+            tensors = [x for x in operands if isinstance(x, Tensor) and x.device.type == self.device]
+            self.bytes[name] += sum(x.numel() * x.element_size() for x in tensors)
         return out

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from discovla.nn.layout import Residual, resolve_impl
 from discovla.nn.recompute import QUICK_GELU_SLOPE, recompute_in_backward
+from discovla.ops.blocks import norm_dtype
 from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import FP8Weight, fp8_linear
 from discovla.ops.fusion_norm import AdapterWeights, fusion_norm
@@ -79,14 +80,14 @@ class LayerNorm(nn.LayerNorm):
     compute_dtype: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.promote_types(input.dtype, torch.float32) == input.dtype:
+        if norm_dtype(input) == input.dtype:
             return self._forward(input, self.weight, self.bias)
         # keeps the input for backward, not its copy in float32
         return recompute_in_backward(self._forward, input, self.weight, self.bias)
 
     def _forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = F.layer_norm(x.to(wide), self.normalized_shape, weight.to(wide), bias.to(wide), self.eps)
+        dtype = norm_dtype(x)
+        y = F.layer_norm(x.to(dtype), self.normalized_shape, weight.to(dtype), bias.to(dtype), self.eps)
         return y.to(self.result_dtype(x))
 
     def result_dtype(self, x: Tensor) -> torch.dtype:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from discovla.ops.blocks import norm_dtype
+
 QUICK_GELU_SLOPE = 1.702
 
 
@@ -170,10 +172,9 @@ class _NormedLoRAProjection(Function):
         if not ctx.needs_input_grad[0]:
             return *[None] * 6, grad_a, grad_b
         grad_y = (grad @ w).addmm_(grad_low, a)
-        wide = mean.dtype
-        shape = [x.shape[-1]]
+        dtype, shape = norm_dtype(x), [x.shape[-1]]
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_y.to(wide).view(x.shape), x.to(wide), shape, mean, rstd, gamma.to(wide), beta.to(wide),
+            grad_y.to(dtype).view(x.shape), x.to(dtype), shape, mean, rstd, gamma.to(dtype), beta.to(dtype),
             [True, False, False],
         )  # fmt: skip
         return grad_x.to(x.dtype), *[None] * 5, grad_a, grad_b
@@ -182,10 +183,9 @@ class _NormedLoRAProjection(Function):
 def _normalise(
     x: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer norm, t w in `dtype`, the mean and 1 / deviation of each row; in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    shape = [x.shape[-1]]
-    y, mean, rstd = torch.native_layer_norm(x.to(wide), shape, gamma.to(wide), beta.to(wide), eps)
+    """The layer norm, t w in `dtype`, the mean and 1 / deviation of each row; summed in float32 at least."""
+    work, shape = norm_dtype(x), [x.shape[-1]]
+    y, mean, rstd = torch.native_layer_norm(x.to(work), shape, gamma.to(work), beta.to(work), eps)
     return y.to(dtype).flatten(0, -2), mean, rstd
 
 

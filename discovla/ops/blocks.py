@@ -63,6 +63,14 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def norm_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which torch's layer norm takes rows like `x`.
+
+    On a CPU float32 at least.  Elsewhere their own: torch's kernel for GPUs computes halves in float32.
+    """
+    return sum_dtype(x) if x.device.type == "cpu" else x.dtype
+
+
 def product_dtype(x: Tensor, pairs: int) -> torch.dtype:
     """Return the dtype in which rows like `x` are multiplied.
 
