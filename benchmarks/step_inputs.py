@@ -37,8 +37,8 @@ def architecture(name: str) -> Architecture:
 
 def method(a: Architecture, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiscoVLA:
     """Make the published DiscoVLA with random weights, ready to train, computing in `dtype`."""
+    torch.manual_seed(0)  # before the model draws its adapters
     made = DiscoVLA(a, DiscoVLAConfig())
-    torch.manual_seed(0)
     initialise(made, a, seed=0)
     made.freeze()
     with torch.no_grad():  # products of two parameters at zero would have no gradients

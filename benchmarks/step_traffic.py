@@ -74,9 +74,7 @@ _attention.register_autograd(
 def _as_on_a_gpu() -> Iterator[None]:
     """Let `auto` choose on meta tensors as on a GPU, and count attention as one op."""
     choices = {op: {**by_device, "meta": by_device["cuda"]} for op, by_device in dispatch.AUTO.items()}
-    fused = patch.object(
-        F, "scaled_dot_product_attention", lambda q, k, v, **options: _attention(q, k, v)
-    )
+    fused = patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **options: _attention(q, k, v))
     with patch.dict(dispatch.AUTO, choices), fused:
         yield
 
@@ -101,7 +99,9 @@ def step_traffic(
         step_inputs.step(model, batch)
     kinds: Counter[str] = Counter()
     for name, count in traffic.bytes.items():
-        kinds[next((kind for kind, words in KINDS.items() if any(w in name for w in words)), "others")] += count
+        kinds[next((kind for kind, words in KINDS.items() if any(w in name for w in words)), "others")] += (
+            count
+        )
     return kinds, launches.count
 
 

@@ -21,7 +21,7 @@ def late_interaction(inputs: TokenInputs, *, impl: Impl = "auto") -> Tensor:
     Args:
         inputs: the rows; padding is left out on both sides.  A side without a real row scores 0.
         impl: reference (S of all pairs in memory), torch (in blocks of pairs, computed again in backward),
-            triton, or auto, which is torch.
+            triton, or auto: the reference if S has at most 4 million entries, else torch.
 
     Returns:
         t v, float32 at least.

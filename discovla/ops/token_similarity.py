@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.ops.blocks import expect_shape, pair_blocks, product_dtype, select_rows, sum_dtype
+from discovla.ops.blocks import (
+    ELEMENTS,
+    expect_shape,
+    pair_blocks,
+    product_dtype,
+    select_rows,
+    sum_dtype,
+)
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.streamed import token_similarity as streamed
 from discovla.ops.streamed.token_similarity import masked_softmax
@@ -47,7 +54,7 @@ def token_similarity(inputs: TokenInputs, *, kappa: float = KAPPA, impl: Impl = 
         inputs: the rows; padding is in no softmax.  A side without a real row contributes 0.
         kappa: k.
         impl: reference (S of all pairs in memory), torch (in blocks of pairs, computed again in backward),
-            triton, or auto, which is torch.
+            triton, or auto: the reference if S of all pairs has at most 4 million entries, else torch.
 
     Returns:
         s: t v, before any temperature, float32 at least.
@@ -113,7 +120,8 @@ def choose_and_normalise(op: str, impl: Impl, inputs: TokenInputs) -> tuple[str,
     expect_shape("text_mask", inputs.text_mask, tuple(text.shape[:2]))
     expect_shape("video_mask", inputs.video_mask, tuple(video.shape[:2]))
     operands = (text, video, inputs.text_mask, inputs.video_mask)
-    chosen = choose(op, impl, text.device.type, operands=operands)
+    small = text[..., 0].numel() * video[..., 0].numel() <= ELEMENTS
+    chosen = choose(op, impl, text.device.type, small=small, operands=operands)
     pairs = len(text) * len(video) if chosen != "reference" and op != "token_communication" else 0
     dtype = product_dtype(text, pairs)
     text, video = (F.normalize(x.to(sum_dtype(text)), dim=-1, eps=EPS).to(dtype) for x in (text, video))

@@ -47,6 +47,11 @@ def test_every_implementation_has_figures_or_a_reason(architecture):
     assert timed["ours bf16"]["kept_mb"] < timed["ours"]["kept_mb"] < timed["reference"]["kept_mb"]
 
 
+def test_every_implementation_starts_from_equal_weights(architecture):
+    first, second = (step_inputs.method(architecture).state_dict() for _ in range(2))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
 def test_an_implementation_that_does_not_fit_is_left_out_and_the_rest_timed(architecture, monkeypatch):
     def full(name, *rest):
         if name == "reference":
