@@ -108,8 +108,9 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return printable(f"{os.fsdecode(error.filename)}: {error.strerror}")
     text = str(error).strip()
-    if text.startswith("Caught ") and "Traceback" in text:
-        text = text.splitlines()[-1]  # a data-loading process sends its whole traceback
+    if text.startswith("Caught ") and ("Traceback" in text or "\nOriginal " in text):
+        # a data-loading process sends its whole traceback, or the error of a batch that cannot be sent
+        text = re.sub(r"^Original \w+: ", "", text.splitlines()[-1])
     return printable(" ".join(text.split()))
 
 

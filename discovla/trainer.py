@@ -19,9 +19,10 @@ from discovla.checkpoints import CheckpointManager, TrainState, keep_earlier_run
 from discovla.config import RunConfig
 from discovla.data.dataset import read_splits
 from discovla.data.fingerprint import data_fingerprint, differences
-from discovla.data.loader import BatchSpec, TrainLoader
+from discovla.data.loader import BatchSpec, TrainLoader, read_ahead
 from discovla.data.manifest import Clip
 from discovla.data.quarantine import QUARANTINE_HINT, Quarantine
+from discovla.data.transfer import ReadAhead, check_shared_memory
 from discovla.drawn_world.stills import Stills
 from discovla.engine.capture import check_capture, make_capture
 from discovla.engine.checkpoint import CheckpointWriter
@@ -37,7 +38,7 @@ from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan
 from discovla.errors import PeerLost, RunStopped, exit_process, is_connection_lost
 from discovla.evaluate import EvalOptions, evaluate
-from discovla.features import frozen_loader
+from discovla.features import frozen_loader, why_not_frozen
 from discovla.lock import LockHeld, WriterLock
 from discovla.methods import build
 from discovla.methods.base import Method
@@ -210,6 +211,9 @@ class Trainer:
                 len(self.loader.dataset),
             )
         self.config = config = config.model_copy(update={"data": data_config, "batch_size": batch_size})
+        frozen = not why_not_frozen(config, self.method, self.loader)
+        image_size = self.method.architecture.image_size
+        check_shared_memory(*reads_of_run(config, self.splits, image_size, world, frozen=frozen))
         self.total_steps = config.steps or config.epochs * self.loader.steps_per_epoch
         self.checkpoints = CheckpointManager(
             config,
@@ -352,7 +356,7 @@ class Trainer:
                 log.reset_clock()
             for batch in timer.time_loading(self.batches(state.step, last)):
                 batch, self.stop_reason = self.agree(state.step, batch)
-                if self.stop_reason is not None:
+                if self.stop_reason is not None or batch is None:
                     if self.checkpoints.newest_step != state.step:
                         self.save(state, log)
                     break
@@ -376,17 +380,24 @@ class Trainer:
         """Return True every `period` steps, after every epoch without a period, and after the last step."""
         return step == self.total_steps or step % (period or self.loader.steps_per_epoch) == 0
 
-    def batches(self, step: int, last: int) -> Iterator[Batch]:
-        """Yield this rank's batches of steps `step` .. `last` - 1, over epochs."""
+    def batches(self, step: int, last: int) -> Iterator[Batch | None]:
+        """Yield this rank's batches of steps `step` .. `last` - 1, over epochs.
+
+        If a stop is requested while a batch is awaited, None is yielded in its place.
+        """
         while step < last:
             epoch, start = divmod(step, self.loader.steps_per_epoch)
-            for batch in self.loader.epoch(epoch, start=start):
+            for batch in self.loader.epoch(epoch, start=start, should_stop=self.should_stop):
                 yield batch
                 step += 1
                 if step == last:
                     return
 
-    def agree(self, step: int, batch: Batch) -> tuple[Batch, str | None]:
+    def should_stop(self) -> bool:
+        """Return True if this process has been asked to stop."""
+        return any(self.signals.counts())
+
+    def agree(self, step: int, batch: Batch | None) -> tuple[Batch | None, str | None]:
         """Agree with all ranks on bad clips and on a request to stop, by one sum over ranks on the CPU.
 
         Returns:
@@ -397,13 +408,14 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         self.checkpoints.check_writer()
-        counts = torch.tensor([len(batch.bad), *self.signals.counts()])
+        own = () if batch is None else batch.bad
+        counts = torch.tensor([len(own), *self.signals.counts()])
         bad_count, *stop_counts = all_reduce_sum(counts, self.world).tolist()
         reasons = [reason for reason, n in zip(STOP_REASONS, stop_counts, strict=True) if n]
         stop_reason = reasons[0] if reasons else None
         if not bad_count:
-            return replace(batch, valid=None), stop_reason
-        bad: list[BadClip] = [clip for share in gather_objects(batch.bad, self.world) for clip in share]
+            return None if batch is None else replace(batch, valid=None), stop_reason
+        bad: list[BadClip] = [clip for share in gather_objects(own, self.world) for clip in share]
         self.quarantine.add(bad, write=self.world.first)
         if len(bad) == self.config.batch_size:
             raise ValueError(
@@ -542,6 +554,27 @@ def make_loader(config: RunConfig, method: Method, clips: list[Clip], world: Wor
     stills = None if data.stills is None else Stills(seed=config.seed, **data.stills.model_dump())
     reduce = "batch_size" not in config.model_fields_set  # the user did not ask for this size
     return TrainLoader(clips if stills is None else stills, data, spec, reduce=reduce)
+
+
+def reads_of_run(
+    config: RunConfig, splits: dict[str, list[Clip]], image_size: int, world: World, *, frozen: bool = False
+) -> list[ReadAhead]:
+    """Return what the workers of a process read ahead: for training, and for validation in between.
+
+    frozen: training reads features, in the process itself.
+    """
+    data, reads = config.data, []
+    if not frozen:
+        share = config.batch_size // world.size
+        pairs = sum(len(clip.captions) for clip in splits.get("train", ()))
+        steps = pairs // config.batch_size if data.stills is None else data.stills.count // config.batch_size
+        frames = data.frames if data.stills is None else 1
+        reads.append(read_ahead(data, frames, image_size, share, steps))
+    if "val" in splits:
+        clips = -(-len(splits["val"]) // world.size)
+        batch = min(config.eval_batch_size, clips)
+        reads.append(read_ahead(data, data.frames, image_size, batch, -(-clips // batch)))
+    return reads
 
 
 def weights_checksum(method: Method) -> int:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -128,8 +129,9 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
             "0@" in front) at the n-th call of the function. Kinds: "kill" (kill -9), "stop" (SIGSTOP, as if
             the machine were gone), "SIGTERM", "SIGUSR1" ("SIGTERM^2" goes to the grandparent), "tree"
             (SIGTERM to the rank and its children, as the DeepSpeed launcher sends it), "reader" (kill -9 of
-            a loader process), "full" (a full disk), "nan" (the result times NaN), "drag" (slow from this
-            call on), "late" (20 seconds once).
+            a loader process), "pause" (SIGSTOP of one, and SIGTERM to the rank a second later), "full" (a
+            full disk), "nan" (the result times NaN), "drag" (slow from this call on), "late" (20 seconds
+            once).
     """
     words = [str(word) for word in words]
     logs = [Path(words[0]).parent / f"output.{rank}.txt" for rank in range(size)]
@@ -198,6 +200,9 @@ def _inject(kind: str, module: str, name: str, call: str) -> None:
             subprocess.run(["kill", "-TERM", *pids], check=True)  # sent by another process
         if due and kind == "reader":
             this.children()[0].kill()
+        if due and kind == "pause":
+            this.children()[0].suspend()
+            threading.Timer(1.0, os.kill, (this.pid, signal.SIGTERM)).start()
         if due and kind == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         result = original(*args, **kwargs)

@@ -150,6 +150,17 @@ def test_a_rank_whose_loader_worker_was_killed_prints_one_line(tmp_path, drawn):
 
 
 @pytest.mark.slow
+def test_a_signal_is_obeyed_while_a_suspended_reader_process_is_awaited(tmp_path, drawn):
+    words = [runs.write_config(tmp_path, drawn), *SHORT, "data.workers=1"]
+    job = runs.start(words, fault=f"pause:{STEP}:2")
+    assert job.wait(60) == [EXIT_STOPPED], job.output()
+    stopped = re.search(r"stopped by SIGTERM after step (\d) of 6, which is saved", job.output())
+    assert stopped, job.output()
+    runs.train([*words, "resume=true"])
+    assert len(runs.losses(tmp_path / "run")) == 6
+
+
+@pytest.mark.slow
 def test_a_rank_without_heartbeat_is_named_and_the_last_checkpoint_is_complete(tmp_path, drawn):
     """The checkpoint is still being written when rank 0, which waits for rank 1 forever, ends."""
     words = [runs.write_config(tmp_path, drawn), "data.val_split=", "checkpoint_every=1"]

@@ -25,9 +25,12 @@ from discovla.data.dataset import read_splits
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.sampling import clip_sampling
 from discovla.data.shards.reader import open_shards
+from discovla.data.transfer import check_shared_memory
 from discovla.data.video.errors import DecodeError
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, join_world, leave_world
 from discovla.engine.log import versions
+from discovla.towers.weights import load_pretrained
+from discovla.trainer import reads_of_run
 
 TIMEOUT = 120.0  # seconds to wait for all processes, and for each collective
 MAX_CLOCK_OFFSET = 5.0  # seconds; above it logs and files of machines cannot be ordered by time
@@ -55,7 +58,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Declare the command and its options."""
     text = (
         "check on every rank that a run can start: GPU, all-reduce and its bandwidth, clocks, versions, "
-        "clips or shards, disk; start it with the launcher of the run"
+        "clips or shards, weights, disk, shared memory; start it with the launcher of the run"
     )
     parser = commands.add_parser(
         "preflight", help="check every machine of a run before it begins", description=text
@@ -98,7 +101,10 @@ def check_rank(world: World, config: RunConfig | None, *, min_free: float) -> Ra
     try:
         if config is not None:
             free = free_disk(config.directory, min_free)
-            clips = _count_clips(config)
+            splits = read_splits(config.data)
+            clips = _count_clips(splits, config.data)
+            size = load_pretrained(config.model).architecture.image_size
+            check_shared_memory(*reads_of_run(config, splits, size, world))
     except (OSError, ValueError, DecodeError) as error:
         problem = " ".join(str(error).split())
     gpu = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
@@ -135,10 +141,9 @@ def free_disk(directory: Path, needed: float) -> float:
     return free
 
 
-def _count_clips(config: RunConfig) -> int:
+def _count_clips(splits: dict[str, list[Clip]], data: DataConfig) -> int:
     """Count the clips of all splits; check that the files exist, or read both ends of each split's shards."""
-    data = config.data
-    splits = {clips[0].split: clips for clips in read_splits(data).values()}
+    splits = {clips[0].split: clips for clips in splits.values()}
     for clips in splits.values():
         check_clips(clips, files=data.shards is None)
         if data.shards is not None:

@@ -204,7 +204,7 @@ def clip_reader(clips: Sequence[Clip], config: DataConfig, image_size: int, *, t
     shards = None if config.shards is None else open_shards(config.shards)
     if shards is not None:
         _check_shards(shards, clips, config, image_size, training=training)
-    if _decodes_by_dali(config):
+    if decodes_by_dali(config):
         return DaliClipReader(config, image_size, shards)
     return (
         FileClipReader(config, image_size) if shards is None else ShardClipReader(config, image_size, shards)
@@ -224,7 +224,7 @@ def _check_shards(
     shards.check(clips, lambda clip: clip_sampling(config, clip, seed), size=size)
 
 
-def _decodes_by_dali(config: DataConfig) -> bool:
+def decodes_by_dali(config: DataConfig) -> bool:
     """Return True if DALI makes the frames.  Raw shards of the model's size need no decoding."""
     if config.decoder != "dali" or config.shards is None:
         return config.decoder == "dali"
@@ -240,7 +240,7 @@ def frame_origin(config: DataConfig) -> str:
     origin = "decoded"
     if config.shards is not None and (settings := open_shards(config.shards).settings).format == "jpeg":
         origin = f"jpeg, quality {settings.quality}"
-    return f"{origin}, by dali" if _decodes_by_dali(config) else origin
+    return f"{origin}, by dali" if decodes_by_dali(config) else origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +334,7 @@ def _reversed_pairs(clips: Sequence[Clip], config: DataConfig, *, frame_captions
     Raises:
         ValueError: no clip has such captions, or DALI decodes, whose plans play forwards.
     """
-    if _decodes_by_dali(config):
+    if decodes_by_dali(config):
         raise ValueError("reversed_pairs: expected another decoder than 'dali', which plays clips forwards")
     pairs = [
         Pair(i, j, backwards=True)

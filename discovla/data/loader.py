@@ -8,10 +8,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -29,9 +29,19 @@ from discovla.data.dataset import (
     Sample,
     clip_dataset,
     clip_reader,
+    decodes_by_dali,
 )
 from discovla.data.manifest import Clip, check_clips
 from discovla.data.tokens import Tokenizer
+from discovla.data.transfer import (
+    PREFETCH,
+    WAIT_SECONDS,
+    ReadAhead,
+    batch_seconds,
+    check_shared_memory,
+    report_failed_transfers,
+    wait_for_batches,
+)
 from discovla.data.video.errors import DecodeError
 
 
@@ -114,10 +124,26 @@ class TrainLoader:
                 f"batch_size: expected at most the {len(dataset)} training pairs, found {spec.batch_size}"
             )
         tokenizer = Tokenizer(spec.context_length)
-        self._reader = _BatchReader(dataset, spec.image_size, tokenizer, config.workers, persistent=True)
+        limit = batch_seconds(spec.batch_size // spec.world_size, config.decode_seconds)
+        self._reader = _BatchReader(
+            dataset, spec.image_size, tokenizer, config.workers, persistent=True, limit=limit
+        )
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+    @overload
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]: ...
+
+    @overload
+    def epoch(
+        self, epoch: int, *, start: int = 0, should_stop: Callable[[], bool]
+    ) -> Iterator[Batch | None]: ...
+
+    def epoch(
+        self, epoch: int, *, start: int = 0, should_stop: Callable[[], bool] | None = None
+    ) -> Iterator[Batch | None]:
         """Return the batches of an epoch from step `start` on.
+
+        Args:
+            should_stop: if it returns True while a batch is awaited, None is the last batch.
 
         Raises:
             ValueError: `start` lies outside the epoch.
@@ -128,8 +154,14 @@ class TrainLoader:
         size, share = self.spec.batch_size, self.spec.batch_size // self.spec.world_size
         firsts = (step * size + self.spec.rank * share for step in range(start, self.steps_per_epoch))
         steps = [[(i, epoch) for i in order[first : first + share]] for first in firsts]
-        with closing(self._reader.read(steps)) as batches:
-            yield from (Batch(**fields) for fields in batches)
+        with closing(self._reader.read(steps, should_stop)) as batches:
+            yield from (None if fields is None else Batch(**fields) for fields in batches)
+
+
+def read_ahead(config: DataConfig, frames: int, image_size: int, clips: int, steps: int) -> ReadAhead:
+    """Return what the workers hold that read `steps` batches of clips; for DALI they send no frames."""
+    workers = 0 if decodes_by_dali(config) else min(config.workers, steps)
+    return ReadAhead(workers=workers, clips=clips, clip_bytes=frames * 3 * image_size**2, steps=steps)
 
 
 def reduced_batch_size(pairs: int, world_size: int) -> int:
@@ -196,9 +228,13 @@ def readable_batches(
     firsts = range(low, high, batch_size)
     steps = [[(i, 0) for i in range(first, min(first + batch_size, high))] for first in firsts]
     workers = min(config.workers, len(steps))
-    batch_reader = _BatchReader(dataset, image_size, None, workers, persistent=False)
+    if steps:
+        check_shared_memory(read_ahead(config, config.frames, image_size, len(steps[0]), len(steps)))
+    limit = batch_seconds(batch_size, config.decode_seconds)
+    batch_reader = _BatchReader(dataset, image_size, None, workers, persistent=False, limit=limit)
     with closing(batch_reader), closing(batch_reader.read(steps)) as batches:
         for fields in batches:
+            assert fields is not None, "it ends early only if asked to stop"
             reasons = iter([clip.reason for clip in fields["bad"]])
             batch = VideoBatch(
                 frames=fields["frames"], frame_mask=fields["frame_mask"], clip_index=fields["video_index"]
@@ -224,6 +260,7 @@ class _BatchReader:
     Args:
         tokenizer: None for evaluation, which reads no texts.
         persistent: keep the workers for the next `read`.
+        limit: seconds that a batch may take.
     """
 
     def __init__(
@@ -234,7 +271,9 @@ class _BatchReader:
         workers: int,
         *,
         persistent: bool,
+        limit: float,
     ) -> None:
+        self._limit = limit
         reader = dataset.reader if isinstance(dataset, ClipDataset) else None
         self._dali = DaliDecoder(reader.pipeline) if isinstance(reader, DaliClipReader) else None
         self._steps = _Steps()
@@ -250,19 +289,27 @@ class _BatchReader:
                 order=isinstance(dataset, ClipDataset) and dataset.order is not None,
             ),
             num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            timeout=WAIT_SECONDS if workers else 0,
             persistent_workers=persistent and workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_block_signals,
+            worker_init_fn=_init_worker,
             # "forkserver" is the default from Python 3.14 on, but its server dies of a launcher's SIGTERM.
             multiprocessing_context="fork" if forks else None,
             # Own generator: if drawn from the global one, the workers' seeds would shift a resumed run.
             generator=torch.Generator().manual_seed(0),
         )
 
-    def read(self, steps: list[list[Item]]) -> Generator[dict[str, Any], None, None]:
-        """Yield the fields of one batch per step."""
+    def read(
+        self, steps: list[list[Item]], should_stop: Callable[[], bool] | None = None
+    ) -> Generator[dict[str, Any] | None, None, None]:
+        """Yield the fields of one batch per step; None as the last if asked to stop while one is awaited."""
         self._steps.items = steps
-        yield from self._loader if self._dali is None else self._dali.decode_batches(self._loader)
+        if self._dali is None:
+            yield from wait_for_batches(self._loader, self._limit, should_stop)
+        else:  # a stop is obeyed once the batch is there
+            batches = wait_for_batches(self._loader, self._limit, None)
+            yield from self._dali.decode_batches(fields for fields in batches if fields is not None)
 
     def close(self) -> None:
         """End the process in which DALI runs."""
@@ -345,11 +392,12 @@ class _Collate:
         return torch.from_numpy(frames)
 
 
-def _block_signals(_: int) -> None:
-    """Make a worker process end by SIGTERM of its parent only.
+def _init_worker(_: int) -> None:
+    """Make a worker process report failed transfers, and end by SIGTERM of its parent only.
 
     Launchers send SIGTERM to all processes of a job; the training process ends its workers when it is done.
     """
+    report_failed_transfers()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_await_parent_signal, name="signals", daemon=True).start()

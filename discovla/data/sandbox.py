@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ Answer: TypeAlias = tuple[Value | None, Exception | None]
 START_LIMIT = 120.0  # seconds a process may take for its imports, on a busy machine
 _WORD = 8  # bytes of a counter
 _GRACE = 5.0  # seconds after its limit at which a process that did not end itself is killed
+STALL_LIMIT = 60.0  # seconds without a byte, after which a transfer that has begun is given up
 _ENTRY = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
     " from discovla.data.sandbox import serve; serve(*map(int, sys.argv[2:]))"
@@ -122,6 +125,8 @@ class Sandbox(Generic[Item, Value]):
             if not self.pipe.poll(0):
                 return None, self._lost(late=True)
             return self.pipe.recv()
+        except BlockingIOError:
+            return None, self._lost(late=False, reason=f"stopped within its answer for {STALL_LIMIT:g} s")
         except (EOFError, OSError):  # OSError also if an answer breaks off
             begun = self._begun()
             lost = self._lost(late=False)
@@ -153,7 +158,7 @@ class Sandbox(Generic[Item, Value]):
             self._start()
         try:
             self.pipe.send(item)
-        except ConnectionError:  # it was killed while idle
+        except (ConnectionError, BlockingIOError):  # it was killed or suspended while idle
             self.close()
             self._start()
             self.pipe.send(item)
@@ -168,6 +173,7 @@ class Sandbox(Generic[Item, Value]):
     def _start(self) -> None:
         """Start the process and wait until it has imported its work."""
         self._pipe, theirs = Pipe()
+        _limit_stalls(self._pipe)
         self._counter, self._sent = os.fdopen(os.memfd_create("items begun"), "rb"), 0
         with theirs:
             shared = theirs.fileno(), self._counter.fileno()
@@ -181,14 +187,19 @@ class Sandbox(Generic[Item, Value]):
             error = self._pipe.recv() if ready else RuntimeError(f"no answer in {START_LIMIT:g} s")
         except (EOFError, ConnectionError):
             error = RuntimeError("it ended; its standard error says why")
+        except BlockingIOError:
+            error = RuntimeError(f"it was suspended for {STALL_LIMIT:g} s")
         if error is not None:
             self.close()
             raise RuntimeError(f"a process for {self.work.__qualname__} did not start: {error}") from error
 
-    def _lost(self, *, late: bool) -> WorkerLost:
+    def _lost(self, *, late: bool, reason: str | None = None) -> WorkerLost:
         """End the process and return why it is lost."""
         process = self._process
         assert process is not None
+        if reason is not None:
+            self.close()
+            return WorkerLost(reason)
         code = None
         if not late:
             with suppress(subprocess.TimeoutExpired):
@@ -254,6 +265,17 @@ def run_sandboxed(
 
 
 _END = object()
+
+
+def _limit_stalls(pipe: Connection) -> None:
+    """Make a transfer over the pipe, which is a socket, fail once no byte has moved for `STALL_LIMIT`.
+
+    An answer may be longer than the pipe's buffer, and the other process suspended in the middle of it.
+    """
+    limit = struct.pack("ll", int(STALL_LIMIT), int(STALL_LIMIT % 1 * 1e6))  # struct timeval
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def _ready(busy: dict[Connection, tuple[Sandbox[Item, Value], Item]]) -> list[Connection]:

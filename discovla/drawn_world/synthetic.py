@@ -11,13 +11,10 @@ from __future__ import annotations
 import io
 import json
 import logging
-import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from tqdm import tqdm
 
 from discovla.data.manifest import Clip, write_manifest
 from discovla.data.sampling import frame_indices
+from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.drawn_world.scenes import FRAMES, RATE, Scene, backwards, clip_rng, film, make_scene
 from discovla.drawn_world.wording import Statement, frame_caption, phrase, tell
 
@@ -39,6 +37,7 @@ _WORLD = 2  # version; raise it with every change to frames or captions
 _SAME_VIDEOS = (1,)  # older versions whose video files are those of this one; their manifest is replaced
 _PARAMETERS, _MANIFEST = "world.json", "manifest.jsonl"
 _CHUNK = 20  # clips a process draws at once
+_CHUNK_SECONDS = 600.0  # that it may take
 # With several threads the bytes would depend on the machine; fastdecode and no B-frames decode fastest.
 _ENCODER = {
     "crf": "26",
@@ -88,24 +87,24 @@ def draw_world(out: Path, *, seed: int = 0, sizes: WorldSizes | None = None, wor
     out, sizes = Path(out), sizes or WorldSizes()
     manifest = out / _MANIFEST
     current = _check_parameters(out, {"world": _WORLD, "seed": seed, "sizes": asdict(sizes)})
-    jobs = [
-        (split, range(start, min(start + _CHUNK, count)))
+    chunks = [
+        _Chunk(out, seed, split, range(start, min(start + _CHUNK, count)))
         for split, count in asdict(sizes).items()
         for start in range(0, count, _CHUNK)
     ]
-    videos = [out / _video(split, index) for split, indices in jobs for index in indices]
+    videos = [out / _video(chunk.split, index) for chunk in chunks for index in chunk.indices]
     missing = sum(not path.is_file() for path in videos)
     if current and manifest.is_file() and not missing:
         logger.info("%s: all %d clips exist", out, len(videos))
         return manifest
     logger.info("%s: drawing %d of %d clips", out, missing, len(videos))
     (out / "videos").mkdir(exist_ok=True)
-    clips: list[Clip] = []
-    with _mapper(workers) as run, tqdm(total=len(videos), desc="drawing", unit="clip", disable=None) as bar:
-        for chunk in run(partial(_draw_chunk, out, seed), jobs):
-            clips += chunk
-            bar.update(len(chunk))
-    write_manifest(manifest, clips)
+    clips: dict[_Chunk, list[Clip]] = {}
+    with tqdm(total=len(videos), desc="drawing", unit="clip", disable=None) as bar:
+        for chunk, drawn in _drawn_chunks(chunks, workers):
+            clips[chunk] = drawn
+            bar.update(len(drawn))
+    write_manifest(manifest, [clip for chunk in chunks for clip in clips[chunk]])
     _write_parameters(out, {"world": _WORLD, "seed": seed, "sizes": asdict(sizes)})
     return manifest
 
@@ -168,25 +167,38 @@ def _write_parameters(out: Path, parameters: dict[str, Any]) -> None:
     _write(out / _PARAMETERS, (json.dumps(parameters, indent=2) + "\n").encode())
 
 
-@contextmanager
-def _mapper(workers: int) -> Iterator[Any]:
-    """Give a `map` over processes, with results in order; over this process if `workers` is 1."""
+@dataclass(frozen=True)
+class _Chunk:
+    """Clips of a split to draw into a folder, by their indices."""
+
+    out: Path
+    seed: int
+    split: str
+    indices: range
+
+
+def _drawn_chunks(chunks: Sequence[_Chunk], workers: int) -> Iterator[tuple[_Chunk, list[Clip]]]:
+    """Draw chunks in several processes and yield them as they are done; in this process if `workers` is 1.
+
+    Raises:
+        OSError: a process was killed, or took longer than `_CHUNK_SECONDS` for a chunk.
+    """
     if workers == 1:
-        yield map
+        yield from ((chunk, _draw_chunk(chunk)) for chunk in chunks)
         return
-    # Not fork: the caller may have threads, whose locks a fork would copy.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield pool.map
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with closing(run_sandboxed(_draw_chunk, chunks, workers=workers, limit=_CHUNK_SECONDS)) as results:
+        for result in results:
+            if isinstance(result.error, WorkerLost):
+                raise OSError(f"{result.item.out}: a drawing process is lost: {result.error}")
+            if result.error is not None:
+                raise result.error
+            assert result.value is not None
+            yield result.item, result.value
 
 
-def _draw_chunk(out: Path, seed: int, job: tuple[str, range]) -> list[Clip]:
+def _draw_chunk(chunk: _Chunk) -> list[Clip]:
     """Draw the missing clips of a chunk, and return the manifest entries of all."""
-    split, indices = job
-    return [_draw(out, seed, split, index) for index in indices]
+    return [_draw(chunk.out, chunk.seed, chunk.split, index) for index in chunk.indices]
 
 
 def _draw(out: Path, seed: int, split: str, index: int) -> Clip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import json
@@ -9,8 +10,10 @@ import logging
 import os
 import re
 import shutil
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 STATE = "state.json"
 BEST = "best.json"
 FORMAT = 1
+WRITE_LIMIT = 1200.0  # seconds that a write may take before the file system counts as hung
 _NAME = re.compile(r"(\.old-)?step-(\d{8,})")
 
 
@@ -213,11 +217,11 @@ class CheckpointWriter:
     """Writes checkpoints in a thread of its own while training continues, one at a time.
 
     An error of a write is raised by the next call of any method.  The interpreter waits for a write in
-    progress before it exits."""
+    progress before it exits, up to `WRITE_LIMIT`."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
+        atexit.register(_finish_within, weakref.ref(self), WRITE_LIMIT)
 
     def start(self, write: Callable[[], None]) -> None:
         """Start a write after the previous one is done.
@@ -226,7 +230,9 @@ class CheckpointWriter:
             write: must not touch tensors that training changes.
         """
         self.wait()
-        self._last = self._thread.submit(write)
+        self._last = last = Future()
+        # a daemon: the interpreter does not wait for a file system that never answers
+        threading.Thread(target=_run, args=(write, last), name="checkpoint", daemon=True).start()
 
     def check(self) -> None:
         """Raise the error of a write that has failed."""
@@ -234,19 +240,44 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until everything is written; raise the error of the last write."""
+        """Wait until everything is written; raise the error of the last write.
+
+        Raises:
+            CheckpointError: it takes longer than `WRITE_LIMIT`.
+        """
         last = self._last
-        if last is not None:
-            try:
-                last.result()
-            finally:
-                self._last = None
+        if last is None:
+            return
+        wait([last], timeout=WRITE_LIMIT)
+        self._last = None
+        if not last.done():
+            raise CheckpointError(
+                f"checkpoint: expected it to be written within {WRITE_LIMIT:g} s, found the write still in "
+                "progress: the file system does not answer"
+            )
+        last.result()
 
     def finish_within(self, seconds: float) -> None:
         """Give a write in progress this long, before another thread ends the process."""
         last = self._last
         if last is not None:
             wait([last], timeout=seconds)
+
+
+def _run(write: Callable[[], None], future: Future[None]) -> None:
+    """Body of the thread: write, and note the end or the error."""
+    try:
+        write()
+    except BaseException as error:  # raised where the write is waited for
+        future.set_exception(error)
+    else:
+        future.set_result(None)
+
+
+def _finish_within(writer: weakref.ref[CheckpointWriter], seconds: float) -> None:
+    """Give the last write of a writer that still exists its time, when the interpreter exits."""
+    if (existing := writer()) is not None:
+        existing.finish_within(seconds)
 
 
 def _differences(found: Any, expected: Any, key: str = "") -> Iterator[str]:

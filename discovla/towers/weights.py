@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ OPENAI_NAMES = (
 )
 VISION_POSITIONS = ("vision.class_embedding", "vision.position_embedding")
 CONNECT_SECONDS = 5.0  # for a server to answer
+READ_SECONDS = 60.0  # without a byte after which a download is given up
 EXPECTED = "a file of CLIP weights (a state dict)"
 FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
 KIND_NAMES = {
@@ -406,6 +408,8 @@ def _download(name: str | None, tag: str) -> tuple[Path, str]:
     hub = config.get("hf_hub")
     offline = bool(hub) and not _reachable(constants.ENDPOINT)
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, offline or constants.HF_HUB_OFFLINE
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(READ_SECONDS)  # open_clip downloads from other servers without one
     try:
         return Path(download_pretrained(config)), activation
     except (OSError, RuntimeError) as error:
@@ -417,6 +421,7 @@ def _download(name: str | None, tag: str) -> tuple[Path, str]:
         ) from None
     finally:
         constants.HF_HUB_OFFLINE = before
+        socket.setdefaulttimeout(patience)
 
 
 def _reachable(url: str) -> bool:

@@ -6,11 +6,11 @@ import multiprocessing
 import subprocess
 import time
 
-from discovla.data.loader import _block_signals
+from discovla.data.loader import _init_worker
 
 
 def read(ready) -> None:
-    _block_signals(0)
+    _init_worker(0)
     ready.set()
     time.sleep(60)
 

@@ -67,6 +67,19 @@ def test_one_process_serves_many_items_until_it_is_lost():
     assert ended(last)
 
 
+def test_a_process_that_is_suspended_within_its_answer_is_lost_and_replaced(monkeypatch):
+    monkeypatch.setattr("discovla.data.sandbox.STALL_LIMIT", 0.5)
+    with Sandbox(task, limit=60) as worker:
+        pid = worker("a")[1]
+        worker.submit("large")  # longer than the buffer of the pipe
+        assert connection.wait([worker.pipe], 20)
+        os.kill(pid, signal.SIGSTOP)
+        _, error = worker.answer()
+        assert isinstance(error, WorkerLost) and str(error) == "stopped within its answer for 0.5 s"
+        assert ended(pid)
+        assert worker("b")[0] == "b"
+
+
 def kill_before_reading(monkeypatch, pids: list[int]) -> None:
     """Stop processes while they are sent their item, and kill them before they read it."""
 

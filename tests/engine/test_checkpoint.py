@@ -350,3 +350,23 @@ def test_finish_within_works_while_another_thread_waits():
     writer.finish_within(10)
     assert done
     waiting.join()
+
+
+def test_a_write_that_does_not_end_is_an_error_after_its_limit(monkeypatch):
+    monkeypatch.setattr("discovla.engine.checkpoint.WRITE_LIMIT", 0.1)
+    writer, going = CheckpointWriter(), threading.Event()
+    writer.start(lambda: going.wait(10) and None)
+    with pytest.raises(CheckpointError, match=r"written within 0\.1 s, found the write still in progress"):
+        writer.wait()
+    going.set()
+
+
+def test_the_interpreter_waits_for_a_write_when_it_exits(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from discovla.engine.checkpoint import CheckpointWriter\n"
+        "writer = CheckpointWriter()\n"
+        "writer.start(lambda: (time.sleep(0.5), Path(sys.argv[1]).touch()) and None)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "written"], check=True, timeout=60)
+    assert (tmp_path / "written").exists()

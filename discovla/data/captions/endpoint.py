@@ -122,8 +122,9 @@ class EndpointCaptioner:
             ValueError: the server refuses the request.
         """
         try:
+            deadline = time.monotonic() + self.server.timeout
             with urllib.request.urlopen(request, timeout=self.server.timeout) as response:
-                content = response.read()
+                content = _read_until(deadline, response)
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code} {_first_words(error)}".strip()
             if error.code in _TRANSIENT:
@@ -141,6 +142,16 @@ class EndpointCaptioner:
                 f"expected a text at choices[0].message.content, found {content[:80]!r} ({text!r:.80})"
             )
         return text
+
+
+def _read_until(deadline: float, response: http.client.HTTPResponse) -> bytes:
+    """Read an answer; one that trickles in must be complete at the deadline."""
+    content = bytearray()
+    while part := response.read1():
+        content += part
+        if time.monotonic() > deadline:
+            raise TimeoutError("timed out in the middle of the answer")
+    return bytes(content)
 
 
 def _first_words(error: urllib.error.HTTPError) -> str:

@@ -24,6 +24,7 @@ ARCHITECTURES = (
     "-gencode=arch=compute_80,code=[sm_80,compute_80]",
     "-gencode=arch=compute_90a,code=sm_90a",
 )
+CALL_SECONDS = 3600.0  # that nvcc may take for a file
 OLDEST_TORCH = "0x020b000000000000"  # 2.11: the library runs with it and every later version
 
 
@@ -81,12 +82,18 @@ def _run_all(calls: list[list[str]]) -> None:
     """Run commands in parallel.
 
     Raises:
-        BuildError: one failed; with its first line of error.
+        BuildError: one failed, with its first line of error, or took longer than `CALL_SECONDS`.
     """
     running = [
         subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for call in calls
     ]
-    ended = [(process.communicate()[0], process.returncode) for process in running]
+    try:
+        ended = [(process.communicate(timeout=CALL_SECONDS)[0], process.returncode) for process in running]
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"nvcc took longer than {CALL_SECONDS:g} s") from None
+    finally:
+        for process in running:
+            process.kill()  # nothing for one that has ended
     for output, status in ended:
         if status:
             lines = [line for line in output.splitlines() if "error" in line or "fatal" in line]

@@ -8,7 +8,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,7 +18,10 @@ from PIL import Image
 
 @dataclass
 class Fake:
-    """State of the server; faults of its next requests are `drop`, `stall`, `cut`, `empty` or a status."""
+    """State of the server.
+
+    faults: of its next requests, each `drop`, `stall`, `trickle`, `cut`, `empty` or a status.
+    """
 
     url: str = ""
     faults: list[str | int] = field(default_factory=list)
@@ -45,6 +48,8 @@ def captions_server(*faults: str | int) -> Iterator[Fake]:
             if fault == "stall":
                 fake.release.wait(20)
                 return self.connection.close()
+            if fault == "trickle":
+                return self._trickle()
             if isinstance(fault, int):
                 return self._send(fault, b'{"error": "injected"}')
             if fault == "cut":
@@ -56,6 +61,14 @@ def captions_server(*faults: str | int) -> Iterator[Fake]:
                 picture, text = caption(fake.last)
                 fake.seen.append(picture)
             return self._send(200, json.dumps(response(text)).encode())
+
+        def _trickle(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            with suppress(OSError):  # the client leaves
+                while not fake.release.wait(0.1):
+                    self.wfile.write(b" ")
 
         def _send(self, status: int, content: bytes) -> None:
             self.send_response(status)

@@ -42,9 +42,10 @@ def test_a_transient_failure_is_retried(fault):
         assert server.asked == 3
 
 
-def test_a_timeout_is_retried():
-    with captions_server("stall") as server:
-        assert captioner(server.url, timeout=3)(GREYS[:1]) == ["a grey of 40"]
+@pytest.mark.parametrize("fault", ["stall", "trickle"])
+def test_a_timeout_is_retried(fault):
+    with captions_server(fault) as server:
+        assert captioner(server.url, timeout=2)(GREYS[:1]) == ["a grey of 40"]
         assert server.asked == 2
 
 
