@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from discovla.batch import Batch, Embedding, Losses
-from discovla.engine.config import EngineConfig
+from discovla.engine.config import EngineConfig, resolve_precision
 from discovla.engine.distributed import (
     CommDtype,
     GradScale,
@@ -160,6 +160,7 @@ def set_precision(method: Method, engine: EngineConfig, device: torch.device) ->
     Raises:
         ValueError: no layer is frozen that could be in FP8, or the device has no FP8.
     """
+    engine = resolve_precision(engine, device)
     if engine.precision == "fp32":
         return
     method.compute_dtype = torch.bfloat16

@@ -26,6 +26,7 @@ from discovla.data.transfer import ReadAhead, check_shared_memory
 from discovla.drawn_world.stills import Stills
 from discovla.engine.capture import check_capture, make_capture
 from discovla.engine.checkpoint import CheckpointWriter
+from discovla.engine.config import resolve_precision, set_tf32
 from discovla.engine.distributed import World, all_reduce_sum, gather_objects, join_world, leave_world
 from discovla.engine.ema import make_ema
 from discovla.engine.lifecycle.heartbeat import GRACE, Heartbeat
@@ -200,7 +201,7 @@ class Trainer:
         self.weights = weights_checksum(self.method)
         data = data_fingerprint(self.splits, config.data) if world.first else None
         self.loader = make_loader(config, self.method, self.splits.get("train", []), world)
-        # with what the clips have decided, so that checkpoints and config.json tell it
+        # with what the clips and the device have decided, so that checkpoints and config.json tell it
         data_config = config.data.model_copy(update={"test_split": test_split})
         batch_size = self.loader.spec.batch_size
         if batch_size != config.batch_size:
@@ -210,7 +211,10 @@ class Trainer:
                 config.batch_size,
                 len(self.loader.dataset),
             )
-        self.config = config = config.model_copy(update={"data": data_config, "batch_size": batch_size})
+        engine = resolve_precision(config.engine, world.device)
+        set_tf32(engine, world.device)
+        resolved = {"data": data_config, "batch_size": batch_size, "engine": engine}
+        self.config = config = config.model_copy(update=resolved)
         frozen = not why_not_frozen(config, self.method, self.loader)
         image_size = self.method.architecture.image_size
         check_shared_memory(*reads_of_run(config, self.splits, image_size, world, frozen=frozen))

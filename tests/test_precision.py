@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from discovla.engine.config import EngineConfig
+from discovla.config import packaged_configs, read_config
+from discovla.engine.config import EngineConfig, resolve_precision, set_tf32
 from discovla.methods.clip4clip import CLIP4Clip, CLIP4ClipConfig
 from discovla.nn.block import Block, Linear
 from discovla.testing import tiny_architecture
@@ -48,6 +49,47 @@ def test_a_method_or_device_without_fp8_is_one_line_with_the_key(monkeypatch):
             ValueError, match=f"expected 'fp32' or 'bf16' at zero_stage 3, found '{precision}'"
         ):
             EngineConfig.model_validate({"precision": precision, "zero_stage": 3})
+
+
+def test_auto_is_bf16_on_a_gpu_that_has_it_and_fp32_elsewhere(monkeypatch):
+    has_bf16 = iter((True, False))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: next(has_bf16))
+    for expected in ("bf16", "fp32"):
+        assert resolve_precision(EngineConfig(), torch.device("cuda")).precision == expected
+        assert resolve_precision(EngineConfig(), CPU).precision == "fp32"
+    given = EngineConfig(precision="fp32", tf32=False)
+    assert resolve_precision(given, torch.device("cuda")) == given
+    method = made(tune="lora")
+    set_precision(method, EngineConfig(), CPU)
+    assert method.compute_dtype == torch.float32
+
+
+@pytest.fixture
+def tf32_kept():
+    """Restore what a test sets for the whole process."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_tf32_is_set_for_gpus_only(tf32_kept):
+    before = torch.backends.cuda.matmul.allow_tf32
+    set_tf32(EngineConfig(tf32=not before), CPU)
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+    for wanted in (True, False):
+        set_tf32(EngineConfig(tf32=wanted), torch.device("cuda"))
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == wanted
+
+
+def test_each_recipe_names_the_words_that_compute_as_released():
+    recipes = {name: path for name, path in packaged_configs().items() if "_m" in name or "clip" in name}
+    assert len(recipes) >= 11
+    for path in recipes.values():
+        header = path.read_text().partition("\n\n")[0]
+        assert "engine.precision=fp32 engine.tf32=false" in header, path
+        engine = read_config(path, ["engine.precision=fp32", "engine.tf32=false"]).engine
+        assert (engine.precision, engine.tf32) == ("fp32", False)
+        assert read_config(path).engine.precision == "auto", path
 
 
 @pytest.mark.slow

@@ -35,6 +35,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     config = read_config(arguments.config, arguments.overrides)
+    if config.engine.precision == "auto":  # as on a GPU that has bf16
+        engine = config.engine.model_copy(update={"precision": "bf16"})
+        config = config.model_copy(update={"engine": engine})
     if arguments.gpus < 1 or config.batch_size % arguments.gpus:
         raise ValueError(
             f"--gpus: expected a number that divides batch_size = {config.batch_size}, got {arguments.gpus}"
@@ -97,7 +100,7 @@ def predicted(config: RunConfig, method: Method, sizes: Sizes) -> dict[str, int]
     activations = activation_bytes(
         towers,
         widths=WIDTHS[mode] * factor,
-        element=4 if config.engine.precision == "fp32" else 2,
+        element=4 if config.engine.precision in ("auto", "fp32") else 2,
         chunks=config.engine.grad_cache_chunks,
     )
     return {**state_bytes(config.engine, sizes), "activations": activations}

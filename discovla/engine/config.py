@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from discovla.engine.distributed import CommDtype, GradScale
@@ -35,10 +36,15 @@ class EngineConfig(BaseModel):
     """Also keep parameters in the host's memory and copy them to the GPU when a layer needs them. Needs
     offload "cpu" and zero_stage 3."""
 
-    precision: Literal["fp32", "bf16", "fp8", "fp8_backward"] = "fp32"
-    """Compute precision. "bf16": frozen weights and compute in bf16, trained parameters in fp32. "fp8": as
-    bf16, with frozen linear layers multiplied in FP8 (Hopper or later; emulated on a CPU). "fp8_backward":
-    gradients through these layers in FP8 too, for one more byte per frozen weight."""
+    precision: Literal["auto", "fp32", "bf16", "fp8", "fp8_backward"] = "auto"
+    """Compute precision. "auto": "bf16" on a GPU that has it, else "fp32". "bf16": frozen weights and compute
+    in bf16, trained parameters in fp32. "fp8": as bf16, with frozen linear layers multiplied in FP8 (Hopper
+    or later; emulated on a CPU). "fp8_backward": gradients through these layers in FP8 too, for one more byte
+    per frozen weight."""
+
+    tf32: bool = True
+    """Multiply float32 matrices in TF32 on a GPU, which keeps 10 of 23 bits of each factor. It concerns
+    whatever is float32: the losses, and with precision "fp32" the towers. A CPU has no TF32."""
 
     residual_dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of the residual stream of the towers when precision is not "fp32"."""
@@ -150,6 +156,20 @@ class EngineConfig(BaseModel):
                 f"precision: expected 'fp32' or 'bf16' at zero_stage 3, found {self.precision!r}"
             )
         return self
+
+
+def resolve_precision(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """Return the config with precision "auto" replaced by the precision of the device."""
+    if config.precision != "auto":
+        return config
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
+
+
+def set_tf32(config: EngineConfig, device: torch.device) -> None:
+    """Allow or forbid TF32 in this process's products and convolutions on GPUs, as `engine.tf32` says."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
 
 
 def choose_stage(config: EngineConfig, trained: int, world_size: int) -> int:

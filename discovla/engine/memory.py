@@ -15,7 +15,7 @@ from discovla.engine.deepspeed import MAX_BUCKET
 
 FP32_BYTES = 4
 # bytes per frozen parameter; FP8 keeps the bf16 copy too, and for both directions two 8-bit copies
-FROZEN_BYTES = {"fp32": FP32_BYTES, "bf16": 2, "fp8": 3, "fp8_backward": 4}
+FROZEN_BYTES = {"auto": FP32_BYTES, "fp32": FP32_BYTES, "bf16": 2, "fp8": 3, "fp8_backward": 4}
 MAX_GATHERED = 1_000_000_000  # parameters that stage 3 keeps gathered at once, DeepSpeed's default
 
 
