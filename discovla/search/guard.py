@@ -23,7 +23,7 @@ COOKIE = "discovla"
 MIN_TOKEN = 16  # characters: 16 random hexadecimal digits are 64 bits
 HEADER_SECONDS = 10.0  # for the request line and the headers
 BODY_SECONDS = 30.0  # for the whole body of a request
-SEND_SECONDS = 60.0  # for one part of a response, after which a client that reads nothing is cut off
+SEND_SECONDS = 60.0  # without reading; a player that is paused longer asks for the rest again
 OPEN_PATHS = ("/", "/api/session")  # served without the token: they hold nothing of the index
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -73,7 +73,7 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send)
+        exchange = _Exchange(receive, send)
         refusal = self._refusal(scope["path"], Headers(scope=scope))
         if refusal is not None:
             await refusal(scope, receive, exchange.send)
@@ -115,13 +115,12 @@ class Guard:
 
 
 class _Exchange:
-    """Request and response of one exchange, with their deadlines and the security headers.
+    """Request and response of one exchange: the deadline of the body, and the security headers.
 
-    A body that takes longer than `BODY_SECONDS` ends as the body of a client that left. A client that reads
-    nothing for `SEND_SECONDS` is treated as gone, which ends the response and its connection.
+    A body that takes longer than `BODY_SECONDS` ends as if the client had left, and the status is 408.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
         self._deadline = time.monotonic() + BODY_SECONDS
         self._body = True  # some of it is still to come
@@ -148,37 +147,49 @@ class _Exchange:
             if self._late:
                 message["status"] = 408
                 headers["Connection"] = "close"
-        async with asyncio.timeout(SEND_SECONDS):
-            await self._send(message)
+        await self._send(message)
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 of uvicorn that closes a connection whose headers take longer than `HEADER_SECONDS`."""
+    """HTTP/1.1 of uvicorn that cuts off slow clients.
 
-    _timer: asyncio.TimerHandle | None = None
+    A connection ends if the headers of a request take longer than `HEADER_SECONDS`, or if nothing of a
+    response is read for `SEND_SECONDS`.
+    """
+
+    _waiting: asyncio.TimerHandle | None = None
+    _sending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._start_timer()
+        self._waiting = self._abort_after(HEADER_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_timer()
-        elif self._timer is None:
-            self._start_timer()
+            self._waiting = _cancel(self._waiting)
+        elif self._waiting is None:
+            self._waiting = self._abort_after(HEADER_SECONDS)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._sending = _cancel(self._sending) or self._abort_after(SEND_SECONDS)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._sending = _cancel(self._sending)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._waiting, self._sending = _cancel(self._waiting), _cancel(self._sending)
         super().connection_lost(exc)
 
-    def _start_timer(self) -> None:
-        self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+    def _abort_after(self, seconds: float) -> asyncio.TimerHandle:
+        return self.loop.call_later(seconds, self.transport.abort)
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 def session_cookie(token: str) -> str:

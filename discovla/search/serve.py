@@ -8,7 +8,6 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.resources import files
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
@@ -71,38 +70,47 @@ def serve(index: Index, *, host: str = "127.0.0.1", port: int = 8000, token: str
         token: secret that requests must name, at least 16 characters.
 
     Raises:
-        ValueError: an address that others reach without a token, or a token that is too short.
-        OSError: the address cannot be listened on.
+        ValueError: an address that others reach without a token, a token that is too short, or an address
+            that cannot be listened on.
     """
     check_token(token, host)
-    hosts = () if token is not None else (*LOCAL_NAMES, host.strip("[]"))
-    app = create_app(index, token=token, hosts=hosts)
-    config = uvicorn.Config(
-        app,
-        http=TimedProtocol,
-        ws="none",
-        lifespan="on",
-        log_level="warning",
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=STOP_SECONDS,
-    )
-    with _listen(host, port) as listener:
+    server = Server(index, host, token=token)
+    with listen(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         print(f"serving at http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)", flush=True)
         with _graceful_stop(), suppress(KeyboardInterrupt):
-            _Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
 
 
-class _Server(uvicorn.Server):
-    """A server that ends its event streams when it is told to stop; else it would wait for them."""
+class Server(uvicorn.Server):
+    """uvicorn with the application of an index.
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        super().handle_exit(sig, frame)
-        guard = self.config.app
-        assert isinstance(guard, Guard) and isinstance(guard.app, FastAPI)
-        guard.app.state.feed.close()
+    Without a token it answers to the names of this machine only, and to `host`.
+    """
+
+    def __init__(
+        self, index: Index, host: str, *, token: str | None = None, limits: Limits | None = None
+    ) -> None:
+        hosts = () if token is not None else (*LOCAL_NAMES, host.strip("[]"))
+        self.app = create_app(index, token=token, hosts=hosts, limits=limits)
+        config = uvicorn.Config(
+            self.app,
+            http=TimedProtocol,
+            ws="none",
+            lifespan="on",
+            log_level="warning",
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_graceful_shutdown=STOP_SECONDS,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the event streams, which would else be waited for, then the server."""
+        assert isinstance(self.app.app, FastAPI)
+        self.app.app.state.feed.close()
+        await super().shutdown(sockets)
 
 
 @contextmanager
@@ -115,8 +123,8 @@ def _graceful_stop() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Open the listening socket."""
+def listen(host: str, port: int) -> socket.socket:
+    """Open a listening socket."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=128)
