@@ -14,6 +14,7 @@ from typing import Any
 from discovla.batch import BadClip
 from discovla.data.dataset import check_captions
 from discovla.data.manifest import Clip, read_manifest, write_atomic
+from discovla.lock import WriterLock
 from discovla.model import Model, NoneReadable
 from discovla.retrieval.embeddings import Embeddings
 
@@ -51,23 +52,32 @@ def embed_manifest(
         part: inputs of a part, rounded up to whole batches.
 
     Raises:
-        ValueError: an unreadable manifest, too long a caption, a folder of another model or other clips, or
-            no video that can be read.
+        ValueError: an unreadable manifest, too long a caption, a folder of another model or other clips or
+            to which another process writes, or no video that can be read.
         OSError: a file cannot be written.
     """
     out, clips = Path(out), read_manifest(manifest, split=split)
     check_captions(clips, model.data.context_length, long=model.data.long_captions)
     part = -(-part // model.batch_size) * model.batch_size
-    _claim(out, model, clips, part)
     if (out / REFUSED).is_file() and not (out / "parts").exists():
+        _claim(out, model, clips, part)
         return _finished(out)
+    with WriterLock(out, "discovla embed") as lock:
+        _claim(out, model, clips, part)
+        return _embed_manifest(model, clips, out, part, lock)
+
+
+def _embed_manifest(model: Model, clips: Sequence[Clip], out: Path, part: int, lock: WriterLock) -> Corpus:
+    """Embed clips into a folder that is locked and claimed."""
     videos = [(clip.video, clip.start, clip.end) for clip in clips]
     captions = [(clip, caption) for clip in clips for caption in clip.captions]
 
     def embed_clips(rows: slice) -> Embeddings:
+        lock.check()
         return model.embed_videos(videos[rows], on_error="skip")
 
     def embed_captions(rows: slice) -> Embeddings:
+        lock.check()
         return model.embed_texts([caption for _, caption in captions[rows]])
 
     found = _embed_parts(out / "parts", "videos", len(videos), part, embed_clips)

@@ -15,6 +15,7 @@ from discovla import corpus
 from discovla.cli import main
 from discovla.corpus import embed_manifest
 from discovla.data.manifest import read_manifest, write_manifest
+from tests.holders import holder
 
 CLIP = ["clip:drawn", "--device", "cpu", "--batch-size", "3"]
 
@@ -117,6 +118,18 @@ def test_a_folder_of_other_embeddings_is_refused(model, manifest, tmp_path):
     other = discovla.load("clip:drawn", device="cpu", batch_size=3, data={"frames": 3, "workers": 0})
     with pytest.raises(ValueError, match="expected the same data to continue"):
         embed_manifest(other, manifest, tmp_path / "out", split="val")
+
+
+def test_a_folder_to_which_another_process_writes_is_refused_until_that_has_ended(model, manifest, tmp_path):
+    out = tmp_path / "out"
+    with holder(out, "discovla embed") as other:
+        with pytest.raises(ValueError, match=rf"another discovla embed \(process {other.pid} on "):
+            embed_manifest(model, manifest, out, split="val")
+        assert [path.name for path in out.iterdir()] == ["writer.lock"]
+    embed_manifest(model, manifest, out, split="val")
+    assert not (out / "writer.lock").exists()
+    with holder(out, "discovla embed"):  # a complete folder is only read
+        embed_manifest(model, manifest, out, split="val")
 
 
 def test_the_command_prints_what_it_wrote_and_refused(manifest, tmp_path, capsys, monkeypatch):

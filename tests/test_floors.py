@@ -18,8 +18,8 @@ LOW = {  # package -> the packages it may import besides itself
     "towers": {"nn", "ops", "tensor_files"},
     "methods": {"towers", "nn", "ops", "batch"},
     "retrieval": {"methods", "ops", "batch", "tensor_files"},
-    "data": {"batch"},
     "lock": set(),
+    "data": {"batch", "lock"},
     "drawn_world": {"data"},
     "engine": {"batch", "ops", "tensor_files"},
 }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,26 +14,14 @@ import pytest
 
 from discovla import lock as lock_module
 from discovla.lock import NAME, LockHeld, WriterLock
-from tests import runs
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from discovla.lock import WriterLock
-WriterLock(Path(sys.argv[1]), "run").acquire()
-print("held", flush=True)
-time.sleep(60)
-"""
+from tests import holders, runs
 
 
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of a folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    with holders.holder(tmp_path, "run") as process:
+        yield process
 
 
 def write_foreign(folder: Path, **changes: Any) -> Path:

@@ -27,6 +27,7 @@ from discovla.data.datasets.annotations import (
 )
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.data.video.frames import Damaged, Hdr
+from discovla.lock import WriterLock
 
 _MODELS = "openai:NAME (with --url) or coca:ARCHITECTURE@WEIGHTS (open_clip)"
 _SERVERS = """models of Hugging Face run behind a server, for example:
@@ -131,8 +132,8 @@ def _caption(clips: list[Clip], arguments: argparse.Namespace) -> CaptionedClips
     )
     captioner = _captioner(arguments)
     cache = arguments.cache or arguments.out.with_name(f"{arguments.out.name}.cache")
-    store = CaptionStore(cache, captioner.identity)
-    with tqdm(unit="clip", disable=None) as bar:
+    with WriterLock(cache, "discovla caption"), tqdm(unit="clip", disable=None) as bar:
+        store = CaptionStore(cache, captioner.identity)
 
         def progress(done: int, total: int) -> None:
             bar.total = total

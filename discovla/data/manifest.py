@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,11 +129,12 @@ def write_atomic(path: Path, content: str) -> None:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    own = f".{path.name}.{socket.gethostname()}"  # another machine may have a process of the same id
+    for abandoned in path.parent.glob(f"{glob.escape(own)}.*.part"):
         process = abandoned.name.split(".")[-2]
         if process.isdigit() and not Path(f"/proc/{process}").exists():
             abandoned.unlink(missing_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{own}.{os.getpid()}.part")
     try:
         part.write_text(content, encoding="utf-8", newline="")
         part.replace(path)

@@ -6,7 +6,6 @@ into the tar and removed. What an earlier run finished is kept in `.state` of th
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,8 +14,8 @@ import shutil
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,8 @@ from discovla.data.shards.layout import (
 )
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import read_frames, resize_and_crop
+from discovla.lock import NAME as LOCK
+from discovla.lock import WriterLock
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ def write_shards(
     manifest, out = Path(manifest), Path(out)
     clips = read_manifest(manifest)
     videos = _relative_videos(clips, manifest.parent)
-    with _locked(out) as state:
+    with WriterLock(out, "discovla shard") as lock:
+        state = _state_folder(out)
         _check_plan(state / "plan.json", clips, videos, settings)
         tars = _plan_tars(clips, settings.clips_per_shard, out, state)
         unfinished = {tar.path: tar for tar in tars if not _is_finished(tar, verify)}
@@ -104,36 +106,31 @@ def write_shards(
         missing = Counter(part.tar for part in parts)
         for path, tar in unfinished.items():
             if not missing[path]:  # an earlier run decoded all its clips
+                lock.check()
                 log(_write_tar(tar))
         with closing(_decode(parts, workers, limit)) as decoded_parts:
             for part in decoded_parts:
                 missing[part.tar] -= 1
                 if not missing[part.tar]:
+                    lock.check()
                     log(_write_tar(unfinished[part.tar]))
+        lock.check()
         bad, size = _write_index(out, clips, videos, tars, settings)
         shutil.rmtree(state / "parts")
     return ShardReport(shards=len(tars), clips=len(clips) - len(bad), size=size, decoded=len(parts), bad=bad)
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[Path]:
-    """Create the folder and its state folder, and hold its lock.
+def _state_folder(out: Path) -> Path:
+    """Return the state folder of a folder of shards, which is made if the folder is empty.
 
     Raises:
-        ValueError: the folder holds other files, or another process holds the lock.
+        ValueError: the folder holds other files.
     """
-    out.mkdir(parents=True, exist_ok=True)
     state = out / ".state"
-    if not state.is_dir() and any(out.iterdir()):
+    if not state.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"{out}: expected an empty folder or one of shards, found other files")
-    state.mkdir(exist_ok=True)
-    with (state / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another process writes shards there") from None
-        (state / "parts").mkdir(exist_ok=True)
-        yield state
+    (state / "parts").mkdir(parents=True, exist_ok=True)
+    return state
 
 
 def _relative_videos(clips: Sequence[Clip], folder: Path) -> list[str]:

@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import struct
-import threading
+import uuid
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -236,12 +237,15 @@ class FrameIndexStore:
         if self.folder is None:
             return
         path = self._path(key)
-        part = path.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}.part")
+        # processes of several machines may share the folder: a process id would not tell them apart
+        part = path.with_name(f".{key}.{uuid.uuid4().hex}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(content)
             part.replace(path)
         except OSError as error:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             _warn_unwritable(str(self.folder), error.strerror or str(error))
 
     def _keep(self, key: str, content: bytes) -> None:

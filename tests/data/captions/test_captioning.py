@@ -23,6 +23,7 @@ from discovla.data.datasets.annotations import read_frame_captions, write_frame_
 from discovla.data.manifest import Clip, read_manifest, write_manifest
 from tests.data.captions.server import captions_server
 from tests.data.conftest import movie, numbers
+from tests.holders import holder
 
 SETTINGS = CaptionSettings(frames=3, side=32, batch_size=2, workers=1, seconds=20)
 
@@ -256,6 +257,16 @@ def test_captioning_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
         assert len(server.seen) == len(set(server.seen)) == 9
         assert main(words(tmp_path, "whole.json", server.url)) == 0
     assert (tmp_path / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_a_cache_to_which_another_process_writes_is_refused_until_that_has_ended(clips, tmp_path, capsys):
+    with captions_server() as server:
+        again = words(tmp_path, "out.json", server.url)
+        with holder(tmp_path / "out.json.cache", "discovla caption") as other:
+            assert main(again) == 2
+            assert f"another discovla caption (process {other.pid} on " in capsys.readouterr().err
+            assert server.asked == 0
+        assert main(again) == 0
 
 
 def test_the_command_refuses_a_prompt_to_coca(clips, tmp_path, capsys):

@@ -6,8 +6,6 @@ import contextlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -30,6 +28,7 @@ from tests.data.shards.world import (
     make_shards,
     sharding,
 )
+from tests.holders import holder
 
 
 @pytest.fixture(scope="module")
@@ -228,25 +227,37 @@ def test_a_folder_of_other_settings_is_refused(changes, message, raw, world):
         make_shards(world, raw, **changes)
 
 
-def test_a_folder_of_another_manifest_of_other_files_or_in_use_is_refused(raw, tmp_path):
+def test_a_folder_of_another_manifest_or_of_other_files_is_refused(raw, tmp_path):
     manifest = make_manifest(tmp_path / "other", count=2)
     with pytest.raises(ValueError, match="its shards are of another manifest"):
         make_shards(manifest, raw)
     with pytest.raises(ValueError, match="expected an empty folder or one of shards"):
         make_shards(manifest, tmp_path / "other")
-    held = tmp_path / "held"
-    make_shards(manifest, held)
-    code = (
-        f"import fcntl, sys; f = open({str(held / '.state/lock')!r}); fcntl.flock(f, 2);"
-        "print(1, flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        other.stdout.readline()
-        with pytest.raises(ValueError, match="another process writes shards there"):
-            make_shards(manifest, held)
-        other.stdin.close()
+
+
+def test_a_folder_to_which_another_process_writes_is_refused_until_that_has_ended(tmp_path, caplog):
+    manifest, out = make_manifest(tmp_path, count=2), tmp_path / "out"
+    with holder(out, "discovla shard") as other:
+        with pytest.raises(ValueError, match=rf"another discovla shard \(process {other.pid} on "):
+            make_shards(manifest, out)
+        assert [path.name for path in out.iterdir()] == ["writer.lock"]
+    make_shards(manifest, out)
+    assert "has ended without releasing the lock" in caplog.text
+    assert not (out / "writer.lock").exists()
+
+
+def test_a_process_that_lost_its_lock_writes_no_further_tar(tmp_path, monkeypatch):
+    manifest, out = make_manifest(tmp_path, count=2), tmp_path / "out"
+    decode = writer._decode_clip
+
+    def taken(part):
+        decode(part)
+        (out / "writer.lock").write_text("{}")  # by another, while this one was suspended
+
+    monkeypatch.setattr(writer, "_decode_clip", taken)
+    with pytest.raises(ValueError, match="expected the lock of this process, found a process that left no"):
+        make_shards(manifest, out, workers=0)
+    assert not list(out.glob("*.tar"))
 
 
 def test_a_manifest_without_any_frames_is_an_error(tmp_path):

@@ -96,6 +96,23 @@ def test_a_damaged_index_is_ignored_and_written_again(counting, index, tmp_path,
     assert [path.name for path in tmp_path.rglob("*.part")] == []
 
 
+def test_processes_of_the_same_id_on_two_machines_may_write_the_same_index(
+    counting, index, tmp_path, monkeypatch, caplog
+):
+    replace, others = Path.replace, [FrameIndexStore(tmp_path)]
+
+    def interrupted(path, target):
+        if others:
+            others.pop().put(counting, index)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    FrameIndexStore(tmp_path).put(counting, index)
+    assert not caplog.records
+    assert FrameIndexStore(tmp_path).get(counting) == index
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".index"]
+
+
 def test_a_folder_that_cannot_be_written_is_one_warning(counting, index, tmp_path, caplog):
     (tmp_path / "file").touch()
     caplog.set_level(logging.WARNING)
