@@ -219,9 +219,12 @@ class Api:
         offset: Annotated[int, fastapi.Query(ge=0)] = 0,
         limit: Annotated[int, fastapi.Query(ge=1, le=1000)] = 100,
     ) -> VideoPage:
-        """Return videos of the index by path; refused ones have a reason."""
-        entries = self.index.refused() if state == "refused" else self.index.videos()
-        entries = [entry for entry in entries if state in (None, entry.state)]
+        """Return videos of the index by path: by default all but the refused ones, which have a reason."""
+        if state == "refused":
+            entries = self.index.refused()
+        else:
+            states = ("indexed", "gone") if state is None else (state,)
+            entries = [entry for entry in self.index.videos() if entry.state in states]
         return VideoPage(total=len(entries), videos=entries[offset : offset + limit])
 
     async def status(self, request: Request) -> Response:

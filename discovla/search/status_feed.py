@@ -13,65 +13,79 @@ from discovla.search.index import Index
 from discovla.search.records import IndexStatus
 
 POLL_SECONDS = 1.0
+POLL_SHARE = 0.05  # of the time that reading a large index may take
 HEARTBEAT_SECONDS = 15.0  # between comments that keep a quiet stream open through proxies
 _STATUS = TypeAdapter(IndexStatus)
 _LOG = logging.getLogger(__name__)
 
 
 class StatusFeed:
-    """State of an index, read once a second for all listeners.
+    """State of an index, read once for all listeners.
 
-    `follow` reads it and makes new moments searchable; `events` yields server-sent events until `close`.
+    `follow` makes new moments searchable and reads the state while somebody listens, once a second, or less
+    often if that would take more than `POLL_SHARE` of the time.  `events` ends at `close`.
     """
 
     def __init__(self, index: Index) -> None:
         self._index = index
         self._latest = ""
+        self._listeners = 0
         self._error = ""
-        self._closed = False
+        self._closed = asyncio.Event()
         self._changed = asyncio.Condition()
 
     async def follow(self) -> None:
-        """Refresh the index and read its state until `close`."""
-        while not self._closed:
-            await self._read()
-            await asyncio.sleep(POLL_SECONDS)
+        """Refresh the index until `close`."""
+        while not self._closed.is_set():
+            began = time.monotonic()
+            await asyncio.to_thread(self._refresh)
+            if self._listeners and not self._error:
+                await self.read()
+            pause = max(POLL_SECONDS, (time.monotonic() - began) / POLL_SHARE)
+            try:
+                async with asyncio.timeout(pause):
+                    await self._closed.wait()
+            except TimeoutError:
+                pass
 
     async def read(self) -> str:
-        """Return the state as JSON."""
-        if not self._latest:
-            await self._read()
+        """Return the state as JSON, and send it to the listeners."""
+        status = await asyncio.to_thread(self._index.status)
+        self._latest = _STATUS.dump_json(status).decode()
+        async with self._changed:
+            self._changed.notify_all()
         return self._latest
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the state as server-sent events: at once, and whenever it changes."""
-        sent, spoken = "", time.monotonic()
-        while not self._closed:
-            if self._latest != sent:
-                sent, spoken = self._latest, time.monotonic()
-                yield f"data: {sent}\n\n"
-            elif time.monotonic() - spoken > HEARTBEAT_SECONDS:
-                spoken = time.monotonic()
-                yield ": nothing has changed\n\n"
-            await self._wait()
+        self._listeners += 1
+        try:
+            latest, spoken = await self.read(), time.monotonic()
+            yield f"data: {latest}\n\n"
+            while not self._closed.is_set():
+                await self._wait()
+                if self._latest != latest:
+                    latest, spoken = self._latest, time.monotonic()
+                    yield f"data: {latest}\n\n"
+                elif time.monotonic() - spoken > HEARTBEAT_SECONDS:
+                    spoken = time.monotonic()
+                    yield ": nothing has changed\n\n"
+        finally:
+            self._listeners -= 1
 
     def close(self) -> None:
-        """End `follow` and all streams, within a second."""
-        self._closed = True
+        """End `follow` at once and all streams within a second."""
+        self._closed.set()
 
-    async def _read(self) -> None:
+    def _refresh(self) -> None:
+        """Read what another process has written; if that fails, as in a rebuild, what is in memory stays."""
         try:
-            await asyncio.to_thread(self._index.refresh)
-            status = await asyncio.to_thread(self._index.status)
-        except (OSError, RuntimeError, ValueError) as error:  # such as an index that `--rebuild` replaces now
+            self._index.refresh()
+            self._error = ""
+        except (OSError, RuntimeError, ValueError) as error:
             if str(error) != self._error:
-                _LOG.warning("the index cannot be read: %s; its last state is served", error)
+                _LOG.warning("the index cannot be read: %s; what is in memory is served", error)
             self._error = str(error)
-            return
-        self._error = ""
-        self._latest = _STATUS.dump_json(status).decode()
-        async with self._changed:
-            self._changed.notify_all()
 
     async def _wait(self) -> None:
         """Wait for the next reading, at most a second."""

@@ -51,7 +51,7 @@ export async function show() {
   visible = true;
   const shown = Math.max(PAGE, $("videos").tBodies[0].rows.length);
   const [indexed, refused] = await Promise.all([load("", 0, shown), load("refused", 0, 1000)]);
-  $("videos").tBodies[0].replaceChildren(...indexed.videos.filter((video) => video.state !== "refused").map(row));
+  $("videos").tBodies[0].replaceChildren(...indexed.videos.map(row));
   $("more-videos").hidden = shown >= indexed.total;
   $("refused-part").hidden = refused.total === 0;
   $("refused-count").textContent = refused.total.toLocaleString("en");
@@ -90,6 +90,6 @@ function size(bytes) {
 $("more-videos").onclick = async () => {
   const body = $("videos").tBodies[0];
   const next = await load("", body.rows.length, PAGE);
-  body.append(...next.videos.filter((video) => video.state !== "refused").map(row));
+  body.append(...next.videos.map(row));
   $("more-videos").hidden = body.rows.length >= next.total;
 };

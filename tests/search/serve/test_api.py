@@ -222,7 +222,7 @@ def test_progress_and_changes_are_events(index, monkeypatch):
             time.sleep(0.3)
             monkeypatch.setattr(index, "progress", progress)
             time.sleep(1.5)
-            app.app.state.feed.close()
+            client.portal.call(app.app.state.feed.close)
 
         thread = threading.Thread(target=change)
         thread.start()
