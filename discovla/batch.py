@@ -26,11 +26,12 @@ class Batch:
     frames: b f y x c, uint8 RGB; float b f c y x is already normalised; float b f d are features of a frozen
         vision tower.  frame_mask: b f, bool.
     frame_text_ids, frame_text_mask: b f l, captions of the sampled frames, or None.
-    video_index: b, int64, index of the clip; equal for captions of one clip.
+    video_index: b, int64, index i of the clip, or ~i of the clip played backwards; equal for captions of one
+        clip.
     valid: b, bool, false on clips that could not be read; None if every rank read all of its clips.  The row
         of an unreadable clip is a placeholder; it keeps shapes equal on all ranks, and no loss uses it.
     bad: the unreadable clips.
-    tells_order: b, bool, true where the caption tells the order of events; None if no loss asks for it.
+    tells_order: b, bool, true where the caption tells the order of events; None if nothing asks for it.
     false_text_ids, false_text_mask: b l, the caption with an exchange that makes it false, or None.
     has_false_text: b, bool, true where there is an exchange; the caption itself stands in the other rows.
     """

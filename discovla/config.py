@@ -94,6 +94,11 @@ class RunConfig(BaseModel):
         stills = self.data.stills is not None
         if stills and (method.reversed_negatives or method.swapped_captions or self.data.reversed_pairs):
             raise ValueError("data.stills: expected clips with losses that teach order, found stills")
+        if self.data.reversed_pairs and not method.exclude_same_video:
+            raise ValueError(
+                "data.reversed_pairs: expected method.exclude_same_video = true, which leaves out captions that "
+                "are true of the reversed clip too, found false"
+            )
         if self.engine.capture == "graph" and method.swapped_captions:
             raise ValueError(
                 "engine.capture: expected 'none' with method.swapped_captions, whose number differs from "

@@ -16,7 +16,7 @@ from discovla.evaluate import EvalOptions
 from discovla.methods.base import Method, reverse_frames
 from discovla.retrieval.embed import concatenate, embed_texts, embed_videos, evaluating
 
-TIE = 1e-5  # relative difference below which two scores are equal, because rounding would decide
+TIE = 1e-5  # difference, as a share of the largest score, below which rounding would decide: a tie
 CHANGES = ("none", "reversed", "shuffled")
 
 
@@ -117,7 +117,7 @@ def _scores(method: Method, text: Embedding, video: Embedding, options: EvalOpti
 
 def _summary(true: Tensor, false: Tensor, phrases: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Count how often the true side scores higher, over all rows and over those with each phrase."""
-    tied = (true - false).abs() <= TIE * torch.maximum(true.abs(), false.abs())
+    tied = (true - false).abs() <= TIE * torch.maximum(true.abs(), false.abs()).max()
     points = torch.where(tied, 0.5, (true > false).double()).tolist()
     by_phrase: dict[str, list[float]] = {}
     for point, found in zip(points, phrases, strict=True):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from discovla.batch import Batch, Embedding, Losses
 from discovla.engine.config import EngineConfig, resolve_precision
@@ -100,7 +101,7 @@ class TrainStep(GradCache):
         index = batch.video_index
         if batch.valid is not None:
             text, video, index = text[batch.valid], video[batch.valid], index[batch.valid]
-        return self.method.losses(text, video, same_video=index[:, None] == index)
+        return self.method.losses(text, video, same_video=same_video(text, index, index))
 
     def _losses_of_ranks(self, batch: Batch) -> Losses:
         """Compute the losses on one of several ranks, from its columns of every similarity matrix."""
@@ -118,7 +119,8 @@ class TrainStep(GradCache):
             text, all_index = text[all_valid], all_index[all_valid]
             video, index = video[valid], index[valid]
         columns = ColumnShard(first_text=first, all_reduce=add_over_ranks, all_reduce_max=largest_over_ranks)
-        losses = self.method.losses(text, video, same_video=all_index[:, None] == index, columns=columns)
+        same = same_video(text, all_index, index)
+        losses = self.method.losses(text, video, same_video=same, columns=columns)
         return replace(losses, total=scale_gradient(losses.total, world.size))
 
     def _encode(self, encode: Callable[[Batch], Embedding], batch: Batch) -> Embedding:
@@ -133,6 +135,21 @@ class TrainStep(GradCache):
         """With grad_scale = "official", undo the factor W in the gradient of an embedding."""
         factor = 1.0 if self.grad_scale == "exact" else 1 / self.world.size
         return x.map(lambda tensor: scale_gradient(tensor, factor))
+
+
+def same_video(text: Embedding, text_index: Tensor, video_index: Tensor) -> Tensor:
+    """Return t v, bool, true where a caption is of the video: of the same clip played in the same direction.
+
+    A caption that does not tell order is of the reversed clip too.
+
+    Args:
+        text: t captions.
+        text_index, video_index: t and v, the `Batch.video_index` of captions and videos.
+    """
+    same = text_index[:, None] == video_index
+    if text.tells_order is None:
+        return same
+    return same | (text_index[:, None] == ~video_index) & ~text.tells_order[:, None]
 
 
 def _check_masks(batch: Batch) -> None:

@@ -553,7 +553,7 @@ def make_loader(config: RunConfig, method: Method, clips: list[Clip], world: Wor
         image_size=method.architecture.image_size,
         context_length=data.context_length,
         frame_captions=method.needs_frame_captions,
-        order=method.needs_order_words,
+        order=method.needs_order_words or data.reversed_pairs,
     )
     stills = None if data.stills is None else Stills(seed=config.seed, **data.stills.model_dump())
     reduce = "batch_size" not in config.model_fields_set  # the user did not ask for this size

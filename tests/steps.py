@@ -124,7 +124,8 @@ def make(variant: str | dict[str, Any]) -> Method:
 
 
 def whole_batch(*, bad: bool) -> Batch:
-    """Return the batch of all ranks: two clips occur twice, some frames are padding, some rows unreadable."""
+    """Return the batch of all ranks: two clips occur twice and one also backwards, some frames are padding,
+    some rows unreadable."""
     made = noise_batch(tiny_architecture(), size=BATCH, frames=FRAMES)
     other = noise_batch(tiny_architecture(), size=BATCH, frames=FRAMES, seed=1)
     other_mask = other.text_mask.clone()
@@ -141,7 +142,7 @@ def whole_batch(*, bad: bool) -> Batch:
         made,
         text_mask=text_mask,
         frame_mask=frame_mask,
-        video_index=torch.tensor([0, 1, 2, 0, 4, 2, 6, 7]),
+        video_index=torch.tensor([0, 1, 2, 0, ~1, 2, 6, 7]),
         tells_order=torch.tensor([True, False, True, True, False, True, True, False]),
         false_text_ids=other.text_ids,
         false_text_mask=other_mask,

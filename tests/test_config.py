@@ -95,6 +95,10 @@ def test_the_resolved_config_reads_back_the_same(small, tmp_path):
             r"data\.stills\.each: unknown key; expected one of count, easy_epochs",
         ),
         (
+            "data.reversed_pairs=true method.exclude_same_video=false",
+            r"data\.reversed_pairs: expected method\.exclude_same_video = true, .*, found false",
+        ),
+        (
             "engine.capture=graph engine.zero_stage=2",
             r"engine\.capture: expected 'none' with zero_stage = 2, found 'graph'$",
         ),

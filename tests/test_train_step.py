@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from discovla.batch import Batch
+from discovla.batch import Batch, Embedding
 from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.towers.weights import initialise
-from discovla.train_step import TrainStep
+from discovla.train_step import TrainStep, same_video
 from discovla.trainer import Trainer
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -62,6 +62,15 @@ def test_losses_and_gradients_equal_those_of_the_batch_without_bad_rows(name):
         assert relative_error(found[key], value) < 1e-10, key
     blank = gradients(step, replace(batch, frames=frames, valid=None))
     assert relative_error(blank["loss"], wanted["loss"]) > 1e-3, "bad rows do not change the loss"
+
+
+def test_captions_that_tell_no_order_are_of_the_reversed_clip_too():
+    text = Embedding(pooled=torch.zeros(4, 1), tells_order=torch.tensor([True, False, True, True]))
+    index = torch.tensor([5, 5, ~5, 0])
+    want = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert same_video(text, index, index).tolist() == torch.tensor(want).bool().tolist()
+    unknown = same_video(Embedding(pooled=text.pooled), index, index)
+    assert unknown.tolist() == torch.tensor([want[0], want[0], want[2], want[3]]).bool().tolist()
 
 
 def gradients(step: TrainStep, batch: Batch) -> dict[str, torch.Tensor]:

@@ -83,11 +83,15 @@ class DataConfig(BaseModel):
 
     reversed_pairs: bool = False
     """Also train on pairs of a clip played backwards and a caption that is true of it, for the training clips
-    whose `reversed_captions` the manifest has."""
+    whose `reversed_captions` the manifest has.  A batch of n pairs has n / 2 clips, each with its reverse."""
 
     order_words: Path | None = None
     """TOML file with the phrases that tell the order of events, `words`, and the pairs of phrases that
     exchange, `exchanges`, for method.reversed_negatives and method.swapped_captions.  Default: English."""
+
+    exchanges: Literal["all", "places"] = "all"
+    """Exchanges of method.swapped_captions: all, or only those of places ("from P to Q", "moves to P"), the
+    ones that reversed pairs teach least; then fewer captions are encoded."""
 
     damaged: Damaged = "refuse"
     """Videos that decode up to some frame only: `refuse` counts them as bad, `use` reads up to there."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -58,7 +58,7 @@ class Sample:
     """A training pair with its frames.
 
     frames: uint8 RGB f y x 3, f at most `Dataset.frames_per_clip`, or a plan; None if the clip is bad.
-    video_index: index of the clip in the list.
+    video_index: index i of the clip in the list, or ~i if it is played backwards.
     frame_captions: one caption per frame, or None.
     bad: the clip and the reason if it gives no frames, else None.
     false_text: the caption with an exchange that makes it false, or None.
@@ -267,6 +267,23 @@ class ClipDataset:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def with_reverses(self, order: Sequence[int]) -> list[int]:
+        """Move each pair that is played backwards behind the pair of the same clip and number, if there is one.
+
+        So a batch has a clip and its reverse, each of which is the other's hardest negative.
+        """
+        pairs = self.pairs
+        forwards = {(pair.clip, pair.caption) for pair in pairs if not pair.backwards}
+        reverses = {(pair.clip, pair.caption): i for i, pair in enumerate(pairs) if pair.backwards}
+        arranged = []
+        for i in order:
+            place = (pairs[i].clip, pairs[i].caption)
+            if not pairs[i].backwards:
+                arranged += [i, *([reverses[place]] if place in reverses else [])]
+            elif place not in forwards:
+                arranged.append(i)
+        return arranged
+
     def sample(self, index: int, epoch: int) -> Sample:
         """Return pair `index`; augmentation and exchange depend on (seed, epoch, index)."""
         pair = self.pairs[index]
@@ -286,7 +303,7 @@ class ClipDataset:
             text=text,
             frames=frames,
             frame_captions=_frame_captions(clip, pair) if self.frame_captions else None,
-            video_index=pair.clip,
+            video_index=~pair.clip if pair.backwards else pair.clip,
             bad=bad,
             false_text=None if order is None else order.exchanged(text, index + epoch),
             tells_order=order is not None and order.tells_order(text),
@@ -324,8 +341,13 @@ def clip_dataset(
         reader=clip_reader(clips, config, image_size, training=True),
         seed=seed,
         frame_captions=frame_captions,
-        order=read_order_words(config.order_words) if order else None,
+        order=_order_words(config) if order else None,
     )
+
+
+def _order_words(config: DataConfig) -> OrderWords:
+    words = read_order_words(config.order_words)
+    return replace(words, places_only=config.exchanges == "places")
 
 
 def _reversed_pairs(clips: Sequence[Clip], config: DataConfig, *, frame_captions: bool) -> list[Pair]:

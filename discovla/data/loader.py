@@ -90,7 +90,7 @@ class VideoBatch:
 class TrainLoader:
     """Training batches of one rank.
 
-    The order of all pairs depends on (seed, epoch) alone.  Each step takes the next `batch_size` pairs, and
+    The order of all pairs depends on (seed, epoch) alone; a reversed pair follows its pair.  Each step takes the next `batch_size` pairs, and
     rank r its r-th contiguous part, so the batches of all ranks concatenated are those of a single process.
     The last, smaller batch of an epoch is dropped.  Only one iterator may be in use at a time.
 
@@ -151,6 +151,8 @@ class TrainLoader:
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(f"start: expected 0 .. {self.steps_per_epoch}, found {start}")
         order = epoch_order(len(self.dataset), self.spec.seed, epoch).tolist()
+        if isinstance(self.dataset, ClipDataset):
+            order = self.dataset.with_reverses(order)
         size, share = self.spec.batch_size, self.spec.batch_size // self.spec.world_size
         firsts = (step * size + self.spec.rank * share for step in range(start, self.steps_per_epoch))
         steps = [[(i, epoch) for i in order[first : first + share]] for first in firsts]

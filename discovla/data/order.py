@@ -22,6 +22,8 @@ EXCHANGES = (
     *(("to the left", "to the right"), ("leftward", "rightward"), ("forward", "backward")),
     *(("forwards", "backwards"), ("starts", "stops"), ("puts on", "takes off"), ("fills", "empties")),
 )
+# Phrases before the one end of a motion that a caption names.
+ENDS = (("moves to", "moves from"), ("goes to", "goes from"), ("walks to", "walks from"))
 # The end of the second place of "from ... to ...".
 _STOP = r"(?=\s+(?:and|then|while|as|before|after|when|until|with|by)\b|\s*[,.;:!?]|\s*$)"
 _FROM_TO = re.compile(rf"\bfrom\s+((?:\w+\s+){{1,4}}?)to\s+(\w+(?:\s+\w+){{0,3}}?){_STOP}")
@@ -35,10 +37,14 @@ class OrderWords:
     words: phrases that tell order.
     exchanges: pairs of phrases, each of which makes a caption false in the place of the other; they tell
         order too.
+    ends: such pairs of phrases before a place to which, or from which, something moves.
+    places_only: `exchanged` exchanges places and ends alone.
     """
 
     words: tuple[str, ...] = WORDS
     exchanges: tuple[tuple[str, str], ...] = EXCHANGES
+    ends: tuple[tuple[str, str], ...] = ENDS
+    places_only: bool = False
 
     def tells_order(self, caption: str) -> bool:
         """Return True if a caption has a phrase that tells order."""
@@ -54,24 +60,35 @@ class OrderWords:
         Args:
             choice: selects among the exchanges that fit, modulo their number.
         """
-        changed = self.exchanges_of(caption)
+        text = caption.lower()
+        changed = self._of_places(text) if self.places_only else self.exchanges_of(text)
         return changed[choice % len(changed)] if changed else None
 
     def exchanges_of(self, caption: str) -> list[str]:
         """Return a caption with each exchange that fits and makes it false.
 
-        The exchanges are: of the places in "from P to Q", of what "then" joins, and one for each phrase that
-        has a partner.
+        The exchanges are: of the places in each "from P to Q" and of "to" and "from" where one place is named,
+        of what "then" joins, and one for each phrase that has a partner.
         """
         text = caption.lower()
-        changed = []
-        if (match := _FROM_TO.search(text)) and match[1].strip() != match[2]:
-            places = f"from {match[2]} to {match[1].strip()}"
-            changed.append(text[: match.start()] + places + text[match.end() :])
+        changed = self._of_places(text)
         if (match := _THEN.match(text)) and match[1] != match[3] and not re.search(r"\bthen\b", match[3]):
             changed.append(f"{match[3]} {match[2]} {match[1]}{match[4]}")
         for match in self._exchanges.finditer(text):
             changed.append(text[: match.start()] + self._partners[match[0]] + text[match.end() :])
+        return changed
+
+    def _of_places(self, text: str) -> list[str]:
+        """Return a lower-case caption with each exchange of places and of ends."""
+        changed, both = [], list(_FROM_TO.finditer(text))
+        for match in both:
+            if match[1].strip() != match[2]:
+                places = f"from {match[2]} to {match[1].strip()}"
+                changed.append(text[: match.start()] + places + text[match.end() :])
+        other = {a: b for pair in self.ends for a, b in (pair, pair[::-1])}
+        for match in _any_of(tuple(other)).finditer(text):
+            if not any(x.start() < match.end() <= x.end() for x in both):
+                changed.append(text[: match.start()] + other[match[0]] + text[match.end() :])
         return changed
 
     @cached_property
@@ -111,7 +128,7 @@ def read_order_words(path: Path | None) -> OrderWords:
     if not words and not exchanges:
         raise ValueError(f"order_words: {path}: expected words or exchanges, found neither")
     lower = tuple((a.lower(), b.lower()) for a, b in exchanges)
-    return OrderWords(words=tuple(word.lower() for word in words), exchanges=lower)
+    return OrderWords(words=tuple(word.lower() for word in words), exchanges=lower, ends=())
 
 
 def _are_phrases(value: object) -> bool:

@@ -173,10 +173,7 @@ class Method(nn.Module):
 
     def encode_texts(self, batch: Batch) -> Embedding:
         """Encode the captions of a training batch, with frame captions and exchanges if needed."""
-        text = self._encode_captions(batch)
-        if self.config.reversed_negatives and self.config.reversed_when == "order_words":
-            assert batch.tells_order is not None, "read with order words"
-            text = replace(text, tells_order=batch.tells_order)
+        text = replace(self._encode_captions(batch), tells_order=batch.tells_order)
         return self._with_exchanged(text, batch) if self.config.swapped_captions else text
 
     def _with_exchanged(self, text: Embedding, batch: Batch) -> Embedding:
@@ -334,7 +331,10 @@ class Method(nn.Module):
         true, sums = self.pair_scores(own, video), {}
         if config.reversed_negatives:
             wrong = F.softplus(self.pair_scores(own, video.false) - true)
-            sums["reversed"] = (wrong if own.tells_order is None else wrong * own.tells_order).sum()
+            if config.reversed_when == "order_words":
+                assert own.tells_order is not None, "read with order words"
+                wrong = wrong * own.tells_order
+            sums["reversed"] = wrong.sum()
         if config.swapped_captions:
             assert own.has_false is not None, "encoded with exchanges"
             wrong = F.softplus(self.pair_scores(own.false, video) - true)
@@ -347,7 +347,7 @@ class Method(nn.Module):
         """Logits n of caption i with video i: the diagonal of `similarity`, in blocks of PAIRS rows."""
         if self.scores_pooled:
             return self.logit_scale() * (unit(text.pooled) * unit(video.pooled)).sum(-1)
-        blocks = [slice(i, i + PAIRS) for i in range(0, len(text), PAIRS)]
+        blocks = [slice(i, i + PAIRS) for i in range(0, max(1, len(text)), PAIRS)]  # one without pairs
         return torch.cat([self.similarity(text[rows], video[rows]).diagonal() for rows in blocks])
 
     def _matching_losses(

@@ -27,7 +27,8 @@ class BasisConfig(MethodConfig):
     """Trained parameters of the towers; with "text" each clip needs to be encoded only once
     (engine.frozen_features)."""
     freeze_embeddings: bool = True
-    """Keep the embeddings of tokens and positions as they are."""
+    """Keep the embeddings of tokens as they are.  Those of positions in the text train: by them "from P to Q"
+    differs from "from Q to P"."""
     clip_lr_scale: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     """Learning rate of CLIP's own parameters, as a factor of that of the basis."""
     temporal: Literal["none", "basis"] = "basis"
@@ -45,3 +46,9 @@ class Basis(Method):
 
     Config = BasisConfig
     config: BasisConfig
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Also the text tower's embeddings of positions, if the tower trains."""
+        trains = self.config.tune in ("full", "text")
+        return (*super().trained, *((r"text\.position_embedding",) if trains else ()))

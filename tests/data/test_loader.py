@@ -104,6 +104,18 @@ def test_batches_have_one_frame_caption_per_frame(clips):
     assert torch.equal(batch.frame_text_mask, batch.frame_text_ids != 0)
 
 
+def test_a_batch_has_clips_with_their_reverses(clips):
+    both = [replace(clip, reversed_captions=("x",)) for clip in clips[:-1]]
+    data = config(reversed_pairs=True)
+    loader = TrainLoader([*both, clips[-1]], data, spec(batch_size=2 * COUNT + COUNT - 1))
+    (batch,) = loader.epoch(0)
+    index = batch.video_index.tolist()
+    backwards = [(place, ~i) for place, i in enumerate(index) if i < 0]
+    assert sorted(i for _, i in backwards) == list(range(COUNT - 1))
+    assert all(index[place - 1] == i for place, i in backwards)
+    assert sorted(i for i in index if i >= 0) == sorted([*range(COUNT)] * 2)
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     orders = [epoch_order(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4

@@ -46,10 +46,28 @@ def every_exchange(caption: str) -> set[str | None]:
         ),
         ("a ball rolls to the left", {"a ball rolls to the right"}),
         ("she stands then sits then runs", {None}),
+        ("a ring moves to the top", {"a ring moves from the top"}),
+        ("a man walks from the car", {"a man walks to the car"}),
+        (
+            "a ring moves from the left to the top while a dot goes from the top to the right",
+            {
+                "a ring moves from the top to the left while a dot goes from the top to the right",
+                "a ring moves from the left to the top while a dot goes from the right to the top",
+                "a ring moves from the left to the top while a dot goes from the top to the left",
+            },
+        ),
     ],
 )
 def test_exchanges(caption, expected):
     assert every_exchange(caption) == expected
+
+
+def test_exchanges_of_places_alone():
+    places = OrderWords(places_only=True)
+    caption = "a ring appears then a dot moves to the top"
+    assert places.exchanged(caption, 5) == "a ring appears then a dot moves from the top"
+    assert places.exchanged("a ring appears then a dot grows", 0) is None
+    assert places.tells_order("a ring appears then a dot grows")
 
 
 def test_every_exchange_makes_a_caption_of_the_drawn_world_false():

@@ -173,6 +173,14 @@ def test_real_frames_are_reversed_wherever_they_are():
     assert reverse_frames(frames, mask).tolist() == [[2, 1, 0, 3, 4], [5, 9, 7, 8, 6]]
 
 
+def test_the_recipe_trains_places_of_words_but_not_their_embeddings():
+    names = set(make("clip", name="basis").trained_state())
+    assert {"temporal.weight", "text.position_embedding", "text.projection"} <= names
+    assert "text.token_embedding.weight" not in names
+    assert not any(name.startswith("vision.") for name in names)
+    assert "text.position_embedding" not in set(make("clip", name="basis", tune="frozen").trained_state())
+
+
 def test_tuning_the_text_tower_leaves_vision_and_scale_frozen():
     method = make("clip", tune="text", freeze_embeddings=True)
     names = set(method.trained_state())
