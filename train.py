@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
+from discovla import terminal
 from discovla.commands.train import train
 from discovla.config import read_config
 from discovla.errors import run_program
@@ -16,7 +16,7 @@ from discovla.errors import run_program
 def main(words: list[str]) -> int:
     """Run the config named by the first word, with the other words as overrides."""
     words = [word for word in words if not word.startswith("--local_rank=")]  # of the DeepSpeed launcher
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    terminal.start()
     if not words or words[0].startswith("-"):
         print("usage: deepspeed train.py CONFIG [a.b=c ...]", file=sys.stderr)
         return 2

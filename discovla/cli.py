@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from discovla import __version__
+from discovla import __version__, terminal
 from discovla.errors import run_program
 
 COMMANDS = {
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Wrong input is one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser(argv[0] if argv else None).parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="discovla: %(levelname)s: %(message)s")
+    terminal.start(level=logging.WARNING)
     return run_program(lambda: arguments.run(arguments), "discovla")
 
 

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
+from discovla import terminal
 from discovla.data.video.errors import DecodeError
 from discovla.foreign import printable
 
@@ -47,7 +48,10 @@ def run_program(run: Callable[[], None], program: str) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has not all letters
     try:
-        run()
+        try:
+            run()
+        finally:
+            terminal.close()
         return 0
     except RunStopped as stopped:
         if not _rank():
@@ -88,6 +92,7 @@ def _report_bug(program: str) -> int:
 
 def print_error(line: str, program: str) -> None:
     """Print one line on stderr, with the rank if it is not 0."""
+    terminal.clear()
     rank = _rank()
     sys.stderr.write(f"{program}: error{f' (rank {rank})' if rank else ''}: {line}\n")
     sys.stderr.flush()

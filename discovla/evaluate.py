@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from discovla import terminal
 from discovla.batch import Embedding
 from discovla.data.dataset import check_captions, read_clips
 from discovla.data.loader import DataConfig, text_batches, video_batches
@@ -50,6 +52,7 @@ RanksBySetting = dict[str, dict[str, Ranks]]  # "raw", "dual softmax", "QB-Norm"
 class EvalOptions:
     """Options of an evaluation.
 
+    name: of the pass, whose progress is shown.
     data: decoding of clips and length of captions.  batch_size: clips or captions per batch.
     rerank: also report dual softmax and QB-Norm.
     bank: training captions for QB-Norm, which is left out without them.
@@ -58,6 +61,7 @@ class EvalOptions:
     on_record: called with the per-query results; None leaves them out.
     """
 
+    name: str = "evaluation"
     data: DataConfig
     device: torch.device | str = "cpu"
     batch_size: int = 64
@@ -122,41 +126,28 @@ def evaluate(method: Method, clips: Sequence[Clip], options: EvalOptions) -> dic
     }
 
 
-def evaluate_manifest(
-    method: Method,
-    manifest: str | Path | None,
-    split: str,
-    options: EvalOptions,
-    *,
-    rerank: bool = True,
-    quarantine: str | Path | None = None,
-) -> dict[str, Metrics]:
-    """Evaluate one split of a manifest; its training captions are the bank of QB-Norm.
+def evaluation_clips(data: DataConfig, split: str, quarantine: str | Path | None = None) -> list[Clip]:
+    """Read the clips of a split.
 
     Args:
-        manifest: JSONL of clips; None for the manifest or shards of `options.data`.
-        rerank: also report dual softmax and QB-Norm.
         quarantine: list of clips to leave out, which makes the figures those of fewer clips.
 
     Raises:
-        ValueError: the manifest is unreadable or has no clips in the split; and as `evaluate`.
-        DecodeError: as `evaluate`.
+        ValueError: manifest or shards are unreadable, or have no clips in the split.
     """
-    data = options.data
-    if manifest is not None:
-        data = data.model_copy(update={"manifest": Path(manifest), "shards": None})
     clips = read_clips(data, split)
-    if quarantine is not None:
-        clips = without_quarantined(clips, quarantine)
-    bank = []
-    if rerank and split != data.train_split:  # a bank of the queries themselves would amount to dual softmax
-        bank = [
-            caption
-            for clip in read_clips(data, None)
-            if clip.split == data.train_split
-            for caption in clip.captions
-        ]
-    return evaluate(method, clips, replace(options, data=data, rerank=rerank, bank=bank))
+    return clips if quarantine is None else without_quarantined(clips, quarantine)
+
+
+def training_captions(data: DataConfig, split: str) -> list[str]:
+    """Read the training captions, the bank of QB-Norm, for the evaluation of a split.
+
+    There are none for the training split: a bank of the queries themselves would amount to dual softmax.
+    """
+    if split == data.train_split:
+        return []
+    clips = read_clips(data, None)
+    return [caption for clip in clips if clip.split == data.train_split for caption in clip.captions]
 
 
 def evaluate_matrix(path: str | Path, groups: str | Path | None = None) -> Metrics:
@@ -180,30 +171,58 @@ def evaluate_matrix(path: str | Path, groups: str | Path | None = None) -> Metri
         raise ValueError(f"{path}: {error}") from None
 
 
-def results_table(rows: Mapping[str, Metrics]) -> str:
+def results_table(rows: Mapping[str, Metrics], *, width: int | None = None) -> str:
     """Format metrics as a table: one line per model or setting, both directions side by side.
 
-    If ties change a metric, a second line has the metrics with ties counted for the query. A direction
-    without metrics shows dashes.
+    A direction without metrics shows dashes. If ties change R@1, a last line has the largest difference.
+
+    Args:
+        width: columns to keep to, if need be with one direction below the other; None for any number.
     """
-    lines = {}
-    for name, metrics in rows.items():
-        lines[name] = _cells(metrics)
-        optimistic = _cells({way: values["optimistic"] for way, values in metrics.items()})
-        if optimistic != lines[name]:
-            lines[f"{name}, ties for the query"] = optimistic
-    width = max(map(len, lines), default=0)
-    titles = "   ".join(title.center(7 * len(COLUMNS)) for title in DIRECTIONS.values())
-    heads = "   ".join("".join(f"{column:>7}" for column in COLUMNS) for _ in DIRECTIONS)
-    body = [f"{name:<{width}} {cells}" for name, cells in lines.items()]
-    return "\n".join(line.rstrip() for line in [" " * width + " " + titles, " " * width + " " + heads, *body])
+    label = max(map(len, rows), default=0)
+    columns = [
+        [
+            title.center(7 * len(COLUMNS)),
+            "".join(f"{column:>7}" for column in COLUMNS),
+            *(_cells(metrics.get(way)) for metrics in rows.values()),
+        ]
+        for way, title in DIRECTIONS.items()
+    ]
+    names = ["", "", *rows]
+    below = width is not None and label + 1 + 2 * 7 * len(COLUMNS) + 3 > width
+    tables = [[column] for column in columns] if below else [columns]
+    lines = [
+        f"{name:<{label}} {'   '.join(cells)}".rstrip()
+        for table in tables
+        for name, cells in zip(names, zip(*table, strict=True), strict=True)
+    ]
+    return "\n".join([*lines, *_ties_line(rows)])
 
 
-def _cells(metrics: Metrics) -> str:
-    return "   ".join(
-        "".join(f"{metrics[way][column]:7.1f}" if way in metrics else f"{'-':>7}" for column in COLUMNS)
-        for way in DIRECTIONS
-    )
+def _cells(metrics: Mapping[str, Any] | None) -> str:
+    return "".join(f"{'-':>7}" if metrics is None else f"{metrics[column]:7.1f}" for column in COLUMNS)
+
+
+def _ties_line(rows: Mapping[str, Metrics]) -> list[str]:
+    """Return a line about the largest difference that ties make to R@1, if there is one."""
+    gains = [
+        (values["optimistic"]["R@1"] - values["R@1"], name)
+        for name, metrics in rows.items()
+        for values in metrics.values()
+    ]
+    gain, name = max(gains, key=lambda pair: pair[0], default=(0.0, ""))
+    if round(gain, 1) == 0:
+        return []
+    return [f"Ties count against the query; counted for it, R@1 would be up to {gain:.1f} higher ({name})."]
+
+
+def sampling_error(metrics: Metrics, clips: int) -> float:
+    """Return the standard error of R@1 in points, the larger one of both directions.
+
+    sqrt(p (1 - p) / n) with n clips: captions of one clip are not independent.
+    """
+    recalls = [values["R@1"] / 100 for values in metrics.values()]
+    return 100 * max(math.sqrt(p * (1 - p) / clips) for p in recalls)
 
 
 def _read_groups(path: str | Path) -> list[int]:
@@ -267,16 +286,20 @@ def _directions(ranks: tuple[Ranks, Ranks]) -> dict[str, Ranks]:
 def _bank_cosines(method: Method, video: Embedding, options: EvalOptions) -> np.ndarray:
     """Compute cosines of the bank's captions (evenly spaced if there are too many) and the test videos."""
     step = -(-len(options.bank) // BANK)
-    text = _embed_texts(method, options.bank[::step], options)
+    text = _embed_texts(method, options.bank[::step], options, "captions of QB-Norm")
     tile = similarity_tile(method, text, video, options.device)
     return similarity_matrix(tile, len(text), len(video)) / method.logit_scale().item()
 
 
-def _embed_texts(method: Method, captions: Sequence[str], options: EvalOptions) -> Embedding:
+def _embed_texts(
+    method: Method, captions: Sequence[str], options: EvalOptions, unit: str = "captions"
+) -> Embedding:
     """Embed all captions, each process its share."""
     share = _share(len(captions), options)
     batches = text_batches([captions[i] for i in share], options.data.context_length, options.batch_size)
-    return _gather(share, embed_texts(method, batches, options.device), len(captions), options)
+    with terminal.progress(options.name, len(share), unit) as bar:
+        embedding = embed_texts(method, terminal.counted(batches, bar), options.device)
+    return _gather(share, embedding, len(captions), options)
 
 
 def _embed_videos(method: Method, clips: Sequence[Clip], options: EvalOptions) -> Embedding:
@@ -286,7 +309,8 @@ def _embed_videos(method: Method, clips: Sequence[Clip], options: EvalOptions) -
     batches = video_batches([clips[i] for i in share], options.data, size, options.batch_size)
     frames: Iterator = ((batch.frames, batch.frame_mask) for batch in batches)
     try:
-        embedding = embed_videos(method, frames, options.device)
+        with terminal.progress(options.name, len(share), "clips") as bar:
+            embedding = embed_videos(method, terminal.counted(frames, bar), options.device)
     except DecodeError as error:
         embedding = error  # gathered, so that no process waits for an embedding that never follows
     return _gather(share, embedding, len(clips), options)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from discovla import terminal
 from discovla.config import RunConfig
 from discovla.data.config import DataConfig
 from discovla.data.dataset import ClipDataset, frame_origin
@@ -152,9 +152,8 @@ def write_features(store: FeatureStore, config: RunConfig, method: Method, world
     batches = readable_batches(
         [store.clips[i] for i in rows], config.data, method.architecture.image_size, store.size
     )
-    shown = tqdm(own, desc="encoding clips", unit="part", disable=None if world.first else True)
-    with evaluating(method):
-        for part, (batch, bad) in zip(shown, batches, strict=True):
+    with evaluating(method), terminal.progress("features", len(rows), "clips") as bar:
+        for part, (batch, bad) in zip(own, terminal.counted(batches, bar), strict=True):
             frames, mask = batch.frames.to(world.device), batch.frame_mask.to(world.device)
             features = method.encode_frames(frames, mask).cpu()
             if method.compute_dtype != torch.float32:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from tqdm import tqdm
 
+from discovla import terminal
 from discovla.batch import BadClip
 from discovla.config import ConfigError, RunConfig, parse_config, translate_stored
 from discovla.data.config import DataConfig
@@ -36,7 +36,6 @@ from discovla.train_step import prepare_method
 
 ADAPTER = "adapter.safetensors"  # trained parameters in an export
 PLAIN = "clip:"  # prefix of a plain CLIP in place of a path
-BAR_SECONDS = 2.0  # of work before a progress bar appears
 
 Video = str | Path | tuple[str | Path, float | None, float | None] | np.ndarray | Tensor
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -131,9 +130,8 @@ class Model:
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             read = readable_batches(clips, self.data, size, self.batch_size, reader=reader)
-            with _bar(len(clips), "video", progress) as bar:
-                for batch, reasons in read:
-                    bar.update(len(batch))
+            with terminal.progress("embedding", len(clips), "videos", show=progress) as bar:
+                for batch, reasons in terminal.counted(read, bar):
                     for place, reason in zip(batch.clip_index.tolist(), reasons, strict=True):
                         if reason is None:
                             continue
@@ -170,10 +168,8 @@ class Model:
         check_captions([queries], data.context_length, long=data.long_captions)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            with _bar(len(texts), "text", progress) as bar:
-                for ids, mask in text_batches(texts, data.context_length, self.batch_size):
-                    yield ids, mask
-                    bar.update(len(ids))
+            with terminal.progress("embedding", len(texts), "texts", show=progress) as bar:
+                yield from terminal.counted(text_batches(texts, data.context_length, self.batch_size), bar)
 
         return Embeddings.of(embed_texts(self.method, batches(), self.device))
 
@@ -322,9 +318,3 @@ def _frames(video: np.ndarray | Tensor, place: int) -> np.ndarray:
             f"videos[{place}]: expected frames f y x 3 of uint8, found shape {frames.shape} of {frames.dtype}"
         )
     return frames
-
-
-def _bar(total: int, unit: str, progress: bool | None) -> tqdm:
-    """Return a progress bar on stderr."""
-    disable = None if progress is None else not progress  # None: tqdm shows it on a terminal only
-    return tqdm(total=total, unit=unit, disable=disable, delay=BAR_SECONDS, leave=False)

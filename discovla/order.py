@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from discovla import terminal
 from discovla.batch import Embedding
 from discovla.data.loader import text_batches, video_batches
 from discovla.data.manifest import Clip
@@ -76,10 +77,12 @@ def _videos(method: Method, clips: Sequence[Clip], options: EvalOptions) -> dict
     """Embed all clips in each order of CHANGES; they are decoded once."""
     parts: dict[str, list[Embedding]] = {name: [] for name in CHANGES}
     size = method.architecture.image_size
-    for batch in video_batches(clips, options.data, size, options.batch_size):
-        for name, embedded in parts.items():
-            frames = _ordered(batch.frames, batch.frame_mask, name)
-            embedded.append(embed_videos(method, [(frames, batch.frame_mask)], options.device))
+    batches = video_batches(clips, options.data, size, options.batch_size)
+    with terminal.progress(options.name, len(clips), "clips") as bar:
+        for batch in terminal.counted(batches, bar):
+            for name, embedded in parts.items():
+                frames = _ordered(batch.frames, batch.frame_mask, name)
+                embedded.append(embed_videos(method, [(frames, batch.frame_mask)], options.device))
     return {name: concatenate(embedded) for name, embedded in parts.items()}
 
 

@@ -7,13 +7,14 @@ import logging
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from discovla import terminal
 from discovla.batch import BadClip, Batch
 from discovla.checkpoints import CheckpointManager, TrainState, keep_earlier_run
 from discovla.config import RunConfig
@@ -45,6 +46,7 @@ from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
+from discovla.ops import dispatch
 from discovla.report.data import RunFacts, SplitFacts, device_name, machine
 from discovla.report.writer import save_record, try_report
 from discovla.retrieval.record import EvaluationRecord
@@ -244,7 +246,10 @@ class Trainer:
         Returns:
             Name of a row to metrics; None on ranks > 0, and if training ends early.
         """
-        self.write_facts()
+        if self.world.first:
+            facts = self.facts()
+            facts.save(self.config.directory)
+            self.show(facts)
         rows = self.measure_zero_shot()
         if "val" not in self.splits and self.world.first:
             try_report(self.config.directory)
@@ -256,17 +261,15 @@ class Trainer:
         complete = self.train(state, timer)
         return self.test(state, rows) if complete else None
 
-    def write_facts(self) -> None:
-        """Keep the facts of the run that its report shows."""
-        if not self.world.first:
-            return
+    def facts(self) -> RunFacts:
+        """Return the facts of the run that its report shows."""
         splits = {
             use: SplitFacts(
                 name=clips[0].split, clips=len(clips), captions=sum(len(clip.captions) for clip in clips)
             )
             for use, clips in self.splits.items()
         }
-        facts = RunFacts(
+        return RunFacts(
             splits=splits,
             pairs=len(self.loader.dataset),
             total_steps=self.total_steps,
@@ -276,7 +279,30 @@ class Trainer:
             device=device_name(self.world.device),
             **machine(),
         )
-        facts.save(self.config.directory)
+
+    def show(self, facts: RunFacts) -> None:
+        """Print what is about to run."""
+        config, engine = self.config, self.config.engine
+        terminal.event({"kind": "start", "directory": str(config.directory), **asdict(facts)})
+        processes = "" if self.world.size == 1 else f", {self.world.size} processes"
+        share = 100 * facts.trained_parameters / facts.parameters
+        weights = self.method.loss_weights.items()
+        splits = [f"{split.name} {split.clips:,}" for split in facts.splits.values()]
+        epochs = self.total_steps / self.loader.steps_per_epoch
+        terminal.facts(
+            {
+                "run": str(config.directory),
+                "model": f"{config.method.name} on {config.model.architecture or 'CLIP'}, "
+                f"{config.model.pretrained}",
+                "parameters": f"{facts.parameters:,}, of which {facts.trained_parameters:,} train "
+                f"({share:.2g} %)",
+                "device": f"{facts.device}{processes}, {engine.precision}",
+                "kernels": dispatch.describe(engine.impl, self.world.device.type),
+                "clips": f"{', '.join(splits)}; {facts.pairs:,} training pairs",
+                "steps": f"{facts.total_steps:,} of {config.batch_size} pairs, {epochs:.3g} epochs",
+                "losses": " + ".join(name if w == 1 else f"{w:g} {name}" for name, w in weights),
+            }
+        )
 
     def measure_zero_shot(self) -> Results:
         """Measure CLIP with mean pooling, and the method before training, on the test split."""
@@ -485,7 +511,13 @@ class Trainer:
         log.evaluation(state.step, "val", metrics)
         if self.world.first:
             log.pictures(state.step, try_report(self.config.directory))
-        return self.checkpoints.if_best(metrics["t2v"]["R@1"] + metrics["v2t"]["R@1"])
+        recalls = [metrics[way]["R@1"] for way in ("t2v", "v2t")]
+        best = self.checkpoints.if_best(sum(recalls))
+        note = "best so far" if best is not None else f"best sum so far {self.checkpoints.best_score:.1f}"
+        if not state.step:
+            note = "before training"
+        logger.info("step %d: val R@1 %.1f t2v, %.1f v2t (%s)", state.step, *recalls, note)
+        return best
 
     def save(self, state: TrainState, log: RunLog, best_score: float | None = None) -> None:
         """Begin to write a checkpoint, which becomes the best if it has a score."""
@@ -527,6 +559,7 @@ class Trainer:
 
         train_clips = self.splits.get("train", []) if rerank else []
         options = EvalOptions(
+            name=title if name.startswith("test") else "validation",
             data=self.config.data,
             device=self.world.device,
             batch_size=self.config.eval_batch_size,

@@ -14,7 +14,15 @@ from discovla import evaluate as module
 from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip, write_manifest
 from discovla.data.video.errors import DecodeError
-from discovla.evaluate import EvalOptions, evaluate, evaluate_manifest, evaluate_matrix, results_table
+from discovla.evaluate import (
+    EvalOptions,
+    evaluate,
+    evaluate_matrix,
+    evaluation_clips,
+    results_table,
+    sampling_error,
+    training_captions,
+)
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.retrieval.metrics import retrieval_metrics
 from discovla.testing import tiny_architecture
@@ -121,9 +129,10 @@ def test_several_processes_have_the_metrics_of_one(method, clips, options, proce
 def test_the_training_captions_of_a_manifest_are_the_bank_of_qb_norm(method, clips, options, tmp_path):
     train = replace(clips[0], id="t", captions=tuple(options.bank), split="train")
     write_manifest(tmp_path / "m.jsonl", [*clips, train])
-    plain = replace(options, rerank=False, bank=())
-    assert evaluate_manifest(method, tmp_path / "m.jsonl", "test", plain) == evaluate(method, clips, options)
-    assert "QB-Norm" not in evaluate_manifest(method, tmp_path / "m.jsonl", "train", plain)
+    data = options.data.model_copy(update={"manifest": tmp_path / "m.jsonl"})
+    assert [clip.id for clip in evaluation_clips(data, "test")] == [clip.id for clip in clips]
+    assert training_captions(data, "test") == list(options.bank)
+    assert training_captions(data, "train") == []
 
 
 @pytest.fixture
@@ -183,7 +192,9 @@ def test_the_bank_has_the_training_captions_alone_whichever_split_is_measured(
     train = [replace(clips[i], id=f"t{i}", split="train", captions=(f"number {i}", "it")) for i in range(2)]
     val = replace(clips[2], id="v", captions=("a caption to select by",), split="val")
     write_manifest(tmp_path / "m.jsonl", [val, train[0], *clips, train[1]])
-    evaluate_manifest(method, tmp_path / "m.jsonl", split, options)
+    data = options.data.model_copy(update={"manifest": tmp_path / "m.jsonl"})
+    chosen = replace(options, data=data, bank=training_captions(data, split))
+    evaluate(method, evaluation_clips(data, split), chosen)
     measured = clips if split == "test" else [val]
     bank = cosines_of(method, ["number 0", "it", "number 1", "it"], measured, options.data)
     np.testing.assert_allclose(reranked["bank"], bank, atol=1e-5)
@@ -202,10 +213,10 @@ def test_large_sets_are_reranked_by_the_method_s_logits(method, clips, options, 
     assert scales == [None, method.logit_scale().item()]
 
 
-def test_a_split_without_clips_is_an_error(method, clips, options, tmp_path):
+def test_a_split_without_clips_is_an_error(clips, options, tmp_path):
     write_manifest(tmp_path / "m.jsonl", clips)
     with pytest.raises(ValueError, match=r"m\.jsonl.*'dev'"):
-        evaluate_manifest(method, tmp_path / "m.jsonl", "dev", options)
+        evaluation_clips(options.data.model_copy(update={"manifest": tmp_path / "m.jsonl"}), "dev")
 
 
 def test_an_undecodable_clip_is_an_error_that_names_it(method, clips, options):
@@ -267,10 +278,28 @@ def test_the_table_has_both_directions_of_every_row():
     assert len(lines) == 4
 
 
-def test_the_table_has_optimistic_metrics_if_they_differ():
-    lines = results_table({"constant": retrieval_metrics(np.ones((2, 2)))}).splitlines()
-    assert lines[2].split() == ["constant", *["0.0", "100.0", "100.0", "2.0", "2.0"] * 2]
-    assert lines[3].split()[:7] == ["constant,", "ties", "for", "the", "query", "100.0", "100.0"]
+def test_ties_add_one_line_to_the_table_of_many_rows():
+    tied, eye = retrieval_metrics(np.ones((2, 2))), retrieval_metrics(np.eye(2))
+    lines = results_table({"eye": eye, "constant": tied, "other": tied}).splitlines()
+    assert lines[3].split() == ["constant", *["0.0", "100.0", "100.0", "2.0", "2.0"] * 2]
+    assert lines[5:] == [
+        "Ties count against the query; counted for it, R@1 would be up to 100.0 higher (constant)."
+    ]
+
+
+def test_a_narrow_table_has_one_direction_below_the_other():
+    rows = {"zero-shot, mean pooling": retrieval_metrics(np.eye(4)), "b": retrieval_metrics(1 - np.eye(4))}
+    wide, narrow = (results_table(rows, width=width).splitlines() for width in (101, 80))
+    assert results_table(rows).splitlines() == wide and len(wide) == 4 and max(map(len, wide)) <= 101
+    assert max(map(len, narrow)) <= 80 and len(narrow) == 8
+    assert [narrow[i].split() for i in (0, 4)] == [["text", "to", "video"], ["video", "to", "text"]]
+    assert narrow[7].split() == ["b", "0.0", "100.0", "100.0", "4.0", "4.0"]
+
+
+def test_the_sampling_error_is_that_of_a_share():
+    metrics = {"t2v": {"R@1": 50.0}, "v2t": {"R@1": 10.0}}
+    assert sampling_error(metrics, 100) == pytest.approx(5.0)
+    assert sampling_error({"t2v": {"R@1": 0.0}}, 100) == 0
 
 
 def test_the_table_has_dashes_for_a_direction_without_metrics():

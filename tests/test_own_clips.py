@@ -28,14 +28,14 @@ def own(tmp_path_factory, drawn) -> tuple[Path, str]:
 def test_figures_of_the_validation_split_are_said_to_be_optimistic(own):
     folder, output = own
     assert output.count("no test split: the final figures are of 'val', on which the best step is") == 2
-    assert output.rstrip().splitlines()[-1].startswith("no test split: the final figures are of 'val'")
+    assert "\nno test split: the final figures are of 'val'" in output.partition("has a standard error of")[2]
     config = read_config(folder / "run/config.json")
     assert config.data.test_split == config.data.val_split == "val"
 
 
 def test_a_default_batch_size_is_reduced_to_the_data(own):
     folder, output = own
-    (line,) = [line for line in output.splitlines() if line.startswith("batch_size: ")]
+    (line,) = [line for line in output.splitlines() if line.startswith("warning: batch_size: ")]
     size, default, pairs = map(int, re.findall(r"\d+", line))
     assert default == 128 and pairs - 8 < size <= pairs and size % 8 == 0
     assert read_config(folder / "run/config.json").batch_size == size
@@ -57,14 +57,34 @@ def test_evaluate_every_is_the_only_rhythm_besides_the_last_step(own):
     assert [record["step"] for record in runs.records(own[0] / "run", "val")] == [0, 2, 4, 5]
 
 
+def test_training_prints_what_runs_each_validation_and_where_the_results_are(own):
+    folder, output = own
+    for name in ("run", "model", "parameters", "device", "kernels", "clips", "steps", "losses", "report"):
+        assert re.search(rf"^{name}  +\S", output, flags=re.M), name
+    assert re.search(r"^steps +5 of 32 pairs, 5 epochs$", output, flags=re.M)
+    assert re.search(r"^losses +video$", output, flags=re.M)
+    validations = re.findall(r"^step (\d+): val R@1 [\d.]+ t2v, [\d.]+ v2t \((.*)\)$", output, flags=re.M)
+    assert [step for step, _ in validations] == ["0", "2", "4", "5"]
+    assert [note for _, note in validations][:2] == ["before training", "best so far"]
+    assert f"evaluate    discovla evaluate {folder}/run\n" in output
+
+
 def test_evaluate_uses_the_split_of_the_run_and_may_leave_re_ranking_and_clips_out(own, capsys, tmp_path):
     folder, _ = own
     words = ["evaluate", str(folder / "run"), "--json", "--device", "cpu"]
     assert main(words) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert set(rows) == {"raw", "dual softmax", "QB-Norm"}
+    assert set(rows) == {"evaluation", "raw", "dual softmax", "QB-Norm"}
+    step = rows["evaluation"].pop("step")
+    numbers = {"split": "val", "clips": 6, "captions": 6}
+    assert rows["evaluation"] == {"run": f"{folder}/run", "method": "discovla", **numbers}
+    assert step in (2, 4, 5)
     assert main([*words, "--no-rerank"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"raw": rows["raw"]}
+    assert json.loads(capsys.readouterr().out)["raw"] == rows["raw"]
+    assert main([*words[:2], *words[3:], "--no-rerank"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"{folder}/run: discovla, step {step}", "6 clips, 6 captions of split 'val'"]
+    assert re.fullmatch(r"R@1 of 6 clips has a standard error of \d+\.\d points", lines[-1])
     val = read_manifest(folder / "few.jsonl", split="val")
     quarantine = tmp_path / "quarantine.jsonl"
     bad = [{"id": clip.id, "video": "v", "reason": "r"} for clip in val[1:]]
@@ -85,6 +105,6 @@ def test_a_finished_run_in_the_same_directory_is_kept_after_a_line_that_says_so(
     words = [folder / "small.toml", "steps=1", "method.alpha=0", "method.beta=0"]
     lines = runs.train(words).output().splitlines()
     kept = f"{folder}/run holds a finished run: it is kept as {folder}/run.1, and a new run starts here; "
-    (line,) = [line for line in lines if line.startswith(kept)]
+    (line,) = [line for line in lines if line.startswith(f"warning: {kept}")]
     assert "resume=true" in line and "directory=PATH" in line
     assert len(runs.records(folder / "run.1")) == 5 and len(runs.records(folder / "run")) == 1

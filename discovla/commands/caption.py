@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from tqdm import tqdm
 
+from discovla import terminal
 from discovla.data.captions.captioning import (
     CaptionedClips,
     Captioner,
@@ -132,14 +132,9 @@ def _caption(clips: list[Clip], arguments: argparse.Namespace) -> CaptionedClips
     )
     captioner = _captioner(arguments)
     cache = arguments.cache or arguments.out.with_name(f"{arguments.out.name}.cache")
-    with WriterLock(cache, "discovla caption"), tqdm(unit="clip", disable=None) as bar:
+    with WriterLock(cache, "discovla caption"), terminal.progress("captioning", len(clips), "clips") as bar:
         store = CaptionStore(cache, captioner.identity)
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return caption_clips(clips, captioner, store, settings, progress=progress)
+        return caption_clips(clips, captioner, store, settings, progress=bar.update)
 
 
 def _captioner(arguments: argparse.Namespace) -> Captioner:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import get_args
 
 from pydantic import ValidationError
-from tqdm import tqdm
 
+from discovla import terminal
 from discovla.config import read_config
 from discovla.data.config import DataConfig
 from discovla.data.doctor import Diagnosis, ExamineOptions, add_broken, diagnose
@@ -104,14 +104,9 @@ def _diagnose(clips: list[Clip], arguments: argparse.Namespace) -> Diagnosis:
         workers=arguments.workers,
         index_dir=config.index_dir,
     )
-    with tqdm(unit="file", disable=None) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        out = arguments.out or manifest.with_name(f"{manifest.stem}.doctor")
-        diagnosis = diagnose(clips, out, options, report=report)
+    out = arguments.out or manifest.with_name(f"{manifest.stem}.doctor")
+    with terminal.progress("examining", None, "files") as bar:
+        diagnosis = diagnose(clips, out, options, report=bar.update)
     if arguments.decoder == "dali":
         from discovla.data.decoders import differing_from_pyav  # torch takes seconds to import
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from discovla import terminal
 from discovla.data.config import DataConfig
-from discovla.data.dataset import read_clips
-from discovla.data.quarantine import without_quarantined
+from discovla.data.manifest import Clip
 from discovla.engine.distributed import join_world
-from discovla.evaluate import EvalOptions, evaluate_manifest, evaluate_matrix, results_table
-from discovla.model import load_run
+from discovla.evaluate import (
+    EvalOptions,
+    evaluate,
+    evaluate_matrix,
+    evaluation_clips,
+    results_table,
+    sampling_error,
+    training_captions,
+)
+from discovla.model import LoadedRun, load_run
 from discovla.order import measure_order, order_table
 from discovla.report.writer import save_record, write_report
 from discovla.retrieval.record import EvaluationRecord
@@ -63,55 +72,69 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     if arguments.matrix is not None:
         metrics = evaluate_matrix(arguments.matrix, arguments.groups)
-        print(json.dumps(metrics) if arguments.json else results_table({str(arguments.matrix): metrics}))
+        table = results_table({str(arguments.matrix): metrics}, width=terminal.width())
+        print(json.dumps(metrics) if arguments.json else table)
     else:
-        rows = _evaluate_run(arguments)
-        print(json.dumps(rows) if arguments.json else results_table(rows))
+        _evaluate_run(arguments)
 
 
-def _evaluate_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the metrics of a run, raw and, unless left out, re-ranked; with --report keep every query's."""
-    world = join_world(arguments.device)
+def _evaluate_run(arguments: argparse.Namespace) -> None:
+    """Print the metrics of a run, raw and, unless left out, re-ranked; with --report keep every query's."""
     run = load_run(arguments.run_path)
+    split = _split(arguments, run)
+    use = _recorded_use(arguments, split, run.config.data) if arguments.report else None
+    clips, options = _clips_and_options(arguments, run)
     records: list[EvaluationRecord] = []
-    options = EvalOptions(
-        data=run.config.data,
-        device=world.device,
-        batch_size=run.config.eval_batch_size,
-        rerank=True,
+    rerank = not arguments.no_rerank
+    options = replace(
+        options,
+        rerank=rerank,
+        bank=training_captions(options.data, split) if rerank else (),
         on_record=records.append if arguments.report else None,
     )
-    split = arguments.split or run.config.data.test_split or "test"
-    use = _recorded_use(arguments, split, run.config.data) if arguments.report else None
-    rows = evaluate_manifest(
-        run.method.to(world.device),
-        arguments.manifest,
-        split,
-        options,
-        rerank=not arguments.no_rerank,
-        quarantine=arguments.quarantine,
-    )
+    rows = evaluate(run.method.to(options.device), clips, options)
+    facts = {
+        "run": str(arguments.run_path),
+        "method": run.config.method.name,
+        "step": run.step,
+        "split": split,
+        "clips": len(clips),
+        "captions": sum(len(clip.captions) for clip in clips),
+    }
+    if arguments.json:
+        print(json.dumps({"evaluation": facts, **rows}))
+    else:
+        print(f"{arguments.run_path}: {run.config.method.name}, step {run.step}")
+        print(f"{len(clips):,} clips, {facts['captions']:,} captions of split {split!r}\n")
+        print(results_table(rows, width=terminal.width()))
+        error = sampling_error(rows["raw"], len(clips))
+        print(f"R@1 of {len(clips):,} clips has a standard error of {error:.1f} points")
     if use is not None:
         path: Path = arguments.run_path
         directory = path if (path / "checkpoints").is_dir() else path.absolute().parents[1]
         title = f"{run.config.method.name}, step {run.step}"
         save_record(directory, use, records[0], title=title, step=run.step)
         write_report(directory)
-    return rows
 
 
 def _evaluate_order(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the choices of a run that the order of frames decides."""
-    world = join_world(arguments.device)
     run = load_run(arguments.run_path)
-    data = run.config.data
+    clips, options = _clips_and_options(arguments, run)
+    return measure_order(run.method.to(options.device), clips, options)
+
+
+def _split(arguments: argparse.Namespace, run: LoadedRun) -> str:
+    return arguments.split or run.config.data.test_split or "test"
+
+
+def _clips_and_options(arguments: argparse.Namespace, run: LoadedRun) -> tuple[list[Clip], EvalOptions]:
+    """Return the clips to evaluate, and the options that the run and the arguments decide."""
+    data, device = run.config.data, join_world(arguments.device).device
     if arguments.manifest is not None:
         data = data.model_copy(update={"manifest": arguments.manifest, "shards": None})
-    clips = read_clips(data, arguments.split or data.test_split or "test")
-    if arguments.quarantine is not None:
-        clips = without_quarantined(clips, arguments.quarantine)
-    options = EvalOptions(data=data, device=world.device, batch_size=run.config.eval_batch_size)
-    return measure_order(run.method.to(world.device), clips, options)
+    clips = evaluation_clips(data, _split(arguments, run), arguments.quarantine)
+    return clips, EvalOptions(data=data, device=device, batch_size=run.config.eval_batch_size)
 
 
 def _recorded_use(arguments: argparse.Namespace, split: str, data: DataConfig) -> str:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, get_args
 
+from discovla import terminal
 from discovla.config import read_config
 from discovla.data.config import FULL_SIZE
 from discovla.data.sampling import Sampler, Sampling, Slice
@@ -74,15 +75,16 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    report = write_shards(
-        arguments.manifest,
-        arguments.out,
-        _settings(arguments),
-        workers=arguments.workers,
-        limit=arguments.limit,
-        verify=arguments.verify,
-        log=lambda line: print(line, flush=True),
-    )
+    with terminal.progress("decoding", None, "clips") as bar:
+        report = write_shards(
+            arguments.manifest,
+            arguments.out,
+            _settings(arguments),
+            workers=arguments.workers,
+            limit=arguments.limit,
+            verify=arguments.verify,
+            report=bar.update,
+        )
     for clip in report.bad[:5]:
         print(f"no frames of {clip.id!r} ({clip.video}): {clip.reason}")
     if report.bad:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from discovla import terminal
 from discovla.config import RunConfig, find_config, read_config
 
 DRAWN_WORLD = Path("data/drawn_world")  # as the packaged configs name it
@@ -37,6 +37,8 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--processes", type=int, metavar="N", help=number)
     quiet = "print warnings and the table of results only"
     options.add_argument("--quiet", action="store_true", help=quiet)
+    as_json = "print JSON lines on stdout: the start, each step, evaluations, and the results"
+    options.add_argument("--json", action="store_true", help=as_json)
     return options
 
 
@@ -45,30 +47,58 @@ def _run(arguments: argparse.Namespace) -> None:
     rest = argparse.ArgumentParser(prog="discovla train CONFIG", parents=[_options()])
     rest.add_argument("overrides", nargs="*", metavar="a.b=c")
     arguments = rest.parse_intermixed_args(arguments.words, arguments)  # options may follow CONFIG
-    quiet = getattr(arguments, "quiet", False)
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", force=True)
+    output = {name: hasattr(arguments, name) for name in ("quiet", "json")}
+    terminal.start(quiet=output["quiet"], as_json=output["json"])
     config = read_config(arguments.config, arguments.overrides)
     if "RANK" not in os.environ:  # else a launcher has started this process
+        words = [arguments.config, *arguments.overrides]
         make_drawn_shards(config, arguments.config)
         processes = getattr(arguments, "processes", None) or default_processes(config)
         if processes < 1:
             raise ValueError(f"--processes: expected at least 1, found {processes}")
         if processes > 1:
-            launch(arguments.config, arguments.overrides, processes, quiet=quiet)
+            launch(config, [*(f"--{name}" for name, on in output.items() if on), *words], processes)
     train(config)
 
 
 def train(config: RunConfig) -> None:
     """Run a config in this process and print the results on rank 0."""
-    from discovla.evaluate import results_table  # torch takes seconds to import
-    from discovla.trainer import VAL_IS_TEST, run
+    from discovla.trainer import run  # torch takes seconds to import
 
     results = run(config)
-    if results is not None:
-        print(f"\n{results_table(results)}")
-        data = json.loads((config.directory / "config.json").read_text())["data"]
-        if data["test_split"] == data["val_split"]:
-            print(f"no test split: {VAL_IS_TEST % data['val_split']}")
+    if results is None:
+        return
+    if terminal.is_json():
+        terminal.event({"kind": "results", "directory": str(config.directory), "rows": results})
+    else:
+        print_results(config.directory, results)
+
+
+def print_results(directory: Path, results: Mapping[str, Any]) -> None:
+    """Print the table of a finished run, and where to look next."""
+    from discovla.engine import checkpoint
+    from discovla.evaluate import results_table, sampling_error
+    from discovla.report.data import RunFacts
+    from discovla.trainer import VAL_IS_TEST
+
+    print(f"\n{results_table(results, width=terminal.width())}")
+    facts = RunFacts.load(directory)
+    assert facts is not None, "written when the run began"
+    test = facts.splits["test"]
+    error = max(sampling_error(metrics, test.clips) for metrics in results.values())
+    print(f"{test.clips:,} clips of {test.name!r}: R@1 has a standard error of up to {error:.1f} points")
+    if "val" in facts.splits and test.name == facts.splits["val"].name:
+        print(f"no test split: {VAL_IS_TEST % test.name}")
+    best = checkpoint.best(directory / "checkpoints")
+    terminal.facts(
+        {
+            "report": str(directory / "report.html"),
+            "checkpoint": str(directory / "checkpoints" if best is None else best[0]),
+            "evaluate": f"discovla evaluate {directory}",
+            "export": f"discovla export {directory} FOLDER",
+            "curves": f"tensorboard --logdir {directory}",
+        }
+    )
 
 
 def default_processes(config: RunConfig) -> int:
@@ -80,16 +110,17 @@ def default_processes(config: RunConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch(config: str, overrides: Sequence[str], processes: int, *, quiet: bool) -> None:
-    """Replace this process by DeepSpeed's launcher of so many."""
+def launch(config: RunConfig, words: Sequence[str], processes: int) -> None:
+    """Replace this process by DeepSpeed's launcher of so many, each of which runs `discovla train` words."""
     with socket.socket() as free:  # two runs on one machine may not share a port
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "deepspeed.launcher.runner", "-q", "--num_accelerators", str(processes)]
     launcher += ["--master_port", str(port), "--no_local_rank", "--module", "discovla"]
-    words = ["train", *(["--quiet"] if quiet else []), config, *overrides]
+    if config.engine.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds no GPU
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *launcher, *words])
+    os.execv(sys.executable, [sys.executable, *launcher, "train", *words])
 
 
 def make_drawn_shards(config: RunConfig, name: str) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 
 import av
 import numpy as np
-from tqdm import tqdm
 
+from discovla import terminal
 from discovla.data.manifest import Clip, write_manifest
 from discovla.data.sampling import frame_indices
 from discovla.data.sandbox import WorkerLost, run_sandboxed
@@ -100,10 +100,10 @@ def draw_world(out: Path, *, seed: int = 0, sizes: WorldSizes | None = None, wor
     logger.info("%s: drawing %d of %d clips", out, missing, len(videos))
     (out / "videos").mkdir(exist_ok=True)
     clips: dict[_Chunk, list[Clip]] = {}
-    with tqdm(total=len(videos), desc="drawing", unit="clip", disable=None) as bar:
+    with terminal.progress("drawing", len(videos), "clips") as bar:
         for chunk, drawn in _drawn_chunks(chunks, workers):
             clips[chunk] = drawn
-            bar.update(len(drawn))
+            bar.advance(len(drawn))
     write_manifest(manifest, [clip for chunk in chunks for clip in clips[chunk]])
     _write_parameters(out, {"world": _WORLD, "seed": seed, "sizes": asdict(sizes)})
     return manifest

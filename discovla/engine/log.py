@@ -1,4 +1,4 @@
-"""Log of a run: config, versions, metrics.jsonl, TensorBoard and a progress bar."""
+"""Log of a run: config, versions, metrics.jsonl, TensorBoard and the progress of training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+from discovla import terminal
 from discovla.engine.distributed import World
 
 METRICS = "metrics.jsonl"
@@ -44,17 +44,14 @@ class RunLog:
     Args:
         directory: of the run, created if missing.
         world: of this process.
-        total: steps of the whole run, for the progress bar.
+        total: steps of the whole run.
         start: first step of this process; records of steps >= start are dropped.
-        progress: True to draw the bar, every ten seconds if stderr is no terminal.
 
     Raises:
         OSError: the directory or a file in it cannot be written; names it.
     """
 
-    def __init__(
-        self, directory: Path | str, world: World, *, total: int, start: int = 0, progress: bool = True
-    ) -> None:
+    def __init__(self, directory: Path | str, world: World, *, total: int, start: int = 0) -> None:
         self.directory = Path(directory)
         self.world = world
         self._began = self._last = time.monotonic()
@@ -64,14 +61,9 @@ class RunLog:
         drop_records(self.directory / METRICS, start)
         self._file = (self.directory / METRICS).open("ab", buffering=0)
         self._board = SummaryWriter(self.directory / "tensorboard", purge_step=start if start else None)
-        self._bar = tqdm(
-            total=total,
-            initial=start,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not progress,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        )
+        self._open = ExitStack()
+        bar = terminal.progress("training", total, "steps", done=start, delay=0)
+        self._bar = self._open.enter_context(bar)
 
     def __enter__(self) -> RunLog:
         return self
@@ -107,9 +99,8 @@ class RunLog:
         for name, value in record.items():
             if name != "step":
                 self._board.add_scalar(f"train/{name}", value, step)
-        shown = {name: f"{value:.4g}" for name, value in values.items()}
-        self._bar.set_postfix({**shown, "clips/s": f"{rate:.1f}"}, refresh=False)
-        self._bar.update(1)
+        loss = f"loss {values['loss']:.4g}, " if "loss" in values else ""
+        self._bar.advance(text=f"{loss}{rate:.4g} clips/s")
 
     def evaluation(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Record metrics of a split; nested mappings become slashed names in TensorBoard.
@@ -142,16 +133,17 @@ class RunLog:
     def close(self) -> None:
         """Close all files."""
         if self.world.first and not self._file.closed:
-            self._bar.close()
+            self._open.close()
             self._board.close()
             self._file.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        """Write one line without buffering, so that a killed run keeps it."""
+        """Write one line without buffering, so that a killed run keeps it; print it if JSON is asked for."""
         try:
             self._file.write(f"{json.dumps(record)}\n".encode())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.directory / METRICS)) from error
+        terminal.event(record)
 
 
 def log_test(

@@ -129,6 +129,23 @@ class Method(nn.Module):
         return True
 
     @property
+    def video_loss_weights(self) -> dict[str, float]:
+        """Weights of the terms of `video_losses`."""
+        return {"video": 1.0}
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weights by which the terms of `losses` make up the total, those above 0."""
+        config = self.config
+        weights = self.video_loss_weights | {
+            "frame": config.alpha,
+            "distill": config.beta,
+            "reversed": config.reversed_negatives,
+            "swapped": config.swapped_captions,
+        }
+        return {name: weight for name, weight in weights.items() if weight}
+
+    @property
     def scores_pooled(self) -> bool:
         """True if `similarity` is the scaled cosine of the pooled features."""
         return self.config.similarity == "pooled"

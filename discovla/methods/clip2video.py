@@ -255,6 +255,12 @@ class CLIP2Video(Method):
             return glob, None
         return glob, self.logit_scale() * text.tokens[:, 0] @ video.tokens[:, 0].T
 
+    @property
+    def video_loss_weights(self) -> dict[str, float]:
+        if self.vlad is None:
+            return super().video_loss_weights
+        return {"global": self.config.center_weight, "aligned": 1 - self.config.center_weight}
+
     def video_losses(
         self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: ColumnShard | None = None
     ) -> VideoLosses:

@@ -253,6 +253,10 @@ class T2VParser(Method):
         )
         return scores / config.tau
 
+    @property
+    def video_loss_weights(self) -> dict[str, float]:
+        return {"nce": 1.0, "diversity": self.config.diversity_ratio * self.config.diversity}
+
     def video_losses(
         self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: ColumnShard | None = None
     ) -> VideoLosses:

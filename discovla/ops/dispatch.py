@@ -127,6 +127,17 @@ def choose(
     return impl
 
 
+def describe(impl: str, device_type: str) -> str:
+    """Name the implementations that an option `impl` stands for on a device, for a reader."""
+    if impl != "auto":
+        return impl
+    ops: dict[str, list[str]] = {"triton": [], "cuda": []}
+    for op in IMPLEMENTATIONS:
+        ops.get(AUTO.get(op, {}).get(device_type, "reference"), []).append(op)
+    named = [f"{kernels} for {', '.join(names)}" for kernels, names in ops.items() if names]
+    return f"auto: {'; '.join(named) or 'PyTorch for every op'}"
+
+
 def kernel(op: str, impl: str = "triton") -> ModuleType:
     """Import and return the module with the kernels of `op`; triton is not imported before this."""
     if impl == "cuda":

@@ -1,9 +1,11 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from discovla import terminal
 from discovla.engine.distributed import World
 from discovla.engine.log import RunLog, drop_records, flatten, versions
 
@@ -84,16 +86,28 @@ def test_other_ranks_write_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_bar_shows_terms_rate_and_time_left(tmp_path, capfd):
-    with RunLog(tmp_path, _world(), total=4, progress=True) as log:
-        for step in range(2):
+def test_a_resumed_run_continues_the_count_of_steps_with_loss_and_rate(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(terminal, "DELAY", 0.0)
+    monkeypatch.setattr(terminal, "EVERY", 0.0)
+    terminal.start()
+    with RunLog(tmp_path, _world(), total=4, start=1) as log:
+        for step in (1, 2):
             log.step(step, clips=8, values={"loss": 0.25})
-    shown = capfd.readouterr()
-    assert "loss=0.25" in shown.err and "clips/s=" in shown.err and "2/4" in shown.err
+    terminal.close()
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"training: 3 of 4 steps, \d+:\d\d left, loss 0\.25, [\d.e+]+ clips/s", last), last
+
+
+def test_json_lines_are_the_records_of_the_run(tmp_path, capfd):
+    terminal.start(as_json=True)
+    _run(tmp_path, 0, 2)
+    terminal.close()
+    printed = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line for line in printed if line["kind"] != "progress"] == _records(tmp_path)
 
 
 def test_a_full_disk_names_the_file(tmp_path):
-    with RunLog(tmp_path, _world(), total=1, progress=False) as log, Path("/dev/full").open("ab", 0) as full:
+    with RunLog(tmp_path, _world(), total=1) as log, Path("/dev/full").open("ab", 0) as full:
         log._file.close()
         log._file = full
         with pytest.raises(OSError, match=r"No space left on device: '.*/metrics.jsonl'"):

@@ -113,6 +113,16 @@ def test_alignment_is_added_to_the_loss_of_any_method(variant):
     assert set(found.terms) == {*own.terms, "frame", "distill"}
 
 
+@pytest.mark.parametrize("options", [{}, ALIGNED], ids=["plain", "aligned"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_total_is_the_sum_of_the_terms_by_their_weights(variant, options):
+    method = make(variant, **options).eval()
+    losses = method.losses(*method.encode(batch()))
+    assert set(method.loss_weights) <= set(losses.terms)
+    total = sum(weight * losses.terms[name] for name, weight in method.loss_weights.items())
+    torch.testing.assert_close(total, losses.total.detach(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("variant", ["meanP", "seqTransf", "tightTransf", "clip2video"])
 def test_padded_frames_do_not_reach_the_loss_of_a_combination(variant):
     method = make(variant, fused_vision_blocks=2, **ALIGNED).eval()

@@ -72,7 +72,7 @@ def write_shards(
     workers: int = 1,
     limit: float = CLIP_SECONDS,
     verify: bool = False,
-    log: Callable[[str], object] = logger.info,
+    report: Callable[[int, int], object] = lambda done, total: None,
 ) -> ShardReport:
     """Decode the clips of a manifest into a shard folder, whose files `layout.py` describes.
 
@@ -85,7 +85,7 @@ def write_shards(
         workers: decoding processes; 0 decodes in this process, without a time limit.
         limit: seconds a clip may take.
         verify: if True, tars of earlier runs are checked by checksum and rewritten where they differ.
-        log: called with a line for every tar written.
+        report: called with the number of clips decoded and of those to decode.
 
     Raises:
         ValueError: the folder holds other files or other shards, another process writes to it, or no clip
@@ -107,13 +107,14 @@ def write_shards(
         for path, tar in unfinished.items():
             if not missing[path]:  # an earlier run decoded all its clips
                 lock.check()
-                log(_write_tar(tar))
+                logger.info(_write_tar(tar))
         with closing(_decode(parts, workers, limit)) as decoded_parts:
-            for part in decoded_parts:
+            for done, part in enumerate(decoded_parts, 1):
                 missing[part.tar] -= 1
                 if not missing[part.tar]:
                     lock.check()
-                    log(_write_tar(unfinished[part.tar]))
+                    logger.info(_write_tar(unfinished[part.tar]))
+                report(done, len(parts))
         lock.check()
         bad, size = _write_index(out, clips, videos, tars, settings)
         shutil.rmtree(state / "parts")
