@@ -134,7 +134,8 @@ class Api:
 
     def __init__(self, index: Index, token: str | None) -> None:
         self.index, self.token = index, token
-        self.queue = SearchQueue(index)
+        self.texts = SearchQueue(index)  # and moments
+        self.files = SearchQueue(index)  # images and clips, which are decoded first
         self.decoder = ImageDecoder()
         self.feed = StatusFeed(index)
 
@@ -147,7 +148,8 @@ class Api:
         finally:
             self.feed.close()
             await following
-            await asyncio.to_thread(self.queue.close)
+            for queue in (self.texts, self.files):
+                await asyncio.to_thread(queue.close)
             self.decoder.close()
 
     def add_routes(self, app: FastAPI) -> None:
@@ -248,7 +250,7 @@ class Api:
         return response
 
     async def _search(self, fields: SearchFields) -> SearchResult:
-        """Answer a search in the thread of the queue."""
+        """Answer a search in the thread of a queue."""
 
         def work(query: Query) -> SearchResult:
             return self.index.search(query, fields.k, where=fields.where or None, merge=fields.merge)
@@ -262,8 +264,9 @@ class Api:
         return [FrameScore(time=time, score=score) for time, score in scores]
 
     async def _submit(self, query: Query, work: Callable[[Query], Any]) -> Any:
+        queue = self.files if isinstance(query, ImageQuery | VideoQuery) else self.texts
         with _client_errors():
-            return await asyncio.wrap_future(self.queue.submit(query, work))
+            return await asyncio.wrap_future(queue.submit(query, work))
 
     async def _query(self, fields: QueryFields) -> Query:
         """Return the query that the fields describe."""

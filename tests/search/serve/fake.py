@@ -74,6 +74,7 @@ class FakeIndex:
     batches: list[int] = field(default_factory=list)
     progress: IndexProgress | None = None
     delay: float = 0.0  # seconds that a search takes
+    clip_delay: float = 0.0  # seconds that decoding a clip takes
     searching: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -111,7 +112,7 @@ class FakeIndex:
     ) -> SearchResult:
         began = time.perf_counter()
         self.searching.set()
-        time.sleep(self.delay)
+        time.sleep(self.clip_delay if isinstance(query, VideoQuery) else self.delay)
         least = 0
         if where is not None:
             if not where.startswith("year > ") or not where[7:].isdecimal():

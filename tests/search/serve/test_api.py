@@ -151,6 +151,18 @@ def test_texts_that_wait_are_encoded_together(index, client, monkeypatch):
     assert sum(index.batches) >= len(colours) - 2 and len(index.batches) <= 3
 
 
+def test_a_clip_that_is_decoded_slowly_does_not_hold_up_texts(index, client, monkeypatch):
+    monkeypatch.setattr(index, "clip_delay", 2.0)
+    index.searching.clear()
+    thread = threading.Thread(target=client.get, args=("/api/search?clip=1&start=0&end=1",))
+    thread.start()
+    assert index.searching.wait(10)
+    began = time.monotonic()
+    assert hits(client.get("/api/search", params={"q": "red", "k": 1})) == ["red"]
+    assert time.monotonic() - began < 1.5
+    thread.join()
+
+
 def test_a_text_that_cannot_be_encoded_fails_alone(index, client, monkeypatch):
     def refuse(texts):
         raise ValueError("texts: too long")
