@@ -94,9 +94,10 @@ function showHits({ note, seconds }) {
 function card(hit, index) {
   const name = baseName(hit.video);
   const likely = hit.probability === null ? "" : hit.probability >= .5 ? " likely" : " unlikely";
-  const times = `${clock(hit.start)} – ${clock(hit.end)}`;
+  const short = hit.end - hit.start < 2;
+  const times = `${clock(hit.start, short)} – ${clock(hit.end, short)}`;
   const frame = element("span", { className: "frame" },
-    element("img", { src: thumbnail(hit.moment_id), alt: "", loading: "lazy" }),
+    element("img", { src: thumbnail(hit.moment_id), alt: "", loading: "lazy", onload: fit }),
     element("span", { className: "tag time" }, times));
   if (hit.probability !== null) {
     frame.append(element("span", { className: "tag probability", title: "probability that this is it" }, `${Math.round(hit.probability * 100)} %`));
@@ -106,6 +107,12 @@ function card(hit, index) {
     frame,
     element("span", { className: "name" }, name),
     element("span", { className: "detail" }, `score ${hit.score.toFixed(3)}${own && ` · ${own}`}`));
+}
+
+// Wide pictures fill their frame; others are shown whole.
+function fit(event) {
+  const { naturalWidth, naturalHeight, classList } = event.target;
+  classList.toggle("whole", naturalWidth < 1.5 * naturalHeight);
 }
 
 function play(index) {
@@ -274,7 +281,9 @@ player.setUp({
 });
 library.setUp((status) => {
   columns = status.columns;
-  $("contents").textContent = `in ${plural(status.videos, "video")}, by text, by an image, or by a clip`;
+  $("contents").textContent = status.moments
+    ? `in ${plural(status.videos, "video")}, by text, by an image, or by a clip`
+    : "The index is empty. What `discovla index` adds to it is found here at once.";
   $("add-condition").hidden = !Object.keys(columns).length;
 });
 

@@ -34,11 +34,10 @@ export function showStatus(status) {
       `Indexing: ${progress.done.toLocaleString("en")} of ${plural(progress.total, "video")}${rest}`;
     $("indexing").querySelector("progress").value = progress.total ? progress.done / progress.total : 0;
   }
-  const refused = status.refused ? `, ${status.refused.toLocaleString("en")} refused` : "";
   const gone = status.gone ? `, ${status.gone.toLocaleString("en")} gone` : "";
-  $("library-summary").textContent =
-    `${plural(status.videos, "video")}, ${plural(status.moments, "moment")}, ${duration(status.seconds)}${refused}${gone}. ` +
-    `Indexed by ${status.model}, ${size(status.size)} on disk.`;
+  const parts = [`${plural(status.videos, "video")}, ${plural(status.moments, "moment")}, ${duration(status.seconds)}${gone}`];
+  if (status.refused) parts.push(", ", element("a", { href: "#refused-part" }, `${status.refused.toLocaleString("en")} refused`));
+  $("library-summary").replaceChildren(...parts, `. Indexed by ${status.model}, ${size(status.size)} on disk.`);
   onStatus(status);
   if (visible) show();
 }
