@@ -206,5 +206,7 @@ def set_kernels(method: Method, engine: EngineConfig, device: torch.device) -> N
     except KernelUnavailable as error:
         raise ValueError(f"engine.impl: {error}") from None
     for tower in (method.vision, method.text):
-        tower.impl, tower.memory = engine.impl, engine.memory
+        # parameters that a stage gathers for each layer are not the compiler's
+        sharded = engine.impl == "auto" and engine.zero_stage == 3
+        tower.impl, tower.memory = "torch" if sharded else engine.impl, engine.memory
     method.text.distinct = engine.distinct_captions

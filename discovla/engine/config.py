@@ -53,9 +53,11 @@ class EngineConfig(BaseModel):
     """Use DeepSpeed's bf16 mode, which casts trained parameters to bf16 and keeps fp32 master copies. For
     full fine-tuning only; needs precision "bf16" and zero_stage >= 1."""
 
-    impl: Literal["auto", "reference", "torch", "triton"] = "auto"
-    """Implementation of the transformer blocks: "torch", "triton" kernels, or the "reference" formulas.
-    "auto" takes the one measured fastest on the device."""
+    impl: Literal["auto", "reference", "torch", "compiled", "ops", "triton"] = "auto"
+    """Implementation of the transformer blocks: plain "torch", the same "compiled" by torch.compile, "triton"
+    kernels, "ops" (each op by its own choice), or the "reference" formulas. "auto" takes what `tune` measured
+    as fastest on this GPU; without a measurement "compiled" if torch.compile works, else "torch". On a CPU,
+    and at zero_stage 3, it is "torch"."""
 
     memory: Memory = "auto"
     """Activations that a transformer block keeps for backward, in tower widths per token (ViT-B/32): "keep"
@@ -128,7 +130,7 @@ class EngineConfig(BaseModel):
             ("zero_stage", ("auto", 0)),
             ("bf16_parameters", (False,)),
             ("offload", ("none",)),
-            ("impl", ("auto", "torch", "triton")),
+            ("impl", ("auto", "torch", "compiled", "ops", "triton")),
         ):
             value = getattr(self, key)
             if value not in allowed:

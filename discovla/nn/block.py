@@ -19,7 +19,7 @@ from discovla.nn.layout import Residual, SequenceLayout
 from discovla.nn.lora import LoRA
 from discovla.nn.memory import in_memory_mode, recomputing
 from discovla.nn.recompute import normed_lora_projection, quick_gelu_mlp
-from discovla.ops.dispatch import Impl
+from discovla.ops.dispatch import Impl, compiled
 from discovla.ops.fp8_mlp import FP8MLPWeights, fp8_mlp
 from discovla.ops.lora_norm import LoRAWeights, lora_norm, lora_projection, lora_weights
 from discovla.ops.mlp import Activation, MLPWeights, mlp
@@ -83,14 +83,21 @@ def run_blocks(
     blocks: nn.ModuleList, x: Tensor, layout: SequenceLayout, *, readout_only: bool = True
 ) -> Residual:
     """Rows after all blocks of a tower, before its final norm; with readout_only the readout rows alone."""
+    run = _run_block
+    if layout.compiles(x):
+        run, x = compiled(_run_block), layout.for_compile(x)
     layout = with_lora_weights(layout.resolve(x), list(blocks), x)
     defer = layout.impl != "torch" and layout.memory == "keep"
     inner = replace(layout, defer_update=defer)
     last = replace(layout, readout_only=readout_only, defer_update=defer and readout_only)
     rows: Residual = x
     for block in blocks[:-1]:
-        rows = block(rows, inner)
-    return blocks[-1](rows, last)
+        rows = run(block, rows, inner)
+    return run(blocks[-1], rows, last)
+
+
+def _run_block(block: nn.Module, rows: Residual, layout: SequenceLayout) -> Residual:
+    return block(rows, layout)
 
 
 def with_lora_weights(layout: SequenceLayout, blocks: Sequence[nn.Module], x: Tensor) -> SequenceLayout:
@@ -99,7 +106,7 @@ def with_lora_weights(layout: SequenceLayout, blocks: Sequence[nn.Module], x: Te
     if layout.impl == "torch" or not updated:
         return layout
     attentions, dtype = [block.attention for block in updated], updated[0].ln_1.result_dtype(x)
-    weights = Attention.lora_weights(attentions, dtype, x[..., 0].numel(), layout.impl)
+    weights = Attention.lora_weights(attentions, dtype, x, layout.impl)
     return replace(layout, lora_weights=dict(zip(attentions, weights, strict=True)))
 
 
@@ -157,7 +164,7 @@ class Attention(nn.Module):
             return x, normed_lora_projection(x, (*affine, norm.eps), self.qkv.weights(dtype), lora)
         weights = layout.lora_weights.get(self)
         if weights is None:
-            weights = self.lora_weights([self], dtype, x[..., 0].numel(), layout.impl)[0]
+            weights = self.lora_weights([self], dtype, x, layout.impl)[0]
         options = {"affine": affine, "eps": norm.eps, "dtype": dtype, "impl": layout.impl}
         if not layout.readout_only:
             x, z, low = lora_norm(x, weights.a, update, **options)
@@ -168,12 +175,12 @@ class Attention(nn.Module):
 
     @staticmethod
     def lora_weights(
-        attentions: Sequence[Attention], dtype: torch.dtype, rows: int, impl: Impl
+        attentions: Sequence[Attention], dtype: torch.dtype, x: Tensor, impl: Impl
     ) -> list[LoRAWeights]:
-        """The projections and LoRA of several blocks as kernels take them; all have LoRA."""
+        """The projections and LoRA of several blocks as kernels take them, for rows x; all have LoRA."""
         loras = [(part.lora.a, part.lora.b) for part in attentions if part.lora is not None]
         linears = [part.qkv.weights(dtype) for part in attentions]
-        return lora_weights(linears, loras, rows=rows, dtype=dtype, impl=impl)
+        return lora_weights(linears, loras, x=x, dtype=dtype, impl=impl)
 
     def attend(self, qkv: QKV, layout: SequenceLayout) -> Tensor:
         """Attention within each sequence and the output projection, n l w or t w; in a last block n w."""

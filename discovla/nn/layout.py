@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from discovla.nn.recompute import pad_rows, take_rows
-from discovla.ops.dispatch import Impl, Memory, choose
+from discovla.ops.dispatch import Impl, Memory, choose, compile_fails, warn_once
 from discovla.ops.lora_norm import LoRAWeights
 from discovla.ops.short_attention import Packing
 
@@ -59,6 +59,25 @@ class SequenceLayout:
         """
         impl = resolve_impl(x, self.impl)
         return self if impl == self.impl else replace(self, impl=impl)
+
+    def compiles(self, x: Tensor) -> bool:
+        """Return True if blocks run under torch.compile: in training, where backward recomputes nothing.
+
+        Evaluation, with its batches of other sizes, runs the same plain torch without the compiler.
+        """
+        if not torch.is_grad_enabled() or self.memory != "keep":
+            return False
+        return choose_blocks(self.impl, x) == "compiled"
+
+    def for_compile(self, x: Tensor) -> Tensor:
+        """Compute the index tensors that blocks share, and mark the number of packed rows as dynamic."""
+        if self.readout is not None:
+            self.readout_rows(x.shape[1])
+        if self.packing is None:
+            return x
+        _ = self.packing.pad_index, self.packing.pack_index
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        return x
 
     @property
     def attention_impl(self) -> Impl:
@@ -124,10 +143,19 @@ class SequenceLayout:
 
 
 def resolve_impl(x: Residual, impl: str) -> Impl:
-    """The implementation that computes blocks, and the norms around them, on rows x.
+    """The implementation that computes blocks, and the norms around them, on rows x; "torch" if compiled.
 
     Raises:
         KernelUnavailable: the implementation asked for by name cannot run here.
     """
-    rows = x[0] if isinstance(x, tuple) else x
-    return cast(Impl, choose("block", impl, rows.device.type, operands=(rows,)))
+    chosen = choose_blocks(impl, x[0] if isinstance(x, tuple) else x)
+    return "torch" if chosen == "compiled" else chosen
+
+
+def choose_blocks(impl: str, x: Tensor) -> Impl:
+    """The implementation of blocks on rows x; plain torch, with a warning, if torch.compile fails here."""
+    chosen = cast(Impl, choose("block", impl, x.device.type, operands=(x,)))
+    if chosen == "compiled" and impl == "auto" and (reason := compile_fails(x.device)):
+        warn_once(f"blocks run without torch.compile, which fails here: {reason}")
+        return "torch"
+    return chosen

@@ -63,7 +63,7 @@ def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
 
 def recomputing() -> bool:
     """Return True while backward recomputes a `checkpointed` function, whose result is then not read."""
-    return _RECOMPUTING.get()
+    return not torch.compiler.is_compiling() and _RECOMPUTING.get()
 
 
 @contextmanager

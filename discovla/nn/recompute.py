@@ -1,4 +1,7 @@
-"""Functions with a backward of their own, which recomputes what is cheaper to recompute than to keep."""
+"""Functions with a backward of their own, which recomputes what is cheaper to recompute than to keep.
+
+Under torch.compile they are plain: the compiler chooses what backward recomputes.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ def recompute_in_backward(function: Callable[..., Any], *inputs: Tensor | None) 
         function: of tensors, without randomness; returns a tensor or a tuple of tensors.
         inputs: the tensors to differentiate by; tensors in the closure of `function` get no gradient.
     """
+    if torch.compiler.is_compiling():
+        return function(*inputs)
     return _RecomputeInBackward.apply(function, *inputs)
 
 
@@ -51,6 +56,8 @@ class _RecomputeInBackward(Function):
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """x[index] along the first axis, for an int64 index without repetitions."""
+    if torch.compiler.is_compiling():
+        return x.index_select(0, index)
     return _TakeRows.apply(x, index)
 
 
@@ -75,6 +82,8 @@ def pad_rows(x: Tensor, pad_index: Tensor, pack_index: Tensor) -> Tensor:
         x: t w.  pad_index: n l, int64, the row at each place, any row at padding.
         pack_index: t, int64, the inverse: the flat place of each row.
     """
+    if torch.compiler.is_compiling():
+        return x.index_select(0, pad_index.flatten()).unflatten(0, pad_index.shape)
     return _PadRows.apply(x, pad_index, pack_index)
 
 
@@ -103,6 +112,9 @@ def quick_gelu_mlp(
         x: ... w.  up, down: weight and bias of each linear map, in the dtype of x.
         output_needed: False if the result is not read: only u is computed, and the result is arbitrary.
     """
+    if torch.compiler.is_compiling():
+        u = _scaled_hidden(x, *up)
+        return torch.addmm(down[1], F.silu(u), down[0].T, alpha=1 / QUICK_GELU_SLOPE).view(x.shape)
     return _QuickGELUMLP.apply(x, *up, *down, output_needed)
 
 
@@ -111,12 +123,11 @@ class _QuickGELUMLP(Function):
     def forward(
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, output_needed: bool
     ) -> Tensor:
-        slope = QUICK_GELU_SLOPE
-        u = torch.addmm(b1, x.flatten(0, -2), w1.T, alpha=slope, beta=slope)
+        u = _scaled_hidden(x, w1, b1)
         ctx.save_for_backward(u, w1, w2)
         if not output_needed:
             return torch.empty_like(x)
-        return torch.addmm(b2, F.silu(u), w2.T, alpha=1 / slope).view(x.shape)
+        return torch.addmm(b2, F.silu(u), w2.T, alpha=1 / QUICK_GELU_SLOPE).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -125,6 +136,12 @@ class _QuickGELUMLP(Function):
         hidden = grad.flatten(0, -2) @ w2
         torch.ops.aten.silu_backward.grad_input(hidden, u, grad_input=hidden)
         return (hidden @ w1).view(grad.shape), *[None] * 5
+
+
+def _scaled_hidden(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """1.702 (weight x + bias): t m."""
+    slope = QUICK_GELU_SLOPE
+    return torch.addmm(bias, x.flatten(0, -2), weight.T, alpha=slope, beta=slope)
 
 
 def normed_lora_projection(
@@ -138,6 +155,10 @@ def normed_lora_projection(
         x: ... w.  norm: weight, bias, epsilon.  linear: W (o w), bias.  lora: a (r w), b (o r); these four
             have the dtype of y and of the result.
     """
+    if torch.compiler.is_compiling():
+        (w, bias), (a, b) = linear, lora
+        y, _, _ = _normalise(x, *norm, w.dtype)
+        return (F.linear(y, w, bias) + (y @ a.T) @ b.T).view(*x.shape[:-1], -1)
     return _NormedLoRAProjection.apply(x, *norm, *linear, *lora)
 
 

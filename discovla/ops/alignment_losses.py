@@ -18,7 +18,7 @@ from discovla.ops.column_shard import (
     merge_statistics,
     pad_statistics,
 )
-from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.dispatch import Impl, choose, kernel, run_reference
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import contrastive_loss, cosine_similarity, info_nce
 from discovla.ops.streamed.losses import contrastive_columns, contrastive_streamed
@@ -121,8 +121,9 @@ def alignment_losses(
     products = len(text) * len(video) * text_frames.shape[1] * video_frames.shape[1]
     operands = (text_frames, video_frames, text, video, *masks, ignore)
     chosen = choose("alignment_losses", impl, text.device.type, small=products <= ELEMENTS, operands=operands)
-    if chosen == "reference":
-        losses = alignment_losses_reference(inputs, logit_scale, kl_norm, detach_teacher, ignore)
+    if chosen in ("reference", "compiled"):
+        options = (inputs, logit_scale, kl_norm, detach_teacher, ignore)
+        losses = run_reference(chosen, alignment_losses_reference, *options)
         return _add_total(*losses, alpha, beta)
     scale = logit_scale.to(sum_dtype(text))
     if chosen == "triton" and columns is None and fits_one_block(text, text_frames, video_frames):

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import sdpa_kernel
 
-from discovla.ops.dispatch import Impl, choose
+from discovla.ops.dispatch import SDPA, Impl, choose
 
 HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 4_000_000  # scores that backward holds at once on a CPU: 16 MB
@@ -33,20 +34,24 @@ def attention(
         mask: bool, broadcastable to n h i j; true where a query sees a key.  Every query must see a key.
         causal: query i sees keys j <= i only (besides `mask`).
         dropout: probability with which a softmax weight is dropped; the others are divided by 1 - dropout.
-            Any value but 0 uses torch's fused attention.
-        impl: reference (plain torch), torch (its fused kernel), or auto.
+            Any value but 0 uses torch's fused attention, and so does torch.compile.
+        impl: reference (plain torch), torch (its fused kernel), flash, cudnn or efficient (that back end of
+            torch's), or auto.
 
     Returns:
         n h i c, in the dtype of q.
     """
-    chosen = choose("attention", impl, q.device.type)
     if causal and mask is not None:
         mask = mask & _causal(q.shape[-2], k.shape[-2], q.device)
         causal = False
-    if dropout:
+    if dropout or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    chosen = choose("attention", impl, q.device.type, operands=(q, mask))
     if chosen == "torch" and q.device.type == "cpu" and q.dtype in HALVES:
         return _HalfOnCPU.apply(q, k, v, mask, causal)
+    if chosen in SDPA:
+        with sdpa_kernel(SDPA[chosen]):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     if chosen == "torch":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return attention_reference(q, k, v, mask=mask, causal=causal)

@@ -1,27 +1,41 @@
-"""The one table of ops and their implementations, and the one function that chooses between them."""
+"""The one table of ops and their implementations, and the one function that chooses between them.
+
+On a GPU "auto" takes what `use_choices` was given: for each op, dtype and size the implementation that was
+right and fastest there (`discovla.tune` measures it).  Without a measurement it takes that of AUTO.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from discovla.ops.cuda import library
 
 logger = logging.getLogger(__name__)
 
-Impl = Literal["auto", "reference", "torch", "triton", "cuda"]
+# "compiled" is the reference (of blocks: plain torch) under torch.compile; "ops" computes blocks by ops that
+# each take their own choice; the names after "cuda" are those of libraries and of torch's back ends
+Impl = Literal[
+    "auto", "reference", "torch", "compiled", "ops", "triton", "cuda",
+    "flash", "cudnn", "efficient", "varlen", "flash_attn", "quack",
+]  # fmt: skip
 # modes of `nn.memory`: what a transformer block keeps for backward
 Memory = Literal["auto", "keep", "recompute_mlp", "recompute_projections", "recompute_blocks"]
 
-# op -> its implementations
+# op -> its implementations in this repository
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "alignment_losses": ("reference", "torch", "triton"),
     "attention": ("reference", "torch"),
@@ -49,6 +63,20 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "top_k": ("reference", "torch", "cuda"),
     "unit_mean": ("reference", "triton"),
 }
+# op -> its implementations by torch.compile and by libraries, which measured choices may take too
+LIBRARY_IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "alignment_losses": ("compiled",),
+    "attention": ("flash", "cudnn", "efficient"),
+    "block": ("compiled", "ops"),
+    "frame_similarity": ("compiled",),
+    "info_nce": ("compiled",),
+    "layer_norm": ("compiled",),
+    "lora_norm": ("compiled",),
+    "mlp": ("compiled", "quack"),
+    "readout_lora_norm": ("compiled",),
+    "short_attention": ("varlen", "flash_attn"),
+    "unit_mean": ("compiled",),
+}
 # op -> the module of discovla_kernels with its kernels
 KERNELS: dict[str, str] = {
     "alignment_losses": "alignment_block",
@@ -74,13 +102,11 @@ KERNELS: dict[str, str] = {
     "token_training_similarity": "token_similarity",
     "unit_mean": "unit_mean",
 }
-# op -> device -> the implementation that `auto` takes; "reference" if not listed.
-# No kernel has run on a GPU yet, only in the interpreter.  After `benchmarks/gpu.py --suite check` has passed
-# on one, "cuda" becomes "triton" for ops that it measured as faster.
+# op -> device -> the implementation that `auto` takes without a measurement; "reference" if not listed
 AUTO: dict[str, dict[str, str]] = {
     "alignment_losses": {"cpu": "torch", "cuda": "torch"},
     "attention": {"cpu": "torch", "cuda": "torch"},
-    "block": {"cpu": "torch", "cuda": "torch", "meta": "torch"},
+    "block": {"cpu": "torch", "cuda": "compiled", "meta": "torch"},
     "fp8_linear": {"cpu": "reference", "cuda": "torch"},
     "frame_similarity": {"cpu": "torch", "cuda": "torch"},
     "info_nce": {"cpu": "torch", "cuda": "torch"},
@@ -95,6 +121,24 @@ AUTO: dict[str, dict[str, str]] = {
     "token_training_similarity": {"cpu": "torch", "cuda": "torch"},
     "top_k": {"cpu": "torch", "cuda": "torch"},
 }
+
+# an op that shares the weights of another takes its choice
+SHARED = {"readout_lora_norm": "lora_norm"}
+ROWS = {"layer_norm", "fusion_norm", "lora_norm", "mlp"}  # ops of rows, whatever axes these have
+SDPA = {  # torch's back ends of attention
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+MEASURED_ON = ("cuda",)  # devices on which `auto` takes measured choices
+
+# an op with the dtype and axes of its first operand but the leading one, and that one
+Problem = tuple[str, int]
+# Problem[0] -> number of rows, as text -> implementation
+Choices = Mapping[str, Mapping[str, str]]
+
+_choices: dict[str, dict[int, str]] = {}
+_observed: list[Problem] | None = None
 
 
 class KernelUnavailable(RuntimeError):
@@ -116,13 +160,14 @@ def choose(
     Raises:
         KernelUnavailable: `impl` is not among the op's implementations, or cannot run here.
     """
-    if impl == "auto":
+    if _observed is not None and operands:
+        _observed.append(problem(op, operands))
+    if impl == "auto" or (impl == "ops" and op != "block"):
         return _automatic(op, device_type, small, operands)
-    if impl not in IMPLEMENTATIONS[op]:
-        known = ", ".join(("auto", *IMPLEMENTATIONS[op]))
+    if impl not in implementations(op):
+        known = ", ".join(("auto", *implementations(op)))
         raise KernelUnavailable(f"{op}: no implementation {impl!r}; use one of {known}")
-    unavailable = {"triton": _triton_unavailable, "cuda": _cuda_unavailable}.get(impl)
-    if unavailable is not None and (reason := unavailable(op, device_type, operands)):
+    if reason := unavailable(op, impl, device_type, operands):
         raise KernelUnavailable(f"{op}: impl={impl!r}: {reason}")
     return impl
 
@@ -131,11 +176,87 @@ def describe(impl: str, device_type: str) -> str:
     """Name the implementations that an option `impl` stands for on a device, for a reader."""
     if impl != "auto":
         return impl
-    ops: dict[str, list[str]] = {"triton": [], "cuda": []}
+    named: dict[str, list[str]] = {}
     for op in IMPLEMENTATIONS:
-        ops.get(AUTO.get(op, {}).get(device_type, "reference"), []).append(op)
-    named = [f"{kernels} for {', '.join(names)}" for kernels, names in ops.items() if names]
-    return f"auto: {'; '.join(named) or 'PyTorch for every op'}"
+        default = AUTO.get(op, {}).get(device_type, "reference")
+        sizes = [by for key, by in _choices.items() if key.split()[0] == op and device_type in MEASURED_ON]
+        for name in sorted({x for by in sizes for x in by.values()} or {default}):
+            named.setdefault(name, []).append(op)
+    parts = [
+        f"{name} for {', '.join(ops)}" for name, ops in named.items() if name not in ("torch", "reference")
+    ]
+    return f"auto: {'; '.join(parts) or 'PyTorch for every op'}"
+
+
+def implementations(op: str) -> tuple[str, ...]:
+    """Return the names of all implementations of an op, whether they can run here or not."""
+    return IMPLEMENTATIONS[op] + LIBRARY_IMPLEMENTATIONS.get(op, ())
+
+
+def problem(op: str, operands: Sequence[Tensor | None]) -> Problem:
+    """Return what a choice is measured for: op, dtype and inner axes, and the length of the first axis."""
+    first, op = operands[0], SHARED.get(op, op)
+    assert first is not None, op
+    if op in ROWS:
+        first = first.flatten(0, -2)
+    axes = "x".join(str(size) for size in first.shape[1:])
+    return f"{op} {str(first.dtype)[6:]} {axes}", len(first)
+
+
+def use_choices(choices: Choices) -> None:
+    """Let `auto` take these measured choices on GPUs, in place of all earlier ones.
+
+    A size between measured ones takes the nearest, by the ratio; other dtypes and axes take that of AUTO.
+    """
+    _choices.clear()
+    _choices.update({key: {int(rows): x for rows, x in by.items()} for key, by in choices.items()})
+
+
+@contextmanager
+def observed_problems() -> Iterator[list[Problem]]:
+    """Collect the problems that ops choose an implementation for."""
+    global _observed
+    outer, _observed = _observed, []
+    try:
+        yield _observed
+    finally:
+        _observed = outer
+
+
+def cache_folder() -> Path:
+    """Return the user's folder of measured choices and compiled code: DISCOVLA_CACHE, or the platform's."""
+    if folder := os.environ.get("DISCOVLA_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "discovla"
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function under torch.compile; its code is kept on disk in `cache_folder`."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(64, dynamo.recompile_limit)  # blocks of two towers, with their tails
+    return torch.compile(function)
+
+
+def run_reference(chosen: str, reference: Callable[..., Any], *inputs: Any) -> Any:
+    """Call the reference of an op, under torch.compile if "compiled" was chosen."""
+    return (compiled(reference) if chosen == "compiled" else reference)(*inputs)
+
+
+@cache
+def compile_fails(device: torch.device) -> str:
+    """Return why torch.compile of a small product and its backward fails on a device, or ""."""
+
+    def step(x: Tensor) -> Tensor:
+        return torch.nn.functional.silu(x @ x).softmax(-1).sum()
+
+    try:
+        x = torch.ones(16, 16, device=device, requires_grad=True)
+        compiled(step)(x).backward()
+    except (RuntimeError, ImportError, OSError) as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return ""
 
 
 def kernel(op: str, impl: str = "triton") -> ModuleType:
@@ -146,13 +267,37 @@ def kernel(op: str, impl: str = "triton") -> ModuleType:
 
 
 def _automatic(op: str, device_type: str, small: bool, operands: Sequence[Tensor | None]) -> str:
+    if _choices and operands and device_type in MEASURED_ON:
+        measured = _measured(op, operands)
+        if measured is not None and not unavailable(op, measured, device_type, operands):
+            return measured
     chosen = AUTO.get(op, {}).get(device_type, "reference")
     if small and chosen == "torch" and op in KERNELS:
         return "reference"
     if chosen == "triton" and (reason := _triton_unavailable(op, device_type, operands)):
-        _warn_once(f"{op}: plain torch instead of the kernel: {reason}")
+        warn_once(f"{op}: plain torch instead of the kernel: {reason}")
         return "torch"
     return chosen
+
+
+def _measured(op: str, operands: Sequence[Tensor | None]) -> str | None:
+    """Return the choice measured at the nearest size, None if there is none."""
+    key, rows = problem(op, operands)
+    sizes = _choices.get(key)
+    if not sizes:
+        return None
+    return sizes[min(sizes, key=lambda size: abs(math.log(size / max(1, rows))))]
+
+
+def unavailable(op: str, impl: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
+    """Return why an implementation cannot run, or ""; `operands` as for `choose`."""
+    if impl == "triton":
+        return _triton_unavailable(op, device_type, operands)
+    if impl == "cuda":
+        return _cuda_unavailable(op, device_type, operands)
+    if impl in SDPA or impl in LIBRARIES:
+        return _library_unavailable(impl, device_type, operands)
+    return ""
 
 
 def _triton_unavailable(op: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
@@ -173,6 +318,38 @@ def _cuda_unavailable(op: str, device_type: str, operands: Sequence[Tensor | Non
     return kernel(op, "cuda").unsupported(*operands) if operands else ""
 
 
+# implementation -> the module it needs, and how it is installed
+LIBRARIES = {
+    "varlen": ("torch.nn.attention.varlen", "torch >= 2.13 has it"),
+    "flash_attn": ("flash_attn", "pip install 'discovla[flash]'"),
+    "quack": ("quack", "pip install 'discovla[quack]'"),
+}
+
+
+def _library_unavailable(impl: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
+    """Return why a library, or a back end of torch's attention, cannot run, or ""."""
+    if impl in LIBRARIES and not _installed(LIBRARIES[impl][0]):
+        return f"{LIBRARIES[impl][0]} is not installed: {LIBRARIES[impl][1]}"
+    if device_type != "cuda":
+        return f"it needs a CUDA device, found {device_type}"
+    if operands and impl != "efficient" and operands[0] is not None and operands[0].element_size() != 2:
+        return f"it takes float16 and bfloat16, found {operands[0].dtype}"
+    if impl in ("flash", "varlen", "flash_attn") and len(operands) > 1 and operands[1] is not None:
+        return "it takes no mask"
+    if impl == "varlen" and operands and operands[-1] is None:
+        return "it takes packed sequences"
+    return ""
+
+
 @cache
-def _warn_once(message: str) -> None:
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that would contain it
+        return False
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, the same text once in a process."""
     logger.warning(message)

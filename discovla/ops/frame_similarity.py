@@ -17,7 +17,7 @@ from discovla.ops.blocks import (
     unit_rows,
     unit_rows_backward,
 )
-from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.dispatch import Impl, choose, kernel, run_reference
 from discovla.ops.streamed import frame_similarity as streamed
 
 
@@ -60,8 +60,9 @@ def frame_similarity(
     operands = (text, video, text_mask, video_mask)
     chosen = choose("frame_similarity", impl, text.device.type, small=small, operands=operands)
     dtype = sum_dtype(text)
-    if chosen == "reference":
-        return frame_similarity_reference(text.to(dtype), video.to(dtype), logit_scale, text_mask, video_mask)
+    if chosen in ("reference", "compiled"):
+        wide = text.to(dtype), video.to(dtype)
+        return run_reference(chosen, frame_similarity_reference, *wide, logit_scale, text_mask, video_mask)
     return _frame_similarity(text, video, logit_scale.to(dtype), text_mask, video_mask, chosen)
 
 

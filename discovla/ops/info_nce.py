@@ -8,7 +8,7 @@ from torch import Tensor
 
 from discovla.ops.blocks import ELEMENTS, EXCLUDED, expect_shape, sum_dtype
 from discovla.ops.column_shard import ColumnShard, column_losses
-from discovla.ops.dispatch import Impl, choose
+from discovla.ops.dispatch import Impl, choose, run_reference
 from discovla.ops.streamed.losses import contrastive_columns, contrastive_streamed
 
 
@@ -46,8 +46,8 @@ def info_nce(
     expect_shape("ignore", ignore, (len(text), len(video)))
     small = len(text) * len(video) <= ELEMENTS
     chosen = choose("info_nce", impl, text.device.type, small=small, operands=(text, video, ignore))
-    if chosen == "reference":
-        return info_nce_reference(text, video, logit_scale, ignore, columns)
+    if chosen in ("reference", "compiled"):
+        return run_reference(chosen, info_nce_reference, text, video, logit_scale, ignore, columns)
     tensors = (text, video, None, None, None, None, logit_scale.to(sum_dtype(text)), ignore)
     if columns is None:
         return contrastive_streamed(*tensors, 0.0, False, chosen)[0][0]

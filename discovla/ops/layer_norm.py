@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from discovla.ops.blocks import expect_shape, sum_dtype
-from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.dispatch import Impl, choose, kernel, run_reference
 
 Affine = tuple[Tensor, Tensor]  # gain and shift
 
@@ -31,7 +31,7 @@ def layer_norm(
         affine: gain and shift, w each, frozen, applied in float32 at least; None for 1 and 0.
         eps: added to the variance.
         dtype: of y; by default that of u, or of x without u.
-        impl: reference (plain torch), triton, or auto.
+        impl: reference (plain torch), compiled (it under torch.compile), triton, or auto.
 
     Returns:
         x' (x itself without u) and y, ... w.
@@ -43,8 +43,9 @@ def layer_norm(
     dtype = dtype or (x if u is None else u).dtype
     expect_shape("u", u, tuple(x.shape))
     gain, shift = check_affine(affine, x)
-    if choose("layer_norm", impl, x.device.type, operands=(x, u, gain, shift)) == "reference":
-        return layer_norm_reference(x, u, affine, eps, dtype)
+    chosen = choose("layer_norm", impl, x.device.type, operands=(x, u, gain, shift))
+    if chosen != "triton":
+        return run_reference(chosen, layer_norm_reference, x, u, affine, eps, dtype)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     u = None if u is None else u.reshape(rows.shape).contiguous()
     total, y, _ = _layer_norm(rows, u, gain, shift, eps, dtype)

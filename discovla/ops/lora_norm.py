@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from discovla.ops.blocks import expect_shape, sum_dtype
-from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.dispatch import Impl, choose, kernel, run_reference
 from discovla.ops.layer_norm import Affine, check_affine, layer_norm_reference
 
 
@@ -37,7 +37,7 @@ def lora_norm(
         affine: gain and shift of y, w each, frozen; None for 1 and 0.
         eps: added to the variance.
         dtype: of z; by default that of u, or of x without u.
-        impl: reference (plain torch), triton, or auto.
+        impl: reference (plain torch), compiled (it under torch.compile), triton, or auto.
 
     Returns:
         x' (x itself without u), in the dtype of x; z, ... (w + p), where p is k rounded up to a power of
@@ -55,8 +55,9 @@ def lora_norm(
     dtype = dtype or (x if u is None else u).dtype
     gain, shift = check_affine(affine, x)
     like_z = torch.empty(0, dtype=dtype, device=x.device)
-    if choose("lora_norm", impl, x.device.type, operands=(x, copies, like_z, u, gain, shift)) == "reference":
-        return lora_norm_reference(x, copies[0], u, affine, eps, dtype)
+    chosen = choose("lora_norm", impl, x.device.type, operands=(x, copies, like_z, u, gain, shift))
+    if chosen != "triton":
+        return run_reference(chosen, lora_norm_reference, x, copies[0], u, affine, eps, dtype)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     update = None if u is None else u.reshape(rows.shape).contiguous()
     if a.ndim == 2:
@@ -98,7 +99,7 @@ def lora_weights(
     linears: Sequence[tuple[Tensor, Tensor]],
     factors: Sequence[tuple[Tensor, Tensor]],
     *,
-    rows: int,
+    x: Tensor,
     dtype: torch.dtype,
     impl: Impl = "auto",
 ) -> list[LoRAWeights]:
@@ -107,7 +108,7 @@ def lora_weights(
     Args:
         linears: weight o w and bias o of each, frozen.
         factors: LoRA's a, k w, and b, o k, of each.
-        rows: number of rows that `lora_norm` will get: it returns one partial gradient of a per program, and
+        x: rows like those that `lora_norm` will get: it returns one partial gradient of a per program, and
             backward sums those of all projections together.
         dtype: compute dtype.
         impl: of `lora_norm`.
@@ -123,8 +124,9 @@ def lora_weights(
         expect_shape("b", b, (outputs, rank))
         if weight.requires_grad or bias.requires_grad:
             raise ValueError("weight, bias: expected frozen tensors, found one that requires a gradient")
-    chosen = choose("lora_norm", impl, linears[0][0].device.type)
-    parts, n = kernel("lora_norm").programs(rows) if chosen == "triton" else 1, len(linears)
+    operands = (x, factors[0][0][None], torch.empty(0, dtype=dtype, device=x.device))
+    chosen = choose("lora_norm", impl, x.device.type, operands=operands)
+    parts, n = kernel("lora_norm").programs(x[..., 0].numel()) if chosen == "triton" else 1, len(linears)
     weights, a, b = [w for w, _ in linears], [a for a, _ in factors], [b for _, b in factors]
     outs = _LoRAWeights.apply(parts, dtype, n, *weights, *a, *b)
     return [

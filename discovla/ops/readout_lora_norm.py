@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from discovla.ops.blocks import expect_shape, sum_dtype
-from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.dispatch import Impl, choose, kernel, run_reference
 from discovla.ops.layer_norm import Affine, check_affine
 from discovla.ops.lora_norm import LoRAWeights, check_projection, lora_norm_reference, padded_rank
 
@@ -48,8 +48,9 @@ def readout_lora_norm(
     expect_shape("readout_index", readout_index, (x.numel() // width,))
     gain, shift = check_affine(affine, x)
     operands = (x, copies, torch.empty(0, dtype=dtype, device=x.device), u, gain, shift)
-    if choose("readout_lora_norm", impl, x.device.type, operands=operands) == "reference":
-        total, z, low = lora_norm_reference(x, copies[0], u, affine, eps, dtype)
+    chosen = choose("readout_lora_norm", impl, x.device.type, operands=operands)
+    if chosen != "triton":
+        total, z, low = run_reference(chosen, lora_norm_reference, x, copies[0], u, affine, eps, dtype)
         return total.flatten(0, -2)[readout_rows], z, low, z.flatten(0, -2)[readout_rows]
     rows = x.reshape(-1, width).contiguous()
     update = None if u is None else u.reshape(rows.shape).contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -86,7 +87,8 @@ def short_attention(
         packing: layout of packed rows; None for n l.
         causal: a row sees itself and earlier rows of its sequence only.
         key_mask: n l (or r), bool, true on visible rows.
-        impl: reference (plain torch), torch (its fused kernel), triton, or auto.
+        impl: reference (plain torch), torch (its fused kernel), triton, varlen (torch's for packed rows),
+            flash_attn (that package), or auto.
 
     Returns:
         n l w (or r w), in the dtype of qkv.
@@ -101,6 +103,8 @@ def short_attention(
         offsets, length = packing.offsets, packing.max_length
     operands = (qkv.unflatten(-1, (3, heads, -1)), key_mask, offsets)
     chosen = choose("short_attention", impl, qkv.device.type, operands=operands)
+    if chosen in ("varlen", "flash_attn"):
+        return _library_attention(operands[0], packing, causal, chosen).flatten(-2)
     if chosen != "triton":
         return short_attention_reference(qkv, heads, packing, causal, key_mask, chosen)
     mask = None if key_mask is None else key_mask.flatten().contiguous()
@@ -133,6 +137,20 @@ def short_attention_reference(
         out = attention(q, k, v, mask=pairs | ~any_visible, impl=attention_impl) * any_visible
     out = out.transpose(1, 2).flatten(2)  # n l w
     return out if packing is None else out.flatten(0, 1)[packing.pack_index]
+
+
+def _library_attention(qkv: Tensor, packing: Packing | None, causal: bool, library: str) -> Tensor:
+    """Attention by torch's variable-length kernel or by flash-attn: n l 3 h c (or r 3 h c) to n l h c."""
+    if library == "varlen":
+        assert packing is not None, "dispatch gives it packed rows only"
+        varlen = importlib.import_module("torch.nn.attention.varlen")
+        offsets, length = packing.offsets, packing.max_length
+        window = (-1, 0) if causal else (-1, -1)
+        return varlen.varlen_attn(*qkv.unbind(1), offsets, offsets, length, length, window_size=window)
+    flash = importlib.import_module("flash_attn")
+    if packing is None:
+        return flash.flash_attn_qkvpacked_func(qkv, causal=causal)
+    return flash.flash_attn_varlen_qkvpacked_func(qkv, packing.offsets, packing.max_length, causal=causal)
 
 
 def _check(qkv: Tensor, heads: int, packing: Packing | None, key_mask: Tensor | None) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from discovla.ops.blocks import expect_mask
-from discovla.ops.dispatch import Impl, choose, kernel
+from discovla.ops.dispatch import Impl, choose, kernel, run_reference
 
 
 def unit_mean(x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -27,8 +27,9 @@ def unit_mean(x: Tensor, mask: Tensor | None = None, *, impl: Impl = "auto") -> 
     if x.ndim != 3:
         raise ValueError(f"x: expected n k d, found {tuple(x.shape)}")
     expect_mask("mask", mask, tuple(x.shape[:2]))
-    if choose("unit_mean", impl, x.device.type, operands=(x, mask)) == "reference":
-        return unit_mean_reference(x, mask)
+    chosen = choose("unit_mean", impl, x.device.type, operands=(x, mask))
+    if chosen != "triton":
+        return run_reference(chosen, unit_mean_reference, x, mask)
     return _unit_mean(x.contiguous(), mask)
 
 

@@ -89,6 +89,7 @@ class VisionTower(nn.Module):
         Args: as for `ops.preprocess_frames`.
         """
         impl = choose("block", self.impl, frames.device.type)
+        impl = "torch" if impl == "compiled" else impl
         if impl == "torch" or frames.is_floating_point():
             return preprocess_frames(frames, mean=mean, std=std, dtype=dtype)
         expected = (self.image_size, self.image_size, 3)

@@ -6,7 +6,7 @@ import torch
 
 from discovla.ops import dispatch
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
-from discovla.ops.dispatch import AUTO, IMPLEMENTATIONS, KERNELS, KernelUnavailable, choose
+from discovla.ops.dispatch import AUTO, IMPLEMENTATIONS, KERNELS, KernelUnavailable, choose, implementations
 from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
 from discovla.ops.late_interaction import late_interaction
@@ -16,7 +16,7 @@ from discovla.ops.token_similarity import TokenInputs, token_similarity, token_t
 
 def test_every_choice_in_the_table_exists():
     for op, devices in AUTO.items():
-        assert set(devices.values()) <= set(IMPLEMENTATIONS[op])
+        assert set(devices.values()) <= set(implementations(op))
     assert {op for op, impls in IMPLEMENTATIONS.items() if "triton" in impls} == set(KERNELS)
 
 
@@ -36,7 +36,7 @@ def test_a_kernel_on_a_cpu_needs_the_interpreter(monkeypatch):
 
 def test_auto_falls_back_to_torch_for_unsupported_tensors_and_warns_once(caplog, monkeypatch):
     monkeypatch.setitem(AUTO, "frame_similarity", {"cuda": "triton"})
-    dispatch._warn_once.cache_clear()
+    dispatch.warn_once.cache_clear()
     too_many = torch.zeros(1, 300, 2)
     with caplog.at_level(logging.WARNING):
         chosen = {choose("frame_similarity", "auto", "cuda", operands=(too_many, too_many)) for _ in range(2)}

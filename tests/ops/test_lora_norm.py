@@ -90,7 +90,7 @@ def test_many_rows_are_shared_among_programs(impl, monkeypatch):
 def of_one(weight: Tensor, bias: Tensor, lora: LoRA) -> LoRAWeights:
     """The weights of one projection."""
     given = [(weight, bias)], [(lora.a, lora.b)]
-    return lora_weights(*given, rows=10, dtype=weight.dtype, impl="reference")[0]
+    return lora_weights(*given, x=weight, dtype=weight.dtype, impl="reference")[0]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -106,7 +106,7 @@ def test_weights_assembled_together_have_the_gradients_of_each(impl, monkeypatch
     y = F.layer_norm(x, (5,))
     first, second = (F.linear(y, w, bias) + lora(y) for (w, bias), lora in zip(linears, loras, strict=True))
     want = [first, second]
-    every = lora_weights(linears, factors, rows=70, dtype=torch.float32, impl=impl)
+    every = lora_weights(linears, factors, x=x, dtype=torch.float32, impl=impl)
     one, other = (lora_norm(x, weights.a, impl=impl)[1:] for weights in every)
     got = [lora_projection(*one, every[0]), lora_projection(*other, every[1])]
     for a, b in zip(got, want, strict=True):
@@ -150,7 +150,7 @@ def test_the_reference_and_the_projection_pass_gradcheck():
     b = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
 
     def call(x: Tensor, a: Tensor, u: Tensor, b: Tensor) -> Tensor:
-        weights = lora_weights([(weight, bias)], [(a, b)], rows=3, dtype=x.dtype, impl="reference")[0]
+        weights = lora_weights([(weight, bias)], [(a, b)], x=x, dtype=x.dtype, impl="reference")[0]
         return lora_projection(*lora_norm(x, weights.a, u, impl="reference")[1:], weights)
 
     assert torch.autograd.gradcheck(call, [x.cpu(), a.cpu(), u.cpu(), b])
@@ -171,7 +171,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
     weight, bias, b = torch.zeros(4, 33), torch.zeros(4), torch.zeros(4, 3)
 
     def weights(bias=bias, b=b):
-        return lora_weights([(weight, bias)], [(a, b)], rows=3, dtype=SINGLE)[0]
+        return lora_weights([(weight, bias)], [(a, b)], x=x, dtype=SINGLE)[0]
 
     z, low = torch.zeros(3, 49), torch.zeros(3, 3)
     for name, call in (

@@ -103,7 +103,7 @@ def test_the_op_is_registered_soundly():
     skip_what_no_gpu_kernel_takes("triton", torch.float64)
     x = leaves(4, 5, 6, torch.float64)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(_mlp, (*x, "gelu", True, True), test_utils=tests)
+    torch.library.opcheck(_mlp, (*x, "gelu", "triton", True, True), test_utils=tests)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

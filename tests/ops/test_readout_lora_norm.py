@@ -67,7 +67,7 @@ def test_with_its_projection_it_gives_the_queries_of_readout_rows(impl):
     weight, bias, b = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
     b.requires_grad_()
     where = places(20, 5)
-    weights = lora_weights([(weight, bias)], [(a, b)], rows=20, dtype=SINGLE, impl=impl)[0]
+    weights = lora_weights([(weight, bias)], [(a, b)], x=x.detach(), dtype=SINGLE, impl=impl)[0]
     _, z, low, z_read = readout_lora_norm(x, weights.a, u, *where, impl=impl)
     got = readout_lora_projection(z, low, z_read, weights)
     y = F.layer_norm(x + u, (33,))
