@@ -23,7 +23,7 @@ from benchmarks.experiments import ABLATION_RUNS, EXPERIMENTS, LADDER, METHOD_RU
 from benchmarks.measure import RESULTS, ROOT, read_rows
 
 Row = dict[str, Any]
-PAGES = ("docs/results.md", "docs/performance.md")
+PAGES = ("docs/results.md", "docs/performance.md", "docs/methods/tempme.md")
 ABSENT = "-"
 LAST = 20  # steps whose mean loss is the end of a loss curve
 
@@ -138,6 +138,23 @@ def ablation_table(results: Sequence[Row], title: str, names: Sequence[str] | No
             cells.append(mean_and_range(groups[name], path, form))
         body.append([name, str(len(groups[name])), *cells])
     return markdown(["", "seeds", *columns], body)
+
+
+def tokens_table(rows: Sequence[Row]) -> str:
+    """Return tokens, operations and rows of every backbone and setting of merging."""
+    heads = ["backbone", "setting", "tokens left", "GFLOP a clip", "of all tokens'", "rows, of all tokens'"]
+    body = [
+        [
+            row["backbone"],
+            row["setting"],
+            f"{row['tokens']:,} ({row['tokens_ratio']:.1%})",
+            f"{row['gflop']:,.1f}",
+            f"{row['gflop_ratio']:.1%}",
+            f"{row['rows_ratio']:.1%}",
+        ]
+        for row in rows
+    ]
+    return markdown(heads, body)
 
 
 def precision_table(results: Sequence[Row]) -> str:
@@ -260,6 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": lambda: methods_table(_results("methods")),
     "methods-short": lambda: methods_table(_results("methods"), SHORT_COLUMNS),
     "precision": lambda: precision_table(_results("precision")),
+    "tokens": lambda: tokens_table(read_rows(RESULTS / "cpu" / "tokens.jsonl")),
     "train-step": lambda: step_table(newest_steps()),
     "train-step-runs": lambda: step_conditions(newest_steps()),
 }

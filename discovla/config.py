@@ -240,7 +240,7 @@ def _table(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 def _config_error(source: str, prefix: str, model: type[BaseModel], error: ValidationError) -> ConfigError:
     """Make one line of the first of pydantic's errors."""
     first = error.errors()[0]
-    key = prefix + ".".join(str(part) for part in first["loc"])
+    key = (prefix + ".".join(str(part) for part in first["loc"])).rstrip(".")
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     match first["type"]:
         case "extra_forbidden" if key in RENAMED_KEYS:

@@ -203,10 +203,14 @@ def parts_beyond_clip(method: Method) -> tuple[str, ...]:
         if name in known or ".attention.lora." in name:
             continue
         part = name.split(".")[0]
+        if name.startswith("vision.merging."):
+            continue
         if part == "vision":
             parts["fusion of frames in the vision tower (method.fused_vision_blocks)"] = None
         elif part != "text":
             parts[f"the parameters {part}.*"] = None
+    if method.config.merge != "none":
+        parts["merging of tokens in the vision tower (method.merge)"] = None
     if method.config.similarity == "tokens":
         parts["the similarity of tokens (method.similarity)"] = None
     elif not method.scores_pooled:

@@ -204,6 +204,8 @@ def type_name(field: FieldInfo) -> str:
 def _annotation_name(annotation: Any) -> str:
     if annotation in TYPES:
         return TYPES[annotation]
+    if annotation is Ellipsis:  # of a tuple of any length
+        return "..."
     arguments = get_args(annotation)
     if get_origin(annotation) is Literal:
         return " | ".join(map(toml, arguments))

@@ -11,6 +11,7 @@ from discovla.methods.config import MethodConfig
 from discovla.methods.discovla import DiscoVLA
 from discovla.methods.released import load_released
 from discovla.methods.t2vparser import T2VParser
+from discovla.methods.tempme import TempMe
 from discovla.towers.weights import ModelConfig, initialise, load_pretrained, load_weights
 
 METHODS: dict[str, type[Method]] = {
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "clip4clip": CLIP4Clip,
     "clip2video": CLIP2Video,
     "t2vparser": T2VParser,
+    "tempme": TempMe,
     "basis": Basis,
 }
 

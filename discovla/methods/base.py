@@ -20,6 +20,7 @@ from discovla.nn.fusion import FusionAttention
 from discovla.nn.logit_scale import LogitScale
 from discovla.nn.lora import LoRA
 from discovla.nn.temporal_heads import TemporalBasis
+from discovla.nn.token_merging import TokenMerging
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, frame_alignment
 from discovla.ops.column_shard import ColumnShard
 from discovla.ops.dispatch import Impl
@@ -36,7 +37,10 @@ EMBEDDINGS = r"vision\.(\w+_embedding|ln_pre\..*)$|text\.(token_embedding\..*|po
 
 PAIRS = 8  # captions and videos whose matching scores are computed together
 # options that older checkpoints do not store
-ADDED_OPTIONS = ("temporal", "temporal_terms", "reversed_negatives", "reversed_when", "swapped_captions")
+ADDED_OPTIONS = (
+    *("temporal", "temporal_terms", "reversed_negatives", "reversed_when", "swapped_captions"),
+    *("merge", "merging"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,11 @@ class Method(nn.Module):
         super().__init__()
         self.architecture, self.config = architecture, config
         self.vision = VisionTower(architecture, vision_block or self._blocks("vision"))
+        if config.merge != "none":
+            shape, tokens = architecture.vision, 1 + architecture.patches
+            self.vision.merging = TokenMerging(
+                config.merge, config.merging, tokens=tokens, width=shape.width, blocks=shape.layers
+            )
         self.text = TextTower(architecture, text_block or self._blocks("text"))
         self.logit_scale = LogitScale()
         basis = config.temporal == "basis"
@@ -115,8 +124,10 @@ class Method(nn.Module):
         fuses = config.fused_vision_blocks or config.fused_text_blocks
         fusion = (r".*\.attention\.adapter\..*",) if fuses else ()
         position = (r".*\.attention\.frame_position",) if config.frame_position else ()
+        joins = self.vision.merging is not None and len(self.vision.merging.positions) > 0
+        merging = (r"vision\.merging\..*",) if joins else ()
         temporal = () if self.temporal is None else (r"temporal\..*",)
-        return (*towers, *fusion, *position, *temporal, *self.new_parameters)
+        return (*towers, *fusion, *position, *merging, *temporal, *self.new_parameters)
 
     @property
     def new_parameters(self) -> tuple[str, ...]:
@@ -174,7 +185,7 @@ class Method(nn.Module):
     @property
     def sees_frame_order(self) -> bool:
         """True if the features that `encode_frames` gives of a clip depend on the order of its frames."""
-        return self.config.frame_position
+        return self.config.frame_position or self.config.merge == "tempme"
 
     @property
     def frozen_frames(self) -> bool:
@@ -511,7 +522,7 @@ class Method(nn.Module):
                 frozen = zlib.crc32(parameter.detach().cpu().contiguous().numpy().data, frozen)
         options = self.config.model_dump(mode="json", exclude={"released"})
         for name in ADDED_OPTIONS:
-            if options[name] == MethodConfig.model_fields[name].default:
+            if getattr(self.config, name) == MethodConfig.model_fields[name].default:
                 del options[name]
         return {
             "architecture": self.architecture.to_dict(),

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from discovla.nn.token_merging import Merge, MergeConfig
 from discovla.ops.alignment_losses import KLNorm
 
 
@@ -29,7 +30,7 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
-    """The method: "clip", "discovla", "clip4clip", "clip2video", "t2vparser" or "basis"."""
+    """The method: "clip", "discovla", "clip4clip", "clip2video", "t2vparser", "tempme" or "basis"."""
     released: Path | None = None
     """Checkpoint of the paper's own code to load (.bin, .pt or .safetensors).  None: start from CLIP."""
     tune: Literal["full", "text", "lora", "frozen"] = "full"
@@ -69,6 +70,11 @@ class MethodConfig(BaseModel):
     """Weight of a loss by which a clip fits its caption better than the caption with an exchange that makes
     it false (data.order_words): mean softplus(s(exchanged, clip) - s(caption, clip)).  Captions without an
     exchange count as 0."""
+    merge: Merge = "none"
+    """Merging of similar tokens in the vision tower: "tome" within every frame (ToMe, arXiv 2210.09461), or
+    "tempme" also across the frames of a clip, which are joined step by step (TempMe, arXiv 2409.01156)."""
+    merging: MergeConfig = MergeConfig()
+    """Which tokens merge, and where."""
     similarity: Literal["pooled", "tokens"] = "pooled"
     """Score of a caption and a video: "pooled" cosine of their pooled features, or "tokens", in which words
     and frames find their matches (T2VParser)."""
@@ -96,3 +102,12 @@ class MethodConfig(BaseModel):
         if value and not info.data.get("fused_vision_blocks", 1):
             raise ValueError("expected method.fused_vision_blocks >= 1 for positions on its keys, found 0")
         return value
+
+    @model_validator(mode="after")
+    def _joined_frames_cannot_fuse(self) -> MethodConfig:
+        if self.merge == "tempme" and self.fused_vision_blocks:
+            raise ValueError(
+                "merge: expected method.fused_vision_blocks = 0 with 'tempme', which joins frames to one "
+                f"sequence, found {self.fused_vision_blocks}"
+            )
+        return self

@@ -66,7 +66,13 @@ def by_name(
     Raises:
         ValueError: a tensor is missing or unexpected; the first few are named.
     """
-    theirs = released_names(method, heads)
+    return renamed(method, state, released_names(method, heads), unused)
+
+
+def renamed(
+    method: Method, state: Mapping[str, Tensor], theirs: Mapping[str, str], unused: str = "(?!)"
+) -> dict[str, Tensor]:
+    """Rename the tensors of a checkpoint; `theirs` maps our names to the released ones, else as `by_name`."""
     bare = {name.removeprefix("clip.") for name in theirs.values() if name.startswith("clip.")}
     state = {f"clip.{name}" if name in bare else name: tensor for name, tensor in state.items()}
     expected = set(theirs.values())

@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, cat
 
 from discovla.batch import Embedding
@@ -114,6 +114,15 @@ class T2VParserConfig(MethodConfig):
         if value != "tokens":
             raise ValueError("expected 'tokens': views are compared row by row")
         return value
+
+    @model_validator(mode="after")
+    def _stan_reads_every_patch(self) -> T2VParserConfig:
+        if self.stan_layers and self.merge != "none":
+            raise ValueError(
+                f"merge: expected method.stan_layers = 0 with {self.merge!r}, since STAN reads every patch, "
+                f"found {self.stan_layers}"
+            )
+        return self
 
 
 class T2VParser(Method):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from discovla.nn import padded_attention
 from discovla.nn.layers import ACTIVATIONS, LayerNorm, Linear, ReadoutAdapter, frozen_unquantised
-from discovla.nn.layout import Residual, SequenceLayout
+from discovla.nn.layout import Residual, SequenceLayout, TokenMerge
 from discovla.nn.lora import LoRA
 from discovla.nn.memory import in_memory_mode, recomputing
 from discovla.nn.recompute import normed_lora_projection, quick_gelu_mlp
@@ -60,15 +61,25 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(shape.width, eps=shape.eps)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Residual, layout: SequenceLayout) -> Residual:
-        """Return the rows after the block, or with `layout.defer_update` the rows and their last update."""
+    def forward(self, x: Residual, layout: SequenceLayout) -> Any:
+        """Return the rows after the block.
+
+        With `layout.defer_update`: the rows and their last update.  With `layout.merge`: the rows left, and
+        `TokenMerge` with their sizes.
+        """
         layout = layout.resolve(x)
+        merge = layout.merge
 
-        def attention(x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        def attention(x: Tensor, update: Tensor | None) -> tuple[Tensor, ...]:
             x, qkv = self.attention.project(x, update, self.ln_1, layout)
-            return x, self.attention.attend(qkv, layout)
+            keys = () if merge is None else (self.attention.mean_keys(qkv),)
+            return x, self.attention.attend(qkv, layout), *keys
 
-        def mlp(x: Tensor, update: Tensor) -> Residual:
+        def mlp(x: Tensor, update: Tensor, *keys: Tensor) -> Residual | tuple[Tensor, TokenMerge]:
+            if merge is not None:
+                x, after = merge.apply(x + update, *keys, impl=layout.impl)
+                x, y = self.ln_2.add(x, None, layout.impl)
+                return x + self.mlp(y, layout.impl), after
             x, y = self.ln_2.add(x, update, layout.impl, self.attention.readout_adapter(x, layout))
             update = self.mlp(y, layout.impl)
             return (x, update) if layout.defer_update else x + update
@@ -147,6 +158,12 @@ class Attention(nn.Module):
         """The projection of normed rows, LoRA included; `outputs` selects some of its columns."""
         qkv = self.qkv(y, outputs)
         return qkv if self.lora is None else qkv + self.lora(y, outputs)
+
+    def mean_keys(self, qkv: QKV) -> Tensor:
+        """Mean over heads of the keys, n l c, without gradient: the metric by which tokens merge."""
+        assert isinstance(qkv, Tensor), "a last block that returns readout rows alone merges nothing"
+        width = qkv.shape[-1] // 3
+        return qkv.detach()[..., width : 2 * width].unflatten(-1, (self.heads, -1)).mean(-2)
 
     def fuses_lora(self, norm: LayerNorm) -> bool:
         """Return True if norm, projection and LoRA are computed together."""

@@ -12,10 +12,47 @@ from torch import Tensor, nn
 from discovla.nn.recompute import pad_rows, take_rows
 from discovla.ops.dispatch import Impl, Memory, choose, compile_fails, warn_once
 from discovla.ops.lora_norm import LoRAWeights
+from discovla.ops.merge_tokens import merge_tokens
 from discovla.ops.short_attention import Packing
 
 # the residual stream: rows n l w or packed t w; a pair is (rows, an update not yet added to them)
 Residual = Tensor | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMerge:
+    """Tokens that a block merges, and those that have been merged before.
+
+    count: tokens of each sequence that go into others.  fixed: class rows, which stay as they are.
+    sizes: n l, numbers of tokens merged into each.
+    visible: n l, bool, as `ops.merge_tokens` takes it.
+    places: n k, int64, the rows in which the k tokens that a sequence had at first lie now; None: not traced.
+    """
+
+    count: int
+    fixed: int
+    sizes: Tensor
+    visible: Tensor | None = None
+    places: Tensor | None = None
+
+    def apply(self, x: Tensor, metric: Tensor, impl: Impl) -> tuple[Tensor, TokenMerge]:
+        """Return the rows n l-count w, and their sizes, visibility and places.
+
+        Args:
+            metric: n l c, by which similar rows are found.
+        """
+        impl = "torch" if self.visible is not None and impl == "triton" else impl
+        merged = merge_tokens(
+            x, self.sizes, metric, self.count, fixed=self.fixed, visible=self.visible, impl=impl
+        )
+        visible, places, target = self.visible, self.places, merged.target
+        if visible is not None:
+            visible = (
+                torch.zeros_like(merged.sizes, dtype=torch.int32).scatter_add_(1, target, visible.int()) > 0
+            )
+        if places is not None:
+            places = target.gather(1, places)
+        return merged.rows, replace(self, sizes=merged.sizes, visible=visible, places=places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +61,8 @@ class SequenceLayout:
 
     causal: a token sees itself and earlier tokens only.
     key_mask: n l, or n h l with a mask for each head; bool, true on visible tokens.  None: all are visible.
+    key_sizes: n l; attention adds the logarithm to the scores of each key (proportional attention of ToMe).
+    merge: tokens that the block merges between attention and MLP; it then returns (rows, TokenMerge).
     group: number of neighbouring sequences (the frames of a video) that see each other in fusion blocks; 0
         for none.
     ungrouped: number of sequences before the groups; fusion blocks treat them as ordinary blocks do.
@@ -39,6 +78,8 @@ class SequenceLayout:
 
     causal: bool = False
     key_mask: Tensor | None = None
+    key_sizes: Tensor | None = None
+    merge: TokenMerge | None = None
     group: int = 0
     ungrouped: int = 0
     readout: Tensor | None = None
@@ -81,8 +122,9 @@ class SequenceLayout:
 
     @property
     def attention_impl(self) -> Impl:
-        """`impl` for attention, whose kernels have no masks of single heads."""
-        return "torch" if self.key_mask is not None and self.key_mask.dim() == 3 else self.impl
+        """`impl` for attention, whose kernels have no masks of single heads, sizes or merges."""
+        masked_heads = self.key_mask is not None and self.key_mask.dim() == 3
+        return "torch" if masked_heads or self.key_sizes is not None or self.merge is not None else self.impl
 
     def pad(self, x: Tensor) -> Tensor:
         """Rows as n l w."""

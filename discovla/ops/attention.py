@@ -23,15 +23,17 @@ def attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     causal: bool = False,
     dropout: float = 0.0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """softmax(q kᵀ / sqrt(c) + log mask) v.
+    """softmax(q kᵀ / sqrt(c) + bias + log mask) v.
 
     Args:
         q: n h i c.  k, v: n h j c.
         mask: bool, broadcastable to n h i j; true where a query sees a key.  Every query must see a key.
+        bias: broadcastable to n h i j, in the dtype of q, without gradient.
         causal: query i sees keys j <= i only (besides `mask`).
         dropout: probability with which a softmax weight is dropped; the others are divided by 1 - dropout.
             Any value but 0 uses torch's fused attention, and so does torch.compile.
@@ -44,6 +46,10 @@ def attention(
     if causal and mask is not None:
         mask = mask & _causal(q.shape[-2], k.shape[-2], q.device)
         causal = False
+    if bias is not None:
+        if causal:
+            raise ValueError("bias: expected causal=False")
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
     if dropout or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
     chosen = choose("attention", impl, q.device.type, operands=(q, mask))
@@ -60,13 +66,18 @@ def attention(
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """The formula of `attention`, with every score in memory."""
+    """The formula of `attention`, with every score in memory; mask: bool, or a bias in the dtype of q."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # n h i j
     if causal:
         scores = scores.masked_fill(~_causal(q.shape[-2], k.shape[-2], q.device), -torch.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
+    return _masked(scores, mask).softmax(-1) @ v
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores with a mask (bool) applied or a bias (float) added, in place."""
+    if mask is None:
+        return scores
+    return scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
 
 
 class _HalfOnCPU(Function):
@@ -101,9 +112,7 @@ def _half_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq = dS k / sqrt(c), dk = dSᵀ q / sqrt(c), dv = Pᵀ do; dS = P (dP - sum P dP), dP = do vᵀ."""
     scale = q.shape[-1] ** -0.5
-    scores = (q.float() * scale) @ k.float().mT  # n h i j
-    if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
+    scores = _masked((q.float() * scale) @ k.float().mT, mask)  # n h i j
     p = scores.softmax(-1)
     dv = p.to(q.dtype).mT @ grad
     dp = (grad @ v.mT).float()

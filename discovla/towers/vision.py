@@ -14,6 +14,7 @@ from discovla.nn.block import Block, run_blocks
 from discovla.nn.layers import LayerNorm
 from discovla.nn.layout import Residual, SequenceLayout
 from discovla.nn.memory import MemoryPlan
+from discovla.nn.token_merging import TokenMerging
 from discovla.ops.dispatch import Impl, Memory, choose
 from discovla.ops.frame_patches import PixelStatistics, fold_normalisation, frame_patches
 from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD, preprocess_frames
@@ -52,6 +53,7 @@ class VisionTower(nn.Module):
     A method may replace blocks by `make_block(layer)`, or run `blocks` itself between `embed` and `project`.
 
     impl, memory: how blocks are computed and what they keep for backward; see `ops.dispatch`, `nn.memory`.
+    merging: merges tokens on the way through the blocks; None: all tokens stay.
 
     With kernels and a frozen patch embedding, the normalisation of pixels is folded into the embedding: the
     kernel writes bytes minus 128, and each pass computes W' and b' from the current weights.  In float32
@@ -75,6 +77,7 @@ class VisionTower(nn.Module):
         self.plan = MemoryPlan(shape.layers)
         self.ln_post = LayerNorm(shape.width)
         self.projection = nn.Parameter(torch.empty(shape.width, architecture.embed_dim))
+        self.merging: TokenMerging | None = None
 
     def pixels(
         self,
@@ -155,5 +158,9 @@ class VisionTower(nn.Module):
         """Frame features b f d of the result of `pixels`; frames see each other in fusion blocks only."""
         b, f = frames.shape[:2]
         x = self.embed(frames.flatten(0, 1))
-        cls = run_blocks(self.blocks, x, self.layout(x, f, frame_mask))  # n w
+        layout = self.layout(x, f, frame_mask)
+        if self.merging is None:
+            cls = run_blocks(self.blocks, x, layout)  # n w
+        else:
+            cls, _ = self.merging(self.blocks, x, layout)
         return self.project(cls).unflatten(0, (b, f))

@@ -41,6 +41,14 @@ VARIANTS = {
         "decomposition_heads": 2,
     },
 }
+# tiny frames have four patches: each block of two merges one, or pairs of frames are joined before the second
+MERGES = {
+    "tome": {"merge": "tome", "merging": {"per_block": 1}},
+    "tempme": {
+        "merge": "tempme",
+        "merging": {"per_block": 1, "layers": [1], "factors": [2], "frames": 4, "join_share": 0.4},
+    },
+}
 SCORED_AS_TRAINED = [name for name in VARIANTS if name != "t2vparser"]  # its two similarities differ
 ALIGNED = {"alpha": 0.3, "beta": 0.5}
 
@@ -90,6 +98,37 @@ def test_every_method_trains_what_it_declares(variant, tune):
     assert added <= trained
     # gradients that are zero by their nature: a bias before a softmax, types and positions beyond the frames
     assert {n.split(".")[0] for n in reached} >= {n.split(".")[0] for n in added}
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("variant", [*VARIANTS, "parser without STAN"])
+def test_merging_trains_and_resumes_under_every_method_or_is_refused_by_name(variant, merge):
+    options = {**MERGES[merge], **ALIGNED, "tune": "lora"}
+    if variant == "parser without STAN":
+        variant, options = "t2vparser", {**options, "stan_layers": 0}
+    elif variant == "t2vparser" or (variant == "discovla" and merge == "tempme"):
+        with pytest.raises(
+            ConfigError, match=r"config: method\.merge: expected method\.(stan|fused_vision)\w+ = 0"
+        ):
+            config(variant, **options)
+        return
+
+    def step(method: Method) -> float:
+        loss = method.losses(*method.encode(batch())).total
+        method.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in method.parameters():
+                if p.grad is not None:
+                    p -= 0.1 * p.grad
+        return loss.item()
+
+    method = make(variant, **options).eval()
+    losses = [step(method), step(method)]
+    assert losses[1] != losses[0]
+    resumed = make(variant, **options).eval()
+    resumed.load_trained_state(method.trained_state())
+    assert step(method) == step(resumed)
 
 
 @pytest.mark.parametrize("variant", SCORED_AS_TRAINED)
