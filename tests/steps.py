@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,12 @@ def make(variant: str | dict[str, Any]) -> Method:
     return method.double().eval()
 
 
-def whole_batch(*, bad: bool) -> Batch:
+def whole_batch(*, bad: bool | Sequence[int]) -> Batch:
     """Return the batch of all ranks: two clips occur twice and one also backwards, some frames are padding,
-    some rows unreadable."""
+    some rows unreadable.
+
+    bad: rows that are unreadable; True for `BAD`.
+    """
     made = noise_batch(tiny_architecture(), size=BATCH, frames=FRAMES)
     other = noise_batch(tiny_architecture(), size=BATCH, frames=FRAMES, seed=1)
     other_mask = other.text_mask.clone()
@@ -137,7 +140,7 @@ def whole_batch(*, bad: bool) -> Batch:
     )
     text_mask[:, :2] = True
     frame_mask[2, 2:] = frame_mask[5, 1:] = False
-    valid[BAD] = False
+    valid[BAD if isinstance(bad, bool) else list(bad)] = False
     return replace(
         made,
         text_mask=text_mask,

@@ -20,7 +20,7 @@ from discovla.engine.ema import make_ema
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan, Strategy
-from discovla.methods import clip4clip
+from discovla.methods import base, clip4clip
 from discovla.methods.base import Method
 from discovla.ops.dispatch import Memory
 from discovla.train_step import TrainStep
@@ -35,13 +35,13 @@ GRADIENT = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Steps of a method: options as in its config; bad: with unreadable clips."""
+    """Steps of a method: options as in its config; bad: unreadable clips, as in `steps.whole_batch`."""
 
     variant: str
     tune: str = "lora"
     memory: Memory = "keep"
     chunks: int = 1
-    bad: bool = False
+    bad: bool | tuple[int, ...] = False
 
     def method(self) -> Method:
         """Build the method in float64 with float32 values, because DeepSpeed's masters are float32."""
@@ -64,6 +64,11 @@ CASES = {
         f"{variant}, ragged": Case(variant=variant, bad=True)
         for variant in ("tokens", "seqTransf", "clip2video", "t2vparser, communicating")
     },
+    **{
+        f"{variant}, one rank without a readable clip": Case(variant=variant, bad=(1, 4, 5, 6, 7))
+        for variant in ("discovla", "tightTransf", "order, tokens", "order, pairs", "t2vparser")
+    },
+    "order, tokens, ranks with unequal blocks": Case(variant="order, tokens", bad=True),
     "adapters, in chunks": Case(variant="discovla", chunks=3, bad=True),
     "full, in chunks": Case(variant="discovla", tune="full", chunks=2, memory="recompute_blocks"),
     "pairs in blocks, in chunks": Case(variant="tightTransf", chunks=4, bad=True),
@@ -74,6 +79,7 @@ CASES = {
 def every_case(world: World) -> dict[Any, Any]:
     """Return losses and gradients of each case at stage 3, and the results of an uneven evaluation."""
     clip4clip.HIDDEN = 2000  # five blocks of pairs
+    base.PAIRS = 1  # and as many blocks of matching pairs as pairs
     results: dict[Any, Any] = {name: step(world, case) for name, case in CASES.items()}
     losses = [result["loss"].item() for result in results.values()]
     results["running"] = running(world)
@@ -161,7 +167,7 @@ def shard(module: TrainStep, world: World, stage: Literal[0, 3] = 3) -> Strategy
 
 @contextmanager
 def no_persistence():
-    """Set the thresholds below which DeepSpeed keeps gathered parameters to 0."""
+    """Set the thresholds below which DeepSpeed keeps gathered parameters to 0, and let it shard float64."""
 
     def strict(*args: Any, **kwargs: Any) -> dict[str, Any]:
         settings = deepspeed_settings(*args, **kwargs)
@@ -170,11 +176,15 @@ def no_persistence():
             settings["zero_optimization"] |= thresholds
         return settings
 
+    accelerator = type(import_module("deepspeed").get_accelerator())
+    supported = accelerator.is_fp16_supported
+    accelerator.is_fp16_supported = lambda self: False  # else DeepSpeed refuses float64
     engine_deepspeed.deepspeed_settings = strict
     try:
         yield
     finally:
         engine_deepspeed.deepspeed_settings = deepspeed_settings
+        accelerator.is_fp16_supported = supported
 
 
 def evaluated(world: World) -> list[Tensor]:

@@ -356,26 +356,34 @@ class Method(nn.Module):
             return {}
         first, count = 0 if columns is None else columns.first_text, len(text)
         own = text[first : first + len(video)]
-        true, sums = self.pair_scores(own, video), {}
+        most = len(video)
+        if columns is not None and not self.scores_pooled:
+            most = int(columns.all_reduce_max(torch.tensor(most)))
+        true, sums = self.pair_scores(own, video, most), {}
         if config.reversed_negatives:
-            wrong = F.softplus(self.pair_scores(own, video.false) - true)
+            wrong = F.softplus(self.pair_scores(own, video.false, most) - true)
             if config.reversed_when == "order_words":
                 assert own.tells_order is not None, "read with order words"
                 wrong = wrong * own.tells_order
             sums["reversed"] = wrong.sum()
         if config.swapped_captions:
             assert own.has_false is not None, "encoded with exchanges"
-            wrong = F.softplus(self.pair_scores(own.false, video) - true)
+            wrong = F.softplus(self.pair_scores(own.false, video, most) - true)
             sums["swapped"] = (wrong * own.has_false).sum()
         if columns is not None:
             sums = dict(zip(sums, columns.all_reduce(*sums.values()), strict=True))
         return {name: x / count for name, x in sums.items()}
 
-    def pair_scores(self, text: Embedding, video: Embedding) -> Tensor:
-        """Logits n of caption i with video i: the diagonal of `similarity`, in blocks of PAIRS rows."""
+    def pair_scores(self, text: Embedding, video: Embedding, most: int | None = None) -> Tensor:
+        """Logits n of caption i with video i: the diagonal of `similarity`, in blocks of at most PAIRS rows.
+
+        Args:
+            most: pairs of the process that has the most, which decides the number of blocks: ZeRO's stage 3
+                gathers the logit scale for each, also for empty ones.  None: these alone.
+        """
         if self.scores_pooled:
             return self.logit_scale() * (unit(text.pooled) * unit(video.pooled)).sum(-1)
-        blocks = [slice(i, i + PAIRS) for i in range(0, max(1, len(text)), PAIRS)]  # one without pairs
+        blocks = [slice(i, i + PAIRS) for i in range(0, max(len(text), most or 1), PAIRS)]
         return torch.cat([self.similarity(text[rows], video[rows]).diagonal() for rows in blocks])
 
     def _matching_losses(

@@ -145,10 +145,10 @@ class CLIP4Clip(Method):
         """Logits t v; tightTransf computes them in blocks of pairs, which backward recomputes."""
         return self._scores(text, video, len(video)) if self.tight else super().similarity(text, video)
 
-    def pair_scores(self, text: Embedding, video: Embedding) -> Tensor:
+    def pair_scores(self, text: Embedding, video: Embedding, most: int | None = None) -> Tensor:
         """See `Method`; tightTransf reads just the matching pairs."""
         if not self.tight:
-            return super().pair_scores(text, video)
+            return super().pair_scores(text, video, most)
         assert video.tokens is not None and video.mask is not None, "embedded by this head"
         return self.scorer(text.pooled, video.tokens, video.mask)
 

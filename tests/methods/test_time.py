@@ -159,6 +159,20 @@ def test_a_batch_without_exchanges_has_no_loss_of_them():
     assert losses.terms["swapped"] == 0
 
 
+@pytest.mark.parametrize("own", [0, 1, 4])
+def test_processes_with_fewer_readable_clips_read_the_logit_scale_as_often(own, monkeypatch):
+    """Stage 3 gathers it at each call; 5 pairs in blocks of two are three calls for a rank of any size."""
+    monkeypatch.setattr("discovla.methods.base.PAIRS", 2)
+    method, data = make("clip", similarity="tokens", **ORDER).double().eval(), order_batch()
+    method.compute_dtype = torch.float64
+    text, video = method.encode(data)
+    calls, rows = [], slice(0, own)
+    method.logit_scale.register_forward_hook(lambda *_: calls.append(1))
+    scores = method.pair_scores(text[rows], video[rows], 5)
+    assert len(calls) == 3
+    torch.testing.assert_close(scores, method.similarity(text, video).diagonal()[rows], rtol=1e-12, atol=0)
+
+
 def test_a_blind_method_cannot_lower_the_loss_of_reversed_clips():
     """Without places a clip and its reverse score alike: the loss is log 2 for each caption that counts."""
     method, data = make("clip", **ORDER).double().eval(), order_batch()
