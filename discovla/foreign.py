@@ -161,16 +161,22 @@ def read_utf8(path: Path, expected: str) -> str:
     """Read a text file, without a byte order mark.
 
     Raises:
-        ValueError: it is not UTF-8; the message names the line.
+        ValueError: it is not UTF-8, and the message names the line; or it is a web page, an archive, ...
     """
     content = path.read_bytes()
+    other = _not_contents(content[:_HEAD]) if content else None  # empty texts have errors of their own
+    if other is None and content[:4] == b"PK\x03\x04":
+        other = "a zip archive, as spreadsheets are saved; save it as text"
+    if other is None and content[:_HEAD].count(b"\0") > len(content[:_HEAD]) // 4:
+        other = "null characters, as in UTF-16 or UTF-32; save it as UTF-8"
+    if other is not None:
+        raise ValueError(f"{path}: expected {expected} in UTF-8, found {other}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        utf16 = " (it is UTF-16)" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         byte = f"0x{content[error.start]:02x}"
-        raise ValueError(f"{path}:{line}: expected {expected} in UTF-8, found byte {byte}{utf16}") from error
+        raise ValueError(f"{path}:{line}: expected {expected} in UTF-8, found byte {byte}") from error
 
 
 def read_plain_pickle(path: Path, *, arrays: bool = False) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,8 +46,11 @@ class _Clips:
         """Add the captions of one row.
 
         Raises:
-            ValueError: an earlier row has the clip in another split, or the span ends before it starts.
+            ValueError: an earlier row has the clip in another split, the span ends before it starts, or the
+                video is an address.
         """
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", video):
+            raise ValueError(f"{path}:{line}: video: expected a file, found the address {video}; download it")
         check_span(start, end, f"{path}:{line}")
         span = "" if start is end is None else f"@{start or 0:g}-{'' if end is None else format(end, 'g')}"
         clip = Clip(
@@ -137,17 +141,18 @@ def folder_clips(root: str | Path) -> Annotations:
         raise ValueError(f"{root}: expected a folder of videos, found none")
     tree = _Tree(root)
     files = sorted(root / name for name in tree.files())
-    clips, without_text, used, others = [], [], set(), []
+    texts = {path.relative_to(root).as_posix().lower(): path for path in files if _is_text(path)}
+    clips, without_text, used, others, shared = [], [], set(), [], []
     for video in files:
         name = video.relative_to(root).as_posix()
         if video.suffix.lower() not in VIDEO_SUFFIXES:
-            others += [name] if video.suffix != ".txt" else []
+            others += [] if _is_text(video) else [name]
             continue
-        texts = (video.with_name(video.name + ".txt"), video.with_suffix(".txt"))
-        text = next((path for path in texts if path.is_file()), None)
+        text = texts.get(f"{name}.txt".lower()) or texts.get(f"{name.removesuffix(video.suffix)}.txt".lower())
         if text is None:
             without_text.append(name)
             continue
+        shared += [name] if text in used else []
         used.add(text)
         numbered = enumerate(read_text(text).split("\n"), start=1)
         captions = {number: line.strip() for number, line in numbered if line.strip()}
@@ -159,8 +164,9 @@ def folder_clips(root: str | Path) -> Annotations:
         clips.append(Clip(id=name, video=video, captions=tuple(captions.values()), split=split))
     reasons = {
         "texts have no video beside them": [
-            p.relative_to(root).as_posix() for p in files if p.suffix == ".txt" and p not in used
+            path.relative_to(root).as_posix() for path in texts.values() if path not in used
         ],
+        "videos share the text of another video": shared,
         "files are neither videos nor texts": others,
         **tree.left_out,
         "folders are named like a split, but their clips are in 'train'": _almost_splits(clips),
@@ -176,6 +182,10 @@ def folder_clips(root: str | Path) -> Annotations:
     return Annotations(clips=clips, notes=notes)
 
 
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() == ".txt"
+
+
 class _Tree:
     """The files of a folder, with those that are left out and why."""
 
@@ -188,6 +198,7 @@ class _Tree:
                 "names are not UTF-8 and are left out; rename them",
                 "links lead nowhere and are left out",
                 "links lead to a folder that was read already, and are left out",
+                "pipes, sockets or devices are left out",
             )
         }
 
@@ -197,7 +208,7 @@ class _Tree:
         Raises:
             ValueError: a folder cannot be read.
         """
-        hidden, not_text, broken, again = self.left_out.values()
+        hidden, not_text, broken, again, special = self.left_out.values()
         seen = set()  # device and number of each folder
         folders = [self.root]
         while folders:
@@ -224,8 +235,8 @@ class _Tree:
                     below.append(path)
                 elif entry.is_file():
                     yield name
-                elif entry.is_symlink():
-                    broken.append(name)
+                else:
+                    (special if path.exists() else broken).append(name)
             folders += reversed(below)
 
 
@@ -246,6 +257,10 @@ def _almost_splits(clips: Sequence[Clip]) -> list[str]:
 def _check_caption(text: str, where: str) -> None:
     """Refuse a caption that is no caption."""
     check_text(text, f"{where}: caption")
+    if not any(letter.isprintable() and not letter.isspace() for letter in text):
+        raise ValueError(
+            f"{where}: caption: expected a text, found invisible characters only: {text!r}"[:200]
+        )
     if is_missing_value(text):
         raise ValueError(
             f"{where}: caption: expected a text, found {text.strip()!r}, which stands for no value"

@@ -103,7 +103,7 @@ def _records(path: Path, lines: _Lines, separator: str) -> Iterator[tuple[int, l
                     f"a quoted cell begins here{end}, without {_SEPARATORS[separator]} after its last quote"
                 )
             else:
-                fault = str(error)
+                fault = str(error).replace("field larger than field limit", "a cell is longer than the limit")
             raise ValueError(
                 f"{path}:{lines.first}: not a table: {fault}; a quote inside a quoted cell is written twice"
             ) from error

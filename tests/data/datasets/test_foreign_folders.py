@@ -114,6 +114,29 @@ def test_files_of_other_kinds_are_noted(root):
     ]
 
 
+def test_a_text_of_another_case_is_that_of_the_video(root):
+    add(root, "val/A.MP4", "val/a.TXT")
+    assert splits(root) == {"train/x.mp4": "train", "val/A.MP4": "val"}
+    assert not folder_clips(root).notes
+
+
+def test_two_videos_of_one_text_are_noted(root):
+    add(root, "train/x.mkv")
+    assert folder_clips(root).notes == ["1 videos share the text of another video: train/x.mp4"]
+
+
+def test_files_of_systems_and_disks_are_noted(root):
+    os.mkfifo(root / "train/pipe.mp4")
+    add(root, "__MACOSX/train/._x", "train/Thumbs.db", "@eaDir/x.mp4/thumb.jpg")
+    annotations = folder_clips(root)
+    assert [clip.id for clip in annotations.clips] == ["train/x.mp4"]
+    assert annotations.notes == [
+        "2 files are neither videos nor texts: @eaDir/x.mp4/thumb.jpg, train/Thumbs.db",
+        "2 hidden files and folders are left out: __MACOSX/train/._x.mp4, __MACOSX/train/._x.txt",
+        "1 pipes, sockets or devices are left out: train/pipe.mp4",
+    ]
+
+
 def test_a_folder_named_almost_like_a_split_is_noted(root):
     add(root, "validation/y", "Test/z")
     annotations = folder_clips(root)
@@ -128,7 +151,8 @@ def test_a_folder_named_almost_like_a_split_is_noted(root):
     [
         (b"one\nnan\n", r"x\.txt:2: caption: expected a text, found 'nan'"),
         (b"one\ncaf\xe9\n", r"x\.txt:2: .*UTF-8, found byte 0xe9"),
-        (b"\0\0\n", r"x\.txt:1: caption: .*null character"),
+        (b"one\0two\n", r"x\.txt:1: caption: .*null character"),
+        (b"\0\0\n", r"x\.txt: .*null characters, as in UTF-16"),
         (b"\n \n", r"x\.txt: expected a caption a line, found none"),
     ],
 )

@@ -34,7 +34,30 @@ REFUSED = {
     "space before a quote": (f'{HEAD}a.mp4, "two"\n', ":2: a space before the first quote"),
     "space before a quote and a comma": (f'{HEAD}a.mp4, "two, more"\n', ":2: expected 2 columns, found 3"),
     "not UTF-8": (f"{HEAD}a.mp4,one\nb.mp4,caf\xe9\n".encode("latin-1"), ":3: .*UTF-8, found byte 0xe9"),
-    "UTF-16": (f"{HEAD}a.mp4,one\n".encode("utf-16"), "it is UTF-16"),
+    **{
+        coding: (f"{HEAD}a.mp4,one\n".encode(coding), ": expected .* found null characters, as in UTF-16")
+        for coding in ("utf-16", "utf-16-be", "utf-32")
+    },
+    "web page": ("<!DOCTYPE html><html>404</html>", ": expected .* found a web page"),
+    "spreadsheet": (b"PK\x03\x04" + bytes(range(256)), ": expected .* found a zip archive, as spreadsheets"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(30), ": expected .* found a gzip archive; unpack it"),
+    "Git LFS pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:aa\n", "a Git LFS pointer"),
+    "address": (
+        f"{HEAD}https://host/a.mp4,one\n",
+        ":2: video: expected a file, found the address https://host/",
+    ),
+    "invisible": (f"{HEAD}a.mp4,\u200b\n", ":2: caption: expected a text, found invisible characters only"),
+    "minutes": ("video,caption,start,end\na.mp4,one,0:01,0:02\n", ":2: start: expected seconds .*'0:01'"),
+    "decimal comma": ('video,caption,start\na.mp4,one,"0,5"\n', ":2: start: expected seconds .*'0,5'"),
+    "negative start": ("video,caption,start\na.mp4,one,-1\n", ":2: start: expected seconds not below 0"),
+    "no time": ("video,caption,start\na.mp4,one,nan\n", ":2: start: expected seconds not below 0"),
+    "header twice": (
+        "video,caption,caption\na.mp4,one,two\n",
+        ":1: .*once each, found video, caption, caption",
+    ),
+    "no header": ("a.mp4,a cat\n", ":1: expected the column video, caption, found a.mp4, a cat"),
+    "comma in a caption": (f"{HEAD}a.mp4,a cat, a dog\n", ":2: expected 2 columns, found 3"),
+    "long cell": (f"{HEAD}a.mp4,{'x ' * 70_000}\n", ":2: not a table: a cell is longer than the limit"),
     "null character": (f"{HEAD}a.mp4,o\0ne\n", ":2: caption: .*null character"),
     "nan": (f"{HEAD}a.mp4,nan\n", ":2: caption: expected a text, found 'nan'"),
     "None": (f"{HEAD}a.mp4,one\nb.mp4,None\n", ":3: caption: expected a text, found 'None'"),
