@@ -232,9 +232,12 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
-        here = any(x.device.type == self.device and x.numel() for x in tensors)
         name = func.overloadpacket.__name__
+        written = args[0] if out is None and name.startswith("_foreach_") else out  # a list changed in place
+        tensors = [
+            x for x in (written if isinstance(written, tuple | list) else [written]) if isinstance(x, Tensor)
+        ]
+        here = any(x.device.type == self.device and x.numel() for x in tensors)
         if here and not func.is_view and name not in STILL:
             launches = SEVERAL.get(name, 1) if func.namespace == "discovla" else 1
             self.count += launches

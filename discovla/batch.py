@@ -58,10 +58,14 @@ class Batch:
         return self.map(lambda x: x[rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """Move to `device`; masks stay on the CPU, so that reading them does not sync."""
-        masks = ("text_mask", "frame_mask", "frame_text_mask", "false_text_mask", "has_false_text")
-        kept = {name: getattr(self, name) for name in masks}
-        return replace(self.map(lambda x: x.to(device, non_blocking=non_blocking)), **kept)
+        """Move to `device`; masks and `valid` stay on the CPU, so that reading them does not sync."""
+        masks = ("text_mask", "frame_mask", "frame_text_mask", "false_text_mask", "has_false_text", "valid")
+        moved = {
+            f.name: x.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if f.name not in masks and isinstance(x := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
 
     def frame_captions(self) -> tuple[Tensor, Tensor]:
         """Return ids and mask of the frame captions, b f l.
@@ -139,7 +143,12 @@ class Embedding:
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The scalar to minimise, and its unweighted terms for the log."""
+    """The scalar to minimise, and its unweighted terms for the log.
+
+    grad_norm: 0-dim, global norm of the gradient of a step that has already updated the parameters, as a
+        recorded one does; None if backward and update follow.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
+    grad_norm: Tensor | None = None

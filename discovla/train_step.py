@@ -26,6 +26,7 @@ from discovla.engine.strategy import cast_frozen
 from discovla.methods.base import Method
 from discovla.nn.features import check_mask
 from discovla.nn.precision import quantise_frozen, widen_residual
+from discovla.nn.recompute import take_rows
 from discovla.ops.buckets import PackedRows
 from discovla.ops.column_shard import ColumnShard
 from discovla.ops.dispatch import KernelUnavailable, choose
@@ -100,7 +101,8 @@ class TrainStep(GradCache):
         video = self._encode(self.method.encode_videos, batch)
         index = batch.video_index
         if batch.valid is not None:
-            text, video, index = text[batch.valid], video[batch.valid], index[batch.valid]
+            rows = _true_rows(batch.valid, index.device)
+            text, video, index = _take(text, rows), _take(video, rows), index[rows]
         return self.method.losses(text, video, same_video=same_video(text, index, index))
 
     def _losses_of_ranks(self, batch: Batch) -> Losses:
@@ -116,8 +118,9 @@ class TrainStep(GradCache):
         if valid is not None:
             all_valid = gather(valid, world)
             first = int(all_valid[:first].sum())
-            text, all_index = text[all_valid], all_index[all_valid]
-            video, index = video[valid], index[valid]
+            rows, all_rows = (_true_rows(x, index.device) for x in (valid, all_valid))
+            text, all_index = _take(text, all_rows), all_index[all_rows]
+            video, index = _take(video, rows), index[rows]
         columns = ColumnShard(first_text=first, all_reduce=add_over_ranks, all_reduce_max=largest_over_ranks)
         same = same_video(text, all_index, index)
         losses = self.method.losses(text, video, same_video=same, columns=columns)
@@ -150,6 +153,16 @@ def same_video(text: Embedding, text_index: Tensor, video_index: Tensor) -> Tens
     if text.tells_order is None:
         return same
     return same | (text_index[:, None] == ~video_index) & ~text.tells_order[:, None]
+
+
+def _true_rows(mask: Tensor, device: torch.device) -> Tensor:
+    """Return the indices of the true entries; of a mask on the CPU without a sync."""
+    return mask.nonzero()[:, 0].to(device, non_blocking=True)
+
+
+def _take(x: Embedding, rows: Tensor) -> Embedding:
+    """Return rows of an embedding, by indices without repetition."""
+    return x.map(lambda tensor: take_rows(tensor, rows))
 
 
 def _check_masks(batch: Batch) -> None:

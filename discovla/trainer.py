@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from discovla.engine.log import RunLog, log_test
 from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan
+from discovla.engine.transfers import BatchCopier, LateNumbers
 from discovla.errors import PeerLost, RunStopped, exit_process, is_connection_lost
 from discovla.evaluate import EvalOptions, evaluate
 from discovla.features import frozen_loader, why_not_frozen
@@ -165,6 +168,22 @@ def sole_writer(directory: Path, world: World, signals: StopSignals) -> Iterator
             lock.release()
 
 
+@dataclass(kw_only=True)
+class TakenStep:
+    """A step that was launched and whose numbers are read later.
+
+    bad_clips: known when the step was taken.
+    began, seconds: start by `time.perf_counter`, and length; None until the next step is launched.
+    """
+
+    step: int
+    lr: float
+    numbers: LateNumbers
+    bad_clips: int
+    began: float
+    seconds: float | None = None
+
+
 class Trainer:
     """Trains, selects and tests one configuration on this process and its peers.
 
@@ -191,6 +210,7 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.signals, self.name = config, world, signals, name
         self.stop_reason: str | None = None
+        self.copy_batch = BatchCopier(world.device)
         config.directory.mkdir(parents=True, exist_ok=True)
         check_capture(config.engine, world)
         self.splits = read_splits(config.data)
@@ -370,7 +390,9 @@ class Trainer:
             groups=parameter_groups(self.method),
         )
         strategy = make_strategy(step, plan)
-        step.recorded = make_capture(step.losses, strategy.trained.values(), engine, self.world)
+        step.recorded = make_capture(
+            step.losses, strategy.trained.values(), engine, self.world, strategy.recordable
+        )
         state = TrainState(strategy=strategy, ema=make_ema(strategy, config.optim.ema))
         self.checkpoints.restore(state)
         return state
@@ -383,26 +405,30 @@ class Trainer:
             log.describe(config.to_json())
             if state.step == 0 and "val" in self.splits:
                 self.validate(state, log)  # the starting point, and a check that every clip can be read
-                log.reset_clock()
+            taken, began = None, time.perf_counter()
             for batch in timer.time_loading(self.batches(state.step, last)):
                 batch, self.stop_reason = self.agree(state.step, batch)
                 if self.stop_reason is not None or batch is None:
-                    if self.checkpoints.newest_step != state.step:
-                        self.save(state, log)
                     break
-                values = self.take_step(state, batch)
-                log.step(state.step - 1, clips=config.batch_size, values=values)
+                previous, taken = taken, self.take_step(state, batch, began)
+                self.report(state, log, previous)  # which is complete when this step runs
+                taken.seconds = time.perf_counter() - began
 
-                best_score = None
-                if "val" in self.splits and self.is_due(config.evaluate_every, state.step):
-                    best_score = self.validate(state, log)
-                must_save = state.step == last or best_score is not None
-                if must_save or self.is_due(config.checkpoint_every, state.step):
+                evaluates = "val" in self.splits and self.is_due(config.evaluate_every, state.step)
+                saves = self.is_due(config.checkpoint_every, state.step) or state.step == last
+                if evaluates or saves:
+                    self.report(state, log, taken)
+                    taken = None
+                best_score = self.validate(state, log) if evaluates else None
+                if saves or best_score is not None:
                     self.save(state, log, best_score)
                 for line in describe_slow_ranks(timer.step() or []):
                     logger.warning("step %d: %s", state.step, line)
                     log.event("slow", state.step, {"rank": line})
-                log.reset_clock()
+                began = time.perf_counter()
+            self.report(state, log, taken)
+            if self.stop_reason is not None and self.checkpoints.newest_step != state.step:
+                self.save(state, log)
             self.checkpoints.finish()
         return last == total and self.stop_reason is None
 
@@ -453,54 +479,63 @@ class Trainer:
             )
         return batch, stop_reason
 
-    def take_step(self, state: TrainState, batch: Batch) -> dict[str, float]:
-        """Take one optimizer step and return the values to log.
+    def take_step(self, state: TrainState, batch: Batch, began: float) -> TakenStep:
+        """Launch one optimizer step, without waiting for its numbers."""
+        step, logit_scale = state.step, f"{METHOD}logit_scale.log"
+        # dropout and the like depend on (seed, step, rank) only, so that no random state needs saving
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 4_096 + self.world.rank)
+        lr = learning_rate(step, self.total_steps, self.config.optim)
+        losses, norm = state.strategy.take(self.copy_batch(batch), lr)
+        if logit_scale in state.strategy.trained:
+            state.strategy.bound(logit_scale, LIMIT)
+        if state.ema is not None:
+            state.ema.update(norm)
+        state.step += 1
+        numbers = LateNumbers({"loss": losses.total, **losses.terms, "grad_norm": norm})
+        bad_clips = len(self.quarantine.known)
+        return TakenStep(step=step, lr=lr, numbers=numbers, bad_clips=bad_clips, began=began)
+
+    def report(self, state: TrainState, log: RunLog, taken: TakenStep | None) -> None:
+        """Read the numbers of a step and log them.
 
         Raises:
             FloatingPointError: loss or gradient is not finite, more often than optim.skip_nonfinite allows.
         """
-        step, optim = state.step, self.config.optim
-        # dropout and the like depend on (seed, step, rank) only, so that no random state needs saving
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * 4_096 + self.world.rank)
-        lr = learning_rate(step, self.total_steps, optim)
-        losses = state.strategy(batch.to(self.world.device))
-        if not optim.skip_nonfinite and not losses.total.isfinite():
-            raise FloatingPointError(f"step {step}: expected a finite loss, found {losses.total.item()}")
-        state.strategy.backward(losses.total)
-        values = {"lr": lr}
-        try:
-            values["grad_norm"] = state.strategy.step(lr)
-        except FloatingPointError as error:  # on every rank, because the norm is that of all ranks
-            if not optim.skip_nonfinite:
-                raise
-            state.skipped_steps += 1
-            if state.skipped_steps > optim.skip_nonfinite:
-                raise FloatingPointError(
-                    f"step {step}: optim.skip_nonfinite: expected at most {optim.skip_nonfinite} steps to "
-                    f"leave out, found one more: {error}"
-                ) from None
-            skipped = f"{state.skipped_steps} of at most {optim.skip_nonfinite}"
-            logger.warning("step %d left out, %s: %s", step, skipped, error)
+        if taken is None:
+            return
+        values, step, limit = taken.numbers.read(), taken.step, self.config.optim.skip_nonfinite
+        norm = values.pop("grad_norm")
+        if not limit and not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"step {step}: expected a finite loss, found {values['loss']}")
+        if math.isfinite(norm):  # of all ranks
+            values |= {"lr": taken.lr, "grad_norm": norm}
         else:
-            self.clip_logit_scale(state)
-            if state.ema is not None:
-                state.ema.update()
-            terms = {"loss": losses.total, **losses.terms}
-            values = {name: value.item() for name, value in terms.items()} | values
-        state.step += 1
+            self.count_skipped(state, step, norm)
+            values = {"lr": taken.lr}
         if state.skipped_steps:
             values["skipped_steps"] = state.skipped_steps
-        if self.quarantine.known:
-            values["bad_clips"] = len(self.quarantine.known)
-        return values
+        if taken.bad_clips:
+            values["bad_clips"] = taken.bad_clips
+        seconds = time.perf_counter() - taken.began if taken.seconds is None else taken.seconds
+        log.step(step, clips=self.config.batch_size, seconds=seconds, values=values)
 
-    def clip_logit_scale(self, state: TrainState) -> None:
-        """Keep a trained logit scale at most 100, in every copy that the strategy holds."""
-        name, log = f"{METHOD}logit_scale.log", self.method.logit_scale.log
-        if name in state.strategy.trained and log.item() > torch.tensor(LIMIT, dtype=log.dtype).item():
-            trained = state.strategy.trained_state()
-            trained[name] = trained[name].clamp(max=LIMIT)
-            state.strategy.load_trained_state(trained)
+    def count_skipped(self, state: TrainState, step: int, norm: float) -> None:
+        """Count a step that changed nothing because its gradient was not finite.
+
+        Raises:
+            FloatingPointError: there are more than optim.skip_nonfinite allows.
+        """
+        limit = self.config.optim.skip_nonfinite
+        reason = f"gradient norm: expected a finite number, found {norm}; the step was not taken"
+        if not limit:
+            raise FloatingPointError(f"step {step}: {reason}")
+        state.skipped_steps += 1
+        if state.skipped_steps > limit:
+            raise FloatingPointError(
+                f"step {step}: optim.skip_nonfinite: expected at most {limit} steps to leave out, found one "
+                f"more: {reason}"
+            )
+        logger.warning("step %d left out, %d of at most %d: %s", step, state.skipped_steps, limit, reason)
 
     def validate(self, state: TrainState, log: RunLog) -> float | None:
         """Measure the validation split; return the score (sum of both R@1) if it is the best so far."""

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from discovla.batch import Batch
 from discovla.engine.distributed import World, gather_objects, join_world, leave_world
-from discovla.engine.strategy import average_gradients
 from discovla.methods import METHODS
 from discovla.methods.base import Method
 from discovla.testing import noise_batch, tiny_architecture
@@ -170,7 +169,9 @@ def take(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
     for p in trained.values():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if step.world.size > 1:
-        average_gradients(list(trained.values()), step.world.size)
+        for p in trained.values():
+            dist.all_reduce(p.grad)
+            p.grad /= step.world.size
     grads = {name: p.grad.clone() for name, p in trained.items()}
     return {"loss": losses.total.detach(), **losses.terms, **grads}
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from discovla.batch import Batch, Embedding
+from discovla.batch import Batch, Embedding, Losses
 from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
+from discovla.engine.transfers import BatchCopier
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.testing import noise_batch, relative_error, tiny_architecture
@@ -89,24 +90,18 @@ def numbers_of_a_step(seed: int, step: int, rank: int) -> tuple[float, ...]:
     class Draws:
         trained = ()
 
-        def __call__(self, batch: Batch) -> SimpleNamespace:
+        def take(self, batch: Batch, lr: float) -> tuple[Losses, torch.Tensor]:
             drawn.append(torch.rand(3))
-            return SimpleNamespace(total=torch.zeros(()), terms={})
-
-        def backward(self, loss: torch.Tensor) -> None:
-            drawn.append(torch.rand(3))
-
-        def step(self, lr: float) -> float:
-            return 1.0
+            return Losses(total=torch.zeros(()), terms={}), torch.ones(())
 
     trainer = object.__new__(Trainer)
     trainer.config = SimpleNamespace(seed=seed, optim=OptimConfig())
     trainer.world = replace(ALONE, rank=rank, size=4)
     trainer.total_steps = 10
-    trainer.method = SimpleNamespace(logit_scale=SimpleNamespace(log=torch.zeros(())))
     trainer.quarantine = SimpleNamespace(known={})
     state = SimpleNamespace(step=step, strategy=Draws(), skipped_steps=0, ema=None)
-    trainer.take_step(state, noise_batch(tiny_architecture(), size=2))
+    trainer.copy_batch = BatchCopier(ALONE.device)
+    trainer.take_step(state, noise_batch(tiny_architecture(), size=2), began=0.0)
     assert state.step == step + 1
     return tuple(torch.cat(drawn).tolist())
 

@@ -8,7 +8,7 @@ import json
 import torch
 
 from discovla.config import RunConfig, read_config
-from discovla.engine.config import choose_stage
+from discovla.engine.config import choose_stage, choose_strategy
 from discovla.engine.deepspeed import deepspeed_settings
 from discovla.engine.memory import FP32_BYTES, Sizes, TokenLayers, activation_bytes, host_bytes, state_bytes
 from discovla.engine.strategy import trained_size
@@ -109,7 +109,8 @@ def predicted(config: RunConfig, method: Method, sizes: Sizes) -> dict[str, int]
 def _table(config: RunConfig, sizes: Sizes, memory: dict[str, int]) -> str:
     """Format the prediction."""
     stage = choose_stage(config.engine, sizes.trained, sizes.world_size)
-    strategy = f"ZeRO {stage}" if config.engine.strategy == "deepspeed" else "plain torch"
+    name, _ = choose_strategy(config.engine, sizes.trained, sizes.world_size)
+    strategy = f"ZeRO {stage}" if name == "deepspeed" else "plain torch"
     lines = [
         f"{sizes.trained:,} parameters trained, {sizes.frozen:,} frozen; {sizes.world_size} GPU(s), "
         f"{config.batch_size // sizes.world_size} clips each, {strategy}, {config.engine.precision}",

@@ -6,6 +6,7 @@ import logging
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from discovla.batch import Batch, Losses
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World, largest_over_ranks
+from discovla.engine.flat import FlatOptimizer
 from discovla.ops.buckets import MIN_ROWS, PackedRows, bucket_sizes, rows_by_shape
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,8 @@ MEMORY_SHARE = 0.45  # of GPU memory: the graphs' pool may take it, and an unrec
 WARM_UP = 2  # runs before recording, in which libraries plan and kernels compile
 
 Step = Callable[[Batch, PackedRows], Losses]
-StepResult = tuple[Losses, Sequence[Tensor | None]]  # losses, and the gradient of each parameter
+# losses, and the gradient of each parameter; no gradients if the step includes the update
+StepResult = tuple[Losses, Sequence[Tensor | None]]
 # records a function; returns its result and a function that replays it into the same tensors
 Recorder = Callable[[Callable[[], StepResult]], tuple[StepResult, Callable[[], None]]]
 Key = tuple[Any, ...]
@@ -64,12 +67,15 @@ class CaptureLimits:
 
 
 class Capture:
-    """Records `step` with its backward once per batch shape and replays it.
+    """Records `step` with its backward, and the update, once per batch shape and replays it.
 
     A batch is copied into the buffers that the recording reads, with its number of packed caption rows
-    rounded up (see `ops.buckets`).  The returned losses carry the recorded gradients in their backward.  A
-    shape is recorded when it occurs for the second time.  The first step of a shape runs unrecorded with the
-    same rows; batches with unreadable clips and steps without gradients run unrecorded with the rows they
+    rounded up (see `ops.buckets`).  With an optimizer a replay also clips the gradients and updates the
+    parameters; its losses hold the gradient norm, and the next replay overwrites them.  Without one the
+    returned losses carry the recorded gradients in their backward.
+
+    A shape is recorded when it occurs for the second time.  The first step of a shape runs unrecorded with
+    the same rows; batches with unreadable clips and steps without gradients run unrecorded with the rows they
     need, which gives the same numbers up to the order of sums.
 
     Args:
@@ -77,6 +83,7 @@ class Capture:
             does not synchronise with the device.
         parameters: that train; their storage stays the same.
         recorder: `record_graph` on a GPU.
+        optimizer: of the parameters, on a single process; its learning rate is set before the call.
     """
 
     def __init__(
@@ -85,8 +92,10 @@ class Capture:
         parameters: Sequence[nn.Parameter],
         recorder: Recorder,
         limits: CaptureLimits | None = None,
+        optimizer: FlatOptimizer | None = None,
     ) -> None:
         self.step, self.parameters, self.recorder = step, tuple(parameters), recorder
+        self.optimizer = optimizer
         self.limits = limits or CaptureLimits()
         self.recordings: OrderedDict[Key, Recording] = OrderedDict()
         self.buffers: dict[Key, Tensor] = {}
@@ -94,7 +103,7 @@ class Capture:
         self._warned: set[str] = set()
 
     def __call__(self, batch: Batch) -> Losses:
-        """Return the losses of a batch; call their backward before the next step."""
+        """Return the losses of a batch; if they hold no gradient norm, call backward before the next step."""
         if not torch.is_grad_enabled():
             return self.step(batch, {})
         if batch.valid is not None:
@@ -115,6 +124,8 @@ class Capture:
         recording.replay()
         recording.replays += 1
         losses = recording.result[0]
+        if self.optimizer is not None:
+            return losses
         total = _Replayed.apply(losses.total, recording, *self.parameters)
         return Losses(total=total, terms={name: term.clone() for name, term in losses.terms.items()})
 
@@ -167,9 +178,14 @@ class Capture:
 
         def run() -> StepResult:
             losses = self.step(buffered, rows)
-            return losses, torch.autograd.grad(losses.total, self.parameters, allow_unused=True)
+            gradients = torch.autograd.grad(losses.total, self.parameters, allow_unused=True)
+            if self.optimizer is None:
+                return losses, gradients
+            self.optimizer.set_gradients(gradients)
+            return replace(losses, grad_norm=self.optimizer.update()), ()
 
-        result, replay = self.recorder(run)
+        with nullcontext() if self.optimizer is None else self.optimizer.preserved():
+            result, replay = self.recorder(run)  # runs the step several times
         recording = Recording(batch=buffered, result=_detached(result), replay=replay)
         self.recordings[key] = recording
         return recording
@@ -235,9 +251,13 @@ def record_graph(device: torch.device) -> Recorder:
 
 
 def make_capture(
-    step: Step, parameters: Iterable[nn.Parameter], engine: EngineConfig, world: World
+    step: Step,
+    parameters: Iterable[nn.Parameter],
+    engine: EngineConfig,
+    world: World,
+    optimizer: FlatOptimizer | None = None,
 ) -> Capture | None:
-    """Return the configured capture of a step, or None.
+    """Return the configured capture of a step, or None; arguments as of `Capture`.
 
     Raises:
         ValueError: see `check_capture`.
@@ -248,7 +268,7 @@ def make_capture(
     limits = CaptureLimits(
         memory_short=partial(memory_is_short, world.device), max_over_ranks=partial(max_over_ranks, world)
     )
-    return Capture(step, tuple(parameters), record_graph(world.device), limits)
+    return Capture(step, tuple(parameters), record_graph(world.device), limits, optimizer)
 
 
 def max_over_ranks(world: World, values: list[int]) -> list[int]:
@@ -268,8 +288,17 @@ def check_capture(engine: EngineConfig, world: World) -> None:
 
 
 def _copy_batch(target: Batch, batch: Batch) -> None:
+    """Copy a batch into the buffers of another; tensors of one dtype that are on the device at once."""
+    alike: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
     for name, x in _tensors(batch):
-        getattr(target, name).copy_(x, non_blocking=True)
+        buffer = getattr(target, name)
+        if x.device == buffer.device:
+            alike.setdefault(x.dtype, []).append((buffer, x))
+        else:
+            buffer.copy_(x, non_blocking=True)
+    for pairs in alike.values():
+        targets, sources = zip(*pairs, strict=True)
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _tensors(batch: Batch) -> Iterator[tuple[str, Tensor]]:
@@ -293,4 +322,4 @@ def _detached(result: StepResult) -> StepResult:
     """Detach the losses from the autograd graph, which a recording does not need."""
     losses, gradients = result
     terms = {name: term.detach() for name, term in losses.terms.items()}
-    return Losses(total=losses.total.detach(), terms=terms), gradients
+    return replace(losses, total=losses.total.detach(), terms=terms), gradients

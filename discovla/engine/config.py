@@ -21,8 +21,9 @@ class EngineConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; "auto" takes a GPU if there is one."""
 
-    strategy: Literal["deepspeed", "torch"] = "deepspeed"
-    """Library that reduces gradients and updates parameters: DeepSpeed, or plain torch (no sharding)."""
+    strategy: Literal["auto", "deepspeed", "torch"] = "auto"
+    """Library that reduces gradients and updates parameters: DeepSpeed, or plain torch (no sharding). "auto"
+    takes DeepSpeed on several processes, and on one with a zero_stage above 0, offload or bf16_parameters."""
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """ZeRO stage: what DeepSpeed shards over ranks. 0 nothing, 1 optimiser state, 2 also gradients, 3 also
@@ -112,7 +113,7 @@ class EngineConfig(BaseModel):
     @model_validator(mode="after")
     def _check_bf16_parameters(self) -> EngineConfig:
         if self.bf16_parameters and (
-            self.strategy != "deepspeed" or self.precision != "bf16" or self.zero_stage == 0
+            self.strategy == "torch" or self.precision != "bf16" or self.zero_stage == 0
         ):
             raise ValueError(
                 "bf16_parameters: expected strategy deepspeed, precision bf16 and zero_stage >= 1, found "
@@ -139,7 +140,7 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_offload(self) -> EngineConfig:
-        if self.offload != "none" and (self.strategy != "deepspeed" or self.zero_stage == 0):
+        if self.offload != "none" and (self.strategy == "torch" or self.zero_stage == 0):
             raise ValueError(
                 f"offload: expected strategy deepspeed and zero_stage >= 1 with {self.offload!r}, found "
                 f"{self.strategy} and {self.zero_stage}"
@@ -183,3 +184,12 @@ def choose_stage(config: EngineConfig, trained: int, world_size: int) -> int:
     if config.bf16_parameters or config.offload != "none":
         return 1
     return 1 if world_size > 1 and trained > SHARDING_THRESHOLD else 0
+
+
+def choose_strategy(config: EngineConfig, trained: int, world_size: int) -> tuple[str, str]:
+    """Return the name of a run's strategy, and the reason in words."""
+    if config.strategy != "auto":
+        return config.strategy, "engine.strategy"
+    if stage := choose_stage(config, trained, world_size):
+        return "deepspeed", f"ZeRO stage {stage}"
+    return ("torch", "one process") if world_size == 1 else ("deepspeed", f"{world_size} processes")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from discovla.batch import Batch, Losses
 from discovla.engine.config import EngineConfig, choose_stage
 from discovla.engine.distributed import World, init_single_process_group
+from discovla.engine.flat import FlatOptimizer
 from discovla.engine.grad_cache import GradCache
 from discovla.engine.optim import (
     OptimConfig,
@@ -36,12 +37,9 @@ from discovla.engine.strategy import (
     broadcast_module,
     check_optimizer_state,
     check_state,
-    clip_gradients,
     collect_state,
     copy_to_cpu,
     full_shape,
-    is_finite,
-    nonfinite_message,
     restore_state,
     trained_size,
 )
@@ -57,9 +55,11 @@ def deepspeed_settings(
 
     Args:
         config: of the engine.
-        optim: of the optimiser; at stage 0 the strategy clips itself, because DeepSpeed does not keep the
-        norm. micro_batch: clips per step on one process. world_size: number of processes. trained: number of
-        trained parameters, for the bucket sizes: DeepSpeed's defaults take 2 GB for adapters.
+        optim: of the optimiser; at stage 0 it clips by itself.
+        micro_batch: clips per step on one process.
+        world_size: number of processes.
+        trained: number of trained parameters, for the bucket sizes: DeepSpeed's defaults take 2 GB for
+            adapters.
     """
     stage = choose_stage(config, trained, world_size)
     bucket = max(2, min(MAX_BUCKET, trained + trained % 2))  # DeepSpeed needs an even number
@@ -83,6 +83,7 @@ def deepspeed_settings(
         "zero_allow_untested_optimizer": True,  # our optimisers are elementwise: sharding changes nothing
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step
         "bf16": {"enabled": config.bf16_parameters},
         "zero_optimization": zero,
     }
@@ -94,6 +95,8 @@ def deepspeed_settings(
 class DeepSpeedStrategy(Strategy):
     """DeepSpeed's engine around the module.
 
+    At stage 0 DeepSpeed would flatten the gradients, sum them over ranks and copy every tensor back, also on
+    one process; `FlatOptimizer` does without the copies, so DeepSpeed's reduction is switched off there.
     Stages 1 and 2 give every rank a slice of one flat tensor of all trained parameters, stage 3 a slice of
     each parameter.  `local_slice` finds this rank's slice of a parameter or moment; reading a state assembles
     the slices of all ranks, loading one copies this rank's slice from it."""
@@ -115,8 +118,10 @@ class DeepSpeedStrategy(Strategy):
             _check_full_fine_tuning(module, trained)
         reached = list(self.trained.values()) if self.stage in (1, 2) else []
         self.shell = _Shell(self.module, reached)
-        optim = for_partitions(plan.optim) if self.stage > 0 else plan.optim
-        optimizer = make_optimizer(self.module, optim, plan.groups)
+        if self.stage == 0:
+            optimizer: torch.optim.Optimizer = FlatOptimizer(self.module, plan.optim, plan.groups)
+        else:
+            optimizer = make_optimizer(self.module, for_partitions(plan.optim), plan.groups)
         deepspeed = load_deepspeed(plan.world)
         self.zero = deepspeed.zero
         settings = deepspeed_settings(
@@ -132,7 +137,9 @@ class DeepSpeedStrategy(Strategy):
         with _scalars_allowed(deepspeed, self.module, self.stage):
             self.engine, *_ = deepspeed.initialize(model=self.shell, optimizer=optimizer, config=settings)
         self.optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
-        start_state(self.optimizer, self._flat_tensors())
+        self.flat = self.optimizer if isinstance(self.optimizer, FlatOptimizer) else None
+        if self.flat is None:
+            start_state(self.optimizer, self._flat_tensors())
         self.running: list[nn.Module] = importlib.import_module(OFFLOAD_MODULE).FWD_MODULE_STACK
         self.idle = len(self.running)
         self.order = _GradientOrder(list(self.trained.values()), plan.world) if self.stage == 2 else None
@@ -148,6 +155,11 @@ class DeepSpeedStrategy(Strategy):
         return Losses(total=total, terms=dict(zip(self.shell.names, terms, strict=True)))
 
     def backward(self, loss: Tensor) -> None:
+        if self.flat is not None:
+            with self.engine.no_sync():
+                self.engine.backward(loss)
+            self.flat.take_gradients(self.plan.world.size)
+            return
         self.engine.backward(loss)
         for encode_again in self.deferred:
             surrogate = self.engine(encode_again)
@@ -157,17 +169,23 @@ class DeepSpeedStrategy(Strategy):
         if self.order is not None:
             self.order.check()
 
-    def step(self, lr: float) -> float:
-        set_learning_rate(self.optimizer, lr)
-        if self.stage == 0:
-            norm = clip_gradients(list(self.trained.values()), self.plan.optim.clip_grad_norm)
+    def step(self, lr: float) -> Tensor:
+        if self.flat is not None:
+            self.flat.set_learning_rate(lr)
             self.engine.step()
-            return norm
+            return self.flat.norm
+        set_learning_rate(self.optimizer, lr)
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        if not is_finite(norm):
-            raise FloatingPointError(nonfinite_message(norm))
-        return norm
+        norm = float(self.engine.get_global_grad_norm())  # -1 if it is not finite
+        return torch.full((), norm if norm >= 0 else float("nan"), device=self.plan.world.device)
+
+    @torch.no_grad()
+    def bound(self, name: str, limit: float) -> None:
+        param: Any = self.trained[name]
+        (param.ds_tensor if self.stage == 3 else param).clamp_(max=limit)
+        held = self.local_slice(param) if self.stage > 0 else None
+        if held is not None:
+            held[0].clamp_(max=limit)
 
     def trained_state(self) -> dict[str, Tensor]:
         if self.stage == 0:
@@ -189,15 +207,15 @@ class DeepSpeedStrategy(Strategy):
                 self._write(param, None, state[name])
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        if self.stage == 0:
-            return collect_state(self.optimizer, self.trained)
+        if self.flat is not None:
+            return collect_state(self.flat)
         state = {f"{key}/{name}": self._read(p, key) for key in MOMENTS for name, p in self.trained.items()}
         state["step"] = self.optimizer.state[self._flat_tensors()[0]]["step"].to("cpu", torch.int64)
         return state
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        if self.stage == 0:
-            return restore_state(self.optimizer, self.trained, state)
+        if self.flat is not None:
+            return restore_state(self.flat, state)
         check_optimizer_state(state, self.trained)
         for name, param in self.trained.items():
             for key in MOMENTS:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from discovla.engine.deepspeed import DeepSpeedStrategy
 from discovla.engine.strategy import Strategy, check_state, copy_to_cpu, full_shape
@@ -24,12 +23,18 @@ class EMA:
     def __init__(self, trained: Mapping[str, Tensor], decay: float) -> None:
         self.trained = dict(trained)
         self.values = {name: param.detach().float().clone() for name, param in trained.items()}
-        self._update = get_ema_multi_avg_fn(decay)
+        self.decay = decay
 
-    def update(self) -> None:
-        """Update the average with the parameters after a step."""
-        current = [param.detach().float() for param in self.trained.values()]
-        self._update(list(self.values.values()), current, 1)
+    @torch.no_grad()
+    def update(self, norm: Tensor) -> None:
+        """Update the average with the parameters after a step.
+
+        Args:
+            norm: 0-dim, the gradient norm of the step.  If it is not finite, the average stays.
+        """
+        weight = torch.where(norm.isfinite(), 1 - self.decay, 0.0).float()
+        for name, value in self.values.items():
+            value.lerp_(self.trained[name].detach().float(), weight.to(value.device))
 
     def state(self) -> dict[str, Tensor]:
         """Return the average by name, copied to the CPU; call it on every process."""

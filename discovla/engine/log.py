@@ -54,7 +54,7 @@ class RunLog:
     def __init__(self, directory: Path | str, world: World, *, total: int, start: int = 0) -> None:
         self.directory = Path(directory)
         self.world = world
-        self._began = self._last = time.monotonic()
+        self._began = time.monotonic()
         if not world.first:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -79,23 +79,22 @@ class RunLog:
             (self.directory / "config.json").write_text(config)
             (self.directory / "versions.json").write_text(json.dumps(versions(self.world), indent=2))
 
-    def step(self, step: int, *, clips: int, values: Mapping[str, float]) -> None:
+    def step(self, step: int, *, clips: int, seconds: float, values: Mapping[str, float]) -> None:
         """Record one training step.
 
         Args:
             step: from 0.
             clips: number of clips in this step over all ranks.
+            seconds: from the end of the step before to the end of this one.
             values: loss and its terms, lr, grad_norm.
         """
         if not self.world.first:
             return
-        now = time.monotonic()
-        rate = clips / max(now - self._last, 1e-9)
-        self._last = now
+        rate = clips / max(seconds, 1e-9)
         record: dict[str, Any] = {"step": step, **values, "clips_per_second": rate}
         if self.world.device.type == "cuda":
             record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**30
-        self._write({"kind": "train", **record, "seconds": now - self._began})
+        self._write({"kind": "train", **record, "seconds": time.monotonic() - self._began})
         for name, value in record.items():
             if name != "step":
                 self._board.add_scalar(f"train/{name}", value, step)
@@ -125,10 +124,6 @@ class RunLog:
         """Record an event after `step` steps, such as a checkpoint or a slow rank."""
         if self.world.first:
             self._write({"kind": kind, "step": step, **values, "seconds": time.monotonic() - self._began})
-
-    def reset_clock(self) -> None:
-        """Restart the clock of clips/s, to leave out evaluation and saving."""
-        self._last = time.monotonic()
 
     def close(self) -> None:
         """Close all files."""

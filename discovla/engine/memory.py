@@ -48,12 +48,13 @@ def state_bytes(config: EngineConfig, sizes: Sizes) -> dict[str, int]:
     For F frozen and T trained parameters of f and t bytes on W processes, with buckets of B elements:
 
         stage   parameters      masters   moments   gradients (peak)       gathered
-        0       f F + t T       0         8 T       t T, twice for W > 1   0
+        0       f F + t T       0         8 T       2 t T                  0
         1       f F + t T       4 T / W   8 T / W   t (T + B)              0
         2       f F + t T       4 T / W   8 T / W   t min(T, T / W + B)    0
         3       (f F + t T)/W   4 T / W   8 T / W   t (T / W + B)          f F + t T for W > 1
 
-    DeepSpeed keeps masters also for float32 parameters.  Stage 3 gathers at most `MAX_GATHERED` parameters.
+    At stage 0 one of the two gradients is the flat buffer, which stays allocated.  DeepSpeed keeps masters
+    also for float32 parameters.  Stage 3 gathers at most `MAX_GATHERED` parameters.
 
     With offload, masters and moments move to the host, and at stage 3 the gradient slices; stages 1 and 2 add
     a buffer of the largest parameter.  With offloaded parameters the GPU holds the gathered ones for W = 1
@@ -64,12 +65,12 @@ def state_bytes(config: EngineConfig, sizes: Sizes) -> dict[str, int]:
         sizes: of the run.
     """
     w, trained = sizes.world_size, sizes.trained
-    stage = choose_stage(config, trained, w) if config.strategy == "deepspeed" else 0
+    stage = 0 if config.strategy == "torch" else choose_stage(config, trained, w)
     t = 2 if config.bf16_parameters else FP32_BYTES
     bucket = min(MAX_BUCKET, trained)
     all_parameters, slice_ = FROZEN_BYTES[config.precision] * sizes.frozen + t * trained, -(-trained // w)
     gradients = {
-        0: t * trained * (2 if w > 1 else 1),
+        0: 2 * t * trained,
         1: t * (trained + bucket),
         2: t * min(trained, slice_ + bucket),
         3: t * (slice_ + bucket),

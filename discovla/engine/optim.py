@@ -12,6 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from discovla.engine.adam import UPDATES, Buffers, Coefficients, clip_factors, step_size
+
 
 class OptimConfig(BaseModel):
     """Optimiser, learning rate schedule and averaging; the defaults are DiscoVLA's published recipe."""
@@ -80,43 +82,10 @@ def _start_state(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, T
     return state
 
 
-def _released_update(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """Update one tensor by the released AdamW."""
-    beta1, beta2 = group["betas"]
-    lr, grad = group["lr"], param.grad
-    assert grad is not None
-    state["step"] += 1
-    step = state["step"].item()
-    mean, square = state["exp_avg"], state["exp_avg_sq"]
-    mean.mul_(beta1).add_(grad, alpha=1 - beta1)
-    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    param.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-size)
-    if group["weight_decay"]:
-        param.mul_(1 - lr * group["weight_decay"])
-
-
-def _bert_update(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """Update one tensor by BertAdam."""
-    beta1, beta2 = group["betas"]
-    grad, clip = param.grad, group["clip_tensor_norm"]
-    assert grad is not None
-    if clip is not None:
-        grad = grad * (clip / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0)
-    state["step"] += 1
-    mean, square = state["exp_avg"], state["exp_avg_sq"]
-    mean.mul_(beta1).add_(grad, alpha=1 - beta1)
-    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    update = mean / square.sqrt().add_(group["eps"])
-    if group["weight_decay"]:
-        update.add_(param, alpha=group["weight_decay"])
-    param.add_(update, alpha=-group["lr"])
-
-
 class _TensorwiseOptimizer(torch.optim.Optimizer):
-    """Optimiser that updates every parameter with a gradient by `update(param, state, group)`."""
+    """Optimiser that updates every parameter with a gradient by itself; for the slices of ZeRO."""
 
-    update: Callable[[Tensor, dict[str, Tensor], dict[str, Any]], None]
+    name: str
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -134,8 +103,31 @@ class _TensorwiseOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self.update(param, self.state[param] or _start_state(self, param), group)
+                    self._update(param, self.state[param] or _start_state(self, param), group)
         return loss
+
+    def _update(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        (beta1, beta2), lr, grad = group["betas"], group["lr"], param.grad
+        assert grad is not None
+        state["step"] += 1
+        step = state["step"].item()
+        root, bias = math.sqrt(1 - beta2**step), 1 - beta1**step
+        coefficients = Coefficients(
+            keep_mean=beta1,
+            keep_square=beta2,
+            lerp=1 - beta1,
+            root=root,
+            size=step_size(self.name, lr, root, bias),
+            keep=1 - lr * group["weight_decay"],
+        )
+        buffers = Buffers(
+            param=param, mean=state["exp_avg"], square=state["exp_avg_sq"], grad=self.clipped(grad, group)
+        )
+        UPDATES[self.name](buffers, coefficients, group)
+
+    def clipped(self, grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the gradient of one tensor, clipped if the optimiser clips tensors."""
+        return grad
 
 
 class AdamW(_TensorwiseOptimizer):
@@ -164,7 +156,7 @@ class AdamW(_TensorwiseOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    update = staticmethod(_released_update)
+    name = "adamw_released"
 
 
 class BertAdam(_TensorwiseOptimizer):
@@ -195,7 +187,11 @@ class BertAdam(_TensorwiseOptimizer):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "clip_tensor_norm": clip_tensor_norm})
 
-    update = staticmethod(_bert_update)
+    name = "bert_adam"
+
+    def clipped(self, grad: Tensor, group: dict[str, Any]) -> Tensor:
+        limit = group["clip_tensor_norm"]
+        return grad if limit is None else grad * clip_factors(torch.linalg.vector_norm(grad), limit)
 
 
 def for_partitions(config: OptimConfig) -> OptimConfig:
@@ -258,12 +254,12 @@ def _cycles(step: int, warmup: int, total: int) -> float:
 def make_optimizer(
     module: nn.Module, config: OptimConfig, groups: Sequence[ParameterGroup] = ()
 ) -> torch.optim.Optimizer:
-    """Return the configured optimiser of the parameters of `module` that require a gradient.
+    """Return the configured optimiser of the parameters of `module` that require a gradient, for ZeRO.
 
     Raises:
         ValueError: nothing to train, or a group whose patterns match no trained parameter.
     """
-    param_groups = _param_groups(module, config, groups)
+    param_groups = group_parameters(module, config, groups)
     lr, betas, eps, decay = config.lr, config.betas, config.eps, config.weight_decay
     match config.name:
         case "adamw":
@@ -290,7 +286,7 @@ def start_state(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> N
             _start_state(optimizer, param)
 
 
-def _param_groups(
+def group_parameters(
     module: nn.Module, config: OptimConfig, groups: Sequence[ParameterGroup]
 ) -> list[dict[str, Any]]:
     """Return the optimiser's parameter groups; parameters without a group come last."""

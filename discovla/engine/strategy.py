@@ -10,18 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 
 from discovla.batch import Batch, Losses
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
-from discovla.engine.optim import (
-    OptimConfig,
-    ParameterGroup,
-    make_optimizer,
-    set_learning_rate,
-    start_state,
-)
+from discovla.engine.flat import FlatOptimizer
+from discovla.engine.optim import OptimConfig, ParameterGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -59,6 +53,7 @@ class Strategy(ABC):
 
     module: nn.Module
     plan: StepPlan
+    recordable: FlatOptimizer | None = None  # whose update may be part of a recorded step
 
     def __init__(self, module: nn.Module, plan: StepPlan) -> None:
         self.module = module.to(plan.world.device)
@@ -74,18 +69,26 @@ class Strategy(ABC):
         """Compute gradients averaged over ranks; zeros for parameters that the loss does not reach."""
 
     @abstractmethod
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         """Clip the gradients, update the parameters and clear the gradients.
 
         Args:
             lr: of this step; groups scale it.
 
         Returns:
-            The global norm of the averaged gradient before clipping.
-
-        Raises:
-            FloatingPointError: the norm is not finite; nothing was updated.
+            The global norm of the averaged gradient before clipping, 0-dim on the device.  If it is not
+            finite, nothing was updated.
         """
+
+    def take(self, batch: Batch, lr: float) -> tuple[Losses, Tensor]:
+        """Take one whole step: forward, backward and `step`; return the losses and the gradient norm."""
+        losses = self(batch)
+        self.backward(losses.total)
+        return losses, self.step(lr)
+
+    @abstractmethod
+    def bound(self, name: str, limit: float) -> None:
+        """Bound a trained parameter from above, in every copy that the strategy holds."""
 
     @abstractmethod
     def trained_state(self) -> dict[str, Tensor]:
@@ -122,28 +125,32 @@ class TorchStrategy(Strategy):
 
     def __init__(self, module: nn.Module, plan: StepPlan) -> None:
         super().__init__(module, plan)
-        self.optimizer = make_optimizer(module, plan.optim, plan.groups)
-        start_state(self.optimizer, self.trained.values())
+        self.optimizer = FlatOptimizer(module, plan.optim, plan.groups)
+        self.recordable = self.optimizer if plan.world.size == 1 else None
         broadcast_module(module, plan.world)
 
     def __call__(self, batch: Batch) -> Losses:
         return self.module(batch)
 
+    def take(self, batch: Batch, lr: float) -> tuple[Losses, Tensor]:
+        self.optimizer.set_learning_rate(lr)  # before a recorded step, which includes the update
+        losses = self(batch)
+        if losses.grad_norm is not None:
+            return losses, losses.grad_norm
+        self.backward(losses.total)
+        return losses, self.optimizer.update()
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-        for param in self.trained.values():
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-        if self.plan.world.size > 1:
-            average_gradients(list(self.trained.values()), self.plan.world.size)
+        self.optimizer.take_gradients(self.plan.world.size)
 
-    def step(self, lr: float) -> float:
-        params = list(self.trained.values())
-        norm = clip_gradients(params, self.plan.optim.clip_grad_norm)
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+    def step(self, lr: float) -> Tensor:
+        self.optimizer.set_learning_rate(lr)
+        return self.optimizer.update()
+
+    def bound(self, name: str, limit: float) -> None:
+        with torch.no_grad():
+            self.trained[name].clamp_(max=limit)
 
     def trained_state(self) -> dict[str, Tensor]:
         return {name: copy_to_cpu(param) for name, param in self.trained.items()}
@@ -155,10 +162,10 @@ class TorchStrategy(Strategy):
                 param.copy_(state[name])
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        return collect_state(self.optimizer, self.trained)
+        return collect_state(self.optimizer)
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        restore_state(self.optimizer, self.trained, state)
+        restore_state(self.optimizer, state)
 
 
 def trained_size(module: nn.Module) -> int:
@@ -189,67 +196,26 @@ def broadcast_module(module: nn.Module, world: World) -> None:
             dist.broadcast(tensor.detach(), src=0)
 
 
-def average_gradients(params: Sequence[nn.Parameter], size: int) -> None:
-    """Replace gradients by their mean over ranks, in one all-reduce of one flat tensor."""
-    grads = [param.grad for param in params if param.grad is not None]
-    flat = parameters_to_vector(grads)
-    dist.all_reduce(flat)
-    flat /= size
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
-
-
-def clip_gradients(params: Sequence[nn.Parameter], limit: float | None) -> float:
-    """Scale gradients by min(1, limit / (norm + 1e-6)) and return their global norm before.
-
-    Raises:
-        FloatingPointError: the norm is not finite; gradients are cleared.
-    """
-    grads = [param.grad for param in params if param.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad.float()) for grad in grads]))
-    value = norm.item()
-    if not is_finite(value):
-        for param in params:
-            param.grad = None
-        raise FloatingPointError(nonfinite_message(value))
-    if limit is not None:
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(factor)
-    return value
-
-
-def is_finite(value: float) -> bool:
-    """Return True if a gradient norm is finite; DeepSpeed returns -1 if it is not."""
-    return 0.0 <= value < float("inf")
-
-
-def nonfinite_message(value: float) -> str:
-    return f"gradient norm: expected a finite number, found {value}; the step was not taken"
-
-
 def copy_to_cpu(tensor: Tensor) -> Tensor:
     """Copy a tensor to the CPU, so that later steps do not change it."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def collect_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def collect_state(optimizer: FlatOptimizer) -> dict[str, Tensor]:
     """Return the state of an optimiser over unsharded parameters."""
-    moments = optimizer.state
-    state = {f"{key}/{name}": copy_to_cpu(moments[p][key]) for key in MOMENTS for name, p in trained.items()}
-    state["step"] = moments[next(iter(trained.values()))]["step"].to("cpu", torch.int64)
+    moments = optimizer.moments()
+    state = {f"{key}/{name}": copy_to_cpu(x) for key in MOMENTS for name, x in moments[key].items()}
+    state["step"] = optimizer.steps.to("cpu", torch.int64)
     return state
 
 
-def restore_state(
-    optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], state: dict[str, Tensor]
-) -> None:
+def restore_state(optimizer: FlatOptimizer, state: dict[str, Tensor]) -> None:
     """Load a state into an optimiser over unsharded parameters."""
-    check_optimizer_state(state, trained)
-    for name, param in trained.items():
-        for key in MOMENTS:
-            optimizer.state[param][key].copy_(state[f"{key}/{name}"])
-        optimizer.state[param]["step"].fill_(state["step"].item())
+    check_optimizer_state(state, optimizer.trained)
+    for key, named in optimizer.moments().items():
+        for name, x in named.items():
+            x.copy_(state[f"{key}/{name}"])
+    optimizer.steps.copy_(state["step"])
 
 
 def check_optimizer_state(state: dict[str, Tensor], trained: dict[str, nn.Parameter]) -> None:

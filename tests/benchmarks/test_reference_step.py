@@ -16,11 +16,17 @@ from benchmarks.step_inputs import size_of, step
 from benchmarks.step_work import kept_bytes, needed_flops, reference_flops
 from discovla.batch import Batch
 from discovla.data.tokens import Tokenizer
-from discovla.engine.strategy import cast_frozen
+from discovla.engine.config import EngineConfig
+from discovla.engine.distributed import World
+from discovla.engine.optim import OptimConfig
+from discovla.engine.strategies import make_strategy
+from discovla.engine.strategy import StepPlan, cast_frozen
+from discovla.engine.transfers import BatchCopier, LateNumbers
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.nn.memory import WIDTHS
 from discovla.testing import noise_batch, random_captions, relative_error, tiny_architecture
 from discovla.towers.architecture import Architecture
+from discovla.train_step import TrainStep
 from tests.ops.kernels import DEVICE
 
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -249,6 +255,28 @@ def test_the_number_of_launches_with_the_kernels_does_not_grow(dtype, most, meta
     with Launches("meta") as ours:
         step_inputs.step(method, batch)
     assert ours.count <= most, dict(ours.ops)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_whole_step_with_its_copies_and_its_update_starts_at_most_500_kernels(dtype, meta_device):
+    """Batch to the device, forward, backward, clipping and update of 72 tensors, numbers for the log."""
+    architecture = small(layers=12)
+    method = make(architecture, fused=(4, 2), rank=8).to("meta")
+    method.vision.impl = method.text.impl = "triton"
+    method.compute_dtype = dtype
+    cast_frozen(method, dtype)
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("meta"))
+    batch = dataclasses.replace(noise_batch(architecture), valid=None)
+    plan = StepPlan(engine=EngineConfig(), optim=OptimConfig(), world=world, batch_size=len(batch))
+    strategy = make_strategy(TrainStep(method, world, "exact"), plan)
+    assert len(strategy.trained) == 72
+    with Launches("meta") as whole:
+        losses, norm = strategy.take(BatchCopier(world.device)(batch), 1e-3)
+        LateNumbers({"loss": losses.total, **losses.terms, "grad_norm": norm})
+    with Launches("meta") as update:
+        strategy.step(1e-3)
+    assert whole.count + 1 <= 500, dict(whole.ops)  # the numbers are copied to the host
+    assert update.count <= 30, dict(update.ops)
 
 
 class Started(TorchDispatchMode):

@@ -97,4 +97,5 @@ class Unwatched(Rerun):
 def tensors_of(result: StepResult) -> list[Tensor]:
     """Return all tensors of a step's result."""
     losses, gradients = result
-    return [losses.total, *losses.terms.values(), *(x for x in gradients if x is not None)]
+    scalars = [losses.total, *losses.terms.values(), losses.grad_norm]
+    return [x for x in (*scalars, *gradients) if x is not None]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.measure import Launches
 from discovla import trainer
 from discovla.batch import Batch, Losses
 from discovla.config import read_config
@@ -25,6 +26,7 @@ from discovla.engine.distributed import World
 from discovla.engine.optim import OptimConfig
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan
+from discovla.engine.transfers import BatchCopier, LateNumbers
 from discovla.ops import dispatch
 from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.train_step import TrainStep
@@ -227,6 +229,82 @@ def test_gradients_scale_with_the_loss_and_unreached_parameters_have_none():
         used.grad = None
         (graphs(batch()).total * 3).backward()
         assert used.grad is not None and used.grad.tolist() == [36.0, 36.0] and unused.grad is None
+
+
+def whole_steps(*, included: bool, watched: bool) -> tuple[dict[str, Tensor], list[float], Rerun]:
+    """Take steps of two shapes, one with an unreadable clip and one with a gradient that is not finite.
+
+    Returns:
+        States and norms; the update is part of the recorded steps or follows them.
+    """
+    step = TrainStep(steps.make("discovla").float(), ALONE, "exact")
+    step.method.compute_dtype = torch.float32
+    plan = StepPlan(engine=EngineConfig(strategy="torch"), optim=OptimConfig(), world=ALONE, batch_size=4)
+    strategy = make_strategy(step, plan)
+    optimizer = strategy.recordable
+    assert optimizer is not None
+
+    def known() -> list[Tensor]:
+        own = [x for x in vars(optimizer).values() if isinstance(x, Tensor)]
+        return [*step.parameters(), *step.buffers(), *own, *graphs.buffers.values()]
+
+    recorder = Rerun(known) if watched else Unwatched()
+    graphs = step.recorded = Capture(
+        step.losses,
+        tuple(strategy.trained.values()),
+        recorder,
+        CaptureLimits(min_rows=64),
+        optimizer if included else None,
+    )
+    norms = []
+    for number, (seed, size) in enumerate([(0, 4), (1, 4), (2, 4), (3, 3), (0, 4), (4, 3), (5, 4)]):
+        given_batch = batch(seed, size)
+        if number == 2:
+            valid = torch.tensor([True, False, True, True])
+            given_batch = replace(given_batch, valid=valid)
+        if number == 4:
+            frames = given_batch.frames.float() / 255
+            given_batch = replace(given_batch, frames=frames.permute(0, 1, 4, 2, 3) * float("nan"))
+        norms.append(strategy.take(given_batch, 1e-2 * (number + 1))[1].item())
+    return {**strategy.trained_state(), **strategy.optimizer_state()}, norms, recorder
+
+
+def test_a_recorded_step_may_include_its_update():
+    states, norms, recorder = whole_steps(included=True, watched=True)
+    expected, expected_norms, _ = whole_steps(included=False, watched=False)
+    assert recorder.recorded == 2 and recorder.replayed == 3
+    assert [norm == norm for norm in norms] == [True] * 4 + [False] + [True] * 2
+    torch.testing.assert_close(norms, expected_norms, rtol=0, atol=0, equal_nan=True)
+    for name, value in expected.items():
+        assert torch.equal(states[name], value), name
+
+
+class Silent(Unwatched):
+    """A recorder whose replays start nothing, as those of a CUDA graph take one launch."""
+
+    def __call__(self, function):
+        result, _ = super().__call__(function)
+        return result, lambda: None
+
+
+def test_a_recorded_step_starts_twelve_copies_and_kernels_beside_its_graph():
+    """Copies to the device, into the graph's buffers, of the rates, and of the numbers for the log."""
+    world = replace(ALONE, device=torch.device("meta"))
+    step = TrainStep(steps.make("discovla").float(), world, "exact")
+    step.method.compute_dtype = torch.float32
+    plan = StepPlan(engine=EngineConfig(), optim=OptimConfig(), world=world, batch_size=4)
+    strategy = make_strategy(step, plan)
+    trained = tuple(strategy.trained.values())
+    step.recorded = Capture(step.losses, trained, Silent(), None, strategy.recordable)
+    copy_batch = BatchCopier(world.device)
+    for number in range(3):
+        with Launches("meta") as launches:
+            losses, norm = strategy.take(copy_batch(batch(number)), 1e-3)
+            LateNumbers({"loss": losses.total, **losses.terms, "grad_norm": norm})
+    assert losses.grad_norm is norm
+    # 4 tensors to the device, 3 masks and the rates into buffers, frames and ids into buffers, and the stack
+    # of numbers for the log; the twelfth is its copy to the host
+    assert launches.ops == {"_to_copy": 4, "copy_": 3 + 1, "_foreach_copy_": 2, "stack": 1}, launches.ops
 
 
 @pytest.mark.parametrize(

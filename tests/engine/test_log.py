@@ -18,7 +18,9 @@ def _run(folder: Path, first: int, last: int, rank: int = 0) -> None:
     with RunLog(folder, _world(rank), total=6, start=first) as log:
         log.describe('{"seed": 42}')
         for step in range(first, last):
-            log.step(step, clips=8, values={"loss": 1.0 / (step + 1), "lr": 0.1, "grad_norm": 2.0})
+            log.step(
+                step, clips=8, seconds=0.5, values={"loss": 1.0 / (step + 1), "lr": 0.1, "grad_norm": 2.0}
+            )
             if step % 2:
                 log.evaluation(step + 1, "val", {"t2v": {"R@1": 40.0 + step}})
 
@@ -37,7 +39,7 @@ def test_every_step_is_one_line_of_values(tmp_path):
         0.1,
         2,
     )
-    assert first["clips_per_second"] > 0 and 0 <= first["seconds"] <= second["seconds"]
+    assert first["clips_per_second"] == 16 and 0 <= first["seconds"] <= second["seconds"]
     assert (evaluation["kind"], evaluation["step"], evaluation["t2v"]) == ("val", 2, {"R@1": 41.0})
 
 
@@ -92,7 +94,7 @@ def test_a_resumed_run_continues_the_count_of_steps_with_loss_and_rate(tmp_path,
     terminal.start()
     with RunLog(tmp_path, _world(), total=4, start=1) as log:
         for step in (1, 2):
-            log.step(step, clips=8, values={"loss": 0.25})
+            log.step(step, clips=8, seconds=0.5, values={"loss": 0.25})
     terminal.close()
     last = capfd.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"training: 3 of 4 steps, \d+:\d\d left, loss 0\.25, [\d.e+]+ clips/s", last), last
@@ -111,7 +113,7 @@ def test_a_full_disk_names_the_file(tmp_path):
         log._file.close()
         log._file = full
         with pytest.raises(OSError, match=r"No space left on device: '.*/metrics.jsonl'"):
-            log.step(0, clips=8, values={"loss": 0.25})
+            log.step(0, clips=8, seconds=0.5, values={"loss": 0.25})
 
 
 def test_versions_name_a_missing_package(monkeypatch):

@@ -16,8 +16,9 @@ def test_strategies_hold_the_predicted_bytes_at_every_stage(size, tmp_path):
     for stage, held in enumerate(results):
         sizes = Sizes(frozen=LAYER, trained=8 * LAYER, world_size=size)
         parts = state_bytes(EngineConfig(zero_stage=stage), sizes)
-        # at stage 3 the gradient slices and their bucket stay allocated
-        between = sum(parts.values()) - parts["gathered"] - (0 if stage == 3 else parts["gradients"])
+        # at stage 3 the gradient slices and their bucket stay allocated, at stage 0 the flat gradient
+        freed = {0: parts["gradients"] // 2, 3: 0}.get(stage, parts["gradients"])
+        between = sum(parts.values()) - parts["gathered"] - freed
         # DeepSpeed may keep gathered parameters for the next step
         assert 0.99 * between <= held["after"] <= 1.01 * (between + parts["gathered"]), stage
         # a flat copy of the gradients and a gathered layer may be freed before the peak is read
@@ -33,10 +34,10 @@ def test_each_stage_shards_its_parts():
         "parameters": 4040,
         "masters": 0,
         "moments": 8000,
-        "gradients": 4000,
+        "gradients": 8000,
         "gathered": 0,
     }
-    assert parts[0][1] == {**parts[0][0], "gradients": 8000}
+    assert parts[0][1] == parts[0][0]
     for stage in (1, 2, 3):
         alone, many = parts[stage]
         assert (alone["masters"], many["masters"]) == (4000, 500)

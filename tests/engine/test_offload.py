@@ -90,7 +90,8 @@ def test_runs_resume_with_or_without_offload_on_one_process_or_two(runs, way, si
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("way", OFFLOADS)
 def test_a_nonfinite_gradient_changes_no_parameter(runs, way, size):
-    assert "gradient norm: expected a finite number" in runs[way, size, "overflow"]["message"]
+    norms = runs[way, size, "overflow"]["norms"]
+    assert [norm in ("nan", "inf") for norm in norms] == [False, True, *[False] * 5]
     assert runs[way, size, "overflow"]["same"]
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +30,7 @@ from discovla.engine.distributed import (
     scale_gradient,
     start_gather,
 )
-from discovla.engine.optim import OptimConfig
+from discovla.engine.optim import OptimConfig, make_optimizer, set_learning_rate, start_state
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan, cast_frozen
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
@@ -111,7 +112,7 @@ def train(world: World, job: dict) -> dict:
             strategy.backward(result.total)
         except RuntimeError as error:
             return {"message": str(error)}
-        norms.append(strategy.step(0.01 * (step + 1)))
+        norms.append(strategy.step(0.01 * (step + 1)).item())
         losses.append(all_reduce_sum(result.total, world).item() / world.size)
         terms.append({name: value.item() for name, value in result.terms.items()})
     if job.get("final"):
@@ -120,6 +121,37 @@ def train(world: World, job: dict) -> dict:
         evaluated = full.encode(full.text, torch.ones(1, 3)).sum().item()
     dtypes = sorted({f"{p.requires_grad} {p.dtype}" for p in module.parameters()})
     return {"losses": losses, "terms": terms, "norms": norms, "evaluated": evaluated, "dtypes": dtypes}
+
+
+def write_by_tensors(world: World, job: dict) -> dict:
+    """Take steps tensor by tensor and save the state in the layout of every checkpoint since commit 9aa5cf2:
+    parameters and moments by name, and the number of steps as int64. Goes on to the end."""
+    module = Pairs(world, job)
+    optimizer = make_optimizer(module, OptimConfig())
+    params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    start_state(optimizer, params.values())
+    losses = []
+    for step in range(6):
+        if step == job["save_at"]:
+            state = {f"trained/{name}": p.detach().clone() for name, p in params.items()}
+            for name, p in params.items():
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[f"optimizer/{key}/{name}"] = optimizer.state[p][key].clone()
+            state["optimizer/step"] = torch.tensor(step, dtype=torch.int64)
+            save_file(state, job["save"])
+        total = module(_batch(torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(step)))).total
+        total.backward()
+        for p in params.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads = [p.grad for p in params.values()]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+        for grad in grads:
+            grad.mul_((0.05 / (norm + 1e-6)).clamp(max=1.0))
+        set_learning_rate(optimizer, 0.01 * (step + 1))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item())
+    return {"losses": losses}
 
 
 def _engine(job: dict) -> EngineConfig:
@@ -155,19 +187,43 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def overflow(world: World, job: dict) -> dict:
-    """Take a step with a non-finite gradient; return its message and whether parameters stayed."""
-    module = Pairs(world, job)
+    """Take a step, one with a non-finite gradient and two more; return the norms and whether the second
+    changed anything: the states are those of a run without it."""
     plan = StepPlan(engine=_engine(job), optim=OptimConfig(), world=world, batch_size=BATCH)
-    strategy = make_strategy(module, plan)
-    before = strategy.trained_state()
-    batch = torch.full((BATCH // world.size, 6), float("nan"))
-    strategy.backward(strategy(_batch(batch)).total)
+    rows = [torch.full((BATCH // world.size, 6), 0.1 * k).sin() for k in range(4)]
+    rows[1] = torch.full_like(rows[1], float("nan"))
+    states, norms = [], []
+    for steps in ((0, 1, 2, 3), (0, 2, 3)):
+        strategy = make_strategy(Pairs(world, job), plan)
+        for step in steps:
+            strategy.backward(strategy(_batch(rows[step])).total)
+            norms.append(strategy.step(0.1).item())
+        states.append({**strategy.trained_state(), **strategy.optimizer_state()})
+    same = all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    return {"norms": [repr(norm) for norm in norms], "same": same}
+
+
+def reductions(world: World, job: dict) -> dict:
+    """Take a step; return how often DeepSpeed reduced gradients, the all-reduces of flat gradients, and
+    whether DeepSpeed times the step, for which it would wait for the GPU."""
+    plan = StepPlan(engine=_engine(job), optim=OptimConfig(), world=world, batch_size=BATCH)
+    strategy = make_strategy(Pairs(world, job), plan)
+    counts, flat, all_reduce = {"reductions": 0, "all_reduces": 0}, strategy.flat.grad, dist.all_reduce
+
+    def counted_reduction(*_: object, **__: object) -> None:
+        counts["reductions"] += 1
+
+    def counted_all_reduce(x: Tensor, *args: object, **options: object) -> object:
+        counts["all_reduces"] += x is flat
+        return all_reduce(x, *args, **options)
+
+    strategy.engine.buffered_allreduce_fallback = counted_reduction
+    dist.all_reduce = counted_all_reduce
     try:
-        strategy.step(0.1)
-    except FloatingPointError as error:
-        message = str(error)
-    after = strategy.trained_state()
-    return {"message": message, "same": all(torch.equal(before[name], after[name]) for name in before)}
+        strategy.take(_batch(torch.ones(BATCH // world.size, 6)), 0.1)
+    finally:
+        dist.all_reduce = all_reduce
+    return {**counts, "timed": strategy.engine.tput_timer.config.enabled}
 
 
 def gather_values(world: World, job: dict) -> dict:
@@ -221,7 +277,7 @@ def grad_cache(world: World, job: dict) -> dict:
             rows = BATCH // world.size
             losses.append(strategy(batch[world.rank * rows : (world.rank + 1) * rows]).total)
             strategy.backward(losses[-1])
-            norms.append(strategy.step(1e-3))
+            norms.append(strategy.step(1e-3).item())
         state = {name: x.flatten().tolist() for name, x in strategy.trained_state().items()}
         results.append({"losses": [x.item() for x in losses], "norms": norms, "state": state})
     return {"whole": results[0], "chunked": results[1]}
@@ -277,6 +333,8 @@ def _held() -> int:
 
 
 CASES = {
+    "reductions": reductions,
+    "write_by_tensors": write_by_tensors,
     "held": held,
     "grad_cache": grad_cache,
     "train": train,

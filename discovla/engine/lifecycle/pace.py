@@ -35,8 +35,8 @@ class RankTimer:
     """Measures a rank's own time per step and regularly gathers that of all ranks.
 
     All ranks end a step together, because its collectives wait for the slowest; only the time before the
-    first collective tells which rank that is.  On a GPU the towers are timed by CUDA events, read after the
-    step, so nothing waits for them.
+    first collective tells which rank that is.  On a GPU the towers are timed by CUDA events, read a step
+    late, so nothing waits for them.
 
     Args:
         world: of this process.
@@ -50,6 +50,7 @@ class RankTimer:
         self._steps, self._loading, self._towers = 0, 0.0, 0.0
         self._starts: list[Any] = []
         self._spans: list[tuple[Any, Any]] = []
+        self._last_spans: list[tuple[Any, Any]] = []  # of the step before
         for tower in towers:
             tower.register_forward_pre_hook(self._start_tower)
             tower.register_forward_hook(self._end_tower)
@@ -67,11 +68,15 @@ class RankTimer:
             yield batch
 
     def step(self) -> list[RankTime] | None:
-        """End a step whose loss has been read; return the times of all ranks every `every` steps."""
-        for began, ended in self._spans:
-            on_gpu = isinstance(began, torch.cuda.Event)
+        """End a step; return the times of all ranks every `every` steps.
+
+        On a GPU the loss of the step before must have been read.
+        """
+        on_gpu = self.world.device.type == "cuda"
+        complete, self._last_spans = (self._last_spans, self._spans) if on_gpu else (self._spans, [])
+        for began, ended in complete:
             self._towers += began.elapsed_time(ended) / 1000 if on_gpu else ended - began
-        self._spans.clear()
+        self._spans = []
         self._steps += 1
         if self._steps < self.every:
             return None
