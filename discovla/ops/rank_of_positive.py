@@ -79,4 +79,7 @@ def rank_of_positive_reference(
 
 def _ranks(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     target = scores.gather(1, positive[:, None])
-    return (scores >= target).sum(1), 1 + (scores > target).sum(1)
+    above = scores >= target, scores > target
+    # int32 counts take a third of the time of int64 ones on a CPU
+    against, higher = (each.sum(1, dtype=torch.int32).long() for each in above)
+    return against, 1 + higher

@@ -43,7 +43,30 @@ def top_k(
     values = query.new_empty(len(query), k, dtype=torch.float32)
     indices = query.new_empty(len(query), k, dtype=torch.int64)
     for rows, scores in score_blocks(query, items, groups, None):
-        values[rows], indices[rows] = _decode(_encode(scores).topk(k, dim=1).values)
+        values[rows], indices[rows] = top_of_scores(scores, k)
+    return values, indices
+
+
+@torch.no_grad()
+def top_of_scores(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best items of every query from their scores; equal ones in order of their index.
+
+    `torch.topk` orders equal scores at will.  Queries with two equal scores among their best k + 1, which are
+    few, are therefore selected again by keys that differ.
+
+    Args:
+        scores: n m, not NaN.
+        k: number of items, 1 to m.
+
+    Returns:
+        Scores n k, float32, and indices n k, int64.
+    """
+    scores = scores.float()
+    best = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    values, indices = best.values[:, :k], best.indices[:, :k]
+    if len(rows := (best.values[:, 1:] == best.values[:, :-1]).any(1).nonzero()[:, 0]):
+        values, indices = values.clone(), indices.clone()
+        values[rows], indices[rows] = _decode(_encode(scores[rows]).topk(k, dim=1).values)
     return values, indices
 
 

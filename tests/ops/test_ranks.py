@@ -5,7 +5,7 @@ from torch import Tensor
 
 from discovla.ops.dispatch import KernelUnavailable
 from discovla.ops.rank_of_positive import rank_of_positive
-from discovla.ops.top_k import top_k
+from discovla.ops.top_k import top_k, top_of_scores
 from discovla.retrieval.ranks import text_to_video_ranks, video_to_text_ranks
 from discovla.retrieval.rerank import dual_softmax
 from tests.ops.kernels import DEVICE, runnable, skip_what_no_gpu_kernel_takes
@@ -149,3 +149,14 @@ def test_a_zero_row_is_refused_by_its_number(call):
 def test_more_items_than_there_are_is_refused():
     with pytest.raises(ValueError, match=r"k: expected 1\.\.3, found 4"):
         top_k(signs(2, 0), signs(3, 1), 4)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 12])
+def test_equal_scores_are_selected_in_order_of_their_index(k):
+    generator = torch.Generator().manual_seed(k)
+    scores = torch.randint(-2, 3, (50, 12), generator=generator).float()  # many ties, also at the border
+    scores[:, 5] = -torch.inf
+    values, indices = top_of_scores(scores, k)
+    expected = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, expected.values[:, :k])
+    assert torch.equal(indices, expected.indices[:, :k])

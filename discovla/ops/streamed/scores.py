@@ -64,11 +64,13 @@ def finite_unit_rows(query: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     """
     expect_shape("items", items, (len(items), query.shape[1]))
     pairs = len(query) * len(items)
-    units = unit_rows(query, pairs)[0], unit_rows(items, pairs)[0]
-    for name, unit in zip(("query", "items"), units, strict=True):
-        if len(bad := (~unit.isfinite().all(1)).nonzero()):
-            raise ValueError(f"{name}: expected finite rows that are not 0, found row {bad[0].item()}")
-    return units
+    units = []
+    for name, rows in (("query", query), ("items", items)):
+        unit, inverse = unit_rows(rows, pairs)
+        if len(bad := (~(inverse.isfinite() & (inverse > 0))).nonzero()):  # 1 / NaN, 1 / 0, 1 / inf
+            raise ValueError(f"{name}: expected finite rows that are not 0, found row {bad[0, 0].item()}")
+        units.append(unit)
+    return units[0], units[1]
 
 
 def query_chunks(query: Tensor, items: Tensor) -> Iterator[slice]:
