@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,8 +20,6 @@ from discovla.retrieval.embeddings import Embeddings
 PART = 256  # about as many inputs are embedded again after an interruption
 IDENTITY = "embed.json"
 REFUSED = "refused.jsonl"  # written last
-# options of the data that do not change embeddings
-_NEUTRAL = {"workers", "index_dir", "decode_seconds", "quarantine", "bad_clip_share", "manifest"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +98,10 @@ def _finished(out: Path) -> Corpus:
 
 def _claim(out: Path, model: Model, clips: Sequence[Clip], part: int) -> None:
     """Note in the folder which embeddings it holds, or check that it holds these."""
-    weights = 0
-    for _, tensor in sorted(model.method.trained_state().items()):
-        weights = zlib.crc32(tensor.float().cpu().contiguous().numpy().data, weights)
     identity: dict[str, Any] = {
-        "model": model.fingerprint,
-        "trained": weights,
-        "step": None if model.run is None else model.run.step,
-        "precision": model.precision,
+        **model.identity(),
         "batch_size": model.batch_size,
         "part": part,
-        "data": model.data.model_dump(mode="json", exclude=_NEUTRAL),
         "clips": hashlib.sha256(repr([_video_line(clip) for clip in clips]).encode()).hexdigest(),
     }
     path = out / IDENTITY

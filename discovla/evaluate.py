@@ -73,12 +73,15 @@ class EvalOptions:
     on_record: Callable[[EvaluationRecord], None] | None = None
 
 
-def evaluate(method: Method, clips: Sequence[Clip], options: EvalOptions) -> dict[str, Metrics]:
+def evaluate(
+    method: Method, clips: Sequence[Clip], options: EvalOptions, *, videos: Embedding | None = None
+) -> dict[str, Metrics]:
     """Measure retrieval among the captions and videos of `clips`.
 
     Args:
         method: on `options.device`, complete on every process.
         clips: each with one caption or several.
+        videos: their embedding, if it is known; None reads and embeds the clips.
 
     Returns:
         `raw` metrics in both directions; with `rerank` also `dual softmax` and `QB-Norm` (text to video
@@ -95,7 +98,8 @@ def evaluate(method: Method, clips: Sequence[Clip], options: EvalOptions) -> dic
     check_captions(clips, data.context_length, long=data.long_captions)
     captions = [caption for clip in clips for caption in clip.captions]
     groups = np.repeat(np.arange(len(clips)), [len(clip.captions) for clip in clips])
-    text, video = _embed_texts(method, captions, options), _embed_videos(method, clips, options)
+    text = _embed_texts(method, captions, options)
+    video = _embed_videos(method, clips, options) if videos is None else videos
     large = len(captions) * len(clips) > LARGEST_MATRIX
     if method.scores_pooled and (large or not options.rerank):
         ranks, record = _pooled_ranks(method, text, video, groups, options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,8 @@ from discovla.train_step import prepare_method
 
 ADAPTER = "adapter.safetensors"  # trained parameters in an export
 PLAIN = "clip:"  # prefix of a plain CLIP in place of a path
+# options of the data that do not change embeddings
+NEUTRAL = {"workers", "index_dir", "decode_seconds", "quarantine", "bad_clip_share", "manifest"}
 
 Video = str | Path | tuple[str | Path, float | None, float | None] | np.ndarray | Tensor
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -72,6 +76,7 @@ class Model:
         batch_size: videos or texts embedded at once.
         device, precision: as in `load`.
         run: run that the method is from; None for a plain CLIP.
+        source: path or name that `load` opens; "" for a method made otherwise.
     """
 
     def __init__(
@@ -83,13 +88,28 @@ class Model:
         device: str = "auto",
         precision: Precision = "fp32",
         run: LoadedRun | None = None,
+        source: str = "",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
         self.method, self.data, self.batch_size, self.run = method.eval(), data, batch_size, run
+        self.source = source
         self.device, self.precision = choose_device(device), precision
         self.fingerprint = method.fingerprint()  # of the weights before a narrower precision
         prepare_method(method, EngineConfig(precision=precision), self.device)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the embeddings: the model, its trained weights, precision and data."""
+        weights = 0
+        for _, tensor in sorted(self.method.trained_state().items()):
+            weights = zlib.crc32(tensor.float().cpu().contiguous().numpy().data, weights)
+        return {
+            "model": self.fingerprint,
+            "trained": weights,
+            "step": None if self.run is None else self.run.step,
+            "precision": self.precision,
+            "data": self.data.model_dump(mode="json", exclude=NEUTRAL),
+        }
 
     def embed_videos(
         self,
@@ -218,6 +238,7 @@ def load(
         device=device,
         precision=precision,
         run=run,
+        source=_source(name),
     )
 
 
@@ -271,6 +292,12 @@ def _plain_config(name: str) -> ModelConfig:
     if not (at and architecture and weights):
         raise ConfigError(f"{name}: expected clip:ARCH@TAG, clip:ARCH@FILE or clip:drawn")
     return ModelConfig(architecture=architecture, pretrained=weights)
+
+
+def _source(name: str) -> str:
+    """Return a path or name that means the same in every folder."""
+    prefix, at, weights = name.rpartition("@") if name.startswith(PLAIN) else ("", "", name)
+    return prefix + at + (os.path.abspath(weights) if os.path.exists(weights) else weights)
 
 
 def _data_config(config: DataConfig, changes: Mapping[str, Any]) -> DataConfig:

@@ -385,13 +385,23 @@ class _Collate:
     def _padded(self, samples: list[Sample]) -> Tensor:
         """Return the frames of all samples, b f y x c uint8, or their features, b f d float32."""
         arrays = [s.frames if isinstance(s.frames, np.ndarray) else None for s in samples]
-        size = next((a.shape[1:] for a in arrays if a is not None), (self.image_size, self.image_size, 3))
-        dtype = next((a.dtype for a in arrays if a is not None), np.dtype(np.uint8))
-        frames = np.zeros((len(arrays), self.frames_per_clip, *size), dtype)
-        for row, array in zip(frames, arrays, strict=True):
-            if array is not None:
-                row[: len(array)] = array
-        return torch.from_numpy(frames)
+        return pad_frames(arrays, self.frames_per_clip, self.image_size)
+
+
+def pad_frames(arrays: Sequence[np.ndarray | None], frames: int, size: int) -> Tensor:
+    """Return clips with black frames after their own, b f y x 3 uint8, or features with zeros, b f d.
+
+    Args:
+        arrays: frames n y x 3 or features n d of each clip, n at most `frames`; None for a bad clip.
+        size: y and x if all clips are bad.
+    """
+    shape = next((a.shape[1:] for a in arrays if a is not None), (size, size, 3))
+    dtype = next((a.dtype for a in arrays if a is not None), np.dtype(np.uint8))
+    padded = np.zeros((len(arrays), frames, *shape), dtype)
+    for row, array in zip(padded, arrays, strict=True):
+        if array is not None:
+            row[: len(array)] = array
+    return torch.from_numpy(padded)
 
 
 def _init_worker(_: int) -> None:

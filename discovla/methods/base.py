@@ -162,6 +162,11 @@ class Method(nn.Module):
         return self.config.similarity == "pooled"
 
     @property
+    def scores_pairs(self) -> bool:
+        """True if `similarity` runs a network on every pair, which is too slow for many videos."""
+        return False
+
+    @property
     def impl(self) -> Impl:
         """Implementation of pooling and losses: the kernels if they compute the blocks of both towers."""
         return "triton" if self.vision.impl == self.text.impl == "triton" else "auto"

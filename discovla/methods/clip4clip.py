@@ -93,11 +93,6 @@ class CLIP4Clip(Method):
                 self.scorer = PairScorer(architecture.joint_block(), layers, rows)
 
     @property
-    def tight(self) -> bool:
-        """True for the head that scores each pair by itself."""
-        return self.config.head == "tightTransf"
-
-    @property
     def new_parameters(self) -> tuple[str, ...]:
         return {
             "meanP": (),
@@ -108,11 +103,16 @@ class CLIP4Clip(Method):
 
     @property
     def uses_logit_scale(self) -> bool:
-        return not self.tight or self.needs_frame_captions
+        return not self.scores_pairs or self.needs_frame_captions
+
+    @property
+    def scores_pairs(self) -> bool:
+        """True for the head tightTransf."""
+        return self.config.head == "tightTransf"
 
     @property
     def scores_pooled(self) -> bool:
-        return super().scores_pooled and not self.tight
+        return super().scores_pooled and not self.scores_pairs
 
     def initialise_from_clip(self) -> None:
         """Copy blocks and positions of the head from the text tower's first ones."""
@@ -143,11 +143,11 @@ class CLIP4Clip(Method):
 
     def similarity(self, text: Embedding, video: Embedding) -> Tensor:
         """Logits t v; tightTransf computes them in blocks of pairs, which backward recomputes."""
-        return self._scores(text, video, len(video)) if self.tight else super().similarity(text, video)
+        return self._scores(text, video, len(video)) if self.scores_pairs else super().similarity(text, video)
 
     def pair_scores(self, text: Embedding, video: Embedding, most: int | None = None) -> Tensor:
         """See `Method`; tightTransf reads just the matching pairs."""
-        if not self.tight:
+        if not self.scores_pairs:
             return super().pair_scores(text, video, most)
         assert video.tokens is not None and video.mask is not None, "embedded by this head"
         return self.scorer(text.pooled, video.tokens, video.mask)
@@ -155,7 +155,7 @@ class CLIP4Clip(Method):
     def video_losses(
         self, text: Embedding, video: Embedding, ignore: Tensor | None, columns: ColumnShard | None = None
     ) -> VideoLosses:
-        if not self.tight or columns is None:
+        if not self.scores_pairs or columns is None:
             return super().video_losses(text, video, ignore, columns)
         most = int(columns.all_reduce_max(torch.tensor(len(video))))
         logits = excluded(self._scores(text, video, most), ignore)

@@ -28,9 +28,15 @@ def embed_texts(method: Method, batches: Inputs, device: torch.device | str) -> 
     return _embed(method, method.encode_text, batches, device)
 
 
-def embed_videos(method: Method, batches: Inputs, device: torch.device | str) -> Embedding:
-    """Embed all videos, as `embed_texts`, from frames (n f y x c, uint8) and mask (n f, bool)."""
-    return _embed(method, method.encode_video, batches, device)
+def embed_videos(
+    method: Method, batches: Inputs, device: torch.device | str, *, frames: bool = False
+) -> Embedding:
+    """Embed all videos, as `embed_texts`, from frames (n f y x c, uint8) and mask (n f, bool).
+
+    Args:
+        frames: keep a feature of each frame, `Embedding.frames`, which no similarity compares.
+    """
+    return _embed(method, method.encode_video, batches, device, frames=frames)
 
 
 def concatenate(parts: Sequence[Embedding]) -> Embedding:
@@ -71,10 +77,16 @@ def in_order(shares: Sequence[tuple[Tensor, Embedding]], count: int) -> Embeddin
 
 
 def _embed(
-    method: Method, encode: Callable[[Tensor, Tensor], Embedding], batches: Inputs, device: torch.device | str
+    method: Method,
+    encode: Callable[[Tensor, Tensor], Embedding],
+    batches: Inputs,
+    device: torch.device | str,
+    *,
+    frames: bool = False,
 ) -> Embedding:
+    kept = (lambda part: part.to("cpu")) if frames else _compared
     with evaluating(method):
-        return concatenate([_compared(encode(x.to(device), mask.to(device))) for x, mask in batches])
+        return concatenate([kept(encode(x.to(device), mask.to(device))) for x, mask in batches])
 
 
 @contextmanager

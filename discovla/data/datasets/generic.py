@@ -139,7 +139,7 @@ def folder_clips(root: str | Path) -> Annotations:
     root = Path(root).resolve()
     if not root.is_dir():
         raise ValueError(f"{root}: expected a folder of videos, found none")
-    tree = _Tree(root)
+    tree = FileTree(root)
     files = sorted(root / name for name in tree.files())
     texts = {path.relative_to(root).as_posix().lower(): path for path in files if _is_text(path)}
     clips, without_text, used, others, shared = [], [], set(), [], []
@@ -186,7 +186,7 @@ def _is_text(path: Path) -> bool:
     return path.suffix.lower() == ".txt"
 
 
-class _Tree:
+class FileTree:
     """The files of a folder, with those that are left out and why."""
 
     def __init__(self, root: Path) -> None:

@@ -38,6 +38,7 @@ class DecodedFrames:
     seconds: their presentation times.
     count: number of frames of the file that decode.
     rate: average frames per second, 0 where it is unknown.
+    origin: presentation time of the first frame of the file in seconds.
     problem: why decoding ended early, None if it did not.
     """
 
@@ -46,6 +47,7 @@ class DecodedFrames:
     seconds: tuple[float, ...]
     count: int
     rate: float
+    origin: float
     problem: str | None
 
     @property
@@ -104,6 +106,7 @@ def read_frames(
         seconds=tuple(index.seconds(number) for number in indices),
         count=index.count,
         rate=index.rate or 0.0,
+        origin=index.seconds(0),
         problem=index.fault() or None,
     )
 
@@ -119,8 +122,7 @@ def sampled_indices(
     fault = index.fault()
     if fault and (index.count == 0 or damaged == "refuse"):
         raise DecodeError(path, fault)
-    if index.hdr is not None and hdr == "refuse":
-        raise DecodeError(path, f"HDR video ({index.hdr}): expected SDR; data.hdr = 'tonemap' maps it to SDR")
+    check_hdr(path, index.hdr, hdr)
     rate = index.rate
     if rate is None and index.count == 1:
         rate = sampling.sample_rate  # any takes the one frame
@@ -132,6 +134,16 @@ def sampled_indices(
         return sampling.indices(index.count, rate)
     except ValueError as error:
         raise DecodeError(path, str(error)) from error
+
+
+def check_hdr(path: Path, transfer: str | None, hdr: Hdr) -> None:
+    """Refuse HDR video, with the transfer function "PQ" or "HLG", unless it is to be mapped to SDR.
+
+    Raises:
+        DecodeError: it is refused.
+    """
+    if transfer is not None and hdr == "refuse":
+        raise DecodeError(path, f"HDR video ({transfer}): expected SDR; data.hdr = 'tonemap' maps it to SDR")
 
 
 def check_decoder(name: DecoderName) -> None:

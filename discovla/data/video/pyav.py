@@ -91,21 +91,33 @@ def decode_through(
     """
     images: Images = {}
     with open_video(path) as video:
-        index = _builder(video)
+        index = index_builder(video)
         if frames is None:
             frames = set() if sampling is None else _expected_frames(path, index, sampling)
-        try:
-            for packet in video.container.demux(video.stream):
-                index.add_packet(packet)
-                for frame in packet.decode():
-                    number = index.add_frame(frame)
-                    if number in frames:
-                        images[number] = displayed_pixels(frame, index.size, transform)
-                if video.messages:
-                    index.faults += video.take_faults()
-        except FFmpegError as error:
-            index.problem = error_text(error) + (" (the file is cut off)" if is_cut_off(path) else "")
+        with noting_problem(path, index):
+            for number, frame in numbered_frames(video, index):
+                if number in frames:
+                    images[number] = displayed_pixels(frame, index.size, transform)
     return images, index.build()
+
+
+def numbered_frames(video: OpenVideo, index: FrameIndexBuilder) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode an open file to its end, adding all of it to the index; yield each frame with its number."""
+    for packet in video.container.demux(video.stream):
+        index.add_packet(packet)
+        for frame in packet.decode():
+            yield index.add_frame(frame), frame
+        if video.messages:
+            index.faults += video.take_faults()
+
+
+@contextmanager
+def noting_problem(path: Path, index: FrameIndexBuilder) -> Iterator[None]:
+    """Note an error of FFmpeg, which ends the frames of a file, in its index."""
+    try:
+        yield
+    except FFmpegError as error:
+        index.problem = error_text(error) + (" (the file is cut off)" if is_cut_off(path) else "")
 
 
 def index_video(path: Path) -> FrameIndex:
@@ -192,7 +204,7 @@ def is_cut_off(path: Path) -> bool:
     return end > size
 
 
-def _builder(video: OpenVideo) -> FrameIndexBuilder:
+def index_builder(video: OpenVideo) -> FrameIndexBuilder:
     """Return an empty index with the header of a file."""
     stream = video.stream
     base = stream.time_base
