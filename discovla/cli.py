@@ -25,6 +25,8 @@ COMMANDS = {
     "evaluate": "Measure retrieval by a trained run, or by a similarity matrix of any model.",
     "report": "Write the HTML report of a run, or of several side by side.",
     "embed": "Write the embeddings of a manifest's videos and captions.",
+    "index": "Index videos of your own, so that moments in them are found.",
+    "search": "Find moments in an index by a text, an image, a video or another moment.",
     "serve": "Serve an index: a page to search it in a browser, and an HTTP API.",
     "export": "Write the trained parameters of a run for other programs.",
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from discovla import terminal
+from discovla.batch import Embedding
 from discovla.data.config import DataConfig
 from discovla.data.manifest import Clip
 from discovla.engine.distributed import join_world
@@ -21,7 +23,7 @@ from discovla.evaluate import (
     sampling_error,
     training_captions,
 )
-from discovla.model import LoadedRun, load_run
+from discovla.model import LoadedRun, load, load_run
 from discovla.order import measure_order, order_table
 from discovla.report.writer import save_record, write_report
 from discovla.retrieval.record import EvaluationRecord
@@ -54,6 +56,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help=as_json)
     report = "also keep the results of every query in the run directory, and write its report.html"
     parser.add_argument("--report", action="store_true", help=report)
+    index = "take the embeddings of the clips from an index that `discovla index` made of the manifest"
+    parser.add_argument("--index", type=Path, metavar="INDEX", help=index)
     order = "measure instead whether captions that tell order fit a clip better than its reverse"
     parser.add_argument("--order", action="store_true", help=order)
     parser.set_defaults(run=_evaluate)
@@ -64,6 +68,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError("evaluate: --report: expected a RUN, found none")
     if (arguments.run_path is None) == (arguments.matrix is None):
         raise ValueError("evaluate: expected either a RUN or --matrix")
+    if arguments.index is not None and (arguments.matrix is not None or arguments.order):
+        raise ValueError("evaluate: --index: expected a RUN without --matrix and --order")
     if arguments.order:
         if arguments.matrix is not None or arguments.report:
             raise ValueError("evaluate: --order: expected a RUN without --matrix and --report")
@@ -92,7 +98,8 @@ def _evaluate_run(arguments: argparse.Namespace) -> None:
         bank=training_captions(options.data, split) if rerank else (),
         on_record=records.append if arguments.report else None,
     )
-    rows = evaluate(run.method.to(options.device), clips, options)
+    videos = None if arguments.index is None else _stored(arguments, clips)
+    rows = evaluate(run.method.to(options.device), clips, options, videos=videos)
     facts = {
         "run": str(arguments.run_path),
         "method": run.config.method.name,
@@ -115,6 +122,17 @@ def _evaluate_run(arguments: argparse.Namespace) -> None:
         title = f"{run.config.method.name}, step {run.step}"
         save_record(directory, use, records[0], title=title, step=run.step)
         write_report(directory)
+
+
+def _stored(arguments: argparse.Namespace, clips: Sequence[Clip]) -> Embedding:
+    """Return the embedding of clips from the index, which must be by this run."""
+    from discovla.search.index import Index  # LanceDB is an extra
+    from discovla.search.sources import SourceVideo
+
+    model = load(arguments.run_path, device=arguments.device)
+    with Index.open(arguments.index, model=model, read_only=True) as index:
+        sources = [SourceVideo(video=str(clip.video), start=clip.start, end=clip.end) for clip in clips]
+        return index.stored_embedding(sources)
 
 
 def _evaluate_order(arguments: argparse.Namespace) -> dict[str, Any]:

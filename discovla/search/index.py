@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
-from discovla.model import Model
-from discovla.retrieval.embeddings import Embeddings
-from discovla.search.records import (
-    AddReport,
-    IndexProgress,
-    IndexStatus,
-    MomentMode,
-    Query,
-    SearchResult,
-    Value,
-    VideoEntry,
-)
+import numpy as np
 
-Source = str | Path | tuple[str | Path, float, float] | Mapping[str, Any]
+from discovla.lock import WriterLock
+from discovla.model import Model, load
+from discovla.nn.features import unit
+from discovla.search import calibrate
+from discovla.search.calibrate import Calibration, standardised
+from discovla.search.changes import Change, plan
+from discovla.search.indexing import Indexer, ProgressFile, VideoReader, request_of
+from discovla.search.query import EmbeddedQuery, score
+from discovla.search.reader import IndexReader, aside
+from discovla.search.reading import Cut
+from discovla.search.records import AddReport, IndexProgress, MomentMode
+from discovla.search.sources import Source, SourceVideo, expand
+from discovla.search.store import Contents, Store, VideoRow, import_lancedb, write_settings
+
+logger = logging.getLogger(__name__)
+
+RECALIBRATE = 1.1  # factor by which the number of moments may change before probabilities are measured again
 
 
-class Index:
+class Index(IndexReader):
     """A folder with the moments of videos, embedded by one model.
 
     `create` and `open` make it.  It is a context that `close` ends.  One process at a time may write; any
@@ -36,6 +47,8 @@ class Index:
         model: str | Path | Model,
         *,
         moments: MomentMode = "shots",
+        transnet: bool = False,
+        vectors: str = "float32",
         device: str = "auto",
     ) -> Self:
         """Make an empty index.
@@ -45,37 +58,43 @@ class Index:
             model: run, checkpoint, export or plain CLIP, as in `discovla.load`, or an opened one.
             moments: how files are cut: "shots" at changes of shot, "windows" of equal length, "whole" not at
                 all.
+            transnet: find changes of shot by TransNetV2 (extra `transnet`), which decodes files once more.
+            vectors: "float32", with which the index has the scores of the model to the last digit, or
+                "float16", of half the size.
             device: as in `discovla.load`.
 
         Raises:
             ValueError: the folder is not empty, the model cannot be loaded, or LanceDB is not installed.
         """
-        raise NotImplementedError
-
-    @classmethod
-    def open(
-        cls,
-        path: str | Path,
-        *,
-        model: str | Path | Model | None = None,
-        device: str | None = None,
-        read_only: bool = False,
-    ) -> Self:
-        """Open an index.
-
-        Args:
-            model: the model of the index, if it has moved; default: loaded from where it was when it is first
-                needed.
-            device: as in `discovla.load`; default: "auto".
-            read_only: never write, also not to remove what an interrupted `add` left behind.
-
-        Raises:
-            ValueError: no index there, or the model is another one.
-        """
-        raise NotImplementedError
+        import_lancedb()
+        path = Path(path).absolute()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path}: expected an empty folder or none, to make an index in")
+        if vectors not in ("float32", "float16"):
+            raise ValueError(f"vectors: expected 'float32' or 'float16', found {vectors!r}")
+        opened = model if isinstance(model, Model) else load(model, device=device)
+        settings = {
+            "version": 1,
+            "model": opened.source,
+            "identity": json.loads(json.dumps(opened.identity())),
+            "dimension": opened.method.architecture.embed_dim,
+            "dtype": vectors,
+            "moments": moments,
+            "transnet": transnet,
+            "calibration": None,
+            "captions": [],
+        }
+        path.mkdir(parents=True, exist_ok=True)
+        Store(path, settings["dimension"], vectors).open(create=True)
+        write_settings(path, settings)
+        return cls.open(path, model=opened, device=device)
 
     def add(
-        self, videos: Sequence[Source], *, progress: Callable[[IndexProgress], None] | None = None
+        self,
+        videos: Sequence[Source],
+        *,
+        progress: Callable[[IndexProgress], None] | None = None,
+        ray: str | None = None,
     ) -> AddReport:
         """Index videos; those that are there and have not changed are left as they are.
 
@@ -83,88 +102,125 @@ class Index:
             videos: each a file, a folder, a table (.csv) or manifest (.jsonl), a (path, start, end) in
                 seconds, or a mapping with `video`, optionally `start` and `end`, and columns of the user.
             progress: called after each video.
+            ray: read and embed on a Ray cluster: its address, or "auto" for that of the environment or, if
+                there is none, one on this machine.
 
         Raises:
             LockHeld: another process is writing.
             ValueError: no video.
             OSError: the disk is full; what was written before stays.
         """
-        raise NotImplementedError
+        sources, refused = expand([videos] if isinstance(videos, str | Path) else videos)
+        return self._add(sources, refused, progress, ray)
 
-    def search(
-        self, query: Query, k: int = 10, *, where: str | None = None, merge: bool = True, exact: bool = False
-    ) -> SearchResult:
-        """Find the moments that are closest to a query.
+    def _add(
+        self,
+        sources: Sequence[SourceVideo],
+        refused: list[tuple[str, str]],
+        progress: Callable[[IndexProgress], None] | None,
+        ray: str | None = None,
+    ) -> AddReport:
+        """Index videos, see `add`; `refused` are those that cannot be named."""
+        _ = self.model  # is checked before anything is written
+        with self._writing() as lock:
+            contents = self._refreshed().contents
+            changes = plan(sources, contents)
+            self._store.append([], changes.rows)
+            indexer = Indexer(self._store, self.model, contents.next_moment, lock.check)
+            done = self._index(indexer, changes.todo, contents, progress, ray)
+            finished = self._refreshed().contents
+            if finished.stale or indexer.written:
+                self._store.compact(finished)
+                self._refreshed()
+            self._calibrate_if_changed()
+        refused = (
+            refused + changes.refused + [(row.video, row.reason) for row in done if row.state == "refused"]
+        )
+        good = {row.key: row for row in done if row.state == "indexed"}
+        seconds = sum(row.duration for row in good.values())
+        changed = sum(change.earlier is not None and change.source.key in good for change in changes.todo)
+        return AddReport(
+            added=len(good) - changed,
+            unchanged=changes.unchanged,
+            changed=changed,
+            gone=changes.gone,
+            refused=refused,
+            seconds=seconds,
+            encoding=indexer.encoding,
+        )
 
-        Args:
-            query: text, or a `TextQuery`, `ImageQuery`, `VideoQuery` or `LikeQuery`.
-            k: largest number of hits.
-            where: condition on columns, such as `year > 2020 and title like '%dog%'`.
-            merge: join neighbouring moments of a video into one hit.
-            exact: score all moments by the method's similarity; default: those with the closest pooled
-                features, where the method compares tokens.
+    def _index(
+        self,
+        indexer: Indexer,
+        todo: Sequence[Change],
+        contents: Contents,
+        progress: Callable[[IndexProgress], None] | None,
+        ray: str | None,
+    ) -> list[VideoRow]:
+        """Read, embed and write videos; return their rows."""
+        cut = _cut(self.settings)
+        requests = [request_of(change.source, cut, self.model) for change in todo]
+        ids = [contents.next_video + i for i in range(len(todo))]
+        for change, video_id in zip(todo, ids, strict=True):
+            indexer.begin(_row(change.source, video_id))
+        state, rows = ProgressFile(self.path, [change.size for change in todo], progress), []
+        data = self.model.data
+        if data.decoder == "dali" and todo:
+            logger.warning("data.decoder = 'dali' decodes batches of clips; the videos are decoded by PyAV")
+        try:
+            if ray is not None:
+                from discovla.search.ray import embed_on_cluster
 
-        Raises:
-            ValueError: an unknown moment, a condition on an unknown column, or k below 1.
-            DecodeError: the image or video of the query cannot be read.
-        """
-        raise NotImplementedError
+                for place, moments, end in embed_on_cluster(ray, self._given_path(), self._device, requests):
+                    rows.append(indexer.add_embedded(ids[place], moments, end))
+                    state.step(todo[place].size, indexer.written)
+            else:
+                reader = VideoReader(requests, workers=max(1, data.workers), limit=data.decode_seconds)
+                try:
+                    for place, item in reader:
+                        row = indexer.add(ids[place], item)
+                        if row is not None:
+                            rows.append(row)
+                            state.step(todo[place].size, indexer.written)
+                finally:
+                    reader.close()
+            indexer.finish()
+        finally:
+            state.close()
+        return rows
 
-    def embed_texts(self, texts: Sequence[str]) -> Embeddings:
-        """Embed texts by the model of the index; one row of it is `TextQuery.embedding`."""
-        raise NotImplementedError
-
-    def thumbnail(self, moment_id: int) -> bytes:
-        """Return the JPEG of a moment, at most 320 pixels wide.
-
-        Raises:
-            KeyError: no such moment.
-        """
-        raise NotImplementedError
-
-    def media_path(self, moment_id: int) -> Path:
-        """Return the file of a moment.
-
-        Raises:
-            KeyError: no such moment.
-        """
-        raise NotImplementedError
-
-    def frame_scores(self, moment_id: int, query: Query) -> list[tuple[float, float]]:
-        """Return, for each sampled frame of a moment, its seconds in the file and its cosine with the query.
-
-        Raises:
-            KeyError: no such moment.
-        """
-        raise NotImplementedError
-
-    def videos(self) -> list[VideoEntry]:
-        """Return the videos of the index, by path and start."""
-        raise NotImplementedError
-
-    def refused(self) -> list[VideoEntry]:
-        """Return the videos that could not be read, with reasons."""
-        raise NotImplementedError
-
-    def status(self) -> IndexStatus:
-        """Return what is in the index."""
-        raise NotImplementedError
-
-    def refresh(self) -> bool:
-        """Read what another process has written since; return True if anything has changed."""
-        raise NotImplementedError
+    def _given_path(self) -> str:
+        """Return the path or name of the model, which other machines load."""
+        if not self.settings["model"]:
+            raise ValueError("index: ray: expected a model that was loaded by a path or name")
+        return self.settings["model"]
 
     def remove(self, videos: Sequence[str | Path]) -> int:
         """Remove the videos with these paths, or below these folders; return their number."""
-        raise NotImplementedError
+        paths = [os.path.abspath(video) for video in videos]
+
+        def named(row: VideoRow) -> bool:
+            return any(row.video == path or row.video.startswith(path.rstrip("/") + "/") for path in paths)
+
+        return self._remove(named)
 
     def prune(self) -> int:
         """Remove the videos whose files are gone; return their number."""
-        raise NotImplementedError
+        return self._remove(lambda row: not os.path.exists(row.video))
+
+    def _remove(self, named: Callable[[VideoRow], bool]) -> int:
+        with self._writing():
+            rows = [row for row in self._refreshed().contents.videos.values() if named(row)]
+            self._store.append([], [replace(row, state="removed") for row in rows])
+            self._store.compact(self._refreshed().contents)
+            self._refreshed()
+        return len(rows)
 
     def compact(self) -> None:
         """Remove replaced moments and old versions from the disk."""
-        raise NotImplementedError
+        with self._writing():
+            self._store.compact(self._refreshed().contents)
+            self._refreshed()
 
     def rebuild(
         self,
@@ -173,19 +229,112 @@ class Index:
         moments: MomentMode | None = None,
         progress: Callable[[IndexProgress], None] | None = None,
     ) -> AddReport:
-        """Index all videos again in a folder beside this one, then take its place.
+        """Index all videos again in a folder beside this one, then take its place; close this object.
 
         Args:
             model: another model; default: the same.
             moments: another way to cut files; default: the same.
         """
-        raise NotImplementedError
+        beside, before = self.path.with_name(f".{self.path.name}.rebuild"), aside(self.path)
+        settings = self.settings
+        with self._writing() as lock:
+            rows = [row for row in self._refreshed().contents.videos.values() if row.state != "gone"]
+            shutil.rmtree(beside, ignore_errors=True)
+            fresh = Index.create(
+                beside,
+                self._given if model is None else model,
+                moments=moments or settings["moments"],
+                transnet=settings["transnet"] and moments in (None, "shots"),
+                vectors=settings["dtype"],
+                device=self._device,
+            )
+            try:
+                report = fresh._add([_source(row) for row in rows], [], progress)
+            finally:
+                fresh.close()
+            shutil.rmtree(before, ignore_errors=True)
+            self.path.rename(before)
+            beside.rename(self.path)
+            lock.move(self.path, renamed=before)
+            shutil.rmtree(before, ignore_errors=True)
+        self.close()
+        return report
 
-    def close(self) -> None:
-        """Release the lock and memory."""
-        raise NotImplementedError
+    def calibrate(self, captions: Sequence[str] | None = None) -> None:
+        """Measure the scores of captions that describe none of the videos, for probabilities.
+
+        Args:
+            captions: default: random ones of the training split of the model's run, or general sentences.
+        """
+        with self._writing():
+            self._calibrate(captions)
+
+    def _calibrate_if_changed(self) -> None:
+        calibration, moments = self._calibration(), len(self._current().contents)
+        before = 0 if calibration is None else calibration.moments
+        if not before or not before / RECALIBRATE <= moments <= before * RECALIBRATE:
+            self._calibrate(None)
+
+    def _calibrate(self, captions: Sequence[str] | None) -> None:
+        loaded = self._current()
+        if captions is None:
+            captions = self.settings["captions"]
+        if not captions:
+            run = self.model.run
+            captions = calibrate.random_captions(None if run is None else run.config)
+        self.settings["captions"], self.settings["calibration"] = list(captions), None
+        self._bank = None
+        if calibrate.enough(captions, len(loaded.contents)):
+            best = []
+            bank = self._caption_bank()
+            for row in range(len(bank)):
+                text = bank[row : row + 1]
+                query = EmbeddedQuery(pooled=unit(text.pooled[0].float()), text=text)
+                scores = score(self.model.method, loaded, query, 1)
+                best.append(standardised(scores.values[:1], scores.background)[0])
+            fitted = Calibration.fit(np.array(best), len(loaded.contents))
+            self.settings["calibration"] = asdict(fitted)
+        write_settings(self.path, self.settings)
+
+    @contextmanager
+    def _writing(self) -> Iterator[WriterLock]:
+        """Hold the lock of the folder.
+
+        Raises:
+            LockHeld: another process is writing.
+            ValueError: the index was opened to be read only.
+        """
+        if self.read_only:
+            raise ValueError(f"{self.path}: expected an index that is open for writing, it is read_only")
+        with WriterLock(self.path, "discovla index") as lock:
+            yield lock
 
 
-def columns_of(row: Mapping[str, Any]) -> dict[str, Value]:
-    """Return the user's own columns of a mapping given to `Index.add`."""
-    return {key: value for key, value in row.items() if key not in ("video", "start", "end")}
+def _cut(settings: Mapping[str, Any]) -> Cut:
+    """Return how files are cut."""
+    return "transnet" if settings["transnet"] and settings["moments"] == "shots" else settings["moments"]
+
+
+def _row(source: SourceVideo, video_id: int) -> VideoRow:
+    """Return the row of a video that has not been read."""
+    return VideoRow(
+        video_id=video_id,
+        video=source.video,
+        start=source.start,
+        end=source.end,
+        clip=source.clip,
+        size=0,
+        mtime_ns=0,
+        checksum="",
+        state="refused",
+        reason="",
+        duration=0.0,
+        moments=0,
+        columns=json.dumps(dict(source.columns), ensure_ascii=False),
+    )
+
+
+def _source(row: VideoRow) -> SourceVideo:
+    return SourceVideo(
+        video=row.video, start=row.start, end=row.end, clip=row.clip, columns=row.own_columns()
+    )

@@ -96,7 +96,7 @@ class AddReport:
 
     added: new.  changed: their file has changed, and their moments were replaced.  unchanged: left as they
     are.  gone: files of the index that are no longer there.  refused: path and reason of each video that
-    cannot be read.  seconds: of video added or replaced.
+    cannot be read.  seconds: of video added or replaced.  encoding: seconds in which the model was busy.
     """
 
     added: int
@@ -105,6 +105,7 @@ class AddReport:
     gone: int
     refused: list[tuple[str, str]]
     seconds: float = 0.0
+    encoding: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

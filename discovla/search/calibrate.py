@@ -1,0 +1,123 @@
+"""Probability that what a query asks for is in the index, from the scores of captions that are not of it.
+
+Scores of different queries have different levels, so that no single score separates hits from misses.  The
+score s of a moment is therefore measured in standard deviations of the scores that the same query gives to
+the moments of the index: z = (s - mean) / std.  The best z of captions of other videos has a Gumbel
+distribution, as the largest of many; its tail at a hit's z is the p-value that a query whose answer is not
+there has a best hit at least as good.  It becomes a probability by the bound of Sellke, Bayarri and Berger,
+P = 1 / (1 - e p log p) for p < 1 / e, which assumes that the answer is there as often as not, and which
+reaches one half at p = 1 / e; above, P falls to 0 in proportion to 1 - p.
+
+Source: Sellke, Bayarri and Berger, Calibration of p values for testing precise null hypotheses, The American
+Statistician 55 (2001), 62-71, https://doi.org/10.1198/000313001300339950
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from discovla.config import RunConfig
+from discovla.data.dataset import read_clips
+
+logger = logging.getLogger(__name__)
+
+CAPTIONS = 256  # that calibrate an index
+LEAST = 20  # moments of which a standard deviation is taken
+_EULER = 0.5772156649015329
+_SUBJECTS = (
+    *("a man", "a woman", "two children", "a dog", "a group of people", "a chef", "a musician", "a cat"),
+    *(
+        "an old lady",
+        "a football team",
+        "a red car",
+        "a train",
+        "a presenter",
+        "a diver",
+        "a horse",
+        "a crowd",
+    ),
+)
+_ACTIONS = (
+    *("is running", "sings a song", "cooks a meal", "opens a door", "talks to the camera", "falls down"),
+    *("plays a game", "draws a picture", "repairs an engine", "jumps", "dances", "sleeps", "turns around"),
+    *("waits", "reads a book", "carries a box"),
+)
+_PLACES = (
+    *("in a kitchen", "on the beach", "in the snow", "at night", "on a stage", "in a forest", "on a street"),
+    *("in an office", "under water", "in a stadium", "by a lake", "in a workshop"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Gumbel distribution of the best z of captions of other videos.
+
+    location, scale: its parameters.  count: number of captions.  moments: of the index when it was measured.
+    """
+
+    location: float
+    scale: float
+    count: int
+    moments: int
+
+    @classmethod
+    def fit(cls, best: np.ndarray, moments: int) -> Calibration:
+        """Fit the distribution to the best z of each caption, by mean and standard deviation."""
+        scale = max(float(best.std(ddof=1)) * math.sqrt(6) / math.pi, 1e-6)
+        location = float(best.mean()) - _EULER * scale
+        return cls(location=location, scale=scale, count=len(best), moments=moments)
+
+    def probability(self, z: float) -> float:
+        """Return the probability that a hit with this z is what the query asks for."""
+        p = -math.expm1(-math.exp(-(z - self.location) / self.scale))
+        if p >= 1 / math.e:
+            return 0.5 * (1 - p) / (1 - 1 / math.e)
+        return 1.0 if p <= 0 else 1 / (1 - math.e * p * math.log(p))
+
+
+def random_captions(config: RunConfig | None) -> list[str]:
+    """Return captions of videos that are not in the index: of the training split, or general sentences.
+
+    The sentences stand in for a model without a run, and for one whose manifest can no longer be read.
+    """
+    generator = random.Random(0)
+    if config is not None and config.data.stills is None:
+        try:
+            clips = read_clips(config.data, config.data.train_split)
+        except (ValueError, OSError) as error:
+            logger.warning(
+                "calibration: training captions cannot be read, general sentences are used: %s", error
+            )
+        else:
+            captions = sorted({caption for clip in clips for caption in clip.captions})
+            return generator.sample(captions, min(CAPTIONS, len(captions)))
+    every = [f"{who} {what} {where}" for who in _SUBJECTS for what in _ACTIONS for where in _PLACES]
+    return generator.sample(every, CAPTIONS)
+
+
+def standardised(scores: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Return z of scores, given those of the same query with many moments."""
+    return (scores - background.mean()) / max(float(background.std()), 1e-9)
+
+
+def note(best: float | None, hits: int) -> str:
+    """Return a line about the best hit if it is probably not what was asked for."""
+    if not hits:
+        return "nothing to search: no moment fulfils the conditions"
+    if best is not None and best < 0.5:
+        return (
+            f"probably nothing found: the best hit is right with a probability of {best:.0%}, "
+            "as captions of other videos reach such scores too"
+        )
+    return ""
+
+
+def enough(captions: Sequence[str], moments: int) -> bool:
+    """Return True if an index can be calibrated."""
+    return moments >= LEAST and len(captions) >= LEAST
