@@ -42,7 +42,7 @@ class SourceVideo:
 
     @property
     def key(self) -> tuple[str, float | None, float | None, bool]:
-        """What makes it the same source when it is added again."""
+        """Key by which it is the same source when it is added again."""
         return self.video, self.start, self.end, self.clip
 
 

@@ -62,7 +62,7 @@ class VideoRow:
 
     @property
     def key(self) -> tuple[str, float | None, float | None, bool]:
-        """What makes a source the same when it is added again."""
+        """Key by which a source is the same when it is added again."""
         return self.video, self.start, self.end, self.clip
 
     def own_columns(self) -> dict[str, Value]:
