@@ -63,7 +63,7 @@ class Scores:
 
 @dataclass
 class Loaded:
-    """What an index keeps in memory of one version of its tables."""
+    """Contents, vectors and columns of one version of the tables, in memory."""
 
     store: Store
     contents: Contents
