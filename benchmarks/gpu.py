@@ -33,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from benchmarks.cases import Case, checked_cases, timed_cases
+from benchmarks.case_lists import checked_cases, checked_tower_cases, timed_cases, timed_tower_cases
 from benchmarks.data import measure_machine
 from benchmarks.gpu_report import earlier_rows, regressions, report
 from benchmarks.measure import (
@@ -53,7 +53,7 @@ from benchmarks.peers import PEERS, Peer
 from benchmarks.step import MODELS, Comparison
 from benchmarks.step import compare as compare_steps
 from benchmarks.step import show as show_step
-from benchmarks.tower_cases import checked_tower_cases, timed_tower_cases
+from discovla.ops.cases import Case
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 
 # Largest ‖error‖ / ‖truth‖ of values and of gradients. A float32 product is three TF32 products.

@@ -20,7 +20,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from benchmarks.cases import Case, case
 from benchmarks.measure import (
     extra_gpu_bytes,
     gpu_launches,
@@ -30,6 +29,7 @@ from benchmarks.measure import (
     results_file,
     write_row,
 )
+from discovla.ops.cases import Case, case
 from discovla.ops.dispatch import Impl, KernelUnavailable
 from discovla.testing import exponent, peak_bytes
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "draw": "Draw the synthetic clips that the quickstart trains on.",
     "config": "Print every config key with its value, default, type and meaning.",
     "zero": "Print a run's DeepSpeed settings and its predicted memory per GPU.",
+    "tune": "Check and time the implementations of each op on this GPU, and print the choices.",
     "preflight": "Check every machine of a run before it starts.",
     "evaluate": "Measure retrieval by a trained run, or by a similarity matrix of any model.",
     "report": "Write the HTML report of a run, or of several side by side.",

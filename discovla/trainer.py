@@ -54,6 +54,7 @@ from discovla.report.data import RunFacts, SplitFacts, device_name, machine
 from discovla.report.writer import save_record, try_report
 from discovla.retrieval.record import EvaluationRecord
 from discovla.train_step import METHOD, TrainStep, prepare_method
+from discovla.tune import tune
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +254,7 @@ class Trainer:
         )
         self.checkpoints.find_newest()
         prepare_method(self.method, config.engine, world.device)
+        tune(config, self.method, world)
         if not config.resume:
             keep_earlier_run(config.directory, world, lock)
         clips = len(self.splits["train"]) if "train" in self.splits else len(self.loader.dataset)

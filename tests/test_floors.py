@@ -34,6 +34,7 @@ HIGH = {
     "features": 7,
     "model": 7,
     "report": 7,
+    "tune": 7,
     "corpus": 8,
     "export": 8,
     "order": 8,

@@ -60,6 +60,11 @@ class EngineConfig(BaseModel):
     as fastest on this GPU; without a measurement "compiled" if torch.compile works, else "torch". On a CPU,
     and at zero_stage 3, it is "torch"."""
 
+    tune: str = "auto"
+    """How "auto" of `impl` chooses on a GPU. "auto": at the first start check the implementations of each op
+    against float64, time them, about a minute in all, and keep the choices in the user's cache folder
+    (DISCOVLA_CACHE). "off": measure nothing. Else the file of choices that `discovla tune` has written."""
+
     memory: Memory = "auto"
     """Activations that a transformer block keeps for backward, in tower widths per token (ViT-B/32): "keep"
     9, "recompute_mlp" 5 for 16 % more work, "recompute_projections" 2 for 30 %, "recompute_blocks" 1 for 33

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import gpu
-from benchmarks.cases import case, timed_cases
+from benchmarks.case_lists import timed_cases
 from benchmarks.measure import read_rows
 from benchmarks.peers import PEERS
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
+from discovla.ops.cases import case
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"dim": 8, "dtype": torch.float32}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import checked_cases, timed_cases
+from benchmarks.case_lists import checked_cases, timed_cases
 from benchmarks.measure import measure_times, product_flops, relative_frobenius
 
 ROOT = Path(__file__).parents[2]

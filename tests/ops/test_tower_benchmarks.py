@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.case_lists import checked_tower_cases, timed_tower_cases
 from benchmarks.measure import relative_frobenius
-from benchmarks.tower_cases import checked_tower_cases, timed_tower_cases
 from discovla.ops.dispatch import IMPLEMENTATIONS
 
 SMALL = [case for case in checked_tower_cases() if case.dtype == torch.float32 and case.n <= 24]

@@ -1,15 +1,14 @@
-"""Cases of the towers' ops: the sizes of a step of 128 clips for timing, ragged sizes for checks."""
+"""Cases of the towers' ops, see `cases`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from discovla.ops.cases import TF32, Case
 from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import quantise_rows
 from discovla.ops.frame_patches import frame_patches
@@ -58,6 +57,8 @@ class TowerCase(Case):
 
     @property
     def limits(self) -> tuple[float, float]:
+        if self.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+            return TF32
         return LIMITS[self.dtype]
 
     @property
@@ -99,7 +100,7 @@ def _frozen(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> list[T
 
 
 @cache
-def _captions(n: int, device: torch.device) -> Packing:
+def packed_captions(n: int, device: torch.device) -> Packing:
     """Return a packing of lengths from 6 to 18, 12 on average."""
     lengths = torch.arange(n, device=device) * 5 % (TOKENS + 1) + TOKENS // 2
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -110,7 +111,7 @@ def _captions(n: int, device: torch.device) -> Packing:
 def _groups(n: int, rows: int, heads: int, packed: bool, device: torch.device) -> FrameGroups:
     """Group n frames or captions by up to 12; the last one is padding unless groups have one member."""
     frames = next(f for f in range(FRAMES, 0, -1) if n % f == 0)
-    packing = _captions(n, device) if packed else None
+    packing = packed_captions(n, device) if packed else None
     first = torch.arange(n, device=device) * rows if packing is None else packing.offsets[:-1].long()
     last = first if packing is None else packing.offsets[1:].long() - 1
     count = n * rows if packing is None else int(packing.offsets[-1])
@@ -187,36 +188,28 @@ def _rounded(leaves: list[Tensor], impl: Impl, apart: bool) -> Results:
     return (q, scale) if apart else q.to(scale.dtype) * scale
 
 
-def _attention(heads: int, n: int) -> Callable[[list[Tensor], Impl, bool], Results]:
-    def call(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-        packing = _captions(n, leaves[0].device) if packed else None
-        return short_attention(leaves[0], heads, packing=packing, causal=packed, impl=impl)
-
-    return call
+# heads, sequences and their rows precede what every call takes: cases are sent to other processes
+def _attention(heads: int, n: int, leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    packing = packed_captions(n, leaves[0].device) if packed else None
+    return short_attention(leaves[0], heads, packing=packing, causal=packed, impl=impl)
 
 
-def _fusion(heads: int, n: int, rows: int) -> Callable[[list[Tensor], Impl, bool], Results]:
-    def call(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-        groups = _groups(n, rows, heads, packed, leaves[0].device)
-        return temporal_fusion(leaves[0], groups, impl=impl).tensor_split([-groups.readout_rows.numel()])
-
-    return call
+def _fusion(heads: int, n: int, rows: int, leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    groups = _groups(n, rows, heads, packed, leaves[0].device)
+    return temporal_fusion(leaves[0], groups, impl=impl).tensor_split([-groups.readout_rows.numel()])
 
 
-def _readout(heads: int, n: int, rows: int) -> Callable[[list[Tensor], Impl, bool], Results]:
-    def call(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-        groups = _groups(n, rows, heads, packed, leaves[0].device)
-        readout = Readout(
-            heads=heads,
-            rows=groups.readout_rows.flatten(),
-            group=groups.readout_rows.shape[1],
-            packing=groups.packing,
-            causal=packed,
-            group_mask=groups.group_mask,
-        )
-        return readout_attention(leaves[0], leaves[1], readout, impl=impl)
-
-    return call
+def _readout(heads: int, n: int, rows: int, leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    groups = _groups(n, rows, heads, packed, leaves[0].device)
+    readout = Readout(
+        heads=heads,
+        rows=groups.readout_rows.flatten(),
+        group=groups.readout_rows.shape[1],
+        packing=groups.packing,
+        causal=packed,
+        group_mask=groups.group_mask,
+    )
+    return readout_attention(leaves[0], leaves[1], readout, impl=impl)
 
 
 def row_case(op: str, n: int, dim: int, **options) -> TowerCase:
@@ -253,12 +246,12 @@ def sequence_case(
     """Make an attention case on n sequences of `rows` rows, or of packed captions of 12 on average."""
     lengths = torch.full((n,), rows)
     if packed:
-        lengths = _captions(n, torch.device("cpu")).offsets.diff()
+        lengths = packed_captions(n, torch.device("cpu")).offsets.diff()
     shape = (int(lengths.sum()), 3 * dim) if packed else (n, rows, 3 * dim)
-    call = _attention(heads, n) if op == "short_attention" else _fusion(heads, n, rows)
+    call = partial(_attention, heads, n) if op == "short_attention" else partial(_fusion, heads, n, rows)
     pairs, shapes = float(lengths.double().square().sum()), (shape,)
     if op == "readout_attention":
-        call, pairs = _readout(heads, n, rows), float(lengths.sum())
+        call, pairs = partial(_readout, heads, n, rows), float(lengths.sum())
         shapes = ((n, dim), (*shape[:-1], 2 * dim))
     if op != "short_attention":
         pairs += FRAMES * float(lengths.sum())  # the readout rows of a group attend to each of its rows
@@ -284,51 +277,3 @@ def rounding_case(n: int, dim: int, **options) -> TowerCase:
         op="quantise_rows", call=_rounded, n=n, m=n, dim=dim, rows=1, products=0.0, shapes=((n, dim),),
         backward=False, **options,
     )  # fmt: skip
-
-
-def timed_tower_cases(suite: str) -> list[TowerCase]:
-    """Return the cases of a step of 128 clips of 12 frames: ViT-B/32; with `full` also B/16 and L/14."""
-    frames, captions = 128 * FRAMES, 128 * (FRAMES + 1)
-    cases = [
-        row_case("layer_norm", 50 * frames, 768),
-        row_case("lora_norm", 50 * frames, 768),
-        row_case("mlp", 50 * frames, 768),
-        sequence_case("short_attention", frames, 50, 768, 12),
-        sequence_case("short_attention", captions, TOKENS, 512, 8, packed=True),
-        sequence_case("temporal_fusion", frames, 50, 768, 12),
-        sequence_case("readout_attention", frames, 50, 768, 12),
-        row_case("fusion_norm", 50 * frames, 768),
-        row_case("unit_mean", frames // FRAMES, 512),
-        sequence_case("temporal_fusion", frames, TOKENS, 512, 8, packed=True),
-        patch_case(frames, 224, torch.bfloat16),
-        rounding_case(50 * frames, 768, masked=True),
-        rounding_case(50 * frames, 3072, masked=True),
-    ]
-    if suite == "small":
-        return cases
-    return [
-        *cases,
-        sequence_case("short_attention", frames, 197, 768, 12),
-        sequence_case("short_attention", frames, 257, 1024, 16),
-        sequence_case("temporal_fusion", frames, 197, 768, 12),
-        row_case("layer_norm", 257 * frames, 1024),
-        row_case("mlp", 257 * frames, 1024),
-    ]
-
-
-def checked_tower_cases() -> list[TowerCase]:
-    """Return the cases to check: ragged sizes, one tile and several, every dtype."""
-    cases = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for n, dim in ((1, 40), (7, 64), (130, 96), (1100, 512)):
-            ops = ("layer_norm", "lora_norm", "readout_lora_norm", "fusion_norm", "unit_mean", "mlp")
-            cases += [row_case(op, n, dim, dtype=dtype) for op in ops]
-            cases += [rounding_case(n, dim, dtype=dtype)]
-        for n, rows, dim, heads in ((1, 1, 16, 1), (6, 7, 40, 4), (12, 50, 128, 2), (4, 130, 128, 2)):
-            # the gradient by a query that sees one key is zero, of which no share is close
-            for op in ("short_attention", "temporal_fusion", *(["readout_attention"] if rows > 1 else [])):
-                cases += [sequence_case(op, n, rows, dim, heads, dtype=dtype)]
-        for op in ("short_attention", "temporal_fusion", "readout_attention"):
-            cases += [sequence_case(op, 24, 0, 128, 2, packed=True, dtype=dtype)]
-            cases += [sequence_case(op, 3, 257, 64, 1, dtype=dtype)]
-    return [*cases, *(patch_case(3, 2 * PATCH, dtype) for dtype in (torch.float32, torch.bfloat16))]

@@ -1,4 +1,7 @@
-"""Cases of the similarity ops for checks and timing: inputs, calls, needed work and targets."""
+"""Ops at one size: noise, the call, the error that an implementation may have, and the needed work.
+
+`discovla.tune` measures cases on a user's GPU, `benchmarks/gpu.py` all of them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
@@ -20,6 +24,12 @@ from discovla.ops.token_similarity import TokenInputs, token_similarity, token_t
 from discovla.ops.top_k import top_k
 
 Call = Callable[[list[Tensor], Impl, bool], Any]  # leaves, impl, masked -> a tensor or several
+# Largest ‖error‖ / ‖truth‖ of values and of gradients. A float32 product is three TF32 products.
+# Half-precision inputs are exact in float32, and a gradient is rounded to its input's dtype.
+BUDGET = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-5, 2e-3), torch.bfloat16: (2e-5, 8e-3)}
+TF32 = (1e-3, 4e-3)  # of float32 inputs where products may be in TF32
+STRIP = 32  # texts whose maxima are compared at once
+MARGIN = 1e-4  # maxima closer to each other than this may be exchanged by rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +75,11 @@ class Case:
         return self.op != "late_interaction"
 
     @property
-    def limits(self) -> tuple[float, float] | None:
-        """Largest errors of values and of gradients; None for those of similarities."""
-        return None
+    def limits(self) -> tuple[float, float]:
+        """Largest relative errors of values and of gradients."""
+        if self.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+            return TF32
+        return BUDGET[self.dtype]
 
     @property
     def reference_bytes(self) -> float:
@@ -87,7 +99,76 @@ class Case:
             out = self.call(leaves, impl, self.masked)
         if not self.backward:
             return [out]
-        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+        return [out.detach(), *torch.autograd.grad(out, leaves, self._direction(leaves, out))]
+
+    def _direction(self, leaves: list[Tensor], out: Tensor) -> Tensor:
+        """Return ones, and zeros for pairs with two maxima so close that rounding may exchange them.
+
+        Rounding changes such a pair's value by as little, but moves its gradient from one row to another.
+        """
+        ones = torch.ones_like(out)
+        if self.op not in ("frame_similarity", "late_interaction"):
+            return ones
+        text, video = (F.normalize(x.detach().double(), dim=-1) for x in leaves[:2])
+        masks = [
+            _mask(x) if self.masked else torch.ones_like(x[..., 0], dtype=torch.bool) for x in (text, video)
+        ]
+        for first in range(0, len(text), STRIP):
+            rows = slice(first, first + STRIP)
+            match = torch.einsum("tid,vjd->tvij", text[rows], video)
+            real = masks[0][rows, None, :, None] & masks[1][None, :, None, :]
+            match = match.masked_fill(~real, -2)
+            for axis in (2, 3) if self.op == "frame_similarity" else (3,):
+                if match.shape[axis] > 1:
+                    best = match.topk(2, axis).values
+                    gap = best.select(axis, 0) - best.select(axis, 1)
+                    ones[rows][((gap < MARGIN) & (best.select(axis, 1) > -2)).any(-1)] = 0
+        return ones
+
+    def truth(self, leaves: list[Tensor]) -> list[Tensor]:
+        """Return the reference in float64 on the same numbers."""
+        wide = [x.detach().double().requires_grad_(self.backward) for x in leaves]
+        return self.run(wide, "reference")
+
+    def errors(self, impl: Any, leaves: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
+        """Return relative errors: of the value, of the worst gradient, and of the value's worst entry."""
+        (got, *gradients), (value, *true_gradients) = self.run(leaves, impl), truth
+        if self.scaled:  # the derivative by the scale is a sum of numbers that nearly cancel
+            gradients, true_gradients = gradients[:-1], true_gradients[:-1]
+        gradient_errors = [
+            _relative(g, w)
+            for g, w in zip(gradients, true_gradients, strict=True)
+            if w.double().norm() > 1e-9
+        ]
+        worst = (got.double() - value).abs().max() / value.abs().max().clamp(min=1e-30)
+        return {
+            "err_fro": _relative(got, value) if value.double().norm() > 1e-9 else 0.0,
+            "err_gradient": max(gradient_errors, default=0.0),
+            "err_max": worst.item(),
+        }
+
+    def step(self, leaves: list[Tensor], impl: Any) -> list[Tensor]:
+        """Compute the results and the gradients of their sum, for timing."""
+        return gradients_of(self, leaves, lambda leaves: self.call(leaves, impl, self.masked))
+
+
+def gradients_of(case: Case, leaves: list[Tensor], function: Callable[[list[Tensor]], Any]) -> list[Tensor]:
+    """Return the results of a function, and with `case.backward` the gradients of their sum."""
+    with torch.set_grad_enabled(case.backward):
+        out = function(leaves)
+    if not case.backward:
+        return [out]
+    results = [out] if isinstance(out, Tensor) else list(out)
+    ones = [torch.ones_like(x) for x in results]
+    gradients = torch.autograd.grad(results, leaves, ones, allow_unused=True)
+    return [*(x.detach() for x in results), *(g for g in gradients if g is not None)]
+
+
+def _relative(x: Tensor, truth: Tensor) -> float:
+    """Return ‖x - truth‖ / ‖truth‖; infinite if x is not finite."""
+    truth = truth.double()
+    error = ((x.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
 
 
 def _mask(x: Tensor) -> Tensor:
@@ -191,63 +272,3 @@ def case(op: str, n: int, *, m: int = 0, frames: tuple[int, int] = (1, 1), dim: 
     of_parts |= {"token_similarity": parts, "soft_vlad": (parts[0], (5, dim), (5, dim))}
     shapes = of_parts.get(op, pooled)
     return Case(op=op, call=CALLS[op], n=n, m=m, frames=frames, dim=dim, shapes=shapes, **options)
-
-
-def timed_cases(suite: str) -> list[Case]:
-    """Return the cases to time, the smallest first; those of `small` take less than a second on a GPU."""
-    f, half = (12, 12), torch.bfloat16
-    cases = [
-        case(op, n, frames=f if op != "info_nce" else (1, 1), dtype=dtype)
-        for n in (16, 128, 512, 1024)
-        for op in ("info_nce", "frame_similarity", "alignment_losses", "late_interaction")
-        for dtype in (torch.float32, half)
-    ]
-    cases += [case(op, 1000, backward=False) for op in ("rank_of_positive", "top_k")]
-    if suite == "small":
-        return cases
-    return [
-        *cases,
-        case("rank_of_positive", 59_800, m=1000, backward=False, target_ms=1),
-        case("frame_similarity", 4096, frames=f, backward=False, target_ms=5.2, target_gb=0.3),
-        case("frame_similarity", 4096, frames=f, target_ms=25, target_gb=0.3),
-        case("alignment_losses", 4096, frames=f, target_ms=27, target_gb=0.5),
-        case("late_interaction", 4096, frames=f),
-        case("info_nce", 4096),
-        case("info_nce", 16_384),
-        case("info_nce", 65_536, target_ms=40, target_gb=0.2),
-        case("rank_of_positive", 100_000, backward=False, target_ms=20),
-        case("top_k", 1000, m=100_000, backward=False),
-        case("alignment_losses", 16_384, frames=f),
-    ]
-
-
-def checked_cases() -> list[Case]:
-    """Return the cases to check: ragged sizes, every dtype, and bf16 products from 4096 pairs on."""
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    cases = []
-    for dtype in dtypes:
-        for n in (1, 7, 63, 130, 1100):
-            for op in ("info_nce", "rank_of_positive", "top_k"):
-                cases += [case(op, n, dim=65, dtype=dtype, masked=masked) for masked in (False, True)]
-        for n, frames in (
-            (1, (1, 1)),
-            (7, (12, 12)),
-            (63, (7, 1)),
-            (130, (3, 63)),
-            (20, (63, 130)),
-            (300, (12, 12)),
-        ):
-            ops = (
-                "frame_similarity",
-                "alignment_losses",
-                "late_interaction",
-                "token_similarity",
-                "soft_vlad",
-            )
-            cases += [case(op, n, frames=frames, dim=65, dtype=dtype) for op in ops]
-            if dtype == torch.float32:
-                cases += [case(op, n, frames=frames, dim=65, dtype=dtype, masked=True) for op in ops]
-    large = {"info_nce": (1, 1), "frame_similarity": (2, 2), "alignment_losses": (2, 2)}
-    large["late_interaction"] = (2, 2)
-    cases += [case(op, 4100, frames=frames, dim=64) for op, frames in large.items()]
-    return cases
