@@ -263,7 +263,7 @@ def measured(
     begin = reported = time.monotonic()
     with Sandbox(measure, limit=limit) as sandbox:
         for number, (plan, impl) in enumerate(pairs := list(_candidates(plans)), 1):
-            named = {"name": plan.case.name, "impl": impl}
+            named: dict[str, Any] = {"name": plan.case.name, "impl": impl}
             if reason := dispatch.unavailable(plan.case.op, impl, device, ()):
                 results.append(Measurement(**named, failure=f"unavailable: {reason}"))
                 continue
@@ -274,7 +274,7 @@ def measured(
                 reported = time.monotonic()
                 logger.info("tuning %d of %d: %s, %s", number, len(pairs), plan.case.name, impl)
             choices = chosen([results])
-            pair = {"case": plan.case, "checked": plan.checked, "impl": impl}
+            pair: dict[str, Any] = {"case": plan.case, "checked": plan.checked, "impl": impl}
             candidate = Candidate(**pair, device=device, tf32=tf32, choices=choices, clock=clock)
             results.append(_isolated(sandbox, candidate))
             if results[-1].failure:
@@ -339,7 +339,7 @@ def machine_key(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         key |= {"gpu": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}
-        key["driver"] = str(torch._C._cuda_getDriverVersion())
+        key["driver"] = str(torch._C._cuda_getDriverVersion())  # pyright: ignore[reportAttributeAccessIssue]
     return key
 
 

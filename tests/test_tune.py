@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from discovla.ops import dispatch
 from discovla.ops.tower_cases import row_case
 from discovla.ops.unit_mean import unit_mean
 from discovla.tune import (
+    Candidate,
     Measurement,
     chosen,
     format_table,
@@ -24,7 +26,7 @@ from discovla.tune import (
     read_table,
     table_path,
 )
-from tests import tune_candidates
+from tests import steps, tune_candidates
 from tests.ops.counting import counted
 
 KEY = {"gpu": "NVIDIA Test", "torch": torch.__version__, "cases": "fake"}
@@ -206,6 +208,30 @@ def test_a_real_op_is_measured_in_the_interpreter_and_then_runs_as_chosen(monkey
         mean = unit_mean(x)
     assert counts.stores > 0, "the kernel ran"
     torch.testing.assert_close(mean, unit_mean(x, impl="reference"))
+
+
+def test_the_cases_of_a_run_can_be_sent_checked_and_timed():
+    """Each case with plain torch, and blocks with each implementation that a CPU has."""
+    method = steps.make("discovla").float()
+    method.compute_dtype = torch.float32
+    data = type("Data", (), {"frames": 2, "context_length": 32})
+    config = type("Config", (), {"batch_size": 4, "data": data})
+    plans = tune.cases_of_run(config, method, world_size=2)
+    ops = [plan.case.op for plan in plans]
+    assert {"mlp", "lora_norm", "layer_norm", "short_attention", "alignment_losses"} < set(ops)
+    assert ops[-2:] == ["block", "block"] and "block" not in ops[:-2]
+    for plan in plans:
+        for impl in ("torch", "ops", "reference") if plan.case.op == "block" else ("reference",):
+            candidate = Candidate(
+                case=plan.case,
+                checked=plan.checked,
+                impl=impl,
+                device="cpu",
+                clock=tune_candidates.triton_first,
+            )
+            result = tune.measure(pickle.loads(pickle.dumps(candidate)))
+            assert not result.failure, (plan.case.name, impl, result)
+            assert result.ms == 5.0 and result.problem[0].split()[0] == plan.case.op
 
 
 def test_a_run_on_a_cpu_measures_nothing():
