@@ -53,7 +53,7 @@ from discovla.engine.distributed import join_world
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.model import load_run
-from discovla.towers.architecture import config_from_architecture
+from discovla.towers.configs import config_from_architecture
 from discovla.towers.weights import DRAWN_CLIP, read_drawn_clip
 from discovla.train_step import TrainStep, set_precision
 

@@ -25,7 +25,7 @@ from discovla.model import ADAPTER, LoadedRun
 from discovla.nn.features import widen
 from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD
 from discovla.tensor_files import write_tensors
-from discovla.towers.architecture import config_from_architecture
+from discovla.towers.configs import config_from_architecture
 from discovla.towers.weights import clip_names, load_weights, write_drawn_clip
 
 # names that open_clip reads from a folder "local-dir:OUT"

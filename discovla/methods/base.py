@@ -30,7 +30,7 @@ from discovla.ops.unit_mean import unit_mean
 from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.text import TextTower
 from discovla.towers.vision import MakeBlock, Pixels, VisionTower
-from discovla.towers.weights import clip_names, openai_name, openai_weights
+from discovla.towers.weights import clip_names, openai_weights
 
 # CLIP's parameters before its first blocks, which `freeze_embeddings` keeps as they are
 EMBEDDINGS = r"vision\.(\w+_embedding|ln_pre\..*)$|text\.(token_embedding\..*|position_embedding)$"
@@ -83,7 +83,7 @@ class Method(nn.Module):
                 config.merge, config.merging, tokens=tokens, width=shape.width, blocks=shape.layers
             )
         self.text = TextTower(architecture, text_block or self._blocks("text"))
-        self.logit_scale = LogitScale()
+        self.logit_scale = LogitScale(bias=architecture.logit_bias)
         basis = config.temporal == "basis"
         self.temporal = TemporalBasis(architecture.embed_dim, config.temporal_terms) if basis else None
         self.compute_dtype = torch.float32
@@ -521,11 +521,12 @@ class Method(nn.Module):
 
     def plain_weights(self) -> dict[str, Tensor]:
         """Weights of the CLIP inside, by OpenAI's names, with LoRA merged; heads and fusion are left out."""
-        weights = openai_weights(self, self.architecture)
-        for name, module in self.named_modules():
-            if isinstance(module, Attention) and isinstance(module.lora, LoRA):
-                weights[openai_name(f"{name}.qkv.weight")] += module.lora.delta().detach()
-        return weights
+        updates = {
+            f"{name}.qkv.weight": module.lora.delta().detach()
+            for name, module in self.named_modules()
+            if isinstance(module, Attention) and isinstance(module.lora, LoRA)
+        }
+        return openai_weights(self, self.architecture, updates)
 
     def fingerprint(self) -> dict[str, Any]:
         """Sizes, options and a checksum of frozen weights; a checkpoint of other values is refused."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from discovla.methods.base import Method
-from discovla.towers.weights import clip_names, misfit_text, openai_name, read_weights
+from discovla.towers.names import openai_name
+from discovla.towers.weights import clip_names, misfit_text, read_weights
 
 # our names -> OpenAI's, inside a block
 BLOCK_NAMES = (

@@ -15,15 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from discovla.nn import padded_attention
-from discovla.nn.layers import ACTIVATIONS, LayerNorm, Linear, ReadoutAdapter, frozen_unquantised
+from discovla.nn.layers import (
+    ACTIVATIONS,
+    BlockActivation,
+    LayerNorm,
+    LayerScale,
+    Linear,
+    ReadoutAdapter,
+    UnbiasedKeys,
+    frozen_unquantised,
+)
 from discovla.nn.layout import Residual, SequenceLayout, TokenMerge
 from discovla.nn.lora import LoRA
 from discovla.nn.memory import in_memory_mode, recomputing
 from discovla.nn.recompute import normed_lora_projection, quick_gelu_mlp
-from discovla.ops.dispatch import Impl, compiled
+from discovla.nn.rotation import rotate
+from discovla.ops.dispatch import Impl, compiled, warn_once
 from discovla.ops.fp8_mlp import FP8MLPWeights, fp8_mlp
 from discovla.ops.lora_norm import LoRAWeights, lora_norm, lora_projection, lora_weights
-from discovla.ops.mlp import Activation, MLPWeights, mlp
+from discovla.ops.mlp import MLPWeights, mlp
 from discovla.ops.readout_attention import Readout, readout_attention
 from discovla.ops.readout_lora_norm import readout_lora_norm, readout_lora_projection
 from discovla.ops.short_attention import short_attention
@@ -35,13 +45,21 @@ QKV = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockShape:
-    """Sizes of one block: width, heads, width of the MLP, activation, epsilon of the layer norms."""
+    """Sizes of one block: width, heads, width of the MLP, activation, epsilon of the layer norms.
+
+    key_bias: False for keys without a bias (EVA).
+    inner_norm: True for norms of what the output projection and the second layer of the MLP read (EVA-02).
+    layer_scale: True for a trained factor of each channel of both updates.
+    """
 
     width: int
     heads: int
     mlp_width: int
-    activation: Activation = "quick_gelu"
+    activation: BlockActivation = "quick_gelu"
     eps: float = 1e-5
+    key_bias: bool = True
+    inner_norm: bool = False
+    layer_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -73,7 +91,7 @@ class Block(nn.Module):
         def attention(x: Tensor, update: Tensor | None) -> tuple[Tensor, ...]:
             x, qkv = self.attention.project(x, update, self.ln_1, layout)
             keys = () if merge is None else (self.attention.mean_keys(qkv),)
-            return x, self.attention.attend(qkv, layout), *keys
+            return x, self.attention.attend(self.attention.rotated(qkv, layout), layout), *keys
 
         def mlp(x: Tensor, update: Tensor, *keys: Tensor) -> Residual | tuple[Tensor, TokenMerge]:
             if merge is not None:
@@ -133,8 +151,10 @@ class Attention(nn.Module):
     def __init__(self, shape: BlockShape) -> None:
         super().__init__()
         self.heads = shape.heads
-        self.qkv = Linear(shape.width, 3 * shape.width)
+        self.qkv = (Linear if shape.key_bias else UnbiasedKeys)(shape.width, 3 * shape.width)
+        self.ln_inner = LayerNorm(shape.width, eps=shape.eps) if shape.inner_norm else None
         self.out = Linear(shape.width, shape.width)
+        self.layer_scale = LayerScale(shape.width) if shape.layer_scale else None
         self.lora: LoRA | None = None
 
     def forward(self, y: Tensor, layout: SequenceLayout) -> Tensor:
@@ -199,11 +219,24 @@ class Attention(nn.Module):
         linears = [part.qkv.weights(dtype) for part in attentions]
         return lora_weights(linears, loras, x=x, dtype=dtype, impl=impl)
 
+    def rotated(self, qkv: QKV, layout: SequenceLayout) -> QKV:
+        """Turn queries and keys by the layout's rotary embedding, if it has one."""
+        if layout.rotation is None:
+            return qkv
+        if isinstance(qkv, tuple):  # queries of the readout rows, which are not turned
+            return qkv[0], rotate(qkv[1], self.heads, layout.rotation, parts=1)
+        return rotate(qkv, self.heads, layout.rotation, parts=2)
+
     def attend(self, qkv: QKV, layout: SequenceLayout) -> Tensor:
         """Attention within each sequence and the output projection, n l w or t w; in a last block n w."""
         if isinstance(qkv, tuple):
-            return self.out(self._attend_readout(*qkv, layout))
-        return self.out(self._attend(qkv, layout))
+            return self.output(self._attend_readout(*qkv, layout))
+        return self.output(self._attend(qkv, layout))
+
+    def output(self, heads: Tensor) -> Tensor:
+        """Map the results of all heads, ... w, to an update of the residual stream."""
+        update = self.out(heads if self.ln_inner is None else self.ln_inner(heads))
+        return update if self.layer_scale is None else self.layer_scale(update)
 
     def _attend(self, qkv: Tensor, layout: SequenceLayout) -> Tensor:
         impl = layout.attention_impl
@@ -238,17 +271,32 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(activation(up y))."""
+    """down(activation(up y)).
+
+    With "swiglu", `up` gives a gate and a value side by side, and the activation is silu(gate) value.
+    """
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        self.up = Linear(shape.width, shape.mlp_width)
+        gated = shape.activation == "swiglu"
+        self.up = Linear(shape.width, shape.mlp_width * (2 if gated else 1))
+        self.ln_inner = LayerNorm(shape.mlp_width, eps=shape.eps) if shape.inner_norm else None
         self.down = Linear(shape.mlp_width, shape.width)
-        self.activation: Activation = shape.activation
+        self.layer_scale = LayerScale(shape.width) if shape.layer_scale else None
+        self.activation: BlockActivation = shape.activation
 
     def forward(self, y: Tensor, impl: Impl = "torch") -> Tensor:
-        up, down = self.up.fp8, self.down.fp8
-        options = {"activation": self.activation, "output_needed": not recomputing()}
+        update = self._update(y, impl)
+        return update if self.layer_scale is None else self.layer_scale(update)
+
+    def _update(self, y: Tensor, impl: Impl) -> Tensor:
+        activation, up, down = self.activation, self.up.fp8, self.down.fp8
+        if self.ln_inner is not None or activation in ("gelu_tanh", "swiglu"):
+            if impl != "torch":
+                warn_once(f"mlp: plain torch instead of the kernel: it has no {activation} or no inner norm")
+            hidden = ACTIVATIONS[activation](self.up(y))
+            return self.down(hidden if self.ln_inner is None else self.ln_inner(hidden))
+        options = {"activation": activation, "output_needed": not recomputing()}
         if up is not None and down is not None:
             fp8_weights = FP8MLPWeights(up=up, up_bias=self.up.bias, down=down, down_bias=self.down.bias)
             return fp8_mlp(y, fp8_weights, impl=self.up.fp8_impl, **options)
@@ -256,7 +304,7 @@ class MLP(nn.Module):
             (up, up_bias), (down, down_bias) = self.up.weights(y.dtype), self.down.weights(y.dtype)
             weights = MLPWeights(up=up, up_bias=up_bias, down=down, down_bias=down_bias)
             return mlp(y, weights, impl=impl, **options)
-        if self.activation == "quick_gelu" and frozen_unquantised(self.up, self.down):
+        if activation == "quick_gelu" and frozen_unquantised(self.up, self.down):
             weights = self.up.weights(y.dtype), self.down.weights(y.dtype)
             return quick_gelu_mlp(y, *weights, output_needed=not recomputing())
-        return self.down(ACTIVATIONS[self.activation](self.up(y)))
+        return self.down(ACTIVATIONS[activation](self.up(y)))

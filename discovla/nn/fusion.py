@@ -78,7 +78,7 @@ class FusionAttention(Attention):
         else:
             groups = self._groups(qkv, layout)
             fused = temporal_fusion(qkv, groups, position=self.frame_position, impl=layout.impl)
-        return self.out(fused)
+        return self.output(fused)
 
     def readout_adapter(self, x: Tensor, layout: SequenceLayout) -> ReadoutAdapter | None:
         if not layout.group or layout.attention_impl == "torch":
@@ -92,13 +92,13 @@ class FusionAttention(Attention):
             local, group = padded_attention.fusion_readout_attention(
                 *qkv, self.frame_position, self.heads, layout
             )
-            ungrouped, grouped = self.out(local).tensor_split([layout.ungrouped])
-            fused = self.adapter(grouped) + self.out(group)
+            ungrouped, grouped = self.output(local).tensor_split([layout.ungrouped])
+            fused = self.adapter(grouped) + self.output(group)
             return torch.cat([ungrouped, fused]) if ungrouped.shape[0] else fused
         local, group = padded_attention.fusion_attention(qkv, self.frame_position, self.heads, layout)
-        local = self.out(local)
+        local = self.output(local)
         rows, readout = local.flatten(0, -2), layout.readout_rows(local.shape[1])[layout.ungrouped :]
-        fused = self.adapter(take_rows(rows, readout)) + self.out(group)
+        fused = self.adapter(take_rows(rows, readout)) + self.output(group)
         return rows.index_copy(0, readout, fused).view(local.shape)
 
     def _groups(self, qkv: Tensor, layout: SequenceLayout) -> FrameGroups:

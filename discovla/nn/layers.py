@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor, outputs: slice | None = None) -> Tensor:
         """Map ... i to ... o; `outputs` selects some of the o."""
-        fp8, bias = self.fp8, self.bias if outputs is None else self.bias[outputs]
+        fp8, bias = self.fp8, self.whole_bias() if outputs is None else self.whole_bias()[outputs]
         if fp8 is not None:
             fp8 = fp8 if outputs is None else fp8[outputs]
             return fp8_linear(input, fp8, bias, impl=self.fp8_impl)
@@ -54,7 +55,37 @@ class Linear(nn.Linear):
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias in `dtype`."""
-        return self.weight.to(dtype), self.bias.to(dtype)
+        return self.weight.to(dtype), self.whole_bias().to(dtype)
+
+    def whole_bias(self) -> Tensor:
+        """The bias of all outputs."""
+        return self.bias
+
+
+class UnbiasedKeys(Linear):
+    """A projection to queries, keys and values whose keys have no bias; `bias` holds the other two, 2w."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.bias = nn.Parameter(torch.zeros(2 * outputs // 3))
+
+    def whole_bias(self) -> Tensor:
+        query, value = self.bias.chunk(2)
+        return torch.cat([query, torch.zeros_like(query), value])
+
+
+class LayerScale(nn.Module):
+    """A trained factor of each channel.
+
+    Source: CaiT (arXiv 2103.17239), section 2.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +161,27 @@ def quick_gelu(x: Tensor) -> Tensor:
     return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The approximation of GELU by tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) value of a gate and a value side by side, ... 2m -> ... m.
+
+    Source: GLU Variants Improve Transformer (arXiv 2002.05202).
+    """
+    gate, value = x.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+BlockActivation = Literal["quick_gelu", "gelu", "gelu_tanh", "swiglu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "swiglu": swiglu,
+}
 
 
 def frozen(*modules: nn.Module) -> bool:

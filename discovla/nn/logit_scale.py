@@ -9,17 +9,25 @@ from torch import Tensor, nn
 
 START = math.log(1 / 0.07)
 LIMIT = math.log(100)
+BIAS_START = -10.0  # of the sigmoid loss
 
 
 class LogitScale(nn.Module):
-    """s = exp(log).  A module, so that ZeRO-3 gathers the parameter when it is used.
+    """s = exp(log), and the bias of logits of the sigmoid loss.
 
-    Source: CLIP (arXiv 2103.00020), section 2.5: starts at 1 / 0.07 and is clipped at 100.
+    A module, so that ZeRO-3 gathers the parameters when they are used.
+
+    Args:
+        bias: add `bias`, which starts at -10.
+
+    Source: CLIP (arXiv 2103.00020), section 2.5: starts at 1 / 0.07 and is clipped at 100; SigLIP
+    (arXiv 2303.15343), section 3.2.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, bias: bool = False) -> None:
         super().__init__()
         self.log = nn.Parameter(torch.tensor(START))
+        self.bias = nn.Parameter(torch.tensor(BIAS_START)) if bias else None
 
     def forward(self) -> Tensor:
         return self.log.exp()

@@ -1,36 +1,139 @@
-"""Sizes of a CLIP, from open_clip's name, its config or a state dict."""
+"""Description of two towers: their sizes, and what is around their blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
 
 from torch import Tensor
 
 from discovla.nn.block import BlockShape
+from discovla.nn.layers import BlockActivation
+from discovla.nn.rotation import Rotation
 from discovla.ops.mlp import Activation
+from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD
+
+Pool = Literal["class", "mean", "attention", "latent"]
+Resize = Literal["shortest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerShape:
-    """Sizes of one transformer: width, number of layers, heads, width of the MLP."""
+    """Sizes of one transformer: width, number of layers, heads, width of the MLP.
+
+    activation: of its MLPs; None for the architecture's.
+    eps, key_bias, inner_norm, layer_scale: as in `BlockShape`; eps holds for the norms around the blocks too.
+    """
 
     width: int
     layers: int
     heads: int
     mlp_width: int
+    activation: BlockActivation | None = None
+    eps: float = 1e-5
+    key_bias: bool = True
+    inner_norm: bool = False
+    layer_scale: bool = False
 
-    def block(self, activation: Activation) -> BlockShape:
-        """Shape of its blocks."""
-        return BlockShape(width=self.width, heads=self.heads, mlp_width=self.mlp_width, activation=activation)
+    def block(self, activation: BlockActivation) -> BlockShape:
+        """Shape of its blocks; `activation` is that of the architecture."""
+        return BlockShape(
+            width=self.width,
+            heads=self.heads,
+            mlp_width=self.mlp_width,
+            activation=self.activation or activation,
+            eps=self.eps,
+            key_bias=self.key_bias,
+            inner_norm=self.inner_norm,
+            layer_scale=self.layer_scale,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameTokens:
+    """Parts of a vision tower around its blocks; the defaults are CLIP's.
+
+    class_row: a learned row comes before the patches.
+    class_position: the table of positions has a row for the class row.
+    rotation: rotary embedding of the patches beside the table.
+    norm_before: a layer norm before the blocks.
+    patch_bias: the patch embedding has a bias.
+    stem: three convolutions instead of one linear patch embedding (MobileCLIP).
+    pool: what the feature of a frame is made of: the "class" row, the "mean" of the patches, "attention" of a
+        learned query over all rows and an MLP (SigLIP's MAP), or "latent" (CoCa): attention of the first of
+        many queries over normed rows, in the width of the features.
+    pool_heads, pool_mlp_width: of the pools with attention.
+    projection, projection_bias: the last linear map to the joint space, and its bias.
+    names: library that names the weights.
+    """
+
+    class_row: bool = True
+    class_position: bool = True
+    rotation: Rotation | None = None
+    norm_before: bool = True
+    patch_bias: bool = False
+    stem: bool = False
+    pool: Pool = "class"
+    pool_heads: int = 0
+    pool_mlp_width: int = 0
+    projection: bool = True
+    projection_bias: bool = False
+    names: Literal["open_clip", "timm"] = "open_clip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionTokens:
+    """Parts of a text tower around its blocks; the defaults are CLIP's.
+
+    causal: a token sees itself and earlier ones only.
+    readout: the token whose row is the caption's feature: the "largest" id, the first token with `end_id`
+        ("end"), the "last" or "first" of the context, or a "class" token after it (CoCa).
+    padding_id: id of padding, which "class" hides.
+    projection, projection_bias: the last linear map to the joint space, and its bias.
+    tokenizer: as in `data.tokens`.
+    start_token: captions begin with a token that is no word.
+    """
+
+    causal: bool = True
+    readout: Literal["largest", "end", "last", "first", "class"] = "largest"
+    end_id: int = 2
+    padding_id: int = 0
+    projection: bool = True
+    projection_bias: bool = False
+    tokenizer: str = "clip"
+    start_token: bool = True
+
+    @property
+    def reads_padding(self) -> bool:
+        """True if the feature depends on padding, so that it has to be computed in the whole context."""
+        return not self.causal or self.readout not in ("largest", "end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Frames as the tower was trained with them.
+
+    mean, std: of each channel of pixels in [0, 1].
+    resize: "shortest" resizes the short side and cuts out the middle square, "squash" changes the aspect.
+    interpolation: of the resize.
+    """
+
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    resize: Resize = "shortest"
+    interpolation: Interpolation = "bicubic"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A dual-tower CLIP with a plain vision transformer.
+    """Two transformers that map frames and captions to one space.
 
     embed_dim: joint width d.  image_size, patch_size: pixels.  context_length: text positions.
+    activation: of the MLPs of both towers, unless a tower names its own.
+    frames, captions: what is around the blocks.  preprocessing: of frames.
+    logit_bias: True if the model was trained with the sigmoid loss, whose logits have a bias.
     """
 
     embed_dim: int
@@ -41,11 +144,28 @@ class Architecture:
     activation: Activation
     vision: TowerShape
     text: TowerShape
+    frames: FrameTokens = FrameTokens()
+    captions: CaptionTokens = CaptionTokens()
+    preprocessing: Preprocessing = Preprocessing()
+    logit_bias: bool = False
+
+    @property
+    def side(self) -> int:
+        """Number of patches of a side of an image; pixels beyond the last whole patch are not seen."""
+        return self.image_size // self.patch_size
 
     @property
     def patches(self) -> int:
         """Number of patches of an image, without the class token."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
+
+    @property
+    def plain(self) -> bool:
+        """True for OpenAI's CLIP: no field but the sizes and the activation differs from its default."""
+        tower = {"width", "layers", "heads", "mlp_width"}
+        own = self.to_dict()
+        extra = {"frames", "captions", "logit_bias"} & set(own)
+        return not extra and set(own["vision"]) <= tower and set(own["text"]) <= tower
 
     def joint_block(self) -> BlockShape:
         """Shape of blocks of heads on joint features: the text tower's, at the joint width.
@@ -62,98 +182,44 @@ class Architecture:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to plain values, for a checkpoint or a file."""
-        return asdict(self)
+        """Convert to plain values, for a checkpoint or a file; fields at their defaults are left out."""
+        return _plain_values(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Architecture:
         """The inverse of `to_dict`."""
-        towers = {side: TowerShape(**values[side]) for side in ("vision", "text")}
-        return Architecture(**{**values, **towers})
+        parts = {
+            "vision": TowerShape,
+            "text": TowerShape,
+            "frames": FrameTokens,
+            "captions": CaptionTokens,
+            "preprocessing": Preprocessing,
+        }
+        read: dict[str, Any] = dict(values)
+        for name, part in parts.items():
+            if name in read:
+                read[name] = part(**{key: _tuple(value) for key, value in read[name].items()})
+        rotation = read["frames"].rotation if "frames" in read else None
+        if isinstance(rotation, Mapping):
+            read["frames"] = replace(read["frames"], rotation=Rotation(**rotation))
+        return Architecture(**read)
 
 
-# keys of a plain CLIP ViT in open_clip's model configs; any other key means another architecture
-VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
-TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
-PLAIN_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
+def _plain_values(value: Any) -> dict[str, Any]:
+    """Fields of a dataclass that differ from their defaults, as JSON has them."""
+    plain = {}
+    for field in fields(value):
+        own = getattr(value, field.name)
+        if own == field.default:
+            continue
+        plain[field.name] = _plain_values(own) if is_dataclass(own) else own
+        if isinstance(own, tuple):
+            plain[field.name] = list(own)
+    return plain
 
 
-def architecture_from_config(name: str, config: Mapping[str, Any]) -> Architecture:
-    """Read sizes from an open_clip model config.
-
-    Args:
-        name: of the model, for messages.
-        config: as in open_clip's model_configs/*.json.
-
-    Raises:
-        ValueError: the config describes something other than a plain CLIP ViT; the offending key is named.
-    """
-    vision, text = config.get("vision_cfg"), config.get("text_cfg")
-    if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
-        raise ValueError(
-            f"{name}: expected vision_cfg and text_cfg, found {', '.join(map(str, config)) or 'nothing'}"
-        )
-    other = {
-        *(set(config) - PLAIN_KEYS),
-        *(f"vision_cfg.{k}" for k in set(vision) - VISION_KEYS),
-        *(f"text_cfg.{k}" for k in set(text) - TEXT_KEYS),
-    }
-    if other or not isinstance(vision.get("layers"), int):
-        keys = ", ".join(sorted(other)) or f"vision_cfg.layers={vision.get('layers')}"
-        raise ValueError(f"{name}: expected a plain CLIP ViT, found {keys}")
-    required = ("embed_dim", "vision_cfg.image_size", "vision_cfg.width", "vision_cfg.patch_size")
-    required += ("text_cfg.width", "text_cfg.layers", "text_cfg.heads")
-    given = {**config, **{f"vision_cfg.{k}": v for k, v in vision.items()}}
-    given |= {f"text_cfg.{k}": v for k, v in text.items()}
-    for key in required:
-        if type(given.get(key)) is not int or given[key] < 1:
-            raise ValueError(f"{name}: {key}: expected a whole number above 0, found {given.get(key)!r}")
-    width = vision["width"]
-    return Architecture(
-        embed_dim=config["embed_dim"],
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        context_length=text.get("context_length", 77),
-        vocab_size=text.get("vocab_size", 49408),
-        activation="quick_gelu" if config.get("quick_gelu") else "gelu",
-        vision=TowerShape(
-            width=width,
-            layers=vision["layers"],
-            heads=width // vision.get("head_width", 64),
-            mlp_width=int(width * vision.get("mlp_ratio", 4.0)),
-        ),
-        text=TowerShape(
-            width=text["width"],
-            layers=text["layers"],
-            heads=text["heads"],
-            mlp_width=int(text["width"] * text.get("mlp_ratio", 4.0)),
-        ),
-    )
-
-
-def config_from_architecture(architecture: Architecture) -> dict[str, Any]:
-    """The inverse of `architecture_from_config`."""
-    vision, text = architecture.vision, architecture.text
-    return {
-        "embed_dim": architecture.embed_dim,
-        "quick_gelu": architecture.activation == "quick_gelu",
-        "vision_cfg": {
-            "image_size": architecture.image_size,
-            "patch_size": architecture.patch_size,
-            "width": vision.width,
-            "layers": vision.layers,
-            "head_width": vision.width // vision.heads,
-            "mlp_ratio": vision.mlp_width / vision.width,
-        },
-        "text_cfg": {
-            "context_length": architecture.context_length,
-            "vocab_size": architecture.vocab_size,
-            "width": text.width,
-            "heads": text.heads,
-            "layers": text.layers,
-            "mlp_ratio": text.mlp_width / text.width,
-        },
-    }
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def architecture_from_state_dict(state: Mapping[str, Tensor], activation: Activation) -> Architecture:

@@ -1,4 +1,4 @@
-"""CLIP's text transformer."""
+"""The text transformer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ Tokens = tuple[Tensor, Tensor]  # ids, int64, and the mask of real tokens, bool
 
 
 class TextTower(nn.Module):
-    """embed -> blocks -> project; the readout token of a caption is end-of-text, the largest id.
+    """embed -> blocks -> project.
 
-    Captions are packed: padding is not computed.
+    What is around the blocks is described by `Architecture.captions`; CLIP reads a caption from end-of-text,
+    the largest id.  Captions are packed, and padding is not computed, unless the tower reads it.
 
     impl, memory: how blocks are computed and what they keep for backward; see `ops.dispatch`, `nn.memory`.
     distinct: compute identical captions once below the first block that fuses; on a GPU this syncs.  It pays
@@ -42,41 +43,82 @@ class TextTower(nn.Module):
 
     def __init__(self, architecture: Architecture, make_block: MakeBlock | None = None) -> None:
         super().__init__()
-        shape = architecture.text
+        shape, self.form = architecture.text, architecture.captions
         make_block = make_block or (lambda layer: Block(shape.block(architecture.activation)))
         # from_pretrained: the default initialisation of nn.Embedding imports torch._dynamo
         table = torch.empty(architecture.vocab_size, shape.width)
         self.rows: PackedRows = {}
         self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        self.position_embedding = nn.Parameter(torch.empty(architecture.context_length, shape.width))
+        self.context_length = architecture.context_length
+        last = self.form.readout == "class"  # a class token after the context
+        self.class_embedding = nn.Parameter(torch.empty(shape.width)) if last else None
+        self.position_embedding = nn.Parameter(torch.empty(self.context_length + last, shape.width))
         self.blocks = nn.ModuleList(make_block(layer) for layer in range(shape.layers))
         self.plan = MemoryPlan(shape.layers)
-        self.ln_final = LayerNorm(shape.width)
-        self.projection = nn.Parameter(torch.empty(shape.width, architecture.embed_dim))
+        self.ln_final = LayerNorm(shape.width, eps=shape.eps)
+        projection = nn.Parameter(torch.empty(shape.width, architecture.embed_dim))
+        self.projection = projection if self.form.projection else None
+        bias = nn.Parameter(torch.zeros(architecture.embed_dim))
+        self.projection_bias = bias if self.form.projection_bias else None
 
     def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Token ids n l to tokens n l w."""
-        length = ids.shape[1]
-        if length > len(self.position_embedding):
-            raise ValueError(f"ids: expected at most {len(self.position_embedding)} tokens, got {length}")
-        return (self.token_embedding(ids) + self.position_embedding[:length]).to(dtype)
+        """Token ids n l to tokens n l w; with a class token after them n l+1 w.
+
+        Raises:
+            ValueError: more tokens than the context, or fewer where padding is read.
+        """
+        length, most = ids.shape[1], self.context_length
+        if length > most:
+            raise ValueError(f"ids: expected at most {most} tokens, got {length}")
+        if self.form.reads_padding and length < most:
+            raise ValueError(f"ids: expected {most} tokens, of which padding is read, got {length}")
+        x = self.token_embedding(ids)
+        if self.class_embedding is not None:
+            x = torch.cat([x, self.class_embedding.to(x.dtype).expand(len(x), 1, -1)], 1)
+        return (x + self.position_embedding[: x.shape[1]]).to(dtype)
 
     def project(self, x: Residual) -> Tensor:
         """Norm and project rows of width w to joint features of width d."""
         y = self.ln_final.norm_residual(x, self.impl)
-        return y @ self.projection.to(y.dtype)
+        if self.projection is not None:
+            y = y @ self.projection.to(y.dtype)
+        return y if self.projection_bias is None else y + self.projection_bias.to(y.dtype)
+
+    def readout(self, ids: Tensor) -> Tensor:
+        """Place of the token that a caption is read from, n, int64."""
+        match self.form.readout:
+            case "largest":
+                return ids.argmax(-1)
+            case "end":
+                return (ids == self.form.end_id).int().argmax(-1)
+            case "first":
+                return ids.new_zeros(len(ids))
+            case "last":
+                return ids.new_full((len(ids),), self.context_length - 1)
+            case "class":
+                return ids.new_full((len(ids),), self.context_length)
 
     def layout(self, ids: Tensor, mask: Tensor | None, group: int = 0, ungrouped: int = 0) -> SequenceLayout:
         """Layout of captions for the blocks, packed if there is a mask; arguments as in `forward`.
 
         Raises:
-            ValueError: the mask hides an end-of-text token.
+            ValueError: the mask hides the token that a caption is read from.
         """
-        end = ids.argmax(-1, keepdim=True)
+        end = self.readout(ids)[:, None]
+        key_mask = None
+        if self.form.readout == "class":  # as open_clip's CoCa: key i is seen if token i - 1 is no padding
+            real = ids != self.form.padding_id
+            key_mask = torch.cat([real.new_ones(len(ids), 1), real], 1)
         padded = SequenceLayout(
-            causal=True, group=group, ungrouped=ungrouped, readout=end[:, 0], impl=self.impl
+            causal=self.form.causal,
+            key_mask=key_mask,
+            group=group,
+            ungrouped=ungrouped,
+            readout=end[:, 0],
+            fusion_key_mask=key_mask,
+            impl=self.impl,
         )
-        if mask is None:
+        if mask is None or self.form.reads_padding:
             return padded
         packed, num_rows = self._packed_tokens(mask)
         packing = Packing.from_mask(packed, num_rows).to(ids.device)
@@ -134,13 +176,16 @@ class TextTower(nn.Module):
             ids: n l, int64.
             mask: n l, bool, true on real tokens.  Padding is neither visible nor computed, and its words are
                 those of some real token.  None: the causal mask alone, as in CLIP; padding, which comes last,
-                sees padding.  With ids on a GPU, a mask on the CPU avoids a sync.
+                sees padding.  With ids on a GPU, a mask on the CPU avoids a sync.  A tower that reads padding
+                does not use it.
             group: number of neighbouring captions that make one sample in fusion blocks; 0 for none.
             ungrouped: number of captions before the groups; not with `words`.
             dtype: to compute in.
         """
-        if mask is None and not words and not group:
-            mask = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(-1)[:, None]
+        if self.form.reads_padding:
+            mask = None
+        elif mask is None and not words and not group:
+            mask = torch.arange(ids.shape[1], device=ids.device) <= self.readout(ids)[:, None]
         if self.distinct and mask is not None and not words:
             return self._forward_distinct(ids, mask, group, ungrouped, dtype)
         layout, x = self.layout(ids, mask, group, ungrouped), self._embed_packed(ids, mask, dtype)
@@ -148,6 +193,8 @@ class TextTower(nn.Module):
         if not words:
             return x
         pooled = layout.read(x)
+        if self.class_embedding is not None:
+            x = x[:, :-1]
         if mask is not None:
             row = (self._packed_tokens(mask)[0].flatten().cumsum(0) - 1).view(ids.shape)
             x = x[row.to(ids.device, non_blocking=True)]

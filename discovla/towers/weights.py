@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 import urllib.error
 import urllib.request
@@ -21,31 +22,19 @@ from torch import Tensor, nn
 
 from discovla import torchvision_cpu
 from discovla.foreign import describe, nested, read_jit, read_json, read_safetensors, read_torch, recognise
-from discovla.nn.logit_scale import START
+from discovla.nn.logit_scale import BIAS_START, START
 from discovla.tensor_files import write_tensors
-from discovla.towers.architecture import Architecture, architecture_from_config, architecture_from_state_dict
+from discovla.towers.architecture import Architecture, architecture_from_state_dict
+from discovla.towers.configs import architecture_from_config
+from discovla.towers.names import stored_names, unused_names
 from discovla.towers.text import TextTower
 from discovla.towers.vision import VisionTower
 
 log = logging.getLogger(__name__)
 
 DRAWN_CLIP = Path(__file__).parent.parent / "assets" / "drawn_clip.safetensors"
-# our names -> OpenAI's, applied in this order
-OPENAI_NAMES = (
-    ("logit_scale.log", "logit_scale"),
-    ("vision.patch_embedding", "visual.conv1.weight"),
-    ("vision.projection", "visual.proj"),
-    ("vision.", "visual."),
-    ("text.projection", "text_projection"),
-    ("text.", ""),
-    ("position_embedding", "positional_embedding"),
-    ("blocks.", "transformer.resblocks."),
-    ("attention.qkv.", "attn.in_proj_"),
-    ("attention.out.", "attn.out_proj."),
-    ("mlp.up.", "mlp.c_fc."),
-    ("mlp.down.", "mlp.c_proj."),
-)
 VISION_POSITIONS = ("vision.class_embedding", "vision.position_embedding")
+LAYER_SCALE_START = 1e-4  # as open_clip's only config with layer scales
 CONNECT_SECONDS = 5.0  # for a server to answer
 READ_SECONDS = 60.0  # without a byte after which a download is given up
 EXPECTED = "a file of CLIP weights (a state dict)"
@@ -279,22 +268,32 @@ def load_weights(model: nn.Module, architecture: Architecture, weights: Mapping[
     Raises:
         ValueError: weights are missing, unexpected or of another shape; the first few are named.
     """
-    names = {openai_name(name): name for name in clip_names(architecture)}
     own = model.state_dict(keep_vars=True)
-    misfits = misfit_text(
-        missing=[n for n in names if n not in weights],
-        unexpected=[n for n in weights if n not in names],
-        shapes=[
-            f"{n}: expected {tuple(own[ours].shape)}, found {tuple(weights[n].shape)}"
-            for n, ours in names.items()
-            if n in weights and not _fits(weights[n], own[ours])
-        ],
-    )
+    stored = stored_names(architecture, clip_names(architecture))
+    expected = {part: None for form in stored.values() for part in form.names}
+    unused = re.compile(unused_names(architecture))
+    missing = [part for part in expected if part not in weights]
+    unexpected = [n for n in weights if n not in expected and not unused.fullmatch(n)]
+    read: dict[str, Tensor] = {}
+    shapes = []
+    for ours, form in stored.items():
+        if any(part in missing for part in form.names):
+            continue
+        try:
+            tensor = form.read(weights)
+        except RuntimeError:
+            tensor = torch.empty(0)  # parts that do not fit each other
+        if _fits(tensor, own[ours]):
+            read[ours] = tensor
+        else:
+            found = ", ".join(str(tuple(weights[part].shape)) for part in form.names)
+            shapes.append(f"{form.names[0]}: expected {tuple(own[ours].shape)}, found {found}")
+    misfits = misfit_text(missing=missing, unexpected=unexpected, shapes=shapes)
     if misfits:
         raise ValueError(f"weights do not fit the architecture: {misfits}")
     with torch.no_grad():
-        for theirs, ours in names.items():
-            own[ours].copy_(weights[theirs].reshape(own[ours].shape))
+        for ours, tensor in read.items():
+            own[ours].copy_(tensor.reshape(own[ours].shape))
 
 
 def misfit_text(
@@ -313,25 +312,27 @@ def _fits(tensor: Tensor, own: Tensor) -> bool:
     return tensor.shape == own.shape or tensor.numel() == own.numel() == 1
 
 
-def openai_weights(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
-    """Copy the weights of the plain CLIP inside a model, by OpenAI's names: the inverse of `load_weights`."""
-    own = model.state_dict()
-    return {openai_name(name): own[name].detach().clone() for name in clip_names(architecture)}
+def openai_weights(
+    model: nn.Module, architecture: Architecture, updates: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Copy the weights of the towers inside a model, by open_clip's names: the inverse of `load_weights`.
+
+    Args:
+        updates: by our names, to be added to the weights.
+    """
+    own, updates, weights = model.state_dict(), updates or {}, {}
+    for name, form in stored_names(architecture, clip_names(architecture)).items():
+        tensor = own[name].detach()
+        weights |= form.write(tensor + updates[name] if name in updates else tensor)
+    return weights
 
 
 def clip_names(architecture: Architecture) -> list[str]:
-    """List our names of the parameters of a plain CLIP."""
+    """List our names of the parameters of both towers and the logit scale."""
     with torch.device("meta"):
         towers = {"vision": VisionTower(architecture), "text": TextTower(architecture)}
     names = [f"{side}.{name}" for side, tower in towers.items() for name in tower.state_dict()]
-    return [*names, "logit_scale.log"]
-
-
-def openai_name(name: str) -> str:
-    """Convert our name of a parameter of a plain CLIP to OpenAI's, which is open_clip's too."""
-    for ours, theirs in OPENAI_NAMES:
-        name = name.replace(ours, theirs)
-    return name
+    return [*names, "logit_scale.log", *(["logit_scale.bias"] if architecture.logit_bias else [])]
 
 
 def initialise(
@@ -352,15 +353,25 @@ def initialise(
                 std = position_std
             if std is not None:
                 own[name].normal_(0, std, generator=generator)
-            elif name == "logit_scale.log":
-                own[name].fill_(START)
             else:
-                own[name].fill_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
+                own[name].fill_(_initial_constant(name))
+
+
+def _initial_constant(name: str) -> float:
+    """Initial value of a parameter that starts at a constant."""
+    if name == "logit_scale.log":
+        return START
+    if name == "logit_scale.bias":
+        return BIAS_START
+    if name.endswith("layer_scale.gamma"):
+        return LAYER_SCALE_START
+    return 1.0 if name.endswith(("weight", "running_var")) else 0.0
 
 
 def _initial_std(name: str, width: int, layers: int) -> float | None:
     """Standard deviation of a parameter's initial values; None for a constant."""
-    if name.endswith("bias") or ".ln_" in name or name == "logit_scale.log":
+    constants = ("bias", "gamma", "running_mean", "running_var", "bn.weight", "pool.ln.weight")
+    if name.endswith(constants) or ".ln_" in name or name == "logit_scale.log":
         return None
     if name == "text.token_embedding.weight":
         return 0.02

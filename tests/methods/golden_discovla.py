@@ -15,7 +15,8 @@ from discovla.batch import Batch
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.testing import tiny_architecture
 from discovla.towers.architecture import Architecture, TowerShape
-from discovla.towers.weights import load_weights, openai_name
+from discovla.towers.names import openai_name
+from discovla.towers.weights import load_weights
 
 RELEASED = (
     ("attention.lora.a", "attn.TVPt_LoRA_a"),

@@ -10,7 +10,7 @@ from discovla.batch import Batch
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.testing import noise_batch, relative_error, tiny_architecture
-from discovla.towers.architecture import architecture_from_config
+from discovla.towers.configs import architecture_from_config
 from discovla.towers.weights import initialise, load_weights
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from discovla.drawn_world.wording import token_ids
 from discovla.methods import build
 from discovla.methods.clip import CLIPConfig
-from discovla.towers.architecture import architecture_from_config
+from discovla.towers.configs import architecture_from_config
 from discovla.towers.weights import DRAWN_CLIP, ModelConfig
 
 CONFIG = Path(__file__).parents[2] / "configs/drawn_clip.json"
