@@ -32,6 +32,7 @@ RESULTS = "results.json"  # of a finished run
 # options of the data that decide the batches of a run; the others may change when it is resumed
 BATCH_OPTIONS = (
     *("frames", "sampling", "sample_rate", "sampling_divisor", "sampling_slice", "context_length"),
+    *("tokenizer", "resize", "interpolation"),
     *("augment", "long_captions", "damaged", "hdr", "reversed_pairs", "order_words", "exchanges"),
 )
 

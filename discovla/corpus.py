@@ -54,7 +54,12 @@ def embed_manifest(
         OSError: a file cannot be written.
     """
     out, clips = Path(out), read_manifest(manifest, split=split)
-    check_captions(clips, model.data.context_length, long=model.data.long_captions)
+    check_captions(
+        clips,
+        model.data.context_length,
+        long=model.data.long_captions,
+        tokenizer=model.data.tokenizer,
+    )
     part = -(-part // model.batch_size) * model.batch_size
     if (out / REFUSED).is_file() and not (out / "parts").exists():
         _claim(out, model, clips, part)

@@ -20,6 +20,7 @@ from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip
 from discovla.data.quarantine import QUARANTINE_HINT, without_quarantined
 from discovla.data.video.errors import DecodeError
+from discovla.inputs import check_inputs
 from discovla.methods.base import Method
 from discovla.ops.top_k import top_k
 from discovla.retrieval.embed import embed_texts, embed_videos, in_order
@@ -95,7 +96,8 @@ def evaluate(
     if not clips:
         raise ValueError("evaluation: expected at least one clip, found none")
     data = options.data
-    check_captions(clips, data.context_length, long=data.long_captions)
+    check_inputs(method.architecture, data)
+    check_captions(clips, data.context_length, long=data.long_captions, tokenizer=data.tokenizer)
     captions = [caption for clip in clips for caption in clip.captions]
     groups = np.repeat(np.arange(len(clips)), [len(clip.captions) for clip in clips])
     text = _embed_texts(method, captions, options)
@@ -300,7 +302,12 @@ def _embed_texts(
 ) -> Embedding:
     """Embed all captions, each process its share."""
     share = _share(len(captions), options)
-    batches = text_batches([captions[i] for i in share], options.data.context_length, options.batch_size)
+    batches = text_batches(
+        [captions[i] for i in share],
+        options.data.context_length,
+        options.batch_size,
+        options.data.tokenizer,
+    )
     with terminal.progress(options.name, len(share), unit) as bar:
         embedding = embed_texts(method, terminal.counted(batches, bar), options.device)
     return _gather(share, embedding, len(captions), options)

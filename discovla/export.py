@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from discovla.batch import Embedding
 from discovla.config import RunConfig
 from discovla.data.dataset import read_clips
-from discovla.data.tokens import Tokenizer
+from discovla.data.tokens import make_tokenizer
 from discovla.data.video.errors import DecodeError
 from discovla.drawn_world.wording import token_ids
 from discovla.engine.distributed import choose_device
@@ -23,7 +23,6 @@ from discovla.methods.base import Method
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.model import ADAPTER, LoadedRun
 from discovla.nn.features import widen
-from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD
 from discovla.tensor_files import write_tensors
 from discovla.towers.configs import config_from_architecture
 from discovla.towers.weights import clip_names, load_weights, write_drawn_clip
@@ -90,8 +89,8 @@ def export_open_clip(run: LoadedRun, out: Path, loss: Loss | None = None) -> lis
         "preprocess_cfg": {
             "size": architecture.image_size,
             "mode": "RGB",
-            "mean": CLIP_MEAN,
-            "std": CLIP_STD,
+            "mean": architecture.preprocessing.mean,
+            "std": architecture.preprocessing.std,
             "interpolation": "bicubic",
             "resize_mode": "shortest",
         },
@@ -123,7 +122,9 @@ def export_programs(run: LoadedRun, out: Path) -> list[Path]:
     shape = (2, data.frames, size, size, 3)
     frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     frame_mask = torch.arange(data.frames) < torch.tensor([[data.frames], [max(1, data.frames - 1)]])
-    ids, _ = Tokenizer(length).encode(["a red circle", "two blue boxes turn to the left"])
+    ids, _ = make_tokenizer(length, data.tokenizer).encode(
+        ["a red circle", "two blue boxes turn to the left"]
+    )
     inputs = {"video": (frames, frame_mask), "text": (ids,)}
     description = json.dumps({"frames": data.frames, "image_size": size, "context_length": length})
     vision, text = method.vision.impl, method.text.impl

@@ -27,6 +27,7 @@ from discovla.engine import checkpoint
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import choose_device
 from discovla.foreign import read_tensors
+from discovla.inputs import check_inputs, tower_inputs
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
@@ -92,6 +93,7 @@ class Model:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+        check_inputs(method.architecture, data)
         self.method, self.data, self.batch_size, self.run = method.eval(), data, batch_size, run
         self.source = source
         self.device, self.precision = choose_device(device), precision
@@ -185,11 +187,12 @@ class Model:
             raise ValueError("texts: expected at least one, found none")
         data = self.data
         queries = Clip(id="texts", video=Path(), captions=tuple(texts), split="")
-        check_captions([queries], data.context_length, long=data.long_captions)
+        check_captions([queries], data.context_length, long=data.long_captions, tokenizer=data.tokenizer)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             with terminal.progress("embedding", len(texts), "texts", show=progress) as bar:
-                yield from terminal.counted(text_batches(texts, data.context_length, self.batch_size), bar)
+                tokens = text_batches(texts, data.context_length, self.batch_size, data.tokenizer)
+                yield from terminal.counted(tokens, bar)
 
         return Embeddings.of(embed_texts(self.method, batches(), self.device))
 
@@ -226,7 +229,7 @@ def load(
     name = str(path)
     if name.startswith(PLAIN):
         method = build(_plain_config(name), CLIPConfig(tune="frozen"))
-        config = DataConfig(manifest=Path(), context_length=method.architecture.context_length)
+        config = DataConfig.model_validate({"manifest": Path(), **tower_inputs(method.architecture)})
         run, size = None, 64
     else:
         run = load_run(path)

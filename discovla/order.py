@@ -104,7 +104,7 @@ def _ordered(frames: Tensor, mask: Tensor, change: str) -> Tensor:
 
 
 def _texts(method: Method, captions: Sequence[str], options: EvalOptions) -> Embedding:
-    batches = text_batches(captions, options.data.context_length, options.batch_size)
+    batches = text_batches(captions, options.data.context_length, options.batch_size, options.data.tokenizer)
     return embed_texts(method, batches, options.device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from discovla.batch import Batch
+from discovla.nn.rotation import Rotation
 from discovla.ops.mlp import Activation
-from discovla.towers.architecture import Architecture, TowerShape
+from discovla.towers.architecture import Architecture, CaptionTokens, FrameTokens, TowerShape
 
 
 def tiny_architecture(activation: Activation = "quick_gelu") -> Architecture:
@@ -27,6 +29,54 @@ def tiny_architecture(activation: Activation = "quick_gelu") -> Architecture:
         vision=TowerShape(width=32, layers=2, heads=2, mlp_width=128),
         text=TowerShape(width=24, layers=2, heads=2, mlp_width=96),
     )
+
+
+def tiny_towers() -> dict[str, Architecture]:
+    """Return towers of every kind in the sizes of `tiny_architecture`, by the name of a family."""
+    clip = tiny_architecture("gelu")
+    vision, pool = clip.vision, {"pool": "attention", "pool_heads": 2, "pool_mlp_width": 64}
+    pe = FrameTokens(rotation=Rotation(grid=2, offset=1.0, order="xy"), projection_bias=True, **pool)
+    siglip = FrameTokens(
+        class_row=False, class_position=False, norm_before=False, patch_bias=True, projection=False, **pool
+    )
+    eva = {"activation": "swiglu", "key_bias": False, "inner_norm": True, "eps": 1e-6}
+    return {
+        "clip": clip,
+        "pe": replace(clip, frames=pe),
+        "siglip": replace(
+            clip,
+            embed_dim=vision.width,
+            vision=replace(vision, activation="gelu_tanh"),
+            frames=siglip,
+            captions=CaptionTokens(
+                causal=False, readout="last", projection_bias=True, tokenizer="gemma", start_token=False
+            ),
+            logit_bias=True,
+        ),
+        "eva": replace(
+            clip,
+            vision=replace(vision, **eva),
+            frames=FrameTokens(rotation=Rotation(grid=2), norm_before=False, patch_bias=True),
+        ),
+        "mobileclip": replace(
+            clip,
+            image_size=32,
+            patch_size=16,
+            frames=FrameTokens(class_position=False, norm_before=False, stem=True),
+        ),
+        "coca": replace(
+            clip,
+            frames=FrameTokens(pool="latent", pool_heads=2),
+            captions=CaptionTokens(readout="class"),
+        ),
+        "clipa": replace(
+            clip,
+            vision=replace(vision, layer_scale=True),
+            frames=FrameTokens(norm_before=False, pool="mean"),
+            captions=CaptionTokens(causal=False, readout="last"),
+        ),
+        "metaclip": replace(clip, captions=CaptionTokens(readout="end", end_id=clip.vocab_size - 1)),
+    }
 
 
 def noise_batch(architecture: Architecture, *, size: int = 4, frames: int = 3, seed: int = 0) -> Batch:

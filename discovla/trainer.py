@@ -44,6 +44,7 @@ from discovla.engine.transfers import BatchCopier, LateNumbers
 from discovla.errors import PeerLost, RunStopped, exit_process, is_connection_lost
 from discovla.evaluate import EvalOptions, evaluate
 from discovla.features import frozen_loader, why_not_frozen
+from discovla.inputs import check_inputs
 from discovla.lock import LockHeld, WriterLock
 from discovla.methods import build
 from discovla.methods.base import Method
@@ -612,9 +613,8 @@ class Trainer:
 
 def make_loader(config: RunConfig, method: Method, clips: list[Clip], world: World) -> TrainLoader:
     """Make the loader of the training clips, or of drawn stills if the config has them."""
-    data, longest = config.data, method.architecture.context_length
-    if data.context_length > longest:
-        raise ValueError(f"data.context_length: expected at most {longest}, found {data.context_length}")
+    data = config.data
+    check_inputs(method.architecture, data)
     spec = BatchSpec(
         batch_size=config.batch_size,
         rank=world.rank,

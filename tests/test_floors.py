@@ -28,6 +28,7 @@ HIGH = {
     "config": 6,
     "drawn_world": 6,
     "errors": 6,
+    "inputs": 6,
     "train_step": 6,
     "checkpoints": 7,
     "evaluate": 7,

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from discovla.data.sampling import Sampler, Slice
-from discovla.data.video.frames import Damaged, Hdr
+from discovla.data.tokens import split_tokenizer
+from discovla.data.video.frames import Damaged, Hdr, Interpolation, Resize
 
 Augment = Literal["none", "light", "randaugment", "resized_crop"]
 FULL_SIZE = ("randaugment", "resized_crop")  # augmentations that are applied before frames are resized
@@ -67,7 +68,19 @@ class DataConfig(BaseModel):
     """Which frames are kept if a clip has more than `frames`: `even`, `first` or `last`; `clip4clip` only."""
 
     context_length: int = Field(default=32, ge=2)
-    """Tokens of a caption, start and end included."""
+    """Tokens of a caption, start and end included; all of the model's where its text tower reads padding."""
+
+    tokenizer: str = "clip"
+    """Tokenizer of captions: "clip", "siglip", "siglip-i18n", "gemma" (SigLIP 2), "xlm-v" (MetaCLIP 2), "mt5"
+    or "bert" (CLIPA), as the model needs.  All but "clip" need the package `tokenizers` and a file, which is
+    downloaded once, or named: "gemma:/path/to/tokenizer.json"."""
+
+    resize: Resize = "shortest"
+    """Resize of frames, as the model needs: `shortest` resizes the short side and cuts out the middle square,
+    `squash` changes the aspect."""
+
+    interpolation: Interpolation = "bicubic"
+    """Interpolation of the resize, as the model needs: `bicubic` or `bilinear`."""
 
     augment: Augment = "none"
     """Augmentation of training frames, the same for all frames of a clip: `none`, `light` (brightness and
@@ -136,6 +149,12 @@ class DataConfig(BaseModel):
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value  # an empty path would mean the current folder
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _known_tokenizer(cls, value: str) -> str:
+        split_tokenizer(value)
+        return value
 
     @field_validator("decoder", mode="before")
     @classmethod

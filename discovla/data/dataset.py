@@ -25,7 +25,7 @@ from discovla.data.order import OrderWords, read_order_words
 from discovla.data.quarantine import without_quarantined
 from discovla.data.sampling import clip_sampling, slice_indices
 from discovla.data.shards.reader import Shards, open_shards
-from discovla.data.tokens import Tokenizer
+from discovla.data.tokens import make_tokenizer
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import (
     FileDecoder,
@@ -133,6 +133,8 @@ class FileClipReader:
             path=clip.video,
             sampling=clip_sampling(config, clip, seed),
             image_size=self.image_size,
+            resize=config.resize,
+            interpolation=config.interpolation,
             augment=augment,
             seed=seed or "",
             damaged=config.damaged,
@@ -163,7 +165,8 @@ class ShardClipReader:
         augment = "none" if seed is None else self.config.augment
         transform = None
         if self._shards.settings.size is None or augment in FULL_SIZE:
-            transform = frame_transform(augment, seed or "", self.image_size)
+            options = self.config.resize, self.config.interpolation
+            transform = frame_transform(augment, seed or "", self.image_size, *options)
         sampling = clip_sampling(self.config, clip, seed)
         frames = self._shards.frames(clip, sampling, transform, damaged=self.config.damaged)
         return draw_light(seed or "")(frames) if augment == "light" else frames
@@ -188,7 +191,8 @@ class ArrayClipReader:
             return self._files.read(clip, seed)
         frames = self._arrays[clip.id]
         kept = slice_indices(list(range(len(frames))), self.config.frames, "even")
-        return np.stack([resize_and_crop(Image.fromarray(frames[i]), self._size) for i in kept])
+        options = self._size, self.config.resize, self.config.interpolation
+        return np.stack([resize_and_crop(Image.fromarray(frames[i]), *options) for i in kept])
 
 
 def clip_reader(clips: Sequence[Clip], config: DataConfig, image_size: int, *, training: bool) -> ClipReader:
@@ -204,6 +208,7 @@ def clip_reader(clips: Sequence[Clip], config: DataConfig, image_size: int, *, t
     shards = None if config.shards is None else open_shards(config.shards)
     if shards is not None:
         _check_shards(shards, clips, config, image_size, training=training)
+    _check_resize(shards, config)
     if decodes_by_dali(config):
         return DaliClipReader(config, image_size, shards)
     return (
@@ -222,6 +227,17 @@ def _check_shards(
     size = None if training and config.augment in FULL_SIZE else image_size
     seed = "" if training else None
     shards.check(clips, lambda clip: clip_sampling(config, clip, seed), size=size)
+
+
+def _check_resize(shards: Shards | None, config: DataConfig) -> None:
+    """Refuse a resize that DALI, or the writer of shards of the model's size, does not do."""
+    if (config.resize, config.interpolation) == ("shortest", "bicubic"):
+        return
+    wanted = f"data.resize = {config.resize!r} with data.interpolation = {config.interpolation!r}"
+    if decodes_by_dali(config):
+        raise ValueError(f"decoder: expected 'pyav' or 'torchcodec' for {wanted}, found 'dali'")
+    if shards is not None and shards.settings.size is not None:
+        raise ValueError(f"shards: expected whole frames (--size full) for {wanted}, found {shards.root}")
 
 
 def decodes_by_dali(config: DataConfig) -> bool:
@@ -326,7 +342,13 @@ def clip_dataset(
         ValueError: a clip, a caption or the shards cannot be used.
     """
     check_clips(clips, frames=config.frames if frame_captions else None, files=config.shards is None)
-    check_captions(clips, context_length, long=config.long_captions, frame_captions=frame_captions)
+    check_captions(
+        clips,
+        context_length,
+        long=config.long_captions,
+        frame_captions=frame_captions,
+        tokenizer=config.tokenizer,
+    )
     if frame_captions and config.sampling != "discovla":
         raise ValueError(
             "sampling: expected 'discovla', whose frames the frame captions describe (method.alpha or "
@@ -472,12 +494,19 @@ def read_splits(config: DataConfig) -> dict[str, list[Clip]]:
     for use in ("val", "test"):
         if use in splits:
             check_clips(splits[use], files=config.shards is None)
-            check_captions(splits[use], config.context_length, long=config.long_captions)
+            check_captions(
+                splits[use], config.context_length, long=config.long_captions, tokenizer=config.tokenizer
+            )
     return splits
 
 
 def check_captions(
-    clips: Sequence[Clip], context_length: int, *, long: LongCaptions, frame_captions: bool = False
+    clips: Sequence[Clip],
+    context_length: int,
+    *,
+    long: LongCaptions,
+    frame_captions: bool = False,
+    tokenizer: str = "clip",
 ) -> int:
     """Return the number of captions longer than the context.
 
@@ -485,23 +514,24 @@ def check_captions(
         context_length: tokens of a caption, start and end included.
         long: `error` refuses long captions, `truncate` logs how many will be cut.
         frame_captions: check frame captions too.
+        tokenizer: as in `DataConfig`.
 
     Raises:
         ValueError: captions are longer and long = "error"; the first is named.
     """
-    tokenizer = Tokenizer(context_length)
+    tokens = make_tokenizer(context_length, tokenizer)
     long_captions = [
         (clip.id, text)
         for clip in clips
         for text in dict.fromkeys(_all_texts(clip, frame_captions))
-        if tokenizer.length(text) > context_length
+        if tokens.length(text) > context_length
     ]
     if not long_captions:
         return 0
     clip_id, text = long_captions[0]
     message = (
         f"captions: expected at most {context_length} tokens, found {len(long_captions)} longer captions, "
-        f"the first of clip {clip_id!r} with {tokenizer.length(text)}: {text[:80]!r}"
+        f"the first of clip {clip_id!r} with {tokens.length(text)}: {text[:80]!r}"
     )
     if long == "error":
         raise ValueError(f"{message}; long_captions = 'truncate' cuts them")

@@ -32,7 +32,7 @@ from discovla.data.dataset import (
     decodes_by_dali,
 )
 from discovla.data.manifest import Clip, check_clips
-from discovla.data.tokens import Tokenizer
+from discovla.data.tokens import CaptionTokenizer, make_tokenizer
 from discovla.data.transfer import (
     PREFETCH,
     WAIT_SECONDS,
@@ -123,7 +123,7 @@ class TrainLoader:
             raise ValueError(
                 f"batch_size: expected at most the {len(dataset)} training pairs, found {spec.batch_size}"
             )
-        tokenizer = Tokenizer(spec.context_length)
+        tokenizer = make_tokenizer(spec.context_length, config.tokenizer)
         limit = batch_seconds(spec.batch_size // spec.world_size, config.decode_seconds)
         self._reader = _BatchReader(
             dataset, spec.image_size, tokenizer, config.workers, persistent=True, limit=limit
@@ -245,12 +245,16 @@ def readable_batches(
 
 
 def text_batches(
-    texts: Sequence[str], context_length: int, batch_size: int
+    texts: Sequence[str], context_length: int, batch_size: int, tokenizer: str = "clip"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield token ids and mask, b l int64 and bool, of texts in order; long texts are cut to the context."""
-    tokenizer = Tokenizer(context_length)
+    """Yield token ids and mask, b l int64 and bool, of texts in order; long texts are cut to the context.
+
+    Args:
+        tokenizer: as in `DataConfig`.
+    """
+    tokens = make_tokenizer(context_length, tokenizer)
     for first in range(0, len(texts), batch_size):
-        yield tokenizer.encode(texts[first : first + batch_size])
+        yield tokens.encode(texts[first : first + batch_size])
 
 
 Item = tuple[int, int]  # index of a sample, epoch
@@ -269,7 +273,7 @@ class _BatchReader:
         self,
         dataset: Dataset,
         image_size: int,
-        tokenizer: Tokenizer | None,
+        tokenizer: CaptionTokenizer | None,
         workers: int,
         *,
         persistent: bool,
@@ -353,7 +357,7 @@ class _Collate:
     frames_per_clip: int
     image_size: int
     plans: bool
-    tokenizer: Tokenizer | None
+    tokenizer: CaptionTokenizer | None
     order: bool
 
     def __call__(self, samples: list[Sample]) -> dict[str, Any]:

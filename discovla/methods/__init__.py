@@ -36,6 +36,7 @@ def build(model: ModelConfig, method: MethodConfig) -> Method:
             load_weights(built, pretrained.architecture, pretrained.weights)
         except ValueError as error:
             raise ValueError(f"{model.pretrained}: {error}") from error
+    built.check_loss()
     built.initialise_from_clip()
     if method.released is not None:
         load_released(built, method.released)

@@ -25,21 +25,26 @@ from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, fra
 from discovla.ops.column_shard import ColumnShard
 from discovla.ops.dispatch import Impl
 from discovla.ops.info_nce import EXCLUDED, contrastive_loss, info_nce
+from discovla.ops.sigmoid_loss import sigmoid_loss
 from discovla.ops.token_similarity import TokenInputs, token_similarity
 from discovla.ops.unit_mean import unit_mean
 from discovla.towers.architecture import Architecture, TowerShape
+from discovla.towers.pool import AttentionPool
 from discovla.towers.text import TextTower
 from discovla.towers.vision import MakeBlock, Pixels, VisionTower
 from discovla.towers.weights import clip_names, openai_weights
 
 # CLIP's parameters before its first blocks, which `freeze_embeddings` keeps as they are
-EMBEDDINGS = r"vision\.(\w+_embedding|ln_pre\..*)$|text\.(token_embedding\..*|position_embedding)$"
+EMBEDDINGS = (
+    r"vision\.(\w+_embedding|patch_bias|stem\..*|ln_pre\..*)$|text\.(token_embedding\..*|\w+_embedding)$"
+)
 
 PAIRS = 8  # captions and videos whose matching scores are computed together
 # options that older checkpoints do not store
 ADDED_OPTIONS = (
     *("temporal", "temporal_terms", "reversed_negatives", "reversed_when", "swapped_captions"),
     *("merge", "merging"),
+    "loss",
 )
 
 
@@ -76,12 +81,15 @@ class Method(nn.Module):
     ) -> None:
         super().__init__()
         self.architecture, self.config = architecture, config
+        self._check_towers()
         self.vision = VisionTower(architecture, vision_block or self._blocks("vision"))
         if config.merge != "none":
             shape, tokens = architecture.vision, 1 + architecture.patches
             self.vision.merging = TokenMerging(
                 config.merge, config.merging, tokens=tokens, width=shape.width, blocks=shape.layers
             )
+        if config.fused_vision_blocks and isinstance(self.vision.pool, AttentionPool):
+            self.vision.pool.fuse(config.lora_rank, positions=config.frame_position)
         self.text = TextTower(architecture, text_block or self._blocks("text"))
         self.logit_scale = LogitScale(bias=architecture.logit_bias)
         basis = config.temporal == "basis"
@@ -89,10 +97,45 @@ class Method(nn.Module):
         self.compute_dtype = torch.float32
         self.needs_frame_captions = config.alpha > 0 or config.beta > 0
 
+    def _check_towers(self) -> None:
+        """Refuse options that the towers do not allow."""
+        frames, fused = self.architecture.frames, self.config.fused_vision_blocks
+        if fused and frames.pool in ("mean", "latent"):
+            raise ValueError(
+                f"method.fused_vision_blocks: expected 0 for a tower with pool {frames.pool!r}, found {fused}"
+            )
+        if fused > 1 and not frames.class_row:
+            raise ValueError(
+                "method.fused_vision_blocks: expected 0, or 1 for the pool of a tower without a class row, "
+                f"found {fused}"
+            )
+        if self.config.merge != "none" and (frames.pool != "class" or frames.rotation is not None):
+            raise ValueError(
+                "method.merge: expected 'none' for a tower that is not read from a class row or whose patches "
+                f"are rotated, found {self.config.merge!r}"
+            )
+        if self.config.loss == "sigmoid" and not self.architecture.logit_bias:
+            raise ValueError(
+                "method.loss: expected 'softmax' for towers without a logit bias, found 'sigmoid'"
+            )
+
+    def check_loss(self) -> None:
+        """Refuse the sigmoid loss for scores that are not the cosine of pooled features.
+
+        Raises:
+            ValueError: the method has other scores.
+        """
+        if self.config.loss == "sigmoid" and not self.scores_pooled:
+            raise ValueError(
+                f"method.loss: expected 'softmax' with the scores of {self.config.name}, found 'sigmoid'"
+            )
+
     def _blocks(self, side: Literal["vision", "text"]) -> MakeBlock:
         """Return the function that makes a tower's blocks: with LoRA if configured, the last with fusion."""
         tower: TowerShape = getattr(self.architecture, side)
         fused: int = getattr(self.config, f"fused_{side}_blocks")
+        if side == "vision" and not self.architecture.frames.class_row:
+            fused = 0  # its pool fuses
         if fused > tower.layers:
             raise ValueError(
                 f"method.fused_{side}_blocks: expected at most {tower.layers} fused blocks, found {fused}"
@@ -115,15 +158,16 @@ class Method(nn.Module):
     def trained(self) -> tuple[str, ...]:
         """Regular expressions; a parameter trains if one of them matches its whole name."""
         config = self.config
-        full = (r"(vision|text)\..*", *([r"logit_scale\.log"] if self.uses_logit_scale else []))
+        logits = r"logit_scale\.(log|bias)" if config.loss == "sigmoid" else r"logit_scale\.log"
+        full = (r"(vision|text)\..*", *([logits] if self.uses_logit_scale else []))
         if config.freeze_embeddings:
             full = (f"(?!{EMBEDDINGS}).*", *full[1:])
         text = f"(?!{EMBEDDINGS})text\\..*" if config.freeze_embeddings else r"text\..*"
         lora = r".*\.attention\.lora\..*"
         towers = {"full": full, "text": (text,), "lora": (lora,), "frozen": ()}[config.tune]
         fuses = config.fused_vision_blocks or config.fused_text_blocks
-        fusion = (r".*\.attention\.adapter\..*",) if fuses else ()
-        position = (r".*\.attention\.frame_position",) if config.frame_position else ()
+        fusion = (r".*\.(attention|pool)\.(query_)?adapter\..*",) if fuses else ()
+        position = (r".*\.(attention|pool)\.frame_position",) if config.frame_position else ()
         joins = self.vision.merging is not None and len(self.vision.merging.positions) > 0
         merging = (r"vision\.merging\..*",) if joins else ()
         temporal = () if self.temporal is None else (r"temporal\..*",)
@@ -245,8 +289,12 @@ class Method(nn.Module):
         check_mask("video", batch.frame_mask)
         pixels, mask = batch.frames, on(batch.frames.device, batch.frame_mask)
         cached = pixels.dim() == 3
-        frames = pixels if cached else self.encode_frames(pixels, mask)
-        video = self.embed_frames(frames, mask)
+        if self.needs_frame_captions and self.pool_fuses and not cached:
+            frames, own = self._encode_unfused(pixels, mask)
+            video = replace(self.embed_frames(frames, mask), frames=own)
+        else:
+            frames = pixels if cached else self.encode_frames(pixels, mask)
+            video = self.embed_frames(frames, mask)
         if not self.config.reversed_negatives:
             return video
         if self.sees_frame_order and not cached:
@@ -282,6 +330,17 @@ class Method(nn.Module):
         """Features of frames, b f d; arguments as in `encode_video`."""
         visible = mask if self.config.mask_padded_frames else None
         return widen(self.vision(self.pixels(frames), visible))
+
+    @property
+    def pool_fuses(self) -> bool:
+        """True if the pool of the vision tower reads all frames of a video."""
+        return isinstance(self.vision.pool, AttentionPool) and self.vision.pool.adapter is not None
+
+    def _encode_unfused(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode_frames`, and the features of each frame by itself, which alignment compares."""
+        visible = mask if self.config.mask_padded_frames else None
+        fused, own = self.vision.with_unfused(self.pixels(frames), visible)
+        return widen(fused), widen(own)
 
     def encode_frame_captions(self, batch: Batch) -> Tensor:
         """Features of the frame captions, b f d, fused over the captions of each sample."""
@@ -405,7 +464,7 @@ class Method(nn.Module):
             return Losses(total=own.total, terms=_detached(own.terms))
         config, scale = self.config, self.logit_scale()
         options = {"kl_norm": config.kl_norm, "detach_teacher": config.detach_teacher, "ignore": ignore}
-        if self.scores_pooled:
+        if self.scores_pooled and config.loss == "softmax":
             options |= {"alpha": config.alpha, "beta": config.beta, "impl": self.impl}
             loss = alignment_losses(inputs, scale, **options)
             terms = {"video": loss.video, "frame": loss.frame, "distill": loss.distill}
@@ -424,6 +483,12 @@ class Method(nn.Module):
         Args:
             ignore: n n (or n v), bool, pairs left out of every softmax.
         """
+        if self.config.loss == "sigmoid":
+            bias = self.logit_scale.bias
+            assert bias is not None, "checked for these towers"
+            logits = self.logit_scale() * unit(text.pooled) @ unit(video.pooled).T
+            loss = sigmoid_loss(logits, bias, ignore, columns)
+            return VideoLosses(total=loss, terms={"video": loss}, logits=excluded(logits, ignore))
         if self.scores_pooled:
             pooled = (text.pooled, video.pooled, self.logit_scale())
             loss = info_nce(*pooled, ignore=ignore, columns=columns)

@@ -199,7 +199,8 @@ class CLIP2Video(Method):
         if self.difference is not None:
             copied.append(self.difference.types.copy(rows))
             if self.difference.projection is not None:
-                copied.append(_copy_rows(self.difference.projection, self.vision.projection))
+                rows = self.vision.projection
+                copied.append(rows is not None and _copy_rows(self.difference.projection, rows))
         if not all(copied):
             log.warning("clip2video: the text tower does not fit all heads; those start at random")
 
@@ -208,7 +209,8 @@ class CLIP2Video(Method):
         if self.vlad is None or words is None:
             return super().embed_text(pooled, None, mask)
         mask = mask.bool().clone()
-        mask[:, 0] = False  # the start token
+        if self.architecture.captions.start_token:
+            mask[:, 0] = False
         check_mask("words of caption", mask)
         return Embedding(pooled=pooled, tokens=self.vlad(words, mask)[:, None])
 

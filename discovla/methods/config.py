@@ -78,6 +78,9 @@ class MethodConfig(BaseModel):
     similarity: Literal["pooled", "tokens"] = "pooled"
     """Score of a caption and a video: "pooled" cosine of their pooled features, or "tokens", in which words
     and frames find their matches (T2VParser)."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Loss of matching pairs: "softmax", the symmetric cross-entropy over the batch, or "sigmoid", SigLIP's
+    (arXiv 2303.15343), for towers that were trained with it and whose logits have a bias."""
     alpha: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the frame-level loss (alpha in DiscoVLA).  Above 0 it needs captions of the frames."""
     beta: float = Field(default=0.0, ge=0, allow_inf_nan=False)

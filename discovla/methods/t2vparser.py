@@ -138,6 +138,14 @@ class T2VParser(Method):
             raise ValueError(
                 f"method.stan_layers: expected at most {tower.layers} layers, found {config.stan_layers}"
             )
+        frames = architecture.frames
+        if config.stan_layers and not (
+            frames.pool == "class" and frames.class_position and not frames.rotation
+        ):
+            raise ValueError(
+                "method.stan_layers: expected 0 for a tower that is not read from a class row with a learned "
+                f"position, or whose patches are rotated, found {config.stan_layers}"
+            )
         self.video_mlp = FeedForward(width)
         self.decomposition = Decomposition(
             width, config.views, config.decomposition_layers, config.decomposition_heads
@@ -198,6 +206,7 @@ class T2VParser(Method):
                 continue
             trunk = x.unflatten(0, group)
             if state is None:
+                assert tower.class_embedding is not None, "checked for these towers"
                 tables = tower.class_embedding, tower.position_embedding
                 state = stan.start(trunk, *tables, self.seen(mask))
             else:

@@ -34,5 +34,6 @@ class LogitScale(nn.Module):
 
     @torch.no_grad()
     def clip(self) -> None:
-        """Bound s by 100; call after each optimiser step."""
-        self.log.clamp_(max=LIMIT)
+        """Bound s by 100, unless the logits have a bias; call after each optimiser step."""
+        if self.bias is None:  # SigLIP's s is above 100
+            self.log.clamp_(max=LIMIT)

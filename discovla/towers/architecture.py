@@ -15,6 +15,7 @@ from discovla.ops.mlp import Activation
 from discovla.ops.preprocess_frames import CLIP_MEAN, CLIP_STD
 
 Pool = Literal["class", "mean", "attention", "latent"]
+Readout = Literal["largest", "end", "last", "first", "class"]
 Resize = Literal["shortest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -97,7 +98,7 @@ class CaptionTokens:
     """
 
     causal: bool = True
-    readout: Literal["largest", "end", "last", "first", "class"] = "largest"
+    readout: Readout = "largest"
     end_id: int = 2
     padding_id: int = 0
     projection: bool = True

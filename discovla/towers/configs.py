@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from discovla.nn.rotation import Rotation
-from discovla.towers.architecture import Architecture, CaptionTokens, FrameTokens, TowerShape
+from discovla.towers.architecture import Architecture, CaptionTokens, FrameTokens, Readout, TowerShape
 
 # keys of open_clip's model configs that are read; any other key means another architecture
 CONFIG_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_bias"}
@@ -170,7 +170,7 @@ def _open_clip_trunk(name: str, vision: Values) -> Trunk:
 
 def _timm_trunk(name: str, vision: Values) -> Trunk:
     """Read a vision tower that open_clip takes from timm; sizes as in timm 1.0.31."""
-    model, pool, projection = (vision.get(f"timm_{key}") for key in ("model_name", "pool", "proj"))
+    model, pool, projection = str(vision["timm_model_name"]), vision.get("timm_pool"), vision.get("timm_proj")
     if match := SIGLIP.fullmatch(model):
         trunk, expected = (
             _siglip(*match.groups()[:2], tanh=bool(SIGLIP_TANH.fullmatch(model))),
@@ -194,7 +194,7 @@ def _timm_trunk(name: str, vision: Values) -> Trunk:
         shape = TowerShape(width=1024, layers=24, heads=16, mlp_width=4096)
         trunk, expected = (shape, FrameTokens(projection_bias=True, names="timm"), 14), ("token", None)
     else:
-        kinds = (kind for start, kind in CONVOLUTIONAL.items() if str(model).startswith(start))
+        kinds = (kind for start, kind in CONVOLUTIONAL.items() if model.startswith(start))
         raise ValueError(f"{name}: expected a vision transformer, found {next(kinds, f'timm model {model}')}")
     if (pool, projection) != expected:
         raise ValueError(f"{name}: expected timm_pool, timm_proj of {expected}, found {(pool, projection)}")
@@ -260,7 +260,7 @@ def _eva02(size: str, patch: str) -> Trunk:
 
 
 def _captions(name: str, text: Values) -> CaptionTokens:
-    readouts = {"argmax": "largest", "eos": "end", "last": "last", "first": "first"}
+    readouts: dict[str, Readout] = {"argmax": "largest", "eos": "end", "last": "last", "first": "first"}
     pool = text.get("pool_type", "argmax")
     if pool not in readouts:
         raise ValueError(f"{name}: text_cfg.pool_type: expected one of {', '.join(readouts)}, found {pool!r}")

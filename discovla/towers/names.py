@@ -94,9 +94,8 @@ class Stored:
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         """Return our parameter from tensors by their names."""
-        tensor = (
-            torch.cat([state[name] for name in self.names]) if len(self.names) > 1 else state[self.names[0]]
-        )
+        parts = [state[name] for name in self.names]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         tensor = tensor if self.rows is None else tensor[self.rows]
         if self.leading and tensor.dim() > self.leading and set(tensor.shape[: self.leading]) == {1}:
             tensor = tensor.flatten(0, self.leading)

@@ -24,8 +24,10 @@ class StoredNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Norm n c y x in float32 at least."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        values = (v.to(wide) for v in (self.running_mean, self.running_var, self.weight, self.bias))
-        return F.batch_norm(x.to(wide), *values, eps=1e-5).to(x.dtype)
+        mean, variance, weight, bias = (
+            v.to(wide) for v in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return F.batch_norm(x.to(wide), mean, variance, weight, bias, eps=1e-5).to(x.dtype)
 
 
 class Convolution(nn.Module):

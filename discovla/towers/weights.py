@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,8 +25,9 @@ from discovla import torchvision_cpu
 from discovla.foreign import describe, nested, read_jit, read_json, read_safetensors, read_torch, recognise
 from discovla.nn.logit_scale import BIAS_START, START
 from discovla.tensor_files import write_tensors
-from discovla.towers.architecture import Architecture, architecture_from_state_dict
+from discovla.towers.architecture import Architecture, Preprocessing, architecture_from_state_dict
 from discovla.towers.configs import architecture_from_config
+from discovla.towers.licences import licence
 from discovla.towers.names import stored_names, unused_names
 from discovla.towers.text import TextTower
 from discovla.towers.vision import VisionTower
@@ -71,7 +73,8 @@ class ModelConfig(BaseModel):
         return value
 
     architecture: str | None = None
-    """Name of an open_clip model ("ViT-B-32-quickgelu") or a JSON file in open_clip's form.  Optional for the
+    """Name of an open_clip model ("ViT-B-32-quickgelu", `discovla models` lists them) or a JSON file in
+    open_clip's form.  Optional for the
     drawn CLIP and for a file of weights with heads of width 64."""
     pretrained: str = "openai"
     """Weights: an open_clip tag ("openai"), a file with OpenAI's or open_clip's names (.pt, .safetensors),
@@ -81,6 +84,9 @@ class ModelConfig(BaseModel):
     one than that of the weights is an error."""
     seed: int = 0
     """Seed of random weights."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Pixels of a side of the frames; None: those of the architecture.  The positions of patches are
+    interpolated to it, bicubic, as open_clip does."""
     position_std: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Standard deviation of random position and class embeddings of the vision tower.  None: OpenAI's
     width^-0.5, with which a small tower learns positions more slowly."""
@@ -95,12 +101,42 @@ class Pretrained:
 
 
 def load_pretrained(config: ModelConfig) -> Pretrained:
-    """Load the weights that a config names, and the architecture they fit.
+    """Load the weights that a config names, and the architecture they fit, at the size of its frames.
 
     Raises:
         ValueError: unknown name, tag or activation, or a file without the weights of a CLIP.
         FileNotFoundError: a path that does not exist.
     """
+    pretrained = _load(config)
+    size = config.image_size
+    return pretrained if size in (None, pretrained.architecture.image_size) else resized(pretrained, size)
+
+
+def resized(pretrained: Pretrained, size: int) -> Pretrained:
+    """Return weights for frames of another size: the table of patch positions is interpolated.
+
+    Source: open_clip's resize_pos_embed, bicubic with antialiasing.
+
+    Raises:
+        ValueError: frames smaller than a patch.
+    """
+    old = pretrained.architecture
+    if size < old.patch_size:
+        raise ValueError(f"model.image_size: expected at least a patch, {old.patch_size}, found {size}")
+    new = replace(old, image_size=size)
+    if pretrained.weights is None:
+        return Pretrained(architecture=new, weights=None)
+    (form,) = stored_names(old, ["vision.position_embedding"]).values()
+    table = form.read(pretrained.weights)
+    first, grid = table.tensor_split([len(table) - old.patches])
+    grid = grid.T.unflatten(1, (old.side, old.side))[None]  # 1 w y x
+    grid = F.interpolate(grid.float(), (new.side, new.side), mode="bicubic", antialias=True)[0]
+    table = torch.cat([first, grid.flatten(1).T.to(table.dtype)])
+    return Pretrained(architecture=new, weights={**pretrained.weights, **form.write(table)})
+
+
+def _load(config: ModelConfig) -> Pretrained:
+    """`load_pretrained` at the size of the architecture."""
     named = _named_architecture(config.architecture)
     if config.pretrained == "random":
         if named is None:
@@ -117,6 +153,14 @@ def load_pretrained(config: ModelConfig) -> Pretrained:
         return Pretrained(architecture=_check_activation(config, named, activation), weights=weights)
     path, activation = _download(config.architecture, config.pretrained)
     assert named is not None, "a tag without an architecture is refused by _download"
+    assert config.architecture is not None, "a tag without an architecture is refused by _download"
+    named = replace(named, preprocessing=preprocessing(config.architecture, config.pretrained))
+    log.info(
+        "weights %s %s: licence %s",
+        config.architecture,
+        config.pretrained,
+        licence(config.architecture, config.pretrained),
+    )
     architecture = _check_activation(config, named, activation)
     return Pretrained(architecture=architecture, weights=read_weights(path)[0])
 
@@ -386,7 +430,10 @@ def _named_architecture(name: str | None) -> Architecture | None:
     if name is None:
         return None
     if name.endswith(".json"):
-        return architecture_from_config(name, read_json(Path(name), "a model config in open_clip's form"))
+        values = read_json(Path(name), "a model config in open_clip's form")
+        if {"vision", "text"} <= set(values):  # the form of `Architecture.to_dict`
+            return Architecture.from_dict(values)
+        return architecture_from_config(name, values)
     torchvision_cpu.install()
     import open_clip
 
@@ -395,7 +442,33 @@ def _named_architecture(name: str | None) -> Architecture | None:
         raise ValueError(
             f"model.architecture: expected a name open_clip knows (such as ViT-B-32), found {name!r}"
         )
-    return architecture_from_config(name, config)
+    architecture = architecture_from_config(name, config)
+    return replace(architecture, preprocessing=preprocessing(name))
+
+
+def preprocessing(name: str, tag: str | None = None) -> Preprocessing:
+    """Return the preprocessing of frames of open_clip's weights.
+
+    Args:
+        name: of the model.  tag: of the weights; None: what all of its weights have in common, else CLIP's.
+    """
+    torchvision_cpu.install()
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    tags = list_pretrained_tags_by_model(name) if tag is None else [tag]
+    kinds = []
+    for values in (get_pretrained_cfg(name, known) for known in tags):
+        kind = Preprocessing(
+            mean=tuple(values["mean"]),
+            std=tuple(values["std"]),
+            resize=values["resize_mode"],
+            interpolation=values["interpolation"],
+        )
+        if kind not in kinds:
+            kinds.append(kind)
+    if len(kinds) > 1:
+        log.warning("%s: its weights differ in preprocessing; OpenAI's is used", name)
+    return kinds[0] if len(kinds) == 1 else Preprocessing()
 
 
 def _download(name: str | None, tag: str) -> tuple[Path, str]:

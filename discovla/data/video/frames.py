@@ -23,6 +23,8 @@ from discovla.data.video.pyav import Images, Transform, chosen_stream, decode_th
 
 logger = logging.getLogger(__name__)
 
+Resize = Literal["shortest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
 Damaged = Literal["refuse", "use"]  # a file that breaks off: refuse it, or use the frames up to there
 Hdr = Literal["refuse", "tonemap"]  # video with HDR's brightness: refuse it, or map it to SDR
 DecoderName = Literal["pyav", "torchcodec", "dali"]
@@ -162,6 +164,7 @@ class FrameRequest:
     """Frames to read from one file, for a process of its own.
 
     image_size: pixels of a side of the square frames.
+    resize, interpolation: as in `resize_and_crop`.
     augment: "randaugment" or "resized_crop", drawn by `seed` and applied at full size; else none.
     index_dir: folder of frame indices; None is the user's default.
     """
@@ -169,6 +172,8 @@ class FrameRequest:
     path: Path
     sampling: Sampling
     image_size: int
+    resize: Resize = "shortest"
+    interpolation: Interpolation = "bicubic"
     augment: str = "none"
     seed: str = ""
     damaged: Damaged = "refuse"
@@ -187,7 +192,9 @@ def read_request(request: FrameRequest) -> np.ndarray:
     decoded = read_frames(
         request.path,
         request.sampling,
-        frame_transform(request.augment, request.seed, request.image_size),
+        frame_transform(
+            request.augment, request.seed, request.image_size, request.resize, request.interpolation
+        ),
         damaged=request.damaged,
         hdr=request.hdr,
         decoder=request.decoder,
@@ -196,10 +203,20 @@ def read_request(request: FrameRequest) -> np.ndarray:
     return decoded.frames
 
 
-def frame_transform(augment: str, seed: str, size: int) -> Transform:
+def frame_transform(
+    augment: str,
+    seed: str,
+    size: int,
+    resize: Resize = "shortest",
+    interpolation: Interpolation = "bicubic",
+) -> Transform:
     """Return a function that augments a frame of full size and resizes it for the model."""
     change = _full_size_augmentation(augment, seed, size)
-    return lambda image: resize_and_crop(image if change is None else change(image), size)
+
+    def transform(image: Image.Image) -> np.ndarray:
+        return resize_and_crop(image if change is None else change(image), size, resize, interpolation)
+
+    return transform
 
 
 class SandboxedReader:
@@ -327,16 +344,28 @@ def _full_size_augmentation(
     return draw_randaugment(seed) if augment == "randaugment" else draw_resized_crop(seed, size)
 
 
-def resize_and_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the short side of an RGB frame to `size` pixels, bicubic, and cut out the middle square.
+def resize_and_crop(
+    image: Image.Image,
+    size: int,
+    resize: Resize = "shortest",
+    interpolation: Interpolation = "bicubic",
+) -> np.ndarray:
+    """Resize the short side of an RGB frame to `size` pixels and cut out the middle square.
+
+    Args:
+        resize: "squash" resizes both sides to `size` instead, which changes the aspect and cuts nothing.
 
     Returns: uint8, y x 3 with y = x = size.
 
-    Source: the released DiscoVLA code, which resizes and crops with torchvision on PIL images.
+    Source: the released DiscoVLA code, which resizes and crops with torchvision on PIL images; open_clip's
+    transforms for "squash" and "bilinear".
     """
+    filter = Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR
+    if resize == "squash":
+        return np.asarray(image if image.size == (size, size) else image.resize((size, size), filter))
     (width, height), (left, top) = resize_geometry(*image.size, size)
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), filter)
     if (left, top, width, height) != (0, 0, size, size):
         image = image.crop((left, top, left + size, top + size))
     return np.asarray(image)
