@@ -20,6 +20,7 @@ COMMANDS = {
     "shard": "Decode the clips of a manifest once and store their frames as tar shards.",
     "draw": "Draw the synthetic clips that the quickstart trains on.",
     "config": "Print every config key with its value, default, type and meaning.",
+    "models": "List open_clip's models: taken, or refused and why; licence, size, operations.",
     "zero": "Print a run's DeepSpeed settings and its predicted memory per GPU.",
     "tune": "Check and time the implementations of each op on this GPU, and print the choices.",
     "preflight": "Check every machine of a run before it starts.",

@@ -1,4 +1,4 @@
-"""MkDocs hook: fill pages with the config reference and with other documents of the repository."""
+"""MkDocs hook: fill pages with the config reference, the list of models and other documents."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from discovla.commands.config import markdown
+from discovla.commands import config, models
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "<!-- config reference -->"
+MODELS = "<!-- models -->"
 INCLUDE = re.compile(r"<!-- include ([\w./]+) -->")
 LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
 
@@ -17,7 +18,8 @@ LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
 def on_page_markdown(text: str, **_: Any) -> str:
     """Replace the markers of a page by the text they stand for."""
     text = INCLUDE.sub(lambda match: _document(match[1]), text)
-    return text.replace(CONFIG, markdown()) if CONFIG in text else text
+    text = text.replace(CONFIG, config.markdown()) if CONFIG in text else text
+    return text.replace(MODELS, models.markdown()) if MODELS in text else text
 
 
 def _document(path: str) -> str:
