@@ -91,8 +91,8 @@ def export_open_clip(run: LoadedRun, out: Path, loss: Loss | None = None) -> lis
             "mode": "RGB",
             "mean": architecture.preprocessing.mean,
             "std": architecture.preprocessing.std,
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
+            "interpolation": architecture.preprocessing.interpolation,
+            "resize_mode": architecture.preprocessing.resize,
         },
         "discovla": {"step": run.step, "lost": str(loss) if loss is not None and loss.parts else ""},
     }

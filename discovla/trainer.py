@@ -489,7 +489,8 @@ class Trainer:
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4_096 + self.world.rank)
         lr = learning_rate(step, self.total_steps, self.config.optim)
         losses, norm = state.strategy.take(self.copy_batch(batch), lr)
-        if logit_scale in state.strategy.trained:
+        biased = self.method.logit_scale.bias is not None  # SigLIP's scale is above the bound
+        if logit_scale in state.strategy.trained and not biased:
             state.strategy.bound(logit_scale, LIMIT)
         if state.ema is not None:
             state.ema.update(norm)

@@ -1,5 +1,6 @@
 """Frames and captions have to be prepared as the towers need them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
 
+from discovla.config import read_config
 from discovla.data.config import DataConfig
 from discovla.data.video.frames import resize_and_crop
 from discovla.inputs import check_inputs, tower_inputs
+from discovla.methods import METHODS
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.ops.preprocess_frames import preprocess_frames
 from discovla.testing import tiny_towers
@@ -54,6 +57,23 @@ def test_other_inputs_are_refused_by_their_option(changes, message):
 
 
 @pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "configs").glob("discovla_*_msrvtt.toml")),
+    ids=lambda p: p.stem,
+)
+def test_recipes_of_other_towers_prepare_data_for_them(path):
+    config = read_config(path)
+    name = config.model.architecture
+    architecture = architecture_from_config(name, open_clip.get_model_config(name))
+    architecture = replace(architecture, preprocessing=preprocessing(name, config.model.pretrained))
+    check_inputs(architecture, config.data)
+    with torch.device("meta"):
+        method = METHODS[config.method.name](architecture, config.method)
+    method.check_loss()
+    method.freeze()
+
+
+@pytest.mark.parametrize(
     ("name", "resize", "interpolation", "mean"),
     [
         ("PE-Core-B-16", "squash", "bilinear", 0.5),
@@ -81,8 +101,6 @@ def test_pixels_are_those_of_open_clips_transform(resize, interpolation):
 
 
 def test_a_tower_normalises_with_its_own_statistics():
-    from dataclasses import replace
-
     own = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     method = CLIP(replace(tiny_towers()["clip"], preprocessing=own), CLIPConfig())
     frames = torch.full((1, 1, 16, 16, 3), 255, dtype=torch.uint8)
