@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from discovla.batch import Embedding
+from discovla.card import adapter_config, model_card
 from discovla.config import RunConfig
 from discovla.data.dataset import read_clips
 from discovla.data.tokens import make_tokenizer
@@ -71,6 +72,43 @@ def export(run: LoadedRun, out: Path) -> Path:
     }
     write_tensors(out / ADAPTER, run.method.trained_state(), metadata)
     return out / ADAPTER
+
+
+def push_to_hub(run: LoadedRun, out: Path, repository: str, results: Path | None = None) -> str:
+    """Write the export of a run with a model card, and upload it to Hugging Face's hub.
+
+    `discovla.load("hf:USER/NAME")` opens it.  A new repository is private.
+
+    Args:
+        out: folder of the export.
+        repository: USER/NAME.
+        results: results.json of the run, for the card.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        ValueError: the hub refuses or cannot be reached.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files = [export(run, out), out / "config.json", out / "README.md"]
+    files[1].write_text(json.dumps(adapter_config(run.config, run.method, run.step), indent=2) + "\n")
+    files[2].write_text(model_card(run.config, run.method, run.step, repository, results))
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=out, allow_patterns=[file.name for file in files]
+        )
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"hub: {repository}: expected to write it at {api.endpoint}, found {reason}"
+        ) from None
+    return commit.commit_url
 
 
 def export_open_clip(run: LoadedRun, out: Path, loss: Loss | None = None) -> list[Path]:

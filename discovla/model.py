@@ -31,6 +31,7 @@ from discovla.inputs import check_inputs, tower_inputs
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
+from discovla.peft_format import apply_peft, read_peft
 from discovla.retrieval.embed import embed_texts, embed_videos
 from discovla.retrieval.embeddings import Embeddings
 from discovla.retrieval.similarity import similarity_matrix, similarity_tile
@@ -38,6 +39,7 @@ from discovla.towers.weights import ModelConfig
 from discovla.train_step import prepare_method
 
 ADAPTER = "adapter.safetensors"  # trained parameters in an export
+HUB = "hf:"  # prefix of a repository of Hugging Face's hub in place of a path
 PLAIN = "clip:"  # prefix of a plain CLIP in place of a path
 # options of the data that do not change embeddings
 NEUTRAL = {"workers", "index_dir", "decode_seconds", "quarantine", "bad_clip_share", "manifest"}
@@ -209,17 +211,19 @@ def load(
     precision: Precision = "fp32",
     batch_size: int | None = None,
     data: Mapping[str, Any] | None = None,
+    peft: str | Path | None = None,
 ) -> Model:
     """Open a trained or a plain model to embed videos and texts.
 
     Args:
         path: run directory (its best checkpoint, or the newest if none was selected), checkpoint, folder that
-            `discovla export` wrote, or a plain CLIP with mean pooling: "clip:ARCH@TAG", "clip:ARCH@FILE" by
-            open_clip's names, or "clip:drawn".
+            `discovla export` wrote, the same on Hugging Face's hub ("hf:USER/NAME"), or a plain CLIP with
+            mean pooling: "clip:ARCH@TAG", "clip:ARCH@FILE" by open_clip's names, or "clip:drawn".
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         precision: "fp32", as `discovla evaluate` computes, "bf16" or "fp8".
         batch_size: videos or texts embedded at once; default: `eval_batch_size` of the run.
         data: keys of the run's `data` table to change, such as {"frames": 8}.
+        peft: folder with LoRA in PEFT's format, for open_clip or transformers, to add to a plain CLIP.
 
     Raises:
         ConfigError: nothing of these at the path, or a wrong key in `data`.
@@ -227,8 +231,10 @@ def load(
         ValueError: an unknown model, device or precision.
     """
     name = str(path)
+    if peft is not None and not name.startswith(PLAIN):
+        raise ConfigError(f"peft: expected a plain CLIP ({PLAIN}ARCH@TAG) to add it to, found {name}")
     if name.startswith(PLAIN):
-        method = build(_plain_config(name), CLIPConfig(tune="frozen"))
+        method = _plain_method(_plain_config(name), peft)
         config = DataConfig.model_validate({"manifest": Path(), **tower_inputs(method.architecture)})
         run, size = None, 64
     else:
@@ -249,12 +255,15 @@ def load_run(path: Path | str) -> LoadedRun:
     """Load a run, on the CPU.
 
     Args:
-        path: run directory: its best checkpoint, or the newest if none was selected; checkpoint; or export.
+        path: run directory: its best checkpoint, or the newest if none was selected; checkpoint; export; or
+            "hf:USER/NAME", an export on Hugging Face's hub.
 
     Raises:
         ConfigError: no run there.
         CheckpointError: a broken checkpoint, or one of other pretrained weights than its config names.
     """
+    if str(path).startswith(HUB):
+        return _load_export(download_export(str(path).removeprefix(HUB)))
     path = Path(path)
     if (path / ADAPTER).is_file():
         return _load_export(path / ADAPTER)
@@ -285,6 +294,38 @@ def _load_export(path: Path) -> LoadedRun:
         checkpoint.check_fingerprint(json.loads(metadata["fingerprint"]), method.fingerprint(), str(path))
     method.load_trained_state(trained)
     return LoadedRun(config=config, method=method, step=int(metadata["step"]))
+
+
+def _plain_method(model: ModelConfig, peft: str | Path | None) -> Method:
+    """Build a plain CLIP, with LoRA of PEFT's format if there is some."""
+    method = build(model, CLIPConfig(tune="frozen"))
+    if peft is None:
+        return method
+    updates = read_peft(Path(peft), method.architecture)
+    rank = len(next(iter(updates.values()))[0])
+    adapted = build(model, CLIPConfig(tune="lora", lora_rank=rank))
+    apply_peft(adapted, updates)
+    return adapted
+
+
+def download_export(repository: str) -> Path:
+    """Download the adapter of an export from Hugging Face's hub, unless it is in the cache.
+
+    Args:
+        repository: USER/NAME.
+
+    Raises:
+        ConfigError: there is no such export, or no connection.
+    """
+    import httpx
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repository, ADAPTER))
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{HUB}{repository}: expected {ADAPTER} on the hub, found {reason}") from None
 
 
 def _plain_config(name: str) -> ModelConfig:

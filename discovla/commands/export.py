@@ -6,8 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from discovla.export import export, export_drawn, export_open_clip, export_programs, measure_loss
+from discovla.card import base_model
+from discovla.checkpoints import RESULTS
+from discovla.export import (
+    export,
+    export_drawn,
+    export_open_clip,
+    export_programs,
+    measure_loss,
+    push_to_hub,
+)
 from discovla.model import load_run
+from discovla.peft_format import write_peft
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -25,6 +35,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--lossy", action="store_true", help=lossy)
     programs = "also write both encoders as video_encoder.pt2 and text_encoder.pt2 for torch.export.load"
     parser.add_argument("--torch-export", action="store_true", help=programs)
+    peft = "also write LoRA as peft.PeftModel loads it: OUT/peft_open_clip, or OUT/peft_transformers"
+    parser.add_argument("--peft", choices=("open_clip", "transformers"), help=peft)
+    hub = "also upload the export, with a model card, to this repository of Hugging Face's hub"
+    parser.add_argument("--hub", metavar="USER/NAME", help=hub)
     drawn = "write a CLIP trained on the drawn world as the small file that discovla ships"
     parser.add_argument("--drawn", action="store_true", help=drawn)
     devices = ("auto", "cpu", "cuda")
@@ -57,4 +71,11 @@ def _export(arguments: argparse.Namespace) -> None:
         written += export_open_clip(run, arguments.out, loss)
     if arguments.torch_export:
         written += export_programs(run, arguments.out)
+    if arguments.peft:
+        folder = arguments.out / f"peft_{arguments.peft}"
+        written += write_peft(run.method, folder, arguments.peft, base_model(run.config))
+    if arguments.hub:
+        results = arguments.run_path / RESULTS
+        url = push_to_hub(run, arguments.out, arguments.hub, results if results.is_file() else None)
+        print(f"uploaded {url}")
     print("\n".join(f"wrote {path}" for path in written))
