@@ -17,9 +17,9 @@ DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
 
 
 def base_model(config: RunConfig) -> str:
-    """Return the weights that a run started from, as "MODEL TAG"."""
+    """Return the weights that a run started from, as "MODEL TAG"; of files the names without folders."""
     model = config.model
-    return " ".join(str(part) for part in (model.architecture, model.pretrained) if part is not None)
+    return " ".join(Path(part).name for part in (model.architecture, model.pretrained) if part is not None)
 
 
 def adapter_config(config: RunConfig, method: Method, step: int) -> dict[str, Any]:

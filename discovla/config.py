@@ -96,8 +96,8 @@ class RunConfig(BaseModel):
             raise ValueError("data.stills: expected clips with losses that teach order, found stills")
         if self.data.reversed_pairs and not method.exclude_same_video:
             raise ValueError(
-                "data.reversed_pairs: expected method.exclude_same_video = true, which leaves out captions that "
-                "are true of the reversed clip too, found false"
+                "data.reversed_pairs: expected method.exclude_same_video = true, which leaves out captions "
+                "that are true of the reversed clip too, found false"
             )
         if self.engine.capture == "graph" and method.swapped_captions:
             raise ValueError(

@@ -26,7 +26,7 @@ from discovla.model import ADAPTER, LoadedRun
 from discovla.nn.features import widen
 from discovla.tensor_files import write_tensors
 from discovla.towers.configs import config_from_architecture
-from discovla.towers.weights import clip_names, load_weights, write_drawn_clip
+from discovla.towers.weights import clip_names, load_weights, reachable, write_drawn_clip
 
 # names that open_clip reads from a folder "local-dir:OUT"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -90,7 +90,6 @@ def push_to_hub(run: LoadedRun, out: Path, repository: str, results: Path | None
     Raises:
         ValueError: the hub refuses or cannot be reached.
     """
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -98,12 +97,14 @@ def push_to_hub(run: LoadedRun, out: Path, repository: str, results: Path | None
     files[1].write_text(json.dumps(adapter_config(run.config, run.method, run.step), indent=2) + "\n")
     files[2].write_text(model_card(run.config, run.method, run.step, repository, results))
     api = HfApi()
+    if not reachable(api.endpoint):
+        raise ValueError(f"hub: {repository}: expected an answer of {api.endpoint}, found no connection")
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository, folder_path=out, allow_patterns=[file.name for file in files]
         )
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"hub: {repository}: expected to write it at {api.endpoint}, found {reason}"

@@ -35,7 +35,7 @@ from discovla.peft_format import apply_peft, read_peft
 from discovla.retrieval.embed import embed_texts, embed_videos
 from discovla.retrieval.embeddings import Embeddings
 from discovla.retrieval.similarity import similarity_matrix, similarity_tile
-from discovla.towers.weights import ModelConfig
+from discovla.towers.weights import ModelConfig, reachable
 from discovla.train_step import prepare_method
 
 ADAPTER = "adapter.safetensors"  # trained parameters in an export
@@ -317,13 +317,13 @@ def download_export(repository: str) -> Path:
     Raises:
         ConfigError: there is no such export, or no connection.
     """
-    import httpx
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(repository, ADAPTER))
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        offline = not reachable(constants.ENDPOINT)
+        return Path(hf_hub_download(repository, ADAPTER, local_files_only=offline))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{HUB}{repository}: expected {ADAPTER} on the hub, found {reason}") from None
 

@@ -284,7 +284,7 @@ class ClipDataset:
         return len(self.pairs)
 
     def with_reverses(self, order: Sequence[int]) -> list[int]:
-        """Move each pair that is played backwards behind the pair of the same clip and number, if there is one.
+        """Move each pair that is played backwards behind that of the same clip and number, if there is one.
 
         So a batch has a clip and its reverse, each of which is the other's hardest negative.
         """

@@ -90,9 +90,10 @@ class VideoBatch:
 class TrainLoader:
     """Training batches of one rank.
 
-    The order of all pairs depends on (seed, epoch) alone; a reversed pair follows its pair.  Each step takes the next `batch_size` pairs, and
-    rank r its r-th contiguous part, so the batches of all ranks concatenated are those of a single process.
-    The last, smaller batch of an epoch is dropped.  Only one iterator may be in use at a time.
+    The order of all pairs depends on (seed, epoch) alone; a reversed pair follows its pair.  Each step takes
+    the next `batch_size` pairs, and rank r its r-th contiguous part, so the batches of all ranks concatenated
+    are those of a single process.  The last, smaller batch of an epoch is dropped.  Only one iterator may
+    be in use at a time.
 
     Args:
         dataset: clips, which are checked here, or any other `Dataset`.

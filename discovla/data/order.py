@@ -67,8 +67,8 @@ class OrderWords:
     def exchanges_of(self, caption: str) -> list[str]:
         """Return a caption with each exchange that fits and makes it false.
 
-        The exchanges are: of the places in each "from P to Q" and of "to" and "from" where one place is named,
-        of what "then" joins, and one for each phrase that has a partner.
+        The exchanges are: of the places in each "from P to Q" and of "to" and "from" where one place is
+        named, of what "then" joins, and one for each phrase that has a partner.
         """
         text = caption.lower()
         changed = self._of_places(text)

@@ -111,8 +111,8 @@ class Method(nn.Module):
             )
         if self.config.merge != "none" and (frames.pool != "class" or frames.rotation is not None):
             raise ValueError(
-                "method.merge: expected 'none' for a tower that is not read from a class row or whose patches "
-                f"are rotated, found {self.config.merge!r}"
+                "method.merge: expected 'none' for a tower that is not read from a class row or has rotary "
+                f"positions, found {self.config.merge!r}"
             )
         if self.config.loss == "sigmoid" and not self.architecture.logit_bias:
             raise ValueError(

@@ -29,7 +29,7 @@ from discovla.methods.base import Method
 from discovla.methods.config import MethodConfig
 from discovla.methods.released import renamed
 from discovla.nn.token_merging import Merge
-from discovla.towers.weights import openai_name
+from discovla.towers.names import openai_name
 
 
 class TempMeConfig(MethodConfig):

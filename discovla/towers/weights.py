@@ -490,7 +490,7 @@ def _download(name: str | None, tag: str) -> tuple[Path, str]:
         )
     activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
     hub = config.get("hf_hub")
-    offline = bool(hub) and not _reachable(constants.ENDPOINT)
+    offline = bool(hub) and not reachable(constants.ENDPOINT)
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, offline or constants.HF_HUB_OFFLINE
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(READ_SECONDS)  # open_clip downloads from other servers without one
@@ -508,7 +508,7 @@ def _download(name: str | None, tag: str) -> tuple[Path, str]:
         socket.setdefaulttimeout(patience)
 
 
-def _reachable(url: str) -> bool:
+def reachable(url: str) -> bool:
     """Return True if a server answers within a few seconds; the hub's own client tries for a minute."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS):

@@ -157,7 +157,7 @@ def test_a_tag_sets_file_and_activation(tmp_path, monkeypatch):
     weights = tmp_path / "downloaded.pt"
     torch.save(reference(VIT_B_32).state_dict(), weights)
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda config: str(weights))
-    monkeypatch.setattr("discovla.towers.weights._reachable", lambda url: True)
+    monkeypatch.setattr("discovla.towers.weights.reachable", lambda url: True)
     found = load_pretrained(ModelConfig(architecture="ViT-B-32", pretrained="openai"))
     assert found.architecture.activation == "quick_gelu"
     with pytest.raises(ValueError, match=r"model.pretrained: .*'drawn'.*found 'no_such_tag'"):
