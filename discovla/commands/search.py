@@ -48,14 +48,17 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _search(arguments: argparse.Namespace) -> None:
     query = _query(arguments)
     with Index.open(arguments.index, model=arguments.model, device=arguments.device, read_only=True) as index:
-        result = index.search(
-            query,
-            arguments.k,
-            where=arguments.where,
-            merge=not arguments.no_merge,
-            exact=arguments.exact,
-            correction=arguments.correction,
-        )
+        try:
+            result = index.search(
+                query,
+                arguments.k,
+                where=arguments.where,
+                merge=not arguments.no_merge,
+                exact=arguments.exact,
+                correction=arguments.correction,
+            )
+        except KeyError as error:
+            raise ValueError(f"search: --like: {error.args[0]}") from None
     print(json.dumps(asdict(result), ensure_ascii=False) if arguments.json else _table(result))
     if arguments.open and result.hits:
         best = result.hits[0]
