@@ -1,8 +1,8 @@
 """Measure the search: selection, searches of large indexes, kills, and probabilities.
 
     python benchmarks/search.py select       top 10 beside faiss-cpu flat, ranks beside counting in NumPy
-    python benchmarks/search.py large [N]    an index of N random moments x 512 (default 200,000): bytes, time to
-                                             open, a search beside the bare product, LanceDB's own and faiss
+    python benchmarks/search.py large [N]    an index of N random moments x 512 (default 200,000): bytes, time
+                                             to open, a search beside the product, LanceDB's own and faiss
     python benchmarks/search.py kills [N]    indexing killed N times (default 20) at random moments
     python benchmarks/search.py calibrate    how often hits of a probability are right, on drawn clips
 
@@ -238,8 +238,8 @@ def kills(count: int) -> list[dict[str, Any]]:
         path = folder / "index"
         _in_child(lambda: Index.create(path, model).close())
         lost = twice = wrong = done = 0
+        log, report = folder / "acknowledged", folder / "report"
         for _ in range(count):
-            log = folder / "acknowledged"
             log.write_text("0")
             child = os.fork()
             if not child:
@@ -249,15 +249,14 @@ def kills(count: int) -> list[dict[str, Any]]:
             time.sleep(generator.uniform(2.0, 6.0))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            report = folder / "report"
             _in_child(lambda: report.write_text(_counts(path, model)))
             moments, unique, known = map(int, report.read_text().split())
             lost += moments < done + int(log.read_text())
             twice += moments != unique
             wrong += known != moments
             done = moments
-        _in_child(lambda: _finish(path, model, videos, folder / "report"))
-        added, moments, unique, stale = map(int, (folder / "report").read_text().split())
+        _in_child(lambda: _finish(path, model, videos, report))
+        added, moments, unique, stale = map(int, report.read_text().split())
     return [
         {
             "measure": "kills",
@@ -306,7 +305,7 @@ def _in_child(call: Callable[[], object]) -> None:
 
 
 def calibration(clips: int = 200) -> list[dict[str, Any]]:
-    """Compare probabilities with how often hits are right; half of the queries have no answer in the index."""
+    """Compare probabilities with how often hits are right; half of the queries have no answer there."""
     with tempfile.TemporaryDirectory(prefix="search-") as name:
         folder = Path(name)
         sizes = WorldSizes(train=256, val=1, test=clips, siblings=0)

@@ -182,12 +182,11 @@ def _print_refused(refused: list[tuple[str, str]]) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[IndexProgress], None]]:
-    """Show the progress of indexing; the time left is by the sizes of the files."""
+    """Show the progress of indexing."""
     with terminal.progress("index", None, "videos") as bar:
 
         def show(state: IndexProgress) -> None:
             bar.update(state.done, state.total)
-            left = "" if state.remaining is None else f", about {state.remaining:.0f} s left by size"
-            bar.advance(0, f"{state.moments} moments{left}")
+            bar.advance(0, f"{state.moments} moments")
 
         yield show

@@ -22,11 +22,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from discovla.config import RunConfig
 from discovla.data.dataset import read_clips
+from discovla.drawn_world.scenes import make_scene
+from discovla.drawn_world.wording import phrase, tell
+from discovla.model import PLAIN, Model
 
 logger = logging.getLogger(__name__)
 
+DRAWN = f"{PLAIN}drawn"
 CAPTIONS = 256  # that calibrate an index
 LEAST = 20  # moments of which a standard deviation is taken
 _EULER = 0.5772156649015329
@@ -81,12 +84,16 @@ class Calibration:
         return 1.0 if p <= 0 else 1 / (1 - math.e * p * math.log(p))
 
 
-def random_captions(config: RunConfig | None) -> list[str]:
-    """Return captions of videos that are not in the index: of the training split, or general sentences.
+def random_captions(model: Model) -> list[str]:
+    """Return captions of videos that are not in the index.
 
-    The sentences stand in for a model without a run, and for one whose manifest can no longer be read.
+    They are of the training split of the model's run, of the drawn world for the CLIP of that world, and
+    general sentences for any other model and if the manifest of the run can no longer be read.
     """
-    generator = random.Random(0)
+    generator, config = random.Random(0), None if model.run is None else model.run.config
+    if model.source == DRAWN:
+        rng = np.random.default_rng(0)
+        return [phrase(tell(make_scene(0, "train", i), rng), rng) for i in range(CAPTIONS)]
     if config is not None and config.data.stills is None:
         try:
             clips = read_clips(config.data, config.data.train_split)

@@ -280,8 +280,7 @@ class Index(IndexReader):
         if captions is None:
             captions = self.settings["captions"]
         if not captions:
-            run = self.model.run
-            captions = calibrate.random_captions(None if run is None else run.config)
+            captions = calibrate.random_captions(self.model)
         self.settings["captions"], self.settings["calibration"] = list(captions), None
         self._bank = None
         if calibrate.enough(captions, len(loaded.contents)):
