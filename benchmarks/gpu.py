@@ -1,29 +1,33 @@
-"""Check and time the kernels on this machine's GPU.
+"""Check and time steps and kernels on this machine's GPU, within a lease of a few minutes.
 
-    python benchmarks/gpu.py                      checks, times and training steps, within ten minutes
-    python benchmarks/gpu.py --suite check        only the checks
-    python benchmarks/gpu.py --suite small        sizes up to 1024
-    python benchmarks/gpu.py --suite step         checks of the towers' kernels, then training steps
-    python benchmarks/gpu.py --suite data         no kernels: frames a second of all decoders and shards
+    python benchmarks/gpu.py                      all, within ten minutes
+    python benchmarks/gpu.py --seconds 200        as much as fits
     python benchmarks/gpu.py --only frame         only cases whose name contains the word
     python benchmarks/gpu.py --gate               exit 1 if worse than earlier results of the same GPU
     python benchmarks/gpu.py --table FILE         the table of a results file; needs no GPU
+    python benchmarks/gpu.py --simulate           the flow on a CPU, with cases that crash, hang and lie
 
-One call compares every Triton and CUDA kernel with the reference in float64; measures ceilings; times the
-kernels, torch (the same blocks in plain torch), reference (eager), the libraries in peers.py and compiled
-(the reference under torch.compile); then times the training steps of step.py. Cases that are unavailable, do
-not fit into memory or miss the deadline have a row with the reason. Rows go to benchmarks/results/<gpu>/,
-one JSON a line. The exit status is 2 without a GPU, and 1 if a kernel is wrong; then nothing is timed.
+Each case runs in a process of its own kind with a time limit, and its rows are written as soon as it ends, to
+benchmarks/results/<gpu>/ and to the folder $OUT if it is set.  So a case that crashes, hangs or runs out of
+memory costs itself alone, and a run that is cut short leaves a true table of what it reached.  The order:
+kernels are compiled on all cores; ceilings; the training step from its products alone to the whole captured
+one; checks against float64 and times of the towers' kernels, then of the losses; data.  A kernel that is
+wrong is marked, and timed all the same.  Cases that are left out have a row with the reason.  The exit status
+is 2 without a GPU, and 1 if a kernel is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import os
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its o
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks.case_lists import checked_cases, checked_tower_cases, timed_cases, timed_tower_cases
-from benchmarks.data import measure_machine
 from benchmarks.gpu_report import earlier_rows, regressions, report
 from benchmarks.measure import (
     Times,
@@ -45,278 +48,398 @@ from benchmarks.measure import (
     measure_times,
     peak_tflops,
     read_rows,
-    relative_frobenius,
     results_file,
     write_row,
 )
-from benchmarks.peers import PEERS, Peer
-from benchmarks.step import MODELS, Comparison
-from benchmarks.step import compare as compare_steps
-from benchmarks.step import show as show_step
-from discovla.ops.cases import Case
+from discovla.data.sandbox import Sandbox, WorkerLost, run_sandboxed
+from discovla.ops.cases import Case, gradients_of
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 
-# Largest ‖error‖ / ‖truth‖ of values and of gradients. A float32 product is three TF32 products.
-# Half-precision inputs are exact in float32, and a gradient is rounded to its input's dtype.
-BUDGET = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-5, 2e-3), torch.bfloat16: (2e-5, 8e-3)}
-LARGE = (4e-3, 8e-3)  # from 4096 pairs on, where bf16 rows are multiplied in bf16
-DEVICE = "cuda"
+LARGE = (4e-3, 8e-3)  # allowed from 4096 pairs on, where bf16 rows are multiplied in bf16
 SECONDS = 0.5  # of timing for each row, or a little more for 50 calls
-CHECKING = 0.6  # largest share of the time for checks
-OPS = 0.8  # largest share of the time for checks and ops, before training steps
-ROUNDS = 50  # of a training step, or as many as its share of the time allows
+ROUNDS = 50  # of a training step
+LIMITS = {"compile": 60.0, "ceilings": 60.0, "steps": 120.0, "towers": 40.0, "losses": 40.0, "data": 120.0}
+SHARES = {"compile": 0.15, "ceilings": 1.0, "steps": 0.55, "towers": 0.8, "losses": 0.95, "data": 1.0}
 KERNELS = ("triton", "cuda")
 INTEGERS = ("rank_of_positive", "top_k")  # ops whose results must be equal
-# In the order of timing; the last ones may miss the deadline.
-BUILT_IN = ("triton", "cuda", "torch", "reference")
+BUILT_IN = ("triton", "cuda", "torch", "reference", "compiled")  # in the order of timing
+STEPS = (  # in the order of timing
+    "matmul only bf16",
+    "ours bf16",
+    "ours bf16 compiled",
+    "ours bf16 triton",
+    "ours bf16 captured",
+    "ours bf16 compiled captured",
+    "ours bf16 triton captured",
+    "reference bf16 sdpa",
+    "reference bf16 sdpa compiled",
+    "ours fp8",
+    "ours fp8 backward",
+    "ours",
+    "reference",
+)
 Row = dict[str, Any]
 
 
-def truth(case: Case, leaves: list[Tensor]) -> list[Tensor]:
-    """Return the reference in float64 on the same numbers."""
-    wide = [x.detach().double().requires_grad_(case.backward) for x in leaves]
-    return case.run(wide, "reference")
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Work of one row or a few, in another process.
+
+    group: "compile", "ceilings", "steps", "towers", "losses" or "data", with a limit and a share of the time.
+    work: function of this module, called with `arguments`; returns rows.
+    """
+
+    group: str
+    name: str
+    impl: str
+    work: Callable[..., list[Row]]
+    arguments: tuple[Any, ...] = ()
 
 
-def errors(case: Case, impl: Any, leaves: list[Tensor], want: list[Tensor]) -> dict[str, float]:
-    """Return relative errors: of the value, the largest of any gradient, and of the value's worst entry."""
-    (got, *gradients), (value, *true_gradients) = case.run(leaves, impl), want
-    if case.scaled:  # the derivative by the scale is a sum of numbers that nearly cancel
-        gradients, true_gradients = gradients[:-1], true_gradients[:-1]
-    gradient_errors = [
-        relative_frobenius(g, w)
-        for g, w in zip(gradients, true_gradients, strict=True)
-        if w.double().norm() > 1e-9
-    ]
-    worst = (got.double() - value).abs().max() / value.abs().max().clamp(min=1e-30)
-    value_error = relative_frobenius(got, value) if value.double().norm() > 1e-9 else 0.0
-    return {
-        "err_fro": value_error,
-        "err_gradient": max(gradient_errors, default=0.0),
-        "err_max": worst.item(),
-    }
-
-
-def check(case: Case, impl: Any) -> Row:
-    """Compare a kernel with the truth; bf16 products flip maxima, so 1.2 x plain torch's error is allowed."""
-    row: Row = {"name": case.name, "op": case.op, "impl": impl}
+def perform(task: Task) -> list[Row]:
+    """Do the work of a task in this process, and leave the GPU's memory to others."""
     try:
-        if case.op in INTEGERS:
-            return row | check_integers(case, impl)
-        leaves = case.leaves(DEVICE)
-        want = truth(case, leaves)
-        error = errors(case, impl, leaves, want)
-    except KernelUnavailable as unavailable:
-        return row | {"left_out": str(unavailable)}
-    limits = case.limits or BUDGET[case.dtype]
+        return task.work(*task.arguments)
+    finally:
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def check(case: Case, impl: Any, device: str) -> list[Row]:
+    """Compare a kernel with float64; bf16 products flip maxima, so 1.2 x plain torch's error is allowed."""
+    if case.op in INTEGERS:
+        return [check_integers(case, impl, device)]
+    leaves = case.leaves(device)
+    truth = case.truth(leaves)
+    error, limits = case.errors(impl, leaves, truth), case.limits
     if case.n >= 4096 and case.dtype == torch.bfloat16:
-        plain = errors(case, "torch", leaves, want)
+        plain = case.errors("torch", leaves, truth)
         limits = max(LARGE[0], 1.2 * plain["err_fro"]), max(LARGE[1], 1.2 * plain["err_gradient"])
-    ok = error["err_fro"] <= limits[0] and error["err_gradient"] <= limits[1]
-    return row | error | {"ok": ok}
+    return [error | {"ok": error["err_fro"] <= limits[0] and error["err_gradient"] <= limits[1]}]
 
 
-def check_integers(case: Case, impl: Any) -> Row:
+def check_integers(case: Case, impl: Any, device: str) -> Row:
     """Compare ranks and indices for equality, on rows of ±1, whose cosines are exact in every dtype.
 
     The width is a power of four, so that the norm is a power of two.
     """
     width = 1 << (case.dim.bit_length() - 1) // 2 * 2
-    leaves = [(x.sign() + (x == 0))[:, :width].contiguous() for x in case.leaves(DEVICE)[:2]]
+    leaves = [(x.sign() + (x == 0))[:, :width].contiguous() for x in case.leaves(device)[:2]]
     got = case.call(leaves, impl, case.masked)
     want = case.call([x.double() for x in leaves], "reference", case.masked)
     wrong = int((got != want).sum())
     return {"wrong_integers": wrong, "ok": wrong == 0}
 
 
-def impls_of(op: str) -> list[str]:
-    """Return the implementations of an op to time, kernels first."""
-    return [impl for impl in BUILT_IN if impl in IMPLEMENTATIONS[op]]
+def runner(case: Case, impl: str, device: str) -> Callable[[int], list[Tensor]]:
+    """Return a numbered call that takes four inputs in turn, so that none is in the GPU's cache.
+
+    impl: an implementation, "compiled" (the reference under torch.compile), or the name of a peer.
+    """
+    inputs = [case.leaves(device, seed) for seed in range(4 if case.n <= 4096 else 1)]
+    if impl == "compiled":
+        compiled = torch.compile(lambda *leaves: case.call(list(leaves), "reference", case.masked))
+        return lambda number: gradients_of(case, inputs[number % len(inputs)], lambda x: compiled(*x))
+    if impl in IMPLEMENTATIONS[case.op]:
+        return lambda number: case.step(inputs[number % len(inputs)], impl)
+    from benchmarks.peers import PEERS
+
+    peer = next(peer for peer in PEERS if peer.name == impl and peer.op == case.op)
+    if reason := peer.absent():
+        raise KernelUnavailable(reason)
+    return lambda number: gradients_of(case, inputs[number % len(inputs)], peer.call)
 
 
-def does_not_fit(case: Case, impl: str | Peer) -> str:
+def difference(impl: str) -> str:
+    """Return in what a library's function differs from our op; empty for nothing, or one of ours."""
+    from benchmarks.peers import PEERS
+
+    return next((peer.differs for peer in PEERS if peer.name == impl), "")
+
+
+def does_not_fit(case: Case, impl: str, device: str) -> str:
     """Return why memory is too small for an implementation that stores whole matrices; empty if it fits."""
+    if device == "cpu" or impl in (*KERNELS, "torch"):
+        return ""
     free, _ = torch.cuda.mem_get_info()
-    streams = not impl.stores if isinstance(impl, Peer) else impl in (*KERNELS, "torch")
-    if streams or case.reference_bytes < 0.8 * free:
+    if case.reference_bytes < 0.8 * free:
         return ""
     return f"it holds at least {case.reference_bytes / 1e9:.0f} GB at once, {free / 1e9:.0f} GB are free"
 
 
-def step_of(case: Case, function: Callable[[list[Tensor]], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
-    """Make a function that returns the result of `function` and its gradients."""
-
-    def step(leaves: list[Tensor]) -> list[Tensor]:
-        with torch.set_grad_enabled(case.backward):
-            out = function(leaves)
-        if not case.backward:
-            return [out]
-        results = [out] if isinstance(out, Tensor) else list(out)
-        ones = [torch.ones_like(x) for x in results]
-        gradients = torch.autograd.grad(results, leaves, ones, allow_unused=True)
-        return [*(x.detach() for x in results), *(g for g in gradients if g is not None)]
-
-    return step
-
-
-def compile_anew(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile without the cache of earlier cases: after eight of them torch would run the next eagerly."""
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
-
-
-def compilable(case: Case) -> Callable[..., Tensor]:
-    """Return the reference as a function of its leaves."""
-
-    def reference(*leaves: Tensor) -> Tensor:
-        return case.call(list(leaves), "reference", case.masked)
-
-    return reference
-
-
-def runner(case: Case, impl: str | Peer) -> Callable[[int], list[Tensor]]:
-    """Return a numbered call that takes four inputs in turn, so that none is in the GPU's cache."""
-    inputs = [case.leaves(DEVICE, seed) for seed in range(4 if case.n <= 4096 else 1)]
-    if isinstance(impl, Peer):
-        step = step_of(case, impl.call)
-    elif impl == "compiled":
-        compiled = compile_anew(compilable(case))
-        step = step_of(case, lambda leaves: compiled(*leaves))
-    else:
-        step = step_of(case, lambda leaves: case.call(leaves, impl, case.masked))  # type: ignore[arg-type]
-    return lambda number: step(inputs[number % len(inputs)])
-
-
-def time_case(case: Case, impl: str | Peer, ceilings: dict[str, float]) -> tuple[Row, Times]:
+def time_case(case: Case, impl: str, ceilings: dict[str, float], device: str, seconds: float) -> list[Row]:
     """Time one implementation at one size."""
-    call = runner(case, impl)
-    times = measure_times(call, cuda=DEVICE == "cuda", seconds=SECONDS)
+    if reason := does_not_fit(case, impl, device):
+        return [{"left_out": reason}]
+    call = runner(case, impl, device)
+    times = measure_times(call, cuda=device == "cuda", seconds=seconds)
     tflops = case.flops / times.ms_p50 / 1e9
-    peak = peak_tflops(torch.cuda.get_device_name())
     # bytes moved at least: inputs, and with backward their gradients
-    moved = sum(x.numel() * x.element_size() for x in case.leaves(DEVICE)) * (2 if case.backward else 1)
+    moved = sum(x.numel() * x.element_size() for x in case.leaves(device)) * (2 if case.backward else 1)
     gbps = moved / times.ms_p50 / 1e6
     row = {
         "dtype": str(case.dtype)[6:],
         "shapes": case.shapes,
         "tflops_needed": tflops,
         "tflops_ref": tflops * (3 / 4 if case.backward else 1),  # the reference needs no second forward
-        "mfu": None if peak is None else tflops / peak,
         "frac_gemm": tflops / ceilings["gemm_bf16"],
         "gbps": gbps,
         "frac_copy": gbps / 1000 / ceilings["copy"],
-        "extra_gb": extra_gpu_bytes(lambda: call(0)) / 1e9,
-        "launches": gpu_launches(lambda: call(0)),
         "target_ms": case.target_ms,
         "target_gb": case.target_gb,
         "ceilings": ceilings,
+        "differs": difference(impl),
+        "extra_gb": 0.0,
+        "launches": 0,
     }
-    return row, times
+    if device == "cuda":
+        peak = peak_tflops(torch.cuda.get_device_name())
+        row["mfu"] = None if peak is None else tflops / peak
+        row |= {"extra_gb": extra_gpu_bytes(lambda: call(0)) / 1e9, "launches": gpu_launches(lambda: call(0))}
+    return [row | vars(times)]
+
+
+def compile_case(case: Case, impl: str, device: str) -> list[Row]:
+    """Run a kernel once, so that its code is in the compiler's cache on disk."""
+    case.step(case.leaves(device), impl)
+    return [{"compiled": True}]
+
+
+def measure_ceilings() -> list[Row]:
+    """Measure the products and copies that this GPU reaches."""
+    return [{"ceilings": gpu_ceilings()}]
+
+
+def time_step(model: str, pairs: int, impl: str, ceilings: dict[str, float], seconds: float) -> list[Row]:
+    """Time one implementation of a training step."""
+    from benchmarks.step import Comparison, compare
+
+    comparison = Comparison(model=model, pairs=pairs, rounds=ROUNDS, impls=[impl], seconds=seconds)
+    rows = compare(comparison, "cuda")
+    for row in rows:
+        if "ms_p50" in row:
+            row["frac_gemm"] = row["tflops_needed"] / ceilings["gemm_bf16"]
+    return rows
+
+
+def time_data(path: Path, where: Row) -> list[Row]:
+    """Measure frames a second of all decoders and shards."""
+    from benchmarks.data import measure_machine
+
+    measure_machine(path, where)
+    return [{"results": path.name}]
+
+
+class Runner:
+    """Runs tasks in other processes and writes their rows as they come.
+
+    Args:
+        files: results files that each row is appended to.
+        where: conditions, in every row.
+        limits: seconds of a task of each group.
+    """
+
+    def __init__(self, files: Sequence[Path], where: Row, limits: dict[str, float]) -> None:
+        self.files, self.where, self.limits = files, where, limits
+        self.rows: list[Row] = []
+        self.sandbox: Sandbox[Task, list[Row]] = Sandbox(perform, limit=min(limits.values()))
+
+    def run(self, tasks: Sequence[Task], deadline: float) -> list[Row]:
+        """Run tasks one after another until the deadline; later ones have a row that says so."""
+        before = len(self.rows)
+        for task in tasks:
+            left = deadline - time.monotonic()
+            if left <= 1:
+                self.write(task, [{"left_out": "time is up"}])
+            else:
+                self.write(task, self.outcome(task, left))
+        return self.rows[before:]
+
+    def outcome(self, task: Task, left: float) -> list[Row]:
+        """Run a task and return its rows, or one row with the reason why there are none.
+
+        Its limit is that of its group, halved until it fits into the seconds that are left.
+        """
+        limit = self.limits[task.group]
+        while limit > max(1.0, left):
+            limit /= 2
+        if limit != self.sandbox.limit:
+            self.sandbox.close()
+            self.sandbox = Sandbox(perform, limit=limit)
+        try:
+            return self.sandbox(task)
+        except WorkerLost as lost:
+            return [{"left_out": f"fails: {lost}"}]
+        except KernelUnavailable as error:
+            return [{"left_out": str(error)}]
+        except torch.OutOfMemoryError as error:
+            failure = str(error).splitlines()[0]
+        except Exception as error:  # of any kind: it belongs to the table, and the next case follows
+            failure = f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        self.sandbox.close()  # an error of a kernel leaves its process without a usable GPU
+        return [{"left_out": failure}]
+
+    def compile(self, tasks: Sequence[Task], deadline: float, workers: int) -> None:
+        """Compile in parallel until the deadline; failures appear again where the kernel is checked."""
+        done = 0
+        limit = min(self.limits["compile"], max(1.0, deadline - time.monotonic()))
+
+        def before_deadline() -> Iterator[Task]:
+            yield from (task for task in tasks if time.monotonic() < deadline)
+
+        for result in run_sandboxed(perform, before_deadline(), workers=workers, limit=limit):
+            done += result.error is None
+        print(f"{done} of {len(tasks)} kernels compiled on {workers} cores", flush=True)
+
+    def write(self, task: Task, rows: Sequence[Row]) -> None:
+        """Append rows to every file and print them."""
+        for row in rows:
+            row = {"name": task.name, "impl": task.impl, "op": task.name.split()[0], **row}
+            self.rows.append(row)
+            for path in self.files:
+                write_row(path, {**self.where, **row})
+            show(row)
+
+    def close(self) -> None:
+        """End the process of the tasks."""
+        self.sandbox.close()
 
 
 def show(row: Row) -> None:
-    """Print a timed row."""
-    target = f"{row['target_ms']:8.2f}" if row["target_ms"] else " " * 8
-    spread = f"[{row['ms_p20']:.3f}, {row['ms_p80']:.3f}]"
-    print(
-        f"{row['name']:58} {row['impl']:10} {row['ms_p50']:9.3f} ms {spread} "
-        f"target {target} {row['tflops_needed']:7.1f} TFLOP/s {row['extra_gb']:8.3f} GB "
-        f"{row['launches']:5d} launches",
-        flush=True,
+    """Print one line for a row."""
+    if "left_out" in row:
+        text = f"left out: {row['left_out']}"
+    elif "ms_p50" in row:
+        text = f"{row['ms_p50']:9.3f} ms [{row['ms_p20']:.3f}, {row['ms_p80']:.3f}]"
+        text += f" {row['tflops_needed']:7.1f} TFLOP/s {row['launches']:5d} launches"
+    elif "ok" in row:
+        errors = {key: row[key] for key in ("err_fro", "err_gradient", "wrong_integers") if key in row}
+        text = ("right" if row["ok"] else "WRONG") + "".join(f" {k} {v:.2g}" for k, v in errors.items())
+    else:
+        text = str({key: value for key, value in row.items() if key not in ("name", "impl", "op")})
+    print(f"{row['name']:58} {row['impl']:12} {text}", flush=True)
+
+
+def op_tasks(
+    group: str, checked: Sequence[Case], timed: Sequence[Case], ceilings: dict[str, float], device: str
+) -> list[Task]:
+    """Return the checks of ops, then their times case by case, so that a cut leaves complete ones."""
+    tasks = [
+        Task(group=group, name=case.name, impl=impl, work=check, arguments=(case, impl, device))
+        for case in checked
+        for impl in KERNELS
+        if impl in IMPLEMENTATIONS[case.op]
+    ]
+    for case in timed:
+        impls = [impl for impl in BUILT_IN if impl in IMPLEMENTATIONS[case.op] or impl == "compiled"]
+        if not case.masked and group == "losses":
+            from benchmarks.peers import PEERS
+
+            impls += [peer.name for peer in PEERS if peer.op == case.op]
+        for impl in impls:
+            arguments = (case, impl, ceilings, device, SECONDS)
+            tasks.append(Task(group=group, name=case.name, impl=impl, work=time_case, arguments=arguments))
+    return tasks
+
+
+def step_tasks(ceilings: dict[str, float], seconds: float) -> list[Task]:
+    """Return the training steps, ViT-B/32 with 128 pairs first."""
+    return [
+        Task(group="steps", name=f"step {model} b{pairs}", impl=impl, work=time_step,
+             arguments=(model, pairs, impl, ceilings, seconds))
+        for model, pairs, impls in (
+            ("ViT-B/32", 128, STEPS), ("ViT-B/32", 1, STEPS[1:7]), ("ViT-B/16", 128, STEPS[:7]),
+            ("ViT-L/14", 128, STEPS[:7]), ("ViT-B/32", 1024, STEPS[:7]),
+        )
+        for impl in impls
+    ]  # fmt: skip
+
+
+def run_all(runner: Runner, options: argparse.Namespace, device: str) -> None:
+    """Run all groups in order, each until its share of the time has passed."""
+    begin = time.monotonic()
+    until = {group: begin + share * options.seconds for group, share in SHARES.items()}
+    small = options.seconds < 400
+    suite = "small" if small else "full"
+    cases = {
+        "towers": (checked_tower_cases(), timed_tower_cases(suite)),
+        "losses": (checked_cases(), timed_cases(suite)),
+    }
+    cases = {
+        group: tuple([case for case in each if options.only in case.name] for each in pair)
+        for group, pair in cases.items()
+    }
+    kernels = [
+        Task(
+            group="compile",
+            name=case.name,
+            impl="triton",
+            work=compile_case,
+            arguments=(case, "triton", device),
+        )
+        for group in cases
+        for case in [*cases[group][1], *cases[group][0]]
+        if "triton" in IMPLEMENTATIONS[case.op]
+    ]
+    runner.compile(kernels, until["compile"], options.workers)
+    measured = runner.run(
+        [Task(group="ceilings", name="ceilings", impl="torch", work=measure_ceilings)], until["ceilings"]
     )
+    ceilings = measured[0].get("ceilings", {"gemm_bf16": float("nan"), "copy": float("nan")})
+    steps = [task for task in step_tasks(ceilings, 5.0) if options.only in task.name]
+    runner.run(steps, until["steps"])
+    for group, (checked, timed) in cases.items():
+        runner.run(op_tasks(group, checked, timed, ceilings, device), until[group])
+    if not options.only:
+        path = runner.files[0].with_name(runner.files[0].name.replace("-gpu", "-data"))
+        data = Task(group="data", name="data", impl="all", work=time_data, arguments=(path, runner.where))
+        runner.run([data], until["data"])
 
 
-def check_all(cases: Sequence[Case], path: Path, where: Row, deadline: float) -> bool:
-    """Check every kernel, print wrong and unchecked ones; return True if all are right."""
-    rows: list[Row] = []
-    pairs = [(case, impl) for case in cases for impl in KERNELS if impl in IMPLEMENTATIONS[case.op]]
-    for case, impl in pairs:
-        late = time.monotonic() > deadline
-        row = {"name": case.name, "op": case.op, "impl": impl, "left_out": "time is up before its check"}
-        rows.append(row if late else check(case, impl))
-        write_row(path, {**where, **rows[-1]})
-        if rows[-1].get("ok") is False:
-            print("WRONG", rows[-1], flush=True)
-    for reason, count in Counter(row["left_out"] for row in rows if "left_out" in row).items():
-        print(f"{count} not checked: {reason}", flush=True)
-    checked = [row for row in rows if "ok" in row]
-    good = all(row["ok"] for row in checked)
-    print(f"{len(checked)} checks, {'all within budget' if good else 'SOME WRONG'}", flush=True)
-    return good
+def simulated(kind: str) -> list[Row]:
+    """Play a case: one that is right, wrong, crashes, hangs, or runs out of memory."""
+    match kind:
+        case "crashes":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "hangs":
+            time.sleep(1000)
+        case "out of memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 TiB")
+        case "fails":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        case "lies":
+            return [{"err_fro": 0.1, "err_gradient": 0.2, "ok": False}]
+        case "right":
+            return [{"err_fro": 1e-7, "err_gradient": 1e-6, "ok": True}]
+    row = {"tflops_needed": 1.0, "frac_gemm": 0.5, "launches": 3, "extra_gb": 0.0}
+    return [row | vars(Times(ms_p50=2.0, ms_p20=1.9, ms_p80=2.1, n=50))]
 
 
-def plan(cases: Sequence[Case]) -> list[tuple[Case, str | Peer]]:
-    """Return what to time, in order: ours, other libraries, and torch.compile, which takes longest."""
-    pairs: list[tuple[Case, str | Peer]] = []
-    for impl in BUILT_IN:
-        pairs += [(case, impl) for case in cases if impl in impls_of(case.op)]
-    for peer in PEERS:
-        pairs += [(case, peer) for case in cases if case.op == peer.op and not case.masked]
-    return [*pairs, *((case, "compiled") for case in cases)]
+def simulate(runner: Runner, seconds: float) -> None:
+    """Run the flow with played cases, compiled in parallel, checked, timed, and cut by the deadline."""
+    deadline = time.monotonic() + seconds
+    make = partial(Task, group="towers", impl="triton", work=simulated)
+    runner.compile([make(name="compile", arguments=(kind,)) for kind in ("right", "crashes")], deadline, 2)
+    kinds = ("right", "lies", "crashes", "hangs", "out of memory", "fails", "timed")
+    runner.run([make(name=f"a case that {kind}", arguments=(kind,)) for kind in kinds], deadline)
+    runner.run([make(name="a case after the time", arguments=("right",))], time.monotonic())
 
 
-def time_all(cases: Sequence[Case], path: Path, where: Row, deadline: float) -> list[Row]:
-    """Time all that fits into memory before the deadline; other rows have the reason."""
-    ceilings = gpu_ceilings()
-    print("ceilings:", {name: round(value, 1) for name, value in ceilings.items()}, flush=True)
-    rows = []
-    for case, impl in plan(cases):
-        name = impl.name if isinstance(impl, Peer) else impl
-        row: Row = {"name": case.name, "op": case.op, "impl": name}
-        reason = "time is up" if time.monotonic() > deadline else does_not_fit(case, impl)
-        reason = reason or (impl.absent() if isinstance(impl, Peer) else "")
-        if isinstance(impl, Peer) and impl.differs:
-            row["differs"] = impl.differs
-        rows.append(row | ({"left_out": reason} if reason else timed(case, impl, ceilings)))
-        write_row(path, {**where, **rows[-1]})
-        if "ms_p50" in rows[-1]:
-            show(rows[-1])
-        torch.cuda.empty_cache()
-    return rows
-
-
-def step_sizes(suite: str) -> list[tuple[str, int]]:
-    """Return models and batch sizes of a suite's training steps; the last ones may miss the deadline."""
-    if suite == "step":
-        return [(model, pairs) for pairs in (128, 1, 16, 512, 1024) for model in MODELS]
-    return [("ViT-B/32", 128), ("ViT-B/32", 1)] if suite == "full" else []
-
-
-def time_steps(suite: str, path: Path, where: Row, deadline: float, only: str = "") -> list[Row]:
-    """Time training steps; each comparison has its share of the remaining time."""
-    comparisons = [Comparison(model=model, pairs=pairs, rounds=ROUNDS) for model, pairs in step_sizes(suite)]
-    comparisons = [comparison for comparison in comparisons if only in comparison.name]
-    ceilings = gpu_ceilings() if comparisons else {}
-    rows = []
-    for number, comparison in enumerate(comparisons):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            left_out = {"name": comparison.name, "impl": "all", "op": "step", "left_out": "time is up"}
-            new: list[Row] = [left_out]
-        else:
-            share = left / (len(comparisons) - number) / 2
-            new = compare_steps(replace(comparison, seconds=share), DEVICE)
-        for row in new:
-            if "ms_p50" in row:
-                row["frac_gemm"] = row["tflops_needed"] / ceilings["gemm_bf16"]
-            write_row(path, {**where, **row, "ceilings": ceilings})
-            show_step(row)
-        rows += new
-        torch.cuda.empty_cache()
-    return rows
-
-
-def timed(case: Case, impl: str | Peer, ceilings: dict[str, float]) -> Row:
-    """Time a case; a failing baseline gives a row with the reason, a failing kernel of ours raises."""
-    try:
-        row, times = time_case(case, impl, ceilings)
-    except (KernelUnavailable, torch.OutOfMemoryError) as error:
-        return {"left_out": str(error).splitlines()[0]}
-    except Exception as error:
-        if impl in BUILT_IN:
-            raise
-        return {"left_out": f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-    return row | vars(times)
+def finish(runner: Runner, before: dict[tuple[str, str], list[Row]], *, gate: bool) -> int:
+    """Print the table and what is wrong or worse; return the exit status."""
+    checked = [row for row in runner.rows if "ok" in row]
+    wrong = [row for row in checked if not row["ok"]]
+    print("", report(runner.rows), sep="\n")
+    for reason, count in Counter(row["left_out"] for row in runner.rows if "left_out" in row).items():
+        print(f"{count} left out: {reason}")
+    print(f"{len(checked)} checks, {len(wrong)} wrong")
+    print(*(f"WRONG {row['name']} {row['impl']}" for row in wrong), sep="\n")
+    worse = [
+        line for row in runner.rows for line in regressions(row, before.get((row["name"], row["impl"]), []))
+    ]
+    print(*(f"WORSE {line}" for line in worse), *(f"results: {path}" for path in runner.files), sep="\n")
+    return 1 if wrong or (gate and worse) else 0
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -324,49 +447,51 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=["check", "small", "full", "step", "data"], default="full")
     parser.add_argument("--only", default="", metavar="WORD", help="cases whose name contains this word")
-    parser.add_argument("--seconds", type=float, default=570, help="time limit of checks and times")
+    parser.add_argument("--seconds", type=float, default=570, help="time limit of all cases")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--gate", action="store_true", help="exit 1 if worse than earlier results")
+    parser.add_argument("--simulate", action="store_true", help="show the flow on a CPU with played cases")
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="print the table of a results file and run nothing"
     )
     return parser.parse_args(words)
 
 
+def results_files(where: Row, *, simulated: bool) -> list[Path]:
+    """Return the files of a run: of the GPU's results, and of the folder $OUT."""
+    out = [Path(os.environ["OUT"])] if os.environ.get("OUT") else []
+    if simulated:
+        return [(out[0] if out else Path.cwd()) / "simulated-gpu.jsonl"]
+    path = results_file(where, "gpu")
+    return [path, *(folder / path.name for folder in out)]
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    """Check, time, report."""
+    """Compile, check, time, report."""
     options = parse(words)
     if options.table:
         print(report(read_rows(options.table)))
         return 0
-    if not torch.cuda.is_available():
+    if not options.simulate and not torch.cuda.is_available():
         print("benchmarks/gpu.py needs a CUDA device, and torch finds none here", file=sys.stderr)
         return 2
-    begin = time.monotonic()
-    share = 1.0 if options.suite == "check" else CHECKING
-    where = machine(DEVICE)
-    if options.suite == "data":
-        measure_machine(results_file(where, "data"), where)
-        return 0
-    path = results_file(where, "gpu")
-    before = earlier_rows(path.parent, where["time"])
-    checked = [*(checked_cases() if options.suite != "step" else []), *checked_tower_cases()]
-    checked = [case for case in checked if options.only in case.name]
-    if not check_all(checked, path, where, begin + share * options.seconds):
-        return 1
-    if options.suite in ("small", "full"):
-        timed_ones = [*timed_tower_cases(options.suite), *timed_cases(options.suite)]
-        timed_ones = [case for case in timed_ones if options.only in case.name]
-        until = OPS if options.suite == "full" else 1.0
-        time_all(timed_ones, path, where, begin + until * options.seconds)
-    time_steps(options.suite, path, where, begin + options.seconds, options.only)
-    rows = [row for row in read_rows(path) if row["time"] == where["time"]]
-    print("", report(rows), sep="\n")
-    worse = [line for row in rows for line in regressions(row, before.get((row["name"], row["impl"]), []))]
-    print(*(f"WORSE {line}" for line in worse), f"results: {path}", sep="\n")
-    return 1 if options.gate and worse else 0
+    where = machine("cpu" if options.simulate else "cuda")
+    files = results_files(where, simulated=options.simulate)
+    before = {} if options.simulate else earlier_rows(files[0].parent, where["time"])
+    limits = dict.fromkeys(LIMITS, 10.0) if options.simulate else LIMITS
+    runner = Runner(files, where, limits)
+    try:
+        if options.simulate:
+            simulate(runner, options.seconds)
+        else:
+            run_all(runner, options, "cuda")
+    finally:
+        runner.close()
+    return finish(runner, before, gate=options.gate)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks import gpu  # so that other processes find the functions of tasks by this name
+
+    sys.exit(gpu.main())

@@ -81,9 +81,11 @@ IMPLS = (
     "peft bf16 sdpa",
     "ours",
     "ours bf16",
+    "ours bf16 compiled",
     "ours bf16 triton",
     "ours fp8",
     "ours bf16 captured",
+    "ours bf16 compiled captured",
     "ours bf16 triton captured",
     "ours fp8 backward",
     "ours fp8 backward triton",
@@ -152,7 +154,7 @@ def make_step(name: str, architecture: Architecture, device: str) -> Step:
 def _our_step(name: str, model: DiscoVLA, device: torch.device) -> Step:
     precisions = {"fp8 backward": "fp8_backward", "fp8": "fp8", "bf16": "bf16", "": "fp32"}
     precision = next(value for word, value in precisions.items() if word in name)
-    impl = "triton" if "triton" in name else "auto"
+    impl = next((word for word in ("compiled", "triton") if word in name), "torch")
     set_precision(model, EngineConfig.model_validate({"precision": precision, "impl": impl}), device)
     model.vision.impl = model.text.impl = impl
     parameters: list[torch.Tensor] = list(model.parameters())

@@ -1,7 +1,12 @@
-"""The GPU benchmark without a GPU: every part runs on the CPU, with made-up ceilings."""
+"""The GPU benchmark without a GPU: its parts on the CPU, and its flow with played cases."""
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,125 +17,158 @@ from benchmarks import gpu
 from benchmarks.case_lists import timed_cases
 from benchmarks.measure import read_rows
 from benchmarks.peers import PEERS
+from benchmarks.step import IMPLS
+from discovla.ops import cases
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
 from discovla.ops.cases import case
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"dim": 8, "dtype": torch.float32}
+CEILINGS = {"gemm_bf16": 100.0, "copy": 1.0}
 
 
-@pytest.fixture
-def on_cpu(monkeypatch, tmp_path) -> Path:
-    """Let the CPU stand in for the GPU; return the results file."""
-    path = tmp_path / "20260101-abc-gpu.jsonl"
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "SECONDS", 0.001)
-    monkeypatch.setattr(gpu, "PEERS", [peer for peer in PEERS if peer.name != "open_clip"])  # a slow import
-    monkeypatch.setattr(gpu, "machine", lambda device: {"device": device, "time": "2026-01-01"})
-    monkeypatch.setattr(gpu, "results_file", lambda where, subject: path)
-    monkeypatch.setattr(gpu, "gpu_ceilings", lambda: {"gemm_bf16": 100.0, "copy": 1.0})
-    monkeypatch.setattr(gpu, "extra_gpu_bytes", lambda call: len(call()))
-    monkeypatch.setattr(gpu, "gpu_launches", lambda call: len(call()))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def played(*kinds: str) -> list[gpu.Task]:
+    options = {"group": "towers", "impl": "triton", "work": gpu.simulated}
+    return [gpu.Task(name=kind, arguments=(kind,), **options) for kind in kinds]
+
+
+def runner(folder: Path) -> gpu.Runner:
+    files = [folder / "a-gpu.jsonl", folder / "out/a-gpu.jsonl"]
+    return gpu.Runner(files, {"time": "now"}, {"towers": 30.0})
+
+
+def test_it_imports_nothing_that_a_bare_gpu_machine_lacks():
+    lacking = ("av", "pydantic", "deepspeed", "open_clip", "torchvision", "safetensors", "fsspec")
+    code = f"import sys; sys.modules.update(dict.fromkeys({lacking})); from benchmarks import gpu"
+    code += "; gpu.op_tasks('towers', gpu.checked_tower_cases(), [], {}, 'cpu')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
+
+
+def test_each_case_has_its_row_at_once_whatever_becomes_of_it(tmp_path, capsys):
+    run = runner(tmp_path)
+    run.run(played("right", "lies", "crashes", "out of memory", "timed"), time.monotonic() + 500)
+    run.run(played("late"), time.monotonic())
+    run.close()
+    rows = {row["name"]: row for row in read_rows(tmp_path / "a-gpu.jsonl")}
+    assert rows["right"]["ok"] and not rows["lies"]["ok"] and rows["timed"]["ms_p50"] == 2.0
+    assert rows["crashes"]["left_out"] == "fails: its process died of SIGSEGV"
+    assert rows["out of memory"]["left_out"].startswith("CUDA out of memory")
+    assert rows["late"]["left_out"] == "time is up"
+    assert read_rows(tmp_path / "out/a-gpu.jsonl") == read_rows(tmp_path / "a-gpu.jsonl")
+    assert gpu.finish(run, {}, gate=False) == 1
+    printed = capsys.readouterr().out
+    assert "2 checks, 1 wrong\nWRONG lies triton" in printed and "| timed | triton | 2.000 |" in printed
+
+
+@pytest.mark.slow
+def test_the_simulation_shows_the_flow_and_leaves_its_table_in_out(tmp_path):
+    words = [sys.executable, ROOT / "benchmarks/gpu.py", "--simulate"]
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 1, run.stderr
+    for line in ("1 of 2 kernels compiled", "took longer than 10 s", "died of SIGSEGV", "illegal memory"):
+        assert line in run.stdout
+    assert len(read_rows(tmp_path / "simulated-gpu.jsonl")) == 8
+
+
+def test_the_limit_of_a_case_fits_into_the_time_that_is_left(tmp_path, monkeypatch):
+    seen = []
+
+    class Fake:
+        def __init__(self, work, *, limit):
+            self.limit = limit
+
+        def __call__(self, task):
+            seen.append(self.limit)
+            return []
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(gpu, "Sandbox", Fake)
+    run = runner(tmp_path)
+    (task,) = played("right")
+    for left in (100.0, 20.0, 6.0):
+        run.outcome(task, left)
+    assert seen == [30.0, 15.0, 3.75]
+
+
+def test_kernels_are_checked_against_float64_and_wrong_ones_marked(monkeypatch):
+    for op, frames in (("info_nce", (1, 1)), ("frame_similarity", (2, 3)), ("rank_of_positive", (1, 1))):
+        (row,) = gpu.check(case(op, 7, frames=frames, **SMALL), "triton", "cpu")
+        assert row["ok"], (op, row)
+    monkeypatch.setitem(cases.BUDGET, torch.float32, (0.0, 0.0))
+    (row,) = gpu.check(case("info_nce", 7, **SMALL), "triton", "cpu")
+    assert row["ok"] is False and row["err_gradient"] > 0
+
+
+def test_rounding_that_exchanges_two_near_ties_is_no_error():
+    """Their gradients differed by 1.4e-3 to 1.8e-3 where 2e-4 is allowed."""
+    tied = case("late_interaction", 20, frames=(4, 4), dim=16, dtype=torch.float32)
+    leaves = tied.leaves("cpu")
+    with torch.no_grad():  # two frames of a video match every caption's rows equally well, but for 1e-6
+        leaves[1][0, 1] = leaves[1][0, 0] + 1e-6
+    truth = tied.truth(leaves)
+    with torch.no_grad():  # as rounding would, put the other one in front
+        leaves[1][0, 0] -= 1e-6
+        leaves[1][0, 1] -= 2e-6
+    assert tied.errors("torch", leaves, truth)["err_gradient"] < 2e-4
+
+
+def test_a_wrong_gradient_is_found_although_near_ties_are_left_out():
+    tied = case("late_interaction", 20, frames=(4, 4), dim=16, dtype=torch.float32)
+    leaves = tied.leaves("cpu")
+    assert tied._direction(leaves, torch.zeros(20, 20)).mean() > 0.9
+    wrong = [leaves[0], leaves[1].detach().mul(1.01).requires_grad_()]
+    assert tied.errors("torch", wrong, tied.truth(leaves))["err_gradient"] > 5e-3
+
+
+def test_a_row_of_times_has_work_and_ceilings():
+    op = case("info_nce", 5, target_ms=9.0, **SMALL)
+    (row,) = gpu.time_case(op, "torch", CEILINGS, "cpu", 0.001)
+    assert row["target_ms"] == 9.0 and row["ceilings"] == CEILINGS and row["frac_gemm"] > 0
+    assert row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+
+
+def test_a_matrix_that_does_not_fit_is_left_out_before_it_is_tried(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(1e9), int(1e9)))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(gpu, "compile_anew", lambda function: function)
-    return path
+    large = case("alignment_losses", 10_000, frames=(12, 12), **SMALL)
+    assert gpu.time_case(large, "reference", CEILINGS, "cuda", 1)[0]["left_out"] == (
+        "it holds at least 288 GB at once, 1 GB are free"
+    )
 
 
-def run(monkeypatch, checked, timed, *words) -> int:
-    monkeypatch.setattr(gpu, "checked_cases", lambda: checked)
-    monkeypatch.setattr(gpu, "timed_cases", lambda suite: timed)
-    monkeypatch.setattr(gpu, "checked_tower_cases", lambda: [])
-    monkeypatch.setattr(gpu, "timed_tower_cases", lambda suite: [])
-    monkeypatch.setattr(gpu, "step_sizes", lambda suite: [])
-    return gpu.main(words)
+def test_the_order_is_compile_ceilings_steps_towers_losses_data(tmp_path, monkeypatch):
+    groups, compiled = [], []
+    run = runner(tmp_path)
+    monkeypatch.setattr(run, "compile", lambda tasks, *rest: compiled.extend(tasks))
+
+    def note(tasks, deadline):
+        groups.extend(task.group for task in tasks)
+        return [{"ceilings": CEILINGS}]
+
+    monkeypatch.setattr(run, "run", note)
+    gpu.run_all(run, Namespace(seconds=200.0, only="", workers=2), "cuda")
+    assert list(dict.fromkeys(groups)) == ["ceilings", "steps", "towers", "losses", "data"]
+    assert {task.impl for task in compiled} == {"triton"} and len(compiled) > 100
+    assert set(gpu.STEPS) <= set(IMPLS)
+    names = [task.impl for task in gpu.step_tasks(CEILINGS, 1.0)][:4]
+    assert names == ["matmul only bf16", "ours bf16", "ours bf16 compiled", "ours bf16 triton"]
 
 
-def test_one_call_checks_times_and_reports(on_cpu, monkeypatch, capsys):
-    checked = [case("info_nce", 7, **SMALL), case("frame_similarity", 3, frames=(2, 3), **SMALL)]
-    checked += [case("rank_of_positive", 9, **SMALL)]
-    timed = [
-        case("info_nce", 5, target_ms=1e9, **SMALL),
-        case("rank_of_positive", 5, backward=False, **SMALL),
-    ]
-    timed += [case("alignment_losses", 10_000, frames=(12, 12), **SMALL)]  # 288 GB in the reference
-    monkeypatch.setattr(gpu, "IMPLEMENTATIONS", gpu.IMPLEMENTATIONS | {"alignment_losses": ("reference",)})
-    assert run(monkeypatch, checked, timed) == 0
-    rows = read_rows(on_cpu)
-    assert [row["impl"] for row in rows if row.get("ok")] == ["triton"] * 3
-    measured = {(row["op"], row["impl"]): row for row in rows if "ok" not in row}
-    assert {impl for op, impl in measured if op == "info_nce"} == {
-        *("triton", "torch", "reference", "inf_cl", "compiled")
-    }
-    assert "it holds at least 288 GB" in measured["alignment_losses", "compiled"]["left_out"]
-    assert "its tensors are on cpu" in measured["rank_of_positive", "cuda"]["left_out"]
-    said = capsys.readouterr().out
-    assert "3 checks, all within budget" in said
-    assert "1 not checked: frame_similarity: impl='cuda': its tensors are on cpu" in said
-    assert "info_nce step 5x5 D=8 float32 (" in said and "target 1e+09: met" in said
-    assert "Beside the best baseline:\ninfo_nce" in said
+def test_the_gate_fails_if_a_run_is_worse(tmp_path, capsys):
+    run = runner(tmp_path)
+    run.write(played("timed")[0], gpu.simulated("timed"))
+    before = {("timed", "triton"): [{"ms_p50": 1.0, "ms_p80": 1.0}]}
+    assert gpu.finish(run, before, gate=True) == 1 and gpu.finish(run, before, gate=False) == 0
+    assert "WORSE timed triton: ms 2, was 1" in capsys.readouterr().out
 
 
-def test_a_wrong_kernel_is_reported_and_nothing_is_timed(on_cpu, monkeypatch, capsys):
-    monkeypatch.setitem(gpu.BUDGET, torch.float32, (0.0, 0.0))
-    assert run(monkeypatch, [case("info_nce", 7, **SMALL)], [case("info_nce", 5, **SMALL)]) == 1
-    assert "1 checks, SOME WRONG" in capsys.readouterr().out
-    assert all("ms_p50" not in row for row in read_rows(on_cpu))
-
-
-def test_cases_past_the_deadline_are_in_the_results(on_cpu, monkeypatch):
-    cases = [case("info_nce", 5, **SMALL)]
-    assert run(monkeypatch, cases, cases, "--seconds", "0") == 0
-    assert {row["left_out"] for row in read_rows(on_cpu)} == {"time is up", "time is up before its check"}
-
-
-def test_the_gate_fails_if_a_run_is_worse(on_cpu, monkeypatch, capsys):
-    fast = {"name": "info_nce step 5x5 D=8 float32", "impl": "torch", "ms_p50": 1e-9, "ms_p80": 1e-9}
-    line = json.dumps(fast | {"time": "2025-12-31"})
-    (on_cpu.parent / "20251231-abc-gpu.jsonl").write_text(line + "\n")
-    timed = [case("info_nce", 5, **SMALL)]
-    assert run(monkeypatch, [], timed, "--gate") == 1
-    assert "WORSE info_nce step 5x5 D=8 float32 torch: ms" in capsys.readouterr().out
-    assert run(monkeypatch, [], timed) == 0
-
-
-def test_the_table_of_a_results_file_needs_no_gpu(on_cpu, monkeypatch, capsys):
-    run(monkeypatch, [], [case("info_nce", 5, **SMALL)], "--seconds", "0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    capsys.readouterr()
-    assert gpu.main(["--table", str(on_cpu)]) == 0
-    assert "- compiled, 1 rows: time is up (info_nce step 5x5 D=8 float32 first)" in capsys.readouterr().out
-
-
-def test_training_steps_are_in_the_results_with_their_target(on_cpu, monkeypatch, capsys):
-    def steps(contest, device):
-        asked.append(contest.seconds)
-        row = {"name": contest.name, "op": "step", "tflops_needed": 50.0, "extra_gb": 16.0, "kept_mb": 1.0}
-        row |= {"launches": 500, "target_ms": 52.0, "samples_s": 2000.0}
-        times = {"reference": 900.0, "ours bf16": 60.0, "ours fp8": 40.0}
-        measured = [row | {"impl": x, "ms_p50": t, "ms_p20": t, "ms_p80": t} for x, t in times.items()]
-        return [*measured[:2], measured[2] | {"target_ms": 36.0}]
-
-    asked = []
-    monkeypatch.setattr(gpu, "compare_steps", steps)
-    monkeypatch.setattr(gpu, "checked_tower_cases", lambda: [])
-    assert gpu.main(["--suite", "step", "--only", " b1", "--seconds", "1000"]) == 0
-    assert len(asked) == 12 and asked[0] < asked[-1], "1, 16, 128, 1024 pairs; the last may take what is left"
-    said = capsys.readouterr().out
-    assert "| step ViT-L/14 b1024 | ours bf16 | 60.000 |" in said
-    assert "step ViT-B/32 b128 (ours bf16): 60 ms, target 52: missed by 15%" in said
-    assert "step ViT-B/32 b128 (ours fp8): 40 ms, target 36: missed by 11%" in said
-    assert "step ViT-B/32 b128: ours fp8 is 22.50 x as fast as reference, the best baseline" in said
-    assert {row["frac_gemm"] for row in read_rows(on_cpu)} == {0.5}
-
-
-def test_training_steps_past_the_deadline_are_named(on_cpu):
-    rows = gpu.time_steps("full", on_cpu, {"time": "now"}, deadline=0.0)
-    assert [(row["name"], row["left_out"]) for row in rows] == [
-        ("step ViT-B/32 b128", "time is up"),
-        ("step ViT-B/32 b1", "time is up"),
-    ]
+def test_the_table_of_a_results_file_needs_no_gpu(tmp_path, capsys):
+    row = {"name": "info_nce", "impl": "compiled", "op": "info_nce", "left_out": "time is up"}
+    (tmp_path / "x-gpu.jsonl").write_text(json.dumps(row) + "\n")
+    assert gpu.main(["--table", str(tmp_path / "x-gpu.jsonl")]) == 0
+    assert "- compiled, 1 rows: time is up (info_nce first)" in capsys.readouterr().out
 
 
 def test_small_sizes_and_every_target_are_timed():
