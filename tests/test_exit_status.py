@@ -27,6 +27,12 @@ BAD_INPUT = {
     "preflight": ["none.toml"],
     "evaluate": ["none"],
     "export": ["none", "--out", "x"],
+    "train": ["none.toml"],
+    "report": ["none"],
+    "embed": ["none", "none.jsonl", "out"],
+    "index": ["none", "none.mp4", "--out", "x.index"],
+    "search": ["none", "a red circle"],
+    "serve": ["none"],
 }
 
 
