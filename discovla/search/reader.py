@@ -68,6 +68,7 @@ class IndexReader:
         self._model: Model | None = None
         self._store = Store(path, settings["dimension"], settings["dtype"])
         self._mutex = threading.RLock()
+        self._decoding = threading.Lock()  # apart, so that a slow file of a query does not hold up others
         self._images = Sandbox(read_image, limit=IMAGE_SECONDS)
         self._videos: Sandbox | None = None
         self._loaded: Loaded | None = None
@@ -236,7 +237,7 @@ class IndexReader:
             spans.append((place, value, places))
             if len(spans) == k:
                 break
-        calibration = self._calibration()
+        calibration = self._calibration() if query.text is not None else None  # of captions
         z = standardised(np.array([value for _, value, _ in spans]), scores.background)
         rows = self._read([place for place, _, _ in spans], ["times", "frames", "tokens"], loaded)
         hits = []
@@ -284,7 +285,7 @@ class IndexReader:
         """Read the image of a query, in a process of its own, as a moment of one frame."""
         content = query.image if isinstance(query.image, bytes) else Path(query.image).read_bytes()
         try:
-            with self._mutex:
+            with self._decoding:
                 pixels = self._images(content)
         except WorkerLost as error:
             raise ValueError(f"image: expected an image file: decoding failed: {error}") from None
@@ -294,11 +295,12 @@ class IndexReader:
     def _video(self, query: VideoQuery) -> MomentFrames:
         """Read the video of a query as one moment."""
         source = SourceVideo(video=os.path.abspath(query.path), start=query.start, end=query.end, clip=True)
-        with self._mutex:
+        request, limit = request_of(source, "whole", self.model), self.model.data.decode_seconds
+        with self._decoding:
             if self._videos is None:
-                self._videos = Sandbox(read_part, limit=self.model.data.decode_seconds)
+                self._videos = Sandbox(read_part, limit=limit)
             try:
-                return self._videos(request_of(source, "whole", self.model)).moments[0]
+                return self._videos(request).moments[0]
             except WorkerLost as error:
                 raise DecodeError(query.path, f"not decoded: {error}") from error
 
