@@ -144,7 +144,7 @@ def _add_page(app: FastAPI) -> None:
     tags = {name: f'"{hashlib.sha256(content).hexdigest()[:16]}"' for name, (content, _) in contents.items()}
 
     @app.get("/page/{name}", include_in_schema=False)
-    def page_file(name: str, request: Request) -> Response:
+    async def page_file(name: str, request: Request) -> Response:
         if name not in contents:
             raise HTTPException(404, "no such file of the page")
         headers = {"Cache-Control": "no-cache", "ETag": tags[name]}
@@ -154,8 +154,8 @@ def _add_page(app: FastAPI) -> None:
         return Response(content, media_type=kind, headers=headers)
 
     @app.get("/", include_in_schema=False)
-    def page(request: Request) -> Response:
-        return page_file("index.html", request)
+    async def page(request: Request) -> Response:
+        return await page_file("index.html", request)
 
 
 def _add_docs(app: FastAPI) -> None:
