@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from discovla.config import RENAMED_KEYS, RunConfig
@@ -94,6 +95,13 @@ class CheckpointManager:
     def resumes(self) -> bool:
         """True if training goes on from a checkpoint, which `restore` has not loaded yet."""
         return self._newest is not None
+
+    @property
+    def kept_threads(self) -> int | None:
+        """Number of torch's threads with which the checkpoint to resume was trained; None without one."""
+        if self._newest is None:
+            return None
+        return self._newest.meta.get("state", {}).get("threads", torch.get_num_threads())
 
     def find_newest(self) -> None:
         """Find the newest complete checkpoint if the run resumes, and check that it belongs to this run.
@@ -197,7 +205,7 @@ class CheckpointManager:
                 "data": self.data,
                 "schedule": self.fixed,
                 "better": best_score,
-                "state": {"skipped": state.skipped_steps},
+                "state": {"skipped": state.skipped_steps, "threads": torch.get_num_threads()},
                 "config": json.loads(self.config.to_json()),
             }
             self._writer.start(partial(self._write, state.step, tensors, meta))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from discovla import __version__, terminal
+from discovla import __version__, cpu, terminal
 from discovla.errors import run_program
 
 COMMANDS = {
@@ -37,6 +37,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Wrong input is one line on stderr and exit status 2."""
     argv = sys.argv[1:] if argv is None else argv
+    cpu.let_threads_sleep()  # before a subcommand imports torch
     arguments = _parser(argv[0] if argv else None).parse_args(argv)
     terminal.start(level=logging.WARNING)
     return run_program(lambda: arguments.run(arguments), "discovla")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from discovla import terminal
 from discovla.batch import BadClip, Batch
 from discovla.checkpoints import CheckpointManager, TrainState, keep_earlier_run
 from discovla.config import RunConfig
+from discovla.cpu import choose_threads
 from discovla.data.dataset import read_splits
 from discovla.data.fingerprint import data_fingerprint, differences
 from discovla.data.loader import BatchSpec, TrainLoader, read_ahead
@@ -254,6 +256,8 @@ class Trainer:
             lock=lock,
         )
         self.checkpoints.find_newest()
+        if world.device.type == "cpu":
+            set_threads(world, self.checkpoints.kept_threads)
         prepare_method(self.method, config.engine, world.device)
         tune(config, self.method, world)
         if not config.resume:
@@ -650,6 +654,14 @@ def reads_of_run(
         batch = min(config.eval_batch_size, clips)
         reads.append(read_ahead(data, data.frames, image_size, batch, -(-clips // batch)))
     return reads
+
+
+def set_threads(world: World, kept: int | None) -> None:
+    """Set the number of torch's threads on a CPU, the first rank's choice on every rank."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    count, reason = gather_objects(choose_threads(processes, kept), world)[0]
+    torch.set_num_threads(count)
+    logger.info("cpu: %d %s (%s)", count, "thread" if count == 1 else "threads", reason)
 
 
 def weights_checksum(method: Method) -> int:

@@ -85,7 +85,8 @@ METHODS = {
 }
 _SERVER = multiprocessing.get_context("forkserver")
 # with what optimizers import on first use, which takes as long as all other imports
-_SERVER.set_forkserver_preload(["tests.runs", "train", "discovla.engine.deepspeed", "torch._dynamo"])
+_PRELOADED = ("tests.runs", "train", "discovla.commands.train", "discovla.engine.deepspeed", "torch._dynamo")
+_SERVER.set_forkserver_preload(list(_PRELOADED))
 
 
 @dataclass

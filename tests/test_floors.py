@@ -14,6 +14,7 @@ LOW = {  # package -> the packages it may import besides itself
     "torchvision_cpu": set(),
     "foreign": set(),
     "terminal": set(),
+    "cpu": set(),
     "ops": {"batch"},
     "nn": {"ops"},
     "towers": {"nn", "ops", "tensor_files"},
@@ -79,7 +80,7 @@ def module_name(name: str) -> str:
 
 def allowed(package: str, other: str) -> bool:
     """Return True if a file in `package` may import from `other`."""
-    if other in {package, "torchvision_cpu", "foreign", "terminal", "__version__"}:
+    if other in {package, "torchvision_cpu", "foreign", "terminal", "cpu", "__version__"}:
         return True
     if package in LOW:
         return other in LOW[package]

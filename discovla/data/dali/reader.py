@@ -119,6 +119,7 @@ class DaliDecoder:
     def __init__(self, config: PipelineConfig) -> None:
         check_installed()
         self.config = config
+        self._stream: torch.cuda.Stream | None = None
         self._sandbox: Sandbox[Any, Any] = Sandbox(decode_batch, limit=config.time_limit)
 
     def decode(self, plans: Sequence[Plan | None]) -> DecodedBatch:
@@ -167,10 +168,18 @@ class DaliDecoder:
         assert answer is not None, "the process returns frames or an error"
         frames, reasons = answer
         if isinstance(frames, Tensor):  # memory of the other process, which it reuses for the next batch
-            frames = frames.clone()
-            torch.cuda.synchronize(frames.device)
-            return frames, reasons
+            return self._copied(frames), reasons
         return torch.from_numpy(frames), reasons
+
+    def _copied(self, frames: Tensor) -> Tensor:
+        """Copy frames on a GPU on a stream of its own, and wait for that copy but for no training step."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(frames.device)
+        with torch.cuda.stream(self._stream):
+            copy = frames.clone()
+        copy.record_stream(torch.cuda.current_stream(frames.device))
+        self._stream.synchronize()
+        return copy
 
     def _decode_one_by_one(self, plans: Sequence[Plan | None], error: WorkerLost) -> DecodedBatch:
         """Decode the clips of a batch, one of which was too much for the process, in batches of one."""
