@@ -198,11 +198,13 @@ def results_table(rows: Mapping[str, Metrics], *, width: int | None = None) -> s
     below = width is not None and label + 1 + 2 * 7 * len(COLUMNS) + 3 > width
     tables = [[column] for column in columns] if below else [columns]
     lines = [
-        f"{name:<{label}} {'   '.join(cells)}".rstrip()
+        "\n".join(
+            f"{name:<{label}} {'   '.join(cells)}".rstrip()
+            for name, *cells in zip(names, *table, strict=True)
+        )
         for table in tables
-        for name, cells in zip(names, zip(*table, strict=True), strict=True)
     ]
-    return "\n".join([*lines, *_ties_line(rows)])
+    return "\n".join(["\n\n".join(lines), *_ties_line(rows)])
 
 
 def _cells(metrics: Mapping[str, Any] | None) -> str:

@@ -159,7 +159,7 @@ class _Handler(logging.Handler):
             style = "yellow" if record.levelno == logging.WARNING else "red"
             word = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             text = Text(word, style=style).append(message, style="default")
-            _screen.console.print(text)
+            _screen.console.print(text, soft_wrap=not _screen.draws)  # a terminal breaks lines between words
         elif record.levelno >= logging.WARNING:
             key = _library_and_line(record.name, message)
             _screen.held[key] = _screen.held.get(key, 0) + 1
@@ -190,7 +190,9 @@ def close() -> None:
     clear()
     for (name, line), count in _screen.held.items():
         times = "" if count == 1 else f" ({count} times)"
-        _screen.console.print(Text(f"warning of {name}: {line}{times}", style="dim"))
+        _screen.console.print(
+            Text(f"warning of {name}: {line}{times}", style="dim"), soft_wrap=not _screen.draws
+        )
     logging.getLogger().removeHandler(_screen.handler)
     logging.captureWarnings(False)
     _screen = _Screen()

@@ -115,7 +115,7 @@ def _evaluate_run(arguments: argparse.Namespace) -> None:
         print(f"{len(clips):,} clips, {facts['captions']:,} captions of split {split!r}\n")
         print(results_table(rows, width=terminal.width()))
         error = sampling_error(rows["raw"], len(clips))
-        print(f"R@1 of {len(clips):,} clips has a standard error of {error:.1f} points")
+        print(f"\nR@1 of {len(clips):,} clips has a standard error of {error:.1f} points")
     if use is not None:
         path: Path = arguments.run_path
         directory = path if (path / "checkpoints").is_dir() else path.absolute().parents[1]

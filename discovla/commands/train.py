@@ -86,7 +86,7 @@ def print_results(directory: Path, results: Mapping[str, Any]) -> None:
     assert facts is not None, "written when the run began"
     test = facts.splits["test"]
     error = max(sampling_error(metrics, test.clips) for metrics in results.values())
-    print(f"{test.clips:,} clips of {test.name!r}: R@1 has a standard error of up to {error:.1f} points")
+    print(f"\n{test.clips:,} clips of {test.name!r}: R@1 has a standard error of up to {error:.1f} points")
     if "val" in facts.splits and test.name == facts.splits["val"].name:
         print(f"no test split: {VAL_IS_TEST % test.name}")
     best = checkpoint.best(directory / "checkpoints")
