@@ -54,7 +54,7 @@ from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
 from discovla.ops import dispatch
 from discovla.report.data import RunFacts, SplitFacts, device_name, machine
-from discovla.report.writer import save_record, try_report
+from discovla.report.writer import FINAL_SECONDS, save_record, try_report
 from discovla.retrieval.record import EvaluationRecord
 from discovla.train_step import METHOD, TrainStep, prepare_method
 from discovla.tune import tune
@@ -583,7 +583,7 @@ class Trainer:
         if not self.world.first:
             return None
         write_json(self.config.directory / "results.json", rows)
-        pictures = try_report(self.config.directory)
+        pictures = try_report(self.config.directory, seconds=FINAL_SECONDS)
         log_test(self.config.directory, step, raw, pictures)
         return rows
 

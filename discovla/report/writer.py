@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
 TRAINING_SECONDS = 2.0  # for frames, of a report that is written while ranks wait
+FINAL_SECONDS = 30.0  # the same of a finished run
 
 
 def save_record(directory: Path, name: str, record: EvaluationRecord, *, title: str, step: int) -> None:
@@ -47,13 +48,13 @@ def write_report(directory: Path, out: Path | None = None, *, seconds: float = 1
     return out, report
 
 
-def try_report(directory: Path) -> dict[str, np.ndarray]:
+def try_report(directory: Path, *, seconds: float = TRAINING_SECONDS) -> dict[str, np.ndarray]:
     """Write the report of a run in training and return its plots and queries as pixels, by title.
 
-    A report that cannot be written is one warning: it must not end the run.
+    A report that cannot be written is one warning: it must not end the run.  `seconds` as in `write_report`.
     """
     try:
-        _, report = write_report(directory, seconds=TRAINING_SECONDS)
+        _, report = write_report(directory, seconds=seconds)
         return report.pictures()
     except Exception as error:
         logger.warning("%s not written: %s", directory / REPORT, one_line(error))
