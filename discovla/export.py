@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +281,7 @@ def measure_loss(run: LoadedRun, device: str = "auto") -> Loss:
             "the plain CLIP": plain,
             "before training": start,
         }.items():
-            raw = evaluate(method.to(options.device), clips, options)["raw"]
+            raw = evaluate(method.to(options.device), clips, replace(options, name=name))["raw"]
             recalls[name] = raw["t2v"]["R@1"], raw["v2t"]["R@1"]
     except (ValueError, OSError, DecodeError) as error:
         return Loss(parts=parts, unmeasured=str(error))

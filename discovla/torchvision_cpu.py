@@ -32,7 +32,9 @@ def install() -> None:
     for name in _OPS:
         library.define(name + _SCHEMA)
     _libraries.append(library)
-    logger.info("torchvision's operators do not load with torch %s: declared without code", torch.__version__)
+    logger.debug(
+        "torchvision's operators do not load with torch %s: declared without code", torch.__version__
+    )
 
 
 def _own_library_loads() -> bool:

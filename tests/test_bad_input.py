@@ -125,7 +125,10 @@ def test_a_bad_manifest_line_is_named_by_file_and_line(change, message, tmp_path
     ("words", "message"),
     [
         (["optim.lrr=1"], "small.toml: optim.lrr: unknown key; did you mean 'lr'?"),
-        (["data.manifest={tmp}/no.jsonl"], "{tmp}/no.jsonl: expected a manifest, No such file"),
+        (
+            ["data.manifest={tmp}/no.jsonl"],
+            "{tmp}/no.jsonl: expected a manifest, found no file {tmp}/no.jsonl",
+        ),
         (["data.test_split=val"], "data: expected different splits to train, select and test on"),
         (["data.context_length=40"], "data.context_length: expected at most 32, found 40"),
         (["batch_size=80"], "batch_size: expected at most the 72 training pairs, found 80"),
@@ -237,6 +240,7 @@ def test_too_many_bad_clips_stop_all_ranks_with_one_line(tmp_path, drawn, bad_cl
     line = error_line(job, status=(2, 2))
     assert "data.bad_clip_share: expected at most 1.00% of 24 clips to be bad, found " in line
     assert line.endswith(f"all are in {tmp_path}/run/quarantine.jsonl")
+    assert "`discovla doctor MANIFEST`" in line and "data.quarantine=LIST" in line
     assert quarantined(tmp_path)
 
 
@@ -247,6 +251,7 @@ def test_an_evaluation_clip_that_one_rank_cannot_read_stops_all(split, place, tm
     line = error_line(job, status=(2, 2))
     assert "1 clips cannot be evaluated" in line
     assert f"'{split}_{place:05d}' ({tmp_path}/beheaded.mp4): truncated" in line
+    assert "`discovla doctor MANIFEST`" in line and "`discovla evaluate --quarantine LIST`" in line
     assert not (tmp_path / "run/metrics.jsonl").exists() or not runs.records(tmp_path / "run")
 
 

@@ -1,7 +1,10 @@
 """Runs on few clips of a user's own: without a test split, with fewer pairs than a batch, with a rhythm."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,28 @@ def test_a_run_with_a_reduced_batch_and_no_test_split_resumes(own):
     folder, _ = own
     words = [folder / "small.toml", "steps=5", "method.alpha=0", "method.beta=0", "resume=true"]
     assert "resuming at step 5 of 5" in runs.train(words).output()
+
+
+@pytest.mark.slow
+def test_training_prints_json_lines_or_only_the_table_if_asked_to(tmp_path, drawn):
+    def train(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "discovla", "train", *map(str, words)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+
+    config = runs.write_config(tmp_path, drawn)
+    events = [
+        json.loads(line)
+        for line in train(config, "--json", "steps=2", "evaluate_every=1").stdout.splitlines()
+    ]
+    events = [event for event in events if event["kind"] != "progress"]
+    kinds = [event["kind"] for event in events if event["kind"] != "checkpoint"]
+    assert kinds == ["start", "val", "train", "val", "train", "val", "results"]
+    assert events[0]["splits"]["test"]["clips"] == 8 and events[0]["total_steps"] == 2
+    assert events[-1]["rows"] == json.loads((tmp_path / "run/results.json").read_text())
+    done = train(config, "steps=2", "evaluate_every=1", "resume=true", "--quiet")
+    assert done.stderr == ""
+    assert [line.split()[0] for line in done.stdout.splitlines()[4:6]] == ["zero-shot,", "zero-shot,"]
 
 
 def test_a_batch_size_that_the_user_set_is_refused_if_too_large(own):

@@ -215,6 +215,8 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, found another byte at {error.start}") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: expected a manifest, found no file {path.absolute()}") from error
     except OSError as error:
         raise ValueError(f"{path}: expected a manifest, {error.strerror}") from error
 

@@ -118,7 +118,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, row, message):
 
 
 def test_a_missing_manifest_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"none.jsonl: expected a manifest, No such file"):
+    with pytest.raises(ValueError, match=r"none.jsonl: expected a manifest, found no file"):
         read_manifest(tmp_path / "none.jsonl")
 
 
