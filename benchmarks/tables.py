@@ -23,7 +23,7 @@ from benchmarks.experiments import ABLATION_RUNS, EXPERIMENTS, LADDER, METHOD_RU
 from benchmarks.measure import RESULTS, ROOT, read_rows
 
 Row = dict[str, Any]
-PAGES = ("docs/results.md", "docs/performance.md", "docs/methods/tempme.md")
+PAGES = ("docs/results.md", "docs/performance.md", "docs/methods/tempme.md", "docs/search.md")
 ABSENT = "-"
 LAST = 20  # steps whose mean loss is the end of a loss curve
 
@@ -269,7 +269,56 @@ def _results(experiment: str) -> list[Row]:
     return read_rows(EXPERIMENTS[experiment].results)
 
 
+def search_rows(measure: str, folder: Path = RESULTS) -> list[Row]:
+    """Return the rows of one measure of `benchmarks/search.py`, of the newest file that has any."""
+    for path in sorted((folder / "cpu").glob("*-search.jsonl"), reverse=True):
+        if rows := [row for row in read_rows(path) if row["measure"] == measure]:
+            return rows
+    return []
+
+
+def search_table() -> str:
+    """Return the times of selection and search beside those of other libraries."""
+    names = {"top 10": "20,000 queries, 1,000 items, top 10", "ranks": "20,000 queries, 1,000 items, ranks"}
+    body = []
+    for measure in ("top 10", "ranks", "search of an index"):
+        for row in search_rows(measure):
+            name = names.get(measure) or f"{row['moments']:,} moments, one query"
+            others = {
+                key.removeprefix("ratio_to_"): x for key, x in row.items() if key.startswith("ratio_to_")
+            }
+            cells = [
+                f"{others[key]:.2f}" if key in others else ABSENT for key in ("numpy", "faiss", "lancedb")
+            ]
+            body.append([name, f"{row['cpu_ms_ours']:,.1f}", *cells])
+    return markdown(["CPU time", "ms", "to NumPy", "to faiss-cpu flat", "to LanceDB, no index"], body)
+
+
+def reliability_table() -> str:
+    """Return how often the best hit is right, by its probability."""
+    body = [
+        [
+            f"{row['from']:g} to {row['to']:g}",
+            str(row["queries"]),
+            ABSENT if row["right"] is None else f"{row['mean_probability']:.2f}",
+            ABSENT if row["right"] is None else f"{row['right']:.2f}",
+        ]
+        for row in search_rows("reliability")
+    ]
+    return markdown(["probability of the best hit", "queries", "mean", "share that is right"], body)
+
+
+def correction_table() -> str:
+    """Return R@1 of the corrections that work for one query at a time."""
+    rows = search_rows("R@1")
+    body = [[row["correction"], f"{row['R@1']:.1f}"] for row in rows]
+    return markdown(["correction", "R@1"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "search": search_table,
+    "reliability": reliability_table,
+    "corrections": correction_table,
     "ladder": lambda: ablation_table(_results("ablation"), "retrieval", LADDER),
     "retrieval": lambda: ablation_table(_results("ablation"), "retrieval"),
     "choices": lambda: ablation_table(_results("ablation"), "choices"),

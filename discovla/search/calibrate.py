@@ -4,9 +4,10 @@ Scores of different queries have different levels, so that no single score separ
 score s of a moment is therefore measured in standard deviations of the scores that the same query gives to
 the moments of the index: z = (s - mean) / std.  The best z of captions of other videos has a Gumbel
 distribution, as the largest of many; its tail at a hit's z is the p-value that a query whose answer is not
-there has a best hit at least as good.  It becomes a probability by the bound of Sellke, Bayarri and Berger,
-P = 1 / (1 - e p log p) for p < 1 / e, which assumes that the answer is there as often as not, and which
-reaches one half at p = 1 / e; above, P falls to 0 in proportion to 1 - p.
+there has a best hit at least as good.  The odds for the hit are at most 1 / (-e p log p) for p < 1 / e, by
+Sellke, Bayarri and Berger; above, they are those of a probability that falls to 0 with 1 - p.  They are
+multiplied by the odds before the search: a query has an answer in the index as often as not, and the answer
+is then the first hit as often as R@1 of the run says.
 
 Source: Sellke, Bayarri and Berger, Calibration of p values for testing precise null hypotheses, The American
 Statistician 55 (2001), 62-71, https://doi.org/10.1198/000313001300339950
@@ -14,14 +15,17 @@ Statistician 55 (2001), 62-71, https://doi.org/10.1198/000313001300339950
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from discovla.checkpoints import RESULTS
 from discovla.data.dataset import read_clips
 from discovla.drawn_world.scenes import make_scene
 from discovla.drawn_world.wording import phrase, tell
@@ -31,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 DRAWN = f"{PLAIN}drawn"
 CAPTIONS = 256  # that calibrate an index
+UNKNOWN_RECALL = 0.5  # share of queries whose first hit is right, of a model that was not tested
 LEAST = 20  # moments of which a standard deviation is taken
 _EULER = 0.5772156649015329
 _SUBJECTS = (
@@ -62,26 +67,42 @@ class Calibration:
     """Gumbel distribution of the best z of captions of other videos.
 
     location, scale: its parameters.  count: number of captions.  moments: of the index when it was measured.
+    recall: share of the queries with an answer in the index whose first hit it is.
     """
 
     location: float
     scale: float
     count: int
     moments: int
+    recall: float
 
     @classmethod
-    def fit(cls, best: np.ndarray, moments: int) -> Calibration:
+    def fit(cls, best: np.ndarray, moments: int, recall: float) -> Calibration:
         """Fit the distribution to the best z of each caption, by mean and standard deviation."""
         scale = max(float(best.std(ddof=1)) * math.sqrt(6) / math.pi, 1e-6)
         location = float(best.mean()) - _EULER * scale
-        return cls(location=location, scale=scale, count=len(best), moments=moments)
+        return cls(location=location, scale=scale, count=len(best), moments=moments, recall=recall)
 
     def probability(self, z: float) -> float:
         """Return the probability that a hit with this z is what the query asks for."""
         p = -math.expm1(-math.exp(-(z - self.location) / self.scale))
-        if p >= 1 / math.e:
-            return 0.5 * (1 - p) / (1 - 1 / math.e)
-        return 1.0 if p <= 0 else 1 / (1 - math.e * p * math.log(p))
+        if p <= 0:
+            return 1.0
+        even = 0.5 * (1 - p) / (1 - 1 / math.e) if p >= 1 / math.e else 1 / (1 - math.e * p * math.log(p))
+        before = self.recall / 2
+        return even * before / (even * before + (1 - even) * (1 - before))
+
+
+def recall_of(model: Model) -> float:
+    """Return R@1, text to video, of the test of the model's run as a share; UNKNOWN_RECALL without a test."""
+    folder = Path(model.source)
+    for path in (folder / RESULTS, *(parent / RESULTS for parent in folder.parents[:2])):
+        if model.run is not None and path.is_file():
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            tested = [row for name, row in rows.items() if ", step " in name and "+" not in name]
+            if tested:
+                return min(max(tested[-1]["t2v"]["R@1"] / 100, 0.01), 1.0)
+    return UNKNOWN_RECALL
 
 
 def random_captions(model: Model) -> list[str]:

@@ -260,14 +260,19 @@ class Index(IndexReader):
         self.close()
         return report
 
-    def calibrate(self, captions: Sequence[str] | None = None) -> None:
+    def calibrate(self, captions: Sequence[str] | None = None, *, recall: float | None = None) -> None:
         """Measure the scores of captions that describe none of the videos, for probabilities.
 
         Args:
             captions: default: random ones of the training split of the model's run, or general sentences.
+            recall: share of queries whose first hit is right, if the index has their answer; default: R@1 of
+                the run's test, or 0.5.
         """
+        if recall is not None and not 0 < recall <= 1:
+            raise ValueError(f"recall: expected a share above 0, at most 1, found {recall}")
         with self._writing():
-            self._calibrate(captions)
+            self._refreshed()
+            self._calibrate(captions, recall)
 
     def _calibrate_if_changed(self) -> None:
         calibration, moments = self._calibration(), len(self._current().contents)
@@ -275,8 +280,10 @@ class Index(IndexReader):
         if not before or not before / RECALIBRATE <= moments <= before * RECALIBRATE:
             self._calibrate(None)
 
-    def _calibrate(self, captions: Sequence[str] | None) -> None:
-        loaded = self._current()
+    def _calibrate(self, captions: Sequence[str] | None, recall: float | None = None) -> None:
+        loaded, earlier = self._current(), self._calibration()
+        if recall is None:
+            recall = calibrate.recall_of(self.model) if earlier is None else earlier.recall
         if captions is None:
             captions = self.settings["captions"]
         if not captions:
@@ -291,7 +298,7 @@ class Index(IndexReader):
                 query = EmbeddedQuery(pooled=unit(text.pooled[0].float()), text=text)
                 scores = score(self.model.method, loaded, query, 1)
                 best.append(standardised(scores.values[:1], scores.background)[0])
-            fitted = Calibration.fit(np.array(best), len(loaded.contents))
+            fitted = Calibration.fit(np.array(best), len(loaded.contents), recall)
             self.settings["calibration"] = asdict(fitted)
         write_settings(self.path, self.settings)
 

@@ -60,7 +60,7 @@ class Hit:
     start, end: seconds from the first frame.
     best_frame: seconds of the sampled frame that is closest to the query.
     score: the method's own similarity of the query and the moment; higher is closer.
-    probability: that what the query asks for is there, see `calibrate`; None if the index is not
+    probability: that the hit is what the query asks for, see `calibrate`; None if the index is not
         calibrated, or the query is no text.
     columns: the user's own columns of the video.
     """
