@@ -84,9 +84,15 @@ class Method(nn.Module):
         self._check_towers()
         self.vision = VisionTower(architecture, vision_block or self._blocks("vision"))
         if config.merge != "none":
-            shape, tokens = architecture.vision, 1 + architecture.patches
+            form = architecture.frames
             self.vision.merging = TokenMerging(
-                config.merge, config.merging, tokens=tokens, width=shape.width, blocks=shape.layers
+                config.merge,
+                config.merging,
+                tokens=form.class_row + architecture.patches,
+                width=architecture.vision.width,
+                blocks=architecture.vision.layers,
+                class_rows=int(form.class_row),
+                pools=form.pool != "class",
             )
         if config.fused_vision_blocks and isinstance(self.vision.pool, AttentionPool):
             self.vision.pool.fuse(config.lora_rank, positions=config.frame_position)
@@ -109,10 +115,16 @@ class Method(nn.Module):
                 "method.fused_vision_blocks: expected 0, or 1 for the pool of a tower without a class row, "
                 f"found {fused}"
             )
-        if self.config.merge != "none" and (frames.pool != "class" or frames.rotation is not None):
+        merge = self.config.merge
+        if merge != "none" and frames.rotation is not None:
             raise ValueError(
-                "method.merge: expected 'none' for a tower that is not read from a class row or has rotary "
-                f"positions, found {self.config.merge!r}"
+                "method.merge: expected 'none' for a tower with rotary positions, which a merged token has "
+                f"not, found {merge!r}"
+            )
+        if merge == "tempme" and frames.pool != "class":
+            raise ValueError(
+                "method.merge: expected 'none' or 'tome' for a tower that is not read from a class row, found "
+                "'tempme'"
             )
         if self.config.loss == "sigmoid" and not self.architecture.logit_bias:
             raise ValueError(

@@ -83,7 +83,9 @@ def fusion_readout_attention(
 
 def _within_sequences(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
     """n h l c."""
-    return attention(q, k, v, mask=_key_mask(layout), bias=_size_bias(layout, q), causal=layout.causal)
+    return attention(
+        q, k, v, mask=_key_mask(layout), bias=size_bias(layout.key_sizes, q), causal=layout.causal
+    )
 
 
 def _readout_within_sequences(q: Tensor, k: Tensor, v: Tensor, heads: int, layout: SequenceLayout) -> Tensor:
@@ -94,7 +96,7 @@ def _readout_within_sequences(q: Tensor, k: Tensor, v: Tensor, heads: int, layou
         assert layout.readout is not None, "the last block has readout rows"
         earlier = torch.arange(k.shape[2], device=k.device) <= layout.readout[:, None]  # n l
         mask = earlier[:, None, None] if mask is None else mask & earlier[:, None, None]
-    return _join(attention(queries, k, v, mask=mask, bias=_size_bias(layout, q)))[:, 0]
+    return _join(attention(queries, k, v, mask=mask, bias=size_bias(layout.key_sizes, q)))[:, 0]
 
 
 def _across_groups(
@@ -110,7 +112,7 @@ def _across_groups(
         k = k + _group_position(position, group, k).to(k.dtype)
     k, v = (x.unflatten(0, (-1, group)).transpose(1, 2).flatten(2, 3) for x in (k, v))  # b h (f l) c
     queries = queries.unflatten(0, (-1, group)).transpose(1, 2)  # b h f c
-    bias = _size_bias(layout, queries)
+    bias = size_bias(layout.key_sizes, queries)
     if bias is not None:
         bias = bias[layout.ungrouped :].unflatten(0, (-1, group)).movedim(1, 3).flatten(3)  # b 1 1 (f l)
     return _join(attention(queries, k, v, mask=mask, bias=bias)).flatten(0, 1)
@@ -130,11 +132,11 @@ def _key_mask(layout: SequenceLayout) -> Tensor | None:
     return None if mask is None else (mask[:, None] if mask.dim() == 2 else mask)[:, :, None]
 
 
-def _size_bias(layout: SequenceLayout, q: Tensor) -> Tensor | None:
-    """log key_sizes in the shape of scores, n 1 1 l, and in the dtype of q."""
-    if layout.key_sizes is None:
+def size_bias(sizes: Tensor | None, q: Tensor) -> Tensor | None:
+    """log sizes, n l, in the shape of scores, n 1 1 l, and in the dtype of q."""
+    if sizes is None:
         return None
-    return layout.key_sizes.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None, None].to(q.dtype)
+    return sizes.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None, None].to(q.dtype)
 
 
 def _split(x: Tensor, heads: int, parts: int) -> list[Tensor]:

@@ -84,12 +84,13 @@ class BlockMerges:
 
 
 def plan_merges(
-    kind: Merge, config: MergeConfig, *, tokens: int, frames: int, blocks: int
+    kind: Merge, config: MergeConfig, *, tokens: int, frames: int, blocks: int, class_rows: int = 1
 ) -> tuple[BlockMerges, ...]:
     """Count the merges of every block, from sizes alone.
 
     Args:
         tokens: of a frame, its class row included.  frames: of a clip.  blocks: of the tower.
+        class_rows: of a frame, 1 or 0.
 
     Raises:
         ValueError: frames that the joins do not divide, or a block with fewer tokens than it should merge.
@@ -105,7 +106,7 @@ def plan_merges(
         raise ValueError(
             f"method.merging.per_block: expected {first} numbers, one a block, found {len(per_block)}"
         )
-    n, fixed, sequences = tokens, 1, frames
+    n, fixed, sequences = tokens, class_rows, frames
     for layer in range(blocks):
         join = joins.get(layer, 1)
         if sequences % join:
@@ -153,18 +154,31 @@ def _share(tokens: int, fixed: int, share: float, config: MergeConfig) -> int:
 class TokenMerging(nn.Module):
     """Run the blocks of a vision tower and merge tokens on the way.
 
-    "tome": every block but the last merges `per_block` tokens of each frame, which stay sequences of their
-    own.  "tempme": some blocks first join the sequences of neighbouring frames, of which the most similar
-    tokens are merged, so that attention sees several frames, in the end the whole clip.  Class rows are never
-    merged; those of a clip, in the order of time, are its frames.
+    "tome": every block merges `per_block` tokens of each frame, which stay sequences of their own; the last
+    block only if the tower pools all rows, which are then weighed by their sizes.  "tempme": some blocks
+    first join the sequences of neighbouring frames and merge the most similar tokens of the whole, so that
+    attention sees several frames, in the end the whole clip.  Class rows are never merged; those of a clip,
+    in the order of time, are its frames.
 
+    pools: True if features are made of all rows that are left, not of class rows alone.
     positions: a table for each block that joins, P w, with P sequences of a clip before it.
 
     Source: ToMe (arXiv 2210.09461); TempMe (arXiv 2409.01156), details as in its code.
     """
 
-    def __init__(self, kind: Merge, config: MergeConfig, *, tokens: int, width: int, blocks: int) -> None:
+    def __init__(
+        self,
+        kind: Merge,
+        config: MergeConfig,
+        *,
+        tokens: int,
+        width: int,
+        blocks: int,
+        class_rows: int = 1,
+        pools: bool = False,
+    ) -> None:
         super().__init__()
+        self.class_rows, self.pools = class_rows, pools
         self.kind: Merge = kind
         self.config, self.tokens, self.blocks = config, tokens, blocks
         plan = self.plan(config.frames)
@@ -177,7 +191,14 @@ class TokenMerging(nn.Module):
 
     def plan(self, frames: int) -> tuple[BlockMerges, ...]:
         """Count the merges of every block for clips of so many frames; raises as `plan_merges` does."""
-        return plan_merges(self.kind, self.config, tokens=self.tokens, frames=frames, blocks=self.blocks)
+        return plan_merges(
+            self.kind,
+            self.config,
+            tokens=self.tokens,
+            frames=frames,
+            blocks=self.blocks,
+            class_rows=self.class_rows,
+        )
 
     def forward(
         self,
@@ -187,17 +208,18 @@ class TokenMerging(nn.Module):
         *,
         readout_only: bool = True,
         trace: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, TokenMerge]:
         """Run all blocks.
 
         Args:
             x: (b f) l w, embedded frames, the class row first.
             layout: of these frames, with `group` frames a clip.
             readout_only: leave out the merges of the last block, which do not change class rows.
+            trace: keep `TokenMerge.places`: the row in which each token of a frame lies in the end.
 
         Returns:
-            The class rows of all frames, (b f) w; and with `trace`, n k, int64: for each of n sequences that
-            are left, the row in which each of its k first tokens lies, frame by frame.
+            The class rows of all frames, (b f) w, or all rows that are left, (b f) l w, if the tower pools
+            them; and the sizes of what is left.
 
         Raises:
             ValueError: another number of frames than there are positions for, or than the joins divide.
@@ -209,7 +231,7 @@ class TokenMerging(nn.Module):
             )
         state = TokenMerge(
             count=0,
-            fixed=1,
+            fixed=self.class_rows,
             sizes=x.new_ones(x.shape[:2], dtype=torch.float32),
             visible=layout.fusion_key_mask if self.kind == "tempme" else None,
             places=torch.arange(x.shape[1], device=x.device).repeat(len(x), 1) if trace else None,
@@ -217,18 +239,22 @@ class TokenMerging(nn.Module):
         plan = self.plan(frames)
         for layer, (block, merges) in enumerate(zip(blocks, plan, strict=True)):
             x, state = self._join(layer, cast(Block, block), x, state, merges, layout)
-            last = readout_only and layer == len(plan) - 1
+            last = readout_only and not self.pools and layer == len(plan) - 1
             state = replace(state, count=0 if last else merges.inner, fixed=merges.fixed)
             own = self._layout(x, layout, state)
             if last and self.kind == "tome":
-                return block(x, replace(own, readout_only=True)), state.places
+                return block(x, replace(own, readout_only=True)), state
             result = block(x, own)
             x, state = (result, state) if own.merge is None else result
-        return x[:, : state.fixed].flatten(0, 1), state.places
+        return x if self.pools else x[:, : state.fixed].flatten(0, 1), state
+
+    def key_sizes(self, sizes: Tensor) -> Tensor | None:
+        """Sizes as attention to merged tokens takes them; None if it does not."""
+        return sizes if self.config.proportional_attention else None
 
     def _layout(self, x: Tensor, layout: SequenceLayout, state: TokenMerge) -> SequenceLayout:
         """Layout of the rows x n l w that a block reads."""
-        merged = x.shape[1] != self.tokens * state.fixed
+        merged = x.shape[1] != self.tokens * max(1, state.fixed)
         seen = state.visible
         if seen is not None and state.fixed > 1:  # a sequence of masked frames alone sees itself
             seen = seen | ~seen.any(1, keepdim=True)
@@ -236,9 +262,9 @@ class TokenMerging(nn.Module):
         return replace(
             layout,
             key_mask=seen if state.fixed > 1 else None,
-            key_sizes=state.sizes if self.config.proportional_attention and merged else None,
+            key_sizes=self.key_sizes(state.sizes) if merged else None,
             merge=state if state.count else None,
-            readout=layout.readout if state.fixed == 1 else None,
+            readout=layout.readout if state.fixed <= 1 else None,
             fusion_key_mask=None if frames is None or state.fixed > 1 else frames[:, :1].expand(x.shape[:2]),
             cache={},
         )

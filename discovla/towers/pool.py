@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from discovla.nn.block import MLP, BlockShape
 from discovla.nn.fusion import Adapter
 from discovla.nn.layers import LayerNorm, Linear
+from discovla.nn.padded_attention import size_bias
 from discovla.ops.attention import attention
 from discovla.towers.architecture import Architecture
 
@@ -49,32 +50,42 @@ class AttentionPool(nn.Module):
         if positions:
             self.frame_position = nn.Parameter(torch.zeros(MAX_FRAMES, width))
 
-    def forward(self, rows: Tensor, group: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, rows: Tensor, group: int, mask: Tensor | None, sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the features of frames, n w, and those of each frame by itself; the same without fusion.
 
         Args:
             rows: n l w, normed.  group: frames of a video, b group = n.
             mask: b f, bool, frames that the video sees; None: all.
+            sizes: n l, numbers of tokens merged into each row; None: 1 each.
         """
         latent = self.latent.to(rows.dtype).expand(len(rows), -1)  # n w
         key, value = self.key_value(rows).chunk(2, -1)  # n l w
-        own = self._attend(latent, key, value)
+        bias = size_bias(sizes, key)
+        own = self._attend(latent, key, value, bias)
         if self.adapter is None or self.query_adapter is None:
             own = own + self.mlp(self.ln(own))
             return own, own
         query = latent + self.query_adapter(own)
-        fused = self.adapter(self._attend(query, key, value)) + self._attend_video(
-            query, key, value, group, mask
+        fused = self.adapter(self._attend(query, key, value, bias)) + self._attend_video(
+            query, key, value, bias, group, mask
         )
         return tuple(y + self.mlp(self.ln(y)) for y in (fused, own))
 
-    def _attend(self, latent: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, latent: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """P(q; T) of each frame, n w."""
         q, k, v = (self._split(x) for x in (self.query(latent)[:, None], key, value))  # n h l c
-        return self.out(attention(q, k, v).transpose(1, 2).flatten(2)[:, 0])
+        return self.out(attention(q, k, v, bias=bias).transpose(1, 2).flatten(2)[:, 0])
 
     def _attend_video(
-        self, latent: Tensor, key: Tensor, value: Tensor, group: int, mask: Tensor | None
+        self,
+        latent: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        group: int,
+        mask: Tensor | None,
     ) -> Tensor:
         """P(q_f; T_1 ... T_F), n w."""
         if self.frame_position is not None:
@@ -86,7 +97,9 @@ class AttentionPool(nn.Module):
         q, k, v = (self._split(x) for x in grouped)  # b h f c, b h (f l) c twice
         if mask is not None:
             mask = mask.repeat_interleave(key.shape[1], 1)[:, None, None]  # b 1 1 (f l)
-        return self.out(attention(q, k, v, mask=mask).transpose(1, 2).flatten(2).flatten(0, 1))
+        if bias is not None:
+            bias = bias.unflatten(0, (-1, group)).movedim(1, 3).flatten(3)  # b 1 1 (f l)
+        return self.out(attention(q, k, v, mask=mask, bias=bias).transpose(1, 2).flatten(2).flatten(0, 1))
 
     def _split(self, x: Tensor) -> Tensor:
         """n l w -> n h l c."""
@@ -108,12 +121,13 @@ class LatentPool(nn.Module):
         self.out = Linear(features, features)
         self.ln_query, self.ln_rows = LayerNorm(features, eps=eps), LayerNorm(width, eps=eps)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return the features of frames, n d, of rows n l w."""
+    def forward(self, rows: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Return the features of frames, n d, of rows n l w and their sizes n l."""
         latent = self.ln_query(self.latent[:1].to(rows.dtype)).expand(len(rows), 1, -1)  # n 1 d
         projected = self.query(latent), *self.key_value(self.ln_rows(rows)).chunk(2, -1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
-        return self.out(attention(q, k, v).transpose(1, 2).flatten(2)[:, 0])
+        y = attention(q, k, v, bias=size_bias(sizes, k))
+        return self.out(y.transpose(1, 2).flatten(2)[:, 0])
 
 
 QUERIES = 256  # of CoCa's pool

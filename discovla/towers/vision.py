@@ -188,24 +188,34 @@ class VisionTower(nn.Module):
             y = y @ self.projection.to(y.dtype)
         return y if self.projection_bias is None else y + self.projection_bias.to(y.dtype)
 
-    def features(self, rows: Residual, group: int, frame_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def features(
+        self, rows: Residual, group: int, frame_mask: Tensor | None, sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Joint features of frames, n d, and those of each frame by itself; they differ if the pool fuses.
 
         Args:
             rows: what `run_blocks` returns; all rows, unless the class row is read.
             group: frames of a video.  frame_mask: b f, bool, frames that the others of the video see.
+            sizes: n l, numbers of tokens merged into each row; None: 1 each.
         """
         if isinstance(self.pool, AttentionPool):
             y = self.ln_post.norm_residual(rows, self.impl)
-            fused, own = self.pool(y, group, frame_mask)
+            fused, own = self.pool(y, group, frame_mask, sizes)
             fused_features = self._to_joint(fused)
             return fused_features, fused_features if own is fused else self._to_joint(own)
         if self.form.pool != "class":
             x = rows[0] + rows[1] if isinstance(rows, tuple) else rows
-            first = int(self.form.class_row)
-            rows = x[:, first:].mean(1) if self.pool is None else self.pool(x)
+            rows = self._mean(x, sizes) if self.pool is None else self.pool(x, sizes)
         features = self.project(rows)
         return features, features
+
+    def _mean(self, x: Tensor, sizes: Tensor | None) -> Tensor:
+        """Mean of the patches, n w, of rows n l w, weighted by sizes."""
+        first = int(self.form.class_row)
+        if sizes is None:
+            return x[:, first:].mean(1)
+        weights = sizes[:, first:, None].to(x.dtype)
+        return (x[:, first:] * weights).sum(1) / weights.sum(1)
 
     def layout(self, frames: Tensor, group: int, frame_mask: Tensor | None = None) -> SequenceLayout:
         """Layout of n embedded frames for the blocks, `group` frames a video.
@@ -238,9 +248,11 @@ class VisionTower(nn.Module):
         b, f = frames.shape[:2]
         x = self.embed(frames.flatten(0, 1))
         layout = self.layout(x, f, frame_mask)
+        sizes = None
         if self.merging is None:
             rows = run_blocks(self.blocks, x, layout, readout_only=self.form.pool == "class")
         else:
-            rows, _ = self.merging(self.blocks, x, layout)  # n w, class rows
-        features, own = self.features(rows, f, frame_mask)
+            rows, merged = self.merging(self.blocks, x, layout)
+            sizes = self.merging.key_sizes(merged.sizes)
+        features, own = self.features(rows, f, frame_mask, sizes)
         return features.unflatten(0, (b, f)), own.unflatten(0, (b, f))

@@ -226,3 +226,52 @@ def test_blocks_of_kernels_give_the_same_features(tower):
         found.append((text.pooled, video.pooled))
     for got, want in zip(*found, strict=True):
         assert relative_error(got, want) <= 1e-9
+
+
+# merging within frames needs positions that a merged token can have, across frames also class rows
+MERGES = {
+    "tome": {"merge": "tome", "merging": {"per_block": 1}},
+    "tempme": {"merge": "tempme", "merging": {"per_block": 1, "layers": [1], "factors": [3], "frames": 3}},
+}
+CANNOT_MERGE = {
+    **{(merge, tower): "with rotary positions" for merge in MERGES for tower in ("pe", "eva")},
+    **{("tempme", tower): "not read from a class row" for tower in ("siglip", "coca", "clipa")},
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("merge", MERGES)
+def test_merging_trains_and_resumes_on_every_tower_or_is_refused_by_name(merge, tower):
+    options = {"tune": "full", **MERGES[merge]}
+    if (merge, tower) in CANNOT_MERGE:
+        with pytest.raises(ValueError, match=f"method.merge: expected.*{CANNOT_MERGE[merge, tower]}"):
+            make("clip", TOWERS[tower], **options)
+        return
+    made = make("clip", TOWERS[tower], **options).eval()
+    moved = optimizer(made)
+    first = step(made, moved)
+    state, moments = copy.deepcopy(made.trained_state()), copy.deepcopy(moved.state_dict())
+    again = make("clip", TOWERS[tower], **options).eval()
+    again.load_trained_state(state)
+    resumed = optimizer(again)
+    resumed.load_state_dict(moments)
+    second = step(made, moved)
+    assert torch.isfinite(first) and first != second
+    assert torch.equal(step(again, resumed), second)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip", "coca", "clipa"])
+def test_merging_equal_patches_changes_no_feature(tower):
+    """Proportional attention counts a merged token like the tokens in it, in the blocks and in the pool."""
+    architecture = dataclasses.replace(TOWERS[tower], image_size=TOWERS[tower].image_size * 2)
+    plain = make("clip", architecture, tune="frozen").double()
+    merging = make("clip", architecture, tune="frozen", merge="tome", merging={"per_block": 3}).double()
+    for method in (plain, merging):
+        method.compute_dtype = torch.float64
+        with torch.no_grad():
+            method.vision.position_embedding.zero_()
+    merging.load_state_dict(plain.state_dict())
+    frames = torch.full((2, 3, *[architecture.image_size] * 2, 3), 77, dtype=torch.uint8)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    want, got = (method.encode_video(frames, mask).pooled for method in (plain, merging))
+    assert relative_error(got, want) <= 1e-12

@@ -99,7 +99,7 @@ def test_blocks_and_merges_equal_the_golden_ones(model_file, dtype, monkeypatch)
         block.register_forward_hook(record)
     tower, frames = model.vision, batch.frames.shape[1]
     x = tower.embed(model.pixels(batch.frames).flatten(0, 1))
-    cls, places = tower.merging(tower.blocks, x, tower.layout(x, frames), readout_only=False, trace=True)
+    cls, state = tower.merging(tower.blocks, x, tower.layout(x, frames), readout_only=False, trace=True)
     for layer, (rows, expected) in enumerate(zip(outputs, model_file.sidecar["block_counts"], strict=True)):
         clips, fixed = expected["clips"], expected["cls_per_clip"]
         assert rows.shape[:2] == (len(batch.frames) * clips, expected["tokens_per_clip_out"])
@@ -124,8 +124,10 @@ def test_blocks_and_merges_equal_the_golden_ones(model_file, dtype, monkeypatch)
     assert len(counts) == 15
     # every token that a clip had at first lies in a row that counts it
     last = merges[-1][0].sizes
-    for sequence in range(len(places)):
-        assert torch.equal(torch.bincount(places[sequence], minlength=last.shape[1]), last[sequence].long())
+    for sequence in range(len(state.places)):
+        assert torch.equal(
+            torch.bincount(state.places[sequence], minlength=last.shape[1]), last[sequence].long()
+        )
     assert cls.shape == (len(batch.frames) * frames, tower.blocks[0].ln_1.weight.shape[0])
 
 
