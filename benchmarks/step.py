@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +209,15 @@ class Comparison:
     seconds: float = float("inf")
     data: DataConfig | None = None
     """Source of the batches; None for one batch of noise."""
+    full_captions: bool = False
+    """Captions of noise fill all their tokens, so that packing saves nothing."""
     profile: bool = False
     """Profile one more step of each implementation."""
 
     @property
     def name(self) -> str:
-        return f"step {self.model} b{self.pairs}" + (" with loader" if self.data else "")
+        source = " with loader" if self.data else " full captions" if self.full_captions else ""
+        return f"step {self.model} b{self.pairs}{source}"
 
 
 def compare(comparison: Comparison, device: str, architecture: Architecture | None = None) -> list[Row]:
@@ -285,7 +288,13 @@ def _batches(
     """Return a function that yields batches on the device without end: noise, or a loader started anew."""
     data = comparison.data
     if data is None:
-        noise = step_inputs.noise(architecture, comparison.pairs, frames=comparison.frames, length=LENGTH)
+        noise = step_inputs.noise(
+            architecture,
+            comparison.pairs,
+            frames=comparison.frames,
+            length=LENGTH,
+            full=comparison.full_captions,
+        )
         noise = noise.to(device)
         return lambda: (noise for _ in count())
     spec = BatchSpec(
@@ -474,6 +483,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, nargs="+", default=[2])
     parser.add_argument("--frames", type=int, default=12)
     parser.add_argument("--impl", nargs="+", choices=IMPLS, default=list(IMPLS))
+    parser.add_argument(
+        "--captions",
+        choices=["short", "full"],
+        nargs="+",
+        default=["short", "full"],
+        help="captions of noise with 12 tokens on average, or with all 32; default: both",
+    )
     parser.add_argument("--rounds", type=int, help="default: 7 on a CPU, 50 on a GPU")
     parser.add_argument("--profile", action="store_true", help="profile one more step of each")
     parser.add_argument(
@@ -492,7 +508,8 @@ def main(words: Sequence[str] | None = None) -> int:
             workers=options.workers,
             context_length=LENGTH,
         )
-    for model, pairs in ((model, pairs) for model in options.model for pairs in options.pairs):
+    captions = ["short"] if data else options.captions
+    for model, pairs, length in product(options.model, options.pairs, captions):
         comparison = Comparison(
             model=model,
             pairs=pairs,
@@ -500,6 +517,7 @@ def main(words: Sequence[str] | None = None) -> int:
             impls=options.impl,
             rounds=options.rounds or (50 if device == "cuda" else 7),
             data=data,
+            full_captions=length == "full",
             profile=options.profile,
         )
         for row in compare(comparison, device):

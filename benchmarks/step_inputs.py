@@ -49,11 +49,17 @@ def method(a: Architecture, *, dtype: torch.dtype = torch.float32, device: str =
     return made.to(device)
 
 
-def noise(a: Architecture, pairs: int, *, frames: int = 12, length: int = 32, seed: int = 0) -> Batch:
-    """Make frames of noise and random captions of 8 to 16 tokens, 12 on average, padded to `length`."""
+def noise(
+    a: Architecture, pairs: int, *, frames: int = 12, length: int = 32, full: bool = False, seed: int = 0
+) -> Batch:
+    """Make frames of noise and random captions.
+
+    Captions have 8 to 16 tokens, 12 on average, padded to `length`; with `full` they have `length` tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
-    ids, mask = _captions(pairs, length, generator)
-    frame_ids, frame_mask = _captions(pairs * frames, length, generator)
+    words = (length - 2, length - 1) if full else WORDS
+    ids, mask = _captions(pairs, length, words, generator)
+    frame_ids, frame_mask = _captions(pairs * frames, length, words, generator)
     pixels = (pairs, frames, a.image_size, a.image_size, 3)
     return Batch(
         text_ids=ids,
@@ -67,8 +73,10 @@ def noise(a: Architecture, pairs: int, *, frames: int = 12, length: int = 32, se
     )
 
 
-def _captions(n: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    words = torch.randint(*WORDS, (n,), generator=generator)
+def _captions(
+    n: int, length: int, limits: tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    words = torch.randint(*limits, (n,), generator=generator)
     ids = torch.randint(1, SOT, (n, length), generator=generator)
     ids[:, 0] = SOT
     ids[torch.arange(n), words + 1] = EOT

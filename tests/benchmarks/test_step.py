@@ -9,6 +9,7 @@ import torch
 from benchmarks import step, step_baselines, step_inputs
 from benchmarks.step import IMPLS, Comparison, compare, component
 from benchmarks.step_baselines import MatmulStep, PeftStep, ReferenceStep
+from benchmarks.step_inputs import size_of
 from benchmarks.step_work import needed_flops
 from discovla.data.config import DataConfig
 from discovla.engine.capture import Capture
@@ -51,6 +52,13 @@ def test_every_implementation_has_figures_or_a_reason(architecture):
 def test_every_implementation_starts_from_equal_weights(architecture):
     first, second = (step_inputs.method(architecture).state_dict() for _ in range(2))
     assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_full_captions_have_no_padding(architecture):
+    sizes = [size_of(step_inputs.noise(architecture, 50, full=full)) for full in (False, True)]
+    assert sizes[0].tokens == pytest.approx(12, abs=0.2) and sizes[0].longest == 16
+    assert (sizes[1].tokens, sizes[1].longest, sizes[1].length) == (32, 32, 32)
+    assert Comparison(full_captions=True).name == "step ViT-B/32 b2 full captions"
 
 
 def test_an_implementation_that_does_not_fit_is_left_out_and_the_rest_timed(architecture, monkeypatch):
