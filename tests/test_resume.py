@@ -134,7 +134,7 @@ def test_a_checkpoint_older_than_an_option_counts_as_trained_with_its_default(tm
     state = json.loads(path.read_text())
     del state["sha256"]
     assert state["meta"]["schedule"].pop("data.sampling") == "discovla"
-    path.write_text(json.dumps(state | {"sha256": checkpoint._sum_of_state(state)}))
+    path.write_text(json.dumps(state | {"sha256": checkpoint._state_checksum(state)}))
     job = runs.start([*words, "resume=true", "data.sampling=clip4clip"])
     assert job.wait() == [2]
     assert "data.sampling: the run began with 'discovla', found 'clip4clip'" in job.output()
