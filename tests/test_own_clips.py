@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from discovla import terminal
 from discovla.cli import main
+from discovla.commands import draw
+from discovla.commands.train import make_drawn_shards
 from discovla.config import read_config
 from discovla.data.manifest import read_manifest, write_manifest
 from tests import runs
@@ -50,6 +53,18 @@ def test_a_run_with_a_reduced_batch_and_no_test_split_resumes(own):
     assert "resuming at step 5 of 5" in runs.train(words).output()
 
 
+def test_clips_that_are_drawn_before_training_leave_stdout_to_the_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(draw, "draw_world", lambda out, **_: print("drawn") or out / "manifest.jsonl")
+    config = read_config("quickstart", ["data.manifest=data/drawn_world/manifest.jsonl"])
+    terminal.start()
+    make_drawn_shards(config, "quickstart")
+    terminal.close()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"{tmp_path}/data/drawn_world: no clips there yet, drawing them\n"
+
+
 @pytest.mark.slow
 def test_training_prints_json_lines_or_only_the_table_if_asked_to(tmp_path, drawn):
     def train(*words: str) -> subprocess.CompletedProcess:
@@ -69,7 +84,7 @@ def test_training_prints_json_lines_or_only_the_table_if_asked_to(tmp_path, draw
     assert events[-1]["rows"] == json.loads((tmp_path / "run/results.json").read_text())
     done = train(config, "steps=2", "evaluate_every=1", "resume=true", "--quiet")
     assert done.stderr == ""
-    assert [line.split()[0] for line in done.stdout.splitlines()[4:6]] == ["zero-shot,", "zero-shot,"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[3:5]] == ["zero-shot,", "zero-shot,"]
 
 
 def test_a_batch_size_that_the_user_set_is_refused_if_too_large(own):

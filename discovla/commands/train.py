@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
+import logging
 import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from discovla import terminal
 from discovla.config import RunConfig, find_config, read_config
+
+logger = logging.getLogger(__name__)
 
 DRAWN_WORLD = Path("data/drawn_world")  # as the packaged configs name it
 
@@ -141,7 +146,7 @@ def make_drawn_shards(config: RunConfig, name: str) -> None:
     shards = [] if config.data.shards is None else [config.data.shards]
     commands = []
     if not manifest.is_file():
-        print(f"{DRAWN_WORLD.absolute()}: no clips there yet, drawing them", flush=True)
+        logger.info("%s: no clips there yet, drawing them", DRAWN_WORLD.absolute())
         commands.append(["draw", str(DRAWN_WORLD)])
     if shards and not (Path(shards[0]) / "shards.json").is_file():
         commands.append(["shard", str(manifest), shards[0], "--config", str(find_config(name))])
@@ -151,4 +156,5 @@ def make_drawn_shards(config: RunConfig, name: str) -> None:
     shard.add(subparsers)
     for words in commands:
         arguments = parser.parse_args(words)
-        arguments.run(arguments)
+        with redirect_stdout(io.StringIO()):  # stdout is for the results of the run
+            arguments.run(arguments)
