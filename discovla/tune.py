@@ -15,14 +15,14 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from discovla.candidates import Planned, cases_of_run
 from discovla.config import RunConfig
 from discovla.data.manifest import write_atomic
 from discovla.data.sandbox import Sandbox, WorkerLost
@@ -30,14 +30,9 @@ from discovla.engine.distributed import World, gather_objects
 from discovla.foreign import read_json
 from discovla.lock import LockHeld, WriterLock
 from discovla.methods.base import Method
-from discovla.nn.block import Block, BlockShape, run_blocks
-from discovla.nn.layout import SequenceLayout
-from discovla.nn.lora import LoRA
 from discovla.ops import dispatch
-from discovla.ops.cases import Case, case
+from discovla.ops.cases import Case
 from discovla.ops.dispatch import Choices, KernelUnavailable, Problem
-from discovla.ops.short_attention import Packing
-from discovla.ops.tower_cases import TOKENS, TowerCase, packed_captions, row_case, sequence_case
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +40,9 @@ LIMIT = 30.0  # seconds of a candidate
 SECONDS = 60.0  # of all candidates at the start of a run
 OPS = 0.6  # share of that time after which the blocks follow, whatever is left of their ops
 WARM_UP, CALLS = 3, 10  # of a timed candidate
-CHECKED_ROWS = 2048  # float64 is slow on most GPUs, so a smaller case is checked
-CHECKED_PAIRS = 24
 MARGIN = 0.97  # share of the default's time that another implementation has to stay below
 
+GRAPH = ", graph"  # after the name of an implementation that is timed as a CUDA graph
 Clock = Callable[[Callable[[], object], str], float]
 
 
@@ -65,6 +59,19 @@ def gpu_ms(call: Callable[[], object], name: str) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times)
+
+
+def graph_ms(call: Callable[[], object], name: str) -> float:
+    """Return the median milliseconds of a call that is recorded as a CUDA graph and replayed."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return gpu_ms(graph.replay, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,126 +130,6 @@ def measure(candidate: Candidate) -> Measurement:
     return Measurement(**result, problem=problem, ms=candidate.clock(lambda: case.step(leaves, impl), impl))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Planned:
-    """A case of a run, the smaller one that is checked, and the implementation that `auto` has by default."""
-
-    case: Case
-    checked: Case
-    default: str
-
-
-def planned(make: Callable[..., Case], n: int, checked: int, *args: Any, **options: Any) -> Planned:
-    """Plan the case make(n, ...), checked at a smaller size."""
-    whole = make(n, *args, **options)
-    default = dispatch.AUTO.get(whole.op, {}).get("cuda", "reference")
-    return Planned(case=whole, checked=make(min(n, checked), *args, **options), default=default)
-
-
-def cases_of_run(config: RunConfig, method: Method, world_size: int) -> list[Planned]:
-    """Return the cases of a training step, blocks last: their ops are measured before."""
-    a, dtype = method.architecture, method.compute_dtype
-    pairs, frames = max(1, config.batch_size // world_size), config.data.frames
-    captions = pairs * (1 + frames) if method.needs_frame_captions else pairs
-    lora = any(isinstance(module, LoRA) for module in method.modules())
-    half = {"dtype": dtype}
-    ops: list[Planned] = []
-    blocks: list[Planned] = []
-    for tower, n, rows, packed in (
-        (a.vision, pairs * frames, 1 + a.patches, False),
-        (a.text, captions, min(TOKENS, config.data.context_length), True),
-    ):
-        w, heads = tower.width, tower.heads
-        few = max(1, CHECKED_ROWS // rows)
-        for op in ("mlp", "lora_norm" if lora else "layer_norm", "layer_norm"):
-            ops.append(planned(partial_case(row_case, op), n * rows, CHECKED_ROWS, w, **half))
-        attention = partial_case(sequence_case, "short_attention")
-        ops.append(planned(attention, n, few, rows, w, heads, packed=packed, **half))
-        shape = {"rows": rows, "width": w, "heads": heads, "hidden": tower.mlp_width, "packed": packed}
-        blocks.append(planned(block_case, n, few, lora=lora, **shape, **half))
-    parts = {"frames": (frames, frames), "dim": a.embed_dim, "dtype": torch.float32}
-    if method.needs_frame_captions:
-        ops.append(planned(partial_case(case, "alignment_losses"), pairs, CHECKED_PAIRS, **parts))
-    else:
-        pooled = {"dim": a.embed_dim, "dtype": torch.float32}
-        ops.append(planned(partial_case(case, "info_nce"), pairs, CHECKED_PAIRS, **pooled))
-    distinct = {x.case.name: x for x in ops}
-    return [*sorted(distinct.values(), key=lambda x: -x.case.flops), *blocks]
-
-
-def partial_case(make: Callable[..., Case], op: str) -> Callable[..., Case]:
-    """Return a function of the size n and the rest that makes a case of one op."""
-    return lambda n, *args, **options: make(op, n, *args, **options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockCase(TowerCase):
-    """A transformer block, frozen but for its LoRA, whose gradients are compared too."""
-
-    shape: BlockShape
-    packed: bool
-    lora: bool
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        value, gradient = super().limits  # of one op
-        return 2 * value, 2 * gradient
-
-    def run(self, leaves: list[Tensor], impl: Any) -> list[Tensor]:
-        generator = torch.Generator(leaves[0].device).manual_seed(1)
-        noise = torch.randn(leaves[0].shape, generator=generator, device=leaves[0].device)
-        return self._gradients(leaves, impl, noise.to(torch.bfloat16).to(leaves[0].dtype))
-
-    def step(self, leaves: list[Tensor], impl: Any) -> list[Tensor]:
-        return self._gradients(leaves, impl, torch.ones_like(leaves[0]))
-
-    def _gradients(self, leaves: list[Tensor], impl: Any, direction: Tensor) -> list[Tensor]:
-        x = leaves[0]
-        block = _block(self.shape, self.lora, x.dtype, x.device)
-        out = self.call(leaves, impl, self.packed)
-        trained = [p for p in block.parameters() if p.requires_grad]
-        return [out.detach(), *torch.autograd.grad(out, [x, *trained], direction)]
-
-
-@cache
-def _block(shape: BlockShape, lora: bool, dtype: torch.dtype, device: torch.device) -> Block:
-    """Make a block with weights that bf16 holds exactly."""
-    torch.manual_seed(0)
-    made = Block(shape).requires_grad_(False)
-    if lora:
-        made.attention.lora = LoRA(shape.width, 3 * shape.width, 8)
-        nn.init.normal_(made.attention.lora.b, std=0.02)
-    wide = torch.promote_types(dtype, torch.float32)
-    for parameter in made.parameters():
-        exact = parameter.data.to(torch.bfloat16)
-        parameter.data = exact.to(device, wide if parameter.requires_grad else dtype)
-    return made
-
-
-def _run_block(
-    leaves: list[Tensor], impl: Any, packed: bool, *, shape: tuple[BlockShape, bool, int]
-) -> Tensor:
-    x, (sizes, lora, n) = leaves[0], shape
-    packing: Packing | None = packed_captions(n, x.device) if packed else None
-    block = _block(sizes, lora, x.dtype, x.device)
-    layout = SequenceLayout(causal=packed, packing=packing, impl=impl)
-    rows = run_blocks(nn.ModuleList([block]), x, layout, readout_only=False)
-    return rows[0] + rows[1] if isinstance(rows, tuple) else rows
-
-
-def block_case(
-    n: int, *, rows: int, width: int, heads: int, hidden: int, packed: bool, lora: bool, dtype: torch.dtype
-) -> BlockCase:
-    """Make a case of a block on n sequences of `rows` rows, or on packed captions."""
-    shape = BlockShape(width=width, heads=heads, mlp_width=hidden)
-    count = int(packed_captions(n, torch.device("cpu")).offsets[-1]) if packed else n * rows
-    return BlockCase(
-        op="block", call=partial(_run_block, shape=(shape, lora, n)), n=n, m=n, dim=width, rows=rows,
-        products=24.0 * count * width**2 * 2, shapes=(((count, width) if packed else (n, rows, width)),),
-        dtype=dtype, masked=packed, shape=shape, packed=packed, lora=lora,
-    )  # fmt: skip
-
-
 def measured(
     plans: Sequence[Planned],
     *,
@@ -251,8 +138,11 @@ def measured(
     device: str = "cuda",
     tf32: bool = False,
     clock: Clock = gpu_ms,
+    graph_clock: Clock = graph_ms,
 ) -> list[Measurement]:
     """Measure all candidates of all cases in another process, until the time is up.
+
+    Blocks are then timed once more as a CUDA graph, by the implementation that was chosen for them.
 
     Args:
         seconds: of all candidates; one that has begun may take its limit longer.
@@ -279,7 +169,36 @@ def measured(
             results.append(_isolated(sandbox, candidate))
             if results[-1].failure:
                 logger.warning("tuning: %s, %s: %s", plan.case.name, impl, results[-1].failure)
+        choices = chosen([results])
+        for plan in (plan for plan in plans if plan.case.op == "block"):
+            best = next((x for x in results if x.name == plan.case.name and _taken(x, choices)), None)
+            if best is None or time.monotonic() - begin > seconds:
+                continue
+            pair = {"case": plan.case, "checked": plan.checked, "impl": best.impl, "choices": choices}
+            candidate = Candidate(**pair, device=device, tf32=tf32, clock=graph_clock)
+            result = _isolated(sandbox, candidate)
+            results.append(replace(result, impl=f"{best.impl}{GRAPH}", problem=None))
+    if advice := graph_advice(results):
+        logger.info("tuning: %s", advice)
     return results
+
+
+def _taken(x: Measurement, choices: Choices) -> bool:
+    """Return True if a measured candidate is the choice for its problem."""
+    return x.problem is not None and choices.get(x.problem[0], {}).get(str(x.problem[1])) == x.impl
+
+
+def graph_advice(measurements: Sequence[Measurement]) -> str:
+    """Return a line that recommends engine.capture = "graph" if blocks are faster so, else ""."""
+    choices = chosen([measurements])
+    whole = graphs = 0.0
+    for x in (x for x in measurements if x.impl.endswith(GRAPH) and x.ms is not None):
+        name = x.impl.removesuffix(GRAPH)
+        one = next(y for y in measurements if y.name == x.name and y.impl == name and _taken(y, choices))
+        whole, graphs = whole + (one.ms or 0.0), graphs + (x.ms or 0.0)
+    if not whole or graphs > MARGIN * whole:
+        return ""
+    return f"as CUDA graphs the blocks take {graphs / whole:.0%} of their time: consider engine.capture=graph"
 
 
 def _candidates(plans: Sequence[Planned]) -> Iterator[tuple[Planned, str]]:
@@ -399,7 +318,8 @@ def tune(config: RunConfig, method: Method, world: World, *, anew: bool = False)
     """
     if config.engine.tune == "off" or world.device.type != "cuda":
         return []
-    plans = cases_of_run(config, method, world.size)
+    pairs = max(1, config.batch_size // world.size)
+    plans = cases_of_run(method, pairs, config.data.frames, config.data.context_length)
     key = machine_key(world.device) | {"cases": "; ".join(plan.case.name for plan in plans)}
     keys = gather_objects(key, world)
     mine: list[Measurement] | ValueError | None = None
@@ -461,9 +381,10 @@ def format_table(measurements: Sequence[Measurement]) -> str:
     choices = chosen([measurements])
     lines = [f"{'case':52} {'candidate':12} {'error':>9} {'ms':>9}  result"]
     for x in measurements:
-        taken = x.problem is not None and choices.get(x.problem[0], {}).get(str(x.problem[1])) == x.impl
-        result = x.failure or ("chosen" if taken else "slower")
+        result = x.failure or ("chosen" if _taken(x, choices) else "slower")
+        if not x.failure and x.impl.endswith(GRAPH):
+            result = "recorded and replayed"
         error = "" if x.error is None else f"{max(x.error):.1e}"
         ms = "" if x.ms is None else f"{x.ms:.3f}"
         lines.append(f"{x.name:52} {x.impl:12} {error:>9} {ms:>9}  {result}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [graph_advice(measurements)])])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from discovla import tune
+from discovla.candidates import cases_of_run, partial_case, planned
 from discovla.engine.distributed import World
 from discovla.ops import dispatch
 from discovla.ops.tower_cases import row_case
@@ -22,7 +23,6 @@ from discovla.tune import (
     machine_key,
     measured,
     measurements_of,
-    planned,
     read_table,
     table_path,
 )
@@ -113,7 +113,9 @@ def test_all_ranks_use_the_choices_of_the_first_of_their_kind(monkeypatch, caplo
     """Two ranks, played one after the other: each sees what both of them gather."""
     cuda = torch.device("cuda")
     monkeypatch.setattr(tune, "cases_of_run", lambda *given: [tune_candidates.plan()])
-    config = type("Config", (), {"engine": type("Engine", (), {"tune": "auto", "tf32": True})})
+    data = type("Data", (), {"frames": 2, "context_length": 32})
+    engine = type("Engine", (), {"tune": "auto", "tf32": True})
+    config = type("Config", (), {"engine": engine, "data": data, "batch_size": 4})
     own = {"gpu 0": [row("reference", 5.0), row("a", 1.0)], "gpu 1": [row("reference", 9.0), row("a", 10.0)]}
     for gpus, expected, measuring in (
         (("gpu 0", "gpu 0"), "a", [["gpu 0"], []]),
@@ -199,7 +201,7 @@ def test_a_real_op_is_measured_in_the_interpreter_and_then_runs_as_chosen(monkey
     monkeypatch.setattr(dispatch, "MEASURED_ON", ("cpu",))
     monkeypatch.setitem(dispatch.LIBRARY_IMPLEMENTATIONS, "unit_mean", ())
     monkeypatch.setitem(tune_candidates.MS, "triton", 1.0)
-    plan = planned(tune.partial_case(row_case, "unit_mean"), 9, 3, 5, dtype=torch.float32)
+    plan = planned(partial_case(row_case, "unit_mean"), 9, 3, 5, dtype=torch.float32)
     results = measured([plan], limit=100, seconds=600, device="cpu", clock=tune_candidates.triton_first)
     assert [(x.impl, x.failure) for x in results] == [("reference", ""), ("triton", "")]
     dispatch.use_choices(chosen([results]))
@@ -214,9 +216,7 @@ def test_the_cases_of_a_run_can_be_sent_checked_and_timed():
     """Each case with plain torch, and blocks with each implementation that a CPU has."""
     method = steps.make("discovla").float()
     method.compute_dtype = torch.float32
-    data = type("Data", (), {"frames": 2, "context_length": 32})
-    config = type("Config", (), {"batch_size": 4, "data": data})
-    plans = tune.cases_of_run(config, method, world_size=2)
+    plans = cases_of_run(method, pairs=2, frames=2, context_length=32)
     ops = [plan.case.op for plan in plans]
     assert {"mlp", "lora_norm", "layer_norm", "short_attention", "alignment_losses"} < set(ops)
     assert ops[-2:] == ["block", "block"] and "block" not in ops[:-2]
@@ -232,6 +232,42 @@ def test_the_cases_of_a_run_can_be_sent_checked_and_timed():
             result = tune.measure(pickle.loads(pickle.dumps(candidate)))
             assert not result.failure, (plan.case.name, impl, result)
             assert result.ms == 5.0 and result.problem[0].split()[0] == plan.case.op
+
+
+def test_blocks_are_timed_as_graphs_too_and_the_graph_recommended_if_it_is_faster(monkeypatch):
+    """Candidates answer in this process, with made-up milliseconds."""
+
+    class Answers:
+        def __init__(self, work, *, limit):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def __call__(self, candidate):
+            problem = ("block float32 3", candidate.case.n)
+            given = {"name": candidate.case.name, "impl": candidate.impl, "error": (0.0, 0.0)}
+            return Measurement(**given, problem=problem, ms=candidate.clock(None, candidate.impl))
+
+    monkeypatch.setattr(tune, "Sandbox", Answers)
+    monkeypatch.setattr(dispatch, "implementations", lambda op: ("compiled", "torch", "triton"))
+    monkeypatch.setattr(dispatch, "unavailable", lambda *given: "")
+    fake = tune_candidates.plan()
+    plan = replace(fake, case=replace(fake.case, op="block"), default="compiled")
+    for graph, advised in ((1.2, True), (1.99, False)):
+        options = {
+            "clock": lambda call, name: {"torch": 2.0}.get(name, 5.0),
+            "graph_clock": lambda call, name, ms=graph: ms,
+        }
+        results = measured([plan], **options)
+        assert [(x.impl, x.ms) for x in results] == [
+            *(("compiled", 5.0), ("torch", 2.0), ("triton", 5.0), ("torch, graph", graph))
+        ]
+        assert chosen([results]) == {"block float32 3": {"8": "torch"}}
+        assert ("take 60% of their time: consider engine.capture=graph" in format_table(results)) == advised
 
 
 def test_a_run_on_a_cpu_measures_nothing():

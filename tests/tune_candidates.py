@@ -7,9 +7,9 @@ import time
 import torch
 from torch import Tensor
 
+from discovla.candidates import Planned
 from discovla.ops import dispatch
 from discovla.ops.cases import Case
-from discovla.tune import Planned
 
 MS = {"reference": 5.0, "right_fast": 2.0, "right_slow": 9.0, "wrong_fast": 1.0, "wrong_gradient": 1.0}
 FAILING = ("crash", "hang", "full", "fails")
