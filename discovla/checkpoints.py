@@ -163,26 +163,36 @@ class CheckpointManager:
         state.skipped_steps = newest.meta.get("state", {}).get("skipped", 0)
         if self.world.first:
             checkpoint.reselect_best(self.directory, newest.step)
-            best, score = checkpoint.best(self.directory), newest.meta["better"]
-            # the run may have ended between writing the checkpoint and marking it as the best
-            if score is not None and (best is None or score > best[1]):
-                checkpoint.set_best(self.directory, newest.path, score)
         barrier(self.world)
         best = checkpoint.best(self.directory)
         self.best_score = None if best is None or not self._best_is_comparable else best[1]
         logger.info("resuming at step %d of %d from %s", newest.step, self.fixed["steps"], newest.path)
 
-    def if_best(self, score: float) -> float | None:
-        """Return the score if it is the best so far."""
-        score = gather_objects(score, self.world)[0]  # on GPUs the last bits may differ between ranks
-        return score if self.best_score is None or score > self.best_score else None
+    def select(self, step: int, score: float) -> bool:
+        """Mark the checkpoint of a step as the best if its score is the highest so far; return True if it is.
 
-    def save(self, state: TrainState, best_score: float | None) -> float:
+        Waits until the checkpoint is written.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        score = gather_objects(score, self.world)[0]  # on GPUs the last bits may differ between ranks
+        self._writer.wait()
+        if self.best_score is not None and score <= self.best_score:
+            return False
+        self.best_score = score
+        if self.world.first:
+            if self._lock is not None:
+                self._lock.check()
+            checkpoint.set_best(self.directory, checkpoint.step_folder(self.directory, step), score)
+            checkpoint.prune(self.directory, self.config.keep_checkpoints)
+        return True
+
+    def save(self, state: TrainState) -> float:
         """Begin to write a checkpoint.
 
         Args:
             state: to save, on every process.
-            best_score: its score, if that is the best so far.
 
         Returns:
             Seconds that training had to wait: for copies, and for the write before.
@@ -194,8 +204,6 @@ class CheckpointManager:
         trained, optimizer = state.strategy.trained_state(), state.strategy.optimizer_state()
         average = None if state.ema is None else state.ema.state()
         self.newest_step = state.step
-        if best_score is not None:
-            self.best_score = best_score
         if self.world.first:
             tensors = {"trained": _unprefixed(trained), "optimizer": optimizer}
             if average is not None:
@@ -204,7 +212,6 @@ class CheckpointManager:
                 "fingerprint": self.fingerprint,
                 "data": self.data,
                 "schedule": self.fixed,
-                "better": best_score,
                 "state": {"skipped": state.skipped_steps, "threads": torch.get_num_threads()},
                 "config": json.loads(self.config.to_json()),
             }
@@ -230,12 +237,10 @@ class CheckpointManager:
         return selected.step
 
     def _write(self, step: int, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Write a checkpoint, mark it if it is the best, and remove old ones; runs in the writer's thread."""
+        """Write a checkpoint and remove old ones; runs in the writer's thread."""
         if self._lock is not None:
             self._lock.check()
-        path = checkpoint.save(self.directory, step=step, tensors=tensors, meta=meta)
-        if meta["better"] is not None:
-            checkpoint.set_best(self.directory, path, meta["better"])
+        checkpoint.save(self.directory, step=step, tensors=tensors, meta=meta)
         checkpoint.prune(self.directory, self.config.keep_checkpoints)
 
 

@@ -38,7 +38,7 @@ from discovla.engine.lifecycle.heartbeat import GRACE, Heartbeat
 from discovla.engine.lifecycle.pace import RankTimer, describe_slow_ranks
 from discovla.engine.lifecycle.peers import Peers
 from discovla.engine.lifecycle.signals import STOP_REASONS, StopSignals
-from discovla.engine.log import RunLog, log_test
+from discovla.engine.log import METRICS, RunLog, has_record, log_test
 from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan
@@ -410,8 +410,9 @@ class Trainer:
         last = min(total, config.stop_at or total)
         with RunLog(config.directory, self.world, total=total, start=state.step) as log:
             log.describe(config.to_json())
-            if state.step == 0 and "val" in self.splits:
-                self.validate(state, log)  # the starting point, and a check that every clip can be read
+            # at step 0 for the starting point, and as a check that every clip can be read
+            if self.must_validate(state.step) and not self.is_validated(state.step):
+                self.validate(state, log)
             taken, began = None, time.perf_counter()
             for batch in timer.time_loading(self.batches(state.step, last)):
                 batch, self.stop_reason = self.agree(state.step, batch)
@@ -421,14 +422,16 @@ class Trainer:
                 self.report(state, log, previous)  # which is complete when this step runs
                 taken.seconds = time.perf_counter() - began
 
-                evaluates = "val" in self.splits and self.is_due(config.evaluate_every, state.step)
-                saves = self.is_due(config.checkpoint_every, state.step) or state.step == last
-                if evaluates or saves:
+                validates = self.must_validate(state.step)
+                if validates or state.step == last or self.is_due(config.checkpoint_every, state.step):
                     self.report(state, log, taken)
                     taken = None
-                best_score = self.validate(state, log) if evaluates else None
-                if saves or best_score is not None:
-                    self.save(state, log, best_score)
+                    self.save(state, log)  # before validating, which may take long and be interrupted
+                if validates:
+                    self.stop_reason = self.agreed_stop()
+                    if self.stop_reason is not None:
+                        break
+                    self.validate(state, log)
                 for line in describe_slow_ranks(timer.step() or []):
                     logger.warning("step %d: %s", state.step, line)
                     log.event("slow", state.step, {"rank": line})
@@ -442,6 +445,15 @@ class Trainer:
     def is_due(self, period: int | None, step: int) -> bool:
         """Return True every `period` steps, after every epoch without a period, and after the last step."""
         return step == self.total_steps or step % (period or self.loader.steps_per_epoch) == 0
+
+    def must_validate(self, step: int) -> bool:
+        """Return True if a run validates after `step` steps."""
+        return "val" in self.splits and (step == 0 or self.is_due(self.config.evaluate_every, step))
+
+    def is_validated(self, step: int) -> bool:
+        """Return True if an earlier start of this run has validated after `step` steps, its last ones."""
+        found = self.world.first and has_record(self.config.directory / METRICS, "val", step)
+        return gather_objects(found, self.world)[0]
 
     def batches(self, step: int, last: int) -> Iterator[Batch | None]:
         """Yield this rank's batches of steps `step` .. `last` - 1, over epochs.
@@ -474,8 +486,7 @@ class Trainer:
         own = () if batch is None else batch.bad
         counts = torch.tensor([len(own), *self.signals.counts()])
         bad_count, *stop_counts = all_reduce_sum(counts, self.world).tolist()
-        reasons = [reason for reason, n in zip(STOP_REASONS, stop_counts, strict=True) if n]
-        stop_reason = reasons[0] if reasons else None
+        stop_reason = first_reason(stop_counts)
         if not bad_count:
             return None if batch is None else replace(batch, valid=None), stop_reason
         bad: list[BadClip] = [clip for share in gather_objects(own, self.world) for clip in share]
@@ -485,6 +496,10 @@ class Trainer:
                 f"step {step}: expected a readable clip, found none among {len(bad)}; {QUARANTINE_HINT}"
             )
         return batch, stop_reason
+
+    def agreed_stop(self) -> str | None:
+        """Return why the run has to stop, if any rank has been asked to; the same on all ranks."""
+        return first_reason(all_reduce_sum(torch.tensor(self.signals.counts()), self.world).tolist())
 
     def take_step(self, state: TrainState, batch: Batch, began: float) -> TakenStep:
         """Launch one optimizer step, without waiting for its numbers."""
@@ -545,27 +560,27 @@ class Trainer:
             )
         logger.warning("step %d left out, %d of at most %d: %s", step, state.skipped_steps, limit, reason)
 
-    def validate(self, state: TrainState, log: RunLog) -> float | None:
-        """Measure the validation split; return the score (sum of both R@1) if it is the best so far."""
+    def validate(self, state: TrainState, log: RunLog) -> None:
+        """Measure the validation split; the score that selects a step is the sum of both R@1.
+
+        The record is written last: a run that ends before it validates the step again when it resumes.
+        """
         with state.strategy.gathered(), nullcontext() if state.ema is None else state.ema.applied():
             record = "val" if state.step else "val-start"
             title = f"{self.config.method.name}, step {state.step}"
             metrics = self.evaluate(self.method, "val", record, title=title, step=state.step)["raw"]
+        recalls, note = [metrics[way]["R@1"] for way in ("t2v", "v2t")], "before training"
+        if state.step:
+            best = self.checkpoints.select(state.step, sum(recalls))
+            note = "best so far" if best else f"best sum so far {self.checkpoints.best_score:.1f}"
+        logger.info("step %d: val R@1 %.1f t2v, %.1f v2t (%s)", state.step, *recalls, note)
         log.evaluation(state.step, "val", metrics)
         if self.world.first:
             log.pictures(state.step, try_report(self.config.directory))
-        recalls = [metrics[way]["R@1"] for way in ("t2v", "v2t")]
-        best = self.checkpoints.if_best(sum(recalls))
-        note = "best so far" if best is not None else f"best sum so far {self.checkpoints.best_score:.1f}"
-        if not state.step:
-            note = "before training"
-        logger.info("step %d: val R@1 %.1f t2v, %.1f v2t (%s)", state.step, *recalls, note)
-        return best
 
-    def save(self, state: TrainState, log: RunLog, best_score: float | None = None) -> None:
-        """Begin to write a checkpoint, which becomes the best if it has a score."""
-        seconds = self.checkpoints.save(state, best_score)
-        log.event("checkpoint", state.step, {"held_seconds": seconds})
+    def save(self, state: TrainState, log: RunLog) -> None:
+        """Begin to write a checkpoint."""
+        log.event("checkpoint", state.step, {"held_seconds": self.checkpoints.save(state)})
 
     def test(self, state: TrainState, rows: Results) -> Results | None:
         """Measure the selected step on the test split; write it to results.json, after the zero-shot rows."""
@@ -684,6 +699,11 @@ def parameter_groups(method: Method) -> list[ParameterGroup]:
         )
         for group in method.parameter_groups()
     ]
+
+
+def first_reason(counts: list[int]) -> str | None:
+    """Return the first of `STOP_REASONS` that occurred, by the number of times that each did."""
+    return next((reason for reason, n in zip(STOP_REASONS, counts, strict=True) if n), None)
 
 
 @contextmanager

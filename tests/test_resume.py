@@ -87,6 +87,23 @@ def test_a_run_killed_at_any_write_equals_an_uninterrupted_one(tmp_path, drawn, 
     assert not list((tmp_path / "run/checkpoints").glob(".*")), "half-written files are left"
 
 
+def test_a_run_that_ends_before_or_while_it_validates_loses_no_step(tmp_path, drawn, uninterrupted):
+    words = [runs.write_config(tmp_path, drawn), *SCHEDULE, "resume=true"]
+    checkpoints = tmp_path / "run/checkpoints"
+    for fault, status in (
+        ("SIGTERM:discovla.trainer:learning_rate:5", 75),  # in step 5, after which it would validate
+        ("kill:discovla.trainer:evaluate:1", -9),  # in the validation of that step
+    ):
+        job = runs.start(words, fault=fault)
+        assert job.wait() == [status], f"{fault}:\n{job.output()}"
+        newest = checkpoint.latest(checkpoints)
+        assert newest is not None and newest.step == 5
+        assert [record["step"] for record in runs.records(tmp_path / "run", "val")] == [0]
+        assert checkpoint.best(checkpoints) is None
+    runs.train(words)
+    assert_same(tmp_path / "run", uninterrupted("torch"))
+
+
 @pytest.mark.slow
 def test_a_killed_run_with_loader_workers_equals_an_uninterrupted_one(tmp_path, drawn, uninterrupted):
     words = [runs.write_config(tmp_path, drawn), *SCHEDULE, *WAYS["zero0"], "resume=true", "data.workers=2"]

@@ -12,7 +12,7 @@ import re
 import shutil
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def save(
         CheckpointError: disk full, no permission or another disk error; earlier checkpoints are untouched.
     """
     directory = Path(directory)
-    final = directory / f"step-{step:08d}"
+    final = step_folder(directory, step)
     writing = directory / f".writing-{final.name}"
     with _disk_errors(final, temporary=writing):
         directory.mkdir(parents=True, exist_ok=True)
@@ -121,18 +121,20 @@ def selected_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return checkpoint.tensors.get("average", checkpoint.tensors["trained"])
 
 
+def step_folder(directory: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return directory / f"step-{step:08d}"
+
+
 def set_best(directory: Path | str, path: Path, score: float) -> None:
-    """Record the checkpoint at `path` as the best so far, with its validation score.
+    """Record the checkpoint at `path` as the best so far, with its validation score; earlier ones are kept.
 
     Raises:
-        CheckpointError: disk error.
+        CheckpointError: disk error, or the record of earlier ones is unreadable.
     """
-    pointer = Path(directory) / BEST
-    writing = pointer.with_name(f".writing-{BEST}")
-    with _disk_errors(pointer, temporary=writing):
-        _write_text(writing, json.dumps({"checkpoint": path.name, "score": score}))
-        os.replace(writing, pointer)
-        _flush(pointer.parent)
+    directory, step = Path(directory), _step(path)
+    earlier = [entry for entry in _bests(directory) if entry[0] < step]
+    _write_bests(directory, [*earlier, (step, score)])
 
 
 def best(directory: Path | str) -> tuple[Path, float] | None:
@@ -141,41 +143,63 @@ def best(directory: Path | str) -> tuple[Path, float] | None:
     Raises:
         CheckpointError: the record is unreadable, or its checkpoint is gone.
     """
-    pointer = Path(directory) / BEST
-    if not pointer.exists():
+    directory = Path(directory)
+    bests = _bests(directory)
+    if not bests:
         return None
-    try:
-        record = json.loads(pointer.read_text())
-        path, score = Path(directory) / record["checkpoint"], float(record["score"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{pointer}: expected a checkpoint and its score, found {error!r}") from None
+    step, score = bests[-1]
+    path = step_folder(directory, step)
     if not path.is_dir():
-        raise CheckpointError(f"{pointer}: expected the folder {path.name}, found none")
+        raise CheckpointError(f"{directory / BEST}: expected the folder {path.name}, found none")
     return path, score
 
 
 def reselect_best(directory: Path | str, step: int) -> None:
     """Select the best checkpoint again for a run that resumes at `step`.
 
-    If the recorded best is broken or newer than `step`, the complete checkpoint up to `step` with the highest
-    score (its meta's "better") replaces it; without a scored one the record is removed.
+    The last one that was the best and is complete and not newer than `step` remains.
 
     Raises:
         CheckpointError: disk error, or the record of the best is unreadable.
     """
     directory = Path(directory)
-    recorded = best(directory)
-    if recorded is None or (_step(recorded[0]) <= step and is_complete(recorded[0])):
-        return
-    logger.warning("checkpoint no longer the best: %s is broken or newer than step %d", recorded[0], step)
-    complete = [path for path in _list(directory) if _step(path) <= step and is_complete(path)]
-    scores = [(_read_state(path)["meta"].get("better"), path) for path in complete]
-    scored = [(score, path) for score, path in scores if score is not None]
-    if scored:
-        score, path = max(scored)
-        set_best(directory, path, score)
-    else:
-        (directory / BEST).unlink()
+    bests = _bests(directory)
+    kept = list(bests)
+    while kept and (kept[-1][0] > step or not is_complete(step_folder(directory, kept[-1][0]))):
+        newest, _ = kept.pop()
+        logger.warning(
+            "checkpoint no longer the best: %s is broken or newer than step %d",
+            step_folder(directory, newest),
+            step,
+        )
+    if not kept:
+        (directory / BEST).unlink(missing_ok=True)
+    elif kept != bests:
+        _write_bests(directory, kept)
+
+
+def _bests(directory: Path) -> list[tuple[int, float]]:
+    """Return step and score of every checkpoint that was the best, in the order of steps."""
+    pointer = directory / BEST
+    if not pointer.exists():
+        return []
+    try:
+        record = json.loads(pointer.read_text())
+        entries = [*record.get("earlier", ()), [record["checkpoint"], record["score"]]]
+        return [(_step(Path(name)), float(score)) for name, score in entries]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{pointer}: expected a checkpoint and its score, found {error!r}") from None
+
+
+def _write_bests(directory: Path, bests: Sequence[tuple[int, float]]) -> None:
+    """Write the record of the best checkpoint, the last of these, and of earlier ones."""
+    pointer = directory / BEST
+    writing = pointer.with_name(f".writing-{BEST}")
+    *earlier, (name, score) = [(step_folder(directory, step).name, score) for step, score in bests]
+    with _disk_errors(pointer, temporary=writing):
+        _write_text(writing, json.dumps({"checkpoint": name, "score": score, "earlier": earlier}))
+        os.replace(writing, pointer)
+        _flush(pointer.parent)
 
 
 def prune(directory: Path | str, count: int) -> None:

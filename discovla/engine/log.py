@@ -157,6 +157,14 @@ def add_pictures(board: SummaryWriter, step: int, pictures: Mapping[str, np.ndar
         board.add_image(f"report/{name}", pixels, step, dataformats="HWC")
 
 
+def has_record(path: Path, kind: str, step: int) -> bool:
+    """Return True if metrics.jsonl has a record of a kind after `step` steps."""
+    if not path.exists():
+        return False
+    starts = f'{{"kind": "{kind}", "step": {step},'
+    return any(line.startswith(starts) and line.endswith("}") for line in path.read_text().splitlines())
+
+
 def drop_records(path: Path, start: int) -> None:
     """Remove records from metrics.jsonl that a run from step `start` will write again.
 

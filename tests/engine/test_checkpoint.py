@@ -270,15 +270,10 @@ def test_the_same_architecture_passes():
     check_fingerprint({"a": [1, 2]}, {"a": (1, 2)})
 
 
-def _scored(folder: Path, step: int, score: float | None) -> Path:
-    return _save(folder, step, meta={"better": score})
-
-
-def test_a_broken_best_is_replaced_by_the_best_complete_checkpoint(tmp_path, caplog):
-    paths = [
-        _scored(tmp_path, step, score) for step, score in ((1, 3.0), (2, 4.0), (3, None), (4, 5.0), (5, None))
-    ]
-    set_best(tmp_path, paths[3], 5.0)
+def test_a_broken_best_is_replaced_by_the_best_before_it(tmp_path, caplog):
+    paths = [_save(tmp_path, step) for step in range(1, 6)]
+    for place, score in ((0, 3.0), (1, 4.0), (3, 5.0)):
+        set_best(tmp_path, paths[place], score)
     reselect_best(tmp_path, 5)
     assert best(tmp_path) == (paths[3], 5.0)
     _flip(paths[3] / "trained.safetensors")
@@ -288,10 +283,21 @@ def test_a_broken_best_is_replaced_by_the_best_complete_checkpoint(tmp_path, cap
 
 
 def test_a_best_newer_than_the_resumed_step_is_forgotten(tmp_path):
-    paths = [_scored(tmp_path, step, score) for step, score in ((2, None), (4, 5.0))]
+    paths = [_save(tmp_path, step) for step in (2, 4)]
     set_best(tmp_path, paths[1], 5.0)
     reselect_best(tmp_path, 2)
     assert best(tmp_path) is None
+
+
+def test_a_step_that_is_validated_again_is_recorded_once(tmp_path):
+    path = _save(tmp_path, 1)
+    for _ in range(2):
+        set_best(tmp_path, path, 5.0)
+    assert json.loads((tmp_path / "best.json").read_text()) == {
+        "checkpoint": "step-00000001",
+        "score": 5.0,
+        "earlier": [],
+    }
 
 
 def test_a_writer_runs_one_write_at_a_time_and_raises_its_error_at_the_next_call():
