@@ -58,7 +58,7 @@ TRAINING = "tests/data/shards/test_training.py -k before_training"
 SHARDS = "tests/test_durability.py tests/data/shards/test_writer.py tests/data/shards/test_reader.py"
 CLIP2VIDEO = "tests/methods/test_clip2video.py -k 'weight or golden_similarities'"
 FUSION = "tests/ops/test_temporal_fusion.py -k 'formula and triton'"
-STEP = "tests/test_train_step.py"
+STEP, TRANSFER = "tests/test_train_step.py", "tests/data/test_transfer.py"
 
 MUTANTS = (
     # wiring above tested functions
@@ -276,6 +276,54 @@ MUTANTS = (
         "        for param in params:\n            param.grad = None\n        raise",
         "        raise",
         "tests/engine/test_strategy.py tests/engine/test_optim.py",
+    ),
+    # files of other programs, waits, locks
+    Mutant("discovla/data/transfer.py", "    if need > free:", "    if need > 2 * free:", TRANSFER),
+    Mutant(
+        "discovla/data/transfer.py",
+        "if should_stop is not None and should_stop():",
+        "if should_stop is None:",
+        TRANSFER,
+    ),
+    Mutant("discovla/data/transfer.py", "    if waited > limit:", "    if waited > 1e9:", TRANSFER),
+    Mutant(
+        "discovla/data/sandbox.py", "        _limit_stalls(self._pipe)\n", "", "tests/data/test_sandbox.py"
+    ),
+    Mutant(
+        "discovla/lock.py",
+        'return holder.get("process") == _process(int(holder["pid"]))',
+        "return True",
+        "tests/test_lock.py -k 'killed or given or another_machine'",
+    ),
+    Mutant(
+        "discovla/towers/weights.py",
+        "        if bad:\n            raise ValueError(",
+        "        if bad > 1e9:\n            raise ValueError(",
+        "tests/towers/test_foreign_weights.py",
+    ),
+    Mutant(
+        "discovla/data/datasets/tables.py",
+        "    if len(cells) != len(header):",
+        "    if len(cells) < len(header):",
+        "tests/data/datasets/test_foreign_tables.py tests/data/datasets/test_generic.py",
+    ),
+    Mutant(
+        "discovla/data/datasets/generic.py",
+        "if (status.st_dev, status.st_ino) in seen:",
+        "if False:",
+        "tests/data/datasets/test_foreign_folders.py",
+    ),
+    Mutant(
+        "discovla/data/fingerprint.py",
+        '"spans": _hash([clip.start, clip.end] for clip in clips)',
+        '"spans": _hash([clip.start, clip.start] for clip in clips)',
+        "tests/test_changed_data.py -k 'fingerprint or differ or part'",
+    ),
+    Mutant(
+        "discovla/methods/base.py",
+        "range(0, max(len(text), most or 1), PAIRS)",
+        "range(0, max(len(text), 1), PAIRS)",
+        "tests/methods/test_time.py -k read_the_logit",
     ),
 )
 
