@@ -91,6 +91,20 @@ def read_torch(path: Path, expected: str) -> Any:
         raise ValueError(f"{path}: expected {expected}, found {_unreadable(error)}") from error
 
 
+def read_arrays(path: Path, kind: Kind, expected: str) -> Any:
+    """Read the array of a .npy file, or the arrays of an .npz file by name.
+
+    Raises:
+        ValueError: it holds pickled objects, or is damaged.
+    """
+    try:
+        content = np.load(path, allow_pickle=False)
+        return dict(content) if kind == "npz" else content
+    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
+        pickled = "pickled objects" if "pickle" in str(error) else f"a damaged .{kind} file: {error}"
+        raise ValueError(f"{path}: expected {expected}, found {pickled}") from error
+
+
 def read_tensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the tensors and the metadata of a safetensors file to the CPU.
 
@@ -220,7 +234,10 @@ def describe(value: Any) -> str:
     """Return what a loaded value is, in a few words."""
     shape = getattr(value, "shape", None)
     if shape is not None:
-        return f"an array of shape {tuple(shape)}" if len(shape) else "one number"
+        dtype = getattr(value, "dtype", None)
+        numbers = not isinstance(dtype, np.dtype) or dtype.kind in "fiu"
+        of = "" if numbers else f" of {dtype.name}, which are no real numbers"
+        return f"an array of shape {tuple(shape)}{of}" if len(shape) else f"one number{of}"
     if isinstance(value, Mapping):
         names = [str(name) for name in value]
         if not names:

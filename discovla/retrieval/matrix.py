@@ -13,6 +13,7 @@ import numpy as np
 
 from discovla.foreign import (
     describe,
+    read_arrays,
     read_plain_pickle,
     read_safetensors,
     read_torch,
@@ -41,13 +42,7 @@ def read_matrix(path: str | Path) -> Array:
     if kind == "text":
         return _text_matrix(path)
     if kind in ("npy", "npz"):
-        try:
-            content = np.load(path, allow_pickle=False)
-            if kind == "npz":
-                content = dict(content)
-        except (ValueError, EOFError, OSError, KeyError) as error:
-            pickled = "pickled objects" if "pickle" in str(error) else f"a damaged .{kind} file: {error}"
-            raise ValueError(f"{path}: expected {EXPECTED}, found {pickled}") from error
+        content = read_arrays(path, kind, EXPECTED)
     elif kind == "safetensors":
         content = read_safetensors(path, EXPECTED)
     elif kind == "torch":
@@ -91,6 +86,8 @@ def _array(value: Any) -> Array | None:
         value = value.numpy()
     try:
         array = np.asarray(value)
+        if array.dtype.kind == "O":  # Python's numbers, as pandas keeps them
+            array = np.asarray(array.tolist())
     except ValueError:  # rows of different lengths
         return None
     return array if array.dtype.kind in "fiu" else None

@@ -22,7 +22,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from discovla import torchvision_cpu
-from discovla.foreign import describe, nested, read_jit, read_json, read_safetensors, read_torch, recognise
+from discovla.foreign import (
+    Kind,
+    describe,
+    nested,
+    read_arrays,
+    read_jit,
+    read_json,
+    read_plain_pickle,
+    read_safetensors,
+    read_torch,
+    recognise,
+)
 from discovla.nn.logit_scale import BIAS_START, START
 from discovla.tensor_files import write_tensors
 from discovla.towers.architecture import Architecture, Preprocessing, architecture_from_state_dict
@@ -41,12 +52,6 @@ CONNECT_SECONDS = 5.0  # for a server to answer
 READ_SECONDS = 60.0  # without a byte after which a download is given up
 EXPECTED = "a file of CLIP weights (a state dict)"
 FILE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
-KIND_NAMES = {
-    "text": "a text file",
-    "pickle": "a pickle that torch.save did not write",
-    "npy": "a NumPy array",
-    "npz": "an archive of NumPy arrays",
-}
 # parts of names that torch.compile, FSDP and activation checkpointing add
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # states in a training checkpoint that hold tensors but no model
@@ -168,9 +173,9 @@ def _load(config: ModelConfig) -> Pretrained:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """Read weights with OpenAI's or open_clip's names from a file, recognised by its content.
 
-    Reads OpenAI's JIT archives, torch checkpoints and safetensors.  A checkpoint may hold one state dict
-    beside other values, under any name; the parts of names that torch.compile and parallel training add, and
-    "text." on the text tower, are dropped.
+    Reads OpenAI's JIT archives, torch checkpoints, safetensors, and arrays in .npz files and pickles.  A
+    checkpoint may hold one state dict beside other values, under any name; the parts of names that
+    torch.compile and parallel training add, and "text." on the text tower, are dropped.
 
     Returns:
         Float32 weights by OpenAI's names, and the activation if the file determines it, as only a JIT archive
@@ -181,20 +186,16 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
         ValueError: the file holds no state dict, or several, or a weight that is not finite.
     """
     kind = recognise(path, EXPECTED)
-    if kind == "jit":
-        content: Any = read_jit(path, EXPECTED)
-    elif kind == "safetensors":
-        content = read_safetensors(path, EXPECTED)
-    elif kind == "torch":
-        content = read_torch(path, EXPECTED)
-    else:
-        raise ValueError(f"{path}: expected {EXPECTED}, found {KIND_NAMES[kind]}")
+    content = _content(path, kind)
     state = without_wrappers(path, _state_dict(path, content))
     if TEXT_ANCHOR in state:
         state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
-    weights = {
-        name: t.float() for name, t in state.items() if name not in NOT_WEIGHTS and name != "attn_mask"
-    }
+    state = {name: t for name, t in state.items() if name not in NOT_WEIGHTS and name != "attn_mask"}
+    for name, tensor in state.items():
+        if tensor.is_meta or tensor.is_quantized or tensor.dtype in (torch.int8, torch.uint8):
+            values = "no values" if tensor.is_meta else f"quantised values, {tensor.dtype}"
+            raise ValueError(f"{path}: {name}: expected floating point numbers, found {values}")
+    weights = {name: tensor.float() for name, tensor in state.items()}
     for name, tensor in weights.items():
         if name.endswith("attn_mask"):
             continue  # -inf above the diagonal
@@ -204,6 +205,30 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
                 f"{path}: {name}: expected finite numbers, found {bad} of {tensor.numel()} that are not"
             )
     return weights, "quick_gelu" if kind == "jit" else None
+
+
+def _content(path: Path, kind: Kind) -> Any:
+    """Return what a file of a format holds."""
+    match kind:
+        case "jit":
+            return read_jit(path, EXPECTED)
+        case "safetensors":
+            return read_safetensors(path, EXPECTED)
+        case "torch":
+            return read_torch(path, EXPECTED)
+        case "npz" | "npy":
+            return read_arrays(path, kind, EXPECTED)
+        case "pickle":
+            try:
+                return read_plain_pickle(path, arrays=True)
+            except ValueError as error:
+                reason = str(error).removeprefix(f"{path}: ")
+                raise ValueError(f"{path}: expected {EXPECTED}, found {reason}") from error
+        case "text":
+            with path.open("rb") as file:
+                index = b'"weight_map"' in file.read(2**20)
+            found = "an index of several files of weights; join them in one" if index else "a text file"
+            raise ValueError(f"{path}: expected {EXPECTED}, found {found}")
 
 
 def without_wrappers(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -274,7 +299,10 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        return value
+    # torch has neither long doubles nor another byte order
+    return torch.from_numpy(np.asarray(value, np.float32 if value.dtype.kind == "f" else None))
 
 
 def read_drawn_clip(path: Path) -> Pretrained:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,25 @@ def arrays() -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in STATE.items()}
 
 
+def of_torch(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def as_npz() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays())
+    return file.getvalue()
+
+
 TAKEN = {
     "bare": STATE,
+    "net": {"net": STATE},
+    "parallel and compiled": renamed("_orig_mod.module."),
+    "arrays of the other byte order": {name: array.astype(">f4") for name, array in arrays().items()},
+    ".npz": as_npz(),
+    "pickled arrays": pickle.dumps({"params": arrays(), "epoch": 3}),
     "numpy scalar": {"state_dict": STATE, "best": np.float64(0.5), "epoch": np.int64(3)},
     "arguments": {"model": STATE, "args": argparse.Namespace(lr=0.1), "out": Path("runs/1")},
     "model_state_dict": {"epoch": 3, "model_state_dict": STATE, "loss": 0.1},
@@ -65,10 +84,19 @@ def load(path: Path) -> torch.nn.Module:
 
 @pytest.mark.parametrize("content", TAKEN.values(), ids=TAKEN)
 def test_a_file_with_one_reading_is_taken(content, tmp_path):
-    torch.save(content, tmp_path / "w.pt")
+    (tmp_path / "w.pt").write_bytes(content if isinstance(content, bytes) else of_torch(content))
     model = load(tmp_path / "w.pt")
     assert torch.equal(model.vision.projection, STATE["visual.proj"])
     assert torch.equal(model.text.position_embedding, STATE["positional_embedding"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_of_any_floating_point_become_float32(dtype, tmp_path):
+    torch.save({name: tensor.to(dtype) for name, tensor in STATE.items()}, tmp_path / "w.pt")
+    projection = load(tmp_path / "w.pt").vision.projection
+    assert projection.dtype == torch.float32 and torch.equal(
+        projection, STATE["visual.proj"].to(dtype).float()
+    )
 
 
 @pytest.mark.parametrize("name", ["w.ckpt", "w.bin", "weights", "w.safetensors"])
@@ -79,16 +107,17 @@ def test_the_content_and_not_the_name_tells_the_format(name, tmp_path):
     load(tmp_path / name)
 
 
-def of_torch(content: object) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
 def with_bad(name: str, value: float) -> dict[str, torch.Tensor]:
     changed = {key: tensor.clone() for key, tensor in STATE.items()}
     changed[name].view(-1)[0] = value
     return changed
+
+
+def zip_of(name: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, "text")
+    return file.getvalue()
 
 
 REFUSED = {
@@ -109,6 +138,21 @@ REFUSED = {
     "list": (of_torch([1, 2]), "found a list of 2 values"),
     "tensor": (of_torch(torch.ones(3, 2)), r"found an array of shape \(3, 2\)"),
     "two models": (of_torch({"model": STATE, "ema": STATE}), "found 2: model, ema"),
+    "model and model_ema": (of_torch({"model": STATE, "model_ema": STATE}), "found 2: model, model_ema"),
+    "int8": (
+        of_torch({**STATE, "visual.proj": STATE["visual.proj"].to(torch.int8)}),
+        "visual.proj: expected floating point numbers, found quantised values, torch.int8",
+    ),
+    "meta": (
+        of_torch({**STATE, "visual.proj": STATE["visual.proj"].to("meta")}),
+        "visual.proj: expected floating point numbers, found no values",
+    ),
+    "index of shards": (
+        json.dumps({"weight_map": {"visual.proj": "model-00001-of-00002.safetensors"}}).encode(),
+        "found an index of several files of weights; join them in one",
+    ),
+    "pickled class": (pickle.dumps({"model": Path}), "found not a pickle of plain values: it names pathlib"),
+    "other zip": (zip_of("readme.txt"), "found a zip archive of readme.txt; unpack it"),
     "nan": (of_torch(with_bad("visual.proj", float("nan"))), "visual.proj: expected finite.*found 1 of 1024"),
     "inf": (of_torch(with_bad("logit_scale", float("inf"))), "logit_scale: expected finite numbers, found 1"),
     "another model": (
