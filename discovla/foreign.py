@@ -234,9 +234,9 @@ def describe(value: Any) -> str:
     """Return what a loaded value is, in a few words."""
     shape = getattr(value, "shape", None)
     if shape is not None:
-        dtype = getattr(value, "dtype", None)
-        numbers = not isinstance(dtype, np.dtype) or dtype.kind in "fiu"
-        of = "" if numbers else f" of {dtype.name}, which are no real numbers"
+        dtype: Any = getattr(value, "dtype", None)
+        other = isinstance(dtype, np.dtype) and dtype.kind not in "fiu"
+        of = f" of {dtype.name}, which are no real numbers" if other else ""
         return f"an array of shape {tuple(shape)}{of}" if len(shape) else f"one number{of}"
     if isinstance(value, Mapping):
         names = [str(name) for name in value]
