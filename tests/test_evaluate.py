@@ -162,6 +162,15 @@ def cosines_of(method, captions, clips, data):
     return torch.nn.functional.cosine_similarity(text[:, None], video[None], dim=-1).detach().numpy()
 
 
+def test_each_direction_is_ranked_by_its_own_dual_softmax(method, clips, options, monkeypatch):
+    """By a text's scores over videos the first text finds its video, by a video's over texts none does."""
+    by_text, by_video = np.eye(len(clips)), -np.eye(len(clips))
+    monkeypatch.setattr(module, "dual_softmax", lambda _: (by_text, by_video))
+    single = [replace(clip, captions=clip.captions[:1]) for clip in clips]
+    found = evaluate(method, single, options)["dual softmax"]
+    assert (found["t2v"]["R@1"], found["v2t"]["R@1"]) == (100.0, 0.0)
+
+
 def test_qb_norm_compares_cosines_and_dual_softmax_logits(method, clips, options, reranked):
     evaluate(method, clips, options)
     captions = [caption for clip in clips for caption in clip.captions]

@@ -144,3 +144,16 @@ def test_shards_need_neither_manifest_nor_videos(made, world, tmp_path):
 def test_shards_of_other_settings_are_refused_before_training(changes, message, made, world):
     with pytest.raises(ValueError, match=message):
         batches(config(world, **({"shards": str(made())} | changes)))
+
+
+def test_shards_of_the_frames_of_evaluation_are_refused_by_random_training_alone(made, world):
+    random = {"sampling": "t2vparser", "sample_rate": 1.0}
+    data = config(world, shards=str(made(**random)), **random)
+    assert list(video_batches(read_clips(data, "val"), data, SIZE, 2))
+    with pytest.raises(ValueError, match=r"found no frame \d+ of clip .* keep = 'sampled'"):
+        batches(data)
+
+
+def test_evaluation_reads_small_frames_whatever_training_needs(made, world):
+    data = config(world, shards=str(made()), augment="resized_crop")
+    assert list(video_batches(read_clips(data, "val"), data, SIZE, 2))
