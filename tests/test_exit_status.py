@@ -33,6 +33,8 @@ BAD_INPUT = {
     "index": ["none", "none.mp4", "--out", "x.index"],
     "search": ["none", "a red circle"],
     "serve": ["none"],
+    "models": ["--none"],
+    "tune": ["--none"],
 }
 
 
