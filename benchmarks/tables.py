@@ -265,6 +265,25 @@ def _step_counts(row: Row) -> list[str]:
     ]
 
 
+def serve_table(rows: Sequence[Row]) -> str:
+    """Return searches in the process, over HTTP, and by clients at once."""
+    alone, many = rows
+    added = alone["server_cpu_ms"] - alone["in_process_cpu_ms"]
+    body = [
+        ("in the process", "1", str(alone["searches"]), f"{alone['in_process_cpu_ms']:.1f}", ABSENT, ABSENT),
+        ("over HTTP", "1", str(alone["searches"]), f"{alone['server_cpu_ms']:.1f} (+{added:.1f})"),
+        ("over HTTP", str(many["clients"]), str(many["searches"]), f"{many['server_cpu_ms']:.1f}"),
+    ]
+    tails = ((), (str(alone["errors"]), ABSENT), (str(many["errors"]), f"{many['p99_by_p50']:.1f}"))
+    heads = ("search", "clients", "searches", "ms of a search", "errors", "p99 / p50")
+    return markdown(heads, [(*row, *tail) for row, tail in zip(body, tails, strict=True)])
+
+
+def newest_serve(folder: Path = RESULTS) -> list[Row]:
+    """Return the rows of the newest run of benchmarks/serve.py."""
+    return read_rows(sorted(folder.glob("cpu/*-serve.jsonl"))[-1])
+
+
 def _results(experiment: str) -> list[Row]:
     return read_rows(EXPERIMENTS[experiment].results)
 
@@ -327,6 +346,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods-short": lambda: methods_table(_results("methods"), SHORT_COLUMNS),
     "precision": lambda: precision_table(_results("precision")),
     "tokens": lambda: tokens_table(read_rows(RESULTS / "cpu" / "tokens.jsonl")),
+    "serve": lambda: serve_table(newest_serve()),
     "train-step": lambda: step_table(newest_steps()),
     "train-step-runs": lambda: step_conditions(newest_steps()),
 }
