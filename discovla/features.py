@@ -188,6 +188,8 @@ def _key(config: RunConfig, method: Method, clips: Sequence[Clip], share: int) -
         "damaged",
         "hdr",
         "decoder",
+        "resize",
+        "interpolation",
     )
     facts = {
         "data": {name: getattr(data, name) for name in names},

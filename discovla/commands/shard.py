@@ -101,7 +101,8 @@ def _settings(arguments: argparse.Namespace) -> ShardSettings:
     if arguments.config is not None:
         config = read_config(arguments.config)
         options = {name: getattr(config.data, name) for name in SAMPLING_OPTIONS}
-        if config.data.augment in FULL_SIZE:
+        cut = (config.data.resize, config.data.interpolation) == ("shortest", "bicubic")  # as shards are cut
+        if config.data.augment in FULL_SIZE or not cut:
             options["size"] = None
         elif arguments.size is None:
             from discovla.towers.weights import load_pretrained

@@ -608,9 +608,10 @@ class Method(nn.Module):
     def fingerprint(self) -> dict[str, Any]:
         """Sizes, options and a checksum of frozen weights; a checkpoint of other values is refused."""
         frozen = 0
-        for _, parameter in sorted(self.named_parameters()):
-            if not parameter.requires_grad:
-                frozen = zlib.crc32(parameter.detach().cpu().contiguous().numpy().data, frozen)
+        stored = {n: x for n, x in self.vision.named_buffers() if ".running_" in n}  # of a stem
+        for _, tensor in sorted([*self.named_parameters(), *stored.items()]):
+            if not tensor.requires_grad:
+                frozen = zlib.crc32(tensor.detach().cpu().contiguous().numpy().data, frozen)
         options = self.config.model_dump(mode="json", exclude={"released"})
         for name in ADDED_OPTIONS:
             if getattr(self.config, name) == MethodConfig.model_fields[name].default:

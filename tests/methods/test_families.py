@@ -275,3 +275,11 @@ def test_merging_equal_patches_changes_no_feature(tower):
     mask = torch.ones(2, 3, dtype=torch.bool)
     want, got = (method.encode_video(frames, mask).pooled for method in (plain, merging))
     assert relative_error(got, want) <= 1e-12
+
+
+def test_the_fingerprint_has_the_statistics_of_a_stem():
+    method = make("clip", TOWERS["mobileclip"], tune="frozen")
+    before = method.fingerprint()["frozen"]
+    with torch.no_grad():
+        method.vision.stem[0].bn.running_mean.add_(1)
+    assert method.fingerprint()["frozen"] != before
