@@ -313,20 +313,6 @@ def search_table() -> str:
     return markdown(["CPU time", "ms", "to NumPy", "to faiss-cpu flat", "to LanceDB, no index"], body)
 
 
-def reliability_table() -> str:
-    """Return how often the best hit is right, by its probability."""
-    body = [
-        [
-            f"{row['from']:g} to {row['to']:g}",
-            str(row["queries"]),
-            ABSENT if row["right"] is None else f"{row['mean_probability']:.2f}",
-            ABSENT if row["right"] is None else f"{row['right']:.2f}",
-        ]
-        for row in search_rows("reliability")
-    ]
-    return markdown(["probability of the best hit", "queries", "mean", "share that is right"], body)
-
-
 def correction_table() -> str:
     """Return R@1 of the corrections that work for one query at a time."""
     rows = search_rows("R@1")
@@ -336,7 +322,6 @@ def correction_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "search": search_table,
-    "reliability": reliability_table,
     "corrections": correction_table,
     "ladder": lambda: ablation_table(_results("ablation"), "retrieval", LADDER),
     "retrieval": lambda: ablation_table(_results("ablation"), "retrieval"),
