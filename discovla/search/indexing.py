@@ -251,7 +251,7 @@ class Indexer:
     def add_embedded(self, video_id: int, moments: Sequence[MomentRow], end: ReadVideo) -> VideoRow:
         """Add a video whose moments are embedded already; their ids are given here."""
         video = self._open[video_id]
-        video.moments = list(moments)
+        video.moments = [replace(moment, video_id=video_id) for moment in moments]
         row = self.add(video_id, end)
         assert row is not None, "its end was added"
         self._write_some()
