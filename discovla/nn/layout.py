@@ -193,7 +193,8 @@ def resolve_impl(x: Residual, impl: str) -> Impl:
     Raises:
         KernelUnavailable: the implementation asked for by name cannot run here.
     """
-    chosen = choose_blocks(impl, x[0] if isinstance(x, tuple) else x)
+    rows = x[0] if isinstance(x, tuple) else x
+    chosen = cast(Impl, choose("block", impl, rows.device.type, operands=(rows,)))
     return "torch" if chosen == "compiled" else chosen
 
 

@@ -61,13 +61,16 @@ def test_blocks_of_other_caption_lengths_are_compiled_once_more_at_most(step):
     assert not counters["graph_break"]
 
 
-def test_evaluation_and_modes_that_recompute_run_without_the_compiler():
+def test_evaluation_and_modes_that_recompute_run_without_the_compiler(monkeypatch):
     x = torch.zeros(2, 3, 8)
     compiles = layout.SequenceLayout(impl="compiled").compiles
     assert compiles(x)
     assert not layout.SequenceLayout(impl="compiled", memory="recompute_mlp").compiles(x)
     with torch.no_grad():
         assert not compiles(x)
+    monkeypatch.setitem(dispatch.AUTO, "block", {"cpu": "compiled"})
+    monkeypatch.setattr(layout, "compile_fails", lambda device: pytest.fail("the compiler was tried"))
+    assert layout.resolve_impl(x, "auto") == "torch"
 
 
 def test_a_compiler_that_fails_is_named_once_and_plain_torch_taken(monkeypatch, caplog):
