@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from discovla.batch import Embedding
 from discovla.data.config import DataConfig
 from discovla.data.loader import text_batches, video_batches
 from discovla.data.manifest import Clip, read_manifest
+from discovla.data.order import OrderWords
 from discovla.data.tokens import Tokenizer
+from discovla.drawn_world.drawing import COLOURS
 from discovla.drawn_world.probes import Probe, make_probes
 from discovla.drawn_world.scenes import make_scene
 from discovla.drawn_world.synthetic import WorldSizes, draw_world
@@ -160,6 +163,33 @@ def reversal_by_event(method: Method, evaluation: DrawnEvaluation) -> dict[str, 
         for name in ("all", next(iter(kinds)) if len(kinds) == 1 else "several kinds"):
             totals.setdefault(name, []).append(point)
     return {name: {"count": len(x), "clip": 100 * sum(x) / len(x)} for name, x in sorted(totals.items())}
+
+
+def caption_changes(method: Method, captions: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return how alike the features of a caption and of a changed one are: number of pairs, mean cosine."""
+    places, colours = OrderWords(places_only=True), list(COLOURS)
+    changed: dict[str, list[tuple[str, str]]] = {}
+
+    def add(name: str, caption: str, other: str | None) -> None:
+        if other is not None and other != caption:
+            changed.setdefault(name, []).append((caption, other))
+
+    for text in captions:
+        if re.search(r"from the [a-z ]+ to the", text):
+            add("from P to Q: the places exchanged", text, places.exchanged(text, 0))
+        swapped = re.sub(r"\b(dis)?appears", lambda m: "appears" if m[1] else "disappears", text)
+        add("appears and disappears exchanged", text, swapped)
+        first, then, second = text.partition(" then ")
+        add("A then B: the events exchanged", text, f"{second}{then}{first}" if then else None)
+        named = next(word for word in text.split() if word in colours)
+        other = colours[(colours.index(named) + 1) % len(colours)]
+        add("one colour changed", text, text.replace(named, other, 1))
+    cosines = {}
+    for name, pairs in changed.items():
+        one, two = (_texts(method, side).pooled for side in zip(*pairs, strict=True))
+        cosine = torch.nn.functional.cosine_similarity(one, two).mean().item()
+        cosines[name] = {"count": len(pairs), "cosine": cosine}
+    return cosines
 
 
 @torch.no_grad()

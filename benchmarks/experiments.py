@@ -7,7 +7,8 @@
     python benchmarks/experiments.py stages        ZeRO stages on two processes
     python benchmarks/experiments.py rates         learning rates, compared on the validation split
     python benchmarks/experiments.py costs         time and memory of a step of each method
-    python benchmarks/experiments.py time          the quickstart, and each of its parts left out
+    python benchmarks/experiments.py time          the quickstart, its parts left out, and other methods in
+                                                   the same CPU time
 
 Runs whose results are in the results file are not repeated.  `--share 0/2` takes every second run, so that
 two processes can share an experiment.  `time --trained runs/quickstart` measures a run that is already
@@ -43,7 +44,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 
-from benchmarks.drawn_figures import DrawnEvaluation, measure, reversal_by_event
+from benchmarks.drawn_figures import DrawnEvaluation, caption_changes, measure, reversal_by_event
 from benchmarks.measure import RESULTS, ROOT, bytes_kept, machine, read_rows, relative_frobenius, write_row
 from discovla.batch import Batch
 from discovla.config import RunConfig, read_config
@@ -272,6 +273,7 @@ def measured(run: Run, setting: Setting, directory: Path) -> Row:
     return row | {key: figures[key] for key in ("siblings", "val", "probes", "flip")}
 
 
+FEATURES = ROOT / "runs/features"  # of frozen vision towers, which the runs of `time` share
 _PARTS = {
     "temporal basis": "",
     "without the basis": "method.temporal=none",
@@ -279,15 +281,44 @@ _PARTS = {
     "without swapped captions": "method.swapped_captions=0",
     "without reversed pairs": "data.reversed_pairs=false",
 }
+_ORDER = (
+    "method.temporal=basis method.reversed_negatives=1 method.swapped_captions=1 "
+    "data.reversed_pairs=true data.exchanges=places"
+)
+# Steps of 48 clips that take at least the CPU time of the quickstart's steps and of encoding its clips. On
+# one thread, in turns with the quickstart's step of 48 clips and their reverses, a step of DiscoVLA takes 4.5
+# times its CPU time, with the basis 5.1, of seqTransf 3.3, of T2VParser 8.5 times.
+_PEERS = {
+    "DiscoVLA": f"{METHODS['DiscoVLA']} steps=300 evaluate_every=100",
+    "DiscoVLA, temporal basis": f"{METHODS['DiscoVLA']} {_ORDER} steps=250 evaluate_every=125",
+    "CLIP4Clip seqTransf": f"{METHODS['CLIP4Clip seqTransf']} steps=400 evaluate_every=100",
+    "T2VParser": f"{METHODS['T2VParser']} steps=150 evaluate_every=50",
+}
 TIME_RUNS = [
-    Run(name=name, words=words, seed=seed, recipe=BASIS) for name, words in _PARTS.items() for seed in SEEDS
+    Run(name="captions of the drawn CLIP", words="", kind="captions", recipe=BASIS),
+    *(
+        Run(name=name, words=words, seed=seed, recipe=BASIS)
+        for name, words in _PARTS.items()
+        for seed in SEEDS
+    ),
+    *(Run(name=name, words=words, seed=seed) for seed in SEEDS for name, words in _PEERS.items()),
 ]
 
 
 def measure_time(run: Run, setting: Setting) -> list[Row]:
-    """As `measure_method`, with the reversal probes by kind of event and the seconds of training."""
+    """As `measure_method`, with the reversal probes by kind of event and the seconds of training.
+
+    A run of the kind "captions" trains nothing and measures what the text tower tells apart.
+    """
+    if run.kind == "captions":
+        config = setting.config(run)
+        texts = [clip.captions[0] for clip in read_clips(config.data, "test")]
+        return [{"cosines": caption_changes(build(config.model, config.method), texts)}]
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
+        directory.mkdir()
+        FEATURES.mkdir(parents=True, exist_ok=True)
+        (directory / "features").symlink_to(FEATURES)
         return [train(run, setting, directory) | measured_time(run, setting, directory)]
 
 
@@ -297,6 +328,7 @@ def measured_time(run: Run, setting: Setting, directory: Path) -> Row:
     evaluation = DrawnEvaluation(manifest=setting.manifest, data=loaded.config.data, fresh_clips=0)
     seconds = records(directory, "train")[-1]["seconds"]  # since the first step, with validation
     row = {"reversal": reversal_by_event(loaded.method, evaluation), "train_seconds": round(seconds, 1)}
+    row["steps"] = len(records(directory, "train"))
     return measured(run, setting, directory) | row
 
 
@@ -605,7 +637,11 @@ def main(words: Sequence[str] | None = None) -> int:
     runs = [run for run in experiment.runs if re.search(options.only, run.name)][first::shares]
     if options.trained is not None:
         seed = load_run(options.trained).config.seed
-        runs = [run for run in TIME_RUNS if not run.words and run.seed == seed]
+        runs = [
+            run
+            for run in TIME_RUNS
+            if run.recipe == BASIS and not run.words and run.kind == "run" and run.seed == seed
+        ]
         if options.experiment != "time" or not runs:
             parser.error(f"--trained: expected a quickstart of the seeds {SEEDS}, found seed {seed}")
         experiment = replace(experiment, measure=measure_trained(options.trained))

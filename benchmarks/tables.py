@@ -19,11 +19,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 
-from benchmarks.experiments import ABLATION_RUNS, EXPERIMENTS, LADDER, METHOD_RUNS, PRECISIONS, Run
+from benchmarks.experiments import ABLATION_RUNS, EXPERIMENTS, LADDER, METHOD_RUNS, PRECISIONS, TIME_RUNS, Run
 from benchmarks.measure import RESULTS, ROOT, read_rows
 
 Row = dict[str, Any]
-PAGES = ("docs/results.md", "docs/performance.md", "docs/methods/tempme.md", "docs/search.md")
+PAGES = (
+    *("docs/results.md", "docs/performance.md", "docs/methods/tempme.md", "docs/search.md"),
+    "docs/time.md",
+)
 ABSENT = "-"
 LAST = 20  # steps whose mean loss is the end of a loss curve
 
@@ -40,6 +43,14 @@ METHOD_COLUMNS = {  # heading -> path of the number in a row
     "on another clip": "probes/reversal/control",
 }
 SHORT_COLUMNS = ("zero-shot t2v", "t2v", "t2v R@5", "zero-shot v2t", "v2t", "v2t R@5", "verb", "reversal")
+TIME_COLUMNS = {
+    "t2v R@1": "test/t2v/R@1",
+    "R@5": "test/t2v/R@5",
+    "v2t R@1": "test/v2t/R@1",
+    "R@5 ": "test/v2t/R@5",
+    "or its reverse": "reversal/all/clip",
+    "moves alone": "reversal/moves/clip",
+}
 ABLATION_COLUMNS = {
     "retrieval": {
         "test t2v": "figures/test/t2v/R@1",
@@ -155,6 +166,45 @@ def tokens_table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return markdown(heads, body)
+
+
+def time_table(results: Sequence[Row]) -> str:
+    """Return the quickstart beside other methods: means over seeds, with the least and the largest."""
+    groups = rows_by_name(TIME_RUNS, [row for row in results if row["kind"] == "run"])
+    if not groups:
+        return "Not measured yet."
+    plain = next(iter(groups.values()))[0]["plain"]
+    before = [f"{plain[way][k]:.1f}" for way in ("t2v", "v2t") for k in ("R@1", "R@5")]
+    body = [["CLIP, mean pooling", ABSENT, "0", ABSENT, ABSENT, *before, "50.0", "50.0"]]
+    for name, rows in groups.items():
+        cells = [
+            f"{rows[0]['trained_parameters'] / 1e3:,.0f} k",
+            f"{rows[0]['steps']:,}",
+            mean_and_range(rows, "cpu_seconds", ".0f"),
+        ]
+        cells += [mean_and_range(rows, path) for path in TIME_COLUMNS.values()]
+        body.append([name, str(len(rows)), *cells])
+    return markdown(["", "seeds", "trained", "steps", "CPU s", *TIME_COLUMNS], body)
+
+
+def captions_table(results: Sequence[Row]) -> str:
+    """Return how alike the untrained text tower finds a caption and a changed one."""
+    rows = [row for row in results if row["kind"] == "captions"]
+    changes = rows[0]["cosines"].items() if rows else ()
+    body = [[name, str(x["count"]), f"{x['cosine']:.4f}"] for name, x in changes]
+    return markdown(["change", "captions", "mean cosine"], body) if body else "Not measured yet."
+
+
+def frozen_table(results: Sequence[Row]) -> str:
+    """Return the operations of a step for each pair, from frames and from features."""
+    names = ("full", "from_frames", "from_features", "once")
+    body = [
+        [row["name"], *(f"{row[f'{name}_gflop']:,.0f}" for name in names), f"{row['times_fewer']:,.0f}x"]
+        for row in results
+        if row["kind"] == "operations"
+    ]
+    heads = ["", "both towers train", "text tower, frames", "text tower, features", "encoding a clip, once"]
+    return markdown([*heads, "fewer"], body) if body else "Not measured yet."
 
 
 def precision_table(results: Sequence[Row]) -> str:
@@ -329,6 +379,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "losses": lambda: ablation_table(_results("ablation"), "losses"),
     "methods": lambda: methods_table(_results("methods")),
     "methods-short": lambda: methods_table(_results("methods"), SHORT_COLUMNS),
+    "time": lambda: time_table(_results("time")),
+    "captions": lambda: captions_table(_results("time")),
+    "frozen": lambda: frozen_table(read_rows(RESULTS / "cpu/frozen-features.jsonl")),
     "precision": lambda: precision_table(_results("precision")),
     "tokens": lambda: tokens_table(read_rows(RESULTS / "cpu" / "tokens.jsonl")),
     "serve": lambda: serve_table(newest_serve()),

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ import torch
 from discovla import terminal
 from discovla.config import RunConfig
 from discovla.data.config import DataConfig
-from discovla.data.dataset import ClipDataset, frame_origin
+from discovla.data.dataset import ClipDataset, ClipReader, Frames, frame_origin
 from discovla.data.loader import TrainLoader, readable_batches
 from discovla.data.manifest import Clip
 from discovla.data.video.errors import DecodeError
@@ -46,15 +47,17 @@ def why_not_frozen(config: RunConfig, method: Method, loader: TrainLoader) -> st
         return "data.stills shows every still once"
     if not method.frozen_frames:
         return f"method.tune = {method.config.tune!r} or a part of the method trains in the vision tower"
-    if data.augment != "none":
-        return f"data.augment = {data.augment!r} changes the frames"
+    views = config.engine.frozen_views
+    if data.augment != "none" and not views:
+        return f"data.augment = {data.augment!r} changes the frames, and engine.frozen_views = 0"
     if data.sampling not in FIXED_SAMPLING:
         return f"data.sampling = {data.sampling!r} reads other frames in each epoch"
     if method.sees_frame_order and (data.reversed_pairs or method.config.reversed_negatives):
         return "the vision tower sees the order of frames, which are also read backwards"
     steps = config.steps or config.epochs * loader.steps_per_epoch
-    if steps * config.batch_size < 2 * len(dataset.clips):
-        return f"{steps} steps read fewer than two times the {len(dataset.clips)} clips"
+    encoded = (views if data.augment != "none" else 1) * len(dataset.clips)
+    if steps * config.batch_size < 2 * encoded:
+        return f"{steps} steps read fewer than two times the {encoded} clips or their views"
     return ""
 
 
@@ -70,12 +73,16 @@ def frozen_loader(config: RunConfig, method: Method, loader: TrainLoader, world:
     dataset = loader.dataset
     assert isinstance(dataset, ClipDataset)
     share = config.batch_size // world.size
-    folder = config.directory / "features" / _key(config, method, dataset.clips, share)
-    store = FeatureStore(folder=folder, clips=dataset.clips, size=share)
-    write_features(store, config, method, world)
-    reader = FeatureReader(
-        config=config.data, store=store, places={c.id: i for i, c in enumerate(dataset.clips)}
-    )
+    stores = []
+    for view in range(config.engine.frozen_views if config.data.augment != "none" else 1):
+        folder = config.directory / "features" / _key(config, method, dataset.clips, share, view)
+        stores.append(FeatureStore(folder=folder, clips=dataset.clips, size=share))
+        augmented = None
+        if config.data.augment != "none":
+            augmented = ViewReader(config=config.data, reader=dataset.reader, name=f"{config.seed}/{view}")
+        write_features(stores[-1], config, method, world, augmented)
+    places = {clip.id: i for i, clip in enumerate(dataset.clips)}
+    reader = FeatureReader(config=config.data, stores=tuple(stores), places=places)
     data = config.data.model_copy(update={"workers": 0})  # reading a row takes less than sending it
     return TrainLoader(replace(dataset, reader=reader), data, loader.spec)
 
@@ -115,31 +122,55 @@ class FeatureStore:
 class FeatureReader:
     """`ClipReader` that returns the features of a clip's frames, f d, in place of pixels.
 
-    places: id of a clip to its place in the store.
+    stores: one for each view of the clips; the seed of a sample chooses.
+    places: id of a clip to its place in a store.
     """
 
     config: DataConfig
-    store: FeatureStore
+    stores: tuple[FeatureStore, ...]
     places: dict[str, int]
 
     def read(self, clip: Clip, seed: str | None = None) -> np.ndarray:
         """See `ClipReader`."""
-        part, row = divmod(self.places[clip.id], self.store.size)
-        features, facts = self._parts[part]
+        view = zlib.crc32((seed or "").encode()) % len(self.stores)
+        part, row = divmod(self.places[clip.id], self.stores[view].size)
+        features, facts = self._parts[view][part]
         if facts["bad"][row] is not None:
             raise DecodeError(clip.video, facts["bad"][row])
         return features[row, : facts["frames"][row]].astype(np.float32, copy=False)
 
     @cached_property
-    def _parts(self) -> list[tuple[np.ndarray, dict[str, list]]]:
-        paths = (self.store.paths(part) for part in range(self.store.parts))
+    def _parts(self) -> list[list[tuple[np.ndarray, dict[str, list]]]]:
         return [
-            (np.load(array, mmap_mode="r"), json.loads(described.read_text())) for array, described in paths
+            [
+                (np.load(array, mmap_mode="r"), json.loads(described.read_text()))
+                for array, described in map(store.paths, range(store.parts))
+            ]
+            for store in self.stores
         ]
 
 
-def write_features(store: FeatureStore, config: RunConfig, method: Method, world: World) -> None:
-    """Compute the parts of a store that are missing, rank r every world.size-th of them."""
+@dataclass(kw_only=True)
+class ViewReader:
+    """`ClipReader` that augments every clip as its id and the name of the view decide."""
+
+    config: DataConfig
+    reader: ClipReader
+    name: str
+
+    def read(self, clip: Clip, seed: str | None = None) -> Frames:
+        """See `ClipReader`."""
+        return self.reader.read(clip, f"{self.name}/{clip.id}")
+
+
+def write_features(
+    store: FeatureStore, config: RunConfig, method: Method, world: World, reader: ClipReader | None = None
+) -> None:
+    """Compute the parts of a store that are missing, rank r every world.size-th of them.
+
+    Args:
+        reader: of the frames; by default that of the config without augmentation.
+    """
     missing = store.missing()
     barrier(world)  # before any rank writes
     store.folder.mkdir(parents=True, exist_ok=True)
@@ -149,9 +180,8 @@ def write_features(store: FeatureStore, config: RunConfig, method: Method, world
     began = time.perf_counter()
     # a last part of fewer clips is filled up, because the bits of a product depend on its size
     rows = [i % len(store.clips) for part in own for i in range(part * store.size, (part + 1) * store.size)]
-    batches = readable_batches(
-        [store.clips[i] for i in rows], config.data, method.architecture.image_size, store.size
-    )
+    clips, side = [store.clips[i] for i in rows], method.architecture.image_size
+    batches = readable_batches(clips, config.data, side, store.size, reader=reader)
     with evaluating(method), terminal.progress("features", len(rows), "clips") as bar:
         for part, (batch, bad) in zip(own, terminal.counted(batches, bar), strict=True):
             frames, mask = batch.frames.to(world.device), batch.frame_mask.to(world.device)
@@ -172,8 +202,8 @@ def write_features(store: FeatureStore, config: RunConfig, method: Method, world
         logger.info("clips are encoded, in %.1f s", time.perf_counter() - began)
 
 
-def _key(config: RunConfig, method: Method, clips: Sequence[Clip], share: int) -> str:
-    """Return a name that differs if weights, precision, frames or clips differ."""
+def _key(config: RunConfig, method: Method, clips: Sequence[Clip], share: int, view: int) -> str:
+    """Return a name that differs if weights, precision, frames, clips or views differ."""
     digest = hashlib.sha256()
     for name, x in sorted(method.vision.state_dict().items()):
         digest.update(name.encode() + str(x.dtype).encode())
@@ -202,6 +232,8 @@ def _key(config: RunConfig, method: Method, clips: Sequence[Clip], share: int) -
         "clips": [(clip.id, str(clip.video), clip.start, clip.end, _stamp(clip)) for clip in clips],
         "share": share,
     }
+    if data.augment != "none":
+        facts["view"] = [data.augment, config.seed, view]
     digest.update(json.dumps(facts, default=str).encode())
     return digest.hexdigest()[:16]
 

@@ -118,6 +118,37 @@ def test_frames_are_encoded_in_every_step_where_features_would_differ_or_not_pay
     assert not (tmp_path / "run/features").exists()
 
 
+def test_views_of_augmented_clips_are_encoded_once_and_read_in_turn(tmp_path, drawn):
+    words = ("data.augment=light", "engine.frozen_views=2", "data.reversed_pairs=false", "steps=40")
+    config, method, loader = prepared(tmp_path, drawn, *words)
+    cached = frozen_loader(config, method, loader, ALONE)
+    plain = frozen_loader(*prepared(tmp_path, drawn, "data.reversed_pairs=false", "steps=40"), ALONE)
+    assert len(list((tmp_path / "run/features").iterdir())) == 3, "two views, and the clips without change"
+
+    def features(source):
+        seen = {}
+        for epoch in range(6):
+            for batch in source.epoch(epoch):
+                for index, frames in zip(batch.video_index.tolist(), batch.frames, strict=True):
+                    seen.setdefault(index, set()).add(frames.numpy().tobytes())
+        return seen
+
+    views, single = features(cached), features(plain)
+    assert {len(x) for x in single.values()} == {1}
+    assert {len(x) for x in views.values()} == {2}
+    assert not any(views[i] & single[i] for i in views)
+
+
+def test_an_interrupted_pass_of_views_draws_the_same_augmentation(tmp_path, drawn):
+    config, method, loader = prepared(tmp_path, drawn, "data.augment=light", "engine.frozen_views=1")
+    frozen_loader(config, method, loader, ALONE)
+    part = sorted((tmp_path / "run/features").rglob("*.npy"))[1]
+    before = part.read_bytes()
+    part.with_suffix(".json").unlink()
+    frozen_loader(config, method, loader, ALONE)
+    assert part.read_bytes() == before
+
+
 def test_parts_hold_one_batch_each(tmp_path, drawn):
     config, method, loader = prepared(tmp_path, drawn)
     frozen_loader(config, method, loader, ALONE)

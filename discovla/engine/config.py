@@ -75,6 +75,10 @@ class EngineConfig(BaseModel):
     are read twice or more, encode each training clip once, before the first step, and train from its features
     in `directory`/features. The losses keep every bit in fp32. "off": encode frames in every step."""
 
+    frozen_views: int = Field(default=0, ge=0)
+    """Number of augmentations of each clip that frozen_features encodes, all before the first step; a sample
+    reads one of them. 0: augmented frames are encoded in every step."""
+
     distinct_captions: bool = False
     """Encode identical captions of a batch once. Same numbers; less work if captions of neighbouring frames
     repeat."""

@@ -19,6 +19,7 @@ from benchmarks.experiments import (
     PRECISION_RUNS,
     RATE_RUNS,
     STAGE_RUNS,
+    TIME_RUNS,
     Experiment,
     Run,
     Setting,
@@ -40,6 +41,7 @@ ALL_RUNS = {
     "ablation": ABLATION_RUNS,
     "precision": PRECISION_RUNS,
     "stages": STAGE_RUNS,
+    "time": TIME_RUNS,
 }
 SMALL = ("batch_size=4", "steps=2", "evaluate_every=1", "data.workers=0")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import tables
-from benchmarks.experiments import ABLATION_RUNS, MEAN_POOLING, METHOD_RUNS
+from benchmarks.experiments import ABLATION_RUNS, MEAN_POOLING, METHOD_RUNS, TIME_RUNS
 
 
 @pytest.mark.parametrize("page", tables.PAGES)
@@ -56,6 +56,17 @@ def test_the_methods_table_has_means_over_seeds_and_costs():
     (line,) = tables.methods_table([result(0, 20.0), result(1, 24.0), cost]).splitlines()[2:]
     assert line.startswith(f"| {MEAN_POOLING} | 2 | 12 k | 1.00x | 250 MB | 801 MB | 22.0 (20.0-24.0) |")
     assert line.endswith("| 50.0 | 50.0 | 50.0 | 50.0 |")
+
+
+def test_the_time_table_begins_with_clip_and_has_moves_alone():
+    scores = {way: {"R@1": 20.0, "R@5": 40.0} for way in ("t2v", "v2t")}
+    run = next(run for run in TIME_RUNS if run.kind == "run")
+    row = {"kind": "run", "identity": run.identity, "trained_parameters": 12_345, "steps": 1200}
+    row |= {"cpu_seconds": 99.6, "plain": scores, "test": scores}
+    row |= {"reversal": {"all": {"clip": 90.0}, "moves": {"clip": 85.5}}}
+    clip, ours = tables.time_table([row]).splitlines()[2:]
+    assert clip == "| CLIP, mean pooling | - | 0 | - | - | 20.0 | 40.0 | 20.0 | 40.0 | 50.0 | 50.0 |"
+    assert ours == f"| {run.name} | 1 | 12 k | 1,200 | 100 | 20.0 | 40.0 | 20.0 | 40.0 | 90.0 | 85.5 |"
 
 
 def test_results_with_other_overrides_are_in_no_table():
