@@ -1,4 +1,4 @@
-"""What training from features of a frozen tower saves, in small."""
+"""Operations of frozen towers, and equality of their counts with torch's, in small."""
 
 from dataclasses import replace
 
