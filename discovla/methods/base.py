@@ -123,7 +123,7 @@ class Method(nn.Module):
             )
         if merge == "tempme" and frames.pool != "class":
             raise ValueError(
-                "method.merge: expected 'none' or 'tome' for a tower that is not read from a class row, found "
+                "method.merge: expected 'none' or 'tome' for a tower that is read from no class row, found "
                 "'tempme'"
             )
         if self.config.loss == "sigmoid" and not self.architecture.logit_bias:

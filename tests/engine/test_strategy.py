@@ -245,6 +245,16 @@ def _line(**plan):
     return make_strategy(_Line(), StepPlan(**{**settings, **plan}))
 
 
+def test_a_bounded_parameter_is_at_most_its_limit_and_others_stay():
+    strategy = _line()
+    values = {"layer.weight": torch.tensor([[1.0, 5.0], [3.0, -9.0]]), "layer.bias": torch.tensor([5.0, 1.0])}
+    strategy.load_trained_state(values)
+    strategy.bound("layer.weight", 3.0)
+    found = strategy.trained_state()
+    assert found["layer.weight"].tolist() == [[1.0, 3.0], [3.0, -9.0]]
+    assert torch.equal(found["layer.bias"], values["layer.bias"])
+
+
 def test_an_indivisible_batch_is_refused():
     with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 processes, found 8"):
         _line(world=World(rank=0, size=3, local_rank=0, device=torch.device("cpu")), batch_size=8)

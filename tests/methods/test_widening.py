@@ -16,6 +16,7 @@ from discovla.towers.weights import initialise
 METHODS = {
     "clip": (CLIP, CLIPConfig()),
     "clip, tokens": (CLIP, CLIPConfig(similarity="tokens")),
+    "clip, tokens, aligned": (CLIP, CLIPConfig(similarity="tokens", alpha=0.3, beta=0.5)),
     "clip4clip": (CLIP4Clip, CLIP4ClipConfig(head_layers=1)),
     "clip2video": (CLIP2Video, CLIP2VideoConfig(head_layers=1)),
     "discovla": (DiscoVLA, DiscoVLAConfig(fused_vision_blocks=1, fused_text_blocks=1)),

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
 from discovla.ops.short_attention import Packing, _short_attention, short_attention
+from discovla_kernels import attention_tiles
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 IMPLS = IMPLEMENTATIONS["short_attention"]
@@ -169,3 +170,14 @@ def test_shapes_that_do_not_fit_are_refused_by_name(impl):
 def test_heads_too_wide_for_the_kernel_are_refused():
     with pytest.raises(KernelUnavailable, match="heads of at most 128 channels, found 200"):
         short_attention(torch.zeros(1, 3, 600), 1, impl="triton")
+
+
+def test_one_tile_holds_sequences_of_up_to_its_rows():
+    qkv = torch.ones(2, 3, 16)
+    tiles = {length: attention_tiles.settings(qkv, 16, length) for length in (16, 17, 64, 65)}
+    assert {length: (x["BLOCK"], x["ONE"]) for length, x in tiles.items()} == {
+        16: (16, True),
+        17: (32, True),
+        64: (64, True),
+        65: (64, False),
+    }
