@@ -22,7 +22,7 @@ def test_a_block_is_filled_and_other_text_unchanged(monkeypatch):
 
 
 def test_an_unknown_table_is_refused():
-    with pytest.raises(ValueError, match="table ladders: expected one of ladder, "):
+    with pytest.raises(ValueError, match=r"table ladders: expected one of .*\bladder, "):
         tables.fill("<!-- table ladders -->\n<!-- end -->")
 
 
