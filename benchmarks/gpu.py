@@ -139,7 +139,11 @@ def runner(case: Case, impl: str, device: str) -> Callable[[int], list[Tensor]]:
     """
     inputs = [case.leaves(device, seed) for seed in range(4 if case.n <= 4096 else 1)]
     if impl == "compiled":
-        compiled = torch.compile(lambda *leaves: case.call(list(leaves), "reference", case.masked))
+
+        def reference(*leaves: Tensor) -> Tensor:
+            return case.call(list(leaves), "reference", case.masked)
+
+        compiled = torch.compile(reference)
         return lambda number: gradients_of(case, inputs[number % len(inputs)], lambda x: compiled(*x))
     if impl in IMPLEMENTATIONS[case.op]:
         return lambda number: case.step(inputs[number % len(inputs)], impl)
