@@ -102,6 +102,10 @@ def test_the_resolved_config_reads_back_the_same(small, tmp_path):
             "engine.capture=graph engine.zero_stage=2",
             r"engine\.capture: expected 'none' with zero_stage = 2, found 'graph'$",
         ),
+        (
+            "engine.capture=graph method.swapped_captions=1",
+            r"engine\.capture: expected 'none' with method\.swapped_captions, .*, found 'graph'$",
+        ),
     ],
 )
 def test_an_error_is_one_line_with_its_key(small, override, message):

@@ -68,7 +68,9 @@ def assert_same(result: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 QUICK = ("discovla", "t2vparser")
-EVERY = [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in steps.VARIANTS]
+# captions with exchanges differ in number from batch to batch: a run that records refuses them
+RECORDED = [name for name, options in steps.VARIANTS.items() if not options.get("swapped_captions")]
+EVERY = [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in RECORDED]
 
 
 @pytest.mark.parametrize("variant", EVERY)
@@ -423,7 +425,7 @@ def test_recorded_steps_train_the_same_with_every_strategy(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("variant", steps.VARIANTS)
+@pytest.mark.parametrize("variant", RECORDED)
 def test_a_cuda_graph_gives_the_losses_and_gradients_of_the_step(variant, impl):
     """t2vparser trains with dropout: with the same seed its graph drops the same."""
     world = replace(ALONE, device=torch.device("cuda", torch.cuda.current_device()))
