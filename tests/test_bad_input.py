@@ -129,12 +129,17 @@ def test_a_bad_manifest_line_is_named_by_file_and_line(change, message, tmp_path
             ["data.manifest={tmp}/no.jsonl"],
             "{tmp}/no.jsonl: expected a manifest, found no file {tmp}/no.jsonl",
         ),
-        (["data.test_split=val"], "data: expected different splits to train, select and test on"),
         (["data.context_length=40"], "data.context_length: expected at most 32, found 40"),
         (["batch_size=80"], "batch_size: expected at most the 72 training pairs, found 80"),
         (["model.architecture=ViT-Q"], "expected a name open_clip knows (such as ViT-B-32), found 'ViT-Q'"),
-        (["model.pretrained={tmp}/no.pt"], "{tmp}/no.pt: expected a file of CLIP weights, found none"),
-        (["model.architecture={tmp}/no.json"], "{tmp}/no.json: No such file or directory"),
+        (
+            ["model.pretrained={tmp}/no.pt"],
+            "{tmp}/no.pt: expected a file of CLIP weights (a state dict), found none",
+        ),
+        (
+            ["model.architecture={tmp}/no.json"],
+            "{tmp}/no.json: expected a model config in open_clip's form, found none",
+        ),
         (["directory={tmp}/file/run"], "{tmp}/file/run: Not a directory"),
         (["data.cache={tmp}/cache"], "small.toml: data.cache: removed: "),
         (["engine.device=cuda"], "device: expected a GPU for local rank 0, found 0 GPUs here"),
@@ -280,5 +285,5 @@ def test_the_command_names_a_folder_without_a_checkpoint(tmp_path, capsys):
     os.mkdir(tmp_path / "empty")
     assert main(["evaluate", str(tmp_path / "empty")]) == 2
     printed = capsys.readouterr().err
-    expected = "expected a run directory or a checkpoint, found no checkpoint there"
+    expected = "expected a run directory, a checkpoint or an export, found no checkpoint there"
     assert printed == f"discovla: error: {tmp_path}/empty: {expected}\n"

@@ -171,7 +171,7 @@ def test_make_train_says_how_to_enter_the_environment(tmp_path):
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "installed").touch()
-    words = ["make", "train", f"VENV={tmp_path}", "ARGS=steps=2"]
+    words = ["make", "--no-print-directory", "train", f"VENV={tmp_path}", "ARGS=steps=2"]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert "called train --processes 1 configs/quickstart.toml steps=2" in lines

@@ -86,8 +86,9 @@ def test_an_average_follows_its_formula_and_parameters_are_restored():
     for _ in range(3):
         with torch.no_grad():
             weight.add_(1.0)
-        average.update()
+        average.update(torch.ones(()))
         expected = 0.75 * expected + 0.25 * weight.detach()
+    average.update(torch.tensor(torch.inf))  # a step that was left out
     assert_close(average.state()["w"], expected)
     trained = weight.detach().clone()
     with average.applied():

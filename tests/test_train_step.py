@@ -97,6 +97,7 @@ def numbers_of_a_step(seed: int, step: int, rank: int) -> tuple[float, ...]:
     trainer = object.__new__(Trainer)
     trainer.config = SimpleNamespace(seed=seed, optim=OptimConfig())
     trainer.world = replace(ALONE, rank=rank, size=4)
+    trainer.method = SimpleNamespace(logit_scale=SimpleNamespace(bias=None))
     trainer.total_steps = 10
     trainer.quarantine = SimpleNamespace(known={})
     state = SimpleNamespace(step=step, strategy=Draws(), skipped_steps=0, ema=None)

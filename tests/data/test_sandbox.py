@@ -169,13 +169,14 @@ def test_output_of_the_work_goes_to_standard_error(capfd):
 
 
 def test_closing_the_generator_ends_the_processes():
+    before = children()
     results = run_sandboxed(task, ["a", "hang", "b", "hang"], workers=2, limit=30)
     _, pid = next(results).value or (None, 0)
     began = time.monotonic()
     results.close()
     assert ended(pid)
     assert time.monotonic() - began < 5
-    assert children() == set()
+    assert children() <= before
 
 
 def children() -> set[int]:
@@ -259,8 +260,9 @@ def test_a_process_that_does_not_start_is_an_error(monkeypatch):
 
 
 def test_nothing_to_do_starts_nothing():
+    before = children()
     assert list(run_sandboxed(task, [], workers=3, limit=1)) == []
-    assert children() == set()
+    assert children() <= before
 
 
 def test_items_are_taken_when_a_process_is_free():

@@ -235,7 +235,7 @@ MERGES = {
 }
 CANNOT_MERGE = {
     **{(merge, tower): "with rotary positions" for merge in MERGES for tower in ("pe", "eva")},
-    **{("tempme", tower): "not read from a class row" for tower in ("siglip", "coca", "clipa")},
+    **{("tempme", tower): "is read from no class row" for tower in ("siglip", "coca", "clipa")},
 }
 
 

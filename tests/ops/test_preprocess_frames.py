@@ -19,5 +19,5 @@ def test_normalised_frames_pass_unchanged():
 
 
 def test_another_integer_type_is_refused():
-    with pytest.raises(ValueError, match=r"frames: expected uint8 .*got torch\.int64"):
+    with pytest.raises(ValueError, match=r"frames: expected uint8 .*found torch\.int64"):
         preprocess_frames(torch.zeros(1, 1, 2, 2, 3, dtype=torch.int64))

@@ -41,6 +41,7 @@ def test_operations_are_those_that_torch_counts(tower):
     assert counted + last == frame_operations(architecture)
 
 
+@pytest.mark.slow
 def test_every_model_is_taken_or_refused_with_a_reason(capsys):
     rows = {row.name: row for row in list_models()}
     assert set(rows) == set(open_clip.list_models())
@@ -56,6 +57,7 @@ def test_every_model_is_taken_or_refused_with_a_reason(capsys):
     assert round(rows["ViT-L-14"].parameters / 1e6) == 428
 
 
+@pytest.mark.slow
 def test_the_command_lists_models_by_a_part_of_their_names(capsys):
     assert cli.main(["models", "pe-core", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

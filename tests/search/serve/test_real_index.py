@@ -85,7 +85,7 @@ def test_texts_of_one_batch_score_as_texts_alone(client, read_only):
 
 
 def test_only_texts_have_a_probability(client, read_only, monkeypatch):
-    calibration = {"location": 2.0, "scale": 0.5, "count": 100, "moments": 7}
+    calibration = {"location": 2.0, "scale": 0.5, "count": 100, "moments": 7, "recall": 0.5}
     monkeypatch.setitem(read_only.settings, "calibration", calibration)
     of_text, of_moment = (
         client.get("/api/search", params=query).json() for query in ({"q": "x"}, {"like": 0})
