@@ -61,6 +61,7 @@ from discovla.engine.capture import make_capture
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
+from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import fp8_unsupported
 from discovla.towers.architecture import Architecture
 from discovla.train_step import TrainStep, set_precision
@@ -154,7 +155,7 @@ def make_step(name: str, architecture: Architecture, device: str) -> Step:
 def _our_step(name: str, model: DiscoVLA, device: torch.device) -> Step:
     precisions = {"fp8 backward": "fp8_backward", "fp8": "fp8", "bf16": "bf16", "": "fp32"}
     precision = next(value for word, value in precisions.items() if word in name)
-    impl = next((word for word in ("compiled", "triton") if word in name), "torch")
+    impl: Impl = "compiled" if "compiled" in name else "triton" if "triton" in name else "torch"
     set_precision(model, EngineConfig.model_validate({"precision": precision, "impl": impl}), device)
     model.vision.impl = model.text.impl = impl
     parameters: list[torch.Tensor] = list(model.parameters())

@@ -99,7 +99,7 @@ def count(backbone: Backbone, kind: Merge, options: dict[str, Any]) -> dict[str,
         operations += f * _matching(a, fixed, width // backbone.heads) * (a > b)
         operations += f * _matching(a + at_join, fixed, width) * (at_join > 0)
         rows += f * (a + b)
-    last = FRAMES * tokens if kind == "none" else plan[-1].sequences * plan[-1].left
+    last = plan[-1].sequences * plan[-1].left if plan else FRAMES * tokens
     return {"tokens": last, "gflop": operations / 1e9, "rows": rows}
 
 
@@ -156,7 +156,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Write the rows and print them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Count tokens and operations.")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "tokens.jsonl")
     out = parser.parse_args().out
     out.unlink(missing_ok=True)

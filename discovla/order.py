@@ -113,8 +113,8 @@ def _scores(method: Method, text: Embedding, video: Embedding, options: EvalOpti
     parts = []
     with evaluating(method):
         for rows in torch.arange(len(text)).split(options.batch_size):
-            sides = (side[rows].to(options.device) for side in (text, video))
-            parts.append(method.pair_scores(*sides).double().cpu())
+            own_text, own_video = (side[rows].to(options.device) for side in (text, video))
+            parts.append(method.pair_scores(own_text, own_video).double().cpu())
     return torch.cat(parts)
 
 

@@ -123,8 +123,8 @@ def alignment_losses(
     chosen = choose("alignment_losses", impl, text.device.type, small=products <= ELEMENTS, operands=operands)
     if chosen in ("reference", "compiled"):
         options = (inputs, logit_scale, kl_norm, detach_teacher, ignore)
-        losses = run_reference(chosen, alignment_losses_reference, *options)
-        return _add_total(*losses, alpha, beta)
+        own, frame, distill = run_reference(chosen, alignment_losses_reference, *options)
+        return _add_total(own, frame, distill, alpha, beta)
     scale = logit_scale.to(sum_dtype(text))
     if chosen == "triton" and columns is None and fits_one_block(text, text_frames, video_frames):
         contiguous = (tensor.contiguous() for tensor in x)
