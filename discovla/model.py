@@ -77,7 +77,8 @@ class Model:
         method: on the CPU; it is moved to the device.
         data: sampling and decoding of videos, and length of texts.
         batch_size: videos or texts embedded at once.
-        device, precision: as in `load`.
+        device: as in `load`.
+        precision: as in `load`.
         run: run that the method is from; None for a plain CLIP.
         source: path or name that `load` opens; "" for a method made otherwise.
     """

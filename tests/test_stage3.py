@@ -111,8 +111,7 @@ def averaged(world: World, stage: Literal[0, 3]) -> dict[str, Tensor]:
     for _ in range(2):
         for _ in range(2):
             strategy.backward(strategy(batch).total)
-            strategy.step(1e-2)
-            ema.update()
+            ema.update(strategy.step(1e-2))
         state, ema = ema.state(), make_ema(strategy, 0.5)
         assert ema is not None
         ema.load(state)
