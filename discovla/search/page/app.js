@@ -62,14 +62,14 @@ function start(next, { replace = false } = {}) {
   search();
 }
 
-function readAddress() {
+function readAddress(typed = "") {
   const fields = Object.fromEntries(new URLSearchParams(location.search));
   where = $("where").value = fields.where ?? "";
   [query, count] = [null, STEP];
   if (fields.q) query = { q: fields.q };
   else if (fields.like) query = { like: fields.like };
   else if (fields.clip) query = { clip: fields.clip, start: fields.start, end: fields.end };
-  input.value = fields.q ?? "";
+  input.value = fields.q ?? typed;
   $("filter").classList.toggle("on", where !== "");
   showView(fields.view === "library" ? "library" : "results");
   search();
@@ -239,7 +239,7 @@ for (const [id, address] of [["home", "/"], ["library-link", "/?view=library"]])
     readAddress();
   };
 }
-window.addEventListener("popstate", readAddress);
+window.addEventListener("popstate", () => readAddress());
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
@@ -287,10 +287,10 @@ library.setUp((status) => {
   $("add-condition").hidden = !Object.keys(columns).length;
 });
 
+readAddress(input.value); // before anything is awaited: what is typed meanwhile stays
 try {
   library.showStatus(await request("/api/status")); // asks for the token, if there is one
   library.follow();
-  readAddress();
 } catch (error) {
   say("", error.message);
 }

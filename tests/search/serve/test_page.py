@@ -65,7 +65,7 @@ def tab(chromium, **options):
     width, height = options.pop("width"), options.pop("height")
     context = chromium.new_context(viewport={"width": width, "height": height}, **options)
     page = context.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(30_000)
     faults, foreign = [], []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on(
@@ -245,6 +245,24 @@ def test_a_file_that_the_browser_cannot_play_has_a_note(page, address, index, mo
     monkeypatch.setattr(index, "files", [other, *index.files[1:]])
     page.click(".hit >> nth=0")
     page.wait_for_selector("#video-error:not([hidden])")
+
+
+def test_what_is_typed_before_the_server_answers_stays(page, address):
+    held = []
+    page.route("**/api/status", held.append)
+    page.goto(address)
+    page.fill("#query", "a red disc")
+    page.wait_for_timeout(100)
+    for route in held:
+        route.continue_()
+    page.unroute("**/api/status")
+    page.wait_for_timeout(300)
+    assert page.input_value("#query") == "a red disc"
+    page.press("#query", "Enter")
+    page.wait_for_selector(".hit")
+    page.go_back()
+    page.wait_for_selector("#welcome:not([hidden])")
+    assert page.input_value("#query") == ""
 
 
 def test_the_token_is_asked_for_once(page, guarded_address):
