@@ -249,7 +249,7 @@ def test_a_file_that_the_browser_cannot_play_has_a_note(page, address, index, mo
 
 def test_what_is_typed_before_the_server_answers_stays(page, address):
     held = []
-    page.route("**/api/status", held.append)
+    page.route("**/api/status", lambda route: held.append(route))
     page.goto(address)
     page.fill("#query", "a red disc")
     page.wait_for_timeout(100)
