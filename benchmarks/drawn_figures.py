@@ -166,7 +166,7 @@ def reversal_by_event(method: Method, evaluation: DrawnEvaluation) -> dict[str, 
 
 
 def caption_changes(method: Method, captions: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return how alike the features of a caption and of a changed one are: number of pairs, mean cosine."""
+    """Return for each kind of change the number of captions and their mean cosine with the changed ones."""
     places, colours = OrderWords(places_only=True), list(COLOURS)
     changed: dict[str, list[tuple[str, str]]] = {}
 

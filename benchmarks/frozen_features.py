@@ -1,4 +1,4 @@
-"""Measure what training from features of a frozen vision tower saves: time, operations, and no bit of a loss.
+"""Compare training from features of a frozen vision tower with training from frames: time and operations.
 
     discovla draw data/drawn_world && discovla shard data/drawn_world/manifest.jsonl data/drawn_world/shards
     python benchmarks/frozen_features.py                steps of the quickstart, from frames and from features

@@ -402,7 +402,7 @@ def run_all(runner: Runner, options: argparse.Namespace, device: str) -> None:
 
 
 def simulated(kind: str) -> list[Row]:
-    """Play a case: one that is right, wrong, crashes, hangs, or runs out of memory."""
+    """Run a simulated case, which is right, wrong, crashes, hangs, or runs out of memory."""
     match kind:
         case "crashes":
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -421,7 +421,7 @@ def simulated(kind: str) -> list[Row]:
 
 
 def simulate(runner: Runner, seconds: float) -> None:
-    """Run the flow with played cases, compiled in parallel, checked, timed, and cut by the deadline."""
+    """Run the flow with simulated cases, compiled in parallel, checked, timed, and cut by the deadline."""
     deadline = time.monotonic() + seconds
     make = partial(Task, group="towers", impl="triton", work=simulated)
     runner.compile([make(name="compile", arguments=(kind,)) for kind in ("right", "crashes")], deadline, 2)
@@ -455,7 +455,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=570, help="time limit of all cases")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--gate", action="store_true", help="exit 1 if worse than earlier results")
-    parser.add_argument("--simulate", action="store_true", help="show the flow on a CPU with played cases")
+    parser.add_argument("--simulate", action="store_true", help="show the flow on a CPU with simulated cases")
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="print the table of a results file and run nothing"
     )

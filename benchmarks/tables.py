@@ -188,7 +188,7 @@ def time_table(results: Sequence[Row]) -> str:
 
 
 def captions_table(results: Sequence[Row]) -> str:
-    """Return how alike the untrained text tower finds a caption and a changed one."""
+    """Return the mean cosines of captions and changed ones in the untrained text tower."""
     rows = [row for row in results if row["kind"] == "captions"]
     changes = rows[0]["cosines"].items() if rows else ()
     body = [[name, str(x["count"]), f"{x['cosine']:.4f}"] for name, x in changes]

@@ -13,20 +13,23 @@ def check_inputs(architecture: Architecture, data: DataConfig) -> None:
     Raises:
         ValueError: the first such option, with the value that the towers need.
     """
-    longest, captions, frames = architecture.context_length, architecture.captions, architecture.preprocessing
+    longest = architecture.context_length
     if data.context_length > longest:
         raise ValueError(f"data.context_length: expected at most {longest}, found {data.context_length}")
-    if captions.reads_padding and data.context_length != longest:
+    if architecture.captions.reads_padding and data.context_length != longest:
         raise ValueError(
             f"data.context_length: expected {longest}, since this text tower reads padding, "
             f"found {data.context_length}"
         )
-    needed = {"tokenizer": captions.tokenizer, "resize": frames.resize, "interpolation": frames.interpolation}
-    given = {"tokenizer": split_tokenizer(data.tokenizer)[0], "resize": data.resize}
-    given["interpolation"] = data.interpolation
-    for name, value in needed.items():
-        if given[name] != value:
-            raise ValueError(f"data.{name}: expected {value!r} for these towers, found {given[name]!r}")
+    given = {
+        "tokenizer": split_tokenizer(data.tokenizer)[0],
+        "resize": data.resize,
+        "interpolation": data.interpolation,
+    }
+    needed = tower_inputs(architecture)
+    for name, value in given.items():
+        if value != needed[name]:
+            raise ValueError(f"data.{name}: expected {needed[name]!r} for these towers, found {value!r}")
 
 
 def tower_inputs(architecture: Architecture) -> dict[str, str | int]:

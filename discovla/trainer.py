@@ -351,10 +351,10 @@ class Trainer:
         return rows
 
     def kept_zero_shot(self, path: Path) -> Results | None:
-        """Return the rows of an earlier start; None if there are none or they are not of these clips.
+        """Return the rows of an earlier start; None if there are none, or if they are of other clips.
 
-        Rows that were measured before a checkpoint are of the weights with which the run began, so that the
-        weights and options of this start count only without a checkpoint.
+        Without a checkpoint to resume, weights and options have to be the same too.  With one, the rows
+        belong to the weights that the run began with, and the checkpoint replaces those of this start.
         """
         if not path.is_file():
             return None
@@ -368,7 +368,7 @@ class Trainer:
             differing += [name for name in ("weights", "options") if began_with[name] != found[name]]
         if not differing:
             return stored["rows"]
-        logger.warning("%s: measured with others, and measured anew: %s", path, "; ".join(differing))
+        logger.warning("%s: is measured again, because of other values: %s", path, "; ".join(differing))
         return None
 
     def zero_shot_fingerprint(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_a_resumed_run_refuses_other_clips_unless_they_are_allowed(tmp_path, dra
     assert f"error: {step}: data.manifest: test: the run began with 8 clips, found 7; resume" in job.output()
     job = runs.train([*words, "allow_changed_data=true"])
     assert "goes on with changed data: test: the run began with 8 clips, found 7" in job.output()
-    assert "before.json: measured with others, and measured anew" in job.output()
+    assert "before.json: is measured again, because of other values" in job.output()
     after = json.loads((run / "before.json").read_text())
     assert after["fingerprint"]["data"]["test"]["clips"] == 7 and after["rows"] != before["rows"]
     assert len(runs.losses(run)) == 3
@@ -71,7 +71,7 @@ def test_zero_shot_rows_of_a_run_without_a_checkpoint_are_not_kept_for_other_cli
     assert job.wait() == [-9]
     other = change(drawn, tmp_path / "other.jsonl", "test", captions=["something else entirely"])
     job = runs.train([*words, "resume=true", f"data.manifest={other}"])
-    assert "measured anew: test: the 8 clips differ in captions" in job.output()
+    assert "because of other values: test: the 8 clips differ in captions" in job.output()
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class DataConfig(BaseModel):
     """Divisor of the number of stored frames; `clip2video` only."""
 
     sampling_slice: Slice = "even"
-    """Which frames are kept if a clip has more than `frames`: `even`, `first` or `last`; `clip4clip` only."""
+    """Frames that are kept of a clip with more than `frames`: `even`, `first` or `last`; `clip4clip` only."""
 
     context_length: int = Field(default=32, ge=2)
     """Tokens of a caption, start and end included; all of the model's where its text tower reads padding."""

@@ -162,7 +162,7 @@ class TrainLoader:
 
 
 def read_ahead(config: DataConfig, frames: int, image_size: int, clips: int, steps: int) -> ReadAhead:
-    """Return what the workers hold that read `steps` batches of clips; for DALI they send no frames."""
+    """Return the batches that workers hold while they read `steps` batches of clips; none with DALI."""
     workers = 0 if decodes_by_dali(config) else min(config.workers, steps)
     return ReadAhead(workers=workers, clips=clips, clip_bytes=frames * 3 * image_size**2, steps=steps)
 

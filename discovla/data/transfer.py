@@ -1,4 +1,4 @@
-"""Batches on their way from reader processes: room in shared memory, failed transfers, waits with an end."""
+"""Transfer of batches from worker processes: room in shared memory, failures, and time limits of waits."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def check_shared_memory(*reads: ReadAhead, processes: int | None = None) -> None
 
 
 def report_failed_transfers() -> None:
-    """Make a worker send the error of a batch that it cannot hand over; by default nobody learns of it."""
+    """Make a worker process send the error of a failed transfer, which torch drops by default."""
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # pyright: ignore
 
 

@@ -61,9 +61,10 @@ class EngineConfig(BaseModel):
     and at zero_stage 3, it is "torch"."""
 
     tune: str = "auto"
-    """How "auto" of `impl` chooses on a GPU. "auto": at the first start check the implementations of each op
-    against float64, time them, about a minute in all, and keep the choices in the user's cache folder
-    (DISCOVLA_CACHE). "off": measure nothing. Else the file of choices that `discovla tune` has written."""
+    """Measurement from which impl = "auto" chooses on a GPU. "auto": the first start checks the
+    implementations of each op against float64 and times them, which takes about a minute, and keeps the
+    choices in the user's cache folder (DISCOVLA_CACHE). "off": none. Else a file of choices that `discovla
+    tune` has written."""
 
     memory: Memory = "auto"
     """Activations that a transformer block keeps for backward, in tower widths per token (ViT-B/32): "keep"

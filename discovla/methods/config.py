@@ -74,7 +74,7 @@ class MethodConfig(BaseModel):
     """Merging of similar tokens in the vision tower: "tome" within every frame (ToMe, arXiv 2210.09461), or
     "tempme" also across the frames of a clip, which are joined step by step (TempMe, arXiv 2409.01156)."""
     merging: MergeConfig = MergeConfig()
-    """Which tokens merge, and where."""
+    """Options of `merge`."""
     similarity: Literal["pooled", "tokens"] = "pooled"
     """Score of a caption and a video: "pooled" cosine of their pooled features, or "tokens", in which words
     and frames find their matches (T2VParser)."""

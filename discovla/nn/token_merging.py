@@ -147,7 +147,7 @@ def plan_merges(
 
 
 def _share(tokens: int, fixed: int, share: float, config: MergeConfig) -> int:
-    """Return the tokens that a share of them is; fractions are cut off."""
+    """Return the number of tokens in a share; fractions are cut off."""
     return int((tokens if config.count == "all" else tokens - fixed) * share)
 
 
@@ -310,7 +310,7 @@ class TokenMerging(nn.Module):
 
 @torch.no_grad()
 def _keys(block: Block, x: Tensor) -> Tensor:
-    """Mean keys of a block for rows n l w that it has not seen yet, n l c."""
+    """Mean keys, n l c, that a block computes from its input rows n l w."""
     attention = cast(Attention, block.attention)
     return attention.mean_keys(attention.project_normed(block.ln_1(x)))
 

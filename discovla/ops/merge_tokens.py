@@ -103,10 +103,7 @@ def match_tokens(metric: Tensor, count: int, *, fixed: int, visible: Tensor | No
     places = torch.arange(scores.shape[2], device=metric.device)
     destination = places.expand_as(scores).masked_fill(scores != best[..., None], length).amin(-1)
     order = best.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=metric.device).expand_as(order)
-    )
-    merged = rank < count
+    merged = torch.zeros_like(best, dtype=torch.bool).scatter_(1, order[:, :count], True)
     kept = scores.shape[1] - count
     target[:, sources] = fixed + torch.where(merged, kept + destination, (~merged).cumsum(1) - 1)
     target[:, destinations] = fixed + kept + places

@@ -1,4 +1,4 @@
-"""Probability that what a query asks for is in the index, from the scores of captions that are not of it.
+"""Probability that a hit answers the query, estimated from the scores of captions of other videos.
 
 Scores of different queries have different levels, so that no single score separates hits from misses.  The
 score s of a moment is therefore measured in standard deviations of the scores that the same query gives to
@@ -84,7 +84,7 @@ class Calibration:
         return cls(location=location, scale=scale, count=len(best), moments=moments, recall=recall)
 
     def probability(self, z: float) -> float:
-        """Return the probability that a hit with this z is what the query asks for."""
+        """Return the probability that a hit with this z answers the query."""
         p = -math.expm1(-math.exp(-(z - self.location) / self.scale))
         if p <= 0:
             return 1.0

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from discovla.methods.base import Method
@@ -18,17 +15,14 @@ from discovla.methods.released import released_names
 from discovla.testing import tiny_architecture
 from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.weights import initialise, openai_weights
+from tests.methods import golden_files
 
 # sections 13 and 15 of the specification and the sidecars: float64, and float32 by kind
 FLOAT64 = 1e-10
 FEATURES, LOSSES, TIGHT_LOGITS, PER_SCALE = 5e-6, 5e-6, 2e-5, 5e-6
 
 
-@dataclass(frozen=True, kw_only=True)
-class Golden:
-    sidecar: dict[str, Any]
-    tensors: dict[str, Tensor]
-
+class Golden(golden_files.Golden):
     def get(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self.tensors[name]
         return tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.bool()
@@ -50,11 +44,7 @@ class Golden:
 
 
 def read(folder: Path, name: str) -> Golden:
-    folder = folder / "clip2video"
-    return Golden(
-        sidecar=json.loads((folder / f"{name}.json").read_text()),
-        tensors=load_file(folder / f"{name}.safetensors"),
-    )
+    return Golden.read(folder / "clip2video", name)
 
 
 def architecture(golden: Golden) -> Architecture:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from discovla.batch import Batch
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.testing import tiny_architecture
-from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.names import openai_name
 from discovla.towers.weights import load_weights
+from tests.methods.golden_files import Golden
 
 RELEASED = (
     ("attention.lora.a", "attn.TVPt_LoRA_a"),
@@ -35,40 +30,13 @@ def released_name(name: str) -> str:
     return "clip." + openai_name(name)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Golden:
-    sidecar: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.sidecar["config"]
-
-    def get(self, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = self.tensors[name]
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
 def read(folder: Path, name: str) -> Golden:
-    return Golden(
-        sidecar=json.loads((folder / "discovla" / f"{name}.json").read_text()),
-        tensors=load_file(folder / "discovla" / f"{name}.safetensors"),
-    )
+    return Golden.read(folder / "discovla", name)
 
 
 def build(golden: Golden, dtype: torch.dtype) -> DiscoVLA:
     """The golden model: base weights by strict loading, trained parameters by their released names."""
-    c = golden.config
-    architecture = Architecture(
-        embed_dim=c["embed_dim"],
-        image_size=c["image"],
-        patch_size=c["patch"],
-        context_length=c["context"],
-        vocab_size=c["vocab"],
-        activation="quick_gelu",
-        vision=_tower(golden, "vision"),
-        text=_tower(golden, "text"),
-    )
+    c, architecture = golden.config, golden.architecture
     config = DiscoVLAConfig(
         lora_rank=c["lora_dim"],
         fused_vision_blocks=c["H_V"],
@@ -88,15 +56,6 @@ def build(golden: Golden, dtype: torch.dtype) -> DiscoVLA:
     assert len(trained) + len(base) == len(weights)
     model.load_trained_state(trained)
     return model
-
-
-def _tower(golden: Golden, side: str) -> TowerShape:
-    """Sizes of a tower; heads are 64 wide unless the file states their number or width."""
-    c, width = golden.config, golden.config[f"{side}_width"]
-    heads = c.get(f"{side}_heads", width // c.get("head_dim", 64))
-    first = "visual.transformer" if side == "vision" else "transformer"
-    mlp_width = len(golden.tensors[f"weights.clip.{first}.resblocks.0.mlp.c_fc.weight"])
-    return TowerShape(width=width, layers=c[f"{side}_layers"], heads=heads, mlp_width=mlp_width)
 
 
 def batch(golden: Golden, dtype: torch.dtype) -> Batch:

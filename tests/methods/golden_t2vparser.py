@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from discovla.batch import Embedding
@@ -18,17 +16,10 @@ from discovla.nn.stan import MAX_FRAMES
 from discovla.testing import tiny_architecture
 from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.hugging_face import Rules, from_hugging_face
+from tests.methods import golden_files
 
 
-@dataclass(frozen=True, kw_only=True)
-class Golden:
-    sidecar: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.sidecar["config"]
-
+class Golden(golden_files.Golden):
     def get(self, name: str, dtype: torch.dtype) -> Tensor:
         """A copy, differentiable where it is floating point."""
         tensor = self.tensors[name]
@@ -47,11 +38,7 @@ class Golden:
 
 
 def read(folder: Path, name: str) -> Golden:
-    folder = folder / "t2vparser"
-    return Golden(
-        sidecar=json.loads((folder / f"{name}.json").read_text()),
-        tensors=load_file(folder / f"{name}.safetensors"),
-    )
+    return Golden.read(folder / "t2vparser", name)
 
 
 def architecture(folder: Path) -> Architecture:

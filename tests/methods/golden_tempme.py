@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from discovla.batch import Batch
 from discovla.methods.tempme import TempMe, TempMeConfig, released_name
 from discovla.nn.token_merging import MergeConfig
-from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.weights import load_weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Golden:
-    sidecar: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.sidecar["config"]
-
-    def get(self, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = self.tensors[name]
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+from tests.methods.golden_files import Golden
 
 
 def read(folder: Path, name: str) -> Golden:
-    return Golden(
-        sidecar=json.loads((folder / "tempme" / f"{name}.json").read_text()),
-        tensors=load_file(folder / "tempme" / f"{name}.safetensors"),
-    )
+    return Golden.read(folder / "tempme", name)
 
 
 def merging(options: Mapping[str, Any]) -> MergeConfig:
@@ -59,30 +39,6 @@ def merging(options: Mapping[str, Any]) -> MergeConfig:
     )
 
 
-def architecture(golden: Golden) -> Architecture:
-    c = golden.config
-
-    def tower(side: str) -> TowerShape:
-        first = "visual.transformer" if side == "vision" else "transformer"
-        return TowerShape(
-            width=c[f"{side}_width"],
-            layers=c[f"{side}_layers"],
-            heads=c[f"{side}_heads"],
-            mlp_width=len(golden.tensors[f"weights.clip.{first}.resblocks.0.mlp.c_fc.weight"]),
-        )
-
-    return Architecture(
-        embed_dim=c["embed_dim"],
-        image_size=c["image"],
-        patch_size=c["patch"],
-        context_length=c["context"],
-        vocab_size=c["vocab"],
-        activation="quick_gelu",
-        vision=tower("vision"),
-        text=tower("text"),
-    )
-
-
 def build(
     golden: Golden,
     dtype: torch.dtype,
@@ -92,7 +48,7 @@ def build(
     """The golden model; changes: released options of a variant, positions: its tables by released name."""
     options = {**golden.config, **(changes or {})}
     config = TempMeConfig(lora_rank=options["lora_dim"], merging=merging(options))
-    model = TempMe(architecture(golden), config).to(dtype)
+    model = TempMe(golden.architecture, config).to(dtype)
     model.compute_dtype = dtype
     weights = {
         n.removeprefix("weights.clip."): t for n, t in golden.tensors.items() if n.startswith("weights.")
