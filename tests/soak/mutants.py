@@ -1,16 +1,20 @@
 """Put faults into a copy of the code, one at a time, and report which of them the fast tests catch.
 
-    python -m tests.soak.mutants [--only WORD] [--seconds N] [--total N] [--processes N]
+    python -m tests.soak.mutants [--only WORD] [--seconds N] [--total N] [--processes N] [--rows FILE]
 
 Prints a line for every fault and a table at the end.  Ends with status 1 if less than 95 % are caught.
-A fault whose tests take longer than their limit counts as not caught.
+A fault whose tests take longer than their limit, or that is not in the code, counts as not caught.
+With --rows a run goes on where the last one stopped: each result is appended to the file at once, and faults
+that it has are not tried again; the table is of the whole file.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -18,7 +22,8 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -362,11 +367,47 @@ def start(mutant: Mutant, seconds: float, folder: Path) -> int | None:
         os._exit(status)
 
 
-def result_of(status: int) -> str:
-    """Return "caught", "survived", or what went wrong, from the status of a process."""
+@dataclass(frozen=True)
+class Row:
+    """What became of a fault: "caught", "survived" or what went wrong, and the test that failed."""
+
+    title: str
+    tests: str
+    result: str
+    by: str = ""
+
+
+def row_of(mutant: Mutant, status: int, output: Path) -> Row:
+    """Return the row of a fault from the status and the output of its tests."""
     if os.WIFSIGNALED(status):
-        return f"ended by signal {os.WTERMSIG(status)}"
-    return {0: "survived", 1: "caught"}.get(os.WEXITSTATUS(status), f"pytest {os.WEXITSTATUS(status)}")
+        return Row(mutant.title, mutant.tests, f"ended by signal {os.WTERMSIG(status)}")
+    code = os.WEXITSTATUS(status)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output.read_text(errors="replace"), re.MULTILINE)
+    result = {0: "survived", 1: "caught"}.get(code, f"pytest {code}")
+    return Row(mutant.title, mutant.tests, result, failed[1] if failed else "")
+
+
+def attempt(mutants: list[Mutant], options: argparse.Namespace, record: Callable[[Row], None]) -> None:
+    """Try faults, `options.processes` at a time, and record the row of each as soon as it is known."""
+    waiting, running = list(enumerate(mutants)), {}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        while running or waiting:
+            if waiting and time.monotonic() - started > options.total:
+                waiting = []
+            elif waiting and len(running) < options.processes:
+                number, mutant = waiting.pop(0)
+                folder = Path(temporary) / str(number)
+                child = start(mutant, options.seconds, folder)
+                if child is None:
+                    record(Row(mutant.title, mutant.tests, "not in the code"))
+                else:
+                    running[child] = mutant, folder
+            elif running:
+                child, status = os.wait()
+                mutant, folder = running.pop(child)
+                record(row_of(mutant, status, folder / "output"))
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> int:
@@ -375,39 +416,33 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=LIMIT, help="CPU time for the tests of one fault")
     parser.add_argument("--total", type=float, default=3600.0, help="start no fault after this many seconds")
     parser.add_argument("--processes", type=int, default=1, help="faults tried at a time")
+    parser.add_argument("--rows", type=Path, help="JSONL file of results to go on with")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     for name in LIBRARIES:
         importlib.import_module(name)
     chosen = [m for m in MUTANTS if options.only in m.title or options.only in m.tests]
-    results: dict[Mutant, str] = {}
-    running: dict[int, Mutant] = {}
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        waiting = list(enumerate(chosen))
-        while running or waiting:
-            if waiting and time.monotonic() - started > options.total:
-                waiting = []
-            elif waiting and len(running) < options.processes:
-                number, mutant = waiting.pop(0)
-                child = start(mutant, options.seconds, Path(temporary) / str(number))
-                if child is None:
-                    results[mutant] = "not in the code"
-                else:
-                    running[child] = mutant
-            elif running:
-                child, status = os.wait()
-                mutant = running.pop(child)
-                results[mutant] = result_of(status)
-                print(f"{results[mutant]:<18} {mutant.title}", flush=True)
-    caught = sum(result == "caught" for result in results.values())
-    print("\n| fault | tests | result |\n|---|---|---|")
-    for mutant, result in results.items():
-        print(f"| `{mutant.title}` | `{mutant.tests}` | {result} |")
-    share = 100 * caught / max(1, len(results))
-    print(f"\n{caught} of {len(results)} caught ({share:.0f} %), {len(chosen)} chosen")
-    return int(not results or caught < LEAST * len(results))
+    rows: dict[str, Row] = {}
+    if options.rows and options.rows.exists():
+        rows = {row["title"]: Row(**row) for row in map(json.loads, options.rows.read_text().splitlines())}
+
+    def record(row: Row) -> None:
+        rows[row.title] = row
+        print(f"{row.result:<18} {row.title}  {row.by}", flush=True)
+        if options.rows:
+            with options.rows.open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
+
+    attempt([mutant for mutant in chosen if mutant.title not in rows], options, record)
+    tried = [rows[mutant.title] for mutant in MUTANTS if mutant.title in rows]
+    print("\n| fault | tests | result | by |\n|---|---|---|---|")
+    for row in tried:
+        print(f"| `{row.title}` | `{row.tests}` | {row.result} | {row.by} |")
+    caught = sum(row.result == "caught" for row in tried)
+    share = 100 * caught / max(1, len(tried))
+    print(f"\n{caught} of {len(tried)} caught ({share:.0f} %); the list has {len(MUTANTS)}")
+    return int(not tried or caught < LEAST * len(tried))
 
 
 if __name__ == "__main__":
