@@ -41,7 +41,7 @@ def features(method: CLIP, images: torch.Tensor, ids: torch.Tensor) -> tuple[tor
 @pytest.mark.parametrize("name", ["ViT-S-32-alt", "PE-Core-T-16-384", "EVA02-B-16"])
 def test_features_under_peft_and_open_clip_are_equal_and_come_back(name, tmp_path):
     config, architecture = small_config(name, layers=2, side=2)
-    theirs = build_theirs(config, layers=2)
+    theirs = build_theirs(config, architecture=architecture)
     state = {n.removeprefix("text."): t for n, t in theirs.state_dict().items()}
     method = with_lora(architecture, state)
     images = torch.randn(2, 3, architecture.image_size, architecture.image_size)

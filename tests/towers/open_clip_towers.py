@@ -1,4 +1,4 @@
-"""open_clip's own models with random weights, shallow and small, and the same model of ours."""
+"""open_clip's own models with random weights, shallow and narrow, and the same model of ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from open_clip import timm_model
 from torch import Tensor, nn
 
 from discovla.methods.clip import CLIP, CLIPConfig
-from discovla.towers.architecture import Architecture
+from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.configs import architecture_from_config
 from discovla.towers.names import stored_names
 from discovla.towers.weights import clip_names, load_weights
@@ -31,38 +31,66 @@ class Pair:
 
 
 def small_config(name: str, *, layers: int, side: int) -> tuple[dict[str, Any], Architecture]:
-    """Return open_clip's config and our architecture, with few layers, patches and token ids."""
+    """Return open_clip's config and our architecture, with few layers, heads, patches and token ids.
+
+    Heads keep their width and MLPs their ratio; only MobileCLIP's stem fixes the width of its tower.
+    """
     config = copy.deepcopy(open_clip.get_model_config(name))
     whole = architecture_from_config(name, config)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    vision["image_size"] = side * whole.patch_size
-    text["vocab_size"], text["layers"] = VOCABULARY, layers
-    if "layers" in vision:
-        vision["layers"] = layers
-    if "multimodal_cfg" in config:
-        config["multimodal_cfg"] |= {"vocab_size": VOCABULARY, "layers": 1}
+    vision = whole.vision if whole.frames.stem else narrow(whole.vision)
     architecture = replace(
         whole,
-        image_size=vision["image_size"],
+        embed_dim=64 if whole.frames.projection else vision.width,
+        image_size=side * whole.patch_size + whole.image_size % whole.patch_size,
         vocab_size=VOCABULARY,
-        vision=replace(whole.vision, layers=layers),
-        text=replace(whole.text, layers=layers),
+        vision=replace(vision, layers=layers),
+        text=replace(narrow(whole.text), layers=layers),
     )
+    frames, pool_mlp = whole.frames, whole.frames.pool_mlp_width / whole.vision.width
+    if frames.pool == "attention":
+        heads = vision.heads if frames.pool_heads == whole.vision.heads else frames.pool_heads
+        frames = replace(frames, pool_heads=heads, pool_mlp_width=scaled(pool_mlp, vision.width))
+    architecture = replace(architecture, frames=frames)
+    config["embed_dim"] = architecture.embed_dim
+    config["vision_cfg"]["image_size"] = architecture.image_size
+    if "layers" in config["vision_cfg"]:
+        config["vision_cfg"] |= {"layers": layers, "width": vision.width}
+    text = architecture.text
+    sizes = {"vocab_size": VOCABULARY, "layers": layers, "width": text.width, "heads": text.heads}
+    config["text_cfg"] |= sizes
+    if "multimodal_cfg" in config:
+        config["multimodal_cfg"] |= sizes | {"layers": 1}
     return config, architecture
 
 
-def build_theirs(config: dict[str, Any], *, layers: int | None = None, seed: int = 0) -> nn.Module:
-    """Build open_clip's model with every parameter random; timm's tower with `layers` and its image size."""
+def narrow(tower: TowerShape) -> TowerShape:
+    """Return a tower with two heads of the same width."""
+    width = 2 * tower.width // tower.heads
+    return replace(tower, width=width, heads=2, mlp_width=scaled(tower.mlp_width / tower.width, width))
+
+
+def scaled(ratio: float, width: int) -> int:
+    """Return ratio * width, rounded down as both libraries do, but for errors of rounding."""
+    return int(ratio * width + 1e-6)
+
+
+def build_theirs(
+    config: dict[str, Any], *, architecture: Architecture | None = None, seed: int = 0
+) -> nn.Module:
+    """Build open_clip's model with every parameter random; timm's tower with the sizes of `architecture`."""
     torch.manual_seed(seed)
     arguments = {k: v for k, v in config.items() if k not in ("custom_text", "multimodal_cfg")}
-    vision = config["vision_cfg"]
+    extra = {}
+    if architecture is not None:
+        extra = {"img_size": architecture.image_size, "depth": architecture.vision.layers}
+    if architecture is not None and not architecture.frames.stem:
+        extra |= {"embed_dim": architecture.vision.width, "num_heads": architecture.vision.heads}
     before = timm.create_model
 
-    def shallow(*names: Any, **options: Any) -> nn.Module:
-        extra = {} if layers is None else {"depth": layers, "img_size": vision["image_size"]}
+    def small(*names: Any, **options: Any) -> nn.Module:
         return before(*names, **extra, **options)
 
-    timm_model.timm.create_model = shallow
+    timm_model.timm.create_model = small
     try:
         if "multimodal_cfg" in config:
             model = open_clip.CoCa(**arguments, multimodal_cfg=config["multimodal_cfg"])
@@ -83,7 +111,7 @@ def build_theirs(config: dict[str, Any], *, layers: int | None = None, seed: int
 def pair(name: str, *, layers: int = 2, side: int = 3) -> Pair:
     """Return a model of open_clip by its name and ours with its weights, in float64."""
     config, architecture = small_config(name, layers=layers, side=side)
-    theirs = build_theirs(config, layers=layers).double()
+    theirs = build_theirs(config, architecture=architecture).double()
     return Pair(theirs=theirs, ours=loaded(architecture, theirs), architecture=architecture)
 
 

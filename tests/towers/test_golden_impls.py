@@ -38,7 +38,7 @@ def limit(dtype: torch.dtype):
     return lambda single: single if dtype == SINGLE else 1e-8
 
 
-@cases(SINGLE, DOUBLE)
+@cases(SINGLE, slow=(DOUBLE,))
 def test_golden_features_and_losses_of_discovla(golden, dtype):
     file = golden_discovla.read(golden, "model")
     model = golden_discovla.build(file, dtype)

@@ -7,6 +7,8 @@ from discovla.testing import noise_batch, relative_error, tiny_architecture
 from discovla.towers.text import TextTower, distinct_rows
 from tests.nn.test_block import results
 
+PLAIN = (("torch", 0), ("torch", 1), ("torch", 2), ("reference", 2))  # fused blocks by an implementation
+
 
 @pytest.fixture
 def tower() -> TextTower:
@@ -37,9 +39,13 @@ def test_a_caption_longer_than_the_positions_is_refused(tower):
         tower(torch.ones(1, 13, dtype=torch.long), None)
 
 
-@pytest.mark.parametrize("distinct", [False, True])
 @pytest.mark.parametrize(
-    ("impl", "fused"), [("torch", 0), ("torch", 1), ("torch", 2), ("reference", 2), ("triton", 2)]
+    ("impl", "fused", "distinct"),
+    [
+        *((impl, n, d) for impl, n in PLAIN for d in (False, True)),
+        pytest.param("triton", 2, False, marks=pytest.mark.slow),
+        ("triton", 2, True),
+    ],
 )
 def test_captions_and_frame_captions_encode_the_same_together_and_apart(impl, fused, distinct):
     method = made_fusing(fused)
