@@ -105,22 +105,22 @@ def _merge_forward(
         for row in range(0, FIXED):
             values = tl.load(x_ptr + (n * L + row) * W + w, mask=w < W)
             tl.store(out_ptr + (n * (L - COUNT) + row) * W + w, values, mask=w < W)
-        rows = (n * L + first_s + 2 * s)[:, None] * W + w[None, :]
-        source = tl.load(x_ptr + rows, mask=(s < S)[:, None] & columns, other=0.0)
-        out = (n * (L - COUNT) + of_s)[:, None] * W + w[None, :]
-        tl.store(out_ptr + out, source, mask=kept[:, None] & columns)
+        place_s = (n * L + first_s + 2 * s)[:, None] * W + w[None, :]
+        source = tl.load(x_ptr + place_s, mask=(s < S)[:, None] & columns, other=0.0)
+        kept_s = (n * (L - COUNT) + of_s)[:, None] * W + w[None, :]
+        tl.store(out_ptr + kept_s, source, mask=kept[:, None] & columns)
         source = source.to(ACC) * size_s[:, None]
         for tile in range(0, d_tiles):
             d = tile * BLOCK_D + tl.arange(0, BLOCK_D)
             real = (d < D)[:, None] & columns
             joins = ((destination[None, :] == d[:, None]) & (merged & (s < S))[None, :]).to(ACC)
             own = tl.load(sizes_ptr + n * L + first_d + 2 * d, mask=d < D, other=1.0).to(ACC)
-            rows = (n * L + first_d + 2 * d)[:, None] * W + w[None, :]
-            total = tl.load(x_ptr + rows, mask=real, other=0.0).to(ACC) * own[:, None]
+            place_d = (n * L + first_d + 2 * d)[:, None] * W + w[None, :]
+            total = tl.load(x_ptr + place_d, mask=real, other=0.0).to(ACC) * own[:, None]
             total = tl.dot(joins, source, total, input_precision="ieee", out_dtype=ACC)
             size = own + tl.sum(joins * size_s[None, :], axis=1)
-            out = (n * (L - COUNT) + FIXED + S - COUNT + d)[:, None] * W + w[None, :]
-            tl.store(out_ptr + out, total / size[:, None], mask=real)
+            merged_d = (n * (L - COUNT) + FIXED + S - COUNT + d)[:, None] * W + w[None, :]
+            tl.store(out_ptr + merged_d, total / size[:, None], mask=real)
 
 
 @triton.jit
