@@ -1,0 +1,50 @@
+"""Machine code of kernels, compiled for GPUs that are not here, beside the committed rows."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import discovla_kernels
+from benchmarks.measure import RESULTS, ROOT, read_rows
+
+TABLE = RESULTS / "sass/kernels.jsonl"
+WHAT_COMPILES_FAST = (
+    "lora_norm forward 76800x768 bf16",
+    "short_attention backward 1536x50",
+    "temporal_fusion backward 1536x50",
+    "merge_tokens forward 1536x50",
+    "frame_similarity evaluation 128",
+    "info_nce forward 128x128 fp32 with",
+)
+
+
+def rows() -> list[dict]:
+    return read_rows(TABLE)
+
+
+def test_every_launched_kernel_has_a_row():
+    sources = [
+        Path(path).read_text() for folder in discovla_kernels.__path__ for path in Path(folder).glob("*.py")
+    ]
+    launched = {
+        x for text in sources for x in re.findall(r"(?:^ +|_launch\()(_\w+)[\[,]", text, re.MULTILINE)
+    }
+    assert launched == {row["kernel"] for row in rows()}
+
+
+@pytest.mark.slow
+def test_no_kernel_needs_more_than_its_committed_row():
+    triton = pytest.importorskip("triton")
+    if (version := rows()[0]["triton"]) != triton.__version__:
+        pytest.skip(f"the committed rows are of triton {version}, this is {triton.__version__}")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = ["--check", "--jobs", "2", "--arch", "90", "--only", *WHAT_COMPILES_FAST]
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/sass.py", *words], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("sm_90") >= len(WHAT_COMPILES_FAST)
