@@ -3,7 +3,7 @@
     python benchmarks/search.py select       top 10 beside faiss-cpu flat, ranks beside counting in NumPy
     python benchmarks/search.py large [N]    an index of N random moments x 512 (default 200,000): bytes, time
                                              to open, a search beside the product, LanceDB's own and faiss
-    python benchmarks/search.py kills [N]    indexing killed N times (default 20) at random moments
+    python benchmarks/search.py kills [N]    indexing killed N times (default 20) while it writes
     python benchmarks/search.py calibrate    how often hits of a probability are right, on drawn clips
 
 One thread.  What is compared takes turns; ratios are medians of those of one round, in process CPU time.
@@ -92,8 +92,17 @@ def select() -> list[dict[str, Any]]:
         return (scores >= target).sum(1), 1 + (scores > target).sum(1)
 
     shape = {"queries": 20_000, "items": 1_000, "width": WIDTH}
-    best = rounds({"ours": lambda: top_k(query, items, 10), "faiss": lambda: flat.search(_unit(query), 10)})
-    ranks = rounds({"ours": lambda: rank_of_positive(query, items, positive), "numpy": count})
+    product: Callable[[], object] = lambda: query @ items.T  # noqa: E731
+    best = rounds(
+        {
+            "ours": lambda: top_k(query, items, 10),
+            "faiss": lambda: flat.search(_unit(query), 10),
+            "product": product,
+        }
+    )
+    ranks = rounds(
+        {"ours": lambda: rank_of_positive(query, items, positive), "numpy": count, "product": product}
+    )
     same = (top_k(query, items, 10)[1].numpy() == flat.search(_unit(query), 10)[1]).mean()
     equal = float((rank_of_positive(query, items, positive)[0].numpy() == count()[0]).mean())
     return [
@@ -141,7 +150,11 @@ def large(count: int) -> list[dict[str, Any]]:
             "numpy": lambda: matrix @ unit,
             "faiss": lambda: flat.search(unit[None], 10),
             "lancedb": lambda: (
-                table.search(unit).distance_type("cosine").limit(10).select(["moment_id"]).to_list()
+                table.search(unit)
+                .distance_type("cosine")
+                .limit(10)
+                .select(["moment_id", "_distance"])
+                .to_list()
             ),
         }
         wall: dict[str, list[float]] = {name: [] for name in calls}
@@ -222,7 +235,11 @@ def _video(number: int) -> VideoRow:
 
 
 def kills(count: int) -> list[dict[str, Any]]:
-    """Kill indexing at random moments until it is done, and count what is lost or there twice."""
+    """Kill indexing while it writes, and count what is lost or there twice.
+
+    A kill waits until a random number of moments, 1 to 36, is written since the start, and then up to 0.1 s,
+    so that it falls before, within or after the next write, which is of four moments at most.
+    """
     indexing.COMMIT_MOMENTS = 1
     generator = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="search-") as name:
@@ -238,7 +255,7 @@ def kills(count: int) -> list[dict[str, Any]]:
         model = load("clip:drawn", batch_size=4)
         path = folder / "index"
         _in_child(lambda: Index.create(path, model).close())
-        lost = twice = wrong = done = 0
+        lost = twice = wrong = done = early = 0
         log, report = folder / "acknowledged", folder / "report"
         for _ in range(count):
             log.write_text("0")
@@ -247,12 +264,18 @@ def kills(count: int) -> list[dict[str, Any]]:
                 with Index.open(path, model=model) as index:
                     index.add([videos], progress=lambda state: _note(log, state.moments))
                 os._exit(0)
-            time.sleep(generator.uniform(2.0, 6.0))
+            least = generator.randint(1, 36)
+            while int(log.read_text()) < least:
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    raise RuntimeError("indexing ended before it was killed")
+                time.sleep(0.001)
+            time.sleep(generator.uniform(0.0, 0.1))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             _in_child(lambda: report.write_text(_counts(path, model)))
             moments, unique, known = map(int, report.read_text().split())
             lost += moments < done + int(log.read_text())
+            early += moments == done
             twice += moments != unique
             wrong += known != moments
             done = moments
@@ -262,6 +285,7 @@ def kills(count: int) -> list[dict[str, Any]]:
         {
             "measure": "kills",
             "kills": count,
+            "before_the_first_write": early,
             "videos": clips,
             "with_lost_moments": lost,
             "with_moments_twice": twice,
