@@ -50,7 +50,11 @@ class _RecomputeInBackward(Function):
             outputs = ctx.function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         leaves = [x for x in inputs if x is not None and x.requires_grad]
-        input_grads = iter(torch.autograd.grad(outputs, leaves, grads))
+        # an output may depend on frozen inputs alone
+        reached = [i for i, y in enumerate(outputs) if y.requires_grad]
+        input_grads = iter(
+            torch.autograd.grad([outputs[i] for i in reached], leaves, [grads[i] for i in reached])
+        )
         return None, *(next(input_grads) if needed else None for needed in needs_grad)
 
 

@@ -104,6 +104,13 @@ def test_recompute_in_backward_keeps_only_its_inputs():
         torch.testing.assert_close(one, two)
 
 
+def test_recompute_in_backward_allows_outputs_of_frozen_inputs():
+    frozen, trained = torch.randn(3), torch.randn(3, requires_grad=True)
+    fixed, product = recompute_in_backward(lambda x, y: (2 * x, x * y), frozen, trained)
+    (fixed.sum() + product.sum()).backward()
+    assert torch.equal(trained.grad, frozen)
+
+
 def test_padding_and_packing_rows_are_inverse():
     kept = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 1, 0]]).bool()
     packing = Packing.from_mask(kept)
