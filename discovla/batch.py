@@ -24,7 +24,7 @@ class Batch:
 
     text_ids: b l, int64, padded with 0.  text_mask: b l, bool, true on real tokens.
     frames: b f y x c, uint8 RGB; float b f c y x is already normalised; float b f d are features of a frozen
-        vision tower.  frame_mask: b f, bool.
+        vision tower, b f l w tokens of its first blocks.  frame_mask: b f, bool.
     frame_text_ids, frame_text_mask: b f l, captions of the sampled frames, or None.
     video_index: b, int64, index i of the clip, or ~i of the clip played backwards; equal for captions of one
         clip.

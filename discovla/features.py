@@ -1,9 +1,10 @@
-"""Features of training clips, computed once by a frozen vision tower, from which training reads.
+"""Features of training clips, computed once by a frozen vision tower or its first blocks, for training.
 
 The clips are encoded in parts of one training batch each, so that every feature has the bits that it would
-have in training.  A part is two files in the folder of the run, `features/KEY/NUMBER.npy` (clips f d) and
-`NUMBER.json`, written atomically; an interrupted pass continues with the parts that are missing.  KEY depends
-on the weights, on the frames and on the clips.
+have in training.  A part is two files in the folder of the run, `features/KEY/NUMBER.npy` (clips f d, or
+clips f l w tokens of the last frozen block) and `NUMBER.json`, written atomically; an interrupted pass
+continues with the parts that are missing.  KEY depends on the weights and the number of these blocks, on the
+frames and on the clips.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from discovla import terminal
 from discovla.config import RunConfig
@@ -29,7 +32,7 @@ from discovla.data.dataset import ClipDataset, ClipReader, Frames, frame_origin
 from discovla.data.loader import TrainLoader, readable_batches
 from discovla.data.manifest import Clip
 from discovla.data.video.errors import DecodeError
-from discovla.engine.distributed import World, barrier
+from discovla.engine.distributed import World, barrier, gather_objects
 from discovla.methods.base import Method
 from discovla.retrieval.embed import evaluating
 
@@ -45,20 +48,49 @@ def why_not_frozen(config: RunConfig, method: Method, loader: TrainLoader) -> st
         return "engine.frozen_features = 'off'"
     if not isinstance(dataset, ClipDataset):
         return "data.stills shows every still once"
-    if not method.frozen_frames:
-        return f"method.tune = {method.config.tune!r} or a part of the method trains in the vision tower"
+    whole = method.frozen_frames
+    if not whole and not method.frozen_blocks:
+        return _why_no_block(method)
+    if method.reads_padding:
+        return "the method reads the black frames that follow those of a short clip"
     views = config.engine.frozen_views
     if data.augment != "none" and not views:
         return f"data.augment = {data.augment!r} changes the frames, and engine.frozen_views = 0"
     if data.sampling not in FIXED_SAMPLING:
         return f"data.sampling = {data.sampling!r} reads other frames in each epoch"
-    if method.sees_frame_order and (data.reversed_pairs or method.config.reversed_negatives):
+    if whole and method.sees_frame_order and (data.reversed_pairs or method.config.reversed_negatives):
         return "the vision tower sees the order of frames, which are also read backwards"
     steps = config.steps or config.epochs * loader.steps_per_epoch
     encoded = (views if data.augment != "none" else 1) * len(dataset.clips)
     if steps * config.batch_size < 2 * encoded:
         return f"{steps} steps read fewer than two times the {encoded} clips or their views"
-    return ""
+    return "" if whole else _why_too_large(config, method, encoded)
+
+
+def _why_no_block(method: Method) -> str:
+    """Return what changes the tokens of every block of a vision tower that is not frozen."""
+    config = method.config
+    if config.merge != "none":
+        return f"method.merge = {config.merge!r} merges tokens in a vision tower that trains"
+    if config.tune in ("full", "lora"):
+        blocks = "method.frozen_vision_blocks = 0"
+        return f"method.tune = {config.tune!r} trains the vision tower from its start ({blocks})"
+    return f"a part of the method {config.name!r} trains in the vision tower"
+
+
+def _why_too_large(config: RunConfig, method: Method, clips: int) -> str:
+    """Return why the tokens of so many clips do not fit the disk; empty if they do, or are there."""
+    folder, architecture = config.directory / "features", method.architecture
+    if folder.is_dir() and any(folder.iterdir()):
+        return ""
+    tokens = architecture.patches + int(architecture.frames.class_row)
+    size = 4 if method.compute_dtype == torch.float32 else 2
+    need = clips * config.data.frames * tokens * architecture.vision.width * size
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    if need <= free:
+        return ""
+    return f"tokens of {clips} clips take {need / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB free"
 
 
 def frozen_loader(config: RunConfig, method: Method, loader: TrainLoader, world: World) -> TrainLoader:
@@ -66,7 +98,7 @@ def frozen_loader(config: RunConfig, method: Method, loader: TrainLoader, world:
 
     The features are computed here, unless an earlier pass has done so.
     """
-    reason = why_not_frozen(config, method, loader)
+    reason = gather_objects(why_not_frozen(config, method, loader), world)[0]  # disks may differ
     if reason:
         logger.info("frames are encoded in every step: %s", reason)
         return loader
@@ -120,7 +152,7 @@ class FeatureStore:
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """`ClipReader` that returns the features of a clip's frames, f d, in place of pixels.
+    """`ClipReader` that returns the features of a clip's frames, f d, or tokens, f l w, in place of pixels.
 
     stores: one for each view of the clips; the seed of a sample chooses.
     places: id of a clip to its place in a store.
@@ -182,12 +214,12 @@ def write_features(
     rows = [i % len(store.clips) for part in own for i in range(part * store.size, (part + 1) * store.size)]
     clips, side = [store.clips[i] for i in rows], method.architecture.image_size
     batches = readable_batches(clips, config.data, side, store.size, reader=reader)
+    whole = method.frozen_frames
     with evaluating(method), terminal.progress("features", len(rows), "clips") as bar:
         for part, (batch, bad) in zip(own, terminal.counted(batches, bar), strict=True):
             frames, mask = batch.frames.to(world.device), batch.frame_mask.to(world.device)
-            features = method.encode_frames(frames, mask).cpu()
-            if method.compute_dtype != torch.float32:
-                features = features.half()  # holds what was computed in bf16
+            encoded = method.encode_frames(frames, mask) if whole else method.encode_tokens(frames)
+            features = _narrowed(encoded, method.compute_dtype).cpu()
             count = min(store.size, len(store.clips) - part * store.size)
             lengths = batch.frame_mask.sum(1).tolist()
             facts = {"frames": lengths[:count], "bad": bad[:count]}
@@ -202,10 +234,30 @@ def write_features(
         logger.info("clips are encoded, in %.1f s", time.perf_counter() - began)
 
 
+def _narrowed(features: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Return features in the dtype of the files: float32, or float16 for what was computed in bf16.
+
+    Raises:
+        ValueError: a feature is beyond the range of float16.
+    """
+    if compute_dtype == torch.float32:
+        return features
+    narrow = features.half()
+    if not narrow.isfinite().all():
+        raise ValueError(
+            "engine.frozen_features: expected features below 65,504 to store in float16, found "
+            f"{features.abs().max().item():g}; use engine.frozen_features=off"
+        )
+    return narrow
+
+
 def _key(config: RunConfig, method: Method, clips: Sequence[Clip], share: int, view: int) -> str:
-    """Return a name that differs if weights, precision, frames, clips or views differ."""
+    """Return a name that differs if weights, blocks, precision, frames, clips or views differ."""
     digest = hashlib.sha256()
+    depth = None if method.frozen_frames else method.frozen_blocks
     for name, x in sorted(method.vision.state_dict().items()):
+        if depth is not None and _follows(name, depth):
+            continue
         digest.update(name.encode() + str(x.dtype).encode())
         digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     data = config.data
@@ -232,10 +284,20 @@ def _key(config: RunConfig, method: Method, clips: Sequence[Clip], share: int, v
         "clips": [(clip.id, str(clip.video), clip.start, clip.end, _stamp(clip)) for clip in clips],
         "share": share,
     }
+    if depth is not None:
+        facts["blocks"] = depth
     if data.augment != "none":
         facts["view"] = [data.augment, config.seed, view]
     digest.update(json.dumps(facts, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _follows(name: str, depth: int) -> bool:
+    """Return True for a parameter or buffer of the vision tower that the first `depth` blocks do not read."""
+    part, *rest = name.split(".")
+    return part in ("pool", "ln_post", "projection", "projection_bias") or (
+        part == "blocks" and int(rest[0]) >= depth
+    )
 
 
 def _stamp(clip: Clip) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from tests import runs
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BASIS = ("method=basis", "data.augment=none", "data.reversed_pairs=true", "steps=12", "data.val_split=")
+# one block of two is frozen: the first, before one that fuses, or by choice
+FUSED = ("method.fused_vision_blocks=1", "method.frame_position=true")
+LORA = ("method.tune=lora", "method.frozen_vision_blocks=1")
+STAN = ("method=t2vparser", "method.stan_layers=1", "data.reversed_pairs=false")
 OFF, AUTO = "engine.frozen_features=off", "engine.frozen_features=auto"
 
 
@@ -31,16 +36,18 @@ def prepared(tmp_path, drawn, *words):
 
 
 @pytest.mark.parametrize(
-    ("size", "way"),
+    ("size", "way", "tower"),
     [
-        (1, "engine.strategy=torch"),
-        pytest.param(2, "engine.zero_stage=2", marks=pytest.mark.slow),
-        pytest.param(2, "engine.zero_stage=3", marks=pytest.mark.slow),
+        (1, "engine.strategy=torch", ()),
+        (1, "engine.strategy=torch", FUSED),
+        pytest.param(2, "engine.zero_stage=2", (), marks=pytest.mark.slow),
+        pytest.param(2, "engine.zero_stage=3", (), marks=pytest.mark.slow),
+        pytest.param(2, "engine.zero_stage=3", LORA, marks=pytest.mark.slow),
     ],
 )
-def test_losses_have_the_bits_of_training_from_frames(size, way, tmp_path, drawn):
+def test_losses_have_the_bits_of_training_from_frames(size, way, tower, tmp_path, drawn):
     strategy = () if way.startswith("engine.strategy") else ("engine.strategy=deepspeed",)
-    words = [runs.write_config(tmp_path, drawn), *BASIS, *strategy, way]
+    words = [runs.write_config(tmp_path, drawn), *BASIS, *strategy, way, *tower]
     for option in (OFF, AUTO):
         runs.train([*words, option, f"directory={tmp_path}/{option[-4:]}"], size=size)
     frames, features = (runs.records(tmp_path / name) for name in ("=off", "auto"))
@@ -81,6 +88,34 @@ def test_other_weights_make_other_features(tmp_path, drawn):
     assert len(list((tmp_path / "run/features").iterdir())) == 2
 
 
+def test_the_number_of_frozen_blocks_makes_other_features(tmp_path, drawn):
+    for tower, width in [((), (32,)), (FUSED, (5, 64)), (LORA, (5, 64))]:
+        config, method, loader = prepared(tmp_path, drawn, *tower)
+        batch = next(frozen_loader(config, method, loader, ALONE).epoch(0))
+        assert batch.frames.shape[2:] == width
+    # the same block is frozen in the last two, whose key differs by the options of the method
+    assert len(list((tmp_path / "run/features").iterdir())) == 3
+
+
+def test_frozen_blocks_have_neither_trained_parameters_nor_lora(tmp_path, drawn):
+    for tune in ("full", "lora"):
+        _, method, _ = prepared(tmp_path, drawn, f"method.tune={tune}", "method.frozen_vision_blocks=1")
+        trained = set(method.trained_state())
+        assert not [name for name in trained if name.startswith(("vision.blocks.0.", "vision.class_"))]
+        assert [name for name in trained if name.startswith("vision.blocks.1.")]
+        assert [name for name in trained if name.startswith("text.blocks.0.")]
+    with pytest.raises(ValueError, match="expected at most the 1 blocks before fusion, found 2"):
+        prepared(tmp_path, drawn, *FUSED, "method.frozen_vision_blocks=2")
+
+
+def test_tokens_that_do_not_fit_the_disk_are_not_stored(tmp_path, drawn, monkeypatch):
+    config, method, loader = prepared(tmp_path, drawn, *FUSED)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("discovla.features.shutil.disk_usage", lambda _: usage)
+    reason = why_not_frozen(config, method, loader)
+    assert reason.startswith(f"tokens of {len(loader.dataset.clips)} clips take 0.0 GB")
+
+
 def test_a_clip_that_cannot_be_read_stays_bad(tmp_path, drawn):
     clips = read_manifest(drawn)
     broken = tmp_path / "broken.mp4"
@@ -99,9 +134,11 @@ def test_a_clip_that_cannot_be_read_stays_bad(tmp_path, drawn):
     ("words", "reason"),
     [
         ((OFF,), "engine.frozen_features = 'off'"),
-        (("method.tune=full",), "method.tune = 'full'"),
-        (("method.tune=lora",), "method.tune = 'lora'"),
-        (("method.fused_vision_blocks=1",), "trains in the vision tower"),
+        (("method.tune=full",), "method.tune = 'full' trains the vision tower from its start"),
+        (("method.tune=lora",), "method.tune = 'lora' trains the vision tower from its start"),
+        (("method.merge=tome", "method.merging.per_block=1", "method.tune=full"), "'tome' merges tokens"),
+        ((*FUSED, "method.mask_padded_frames=false"), "the method reads the black frames"),
+        ((*STAN, "method.tune=text"), "'t2vparser' trains in the vision"),
         (("data.augment=light",), "data.augment = 'light' changes the frames"),
         (("data.sampling=t2vparser",), "data.sampling = 't2vparser' reads other frames"),
         (("steps=1",), "1 steps read fewer than two times"),

@@ -6,7 +6,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +31,19 @@ from discovla.ops.unit_mean import unit_mean
 from discovla.towers.architecture import Architecture, TowerShape
 from discovla.towers.pool import AttentionPool
 from discovla.towers.text import TextTower
-from discovla.towers.vision import MakeBlock, Pixels, VisionTower
+from discovla.towers.vision import FrameTokens, MakeBlock, Pixels, VisionTower
 from discovla.towers.weights import clip_names, openai_weights
 
 # CLIP's parameters before its first blocks, which `freeze_embeddings` keeps as they are
-EMBEDDINGS = (
-    r"vision\.(\w+_embedding|patch_bias|stem\..*|ln_pre\..*)$|text\.(token_embedding\..*|\w+_embedding)$"
-)
+VISION_EMBEDDINGS = r"vision\.(\w+_embedding|patch_bias|stem\..*|ln_pre\..*)$"
+EMBEDDINGS = VISION_EMBEDDINGS + r"|text\.(token_embedding\..*|\w+_embedding)$"
 
 PAIRS = 8  # captions and videos whose matching scores are computed together
 # options that older checkpoints do not store
 ADDED_OPTIONS = (
     *("temporal", "temporal_terms", "reversed_negatives", "reversed_when", "swapped_captions"),
     *("merge", "merging"),
-    "loss",
+    *("loss", "frozen_vision_blocks"),
 )
 
 
@@ -115,6 +114,12 @@ class Method(nn.Module):
                 "method.fused_vision_blocks: expected 0, or 1 for the pool of a tower without a class row, "
                 f"found {fused}"
             )
+        free = self.architecture.vision.layers - (fused if frames.class_row else 0)
+        if self.config.frozen_vision_blocks > free:
+            raise ValueError(
+                f"method.frozen_vision_blocks: expected at most the {free} blocks before fusion, found "
+                f"{self.config.frozen_vision_blocks}"
+            )
         merge = self.config.merge
         if merge != "none" and frames.rotation is not None:
             raise ValueError(
@@ -160,7 +165,7 @@ class Method(nn.Module):
                 attention = FusionAttention(shape, config.lora_rank, positions=positions)
             else:
                 attention = Attention(shape)
-            if config.tune == "lora":
+            if config.tune == "lora" and not (side == "vision" and layer < config.frozen_vision_blocks):
                 attention.lora = LoRA(shape.width, 3 * shape.width, config.lora_rank)
             return Block(shape, attention)
 
@@ -174,6 +179,9 @@ class Method(nn.Module):
         full = (r"(vision|text)\..*", *([logits] if self.uses_logit_scale else []))
         if config.freeze_embeddings:
             full = (f"(?!{EMBEDDINGS}).*", *full[1:])
+        if config.frozen_vision_blocks:
+            blocks = "|".join(map(str, range(config.frozen_vision_blocks)))
+            full = (rf"(?!{VISION_EMBEDDINGS}|vision\.blocks\.({blocks})\.){full[0]}", *full[1:])
         text = f"(?!{EMBEDDINGS})text\\..*" if config.freeze_embeddings else r"text\..*"
         lora = r".*\.attention\.lora\..*"
         towers = {"full": full, "text": (text,), "lora": (lora,), "frozen": ()}[config.tune]
@@ -252,6 +260,26 @@ class Method(nn.Module):
     def frozen_frames(self) -> bool:
         """True if nothing that trains changes what `encode_frames` gives."""
         return not any(p.requires_grad for p in self.vision.parameters())
+
+    @property
+    def frozen_blocks(self) -> int:
+        """Number of the vision tower's first blocks whose tokens nothing that trains changes.
+
+        At most all blocks but the last, which computes only the rows that are read.  0 where tokens merge.
+        """
+        if self.vision.merging is not None:
+            return 0
+        trained = [name for name, p in self.vision.named_parameters() if p.requires_grad]
+        if any(re.match(VISION_EMBEDDINGS, f"vision.{name}") for name in trained):
+            return 0
+        blocks = [int(name.split(".")[1]) for name in trained if name.startswith("blocks.")]
+        return min([*blocks, len(self.vision.blocks) - 1])
+
+    @property
+    def reads_padding(self) -> bool:
+        """True if losses depend on the black frames that follow those of a short clip."""
+        fuses = self.config.fused_vision_blocks > 0
+        return not self.config.mask_padded_frames and (fuses or self.needs_frame_captions)
 
     def initialise_from_clip(self) -> None:
         """Copy parameters from CLIP into new modules; called after CLIP's weights are loaded."""
@@ -339,9 +367,21 @@ class Method(nn.Module):
         return replace(self.embed_video(self.temporal(frames, mask), mask), frames=frames)
 
     def encode_frames(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """Features of frames, b f d; arguments as in `encode_video`."""
+        """Features of frames, b f d; arguments as in `encode_video`, or tokens of `encode_tokens`."""
         visible = mask if self.config.mask_padded_frames else None
-        return widen(self.vision(self.pixels(frames), visible))
+        return widen(self.vision(self._tower_input(frames), visible))
+
+    def encode_tokens(self, frames: Tensor) -> Tensor:
+        """Tokens of frames after `frozen_blocks`, b f l w; frames as in `encode_video`."""
+        return self.vision.first_blocks(self.pixels(frames), self.frozen_blocks)
+
+    def _tower_input(self, frames: Tensor) -> Pixels | FrameTokens:
+        """Pixels, or tokens b f l w of `encode_tokens` in the dtype of the residual stream."""
+        if frames.dim() != 4:
+            return self.pixels(frames)
+        wide = cast(Block, self.vision.blocks[-1]).ln_1.compute_dtype is not None
+        rows = frames if wide else frames.to(self.compute_dtype)
+        return FrameTokens(rows=rows, blocks=self.frozen_blocks)
 
     @property
     def pool_fuses(self) -> bool:
@@ -351,7 +391,7 @@ class Method(nn.Module):
     def _encode_unfused(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """`encode_frames`, and the features of each frame by itself, which alignment compares."""
         visible = mask if self.config.mask_padded_frames else None
-        fused, own = self.vision.with_unfused(self.pixels(frames), visible)
+        fused, own = self.vision.with_unfused(self._tower_input(frames), visible)
         return widen(fused), widen(own)
 
     def encode_frame_captions(self, batch: Batch) -> Tensor:

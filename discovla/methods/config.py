@@ -42,6 +42,9 @@ class MethodConfig(BaseModel):
     freeze_embeddings: bool = False
     """With tune = "full": keep token, patch, class and position embeddings and the vision tower's first norm
     as they are."""
+    frozen_vision_blocks: int = Field(default=0, ge=0)
+    """Number N of the vision tower's first blocks that neither train nor get LoRA, nor does what precedes
+    them.  Training may then read tokens that these blocks have computed once (engine.frozen_features)."""
     clip_lr_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Learning rate of CLIP's own parameters, as a factor of the learning rate of new parameters."""
     decay_biases: bool = True

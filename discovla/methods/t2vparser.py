@@ -172,6 +172,16 @@ class T2VParser(Method):
         """False with STAN, which trains."""
         return self.stan is None and super().frozen_frames
 
+    @property
+    def frozen_blocks(self) -> int:
+        """0 with STAN, which reads the tokens of several blocks."""
+        return 0 if self.stan is not None else super().frozen_blocks
+
+    @property
+    def reads_padding(self) -> bool:
+        """True unless padding is masked."""
+        return self.config.padding != "masked" or super().reads_padding
+
     def undecayed(self, name: str) -> bool:
         """True for norms and biases of the towers; everything in new modules decays, as released."""
         new = any(re.fullmatch(pattern, name) for pattern in self.new_parameters)

@@ -49,6 +49,17 @@ class CentredPatches:
 Pixels = Tensor | CentredPatches  # frames as `VisionTower.embed` takes them
 
 
+@dataclass(frozen=True, kw_only=True)
+class FrameTokens:
+    """Tokens of frames that the first blocks of a tower have computed.
+
+    rows: b f l w.  blocks: number of these blocks.
+    """
+
+    rows: Tensor
+    blocks: int
+
+
 class VisionTower(nn.Module):
     """embed -> blocks -> features.
 
@@ -239,18 +250,33 @@ class VisionTower(nn.Module):
             memory=self.plan.choose(self.memory, frames),
         )
 
-    def forward(self, frames: Pixels, frame_mask: Tensor | None = None) -> Tensor:
-        """Frame features b f d of the result of `pixels`; frames see each other only in fusion."""
+    def forward(self, frames: Pixels | FrameTokens, frame_mask: Tensor | None = None) -> Tensor:
+        """Frame features b f d of the result of `pixels` or `first_blocks`; frames see each other in fusion
+        alone."""
         return self.with_unfused(frames, frame_mask)[0]
 
-    def with_unfused(self, frames: Pixels, frame_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Frame features b f d, and those from a pool that saw each frame by itself; else the same."""
+    def first_blocks(self, frames: Pixels, count: int) -> Tensor:
+        """Tokens of frames after `count` blocks that neither fuse nor merge, b f l w."""
         b, f = frames.shape[:2]
         x = self.embed(frames.flatten(0, 1))
+        if count:
+            rows = run_blocks(self.blocks[:count], x, self.layout(x, f), readout_only=False)
+            assert isinstance(rows, Tensor), "only a last block leaves an update pending"
+            x = rows
+        return x.unflatten(0, (b, f))
+
+    def with_unfused(
+        self, frames: Pixels | FrameTokens, frame_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Frame features b f d, and those from a pool that saw each frame by itself; else the same."""
+        if isinstance(frames, FrameTokens):
+            (b, f), x, blocks = frames.rows.shape[:2], frames.rows.flatten(0, 1), self.blocks[frames.blocks :]
+        else:
+            (b, f), x, blocks = frames.shape[:2], self.embed(frames.flatten(0, 1)), self.blocks
         layout = self.layout(x, f, frame_mask)
         sizes = None
         if self.merging is None:
-            rows = run_blocks(self.blocks, x, layout, readout_only=self.form.pool == "class")
+            rows = run_blocks(blocks, x, layout, readout_only=self.form.pool == "class")
         else:
             rows, merged = self.merging(self.blocks, x, layout)
             sizes = self.merging.key_sizes(merged.sizes)

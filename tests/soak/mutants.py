@@ -129,8 +129,8 @@ MUTANTS = (
     ),
     Mutant(
         "discovla/methods/base.py",
-        "return widen(self.vision(self.pixels(frames), visible))",
-        "return self.vision(self.pixels(frames), visible)",
+        "return widen(self.vision(self._tower_input(frames), visible))",
+        "return self.vision(self._tower_input(frames), visible)",
         WIDE,
     ),
     Mutant(
