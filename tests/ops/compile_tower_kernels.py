@@ -105,11 +105,14 @@ def row_cases() -> list[Case]:
         ),
     ]
     for dtype, width in ((HALF, 768), (SINGLE, 512)):
-        lora = lora_norm._tile(width, 8) | {"HAS_AFFINE": True}
         for read in (False, True):
-            flags = {"HAS_DSUM": not read, "HAS_DU": True, "HAS_READOUT": read}
-            cases += [(lora_norm._lora_norm_forward, dtype, lora | {"HAS_U": True, "HAS_READOUT": read})]
-            cases += [(lora_norm._lora_norm_backward, dtype, lora | flags)]
+            flags = {"HAS_AFFINE": True, "HAS_READOUT": read}
+            forward = lora_norm._tile(width, 8, lora_norm.FORWARD) | flags | {"HAS_U": True}
+            backward = lora_norm._tile(width, 8, lora_norm.BACKWARD) | flags
+            cases += [(lora_norm._lora_norm_forward, dtype, forward)]
+            cases += [
+                (lora_norm._lora_norm_backward, dtype, backward | {"HAS_DSUM": not read, "HAS_DU": True})
+            ]
     for dtype, gelu in ((HALF, False), (SINGLE, True)):
         x = torch.empty(1, dtype=dtype)
         tile = mlp._tile(x, 1 << 12, 1 << 12) | {"GELU": gelu}

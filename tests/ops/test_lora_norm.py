@@ -13,6 +13,7 @@ from discovla.ops.lora_norm import (
     lora_projection,
     lora_weights,
 )
+from discovla_kernels import lora_norm as lora_norm_kernels
 from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 
 IMPLS = IMPLEMENTATIONS["lora_norm"]
@@ -77,8 +78,11 @@ def test_the_update_is_optional(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_many_rows_are_shared_among_programs(impl, monkeypatch):
+@pytest.mark.parametrize("columns", [64, 16], ids=["one chunk", "three chunks"])
+def test_many_rows_are_shared_among_programs(impl, columns, monkeypatch):
     monkeypatch.setattr("discovla_kernels.lora_norm.PROGRAMS", 2)
+    for tile in (lora_norm_kernels.FORWARD, lora_norm_kernels.BACKWARD):
+        monkeypatch.setitem(tile, "BLOCK_W", columns)
     x = leaves(70, (SINGLE, SINGLE))
     truth = [leaf.detach().double().requires_grad_() for leaf in x]
     actual = torch.autograd.grad(lora_norm(*x, impl=impl)[1].sin().sum(), x)
@@ -187,5 +191,5 @@ def test_shapes_that_do_not_fit_are_refused_by_name():
     with pytest.raises(ValueError, match=r"^weight, bias: expected frozen tensors"):
         weight.requires_grad_()
         weights()
-    with pytest.raises(KernelUnavailable, match="rank and width of at most 64 and 1024"):
+    with pytest.raises(KernelUnavailable, match="rank and width of at most 16 and 1024"):
         lora_norm(x, torch.zeros(65, 33, device=DEVICE), impl="triton")
