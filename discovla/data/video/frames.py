@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,6 +23,7 @@ from discovla.data.video.index import FrameIndex, FrameIndexStore, default_index
 from discovla.data.video.pyav import Images, Transform, chosen_stream, decode_through
 
 logger = logging.getLogger(__name__)
+_THREAD = threading.local()
 
 Resize = Literal["shortest", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -222,14 +224,22 @@ def frame_transform(
 class SandboxedReader:
     """`read_request` in a process with a time limit, replaced when a file crashes it or takes too long.
 
-    It pickles and survives a fork: each worker of a loader then has a process of its own.
+    Readers of one thread share the process, since starting one takes as long as decoding many clips.  A
+    reader pickles and survives a fork: each worker of a loader then has a process of its own.
 
     Args:
         limit: seconds that a file may take; None reads in this process and without limit.
     """
 
     def __init__(self, limit: float | None) -> None:
-        self._sandbox = None if limit is None else Sandbox(read_request, limit=limit)
+        self.limit = limit
+
+    @property
+    def sandbox(self) -> Sandbox[FrameRequest, np.ndarray]:
+        """The process of this thread for files with this limit."""
+        assert self.limit is not None
+        sandboxes = _THREAD.__dict__.setdefault("sandboxes", {})
+        return sandboxes.setdefault(self.limit, Sandbox(read_request, limit=self.limit))
 
     def __call__(self, request: FrameRequest) -> np.ndarray:
         """Return the requested frames.
@@ -237,17 +247,17 @@ class SandboxedReader:
         Raises:
             DecodeError: as `read_request`, or the file crashed the process or took longer than the limit.
         """
-        if self._sandbox is None:
+        if self.limit is None:
             return read_request(request)
         try:
-            return self._sandbox(request)
+            return self.sandbox(request)
         except WorkerLost as error:
             raise DecodeError(request.path, f"not decoded: {error}") from error
 
     def close(self) -> None:
-        """End the process."""
-        if self._sandbox is not None:
-            self._sandbox.close()
+        """End the process; the next file starts another."""
+        if self.limit is not None:
+            self.sandbox.close()
 
 
 def write_frames(

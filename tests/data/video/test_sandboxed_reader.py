@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,6 +48,18 @@ def test_another_process_gives_the_same_frames(counting, reader):
     assert np.array_equal(read_request(asked), wanted)
 
 
+def test_readers_of_a_thread_share_a_process_and_those_of_another_have_their_own(counting, reader):
+    reader(request(counting))
+    process = reader.sandbox._process
+    later = SandboxedReader(60.0)
+    later(request(counting))
+    assert later.sandbox._process is process
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(later, request(counting)).result()
+        assert thread.submit(lambda: later.sandbox).result() is not reader.sandbox
+    assert SandboxedReader(61.0).sandbox is not reader.sandbox
+
+
 def test_an_augmentation_is_the_same_there(tmp_path, reader):
     path = odd_clip(tmp_path, "short-gop")
     for augment in ("randaugment", "resized_crop"):
@@ -63,7 +76,7 @@ def test_what_is_wrong_with_a_file_is_told_as_here(tmp_path, reader):
 
 def test_a_process_that_is_killed_is_replaced(counting, reader):
     wanted = reader(request(counting))
-    process = reader._sandbox._process
+    process = reader.sandbox._process
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     with suppress(DecodeError):  # a file that it was given before it was seen to be gone
@@ -71,13 +84,13 @@ def test_a_process_that_is_killed_is_replaced(counting, reader):
     assert np.array_equal(reader(request(counting)), wanted)
 
 
-def test_a_file_that_takes_too_long_is_named_and_the_next_is_read(counting, tmp_path):
+def test_a_file_that_takes_too_long_is_named_and_the_next_is_read(counting, tmp_path, monkeypatch):
     slow = movie(tmp_path / "slow.mp4", 60, size=(256, 256))
     small = SandboxedReader(0.002)
     with pytest.raises(DecodeError, match=r"slow.mp4: not decoded: took longer than 0.002 s"):
         small(request(slow))
-    assert small._sandbox._process is None
-    small._sandbox.limit = 60.0
+    assert small.sandbox._process is None
+    monkeypatch.setattr(small.sandbox, "limit", 60.0)
     assert small(request(counting)).shape == (4, 16, 16, 3)
     small.close()
 
