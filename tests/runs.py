@@ -21,7 +21,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from discovla import errors
+from discovla import errors, trainer
 from tests.engine.launch import LAUNCHER, free_port
 
 TINY = {
@@ -122,10 +122,19 @@ def write_config(folder: Path, manifest: Path) -> Path:
     return path
 
 
-def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, rank: int = 0) -> Job:
+def start(
+    words: Sequence[object],
+    *,
+    size: int = 1,
+    fault: str | None = None,
+    rank: int = 0,
+    report: bool = False,
+) -> Job:
     """Start `train.py words` as `size` ranks.
 
     Args:
+        report: write report.html and send its plots to TensorBoard, as users' runs do. Left out by default:
+            it takes most of the time of so small a run.
         fault: "kind:module:function:n", or several, separated by spaces: injected into `rank` (rank 0 with
             "0@" in front) at the n-th call of the function. Kinds: "kill" (kill -9), "stop" (SIGSTOP, as if
             the machine were gone), "SIGTERM", "SIGUSR1" ("SIGTERM^2" goes to the grandparent), "tree"
@@ -146,22 +155,28 @@ def start(words: Sequence[object], *, size: int = 1, fault: str | None = None, r
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         all_faults = [one if "@" in one else f"{rank}@{one}" for one in (fault or "").split()]
         own_faults = [one.partition("@")[2] for one in all_faults if one.startswith(f"{number}@")]
-        processes.append(_SERVER.Process(target=_rank, args=(words, str(log), env, own_faults)))
+        processes.append(_SERVER.Process(target=_rank, args=(words, str(log), env, own_faults, report)))
         processes[-1].start()
     return Job(processes, logs)
 
 
 def train(
-    words: Sequence[object], *, size: int = 1, timeout: float = 90, fault: str | None = None, rank: int = 0
+    words: Sequence[object],
+    *,
+    size: int = 1,
+    timeout: float = 90,
+    fault: str | None = None,
+    rank: int = 0,
+    report: bool = False,
 ) -> Job:
     """Run `train.py words` and require exit status 0 of every rank, also with an injected fault."""
-    job = start(words, size=size, fault=fault, rank=rank)
+    job = start(words, size=size, fault=fault, rank=rank, report=report)
     status = job.wait(timeout)
     assert status == [0] * size, "\n".join(f"rank {r}: {status[r]}\n{job.output(r)}" for r in range(size))
     return job
 
 
-def _rank(words: list[str], log: str, env: dict[str, str], faults: list[str]) -> None:
+def _rank(words: list[str], log: str, env: dict[str, str], faults: list[str], report: bool) -> None:
     """Run train.py's main as one rank, with its output in a file."""
     for name in LAUNCHER:
         os.environ.pop(name, None)
@@ -171,6 +186,8 @@ def _rank(words: list[str], log: str, env: dict[str, str], faults: list[str]) ->
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     errors.RANK_ZERO_SECONDS = 0.3  # no launcher is waiting to end the others
+    if not report:
+        trainer.try_report = lambda *_, **__: {}
     for fault in faults:
         _inject(*fault.split(":"))
     sys.exit(import_module("train").main(words))

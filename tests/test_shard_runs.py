@@ -38,8 +38,8 @@ def assert_same(found: Path, wanted: Path) -> None:
 
 def test_a_run_from_raw_shards_has_the_losses_and_results_of_one_from_videos(tmp_path, drawn, shards):
     words = [runs.write_config(tmp_path, drawn), "steps=2"]
-    runs.train([*words, f"directory={tmp_path}/clips"])
-    runs.train([*words, f"data.shards={shards}"])
+    runs.train([*words, f"directory={tmp_path}/clips"], report=True)
+    runs.train([*words, f"data.shards={shards}"], report=True)
     assert_same(tmp_path / "run", tmp_path / "clips")
     for name in ("clips", "run"):
         page = (tmp_path / name / "report.html").read_text()

@@ -27,7 +27,7 @@ WAYS = {"torch": ("engine.strategy=torch",), **{f"zero{stage}": words for stage,
 def alone(tmp_path_factory, drawn) -> Path:
     """Return the directory of a run on one process with plain torch."""
     folder = tmp_path_factory.mktemp("alone")
-    runs.train([runs.write_config(folder, drawn), "evaluate_every=2"])
+    runs.train([runs.write_config(folder, drawn), "evaluate_every=2"], report=True)
     return folder / "run"
 
 
@@ -156,7 +156,7 @@ def test_tensorboard_has_the_test_metrics_and_the_pictures_of_the_report(alone):
 
 def test_a_killed_run_has_a_report_of_its_last_validation(tmp_path, drawn):
     words = [runs.write_config(tmp_path, drawn), "evaluate_every=2"]
-    job = runs.start(words, fault="kill:discovla.trainer:learning_rate:4")
+    job = runs.start(words, fault="kill:discovla.trainer:learning_rate:4", report=True)
     assert job.wait() == [-signal.SIGKILL]
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Not finished: 2 of 6 steps" in page
