@@ -85,11 +85,16 @@ class OrderWords:
             if match[1].strip() != match[2]:
                 places = f"from {match[2]} to {match[1].strip()}"
                 changed.append(text[: match.start()] + places + text[match.end() :])
-        other = {a: b for pair in self.ends for a, b in (pair, pair[::-1])}
-        for match in _any_of(tuple(other)).finditer(text):
+        other, ends = self._ends
+        for match in ends.finditer(text):
             if not any(x.start() < match.end() <= x.end() for x in both):
                 changed.append(text[: match.start()] + other[match[0]] + text[match.end() :])
         return changed
+
+    @cached_property
+    def _ends(self) -> tuple[dict[str, str], re.Pattern[str]]:
+        other = {a: b for pair in self.ends for a, b in (pair, pair[::-1])}
+        return other, _any_of(tuple(other))
 
     @cached_property
     def _partners(self) -> dict[str, str]:
