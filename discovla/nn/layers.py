@@ -158,7 +158,7 @@ class LayerNorm(nn.LayerNorm):
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x), the activation of OpenAI's CLIP."""
-    return F.silu(QUICK_GELU_SLOPE * x) / QUICK_GELU_SLOPE
+    return F.silu(QUICK_GELU_SLOPE * x).div_(QUICK_GELU_SLOPE)  # silu keeps its input alone for backward
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Attention of blocks in plain torch: rows are padded, attended to by torch's fused attention, and unpadded.
 
-Backward recomputes all of it from queries, keys and values, so that neither scores nor outputs are kept.
+Backward recomputes all of it from queries, keys and values, so that neither scores nor outputs are kept; on
+a CPU, whose memory is not scarce, attention without a mask keeps its output and computes no scores again.
 The kernels of `ops.short_attention`, `ops.temporal_fusion` and `ops.readout_attention` compute the same.
 """
 
@@ -28,6 +29,8 @@ def self_attention(qkv: Tensor, heads: int, layout: SequenceLayout) -> Tensor:
         q, k, v = _split(layout.pad(qkv), heads, 3)  # n h l c
         return layout.unpad(_join(_within_sequences(q, k, v, layout)))
 
+    if qkv.device.type == "cpu" and layout.key_mask is None and layout.key_sizes is None:
+        return attend(qkv)
     return recompute_in_backward(attend, qkv)
 
 
