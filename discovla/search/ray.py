@@ -67,6 +67,8 @@ def _connect(address: str) -> tuple[Any, Any]:
         import ray.data
     except ImportError:
         raise ValueError("index: --ray: expected Ray, found none: pip install 'discovla[ray]'") from None
+    ray.data.DataContext.get_current().enable_progress_bars = False  # `discovla index` shows its own
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         return ray, ray.data
     try:

@@ -1,9 +1,13 @@
 """The actors of a Ray cluster make the same index as this process."""
 
 import pickle
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -34,6 +38,32 @@ def videos(tmp_path) -> Path:
     return folder
 
 
+class Killer(threading.Thread):
+    """Kills one actor of each class with SIGKILL while it runs a task.
+
+    killed: titles of the processes, as in "ray::MapWorker(FlatMap(_Reader)).submit".
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        super().__init__(daemon=True)
+        self.wanted, self.killed = list(classes), []
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        while self.wanted and not self.ended.wait(0.01):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    self._kill(process, " ".join(process.cmdline()).strip())
+
+    def _kill(self, process: psutil.Process, title: str) -> None:
+        for name in self.wanted:
+            if title.startswith("ray::") and f"({name})" in title and title.endswith(").submit"):
+                process.kill()
+                self.killed.append(title)
+                self.wanted.remove(name)
+                return
+
+
 def check_equal(index: Index, other: Index) -> None:
     """Require the same moments, vectors and refused videos."""
     stored = []
@@ -54,5 +84,27 @@ def test_the_actors_make_the_same_index(videos, model, tmp_path, monkeypatch):
     with Index.create(tmp_path / "here", model) as here, Index.create(tmp_path / "there", model) as there:
         here.add([videos])
         report = there.add([videos], ray="auto")
+        assert (report.added, len(report.refused)) == (3, 1)
+        check_equal(here, there)
+
+
+@pytest.mark.slow
+def test_a_cluster_repeats_what_killed_actors_had_begun(videos, tmp_path):
+    cluster = pytest.importorskip("ray", reason="Ray is an extra")
+    with (
+        Index.create(tmp_path / "here", "clip:drawn", device="cpu") as here,
+        Index.create(tmp_path / "there", "clip:drawn", device="cpu") as there,
+    ):
+        here.add([videos])
+        cluster.init(num_cpus=4, include_dashboard=False, log_to_driver=False)  # two actors of each class
+        killer = Killer(["_Reader", "_Embedder"])
+        killer.start()
+        try:
+            report = there.add([videos], ray="auto")
+        finally:
+            killer.ended.set()
+            killer.join()
+            cluster.shutdown()
+        assert len(killer.killed) == 2, killer.killed
         assert (report.added, len(report.refused)) == (3, 1)
         check_equal(here, there)
