@@ -11,8 +11,9 @@ import site
 import subprocess
 import sys
 import venv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.request import urlopen
 
 import av
 import numpy as np
@@ -68,11 +69,19 @@ def environment(**extra: str) -> dict[str, str]:
 def commands(document: str) -> list[str]:
     """Return the commands of a document: its indented lines outside of fenced blocks.
 
-    Those of README's section on search are left out; tests/search/test_commands.py runs them.
+    Those of README's section on search are left out, see `search_commands`.
     """
     text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.M | re.S)
     text = re.sub(r"^## Search\n.*?^## ", "## ", text, flags=re.M | re.S)
     return [line.split("  #")[0].strip() for line in text.splitlines() if line.startswith("    ")]
+
+
+def search_commands() -> list[str]:
+    """Return the commands of README's section on search, after the installation."""
+    section = (ROOT / "README.md").read_text().split("\n## Search\n")[1].split("\n## ")[0]
+    lines = [line.split("  #")[0].strip() for line in section.splitlines() if line.startswith("    ")]
+    assert lines[0] == "pip install 'discovla[search]'"
+    return lines[1:]
 
 
 def python_block() -> str:
@@ -98,9 +107,14 @@ def small_parts(source: Path) -> list[list[np.ndarray]]:
     return [frames[first : first + 16] for first in range(0, len(frames) - 15, 16)]
 
 
+def real_data() -> Path:
+    """Return the folder of real files, which may not be there."""
+    return Path(os.environ.get("DISCOVLA_REALDATA", ROOT.parent / "shared/realdata")).resolve()
+
+
 def own_clips(folder: Path) -> list[tuple[Path, str]]:
     """Return 60 small clips with captions: cut from the real files if they are there, else drawn."""
-    real = Path(os.environ.get("DISCOVLA_REALDATA", ROOT.parent / "shared/realdata")).resolve()
+    real = real_data()
     if not (real / "MANIFEST.json").is_file():
         sizes = WorldSizes(train=CLIPS, val=0, test=0, siblings=0)
         drawn = read_manifest(draw_world(folder, sizes=sizes, workers=1))
@@ -150,8 +164,55 @@ def test_the_blocks_of_readme_and_of_own_videos_run_from_the_wheel_in_an_empty_f
     assert all(text is not None for clip in captioned for texts in clip.frame_captions for text in texts)
     write_video(folder / "a.mp4", [np.full((64, 64, 3), 9, np.uint8)] * 8)
     write_video(folder / "b.mp4", [np.full((64, 64, 3), 90, np.uint8)] * 84)  # 21 seconds
-    (folder / "runs/quickstart").symlink_to("mine")
+    sizes = WorldSizes(train=48, val=8, test=24, siblings=0)
+    draw_world(folder / "data/drawn_world", sizes=sizes, workers=1)
+    run("-m", "discovla", "train", "quickstart", *SMALL["train"], "batch_size=16")
     assert run("-c", python_block() + "\nprint(tuple(scores.shape))").splitlines()[-1] == "(1, 2)"
+
+    check_search(folder, run, [installed / "python", "-m", "discovla", "serve"])
+
+
+def check_search(folder: Path, run: Callable[..., str], serve: Sequence[str | Path]) -> None:
+    """Run README's commands of the search, and search the real files, if there are any."""
+    names = []
+    for command in search_commands():
+        words = shlex.split(command)[1:]
+        names.append(words[0])
+        if words[0] == "serve":
+            check_server([*serve, folder / words[1], "--port", "0"])
+            continue
+        printed = run("-m", "discovla", *words)
+        if words[0] == "search":
+            assert len(re.findall(r"^ *\d .*\(moment \d+\)$", printed, flags=re.M)) == 5
+        if words[0] == "evaluate":
+            assert "24 clips, 24 captions of split 'test'" in printed and "probability" in printed
+            stored = json.loads(run("-m", "discovla", *words, "--json"))
+            assert sum(one["queries"] for one in stored.pop("reliability")) == 2 * 24
+            assert stored == json.loads(run("-m", "discovla", *words[:-2], "--json"))
+    assert names == ["index", "search", "serve", "evaluate"]
+    # the run has read shards, whose clips name no files of this machine
+    run("-m", "discovla", "evaluate", "runs/quickstart", "--index", "my.index", "--report")
+    assert "Reliability of probabilities" in (folder / "runs/quickstart/report.html").read_text()
+    if (real_data() / "MANIFEST.json").is_file():
+        run("-m", "discovla", "index", "runs/quickstart", real_data(), "--out", "real.index")
+        status = json.loads(run("-m", "discovla", "index", "real.index", "--status", "--json"))
+        files = json.loads((real_data() / "MANIFEST.json").read_text())["files"]
+        assert status["videos"] + status["refused"] >= sum("video" in (file["facts"] or {}) for file in files)
+        assert all(video["reason"] for video in status["not_indexed"])
+        hits = json.loads(run("-m", "discovla", "search", "real.index", "a bicycle", "--json"))["hits"]
+        assert len(hits) == 10 and all(Path(hit["video"]).is_file() for hit in hits)
+
+
+def check_server(words: Sequence[str | Path]) -> None:
+    """Start a server, search by its API, and stop it."""
+    with subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = next(match[0] for line in process.stdout if (match := re.search(r"http://\S+", line)))
+            with urlopen(f"{address.rstrip('/')}/api/search?q=a+red+circle&k=3") as response:
+                assert len(json.load(response)["hits"]) == 3
+        finally:
+            process.terminate()
 
 
 def check_own_run(folder: Path, printed: dict[str, str]) -> None:

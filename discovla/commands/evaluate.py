@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from discovla import terminal
 from discovla.batch import Embedding
@@ -25,8 +25,12 @@ from discovla.evaluate import (
 )
 from discovla.model import LoadedRun, load, load_run
 from discovla.order import measure_order, order_table
-from discovla.report.writer import save_record, write_report
+from discovla.report.writer import save_record, save_reliability, write_report
 from discovla.retrieval.record import EvaluationRecord
+
+if TYPE_CHECKING:
+    from discovla.search.records import Value
+    from discovla.search.reliability import ReliabilityBin
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -56,7 +60,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help=as_json)
     report = "also keep the results of every query in the run directory, and write its report.html"
     parser.add_argument("--report", action="store_true", help=report)
-    index = "take the embeddings of the clips from an index that `discovla index` made of the manifest"
+    index = (
+        "take the embeddings of the clips from an index that `discovla index` made of the manifest, and "
+        "compare the probabilities of its hits with how often they are right"
+    )
     parser.add_argument("--index", type=Path, metavar="INDEX", help=index)
     order = "measure instead whether captions that tell order fit a clip better than its reverse"
     parser.add_argument("--order", action="store_true", help=order)
@@ -98,7 +105,7 @@ def _evaluate_run(arguments: argparse.Namespace) -> None:
         bank=training_captions(options.data, split) if rerank else (),
         on_record=records.append if arguments.report else None,
     )
-    videos = None if arguments.index is None else _stored(arguments, clips)
+    videos, reliability = (None, None) if arguments.index is None else _stored(arguments, clips)
     rows = evaluate(run.method.to(options.device), clips, options, videos=videos)
     facts = {
         "run": str(arguments.run_path),
@@ -109,30 +116,54 @@ def _evaluate_run(arguments: argparse.Namespace) -> None:
         "captions": sum(len(clip.captions) for clip in clips),
     }
     if arguments.json:
-        print(json.dumps({"evaluation": facts, **rows}))
+        bins = {} if reliability is None else {"reliability": [asdict(one) for one in reliability]}
+        print(json.dumps({"evaluation": facts, **rows, **bins}))
     else:
         print(f"{arguments.run_path}: {run.config.method.name}, step {run.step}")
         print(f"{len(clips):,} clips, {facts['captions']:,} captions of split {split!r}\n")
         print(results_table(rows, width=terminal.width()))
         error = sampling_error(rows["raw"], len(clips))
         print(f"\nR@1 of {len(clips):,} clips has a standard error of {error:.1f} points")
+        if reliability is not None:
+            from discovla.search.reliability import reliability_table
+
+            print(f"\n{reliability_table(reliability)}")
     if use is not None:
         path: Path = arguments.run_path
         directory = path if (path / "checkpoints").is_dir() else path.absolute().parents[1]
         title = f"{run.config.method.name}, step {run.step}"
         save_record(directory, use, records[0], title=title, step=run.step)
+        if reliability:
+            save_reliability(directory, [asdict(one) for one in reliability])
         write_report(directory)
 
 
-def _stored(arguments: argparse.Namespace, clips: Sequence[Clip]) -> Embedding:
-    """Return the embedding of clips from the index, which must be by this run."""
+def _stored(arguments: argparse.Namespace, clips: Sequence[Clip]) -> tuple[Embedding, list[ReliabilityBin]]:
+    """Return the embedding of clips from the index, which must be by this run, and its reliability."""
     from discovla.search.index import Index  # LanceDB is an extra
+    from discovla.search.reliability import measure_reliability
     from discovla.search.sources import SourceVideo
 
     model = load(arguments.run_path, device=arguments.device)
     with Index.open(arguments.index, model=model, read_only=True) as index:
-        sources = [SourceVideo(video=str(clip.video), start=clip.start, end=clip.end) for clip in clips]
-        return index.stored_embedding(sources)
+        ids = {entry.columns.get("id"): entry.video for entry in index.videos()}
+        sources = [
+            SourceVideo(video=_stored_path(clip, ids), start=clip.start, end=clip.end) for clip in clips
+        ]
+        embedding = index.stored_embedding(sources)
+        captions = [
+            (text, source) for clip, source in zip(clips, sources, strict=True) for text in clip.captions
+        ]
+        return embedding, measure_reliability(index, captions)
+
+
+def _stored_path(clip: Clip, ids: Mapping[Value, str]) -> str:
+    """Return the path by which the index knows a clip.
+
+    A clip of shards has the path that it had beside the manifest; the index has the absolute one.
+    """
+    path, known = str(clip.video), ids.get(clip.id, "")
+    return known if not clip.video.is_absolute() and known.endswith(f"/{path}") else path
 
 
 def _evaluate_order(arguments: argparse.Namespace) -> dict[str, Any]:

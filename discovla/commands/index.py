@@ -187,6 +187,6 @@ def _progress() -> Iterator[Callable[[IndexProgress], None]]:
 
         def show(state: IndexProgress) -> None:
             bar.update(state.done, state.total)
-            bar.advance(0, f"{state.moments} moments")
+            bar.advance(0, f"{state.moments} moments written" if state.moments else "")
 
         yield show

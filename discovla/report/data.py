@@ -20,6 +20,7 @@ from discovla.engine.log import METRICS
 from discovla.retrieval.record import EvaluationRecord
 
 FACTS = "facts.json"
+RELIABILITY = "reliability.json"
 RECORDS = ("test-plain", "test-untrained", "test", "val-start", "val")  # evaluation-<name>.npz
 
 JSON = dict[str, Any]
@@ -84,6 +85,7 @@ class RunData:
     results: row to metrics on the test split.  complete: True if `results.json` was written.
     records: part of the file name ("test", "val", ...) to per-query results.
     train, validations: records of metrics.jsonl.  bad_clips: refused in training.
+    reliability: bins of the probability of hits of an index, with how often they are right; none without.
     notes: one sentence for every part that cannot be shown.
     label: name to show instead of the directory's.
     """
@@ -101,6 +103,7 @@ class RunData:
     bad_clips: list[BadClip]
     quarantined: list[BadClip]
     best_step: int | None
+    reliability: list[JSON] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     label: str = ""
 
@@ -173,6 +176,11 @@ def read_run(directory: Path) -> RunData:
                 records[name] = EvaluationRecord.load(path)
             except (ValueError, OSError) as error:
                 notes.append(f"Per-query results cannot be read: {error}.")
+    try:
+        reliability = (read_json(directory / RELIABILITY) or {}).get("bins", [])
+    except ValueError as error:
+        notes.append(f"How often hits are right cannot be read: {error}.")
+        reliability = []
     lines = _records(directory / METRICS)
     quarantine = None if parsed is None else parsed.data.quarantine
     best = _best(directory)
@@ -190,6 +198,7 @@ def read_run(directory: Path) -> RunData:
         bad_clips=_bad_clips(directory / "quarantine.jsonl"),
         quarantined=[] if quarantine is None else _bad_clips(Path(quarantine)),
         best_step=best,
+        reliability=reliability,
         notes=notes,
     )
 

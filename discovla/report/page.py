@@ -17,7 +17,15 @@ from discovla import __version__
 from discovla.report.data import RunData
 from discovla.report.frames import FrameStrips, montage
 from discovla.report.intervals import LEVEL, RESAMPLES, Interval, gains, intervals, values
-from discovla.report.plots import Plot, appearances, curves, loss_terms, recall_by_depth, similarities
+from discovla.report.plots import (
+    Plot,
+    appearances,
+    curves,
+    loss_terms,
+    recall_by_depth,
+    reliability,
+    similarities,
+)
 from discovla.retrieval.ranks import Array
 from discovla.retrieval.record import EvaluatedClip, EvaluationRecord
 
@@ -79,6 +87,8 @@ def render_run(run: RunData, strips: FrameStrips | None) -> Report:
     evaluation: list[Plot] = []
     if record is not None:
         evaluation = [similarities(record), recall_by_depth(_depth_rows(run)), appearances(record)]
+    if run.reliability:
+        evaluation.append(reliability(run.reliability))
     best, worst, hubs = ([], [], []) if record is None else (*_queries(record), _hubs(record))
     pictures: dict[str, bytes] = {}
     if record is not None and strips is not None:

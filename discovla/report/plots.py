@@ -170,6 +170,29 @@ def appearances(record: EvaluationRecord) -> Plot:
     return Plot("Hubs", figure, "Clips far to the right of the mean come up for many captions.")
 
 
+def reliability(bins: Sequence[JSON]) -> Plot:
+    """Return the share of right hits of an index over the probability that they were given."""
+    figure, axes = _axes()
+    axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1.2, label="ideal")
+    shares = [(one["probability"], one["right"]) for one in bins]
+    most = max(one["queries"] for one in bins)
+    axes.plot(*zip(*shares, strict=True), color=SERIES[0], label="best hits")
+    sizes = [12 + 60 * one["queries"] / most for one in bins]
+    axes.scatter(*zip(*shares, strict=True), s=sizes, color=SERIES[0], zorder=3)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("probability")
+    axes.set_ylabel("share that is right")
+    _legend(axes)
+    queries = sum(one["queries"] for one in bins)
+    about = (
+        f"Best hits of {queries:,} queries, half of them without an answer in the index; larger points have "
+        "more queries."
+    )
+    return Plot("Reliability of probabilities", figure, about)
+
+
 def _losses(runs: Sequence[RunData]) -> Plot:
     figure, axes = _axes()
     if len(runs) == 1:

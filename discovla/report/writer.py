@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import numpy as np
 
 from discovla.data.manifest import write_atomic
 from discovla.errors import one_line
-from discovla.report.data import read_run
+from discovla.report.data import JSON, RELIABILITY, read_run
 from discovla.report.frames import FrameStrips
 from discovla.report.page import Report, render_comparison, render_run
 from discovla.retrieval.record import EvaluationRecord
@@ -26,6 +27,11 @@ FINAL_SECONDS = 30.0  # the same of a finished run
 def save_record(directory: Path, name: str, record: EvaluationRecord, *, title: str, step: int) -> None:
     """Keep per-query results in `evaluation-<name>.npz` of a run directory."""
     replace(record, title=title, step=step).save(directory / f"evaluation-{name}.npz")
+
+
+def save_reliability(directory: Path, bins: Sequence[JSON]) -> None:
+    """Keep how often hits of an index are right, by their probability, for the report of a run."""
+    write_atomic(directory / RELIABILITY, json.dumps({"bins": list(bins)}, indent=1) + "\n")
 
 
 def write_report(directory: Path, out: Path | None = None, *, seconds: float = 120.0) -> tuple[Path, Report]:

@@ -12,7 +12,7 @@ import pytest
 
 from discovla.cli import main
 from discovla.report.data import RunFacts, SplitFacts
-from discovla.report.writer import save_record, try_report, write_comparison, write_report
+from discovla.report.writer import save_record, save_reliability, try_report, write_comparison, write_report
 from discovla.retrieval.metrics import retrieval_metrics
 from discovla.retrieval.ranks import text_to_video_ranks, video_to_text_ranks
 from discovla.retrieval.record import EvaluatedClip, ScoreCollector
@@ -242,6 +242,17 @@ def test_a_run_before_its_first_step_says_what_is_missing(tmp_path):
         "no config.json",
     ):
         assert claim in text
+
+
+def test_the_reliability_of_an_index_is_a_plot(tmp_path, videos):
+    run = make_run(tmp_path / "run", videos)
+    bins = [
+        {"low": 0.0, "high": 0.1, "queries": 30, "probability": 0.05, "right": 0.0},
+        {"low": 0.9, "high": 1.0, "queries": 10, "probability": 0.95, "right": 0.9},
+    ]
+    save_reliability(run, bins)
+    text = Page(write_report(run)[0].read_text()).text
+    assert "Best hits of 40 queries, half of them without an answer in the index" in text
 
 
 def test_damaged_files_become_notes(tmp_path, videos):

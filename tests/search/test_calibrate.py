@@ -10,6 +10,8 @@ import pytest
 import discovla
 from discovla.search.calibrate import Calibration, note, random_captions, recall_of, standardised
 from discovla.search.index import Index
+from discovla.search.reliability import measure_reliability, reliability_bins
+from discovla.search.sources import SourceVideo
 
 
 def test_a_gumbel_distribution_is_recovered():
@@ -62,6 +64,12 @@ def test_a_small_index_has_no_probability_and_a_larger_one_has(read_only, folder
         assert index.status().calibrated == 256
         assert 0 <= result.probability_best <= 1
         before = result.probability_best
+        sources = [SourceVideo(video=str(path), start=start, end=end, clip=True) for path, start, end in rows]
+        first = [index.search(f"red {number}", 1, merge=False).hits[0] for number in range(24)]
+        bins = measure_reliability(index, [(f"red {number}", one) for number, one in enumerate(sources)])
+        assert sum(one.queries for one in bins) == 48
+        right = sum(hit.start == one.start for hit, one in zip(first, sources, strict=True))
+        assert sum(one.queries * one.right for one in bins) == pytest.approx(right)
         index.calibrate(
             [f"a {c} {s}" for c in ("red", "blue", "green") for s in map(str, range(9))], recall=0.1
         )
@@ -71,6 +79,12 @@ def test_a_small_index_has_no_probability_and_a_larger_one_has(read_only, folder
         assert corrected.probability_best is None and len(corrected.hits) == 10
     with Index.open(tmp_path / "index", model=discovla.load("clip:drawn")) as index:
         assert index.status().calibrated == 27
+
+
+def test_reliability_is_the_share_of_right_hits_by_their_probability():
+    bins = reliability_bins(np.array([0.0, 0.05, 0.3, 1.0]), np.array([False, True, True, True]))
+    spans = [(one.low, one.high, one.queries, one.probability, one.right) for one in bins]
+    assert spans == [(0.0, 0.1, 2, 0.025, 0.5), (0.3, 0.5, 1, 0.3, 1.0), (0.9, 1.0, 1, 1.0, 1.0)]
 
 
 def test_recall_is_that_of_the_test_of_the_run(tmp_path):

@@ -1,9 +1,7 @@
 """The commands index and search videos, and measure an index as `evaluate` measures the run."""
 
 import json
-import shlex
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +15,7 @@ from discovla.methods import build
 from discovla.model import Model
 from discovla.search.index import Index
 from discovla.search.sources import SourceVideo
-from tests.runs import METHODS, train, write_config
-
-ROOT = Path(__file__).parents[2]
+from tests.runs import METHODS, write_config
 
 
 def call(*words: object) -> int:
@@ -104,25 +100,3 @@ def test_an_index_has_the_metrics_of_the_model(method, drawn, tmp_path):
     text = model.embed_texts([text for _, text in captions])
     scores = model.similarity(text, model.embed_videos([clip.video for clip in clips])).numpy()
     assert first == [clips[i].id for i in np.argmax(scores, axis=1)]
-
-
-@pytest.mark.slow
-def test_the_commands_of_the_readme_run(drawn, tmp_path, capsys, monkeypatch):
-    section = (ROOT / "README.md").read_text().split("\n## Search\n")[1].split("\n## ")[0]
-    lines = [line.split("#")[0].strip() for line in section.splitlines() if line.startswith("    discovla ")]
-    train([write_config(tmp_path, drawn), "steps=2"])
-    places = {"runs/quickstart": str(tmp_path / "run"), "data/drawn_world/manifest.jsonl": str(drawn)}
-    monkeypatch.chdir(tmp_path)
-    commands = []
-    for line in lines:
-        words = [places.get(word, word) for word in shlex.split(line)[1:]]
-        commands.append(words[0])
-        if words[0] != "serve":  # tested in tests/search/serve
-            assert main(words) == 0, line
-    assert commands == ["index", "search", "serve", "evaluate"]
-    capsys.readouterr()
-    words = ["evaluate", str(tmp_path / "run"), "--manifest", str(drawn), "--json"]
-    assert main(words) == 0
-    expected = json.loads(capsys.readouterr().out)
-    assert main([*words, "--index", "my.index"]) == 0
-    assert json.loads(capsys.readouterr().out) == expected
