@@ -275,11 +275,12 @@ def measured(run: Run, setting: Setting, directory: Path) -> Row:
 
 FEATURES = ROOT / "runs/features"  # of frozen vision towers, which the runs of `time` share
 _PARTS = {
-    "temporal basis": "",
-    "without the basis": "method.temporal=none",
-    "without reversed negatives": "method.reversed_negatives=0",
-    "without swapped captions": "method.swapped_captions=0",
-    "without reversed pairs": "data.reversed_pairs=false",
+    "quickstart": "method.reversed_negatives=0 steps=800",
+    "all parts": "method.reversed_negatives=1 steps=1200",
+    "without the basis": "method.reversed_negatives=1 steps=1200 method.temporal=none",
+    "without reversed negatives": "method.reversed_negatives=0 steps=1200",
+    "without swapped captions": "method.reversed_negatives=1 steps=1200 method.swapped_captions=0",
+    "without reversed pairs": "method.reversed_negatives=1 steps=1200 data.reversed_pairs=false",
 }
 _ORDER = (
     "method.temporal=basis method.reversed_negatives=1 method.swapped_captions=1 "
@@ -637,11 +638,7 @@ def main(words: Sequence[str] | None = None) -> int:
     runs = [run for run in experiment.runs if re.search(options.only, run.name)][first::shares]
     if options.trained is not None:
         seed = load_run(options.trained).config.seed
-        runs = [
-            run
-            for run in TIME_RUNS
-            if run.recipe == BASIS and not run.words and run.kind == "run" and run.seed == seed
-        ]
+        runs = [run for run in TIME_RUNS if run.name == "quickstart" and run.seed == seed]
         if options.experiment != "time" or not runs:
             parser.error(f"--trained: expected a quickstart of the seeds {SEEDS}, found seed {seed}")
         experiment = replace(experiment, measure=measure_trained(options.trained))
