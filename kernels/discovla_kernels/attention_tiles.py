@@ -10,6 +10,12 @@ from discovla_kernels.tiles import LOWEST, accumulator, precision
 
 
 @triton.jit
+def program_head(H):
+    """Return the sequence or group of a program, and its head: neighbours read neighbouring columns."""
+    return tl.program_id(0) // H, (tl.program_id(0) % H).to(tl.int64)
+
+
+@triton.jit
 def sequence(offsets_ptr, s, LENGTH, HAS_OFFSETS: tl.constexpr):
     """Return the first row and the number of rows of a sequence; without offsets all have LENGTH."""
     start, length = s.to(tl.int64) * LENGTH, LENGTH

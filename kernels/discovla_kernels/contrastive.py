@@ -186,7 +186,7 @@ def statistics(
     _contrastive_forward[grid](
         text, video, text_inverse, video_inverse, scale, _pointer(teacher, text), mask_pointer(ignore, text),
         row_parts, column_parts, diagonal, rows, columns, d, shift, grid[1] * rows, grid[0] * columns,
-        **_settings(text, teacher, ignore), BLOCK_R=block, BLOCK_C=block,
+        **_settings(text, teacher, ignore, block),
     )  # fmt: skip
     return row_parts, column_parts, diagonal
 
@@ -237,7 +237,7 @@ def derivative_parts(
     _contrastive_backward[grid](
         text, video, text_inverse, video_inverse, scale, _pointer(teacher, text), mask_pointer(ignore, text),
         row_sums.contiguous(), column_sums.contiguous(), weights, dx, _pointer(dteacher, dx), dscale, rows,
-        columns, d, shift, **_settings(text, teacher, ignore), DETACH=detach, BLOCK_R=block, BLOCK_C=block,
+        columns, d, shift, **_settings(text, teacher, ignore, block), DETACH=detach,
     )  # fmt: skip
     return dx, dteacher, dscale
 
@@ -267,17 +267,20 @@ def traffic(shapes: tuple[int, int, int], *, teacher: bool, ignore: bool, backwa
 
 def _block(rows: int, columns: int) -> int:
     """Return the side of a tile; small if large ones would leave processors idle."""
-    return 128 if rows * columns >= 1 << 20 else 32
+    return 64 if rows * columns >= 1 << 20 else 32
 
 
-def _settings(text: Tensor, teacher: Tensor | None, ignore: Tensor | None) -> dict[str, object]:
+def _settings(text: Tensor, teacher: Tensor | None, ignore: Tensor | None, block: int) -> dict[str, object]:
     return {
         "HAS_TEACHER": teacher is not None,
         "HAS_IGNORE": ignore is not None,
+        "BLOCK_R": block,
+        "BLOCK_C": block,
         "BLOCK_D": BLOCK_D if text.element_size() == 2 else BLOCK_D // 2,
         "PRECISION": precision(text),
         "ACC": accumulator(text),
-        "num_warps": 8,
+        # four would spill where large tiles of both matrices are in registers
+        "num_warps": 8 if teacher is not None and block == 64 else 4,
     }
 
 

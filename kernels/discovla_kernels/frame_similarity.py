@@ -23,7 +23,7 @@ from discovla_kernels.tiles import (
 
 MAX_PARTS = 256  # of a text; their maxima live in registers
 BLOCK_BYTES = 3 << 25  # of one block of pairs
-BLOCK_R, BLOCK_C = 32, 128  # products of parts that a tile of backward writes
+BLOCK_R, BLOCK_C = 16, 64  # products of parts that a tile of backward writes
 
 
 def unsupported(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:

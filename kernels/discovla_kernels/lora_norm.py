@@ -275,6 +275,7 @@ def backward(
 def _tile(width: int, rank: int, launch: dict[str, int]) -> dict[str, int]:
     block = min(launch["BLOCK_W"], triton.next_power_of_2(width))
     return launch | {
+        "BLOCK_R": launch["BLOCK_R"] if width <= 768 else 2,  # four rows of 1,024 would spill on sm_100
         "RANK": rank,
         "BLOCK_W": block,
         "CHUNKS": triton.cdiv(width, block),

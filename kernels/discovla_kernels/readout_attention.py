@@ -14,6 +14,7 @@ from discovla_kernels.attention_tiles import (
     load_rows,
     log_sum_exp,
     measure_tile,
+    program_head,
     program_sequences,
     sequence,
     settings,
@@ -60,8 +61,8 @@ def _readout_attention_forward(
     with two online softmaxes; each tile of BLOCK keys is read once, for g in all rows and for o in row f.
     Traffic: 2 c read a row, c read and 2 c written a sequence.  Backward: `_readout_attention_backward`.
     """
-    h = tl.program_id(1).to(tl.int64)
-    first_s, count, g, grouped = program_sequences(tl.program_id(0), UNGROUPED, F)
+    program, h = program_head(H)
+    first_s, count, g, grouped = program_sequences(program, UNGROUPED, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     kv_ptr, position_ptr = kv_ptr + h * C, position_ptr + h * C
     q = load_rows(q_ptr + h * C, first_s + slot, slot < count, width, C, BLOCK_C)
@@ -105,8 +106,8 @@ def _readout_attention_backward(
     over the keys computes the log-sum-exps and D of all queries in registers, a second the gradients.
     dposition: sum over a sequence's keys of the group's dSᵀ q.
     """
-    h = tl.program_id(1).to(tl.int64)
-    first_s, count, g, grouped = program_sequences(tl.program_id(0), UNGROUPED, F)
+    program, h = program_head(H)
+    first_s, count, g, grouped = program_sequences(program, UNGROUPED, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     kv_ptr, dkv_ptr, position_ptr, c = (
         kv_ptr + h * C,
@@ -188,7 +189,7 @@ def forward(
     n, channels = len(q), q.shape[1] // heads
     out = q.new_empty(2 * n - ungrouped if group else n, q.shape[1])
     alone, frames = (ungrouped, group) if group else (n, 1)
-    _readout_attention_forward[(alone + (n - alone) // frames, heads)](
+    _readout_attention_forward[(heads * (alone + (n - alone) // frames),)](
         q, kv, q if offsets is None else offsets, mask_pointer(key_mask, q), mask_pointer(group_mask, q),
         readout_rows, q if position is None else position, out, out[n:], length, alone, frames, heads,
         channels, channels**-0.5,
@@ -221,7 +222,7 @@ def backward(
     acc = torch.promote_types(q.dtype, torch.float32)
     dposition = q.new_empty(0 if position is None else n - ungrouped, q.shape[1], dtype=acc)
     alone, frames = (ungrouped, group) if group else (n, 1)
-    _readout_attention_backward[(alone + (n - alone) // frames, heads)](
+    _readout_attention_backward[(heads * (alone + (n - alone) // frames),)](
         q, kv, q if offsets is None else offsets, mask_pointer(key_mask, q), mask_pointer(group_mask, q),
         readout_rows, q if position is None else position, grad, grad[n:], dq, dkv, dposition, length, alone,
         frames, heads, channels, channels**-0.5,

@@ -12,6 +12,7 @@ from discovla_kernels.attention_tiles import (
     key_gradients,
     load_rows,
     one_tile_gradients,
+    program_head,
     query_gradients,
     sequence,
     settings,
@@ -43,8 +44,9 @@ def _short_attention_forward(
     Traffic: 3 c read and c written a row.
     Backward: `_short_attention_backward`.
     """
-    start, length = sequence(offsets_ptr, tl.program_id(0), LENGTH, HAS_OFFSETS)
-    h, width = tl.program_id(1).to(tl.int64), H * C
+    s, h = program_head(H)
+    start, length = sequence(offsets_ptr, s, LENGTH, HAS_OFFSETS)
+    width = H * C
     q_ptr, out_ptr = qkv_ptr + h * C, out_ptr + h * C
     place = tl.arange(0, BLOCK)
     for first in range(0, length, BLOCK):
@@ -77,8 +79,9 @@ def _short_attention_backward(
     not depend on an order.
     Traffic: 3 c of q k v and c of dO read, 3 c written a row.
     """
-    start, length = sequence(offsets_ptr, tl.program_id(0), LENGTH, HAS_OFFSETS)
-    h, width = tl.program_id(1).to(tl.int64), H * C
+    s, h = program_head(H)
+    start, length = sequence(offsets_ptr, s, LENGTH, HAS_OFFSETS)
+    width = H * C
     q_ptr, grad_ptr, dq_ptr = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C
     place = tl.arange(0, BLOCK)
     if ONE:
@@ -154,5 +157,5 @@ def backward(
     return dqkv
 
 
-def _grid(rows: int, length: int, heads: int, offsets: Tensor | None) -> tuple[int, int]:
-    return (rows // length if offsets is None else len(offsets) - 1), heads
+def _grid(rows: int, length: int, heads: int, offsets: Tensor | None) -> tuple[int]:
+    return (heads * (rows // length if offsets is None else len(offsets) - 1),)

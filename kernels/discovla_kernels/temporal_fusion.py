@@ -16,6 +16,7 @@ from discovla_kernels.attention_tiles import (
     load_rows,
     log_sum_exp,
     one_tile_gradients,
+    program_head,
     program_sequences,
     query_gradients,
     sequence,
@@ -57,8 +58,8 @@ def _temporal_fusion_forward(
     Traffic: 3 c read and c written a row, as short attention; a readout row writes c + 1 more in ACC for
     backward: `_temporal_fusion_backward`.
     """
-    h = tl.program_id(1).to(tl.int64)
-    first_s, count, g, grouped = program_sequences(tl.program_id(0), UNGROUPED, F)
+    program, h = program_head(H)
+    first_s, count, g, grouped = program_sequences(program, UNGROUPED, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, out_ptr, local_ptr, c = qkv_ptr + h * C, out_ptr + h * C, local_ptr + h * C, tl.arange(0, BLOCK_C)
     readout_rows = tl.load(readout_ptr + g + slot, mask=slot < grouped, other=0)
@@ -113,8 +114,8 @@ def _temporal_fusion_backward(
     dq[rho] = dS K over all frames is added in registers to that of the readout row within its frame.
     dposition: sum over a frame's keys of dSᵀ q[rho], for each group.
     """
-    h = tl.program_id(1).to(tl.int64)
-    first_s, count, g, grouped = program_sequences(tl.program_id(0), UNGROUPED, F)
+    program, h = program_head(H)
+    first_s, count, g, grouped = program_sequences(program, UNGROUPED, F)
     width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
     q_ptr, grad_ptr, dq_ptr, c = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C, tl.arange(0, BLOCK_C)
     readout_rows = tl.load(readout_ptr + g + slot, mask=slot < grouped, other=0)
@@ -195,7 +196,7 @@ def forward(
     fused, lse = qkv.new_empty(n, width, dtype=acc), qkv.new_empty(n, heads, dtype=acc)
     constants = _constants(qkv, readout_rows, offsets, key_mask, group_mask, position, heads, length, causal)
     del constants["ONE"]
-    _temporal_fusion_forward[(ungrouped + len(readout_rows), heads)](
+    _temporal_fusion_forward[(heads * (ungrouped + len(readout_rows)),)](
         qkv, qkv if offsets is None else offsets, mask_pointer(key_mask, qkv), mask_pointer(group_mask, qkv),
         readout_rows, qkv if position is None else position, out, out[rows:], fused, lse, length, ungrouped,
         readout_rows.shape[1], heads, width // heads, (width // heads) ** -0.5, **constants,
@@ -229,7 +230,7 @@ def backward(
     row_lse, mean = (qkv.new_empty(0 if constants["ONE"] else rows, heads, dtype=acc) for _ in range(2))
     dqkv = torch.empty_like(qkv)
     constants["num_warps"] = 8 if constants["BLOCK"] == 64 else 4  # four would spill
-    _temporal_fusion_backward[(ungrouped + len(readout_rows), heads)](
+    _temporal_fusion_backward[(heads * (ungrouped + len(readout_rows)),)](
         qkv, qkv if offsets is None else offsets, mask_pointer(key_mask, qkv), mask_pointer(group_mask, qkv),
         readout_rows, qkv if position is None else position, grad, grad[rows:], fused, lse, dqkv, dposition,
         row_lse, mean, length, ungrouped, readout_rows.shape[1], heads, width // heads,
