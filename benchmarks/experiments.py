@@ -61,6 +61,7 @@ from discovla.train_step import TrainStep, set_precision
 Row = dict[str, Any]
 QUICKSTART = "configs/quickstart_discovla.toml"
 BASIS = "configs/quickstart.toml"
+STILLS = "configs/pretrain_drawn.toml"
 SEEDS = (0, 1, 2)
 
 
@@ -295,8 +296,14 @@ _PEERS = {
     "CLIP4Clip seqTransf": f"{METHODS['CLIP4Clip seqTransf']} steps=400 evaluate_every=100",
     "T2VParser": f"{METHODS['T2VParser']} steps=150 evaluate_every=50",
 }
+# 150 more steps of the drawn CLIP's pretraining, on stills that show either end of a move, or its end alone
+_MORE = "model.pretrained=drawn epochs=1 data.stills.count=19200 data.stills.easy_epochs=0 optim.lr=5e-4"
 TIME_RUNS = [
     Run(name="captions of the drawn CLIP", words="", kind="captions", recipe=BASIS),
+    *(
+        Run(name=name, words=f"{_MORE} data.stills.moment={moment}", kind="captions", recipe=STILLS)
+        for name, moment in {"more stills": "start_or_end", "stills of the end": "end"}.items()
+    ),
     *(
         Run(name=name, words=words, seed=seed, recipe=BASIS)
         for name, words in _PARTS.items()
@@ -309,18 +316,30 @@ TIME_RUNS = [
 def measure_time(run: Run, setting: Setting) -> list[Row]:
     """As `measure_method`, with the reversal probes by kind of event and the seconds of training.
 
-    A run of the kind "captions" trains nothing and measures what the text tower tells apart.
+    A run of the kind "captions" trains on stills, if it has words, and measures what the text tower tells
+    apart.
     """
     if run.kind == "captions":
-        config = setting.config(run)
-        texts = [clip.captions[0] for clip in read_clips(config.data, "test")]
-        return [{"cosines": caption_changes(build(config.model, config.method), texts)}]
+        return [measured_captions(run, setting)]
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
         directory.mkdir()
         FEATURES.mkdir(parents=True, exist_ok=True)
         (directory / "features").symlink_to(FEATURES)
         return [train(run, setting, directory) | measured_time(run, setting, directory)]
+
+
+def measured_captions(run: Run, setting: Setting) -> Row:
+    """Measure the text tower of the pretrained model, or of one that a run has trained."""
+    config, usage = setting.config(run), {}
+    texts = [clip.captions[0] for clip in read_clips(config.data, "test")]
+    if not run.words:
+        method = build(config.model, config.method)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            usage = train(run, setting, Path(folder) / "run")
+            method = load_run(Path(folder) / "run").method
+    return {"cosines": caption_changes(method, texts), **usage}
 
 
 def measured_time(run: Run, setting: Setting, directory: Path) -> Row:

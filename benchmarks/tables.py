@@ -188,11 +188,16 @@ def time_table(results: Sequence[Row]) -> str:
 
 
 def captions_table(results: Sequence[Row]) -> str:
-    """Return the mean cosines of captions and changed ones in the untrained text tower."""
-    rows = [row for row in results if row["kind"] == "captions"]
-    changes = rows[0]["cosines"].items() if rows else ()
-    body = [[name, str(x["count"]), f"{x['cosine']:.4f}"] for name, x in changes]
-    return markdown(["change", "captions", "mean cosine"], body) if body else "Not measured yet."
+    """Return the mean cosines of captions and changed ones in text towers that have read stills."""
+    rows = {row["name"]: row["cosines"] for row in results if row["kind"] == "captions"}
+    if not rows:
+        return "Not measured yet."
+    changes = next(iter(rows.values())).items()
+    body = [
+        [name, str(x["count"]), *(f"{cosines[name]['cosine']:.4f}" for cosines in rows.values())]
+        for name, x in changes
+    ]
+    return markdown(["change", "captions", *rows], body)
 
 
 def frozen_table(results: Sequence[Row]) -> str:

@@ -27,6 +27,10 @@ class StillsConfig(BaseModel):
     easy_epochs: int = Field(default=0, ge=0)
     """First epochs whose stills show one thing each."""
 
+    moment: Literal["start_or_end", "end"] = "start_or_end"
+    """Moment that a still shows of a move or a change of colour in its caption: "start_or_end" one of both by
+    chance, so that "from P to Q" and "from Q to P" are as likely captions of it, or "end"."""
+
 
 class DataConfig(BaseModel):
     """Clips, their frames and captions, and the processes that read them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -32,11 +33,13 @@ class Stills:
         seed: of all random numbers.
         easy_epochs: number of first epochs with one object on an empty background and no verbs; with several
             objects from the start, the model takes far longer to learn anything but colours.
+        moment: that a picture shows of a move or a change of colour; see `StillsConfig`.
     """
 
     count: int
     seed: int = 0
     easy_epochs: int = 0
+    moment: Literal["start_or_end", "end"] = "start_or_end"
     frames_per_clip: int = 1
 
     def __post_init__(self) -> None:
@@ -61,7 +64,10 @@ class Stills:
             rng, 1 if easy else int(np.searchsorted(np.cumsum(_NUMBER), rng.random() * 0.999999))
         )
         frame = expose(picture(ground(rng, look), things), rng, look, float(rng.uniform(0.95, 1.05)))
-        text = still([describe(thing, rng) for thing in things], rng) if easy else caption(things, rng)
+        if easy:
+            text = still([describe(thing, rng) for thing in things], rng)
+        else:
+            text = caption(things, rng, end=self.moment == "end")
         return Sample(text=text, frames=frame[None], video_index=index)
 
 
@@ -78,8 +84,12 @@ def make_things(rng: np.random.Generator, number: int) -> list[Thing]:
     return things
 
 
-def caption(things: Sequence[Thing], rng: np.random.Generator) -> str:
-    """Describe up to three of the objects, some with a verb that the picture does not show."""
+def caption(things: Sequence[Thing], rng: np.random.Generator, *, end: bool = False) -> str:
+    """Describe up to three of the objects, some with a verb that the picture does not show.
+
+    Args:
+        end: the picture is the end of every move and change of colour; else the start or the end, by chance.
+    """
     chosen = [things[i] for i in rng.permutation(len(things))[:_DESCRIBED]]
     if not chosen:
         return EMPTY
@@ -87,7 +97,7 @@ def caption(things: Sequence[Thing], rng: np.random.Generator) -> str:
     verbs = rng.random(len(clauses)) < _VERB
     if not verbs.any() and rng.random() >= _CONNECTOR:
         return still(clauses, rng)
-    clauses = [_act(c, t, rng) if v else c for c, t, v in zip(clauses, chosen, verbs, strict=True)]
+    clauses = [_act(c, t, rng, end) if v else c for c, t, v in zip(clauses, chosen, verbs, strict=True)]
     if len(clauses) == _DESCRIBED:
         clauses = [_short(clause) for clause in clauses]
     texts = [phrase_clause(clause, rng) for clause in clauses]
@@ -102,10 +112,10 @@ def _connector(rng: np.random.Generator) -> str:
     return pick(rng, ORDERS[pick(rng, list(ORDERS))]) if rng.random() < _CONNECTOR else "and"
 
 
-def _act(clause: Clause, thing: Thing, rng: np.random.Generator) -> Clause:
+def _act(clause: Clause, thing: Thing, rng: np.random.Generator, end: bool) -> Clause:
     """Add an event of any kind to a clause, with the picture as the moment before or after it."""
     clause = replace(clause, kind=event_kind(rng))
-    after = rng.random() < 0.5
+    after = rng.random() < 0.5 or end
     if clause.kind == "turns":
         colour = other(rng, list(COLOURS), thing.colour)
         ends = (colour, thing.colour) if after else (thing.colour, colour)

@@ -1,11 +1,12 @@
 import pickle
+import re
 
 import numpy as np
 import pytest
 
 from discovla.data.tokens import Tokenizer
 from discovla.drawn_world.drawing import COLOURS, PLACES, SHAPES
-from discovla.drawn_world.stills import Stills
+from discovla.drawn_world.stills import Stills, caption, make_things
 from discovla.drawn_world.wording import CONTEXT_LENGTH, EMPTY, VERBS, WORDS
 
 STILLS = Stills(count=400, seed=3, easy_epochs=1)
@@ -52,6 +53,18 @@ def test_an_easy_still_shows_the_colour_of_its_caption_at_the_place_of_its_capti
         x, y = np.argwhere(found).mean(0)[::-1]
         assert min(PLACES, key=lambda p: np.hypot(PLACES[p][0] - x, PLACES[p][1] - y)) == place, sample.text
     assert placed > 20
+
+
+def test_a_still_of_the_end_shows_the_second_place_and_colour():
+    changed = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        (thing,) = make_things(rng, 1)
+        text = caption([thing], rng, end=True)
+        if match := re.search(r"(?:to the (.+)|(?:turns|becomes) (\w+).*)$", text):
+            assert match[1] in (None, thing.place) and match[2] in (None, thing.colour), text
+            changed += 1
+    assert changed > 20
 
 
 def test_easy_stills_have_one_noun_and_no_verb():
