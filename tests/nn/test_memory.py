@@ -27,7 +27,9 @@ def test_every_memory_mode_gives_the_same_losses_and_gradients_bit_for_bit(case,
         assert all(torch.equal(got[name], value) for name, value in want.items()), mode
 
 
-@pytest.mark.parametrize("mode", ["recompute_projections", "recompute_blocks"])
+@pytest.mark.parametrize(
+    "mode", ["recompute_blocks", pytest.param("recompute_projections", marks=pytest.mark.slow)]
+)
 def test_fused_blocks_of_kernels_are_recomputed(mode):
     method, batch = made("every block fused, positions, masks", torch.float32)
     method.vision.memory = method.text.memory = "keep"

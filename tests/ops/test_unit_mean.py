@@ -9,7 +9,7 @@ from tests.ops.kernels import DEVICE, skip_what_no_gpu_kernel_takes
 IMPLS = IMPLEMENTATIONS["unit_mean"]
 # fp16: the mean and its gradient are rounded to 11 bits
 BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
-CASES = [(size, torch.float32) for size in (1, 7, 16, 63, 130)] + [(7, torch.float64), (7, torch.float16)]
+CASES = [(size, torch.float32) for size in (1, 2, 17)] + [(7, torch.float64), (7, torch.float16)]
 
 
 def leaves(n: int, rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

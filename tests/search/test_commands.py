@@ -9,7 +9,7 @@ import torch
 
 from discovla.cli import main
 from discovla.config import read_config
-from discovla.data.manifest import read_manifest
+from discovla.data.manifest import read_manifest, write_manifest
 from discovla.evaluate import EvalOptions, evaluate
 from discovla.methods import build
 from discovla.model import Model
@@ -87,11 +87,12 @@ def small_model(tmp_path, drawn, words: list[str]) -> Model:
 @pytest.mark.parametrize("method", ["discovla", *METHODS])
 def test_an_index_has_the_metrics_of_the_model(method, drawn, tmp_path):
     model = small_model(tmp_path, drawn, METHODS.get(method, []))
-    clips = read_manifest(drawn)
+    clips = read_manifest(drawn, split="test")
+    write_manifest(tmp_path / "test.jsonl", clips)
     options = EvalOptions(data=model.data, batch_size=model.batch_size)
     expected = evaluate(model.method, clips, options)
     with Index.create(tmp_path / "index", model) as index:
-        index.add([drawn])
+        index.add([tmp_path / "test.jsonl"])
         videos = index.stored_embedding([SourceVideo(video=str(clip.video)) for clip in clips])
         assert evaluate(model.method, clips, options, videos=videos) == expected
         # search by all texts, in exact mode, has the same ranks
