@@ -9,7 +9,7 @@ from typing import Any
 
 from discovla.config import RunConfig
 from discovla.methods.base import Method
-from discovla.towers.licences import licence
+from discovla.towers.weights import weights_origin
 
 # metrics of a card, in both directions
 METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
@@ -47,8 +47,7 @@ def model_card(
     Raises:
         ValueError: a results file without metrics.
     """
-    model, data = config.model, config.data
-    named = licence(model.architecture or "", model.pretrained)
+    data = config.data
     head = {"library_name": "discovla", "tags": ["video-text-retrieval", config.method.name]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
     parameters = sum(p.numel() for p in method.trained_state().values())
@@ -66,7 +65,7 @@ def model_card(
         f'model = discovla.load("hf:{repository}")',
         "```",
         "",
-        f"- Licence of the weights of {base}: {named}",
+        f"- Licence of the weights of {base}: {weights_origin(config.model).licence}",
         f"- Data: {_source(config)}; {data.frames} frames a clip, sampling {data.sampling!r}, captions of at "
         f"most {data.context_length} tokens",
         "- Protocol: several captions of a clip form one group; ties count against the query; the test split "

@@ -56,6 +56,7 @@ from discovla.ops import dispatch
 from discovla.report.data import RunFacts, SplitFacts, device_name, machine
 from discovla.report.writer import FINAL_SECONDS, save_record, try_report
 from discovla.retrieval.record import EvaluationRecord
+from discovla.towers.weights import weights_origin
 from discovla.train_step import METHOD, TrainStep, prepare_method
 from discovla.tune import tune
 
@@ -304,6 +305,7 @@ class Trainer:
             parameters=sum(parameter.numel() for parameter in self.method.parameters()),
             trained_parameters=sum(parameter.numel() for parameter in self.method.trained_state().values()),
             device=device_name(self.world.device),
+            weights=asdict(weights_origin(self.config.model)),
             **machine(),
         )
 
@@ -321,6 +323,7 @@ class Trainer:
                 "run": str(config.directory),
                 "model": f"{config.method.name} on {config.model.architecture or 'CLIP'}, "
                 f"{config.model.pretrained}",
+                "licence": facts.weights["licence"],
                 "parameters": f"{facts.parameters:,}, of which {facts.trained_parameters:,} train "
                 f"({share:.2g} %)",
                 "device": f"{facts.device}{processes}, {engine.precision}",

@@ -41,6 +41,7 @@ class RunFacts:
 
     splits: use ("train", "val", "test") to its numbers.  pairs: training pairs.
     parameters, trained_parameters: numbers of them.  device: its name.
+    weights: name, source and licence of the weights that the run started from, as in `WeightsOrigin`.
     """
 
     splits: Mapping[str, SplitFacts]
@@ -53,6 +54,7 @@ class RunFacts:
     cpu: str = ""
     cores: int = 0
     memory_gib: float = 0.0
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
         """Write `facts.json` of a run directory."""

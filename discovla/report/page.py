@@ -611,6 +611,8 @@ def _machine(run: RunData) -> list[tuple[str, str]]:
             ),
             ("parameters", f"{facts.parameters:,}, of which {facts.trained_parameters:,} train"),
         ]
+        names = {"name": "weights", "source": "source of the weights", "licence": "licence of the weights"}
+        rows += [(names[key], value) for key, value in facts.weights.items() if value and key in names]
     return rows + [(name, _value(value)) for name, value in run.versions.items() if value is not None]
 
 

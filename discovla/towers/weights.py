@@ -98,6 +98,40 @@ class ModelConfig(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsOrigin:
+    """Name, source and licence of the weights that a config names, as a run records them.
+
+    name: "ARCHITECTURE TAG", or the name of a file, without folders.
+    source: repository on Hugging Face's hub, URL or path; "" if nothing is read.
+    licence: as far as `towers.licences` knows it.
+    """
+
+    name: str
+    source: str
+    licence: str
+
+
+def weights_origin(config: ModelConfig) -> WeightsOrigin:
+    """Return the origin of the weights of a config; they are not read.
+
+    Raises:
+        ValueError: a tag that open_clip does not know.
+    """
+    architecture, pretrained = config.architecture or "", config.pretrained
+    name = f"{Path(architecture).name} {Path(pretrained).name}".strip()
+    if pretrained == "random":
+        return WeightsOrigin(name=name, source="", licence="none: they start at random")
+    if pretrained == "drawn":
+        return WeightsOrigin(name=name, source="the package discovla", licence="Apache-2.0")
+    if _is_file(pretrained):
+        return WeightsOrigin(name=name, source=pretrained, licence="not known of a file")
+    known = _tag_config(config.architecture, pretrained)
+    hub = known.get("hf_hub")
+    source = f"hf:{hub.rstrip('/')}" if hub else str(known.get("url"))
+    return WeightsOrigin(name=name, source=source, licence=licence(architecture, pretrained))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pretrained:
     """An architecture and its weights by OpenAI's names, or None for a random start."""
 
@@ -149,8 +183,8 @@ def _load(config: ModelConfig) -> Pretrained:
         return Pretrained(architecture=_check_activation(config, named, None), weights=None)
     if config.pretrained == "drawn":
         return read_drawn_clip(DRAWN_CLIP)
-    path = Path(config.pretrained)
-    if path.suffix in FILE_SUFFIXES or path.is_file() or len(path.parts) > 1:
+    if _is_file(config.pretrained):
+        path = Path(config.pretrained)
         weights, activation = read_weights(path)
         weights = without_prefix(weights)
         if named is None:
@@ -160,14 +194,16 @@ def _load(config: ModelConfig) -> Pretrained:
     assert named is not None, "a tag without an architecture is refused by _download"
     assert config.architecture is not None, "a tag without an architecture is refused by _download"
     named = replace(named, preprocessing=preprocessing(config.architecture, config.pretrained))
-    log.info(
-        "weights %s %s: licence %s",
-        config.architecture,
-        config.pretrained,
-        licence(config.architecture, config.pretrained),
-    )
+    origin = weights_origin(config)
+    log.info("weights %s: licence %s", origin.name, origin.licence)
     architecture = _check_activation(config, named, activation)
     return Pretrained(architecture=architecture, weights=read_weights(path)[0])
+
+
+def _is_file(pretrained: str) -> bool:
+    """Return True for the path of a file, False for a tag."""
+    path = Path(pretrained)
+    return path.suffix in FILE_SUFFIXES or path.is_file() or len(path.parts) > 1
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -499,15 +535,18 @@ def preprocessing(name: str, tag: str | None = None) -> Preprocessing:
     return kinds[0] if len(kinds) == 1 else Preprocessing()
 
 
-def _download(name: str | None, tag: str) -> tuple[Path, str]:
-    """Return the file of an open_clip tag, downloaded unless cached, and its activation."""
+def _tag_config(name: str | None, tag: str) -> dict[str, Any]:
+    """Return open_clip's entry for a tag of a model.
+
+    Raises:
+        ValueError: no name, or a tag that the model has not.
+    """
     if name is None:
         raise ValueError(
             f"model.architecture: expected a name to go with model.pretrained={tag!r}, found none"
         )
     torchvision_cpu.install()
-    from huggingface_hub import constants
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     config = get_pretrained_cfg(name, tag)
     if not config:
@@ -516,6 +555,15 @@ def _download(name: str | None, tag: str) -> tuple[Path, str]:
             f"model.pretrained: expected a file (.pt, .safetensors), 'drawn', 'random' or a tag of {name}"
             f" ({known}), found {tag!r}"
         )
+    return config
+
+
+def _download(name: str | None, tag: str) -> tuple[Path, str]:
+    """Return the file of an open_clip tag, downloaded unless cached, and its activation."""
+    config = _tag_config(name, tag)
+    from huggingface_hub import constants
+    from open_clip.pretrained import download_pretrained
+
     activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
     hub = config.get("hf_hub")
     offline = bool(hub) and not reachable(constants.ENDPOINT)

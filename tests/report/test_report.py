@@ -99,6 +99,7 @@ def make_run(directory: Path, videos, *, seed=0, lr=0.001, finished=True) -> Pat
         parameters=1000,
         trained_parameters=77,
         device="cpu",
+        weights={"name": "PE-Core-B-16 meta", "source": EVIL, "licence": "Apache-2.0"},
     ).save(directory)
     lines = []
     rows = {}
@@ -151,6 +152,8 @@ def test_a_report_says_what_the_files_of_the_run_hold(run, page):
         "1 clips were refused",
         "no video stream",
         "1,000, of which 77 train",
+        "PE-Core-B-16 meta",
+        "licence of the weights",
         "12.5 (median of steps",
         "abc123",
         "100 training pairs",

@@ -20,6 +20,7 @@ from discovla.towers.weights import (
     openai_weights,
     read_drawn_clip,
     read_weights,
+    weights_origin,
     write_drawn_clip,
 )
 
@@ -143,6 +144,29 @@ def test_a_tag_sets_file_and_activation(tmp_path, monkeypatch):
     assert found.architecture.activation == "quick_gelu"
     with pytest.raises(ValueError, match=r"model.pretrained: .*'drawn'.*found 'no_such_tag'"):
         load_pretrained(ModelConfig(architecture="ViT-B-32", pretrained="no_such_tag"))
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "source", "licence"),
+    [
+        (
+            {"architecture": "PE-Core-B-16", "pretrained": "meta"},
+            "PE-Core-B-16 meta",
+            "hf:timm/PE-Core-B-16",
+            "Apache-2.0",
+        ),
+        ({"pretrained": "drawn"}, "drawn", "the package discovla", "Apache-2.0"),
+        (
+            {"architecture": "EVA02-B-16", "pretrained": "/a/w.pt"},
+            "EVA02-B-16 w.pt",
+            "/a/w.pt",
+            "not known of a file",
+        ),
+    ],
+)
+def test_the_origin_of_weights_has_their_licence(model, name, source, licence):
+    origin = weights_origin(ModelConfig(**model))
+    assert (origin.name, origin.source, origin.licence) == (name, source, licence)
 
 
 def test_a_training_checkpoint_of_open_clip_with_prefixes_loads(tmp_path):
