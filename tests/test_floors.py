@@ -42,6 +42,7 @@ HIGH = {
     "tune": 7,
     "corpus": 8,
     "export": 8,
+    "mteb_encoder": 8,
     "order": 8,
     "search": 8,
     "trainer": 8,
