@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import experiments
-from benchmarks.drawn_figures import choices
+from benchmarks.drawn_figures import DrawnEvaluation, choices, reversal_by_event
 from benchmarks.experiments import (
     ABLATION_RUNS,
     EXPERIMENTS,
@@ -31,6 +31,7 @@ from benchmarks.measure import read_rows
 from discovla.batch import Embedding
 from discovla.drawn_world.probes import Probe
 from discovla.drawn_world.synthetic import WorldSizes, draw_world
+from discovla.methods import build
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.testing import tiny_architecture
 from discovla.towers.weights import DRAWN_CLIP, initialise
@@ -215,3 +216,13 @@ def test_choices_count_on_the_clip_and_on_its_control():
     figures = choices(method, probes, clips, clips.map(lambda x: 1 - x))
     assert figures["verb"] == {"count": 3, "clip": pytest.approx(100 / 3), "control": pytest.approx(100 / 3)}
     assert figures["reversal"] == {"count": 1, "clip": 100, "control": 100}
+
+
+def test_a_blind_method_guesses_at_every_kind_of_event(setting):
+    config = setting.config(TIME_RUNS[0])
+    figures = reversal_by_event(
+        build(config.model, CLIPConfig(tune="frozen")),
+        DrawnEvaluation(manifest=setting.manifest, data=config.data, fresh_clips=0),
+    )
+    assert {x["clip"] for x in figures.values()} == {50.0}
+    assert sum(x["count"] for x in figures.values()) == 2 * figures["all"]["count"] > 0
