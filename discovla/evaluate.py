@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from discovla import terminal
 from discovla.batch import Embedding
@@ -23,7 +24,7 @@ from discovla.data.video.errors import DecodeError
 from discovla.inputs import check_inputs
 from discovla.methods.base import Method
 from discovla.ops.top_k import top_k
-from discovla.retrieval.embed import embed_texts, embed_videos, in_order
+from discovla.retrieval.embed import embed_frames, embed_texts, embed_videos, encode_frames, in_order
 from discovla.retrieval.matrix import read_matrix
 from discovla.retrieval.metrics import retrieval_metrics, summary
 from discovla.retrieval.ranks import Ranks, streamed_ranks, text_to_video_ranks, video_to_text_ranks
@@ -75,7 +76,12 @@ class EvalOptions:
 
 
 def evaluate(
-    method: Method, clips: Sequence[Clip], options: EvalOptions, *, videos: Embedding | None = None
+    method: Method,
+    clips: Sequence[Clip],
+    options: EvalOptions,
+    *,
+    videos: Embedding | None = None,
+    features: list[tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Metrics]:
     """Measure retrieval among the captions and videos of `clips`.
 
@@ -83,6 +89,8 @@ def evaluate(
         method: on `options.device`, complete on every process.
         clips: each with one caption or several.
         videos: their embedding, if it is known; None reads and embeds the clips.
+        features: of the frames of this process's share, n f d, and masks n f, batch by batch, from an earlier
+            evaluation of the same clips and frozen vision tower; an empty list is filled.
 
     Returns:
         `raw` metrics in both directions; with `rerank` also `dual softmax` and `QB-Norm` (text to video
@@ -101,7 +109,7 @@ def evaluate(
     captions = [caption for clip in clips for caption in clip.captions]
     groups = np.repeat(np.arange(len(clips)), [len(clip.captions) for clip in clips])
     text = _embed_texts(method, captions, options)
-    video = _embed_videos(method, clips, options) if videos is None else videos
+    video = _embed_videos(method, clips, options, features) if videos is None else videos
     large = len(captions) * len(clips) > LARGEST_MATRIX
     if method.scores_pooled and (large or not options.rerank):
         ranks, record = _pooled_ranks(method, text, video, groups, options)
@@ -315,15 +323,24 @@ def _embed_texts(
     return _gather(share, embedding, len(captions), options)
 
 
-def _embed_videos(method: Method, clips: Sequence[Clip], options: EvalOptions) -> Embedding:
-    """Embed all videos, each process its share."""
+def _embed_videos(
+    method: Method, clips: Sequence[Clip], options: EvalOptions, features: list[tuple[Tensor, Tensor]] | None
+) -> Embedding:
+    """Embed all videos, each process its share; `features` as in `evaluate`."""
     share = _share(len(clips), options)
+    if features:
+        return _gather(share, embed_frames(method, features, options.device), len(clips), options)
     size = method.architecture.image_size
     batches = video_batches([clips[i] for i in share], options.data, size, options.batch_size)
     frames: Iterator = ((batch.frames, batch.frame_mask) for batch in batches)
     try:
         with terminal.progress(options.name, len(share), "clips") as bar:
-            embedding = embed_videos(method, terminal.counted(frames, bar), options.device)
+            frames = terminal.counted(frames, bar)
+            if features is None:
+                embedding = embed_videos(method, frames, options.device)
+            else:
+                features += list(encode_frames(method, frames, options.device))
+                embedding = embed_frames(method, features, options.device)
     except DecodeError as error:
         embedding = error  # gathered, so that no process waits for an embedding that never follows
     return _gather(share, embedding, len(clips), options)

@@ -1,10 +1,11 @@
 """Features of training clips, computed once by a frozen vision tower or its first blocks, for training.
 
-The clips are encoded in parts of one training batch each, so that every feature has the bits that it would
-have in training.  A part is two files in the folder of the run, `features/KEY/NUMBER.npy` (clips f d, or
-clips f l w tokens of the last frozen block) and `NUMBER.json`, written atomically; an interrupted pass
-continues with the parts that are missing.  KEY depends on the weights and the number of these blocks, on the
-frames and on the clips.
+The clips are encoded in the order in which the first epoch reads them, in parts of one training batch each,
+so that every feature has the bits that it would have in training.  In one process of plain torch a part is
+computed when a step reads it, else all parts are computed before the first step.  A part is two files in the
+folder of the run, `features/KEY/NUMBER.npy` (clips f d, or clips f l w tokens of the last frozen block) and
+`NUMBER.json`, written atomically; an interrupted run continues with the parts that are missing.  KEY depends
+on the weights and the number of these blocks, on the frames, and on the clips and their order.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,9 @@ from discovla.data.dataset import ClipDataset, ClipReader, Frames, frame_origin
 from discovla.data.loader import TrainLoader, readable_batches
 from discovla.data.manifest import Clip
 from discovla.data.video.errors import DecodeError
+from discovla.engine.config import choose_strategy
 from discovla.engine.distributed import World, barrier, gather_objects
+from discovla.engine.strategy import trained_size
 from discovla.methods.base import Method
 from discovla.retrieval.embed import evaluating
 
@@ -93,10 +95,32 @@ def _why_too_large(config: RunConfig, method: Method, clips: int) -> str:
     return f"tokens of {clips} clips take {need / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB free"
 
 
+def encode_alike(one: Method, other: Method) -> bool:
+    """Return True if two methods give the same features of frames, bit for bit, as long as none trains."""
+
+    def options(method: Method) -> tuple:
+        types = [type(module) for module in method.vision.modules()]
+        return (
+            type(method).encode_frames,
+            method.compute_dtype,
+            method.vision.impl,
+            method.config.merging,
+            types,
+        )
+
+    states = one.vision.state_dict(), other.vision.state_dict()
+    return (
+        options(one) == options(other)
+        and states[0].keys() == states[1].keys()
+        and all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+    )
+
+
 def frozen_loader(config: RunConfig, method: Method, loader: TrainLoader, world: World) -> TrainLoader:
     """Return the loader of a run with features in place of frames, or the loader itself if that cannot be.
 
-    The features are computed here, unless an earlier pass has done so.
+    Features that no earlier start has computed are computed when they are read, or here if the strategy
+    changes the vision tower or several processes share the work.
     """
     reason = gather_objects(why_not_frozen(config, method, loader), world)[0]  # disks may differ
     if reason:
@@ -105,27 +129,33 @@ def frozen_loader(config: RunConfig, method: Method, loader: TrainLoader, world:
     dataset = loader.dataset
     assert isinstance(dataset, ClipDataset)
     share = config.batch_size // world.size
+    lazy = world.size == 1 and choose_strategy(config.engine, trained_size(method), world.size)[0] == "torch"
+    clips = [dataset.clips[i] for i in dict.fromkeys(dataset.pairs[i].clip for i in loader.order(0))]
     stores = []
     for view in range(config.engine.frozen_views if config.data.augment != "none" else 1):
-        folder = config.directory / "features" / _key(config, method, dataset.clips, share, view)
-        stores.append(FeatureStore(folder=folder, clips=dataset.clips, size=share))
+        folder = config.directory / "features" / _key(config, method, clips, share, view)
+        store = FeatureStore(folder, clips, share)
         augmented = None
         if config.data.augment != "none":
             augmented = ViewReader(config=config.data, reader=dataset.reader, name=f"{config.seed}/{view}")
-        write_features(stores[-1], config, method, world, augmented)
-    places = {clip.id: i for i, clip in enumerate(dataset.clips)}
+        if lazy:
+            store.encode_when_read(config, method, augmented)
+        else:
+            write_features(store, config, method, world, augmented)
+        stores.append(store)
+    places = {clip.id: i for i, clip in enumerate(clips)}
     reader = FeatureReader(config=config.data, stores=tuple(stores), places=places)
     data = config.data.model_copy(update={"workers": 0})  # reading a row takes less than sending it
     return TrainLoader(replace(dataset, reader=reader), data, loader.spec)
 
 
-@dataclass(frozen=True)
 class FeatureStore:
     """Parts of `size` clips in a folder; part i holds the clips from i size on."""
 
-    folder: Path
-    clips: Sequence[Clip]
-    size: int
+    def __init__(self, folder: Path, clips: Sequence[Clip], size: int) -> None:
+        self.folder, self.clips, self.size = folder, clips, size
+        self._opened: dict[int, tuple[np.ndarray, dict[str, list]]] = {}
+        self._encoding: Iterator[int] = iter(())
 
     @property
     def parts(self) -> int:
@@ -149,6 +179,21 @@ class FeatureStore:
                 file.write(json.dumps(facts).encode()) if save is None else save(file)
             hidden.replace(path)
 
+    def encode_when_read(self, config: RunConfig, method: Method, reader: ClipReader | None) -> None:
+        """Compute missing parts, in order, when `part` is called for one of them."""
+        if missing := self.missing():
+            logger.info("%s: %d clips are encoded when they are read first", self.folder, len(self.clips))
+            self._encoding = encode_parts(self, missing, config, method, reader)
+
+    def part(self, number: int) -> tuple[np.ndarray, dict[str, list]]:
+        """Return features and facts of a part."""
+        if number not in self._opened:
+            array, described = self.paths(number)
+            while not described.is_file():
+                next(self._encoding)
+            self._opened[number] = np.load(array, mmap_mode="r"), json.loads(described.read_text())
+        return self._opened[number]
+
 
 @dataclass(frozen=True)
 class FeatureReader:
@@ -164,22 +209,12 @@ class FeatureReader:
 
     def read(self, clip: Clip, seed: str | None = None) -> np.ndarray:
         """See `ClipReader`."""
-        view = zlib.crc32((seed or "").encode()) % len(self.stores)
-        part, row = divmod(self.places[clip.id], self.stores[view].size)
-        features, facts = self._parts[view][part]
+        store = self.stores[zlib.crc32((seed or "").encode()) % len(self.stores)]
+        part, row = divmod(self.places[clip.id], store.size)
+        features, facts = store.part(part)
         if facts["bad"][row] is not None:
             raise DecodeError(clip.video, facts["bad"][row])
         return features[row, : facts["frames"][row]].astype(np.float32, copy=False)
-
-    @cached_property
-    def _parts(self) -> list[list[tuple[np.ndarray, dict[str, list]]]]:
-        return [
-            [
-                (np.load(array, mmap_mode="r"), json.loads(described.read_text()))
-                for array, described in map(store.paths, range(store.parts))
-            ]
-            for store in self.stores
-        ]
 
 
 @dataclass(kw_only=True)
@@ -205,25 +240,13 @@ def write_features(
     """
     missing = store.missing()
     barrier(world)  # before any rank writes
-    store.folder.mkdir(parents=True, exist_ok=True)
     own = missing[world.rank :: world.size]
     if missing:
         logger.info("%s: encoding %d clips once, in %d parts", store.folder, len(store.clips), len(missing))
     began = time.perf_counter()
-    # a last part of fewer clips is filled up, because the bits of a product depend on its size
-    rows = [i % len(store.clips) for part in own for i in range(part * store.size, (part + 1) * store.size)]
-    clips, side = [store.clips[i] for i in rows], method.architecture.image_size
-    batches = readable_batches(clips, config.data, side, store.size, reader=reader)
-    whole = method.frozen_frames
-    with evaluating(method), terminal.progress("features", len(rows), "clips") as bar:
-        for part, (batch, bad) in zip(own, terminal.counted(batches, bar), strict=True):
-            frames, mask = batch.frames.to(world.device), batch.frame_mask.to(world.device)
-            encoded = method.encode_frames(frames, mask) if whole else method.encode_tokens(frames)
-            features = _narrowed(encoded, method.compute_dtype).cpu()
-            count = min(store.size, len(store.clips) - part * store.size)
-            lengths = batch.frame_mask.sum(1).tolist()
-            facts = {"frames": lengths[:count], "bad": bad[:count]}
-            store.write(part, features[:count].numpy(), facts)
+    with terminal.progress("features", len(own) * store.size, "clips") as bar:
+        for _ in encode_parts(store, own, config, method, reader):
+            bar.advance(store.size)
     barrier(world)
     if unseen := store.missing():
         raise ValueError(
@@ -232,6 +255,31 @@ def write_features(
         )
     if missing:
         logger.info("clips are encoded, in %.1f s", time.perf_counter() - began)
+
+
+def encode_parts(
+    store: FeatureStore,
+    parts: Sequence[int],
+    config: RunConfig,
+    method: Method,
+    reader: ClipReader | None = None,
+) -> Iterator[int]:
+    """Compute parts of a store in order, and yield the number of each once it is written."""
+    store.folder.mkdir(parents=True, exist_ok=True)
+    # a last part of fewer clips is filled up, because the bits of a product depend on its size
+    rows = [i % len(store.clips) for part in parts for i in range(part * store.size, (part + 1) * store.size)]
+    clips, side = [store.clips[i] for i in rows], method.architecture.image_size
+    batches = readable_batches(clips, config.data, side, store.size, reader=reader)
+    device, whole = next(method.vision.parameters()).device, method.frozen_frames
+    for part, (batch, bad) in zip(parts, batches, strict=True):
+        frames, mask = batch.frames.to(device), batch.frame_mask.to(device)
+        with evaluating(method):
+            encoded = method.encode_frames(frames, mask) if whole else method.encode_tokens(frames)
+        features = _narrowed(encoded, method.compute_dtype).cpu()
+        count = min(store.size, len(store.clips) - part * store.size)
+        facts = {"frames": batch.frame_mask.sum(1).tolist()[:count], "bad": bad[:count]}
+        store.write(part, features[:count].numpy(), facts)
+        yield part
 
 
 def _narrowed(features: Tensor, compute_dtype: torch.dtype) -> Tensor:

@@ -45,7 +45,7 @@ from discovla.engine.strategy import StepPlan
 from discovla.engine.transfers import BatchCopier, LateNumbers
 from discovla.errors import PeerLost, RunStopped, exit_process, is_connection_lost
 from discovla.evaluate import EvalOptions, evaluate
-from discovla.features import frozen_loader, why_not_frozen
+from discovla.features import encode_alike, frozen_loader
 from discovla.inputs import check_inputs
 from discovla.lock import LockHeld, WriterLock
 from discovla.methods import build
@@ -67,6 +67,7 @@ VAL_IS_TEST = (
     "the final figures are of %r, on which the best step is selected, and so are optimistic; "
     "`discovla prepare --test N` holds out clips to test on"
 )
+KEPT_BYTES = 2**30  # of features of frames, in a process, for the next evaluation of a split
 WRITE_SECONDS = 60.0  # for a checkpoint in writing to be completed before a lost peer ends this process
 
 
@@ -216,6 +217,7 @@ class Trainer:
         self.config, self.world, self.signals, self.name = config, world, signals, name
         self.stop_reason: str | None = None
         self.copy_batch = BatchCopier(world.device)
+        self.features: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # of evaluated frames
         config.directory.mkdir(parents=True, exist_ok=True)
         check_capture(config.engine, world)
         self.splits = read_splits(config.data)
@@ -242,9 +244,7 @@ class Trainer:
         set_tf32(engine, world.device)
         resolved = {"data": data_config, "batch_size": batch_size, "engine": engine}
         self.config = config = config.model_copy(update=resolved)
-        frozen = not why_not_frozen(config, self.method, self.loader)
-        image_size = self.method.architecture.image_size
-        check_shared_memory(*reads_of_run(config, self.splits, image_size, world, frozen=frozen))
+        check_shared_memory(*reads_of_run(config, self.splits, self.method.architecture.image_size, world))
         self.total_steps = config.steps or config.epochs * self.loader.steps_per_epoch
         self.checkpoints = CheckpointManager(
             config,
@@ -414,8 +414,10 @@ class Trainer:
         with RunLog(config.directory, self.world, total=total, start=state.step) as log:
             log.describe(config.to_json())
             # at step 0 for the starting point, and as a check that every clip can be read
+            unreported = None
             if self.must_validate(state.step) and not self.is_validated(state.step):
                 self.validate(state, log)
+                unreported = state.step
             taken, began = None, time.perf_counter()
             for batch in timer.time_loading(self.batches(state.step, last)):
                 batch, self.stop_reason = self.agree(state.step, batch)
@@ -424,6 +426,9 @@ class Trainer:
                 previous, taken = taken, self.take_step(state, batch, began)
                 self.report(state, log, previous)  # which is complete when this step runs
                 taken.seconds = time.perf_counter() - began
+                if unreported is not None:  # only now, so that the first step does not wait for the report
+                    self.write_report(unreported, log)
+                    unreported = None
 
                 validates = self.must_validate(state.step)
                 if validates or state.step == last or self.is_due(config.checkpoint_every, state.step):
@@ -435,6 +440,7 @@ class Trainer:
                     if self.stop_reason is not None:
                         break
                     self.validate(state, log)
+                    self.write_report(state.step, log)
                 for line in describe_slow_ranks(timer.step() or []):
                     logger.warning("step %d: %s", state.step, line)
                     log.event("slow", state.step, {"rank": line})
@@ -578,8 +584,11 @@ class Trainer:
             note = "best so far" if best else f"best sum so far {self.checkpoints.best_score:.1f}"
         logger.info("step %d: val R@1 %.1f t2v, %.1f v2t (%s)", state.step, *recalls, note)
         log.evaluation(state.step, "val", metrics)
+
+    def write_report(self, step: int, log: RunLog) -> None:
+        """Write the run's report, and its pictures for TensorBoard."""
         if self.world.first:
-            log.pictures(state.step, try_report(self.config.directory))
+            log.pictures(step, try_report(self.config.directory))
 
     def save(self, state: TrainState, log: RunLog) -> None:
         """Begin to write a checkpoint."""
@@ -631,7 +640,17 @@ class Trainer:
             gather=lambda share: gather_objects(share, self.world),
             on_record=keep if self.world.first else None,
         )
-        return evaluate(method, self.splits[split], options)
+        return evaluate(method, self.splits[split], options, features=self.kept_features(method, split))
+
+    def kept_features(self, method: Method, split: str) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return the features of a split's frames, empty before the first evaluation; None if steps change
+        them, or if they need more than `KEPT_BYTES`."""
+        values = len(self.splits[split]) * self.config.data.frames * method.architecture.embed_dim
+        if not method.frozen_frames or 4 * values > KEPT_BYTES * self.world.size:
+            return None
+        if method is not self.method and not encode_alike(method, self.method):
+            return None
+        return self.features.setdefault(split, [])
 
 
 def make_loader(config: RunConfig, method: Method, clips: list[Clip], world: World) -> TrainLoader:
@@ -654,19 +673,15 @@ def make_loader(config: RunConfig, method: Method, clips: list[Clip], world: Wor
 
 
 def reads_of_run(
-    config: RunConfig, splits: dict[str, list[Clip]], image_size: int, world: World, *, frozen: bool = False
+    config: RunConfig, splits: dict[str, list[Clip]], image_size: int, world: World
 ) -> list[ReadAhead]:
-    """Return what the workers of a process read ahead: for training, and for validation in between.
-
-    frozen: training reads features, in the process itself.
-    """
-    data, reads = config.data, []
-    if not frozen:
-        share = config.batch_size // world.size
-        pairs = sum(len(clip.captions) for clip in splits.get("train", ()))
-        steps = pairs // config.batch_size if data.stills is None else data.stills.count // config.batch_size
-        frames = data.frames if data.stills is None else 1
-        reads.append(read_ahead(data, frames, image_size, share, steps))
+    """Return what the workers of a process read ahead: for training, and for validation in between."""
+    data = config.data
+    share = config.batch_size // world.size
+    pairs = sum(len(clip.captions) for clip in splits.get("train", ()))
+    steps = pairs // config.batch_size if data.stills is None else data.stills.count // config.batch_size
+    frames = data.frames if data.stills is None else 1
+    reads = [read_ahead(data, frames, image_size, share, steps)]
     if "val" in splits:
         clips = -(-len(splits["val"]) // world.size)
         batch = min(config.eval_batch_size, clips)

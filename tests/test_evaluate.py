@@ -338,3 +338,12 @@ def test_every_way_of_ranking_hands_over_the_results_of_each_query(method, clips
     np.testing.assert_allclose(record.positive, matrix[np.arange(7), record.groups], rtol=1e-4)
     assert record.captions == [caption for clip in clips for caption in clip.captions]
     assert [clip.id for clip in record.clips] == ["c0", "c1", "c2", "c3"]
+
+
+def test_features_of_frames_that_are_kept_give_the_same_metrics_without_reading_clips(method, clips, options):
+    features = []
+    first = evaluate(method, clips, options, features=features)
+    assert first == evaluate(method, clips, options)
+    for clip in clips:
+        clip.video.unlink()
+    assert evaluate(method, clips, options, features=features) == first

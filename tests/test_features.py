@@ -24,6 +24,13 @@ STAN = ("method=t2vparser", "method.stan_layers=1", "data.reversed_pairs=false")
 OFF, AUTO = "engine.frozen_features=off", "engine.frozen_features=auto"
 
 
+def encoded(loader):
+    """Read an epoch, so that all clips are encoded; return the loader."""
+    for _ in loader.epoch(0):
+        pass
+    return loader
+
+
 def prepared(tmp_path, drawn, *words):
     """Return config, method and loader of a run on the drawn clips."""
     config = read_config(runs.write_config(tmp_path, drawn), [*BASIS, *words])
@@ -67,13 +74,13 @@ def test_batches_have_the_features_of_their_frames_also_backwards(tmp_path, draw
         assert torch.equal(frames.frame_mask, features.frame_mask)
 
 
-def test_an_interrupted_pass_continues_with_what_is_missing(tmp_path, drawn):
+def test_an_interrupted_run_continues_with_what_is_missing(tmp_path, drawn):
     config, method, loader = prepared(tmp_path, drawn)
-    frozen_loader(config, method, loader, ALONE)
+    encoded(frozen_loader(config, method, loader, ALONE))
     parts = sorted((tmp_path / "run/features").rglob("*.npy"))
     parts[1].with_suffix(".json").unlink()
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in parts}
-    frozen_loader(config, method, loader, ALONE)
+    encoded(frozen_loader(config, method, loader, ALONE))
     changed = [path for path in parts if path.stat().st_mtime_ns != before[path][0]]
     assert changed == [parts[1]]
     assert parts[1].read_bytes() == before[parts[1]][1]
@@ -81,10 +88,10 @@ def test_an_interrupted_pass_continues_with_what_is_missing(tmp_path, drawn):
 
 def test_other_weights_make_other_features(tmp_path, drawn):
     config, method, loader = prepared(tmp_path, drawn)
-    frozen_loader(config, method, loader, ALONE)
+    encoded(frozen_loader(config, method, loader, ALONE))
     with torch.no_grad():
         method.vision.projection.add_(0.1)
-    frozen_loader(config, method, loader, ALONE)
+    encoded(frozen_loader(config, method, loader, ALONE))
     assert len(list((tmp_path / "run/features").iterdir())) == 2
 
 
@@ -158,8 +165,9 @@ def test_frames_are_encoded_in_every_step_where_features_would_differ_or_not_pay
 def test_views_of_augmented_clips_are_encoded_once_and_read_in_turn(tmp_path, drawn):
     words = ("data.augment=light", "engine.frozen_views=2", "data.reversed_pairs=false", "steps=40")
     config, method, loader = prepared(tmp_path, drawn, *words)
-    cached = frozen_loader(config, method, loader, ALONE)
+    cached = encoded(frozen_loader(config, method, loader, ALONE))
     plain = frozen_loader(*prepared(tmp_path, drawn, "data.reversed_pairs=false", "steps=40"), ALONE)
+    encoded(plain)
     assert len(list((tmp_path / "run/features").iterdir())) == 3, "two views, and the clips without change"
 
     def features(source):
@@ -178,17 +186,25 @@ def test_views_of_augmented_clips_are_encoded_once_and_read_in_turn(tmp_path, dr
 
 def test_an_interrupted_pass_of_views_draws_the_same_augmentation(tmp_path, drawn):
     config, method, loader = prepared(tmp_path, drawn, "data.augment=light", "engine.frozen_views=1")
-    frozen_loader(config, method, loader, ALONE)
+    encoded(frozen_loader(config, method, loader, ALONE))
     part = sorted((tmp_path / "run/features").rglob("*.npy"))[1]
     before = part.read_bytes()
     part.with_suffix(".json").unlink()
-    frozen_loader(config, method, loader, ALONE)
+    encoded(frozen_loader(config, method, loader, ALONE))
     assert part.read_bytes() == before
+
+
+def test_a_step_encodes_only_the_clips_that_it_and_those_before_it_read(tmp_path, drawn):
+    config, method, loader = prepared(tmp_path, drawn)
+    cached = frozen_loader(config, method, loader, ALONE)
+    assert not list((tmp_path / "run/features").rglob("*.npy"))
+    next(iter(cached.epoch(0)))
+    assert len(list((tmp_path / "run/features").rglob("*.npy"))) == 1
 
 
 def test_parts_hold_one_batch_each(tmp_path, drawn):
     config, method, loader = prepared(tmp_path, drawn)
-    frozen_loader(config, method, loader, ALONE)
+    encoded(frozen_loader(config, method, loader, ALONE))
     facts = [json.loads(path.read_text()) for path in sorted((tmp_path / "run/features").rglob("*.json"))]
     assert [len(part["frames"]) for part in facts][:-1] == [16] * (len(facts) - 1)
     assert sum(len(part["frames"]) for part in facts) == len(read_manifest(drawn, split="train"))

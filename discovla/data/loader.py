@@ -130,6 +130,11 @@ class TrainLoader:
             dataset, spec.image_size, tokenizer, config.workers, persistent=True, limit=limit
         )
 
+    def order(self, epoch: int) -> list[int]:
+        """Return the indices of all pairs in the order in which an epoch reads them."""
+        order = epoch_order(len(self.dataset), self.spec.seed, epoch).tolist()
+        return self.dataset.with_reverses(order) if isinstance(self.dataset, ClipDataset) else order
+
     @overload
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]: ...
 
@@ -151,9 +156,7 @@ class TrainLoader:
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(f"start: expected 0 .. {self.steps_per_epoch}, found {start}")
-        order = epoch_order(len(self.dataset), self.spec.seed, epoch).tolist()
-        if isinstance(self.dataset, ClipDataset):
-            order = self.dataset.with_reverses(order)
+        order = self.order(epoch)
         size, share = self.spec.batch_size, self.spec.batch_size // self.spec.world_size
         firsts = (step * size + self.spec.rank * share for step in range(start, self.steps_per_epoch))
         steps = [[(i, epoch) for i in order[first : first + share]] for first in firsts]

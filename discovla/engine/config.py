@@ -73,12 +73,12 @@ class EngineConfig(BaseModel):
 
     frozen_features: Literal["auto", "off"] = "auto"
     """"auto": if the vision tower or its first blocks are frozen, every epoch reads the same frames without
-    augmentation and clips are read twice or more, encode each training clip once, before the first step, and
+    augmentation and clips are read twice or more, encode each training clip once and
     train from its features, or its tokens after the last frozen block, in `directory`/features. The losses
     keep every bit in fp32. "off": encode frames in every step."""
 
     frozen_views: int = Field(default=0, ge=0)
-    """Number of augmentations of each clip that frozen_features encodes, all before the first step; a sample
+    """Number of augmentations of each clip that frozen_features encodes, each once; a sample
     reads one of them. 0: augmented frames are encoded in every step."""
 
     distinct_captions: bool = False

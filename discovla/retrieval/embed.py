@@ -39,6 +39,21 @@ def embed_videos(
     return _embed(method, method.encode_video, batches, device, frames=frames)
 
 
+def embed_frames(method: Method, features: Inputs, device: torch.device | str) -> Embedding:
+    """Embed all videos, as `embed_videos`, from features of their frames (n f d) and mask (n f, bool)."""
+    return _embed(method, method.embed_frames, features, device)
+
+
+def encode_frames(
+    method: Method, batches: Inputs, device: torch.device | str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the features of frames, n f d, and their mask n f, batch by batch, on the CPU."""
+    for frames, mask in batches:
+        with evaluating(method):
+            features = method.encode_frames(frames.to(device), mask.to(device)).cpu()
+        yield features, mask
+
+
 def concatenate(parts: Sequence[Embedding]) -> Embedding:
     """Concatenate embeddings with the same fields.
 
