@@ -85,6 +85,10 @@ class FlatOptimizer(torch.optim.Optimizer):
         ]
         super().__init__(flat_groups, {"lr": config.lr, "betas": config.betas, "eps": config.eps})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a group of the buffers as it is; torch's own method imports torch._dynamo, for seconds."""
+        self.param_groups.append(self.defaults | param_group)
+
     def _views(self, buffer: Tensor) -> list[Tensor]:
         """Return the part of a flat buffer that belongs to each parameter, in its shape."""
         return [

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,8 +15,10 @@ from discovla.data.manifest import write_atomic
 from discovla.errors import one_line
 from discovla.report.data import JSON, RELIABILITY, read_run
 from discovla.report.frames import FrameStrips
-from discovla.report.page import Report, render_comparison, render_run
 from discovla.retrieval.record import EvaluationRecord
+
+if TYPE_CHECKING:
+    from discovla.report.page import Report
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ def write_report(directory: Path, out: Path | None = None, *, seconds: float = 1
         ConfigError: the folder is no run directory.
         OSError: the file cannot be written.
     """
+    from discovla.report.page import render_run  # matplotlib takes a second to import
+
     run = read_run(directory)
     strips = None if run.parsed is None else FrameStrips(directory, run.parsed.data, seconds=seconds)
     report = render_run(run, strips)
@@ -69,6 +74,8 @@ def try_report(directory: Path, *, seconds: float = TRAINING_SECONDS) -> dict[st
 
 def write_comparison(directories: Sequence[Path], out: Path) -> Path:
     """Write one page for several runs; errors as `write_report`."""
+    from discovla.report.page import render_comparison  # matplotlib takes a second to import
+
     runs = [read_run(directory) for directory in directories]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, label=str(directory)) for run, directory in zip(runs, directories, strict=True)]
