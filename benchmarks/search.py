@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,7 @@ def row_of(name: str, times: dict[str, list[float]], ours: str, **facts: Any) ->
 
 def select() -> list[dict[str, Any]]:
     """Compare the selection of the best items, and ranks, with other libraries."""
-    import faiss
-
+    faiss = import_module("faiss")
     faiss.omp_set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(20_000, WIDTH, generator=generator)
@@ -117,8 +117,7 @@ def _unit(rows: torch.Tensor) -> np.ndarray:
 
 def large(count: int) -> list[dict[str, Any]]:
     """Search an index of random moments."""
-    import faiss
-
+    faiss = import_module("faiss")
     faiss.omp_set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="search-", dir=os.environ.get("TMPDIR")) as folder:
         path = Path(folder) / "large.index"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -63,21 +64,20 @@ def embed_on_cluster(
 def _connect(address: str) -> tuple[Any, Any]:
     """Connect to a cluster and return the modules `ray` and `ray.data`."""
     try:
-        import ray
-        import ray.data
+        ray, data = import_module("ray"), import_module("ray.data")
     except ImportError:
         raise ValueError("index: --ray: expected Ray, found none: pip install 'discovla[ray]'") from None
-    ray.data.DataContext.get_current().enable_progress_bars = False  # `discovla index` shows its own
+    data.DataContext.get_current().enable_progress_bars = False  # `discovla index` shows its own
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
-        return ray, ray.data
+        return ray, data
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         if address != "auto":
             raise OSError(f"--ray: expected a cluster at {address}: {error}"[:300]) from None
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    return ray, ray.data
+    return ray, data
 
 
 def _finished(rows: Iterator[dict[str, Any]]) -> Iterator[Finished]:

