@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
@@ -71,12 +72,14 @@ def _connect(address: str) -> tuple[Any, Any]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         return ray, data
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        if address != "auto":
-            raise OSError(f"--ray: expected a cluster at {address}: {error}"[:300]) from None
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    with warnings.catch_warnings():  # Ray starts its processes by a fork that executes a program at once
+        warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            if address != "auto":
+                raise OSError(f"--ray: expected a cluster at {address}: {error}"[:300]) from None
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     return ray, data
 
 

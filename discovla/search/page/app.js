@@ -2,13 +2,14 @@
 
 import * as library from "/page/library.js";
 import * as player from "/page/player.js";
-import { ask, baseName, clock, element, icon, plural, request, thumbnail } from "/page/requests.js";
+import { ask, baseName, clock, element, icon, isGiven, plural, request, thumbnail } from "/page/requests.js";
 
 const $ = (id) => document.getElementById(id);
 const [input, hitList] = [$("query"), $("hits")];
 const STEP = 24;
 const MOST = 200;
 const CROSS = "m6 6 12 12M18 6 6 18";
+const PLAIN_NAME = /^(?!(and|or|not|in|like|is|null|true|false)$)[a-z_]\w*$/i; // of a column; others are quoted
 const OPERATORS = { text: ["=", "!=", "contains"], other: ["=", "!=", "<", "<=", ">", ">="] };
 let query = null;
 let where = "";
@@ -54,7 +55,7 @@ function start(next, { replace = false } = {}) {
   query = next ? { ...next, picture: undefined } : null;
   count = STEP;
   if (query?.q === undefined) input.value = "";
-  const fields = Object.entries({ ...query, where }).filter(([name, value]) => value && name !== "image");
+  const fields = Object.entries({ ...query, where }).filter(([name, value]) => isGiven(value) && name !== "image");
   const address = fields.length ? `/?${new URLSearchParams(fields)}` : "/";
   history[replace ? "replaceState" : "pushState"](null, "", address);
   $("results").hidden = false;
@@ -67,8 +68,8 @@ function readAddress(typed = "") {
   where = $("where").value = fields.where ?? "";
   [query, count] = [null, STEP];
   if (fields.q) query = { q: fields.q };
-  else if (fields.like) query = { like: fields.like };
-  else if (fields.clip) query = { clip: fields.clip, start: fields.start, end: fields.end };
+  else if (isGiven(fields.like)) query = { like: fields.like };
+  else if (isGiven(fields.clip)) query = { clip: fields.clip, start: fields.start, end: fields.end };
   input.value = fields.q ?? typed;
   $("filter").classList.toggle("on", where !== "");
   showView(fields.view === "library" ? "library" : "results");
@@ -78,6 +79,7 @@ function readAddress(typed = "") {
 function showView(name) {
   for (const view of ["results", "library"]) $(view).hidden = view !== name;
   $("library-link").toggleAttribute("aria-current", name === "library");
+  if (name === "library") showFilters(false);
   if (name === "library") library.show().catch((error) => { $("library-summary").textContent = error.message; });
   else library.hide();
 }
@@ -130,8 +132,8 @@ function say(summary, note = "") {
 function showQuery() {
   const chips = [];
   if (query?.image) chips.push(chip(picture, query.image.name || "image", null));
-  if (query?.like) chips.push(chip(thumbnail(query.like), "like this moment", null));
-  if (query?.clip) chips.push(chip(thumbnail(query.clip), `clip ${clock(query.start, true)} – ${clock(query.end, true)}`, null));
+  if (isGiven(query?.like)) chips.push(chip(thumbnail(query.like), "like this moment", null));
+  if (isGiven(query?.clip)) chips.push(chip(thumbnail(query.clip), `clip ${clock(query.start, true)} – ${clock(query.end, true)}`, null));
   if (where && query) chips.push(chip("", where, query));
   $("queries").replaceChildren(...chips);
   $("welcome").hidden = query !== null;
@@ -154,6 +156,11 @@ function searchImage(file) {
 }
 
 // Filters
+
+function showFilters(open) {
+  $("filters").hidden = !open;
+  $("filter").setAttribute("aria-expanded", open);
+}
 
 function setFilter(text) {
   where = $("where").value = text;
@@ -181,9 +188,10 @@ function writeFilter() {
     const [column, operator, value] = row.querySelectorAll("select, input");
     if (value.value.trim() === "") continue;
     const text = value.value.trim().replaceAll("'", "''");
-    if (columns[column.value] !== "text") parts.push(`${column.value} ${operator.value} ${text}`);
-    else if (operator.value === "contains") parts.push(`${column.value} LIKE '%${text}%'`);
-    else parts.push(`${column.value} ${operator.value} '${text}'`);
+    const name = PLAIN_NAME.test(column.value) ? column.value : `\`${column.value}\``;
+    if (columns[column.value] !== "text") parts.push(`${name} ${operator.value} ${text}`);
+    else if (operator.value === "contains") parts.push(`${name} LIKE '%${text}%'`);
+    else parts.push(`${name} ${operator.value} '${text}'`);
   }
   $("where").value = parts.join(" AND ");
 }
@@ -211,8 +219,8 @@ document.addEventListener("drop", (event) => {
   searchImage(event.dataTransfer.files[0]);
 });
 $("filter").onclick = () => {
-  const open = $("filters").toggleAttribute("hidden") === false;
-  $("filter").setAttribute("aria-expanded", open);
+  const open = $("filters").hidden;
+  showFilters(open);
   if (open && !$("conditions").children.length && Object.keys(columns).length) addCondition();
 };
 $("add-condition").onclick = addCondition;

@@ -64,7 +64,7 @@ function load(state, offset, limit) {
 }
 
 function row(video) {
-  const cells = [video.duration ? clock(video.duration) : "", video.moments.toLocaleString("en")];
+  const cells = [video.duration ? clock(video.duration, video.duration < 10) : "", video.moments.toLocaleString("en")];
   return element("tr", {}, name(video), ...cells.map((text) => element("td", { className: "number" }, text)),
     element("td", { className: `state-${video.state}` }, video.state));
 }

@@ -1,6 +1,6 @@
 // The player: a hit's file from its moment on, the similarity of its frames to the query, and a clip as a new query.
 
-import { ask, baseName, clock, element } from "/page/requests.js";
+import { ask, baseName, clock, element, thumbnail } from "/page/requests.js";
 
 const $ = (id) => document.getElementById(id);
 const [dialog, video, strip] = [$("player"), $("video"), $("strip")];
@@ -37,6 +37,7 @@ function show(index) {
   span = [hit.start, hit.end];
   showSpan();
   showFacts(hit);
+  video.poster = thumbnail(hit.moment_id);
   video.src = `/api/media/${hit.moment_id}`;
   video.addEventListener("loadedmetadata", () => { video.currentTime = hit.start; }, { once: true });
   video.play().catch(() => {}); // a browser may refuse to play before the first click
@@ -131,7 +132,7 @@ video.addEventListener("play", animate);
 video.addEventListener("seeked", moveCursor);
 video.addEventListener("error", () => {
   if (!video.getAttribute("src")) return; // closed
-  $("video-error").textContent = "This browser cannot play the file. It was found all the same; its picture and times are right.";
+  $("video-error").textContent = "This browser cannot play this kind of file. Other players open it.";
   $("video-error").hidden = false;
 });
 strip.addEventListener("click", (event) => {
@@ -151,6 +152,7 @@ dialog.addEventListener("close", () => {
   loading?.abort();
   video.pause();
   video.removeAttribute("src");
+  video.removeAttribute("poster");
   video.load(); // releases the connection
   onClose(place);
 });

@@ -50,7 +50,7 @@ function askToken() {
 
 // A query is {q}, {like}, {clip, start, end} or {image: File}; an image has to be sent as a form.
 export function ask(path, query, options = {}, signal = undefined) {
-  const fields = Object.entries({ ...query, ...options }).filter(([, value]) => value !== null && value !== undefined && value !== "");
+  const fields = Object.entries({ ...query, ...options }).filter(([, value]) => isGiven(value));
   if (query.image) {
     const form = new FormData();
     for (const [name, value] of fields) form.append(name, value);
@@ -59,6 +59,7 @@ export function ask(path, query, options = {}, signal = undefined) {
   return request(`${path}?${new URLSearchParams(fields)}`, { signal });
 }
 
+export const isGiven = (value) => value !== undefined && value !== null && value !== ""; // 0 is a moment, or a time
 export const thumbnail = (moment) => `/api/moments/${moment}/thumbnail`;
 export const baseName = (path) => path.split("/").pop();
 export const plural = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;

@@ -179,10 +179,11 @@ def test_a_filter_by_column_leaves_videos_out_and_is_removed_by_its_cross(page, 
 
 def test_more_like_this_and_back(page, address):
     search(page, address)
-    page.click(".hit >> nth=4")
+    page.click(".hit >> nth=0")
     name = page.text_content("#player-title")
     page.click("#like")
     page.wait_for_selector("#queries .chip")
+    assert page.url.endswith("like=0")
     wait_for_names(page, [name.split()[0]] * 2)
     page.go_back()
     wait_for_names(page, ["red"] * 3)
@@ -348,6 +349,8 @@ def test_every_view_fits_the_width_in_light_and_dark(chromium, address, pictures
         assert len(columns.split()) == (5 if width == 1280 else 2)
         shoot("hits")
         page.click("#filter")
+        row = page.locator("#conditions .row").first.bounding_box()
+        assert row["height"] < 60, "one line"
         shoot("filters")
         page.click("#filter")
         open_hit(page, 1)
@@ -359,6 +362,8 @@ def test_every_view_fits_the_width_in_light_and_dark(chromium, address, pictures
         page.click("#close")
         page.click("#library-link")
         page.wait_for_selector("#refused tbody tr")
+        for cell in page.locator("#videos tbody tr").first.locator("td").all()[1:]:
+            assert cell.bounding_box()["height"] == pytest.approx(38, abs=4), "one line"
         shoot("library")
         page.goto(f"{address}/docs")
         shoot("docs")
