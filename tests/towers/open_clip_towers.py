@@ -108,8 +108,16 @@ def build_theirs(
     return model.eval()
 
 
+def whole_pair(name: str) -> Pair:
+    """Return a model of open_clip at its full size, and ours with its weights, in float64."""
+    config = open_clip.get_model_config(name)
+    architecture = architecture_from_config(name, config)
+    theirs = build_theirs(config).double()
+    return Pair(theirs=theirs, ours=loaded(architecture, theirs), architecture=architecture)
+
+
 def pair(name: str, *, layers: int = 2, side: int = 3) -> Pair:
-    """Return a model of open_clip by its name and ours with its weights, in float64."""
+    """Return a model of open_clip by its name, narrow, and ours with its weights, in float64."""
     config, architecture = small_config(name, layers=layers, side=side)
     theirs = build_theirs(config, architecture=architecture).double()
     return Pair(theirs=theirs, ours=loaded(architecture, theirs), architecture=architecture)
@@ -141,7 +149,10 @@ def captions(architecture: Architecture, n: int = 3) -> Tensor:
 
 
 def differences(models: Pair) -> dict[str, float]:
-    """Return the relative error of features and of every gradient."""
+    """Return the relative error of features and of every gradient.
+
+    Their weights are released before our backward pass, so that whole models fit in memory.
+    """
     theirs, ours, architecture = models.theirs, models.ours, models.architecture
     generator = torch.Generator().manual_seed(2)
     size = architecture.image_size
@@ -150,12 +161,14 @@ def differences(models: Pair) -> dict[str, float]:
     ids = captions(architecture)
     options = {"normalize": False}
     want = theirs.encode_image(images, **options), theirs.encode_text(ids, **options)
+    weights = [torch.randn(x.shape, generator=generator, dtype=dtype) for x in want]
+    sum((x * w).sum() for x, w in zip(want, weights, strict=True)).backward()
+    want = [x.detach() for x in want]
+    their_grads = {n.removeprefix("text."): p.grad for n, p in theirs.named_parameters()}
+    theirs.to("meta")
     got = ours.vision(images[:, None])[:, 0], ours.text(ids, None, dtype=dtype)
     errors = {"image": error(got[0], want[0]), "text": error(got[1], want[1])}
-    weights = [torch.randn(x.shape, generator=generator, dtype=dtype) for x in want]
-    for features in (want, got):
-        sum((x * w).sum() for x, w in zip(features, weights, strict=True)).backward()
-    their_grads = {n.removeprefix("text."): p.grad for n, p in theirs.named_parameters()}
+    sum((x * w).sum() for x, w in zip(got, weights, strict=True)).backward()
     own = dict(ours.named_parameters())
     for name, form in stored_names(architecture, clip_names(architecture)).items():
         if name not in own or name.startswith("logit_scale"):
