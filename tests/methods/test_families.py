@@ -8,12 +8,19 @@ import torch
 
 from discovla import methods
 from discovla.batch import Batch
+from discovla.engine.capture import Capture
+from discovla.engine.distributed import World
 from discovla.methods.base import Method
 from discovla.testing import noise_batch, relative_error, tiny_towers
 from discovla.towers.architecture import Architecture
 from discovla.towers.weights import clip_names, initialise
+from discovla.train_step import TrainStep
+from tests import steps
+from tests.engine.recorder import Rerun, Unwatched
 
 TOWERS = tiny_towers()
+QUICK_FIRST = [t if t in ("pe", "siglip") else pytest.param(t, marks=pytest.mark.slow) for t in TOWERS]
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 METHODS = {
     "clip": {"name": "clip"},
     "discovla": {"name": "discovla", "fused_vision_blocks": 1, "fused_text_blocks": 1, "lora_rank": 2},
@@ -93,6 +100,47 @@ def test_two_steps_equal_a_step_and_a_resumed_one(method, tower):
     resumed.load_state_dict(moments)
     assert torch.equal(step(again, resumed), second)
     assert all(torch.equal(p, again.trained_state()[n]) for n, p in made.trained_state().items())
+
+
+def double(tower: str) -> Method:
+    """DiscoVLA, where the pool allows with fusion, in float64 and with no weights of zero."""
+    made = allowed("discovla", tower)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    made.compute_dtype = torch.float64
+    return made.double().eval()
+
+
+@pytest.mark.parametrize("tower", QUICK_FIRST)
+def test_gradient_caching_and_recording_give_the_losses_and_gradients_of_the_step(tower):
+    method = double(tower)
+    given = dataclasses.replace(batch(method.architecture), valid=None)
+    whole = steps.take(TrainStep(method, ALONE, "exact"), given)
+    cached = steps.take(TrainStep(method, ALONE, "exact", grad_cache_chunks=2), given)
+    step = TrainStep(method, ALONE, "exact")
+    trained = [p for p in step.parameters() if p.requires_grad]
+    recorder = Rerun(lambda: [*step.parameters(), *step.buffers(), *graphs.buffers.values()])
+    step.recorded = graphs = Capture(step.losses, trained, recorder)
+    for _ in range(3):
+        replayed = steps.take(step, given)
+    assert recorder.replayed
+    for name, value in whole.items():
+        for other in (cached, replayed):
+            assert relative_error(other[name], value) <= 1e-10 or value.abs().max() < 1e-12, name
+
+
+@pytest.mark.parametrize("tower", QUICK_FIRST)
+def test_a_step_of_each_tower_records_without_reading_values_from_the_device(tower):
+    step = TrainStep(double(tower).float().to("meta"), ALONE, "exact")
+    step.method.compute_dtype = torch.float32
+    given = dataclasses.replace(batch(step.method.architecture), valid=None)
+    recorder = Unwatched()
+    step.recorded = Capture(step.losses, [p for p in step.parameters() if p.requires_grad], recorder)
+    for _ in range(3):
+        step(given.to("meta")).total.backward()
+    assert recorder.replayed == 2
 
 
 @pytest.mark.parametrize(("method", "tower"), REFUSED)
