@@ -115,7 +115,7 @@ class Method(nn.Module):
                 f"found {fused}"
             )
         free = self.architecture.vision.layers - (fused if frames.class_row else 0)
-        if self.config.frozen_vision_blocks > free:
+        if self.config.frozen_vision_blocks > max(free, 0):
             raise ValueError(
                 f"method.frozen_vision_blocks: expected at most the {free} blocks before fusion, found "
                 f"{self.config.frozen_vision_blocks}"
@@ -257,6 +257,14 @@ class Method(nn.Module):
         return self.config.frame_position or self.config.merge == "tempme"
 
     @property
+    def orderless_blocks(self) -> int:
+        """Number of the vision tower's first blocks in which no frame sees another; not the last block."""
+        if self.vision.merging is not None:
+            return 0
+        fused = self.config.fused_vision_blocks if self.architecture.frames.class_row else 0
+        return len(self.vision.blocks) - max(1, fused)
+
+    @property
     def frozen_frames(self) -> bool:
         """True if nothing that trains changes what `encode_frames` gives."""
         return not any(p.requires_grad for p in self.vision.parameters())
@@ -325,22 +333,30 @@ class Method(nn.Module):
         return replace(text, frames=frames, frame_mask=frame_mask)
 
     def encode_videos(self, batch: Batch) -> Embedding:
-        """Encode the videos of a training batch, and the reversed videos if needed."""
+        """Encode the videos of a training batch, and the reversed videos if needed.
+
+        Reversed videos are encoded again from the first block that sees the order of frames.
+        """
         check_mask("video", batch.frame_mask)
         pixels, mask = batch.frames, on(batch.frames.device, batch.frame_mask)
-        cached = pixels.dim() == 3
+        cached, source = pixels.dim() == 3, pixels
+        again = bool(self.config.reversed_negatives) and self.sees_frame_order and not cached
+        if again and pixels.dim() == 5 and (count := self.orderless_blocks):
+            source = FrameTokens(rows=self.vision.first_blocks(self.pixels(pixels), count), blocks=count)
         if self.needs_frame_captions and self.pool_fuses and not cached:
-            frames, own = self._encode_unfused(pixels, mask)
+            frames, own = self._encode_unfused(source, mask)
             video = replace(self.embed_frames(frames, mask), frames=own)
         else:
-            frames = pixels if cached else self.encode_frames(pixels, mask)
+            frames = pixels if cached else self.encode_frames(source, mask)
             video = self.embed_frames(frames, mask)
         if not self.config.reversed_negatives:
             return video
-        if self.sees_frame_order and not cached:
-            backwards = self.encode_frames(reverse_frames(pixels, mask), mask)
-        else:
+        if not again:
             backwards = reverse_frames(frames, mask)
+        elif isinstance(source, FrameTokens):
+            backwards = self.encode_frames(replace(source, rows=reverse_frames(source.rows, mask)), mask)
+        else:
+            backwards = self.encode_frames(reverse_frames(pixels, mask), mask)
         return video.with_false(self.embed_frames(backwards, mask))
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Embedding:
@@ -366,7 +382,7 @@ class Method(nn.Module):
             return self.embed_video(frames, mask)
         return replace(self.embed_video(self.temporal(frames, mask), mask), frames=frames)
 
-    def encode_frames(self, frames: Tensor, mask: Tensor) -> Tensor:
+    def encode_frames(self, frames: Tensor | FrameTokens, mask: Tensor) -> Tensor:
         """Features of frames, b f d; arguments as in `encode_video`, or tokens of `encode_tokens`."""
         visible = mask if self.config.mask_padded_frames else None
         return widen(self.vision(self._tower_input(frames), visible))
@@ -375,8 +391,10 @@ class Method(nn.Module):
         """Tokens of frames after `frozen_blocks`, b f l w; frames as in `encode_video`."""
         return self.vision.first_blocks(self.pixels(frames), self.frozen_blocks)
 
-    def _tower_input(self, frames: Tensor) -> Pixels | FrameTokens:
-        """Pixels, or tokens b f l w of `encode_tokens` in the dtype of the residual stream."""
+    def _tower_input(self, frames: Tensor | FrameTokens) -> Pixels | FrameTokens:
+        """Pixels, or tokens; those of `encode_tokens`, b f l w, in the dtype of the residual stream."""
+        if isinstance(frames, FrameTokens):
+            return frames
         if frames.dim() != 4:
             return self.pixels(frames)
         wide = cast(Block, self.vision.blocks[-1]).ln_1.compute_dtype is not None
@@ -388,7 +406,7 @@ class Method(nn.Module):
         """True if the pool of the vision tower reads all frames of a video."""
         return isinstance(self.vision.pool, AttentionPool) and self.vision.pool.adapter is not None
 
-    def _encode_unfused(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_unfused(self, frames: Tensor | FrameTokens, mask: Tensor) -> tuple[Tensor, Tensor]:
         """`encode_frames`, and the features of each frame by itself, which alignment compares."""
         visible = mask if self.config.mask_padded_frames else None
         fused, own = self.vision.with_unfused(self._tower_input(frames), visible)

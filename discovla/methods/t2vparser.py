@@ -36,7 +36,7 @@ from discovla.ops.info_nce import contrastive_loss
 from discovla.ops.token_similarity import Padding, TokenInputs, token_similarity, token_training_similarity
 from discovla.towers.architecture import Architecture
 from discovla.towers.hugging_face import from_hugging_face, without_prefixes
-from discovla.towers.vision import Pixels
+from discovla.towers.vision import FrameTokens, Pixels
 
 # as in the released configuration, whose last deviation has one digit more than usual
 IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -173,8 +173,13 @@ class T2VParser(Method):
         return self.stan is None and super().frozen_frames
 
     @property
-    def frozen_blocks(self) -> int:
+    def orderless_blocks(self) -> int:
         """0 with STAN, which reads the tokens of several blocks."""
+        return 0 if self.stan is not None else super().orderless_blocks
+
+    @property
+    def frozen_blocks(self) -> int:
+        """0 with STAN."""
         return 0 if self.stan is not None else super().frozen_blocks
 
     @property
@@ -201,9 +206,9 @@ class T2VParser(Method):
             return super().pixels(frames)
         return self.vision.pixels(frames, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=self.compute_dtype)
 
-    def encode_frames(self, frames: Tensor, mask: Tensor) -> Tensor:
+    def encode_frames(self, frames: Tensor | FrameTokens, mask: Tensor) -> Tensor:
         """Frame features b f d; the output of STAN is added to the class rows before projection."""
-        if self.stan is None:
+        if self.stan is None or isinstance(frames, FrameTokens):
             return super().encode_frames(frames, mask)
         tower, stan, group = self.vision, self.stan, frames.shape[:2]
         x = tower.embed(self.pixels(frames).flatten(0, 1))  # (b f) 1+p w

@@ -150,6 +150,19 @@ def test_clips_are_encoded_once():
     assert len(calls) == 1
 
 
+def test_reversed_clips_are_encoded_again_from_the_first_block_that_sees_order():
+    method = make("clip", fused_vision_blocks=1, frame_position=True, **ORDER)
+    calls = []
+    for number, block in enumerate(method.vision.blocks):
+        block.register_forward_hook(lambda *_, number=number: calls.append(number))
+    torch.nn.init.normal_(method.vision.blocks[-1].attention.frame_position)
+    video, last = method.encode_videos(order_batch()), len(method.vision.blocks) - 1
+    assert sorted(calls) == [*range(last), last, last]
+    reverse = method.encode_videos(backwards(order_batch()))
+    torch.testing.assert_close(video.false.pooled, reverse.pooled)
+    assert not torch.allclose(video.pooled, reverse.pooled, rtol=1e-3)
+
+
 def test_a_batch_without_exchanges_has_no_loss_of_them():
     method, data = (
         make("clip", **ORDER),
