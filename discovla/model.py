@@ -22,6 +22,7 @@ from discovla.data.config import DataConfig
 from discovla.data.dataset import ArrayClipReader, check_captions, clip_reader
 from discovla.data.loader import readable_batches, text_batches
 from discovla.data.manifest import Clip
+from discovla.data.tokens import make_tokenizer
 from discovla.data.video.errors import DecodeError
 from discovla.engine import checkpoint
 from discovla.engine.config import EngineConfig
@@ -189,8 +190,7 @@ class Model:
         if len(texts) == 0:
             raise ValueError("texts: expected at least one, found none")
         data = self.data
-        queries = Clip(id="texts", video=Path(), captions=tuple(texts), split="")
-        check_captions([queries], data.context_length, long=data.long_captions, tokenizer=data.tokenizer)
+        _check_lengths(texts, data)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             with terminal.progress("embedding", len(texts), "texts", show=progress) as bar:
@@ -354,6 +354,18 @@ def _data_config(config: DataConfig, changes: Mapping[str, Any]) -> DataConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"data.{key}: {first['msg']}, found {first['input']!r}") from None
+
+
+def _check_lengths(texts: Sequence[str], data: DataConfig) -> None:
+    """Refuse a text that is longer than the context, or warn that it is cut, as `data.long_captions` asks."""
+    if data.long_captions == "error":
+        tokens = make_tokenizer(data.context_length, data.tokenizer)
+        for text in texts:
+            if (length := tokens.length(text)) > data.context_length:
+                most = f"expected at most {data.context_length} tokens each"
+                raise ValueError(f"texts: {most}, found {length}: {text[:80]!r}")
+    captions = Clip(id="texts", video=Path(), captions=tuple(texts), split="")
+    check_captions([captions], data.context_length, long=data.long_captions, tokenizer=data.tokenizer)
 
 
 def _clips(videos: Sequence[Video]) -> tuple[list[Clip], dict[str, np.ndarray]]:

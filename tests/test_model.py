@@ -318,7 +318,7 @@ def test_texts_that_cannot_be_embedded_are_named(model, run):
     for texts, message in [
         ([], "found none"),
         ("a dot", "a list of strings"),
-        (["x " * 99], "longer captions"),
+        (["x " * 99], "expected at most 32 tokens each, found"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.embed_texts(texts)

@@ -137,11 +137,11 @@ def standardised(scores: np.ndarray, background: np.ndarray) -> np.ndarray:
 def note(best: float | None, hits: int) -> str:
     """Return a line about the best hit if it is probably not what was asked for."""
     if not hits:
-        return "nothing to search: no moment fulfils the conditions"
+        return "nothing to search: the index is empty, or no moment fulfils the condition"
     if best is not None and best < 0.5:
         return (
-            f"probably nothing found: the best hit is right with a probability of {best:.0%}, "
-            "as captions of other videos reach such scores too"
+            f"probably nothing found: the best hit is right with a probability of {best:.0%}; "
+            "captions of other videos score as high"
         )
     return ""
 

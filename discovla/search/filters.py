@@ -110,7 +110,7 @@ class _Parser:
     def _one(self) -> Truth:
         self.depth += 1
         if self.depth > DEEPEST:
-            raise ValueError(f"where: expected at most {DEEPEST} conditions in each other")
+            raise ValueError(f"where: expected at most {DEEPEST} nested parentheses and nots")
         if self._take("not"):
             is_true, is_false = self._one()
             truth = is_false, is_true
@@ -152,9 +152,11 @@ class _Parser:
 
     def _like(self, name: str) -> np.ndarray:
         """Match a text column with a pattern, ignoring case."""
+        if self.columns[name].type != "text":
+            raise ValueError(f"where: expected a column of text before 'like', found {name}, of numbers")
         kind, text = self._peek()
-        if self.columns[name].type != "text" or kind != "text":
-            raise self._wrong("a text, after a column of text")
+        if kind != "text":
+            raise self._wrong("a text in quotes after 'like'")
         self._next()
         pattern = _unquoted(text).casefold()
         texts, inverse = np.unique(self.columns[name].values.astype(str), return_inverse=True)
@@ -177,7 +179,8 @@ class _Parser:
             self._next()
             return float(text.lower() == "true")
         if kind != wanted:
-            raise self._wrong(f"a {wanted} to compare the column {name} with")
+            quoted = " in quotes" if wanted == "text" else ""
+            raise self._wrong(f"a {wanted}{quoted} to compare the column {name} with")
         self._next()
         return _unquoted(text) if kind == "text" else float(text)
 
@@ -203,7 +206,9 @@ class _Parser:
 
     def _wrong(self, expected: str) -> ValueError:
         kind, text = self._peek()
-        return ValueError(f"where: expected {expected}, found {'the end' if kind == 'end' else text[:60]!r}")
+        return ValueError(
+            f"where: expected {expected}, found {'the end' if kind == 'end' else repr(text[:60])}"
+        )
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:

@@ -192,7 +192,9 @@ class Index(IndexReader):
     def _given_path(self) -> str:
         """Return the path or name of the model, which other machines load."""
         if not self.settings["model"]:
-            raise ValueError("index: ray: expected a model that was loaded by a path or name")
+            raise ValueError(
+                "index: ray: expected a model by its path or name, which actors load, found an opened one"
+            )
         return self.settings["model"]
 
     def remove(self, videos: Sequence[str | Path]) -> int:
@@ -311,7 +313,7 @@ class Index(IndexReader):
             ValueError: the index was opened to be read only.
         """
         if self.read_only:
-            raise ValueError(f"{self.path}: expected an index that is open for writing, it is read_only")
+            raise ValueError(f"{self.path}: expected an index opened for writing, found read_only=True")
         with WriterLock(self.path, "discovla index") as lock:
             yield lock
 

@@ -120,7 +120,7 @@ class IndexReader:
                 given = self._given
                 if not given:
                     raise ValueError(
-                        f"{self.path}: expected its model to be named, it was made by an opened one"
+                        f"{self.path}: expected model=, as the index was made by an opened model, found none"
                     )
                 model = given if isinstance(given, Model) else load(given, device=self._device)
                 self._check_identity(model)
@@ -352,14 +352,14 @@ class IndexReader:
                 found = (
                     "none"
                     if row is None
-                    else f"it {row.state}"
+                    else f"a {row.state} video"
                     if row.state != "indexed"
                     else f"{row.moments}"
                 )
                 span = "" if source.start is source.end is None else f" ({source.start}, {source.end})"
                 raise ValueError(
                     f"{self.path}: expected one moment of {source.video}{span}, found {found}; "
-                    "index the manifest"
+                    "`discovla index RUN MANIFEST` indexes each clip as one moment"
                 )
             places.append(first[row.video_id])
         return loaded.read_embedding(np.array(places, np.int64))

@@ -67,7 +67,7 @@ class QueryFields(BaseModel):
     def _is_one_query(self) -> QueryFields:
         names = ("q", "like", "clip", "image")
         given = [name for name in names if getattr(self, name, None) is not None]
-        expected = " or ".join(name for name in names if hasattr(self, name))
+        expected = ", ".join(name for name in names if hasattr(self, name))
         if len(given) != 1:
             raise ValueError(f"expected one of {expected}, found {' and '.join(given) or 'none'}")
         seconds = 0 if self.start is None or self.end is None else self.end - self.start

@@ -282,7 +282,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: expected the settings of an index: {error}") from None
     if version != VERSION:
-        raise ValueError(f"{file}: expected version {VERSION}, found {version}; make the index anew")
+        raise ValueError(f"{file}: expected version {VERSION}, found {version}; index the videos again")
     return settings
 
 

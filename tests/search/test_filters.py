@@ -50,8 +50,8 @@ def test_conditions(condition, expected):
         ("", "found none"),
         ("month = 1", "one of the columns year, score, title, odd name, found month"),
         ("year > '2020'", "a number to compare the column year with"),
-        ("title > 3", "a text to compare"),
-        ("year like '2%'", "after a column of text"),
+        ("title > 3", "a text in quotes to compare"),
+        ("year like '2%'", "expected a column of text before 'like', found year"),
         ("year > 2020; drop table moments", "found '; drop table moments'"),
         ("year > 2020 drop", "'and', 'or' or the end, found 'drop'"),
         ("(year > 2020", "')'"),
@@ -62,7 +62,7 @@ def test_conditions(condition, expected):
         ("__import__('os').system('true')", "found \".system('true')\""),
         ("title = 'unclosed", 'found "\'unclosed"'),
         ("x" * 3000, "at most 2000 characters"),
-        ("(" * (DEEPEST + 1) + "year = 1" + ")" * (DEEPEST + 1), "in each other"),
+        ("(" * (DEEPEST + 1) + "year = 1" + ")" * (DEEPEST + 1), "nested parentheses"),
     ],
 )
 def test_anything_else_is_refused_in_one_line(condition, part):

@@ -2,12 +2,13 @@
 
 import * as library from "/page/library.js";
 import * as player from "/page/player.js";
-import { ask, baseName, clock, element, icon, isGiven, plural, request, thumbnail } from "/page/requests.js";
+import { ask, baseName, clock, element, icon, isGiven, plural, request, size, thumbnail } from "/page/requests.js";
 
 const $ = (id) => document.getElementById(id);
 const [input, hitList] = [$("query"), $("hits")];
 const STEP = 24;
 const MOST = 200;
+const LARGEST = 10 * 1024 ** 2; // bytes of an image; the server refuses larger ones
 const CROSS = "m6 6 12 12M18 6 6 18";
 const PLAIN_NAME = /^(?!(and|or|not|in|like|is|null|true|false)$)[a-z_]\w*$/i; // of a column; others are quoted
 const OPERATORS = { text: ["=", "!=", "contains"], other: ["=", "!=", "<", "<=", ">", ">="] };
@@ -152,7 +153,9 @@ function chip(image, text, kept) {
 }
 
 function searchImage(file) {
-  if (file?.type.startsWith("image/")) start({ image: file, picture: URL.createObjectURL(file) });
+  if (!file?.type.startsWith("image/")) return;
+  if (file.size > LARGEST) say("", `image: expected at most ${size(LARGEST)}, found ${size(file.size)}`);
+  else start({ image: file, picture: URL.createObjectURL(file) });
 }
 
 // Filters

@@ -1,6 +1,6 @@
 // What the index holds: numbers, indexed and refused videos, and the progress of an indexing that runs.
 
-import { baseName, clock, element, plural, request } from "/page/requests.js";
+import { baseName, clock, element, plural, request, size } from "/page/requests.js";
 
 const $ = (id) => document.getElementById(id);
 const PAGE = 100;
@@ -78,12 +78,6 @@ function duration(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
   if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
   return `${(seconds / 3600).toLocaleString("en", { maximumFractionDigits: 1 })} h`;
-}
-
-function size(bytes) {
-  const units = ["B", "kB", "MB", "GB", "TB"];
-  const power = Math.min(units.length - 1, bytes ? Math.floor(Math.log10(bytes) / 3) : 0);
-  return `${(bytes / 1000 ** power).toLocaleString("en", { maximumFractionDigits: 1 })} ${units[power]}`;
 }
 
 $("more-videos").onclick = async () => {

@@ -64,6 +64,12 @@ export const thumbnail = (moment) => `/api/moments/${moment}/thumbnail`;
 export const baseName = (path) => path.split("/").pop();
 export const plural = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 
+export function size(bytes) {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  const power = Math.min(units.length - 1, bytes ? Math.floor(Math.log10(bytes) / 3) : 0);
+  return `${(bytes / 1000 ** power).toLocaleString("en", { maximumFractionDigits: 1 })} ${units[power]}`;
+}
+
 // 75.25 -> "1:15", with tenths "1:15.2"
 export function clock(seconds, tenths = false) {
   const total = tenths ? Math.floor(seconds * 10) / 10 : Math.floor(seconds);

@@ -60,7 +60,7 @@ def test_a_condition_leaves_videos_out(client):
 
 
 WRONG = {
-    "no query": ({}, 422, "expected one of q or like or clip, found none"),
+    "no query": ({}, 422, "expected one of q, like, clip, found none"),
     "two queries": ({"q": "red", "like": 1}, 422, "found q and like"),
     "an empty text": ({"q": ""}, 422, "q: "),
     "a long text": ({"q": "x" * 501}, 422, "at most 500 characters"),

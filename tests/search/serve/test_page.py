@@ -217,6 +217,10 @@ def test_an_uploaded_image_is_a_query(page, address, tmp_path):
     page.set_input_files("#image", {"name": "no.png", "mimeType": "image/png", "buffer": b"no picture"})
     page.wait_for_selector("#note:not([hidden])")
     assert "image: expected a picture" in page.text_content("#note")
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(11 << 20))
+    page.set_input_files("#image", large)
+    page.wait_for_function("() => document.querySelector('#note').textContent.includes('11.5 MB')")
 
 
 def test_the_library_lists_videos_refused_ones_and_progress(page, address, index, monkeypatch):
