@@ -12,10 +12,8 @@ from discovla_kernels.attention_tiles import (
     group_gradients,
     key_gradients,
     keys_with_position,
-    load_gradients,
     load_rows,
     log_sum_exp,
-    one_tile_gradients,
     program_head,
     program_sequences,
     query_gradients,
@@ -29,6 +27,7 @@ from discovla_kernels.short_attention import unsupported as attention_unsupporte
 from discovla_kernels.tiles import LOWEST, mask_pointer
 
 MAX_FRAMES = 64  # of a group; a query of each lives in registers
+PROGRAMS = 1024  # of backward at least, or groups are split: about four for each place on an H200
 
 
 def unsupported(qkv: Tensor, readout: Tensor, *others: Tensor | None) -> str:
@@ -101,76 +100,135 @@ def _temporal_fusion_forward(
 
 
 @triton.jit
+def _one_tile_backward(
+    q_ptr, mask_ptr, group_mask_ptr, grad_ptr, local_ptr, dq_ptr, position_ptr, dposition_ptr, start, length,
+    readout, member, guest_rows, guests, guest_lse, guest_mean, H, C, scale, HAS_MASK: tl.constexpr,
+    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one frame whose queries, and the group's readout queries as guests, fill one tile.
+
+    Guests take rows of the tile beyond the frame's own, so both have the same five products.  Keys with the
+    frame's position r give guests q (k + r) = q k + q r: a number for each, and dr = sum of q sum_j dS.
+    Stores dq but of the readout row, dk, dv and dr; returns dq of guests, and of the readout row as `member`.
+    """
+    width, i, c = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
+    own = i < length
+    rows = tl.where(own, start + i, guest_rows)
+    q = load_rows(q_ptr, rows, own | guests, 3 * width, C, BLOCK_C)
+    do = load_rows(grad_ptr, rows, own | guests, width, C, BLOCK_C)
+    local = tl.load(local_ptr + c, mask=c < C, other=0.0)
+    do = tl.where((i == readout)[:, None], local[None, :], do)
+    k = load_rows(q_ptr + width, start + i, own, 3 * width, C, BLOCK_C)
+    v = load_rows(q_ptr + 2 * width, start + i, own, 3 * width, C, BLOCK_C)
+    seen = visible_pairs(mask_ptr, start, i, i, length, HAS_MASK, CAUSAL)
+    seen = seen | (guests[:, None] & visible(group_mask_ptr, start, i, length, HAS_GROUP_MASK)[None, :])
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+    if HAS_POSITION:
+        position = tl.load(position_ptr + c, mask=c < C, other=0.0).to(ACC)
+        s += tl.where(guests, tl.sum(q.to(ACC) * position[None, :], axis=1), 0.0)[:, None]
+    s = tl.where(seen, scale * s, LOWEST)
+    top = tl.where(guests, guest_lse, tl.max(s, axis=1))
+    p = tl.where(seen, tl.exp(s - top[:, None]), 0.0)
+    total = tl.sum(p, axis=1)
+    p /= tl.where(guests | (total == 0), 1.0, total)[:, None]
+    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)
+    store_rows(dq_ptr + 2 * width, start + i, own, 3 * width, C, dv, BLOCK_C)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+    mean = tl.where(guests, guest_mean, tl.sum(p * dp, axis=1))
+    ds = p * (dp - mean[:, None]) * scale
+    dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
+    store_rows(dq_ptr + width, start + i, own, 3 * width, C, dk, BLOCK_C)
+    dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
+    store_rows(dq_ptr, start + i, own & (i != readout), 3 * width, C, dq, BLOCK_C)
+    if HAS_POSITION:
+        share = tl.where(guests, tl.sum(ds, axis=1), 0.0)
+        dq += share[:, None] * position[None, :]
+        dposition = tl.sum(share[:, None] * q.to(ACC), axis=0)
+        tl.store(dposition_ptr + c, dposition, mask=(c < C) & (readout >= 0))
+    local = tl.sum(tl.where((i == readout)[:, None], dq, 0.0), axis=0)
+    return tl.where(guests[:, None], dq, 0.0) + tl.where(member[:, None], local[None, :], 0.0)
+
+
+@triton.jit
 def _temporal_fusion_backward(
     qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, grad_ptr, local_grad_ptr,
-    fused_ptr, group_lse_ptr, dqkv_ptr, dposition_ptr, lse_ptr, mean_ptr, LENGTH, UNGROUPED, F, H, C,
-    scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr,
-    HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    fused_ptr, group_lse_ptr, dqkv_ptr, dposition_ptr, part_ptr, lse_ptr, mean_ptr, LENGTH, UNGROUPED, F,
+    PARTS, EACH, H, C, scale, SPLIT: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """`_short_attention_backward` frame after frame, where each tile of keys also sees the readout rows:
+    """`_short_attention_backward` frame after frame, where each tile of keys also sees the readout rows.
 
     P = exp(q[rho] Kᵀ / sqrt(c) - lse), dS = P (dg Vᵀ - dg·g) / sqrt(c), dK += dSᵀ q[rho], dV += Pᵀ dg.
     dq[rho] = dS K over all frames is added in registers to that of the readout row within its frame.
     dposition: sum over a frame's keys of dSᵀ q[rho], for each group.
+    Tile: one of PARTS parts of a group, EACH frames.  ONE: `_one_tile_backward`, 5 products for queries of
+    the frame and of the group.  SPLIT: the sum over a part's frames for dq[rho] goes to part_ptr.
     """
     program, h = program_head(H)
-    first_s, count, g, grouped = program_sequences(program, UNGROUPED, F)
-    width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
-    q_ptr, grad_ptr, dq_ptr, c = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C, tl.arange(0, BLOCK_C)
-    readout_rows = tl.load(readout_ptr + g + slot, mask=slot < grouped, other=0)
-    readout_q = load_rows(q_ptr, readout_rows, slot < grouped, 3 * width, C, BLOCK_C)
-    readout_do = load_rows(grad_ptr, readout_rows, slot < grouped, width, C, BLOCK_C)
-    fused = load_rows(fused_ptr + h * C, g + slot, slot < grouped, width, C, BLOCK_C)
+    part = tl.maximum(program - UNGROUPED, 0)  # of all groups, and then of its group
+    first_s, count, g, grouped = program_sequences(
+        tl.where(program < UNGROUPED, program, UNGROUPED + part // PARTS), UNGROUPED, F
+    )
+    first_f = part % PARTS * EACH
+    width, place, c = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
+    q_ptr, grad_ptr, dq_ptr = qkv_ptr + h * C, grad_ptr + h * C, dqkv_ptr + h * C
+    slot = place - (BLOCK - F) if ONE else tl.arange(0, BLOCK_F)  # guests are the last rows of the tile
+    guests = (slot >= 0) & (slot < grouped)
+    readout_rows = tl.load(readout_ptr + g + slot, mask=guests, other=0)
+    readout_do = load_rows(grad_ptr, readout_rows, guests, width, C, BLOCK_C)
+    fused = load_rows(fused_ptr + h * C, g + slot, guests, width, C, BLOCK_C)
     readout_mean = tl.sum(fused * readout_do.to(ACC), axis=1)
-    readout_dq = tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
-    readout_lse = tl.load(group_lse_ptr + (g + slot) * H + h, mask=slot < grouped, other=0.0)
-    for f in range(0, count):
+    readout_lse = tl.load(group_lse_ptr + (g + slot) * H + h, mask=guests, other=0.0)
+    readout_dq = tl.zeros((slot.shape[0], BLOCK_C), dtype=ACC)
+    for f in range(first_f, min(count, first_f + EACH)):
         start, length = sequence(offsets_ptr, first_s + f, LENGTH, HAS_OFFSETS)
         readout = tl.load(readout_ptr + g + f, mask=f < grouped, other=-1)
         readout = tl.where(f < grouped, readout - start, -1)
         local_ptr = local_grad_ptr + (g + f) * width + h * C
-        dposition = tl.zeros((BLOCK_C,), dtype=ACC)
-        local = tl.zeros((BLOCK_C,), dtype=ACC)
-        if not ONE:
+        dposition_place = dposition_ptr + (g + f) * width + h * C
+        if ONE:
+            readout_dq += _one_tile_backward(
+                q_ptr, mask_ptr, group_mask_ptr, grad_ptr, local_ptr, dq_ptr,
+                position_ptr + f * width + h * C, dposition_place, start, length, readout,
+                guests & (slot == f), readout_rows, guests, readout_lse, readout_mean, H, C, scale, HAS_MASK,
+                HAS_GROUP_MASK, HAS_POSITION, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+            )  # fmt: skip
+        else:
+            readout_q = load_rows(q_ptr, readout_rows, guests, 3 * width, C, BLOCK_C)
+            dposition = tl.zeros((BLOCK_C,), dtype=ACC)
             local = query_gradients(
                 q_ptr, mask_ptr, grad_ptr, local_ptr, dq_ptr, lse_ptr + h, mean_ptr + h, start, length,
                 readout, H, C, scale, True, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
             )  # fmt: skip
             tl.debug_barrier()  # other threads wrote the lse and D that are read below
-        for other in range(0, BLOCK if ONE else length, BLOCK):
-            j, real = other + place, other + place < length
-            k = load_rows(q_ptr + width, start + j, real, 3 * width, C, BLOCK_C)
-            v = load_rows(q_ptr + 2 * width, start + j, real, 3 * width, C, BLOCK_C)
-            if ONE:
-                q = load_rows(q_ptr, start + j, real, 3 * width, C, BLOCK_C)
-                do = load_gradients(grad_ptr, local_ptr, start, j, length, readout, width, C, True, BLOCK_C)
-                seen = visible_pairs(mask_ptr, start, j, j, length, HAS_MASK, CAUSAL)
-                p, ds = one_tile_gradients(q, k, v, do, seen, scale, PRECISION, ACC)
-                dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)
-                dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
-                dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
-                store_rows(dq_ptr, start + j, real & (j != readout), 3 * width, C, dq, BLOCK_C)
-                local = tl.sum(tl.where((j == readout)[:, None], dq, 0.0), axis=0)
-            else:
+            for other in range(0, length, BLOCK):
+                j, real = other + place, other + place < length
+                k = load_rows(q_ptr + width, start + j, real, 3 * width, C, BLOCK_C)
+                v = load_rows(q_ptr + 2 * width, start + j, real, 3 * width, C, BLOCK_C)
                 dk, dv = key_gradients(
                     q_ptr, mask_ptr, grad_ptr, local_ptr, lse_ptr + h, mean_ptr + h, k, v, other, start,
                     length, readout, H, C, scale, True, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
                 )  # fmt: skip
-            k_g = keys_with_position(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
-            seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
-            seen_g = seen_g & (slot < grouped)[:, None]
-            readout_dq, dk, dv, more = group_gradients(
-                readout_q, k_g, v, readout_do, seen_g, scale, readout_lse, readout_mean, readout_dq, dk, dv,
-                PRECISION, ACC,
-            )  # fmt: skip
-            dposition += more
-            store_rows(dq_ptr + width, start + j, real, 3 * width, C, dk, BLOCK_C)
-            store_rows(dq_ptr + 2 * width, start + j, real, 3 * width, C, dv, BLOCK_C)
-        readout_dq += tl.where((slot == f)[:, None], local[None, :], 0.0)
-        if HAS_POSITION:
-            tl.store(dposition_ptr + (g + f) * width + h * C + c, dposition, mask=(c < C) & (f < grouped))
-    store_rows(dq_ptr, readout_rows, slot < grouped, 3 * width, C, readout_dq, BLOCK_C)
+                k_g = keys_with_position(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :] & guests[:, None]
+                readout_dq, dk, dv, more = group_gradients(
+                    readout_q, k_g, v, readout_do, seen_g, scale, readout_lse, readout_mean, readout_dq, dk,
+                    dv, PRECISION, ACC,
+                )  # fmt: skip
+                dposition += more
+                store_rows(dq_ptr + width, start + j, real, 3 * width, C, dk, BLOCK_C)
+                store_rows(dq_ptr + 2 * width, start + j, real, 3 * width, C, dv, BLOCK_C)
+            readout_dq += tl.where((slot == f)[:, None], local[None, :], 0.0)
+            if HAS_POSITION:
+                tl.store(dposition_place + c, dposition, mask=(c < C) & (f < grouped))
+    if SPLIT:
+        rows = part.to(tl.int64) * F + slot
+        store_rows(part_ptr + h * C, rows, guests, width, C, readout_dq, BLOCK_C)
+    else:
+        store_rows(dq_ptr, readout_rows, guests, 3 * width, C, readout_dq, BLOCK_C)
 
 
 def forward(
@@ -225,18 +283,31 @@ def backward(
     """
     rows, width = len(qkv), qkv.shape[1] // 3
     acc = torch.promote_types(qkv.dtype, torch.float32)
-    constants = _constants(qkv, readout_rows, offsets, key_mask, group_mask, position, heads, length, causal)
+    tile = length + readout_rows.shape[1]  # rows of a frame and readout rows of its group
+    constants = _constants(qkv, readout_rows, offsets, key_mask, group_mask, position, heads, tile, causal)
     dposition = qkv.new_empty(*((0, 0) if position is None else readout_rows.shape), width, dtype=acc)
     row_lse, mean = (qkv.new_empty(0 if constants["ONE"] else rows, heads, dtype=acc) for _ in range(2))
     dqkv = torch.empty_like(qkv)
-    constants["num_warps"] = 8 if constants["BLOCK"] == 64 else 4  # four would spill
-    _temporal_fusion_backward[(heads * (ungrouped + len(readout_rows)),)](
+    if not constants["ONE"]:
+        constants |= {"BLOCK": 32, "num_stages": 1}  # larger tiles would spill
+    groups, frames = readout_rows.shape
+    each = frames_of_a_part(groups * heads, frames)
+    parts = triton.cdiv(frames, each)
+    partial = qkv.new_empty(groups if parts > 1 else 0, parts, frames, width, dtype=acc)
+    _temporal_fusion_backward[(heads * (ungrouped + groups * parts),)](
         qkv, qkv if offsets is None else offsets, mask_pointer(key_mask, qkv), mask_pointer(group_mask, qkv),
         readout_rows, qkv if position is None else position, grad, grad[rows:], fused, lse, dqkv, dposition,
-        row_lse, mean, length, ungrouped, readout_rows.shape[1], heads, width // heads,
-        (width // heads) ** -0.5, **constants,
+        partial, row_lse, mean, length, ungrouped, frames, parts, each, heads, width // heads,
+        (width // heads) ** -0.5, SPLIT=parts > 1, **constants,
     )  # fmt: skip
+    if parts > 1:
+        dqkv[readout_rows.flatten(), :width] = partial.sum(1).flatten(0, 1).to(dqkv.dtype)
     return dqkv, dposition
+
+
+def frames_of_a_part(programs: int, frames: int) -> int:
+    """Return how many frames a program of backward takes: all, unless `programs` groups and heads are few."""
+    return triton.cdiv(frames, min(frames, triton.cdiv(PROGRAMS, max(1, programs))))
 
 
 def _constants(

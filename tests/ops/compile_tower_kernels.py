@@ -155,7 +155,7 @@ def attention_cases() -> list[Case]:
         if dtype == HALF and length < 257:
             groups = {"HAS_GROUP_MASK": True, "HAS_POSITION": causal, "BLOCK_F": 16}
             cases += [(fusion._temporal_fusion_forward, dtype, forward | groups)]
-            cases += [(fusion._temporal_fusion_backward, dtype, tile | groups | {"num_warps": 8})]
+            cases += [(fusion._temporal_fusion_backward, dtype, tile | groups | {"SPLIT": not causal})]
             read = forward | groups | {"GROUPED": True}
             cases += [(readout._readout_attention_forward, dtype, read)]
             cases += [(readout._readout_attention_backward, dtype, read)]
@@ -165,7 +165,11 @@ def attention_cases() -> list[Case]:
 def with_arguments_of_one(case: Case) -> Case:
     """One head, one row, one frame: Triton makes constants of integers that are 1, without their methods."""
     kernel, dtype, constants = case
-    ones = {name: 1 for name in ("LENGTH", "UNGROUPED", "F", "H", "C") if name in kernel.arg_names}
+    ones = {
+        name: 1
+        for name in ("LENGTH", "UNGROUPED", "F", "PARTS", "EACH", "H", "C")
+        if name in kernel.arg_names
+    }
     return kernel, dtype, constants | ones
 
 
