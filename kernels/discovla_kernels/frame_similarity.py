@@ -213,7 +213,7 @@ def maxima(
     text, video = text.contiguous(), video.contiguous()
     (t, i, d), (v, j, _) = text.shape, video.shape
     first, second = _split(i)
-    block_t, block_v = _tile(t, v, first)
+    block_t, block_v = _tile(t, v, first, small=keep and text.element_size() > 2)
     acc = torch.promote_types(text.dtype, torch.float32)
     kept = (t, v) if keep else (1, 1)
     out = Maxima(
@@ -229,7 +229,7 @@ def maxima(
         out.text_best, out.text_index, out.video_best, out.video_index, out.pools, t, v, i, j, d, t * v,
         HAS_TEXT_MASK=text_mask is not None, HAS_VIDEO_MASK=video_mask is not None, KEEP=keep, FIRST=first,
         SECOND=second, BLOCK_T=block_t, BLOCK_V=block_v, BLOCK_D=64 if text.element_size() == 2 else 32,
-        PRECISION=precision(text), ACC=accumulator(text), num_warps=8 if block_v == 64 else 4,
+        PRECISION=precision(text), ACC=accumulator(text), num_warps=8 if block_t * first >= 128 else 4,
     )  # fmt: skip
     return out
 
@@ -290,14 +290,17 @@ def _split(parts: int) -> tuple[int, int]:
     return (half, second) if half and half + second < whole else (whole, 0)
 
 
-def _tile(t: int, v: int, first: int) -> tuple[int, int]:
-    """Return texts and videos of a tile; small if large ones would leave processors idle."""
-    large = t * v >= 1 << 16
-    return max(1, (128 if large else 32) // first), 64 if large else 32
+def _tile(t: int, v: int, first: int, small: bool) -> tuple[int, int]:
+    """Return texts and videos of a tile; small if large ones would leave processors idle.
+
+    small: also where they would spill, as they do if maxima of float32 products are kept.
+    """
+    large = t * v >= 1 << 16 and not small
+    return max(1, (128 if large else 32) // first), 32
 
 
 def traffic(shapes: tuple[int, int, int, int, int], *, masked: bool, keep: bool) -> Traffic:
-    """Traffic of `maxima` of t texts with i parts and v videos with j parts; shapes: t i v j d.
+    """Traffic of `maxima` of t texts with i parts and v videos with j parts, in float32; shapes: t i v j d.
 
     Texts are loaded j times for each of the ceil(v / BLOCK_V) tiles they are in, videos ceil(t / BLOCK_T)
     times for each run of a text's parts, mostly from L2; masks once a tile. A similarity is stored, with
@@ -305,7 +308,7 @@ def traffic(shapes: tuple[int, int, int, int, int], *, masked: bool, keep: bool)
     """
     t, i, v, j, d = shapes
     first, second = _split(i)
-    block_t, block_v = _tile(t, v, first)
+    block_t, block_v = _tile(t, v, first, small=keep)
     tiles = triton.cdiv(t, block_t), triton.cdiv(v, block_v)
     loads = t * i * j * d * tiles[1] + v * j * d * tiles[0] * (2 if second else 1) + tiles[0] * tiles[1]
     if masked:

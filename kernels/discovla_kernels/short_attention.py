@@ -147,6 +147,7 @@ def backward(
     """Return the gradient by the packed rows from that by the outputs, r w, contiguous."""
     rows, width = len(qkv), qkv.shape[1] // 3
     dqkv, tile = torch.empty_like(qkv), settings(qkv, width // heads, length)
+    tile["num_stages"] = 1  # tiles in flight would spill
     acc = torch.promote_types(qkv.dtype, torch.float32)
     lse, mean = (qkv.new_empty(0 if tile["ONE"] else rows, heads, dtype=acc) for _ in range(2))
     _short_attention_backward[_grid(rows, length, heads, offsets)](
