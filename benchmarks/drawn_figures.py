@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +21,10 @@ from discovla.data.loader import text_batches, video_batches
 from discovla.data.manifest import Clip, read_manifest
 from discovla.data.order import OrderWords
 from discovla.data.tokens import Tokenizer
-from discovla.drawn_world.drawing import COLOURS
+from discovla.drawn_world.drawing import COLOURS, PLACES, RADII, SHAPES, Thing, expose, ground, picture
 from discovla.drawn_world.probes import Probe, make_probes
-from discovla.drawn_world.scenes import make_scene
+from discovla.drawn_world.scenes import centre, make_scene, other, pick
+from discovla.drawn_world.stills import LOOK
 from discovla.drawn_world.synthetic import WorldSizes, draw_world
 from discovla.methods.base import Method
 from discovla.methods.discovla import DiscoVLA
@@ -190,6 +192,60 @@ def caption_changes(method: Method, captions: Sequence[str]) -> dict[str, dict[s
         cosine = torch.nn.functional.cosine_similarity(one, two).mean().item()
         cosines[name] = {"count": len(pairs), "cosine": cosine}
     return cosines
+
+
+def still_centres(method: Method, *, captions: int = 40, stills: int = 32) -> dict[str, float]:
+    """Compare the stills that a caption of a move describes with those of the same caption after a change.
+
+    Contrastive training draws a caption towards the mean feature of its stills, and captions whose stills are
+    alike towards each other.
+
+    Args:
+        captions: moves of one object from P to Q.  stills: pictures whose unit features are averaged.
+
+    Returns:
+        Mean cosines with the mean of the stills of a caption that shows P or Q by chance, as in the drawn
+        CLIP's pretraining: of other stills of the caption, of the stills of the exchanged caption, and of the
+        caption with another colour; and that of a caption and its exchange if every still shows the end.
+    """
+    rng, colours = np.random.default_rng(0), list(COLOURS)
+    sums = dict.fromkeys(
+        ("drawn again", "places exchanged", "places exchanged, ends", "one colour changed"), 0.0
+    )
+    for _ in range(captions):
+        shape, colour = pick(rng, SHAPES), pick(rng, colours)
+        p, q = (list(PLACES)[i] for i in rng.choice(len(PLACES), 2, replace=False))
+        drawn = {
+            "first": (colour, (p, q)),
+            "drawn again": (colour, (p, q)),
+            "places exchanged": (colour, (q, p)),
+            "one colour changed": (other(rng, colours, colour), (p, q)),
+            "end": (colour, (q,)),
+            "places exchanged, ends": (colour, (p,)),
+        }
+        centres = {
+            name: _still_centre(method, shape, colour, places, stills, rng)
+            for name, (colour, places) in drawn.items()
+        }
+        for name in sums:
+            first = centres["end" if name.endswith("ends") else "first"]
+            sums[name] += torch.nn.functional.cosine_similarity(first, centres[name], dim=0).item()
+    return {name: total / captions for name, total in sums.items()}
+
+
+def _still_centre(
+    method: Method, shape: str, colour: str, places: Sequence[str], stills: int, rng: np.random.Generator
+) -> Tensor:
+    """Return the mean unit feature, d, of stills that show an object at one of the places, by chance."""
+    pictures = []
+    for _ in range(stills):
+        x, y = centre(rng, pick(rng, places))
+        thing = Thing(shape=shape, colour=colour, x=x, y=y, radius=RADII[pick(rng, list(RADII))])
+        pictures.append(expose(picture(ground(rng, LOOK), [thing]), rng, LOOK))
+    frames = torch.from_numpy(np.stack(pictures))[:, None]  # n 1 y x 3
+    with evaluating(method):
+        features = method.encode_frames(frames, torch.ones(stills, 1, dtype=torch.bool))[:, 0]
+    return torch.nn.functional.normalize(features, dim=-1).mean(0)
 
 
 @torch.no_grad()

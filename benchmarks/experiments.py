@@ -44,7 +44,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 
-from benchmarks.drawn_figures import DrawnEvaluation, caption_changes, measure, reversal_by_event
+from benchmarks.drawn_figures import (
+    DrawnEvaluation,
+    caption_changes,
+    measure,
+    reversal_by_event,
+    still_centres,
+)
 from benchmarks.measure import RESULTS, ROOT, bytes_kept, machine, read_rows, relative_frobenius, write_row
 from discovla.batch import Batch
 from discovla.config import RunConfig, read_config
@@ -53,6 +59,7 @@ from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.engine.distributed import join_world
 from discovla.methods import build
 from discovla.methods.base import Method
+from discovla.methods.clip import CLIPConfig
 from discovla.model import load_run
 from discovla.towers.configs import config_from_architecture
 from discovla.towers.weights import DRAWN_CLIP, read_drawn_clip
@@ -300,6 +307,7 @@ _PEERS = {
 _MORE = "model.pretrained=drawn epochs=1 data.stills.count=19200 data.stills.easy_epochs=0 optim.lr=5e-4"
 TIME_RUNS = [
     Run(name="captions of the drawn CLIP", words="", kind="captions", recipe=BASIS),
+    Run(name="stills of the drawn CLIP", words="", kind="stills", recipe=BASIS),
     *(
         Run(name=name, words=f"{_MORE} data.stills.moment={moment}", kind="captions", recipe=STILLS)
         for name, moment in {"more stills": "start_or_end", "stills of the end": "end"}.items()
@@ -317,8 +325,11 @@ def measure_time(run: Run, setting: Setting) -> list[Row]:
     """As `measure_method`, with the reversal probes by kind of event and the seconds of training.
 
     A run of the kind "captions" trains on stills, if it has words, and measures what the text tower tells
-    apart.
+    apart; one of the kind "stills" measures the stills that captions describe.
     """
+    if run.kind == "stills":
+        config = setting.config(run)
+        return [{"cosines": still_centres(build(config.model, CLIPConfig(tune="frozen")))}]
     if run.kind == "captions":
         return [measured_captions(run, setting)]
     with tempfile.TemporaryDirectory() as folder:

@@ -200,6 +200,13 @@ def captions_table(results: Sequence[Row]) -> str:
     return markdown(["change", "captions", *rows], body)
 
 
+def stills_table(results: Sequence[Row]) -> str:
+    """Return the mean cosines of the mean features of stills that captions of a move describe."""
+    rows = [row for row in results if row["kind"] == "stills"]
+    body = [[name, f"{cosine:.3f}"] for name, cosine in (rows[0]["cosines"] if rows else {}).items()]
+    return markdown(["stills of the caption", "mean cosine"], body) if body else "Not measured yet."
+
+
 def frozen_table(results: Sequence[Row]) -> str:
     """Return the operations of a step for each pair, from frames and from features."""
     names = ("full", "from_frames", "from_features", "once")
@@ -386,6 +393,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods-short": lambda: methods_table(_results("methods"), SHORT_COLUMNS),
     "time": lambda: time_table(_results("time")),
     "captions": lambda: captions_table(_results("time")),
+    "stills": lambda: stills_table(_results("time")),
     "frozen": lambda: frozen_table(read_rows(RESULTS / "cpu/frozen-features.jsonl")),
     "precision": lambda: precision_table(_results("precision")),
     "tokens": lambda: tokens_table(read_rows(RESULTS / "cpu" / "tokens.jsonl")),
