@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from discovla.methods.base import Method
 from discovla.nn.block import Block, BlockShape, run_blocks
+from discovla.nn.layers import Linear
 from discovla.nn.layout import SequenceLayout
 from discovla.nn.lora import LoRA
 from discovla.ops import dispatch
@@ -25,52 +27,92 @@ CHECKED_PAIRS = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A case of a run, the smaller one that is checked, and the implementation that `auto` has by default."""
+    """A case of a run, the smaller one that is checked, and the implementation that `auto` has by default.
+
+    calls: of the op in a step.
+    """
 
     case: Case
     checked: Case
     default: str
+    calls: int = 1
+
+    @property
+    def cost(self) -> float:
+        """Seconds in a step that no implementation falls short of, on a GPU of 800 TFLOP/s and 4 TB/s."""
+        moved = sum(self.case.dtype.itemsize * math.prod(shape) for shape in self.case.shapes)
+        return self.calls * (self.case.flops / 8e14 + 4 * moved / 4e12)
 
 
-def planned(make: Callable[..., Case], n: int, checked: int, *args: Any, **options: Any) -> Planned:
+def planned(
+    make: Callable[..., Case], n: int, checked: int, *args: Any, calls: int = 1, **options: Any
+) -> Planned:
     """Plan the case make(n, ...), checked at a smaller size."""
     whole = make(n, *args, **options)
     default = dispatch.AUTO.get(whole.op, {}).get("cuda", "reference")
-    return Planned(case=whole, checked=make(min(n, checked), *args, **options), default=default)
+    few = make(min(n, checked), *args, **options)
+    return Planned(case=whole, checked=few, default=default, calls=calls)
 
 
 def cases_of_run(method: Method, pairs: int, frames: int, context_length: int) -> list[Planned]:
-    """Return the cases of a training step, blocks last: their ops are measured before.
+    """Return the cases of a training step, those that cost most first, and blocks last, after their ops.
 
     Args:
         pairs: of a process in a step.  frames: of a clip.  context_length: most tokens of a caption.
     """
-    a, dtype = method.architecture, method.compute_dtype
+    a, config, dtype = method.architecture, method.config, method.compute_dtype
     captions = pairs * (1 + frames) if method.needs_frame_captions else pairs
     lora = any(isinstance(module, LoRA) for module in method.modules())
+    fp8 = any(isinstance(module, Linear) and module.fp8_bits is not None for module in method.modules())
     half = {"dtype": dtype}
     ops: list[Planned] = []
     blocks: list[Planned] = []
-    for tower, n, rows, packed in (
-        (a.vision, pairs * frames, 1 + a.patches, False),
-        (a.text, captions, min(TOKENS, context_length), True),
+    class_row = a.frames.class_row
+    for tower, n, rows, packed, fused in (
+        (a.vision, pairs * frames, class_row + a.patches, False, class_row * config.fused_vision_blocks),
+        (a.text, captions, min(TOKENS, context_length), True, config.fused_text_blocks),
     ):
-        w, heads = tower.width, tower.heads
+        w, heads, layers = tower.width, tower.heads, tower.layers
         few = max(1, CHECKED_ROWS // rows)
-        for op in ("mlp", "lora_norm" if lora else "layer_norm", "layer_norm"):
-            ops.append(planned(partial_case(row_case, op), n * rows, CHECKED_ROWS, w, **half))
-        attention = partial_case(sequence_case, "short_attention")
-        ops.append(planned(attention, n, few, rows, w, heads, packed=packed, **half))
+        row_ops = {
+            "fp8_linear" if fp8 else "mlp": layers,
+            "lora_norm" if lora else "layer_norm": layers,
+            "fusion_norm": fused,
+        }
+        row_ops["layer_norm"] = row_ops.get("layer_norm", 0) + layers - fused
+        for op, calls in row_ops.items():
+            make = partial_case(row_case, op)
+            ops.append(planned(make, n * rows, CHECKED_ROWS, w, calls=calls, **half))
+        last = int(packed or a.frames.pool == "class")  # the last block computes the readout row alone
+        fusing = max(0, fused - last)
+        sequence_ops = {"short_attention": layers - fusing - last, "temporal_fusion": fusing}
+        sequence_ops |= {"readout_attention": last, "attention": 0 if packed else layers - last}
+        for op, calls in sequence_ops.items():
+            make = partial_case(sequence_case, op)
+            ops.append(planned(make, n, few, rows, w, heads, packed=packed, calls=calls, **half))
         shape = {"rows": rows, "width": w, "heads": heads, "hidden": tower.mlp_width, "packed": packed}
         blocks.append(planned(block_case, n, few, lora=lora, **shape, **half))
-    parts = {"frames": (frames, frames), "dim": a.embed_dim, "dtype": torch.float32}
+    ops += [
+        planned(partial_case(make, op), pairs, CHECKED_PAIRS, **options, dtype=torch.float32)
+        for make, op, options in _heads(method, frames, context_length)
+    ]
+    distinct = {x.case.name: x for x in ops if x.calls}
+    return [*sorted(distinct.values(), key=lambda x: -x.cost), *blocks]
+
+
+def _heads(
+    method: Method, frames: int, context_length: int
+) -> Iterator[tuple[Callable[..., Case], str, dict[str, Any]]]:
+    """Yield the function that makes a case, the op and the sizes of what follows the towers."""
+    config, dim = method.config, {"dim": method.architecture.embed_dim}
+    if method.scores_pooled:
+        yield row_case, "unit_mean", {"frames": frames, **dim}
+    elif (op := method.token_op) is not None:
+        yield case, op, {"frames": method.token_rows(context_length, frames), **dim}
     if method.needs_frame_captions:
-        ops.append(planned(partial_case(case, "alignment_losses"), pairs, CHECKED_PAIRS, **parts))
-    else:
-        pooled = {"dim": a.embed_dim, "dtype": torch.float32}
-        ops.append(planned(partial_case(case, "info_nce"), pairs, CHECKED_PAIRS, **pooled))
-    distinct = {x.case.name: x for x in ops}
-    return [*sorted(distinct.values(), key=lambda x: -x.case.flops), *blocks]
+        yield case, "alignment_losses", {"frames": (frames, frames), **dim}
+    elif method.scores_pooled:
+        yield case, "sigmoid_loss" if config.loss == "sigmoid" else "info_nce", dim
 
 
 def partial_case(make: Callable[..., Case], op: str) -> Callable[..., Case]:

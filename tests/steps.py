@@ -238,9 +238,14 @@ class _Work:
         self.work.wait()
 
 
-def on_ranks(case: Callable[[World], Any], size: int, folder: Path, *, seconds: float = 120) -> Any:
-    """Run `case`, a function of a module, on several ranks and return the result of the first."""
-    server, port = multiprocessing.get_context("forkserver"), free_port()
+def on_ranks(
+    case: Callable[[World], Any], size: int, folder: Path, *, seconds: float = 120, start: str = "forkserver"
+) -> Any:
+    """Run `case`, a function of a module, on several ranks and return the result of the first.
+
+    start: "fork" starts them at once, for cases that use no other thread's work.
+    """
+    server, port = multiprocessing.get_context(start), free_port()
     arguments = [(case, rank, size, port, str(folder / f"of{size}.pt")) for rank in range(size)]
     processes = [server.Process(target=_rank, args=each) for each in arguments]
     for process in processes:

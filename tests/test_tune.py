@@ -12,6 +12,7 @@ import torch
 from discovla import tune
 from discovla.candidates import cases_of_run, partial_case, planned
 from discovla.engine.distributed import World
+from discovla.nn.precision import quantise_frozen
 from discovla.ops import dispatch
 from discovla.ops.tower_cases import row_case
 from discovla.ops.unit_mean import unit_mean
@@ -42,7 +43,7 @@ def own_cache(monkeypatch, tmp_path) -> Path:
 
 
 def only(monkeypatch, *impls: str) -> None:
-    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "fake", impls)
+    monkeypatch.setitem(dispatch.CANDIDATES, "fake", dict.fromkeys(impls, "stand-in"))
 
 
 def row(impl: str, ms: float | None, failure: str = "", **options) -> Measurement:
@@ -143,6 +144,32 @@ def test_all_ranks_use_the_choices_of_the_first_of_their_kind(monkeypatch, caplo
     assert "ranks differ (gpu 0, gpu 1)" in caplog.text
 
 
+MEASURED = {
+    "gpu 0": [row("reference", 5.0), row("a", 1.0), row("b", 3.0)],
+    "gpu 1": [row("reference", 9.0), row("a", None, "wrong: x"), row("b", 4.0)],
+}
+
+
+def tune_on_rank(world: World) -> dict[str, float]:
+    """Tune as a rank whose measurements are its own; the loss stands for the choice that it uses."""
+    data = type("Data", (), {"frames": 2, "context_length": 32})
+    engine = type("Engine", (), {"tune": "auto", "tf32": True})
+    config = type("Config", (), {"engine": engine, "data": data, "batch_size": 4})
+    tune.cases_of_run = lambda *given: [tune_candidates.plan()]
+    tune.machine_key = lambda device: {"gpu": f"gpu {world.rank}"}
+    tune.measurements_of = lambda option, key, plans, **options: MEASURED[key["gpu"]]
+    assert (
+        tune.tune(config, None, replace(world, device=torch.device("cuda"))) == MEASURED[f"gpu {world.rank}"]
+    )
+    return {"loss": ["reference", "a", "b"].index(dispatch._choices[PROBLEM[0]][8])}
+
+
+def test_two_processes_whose_gpus_measure_differently_take_one_choice(tmp_path):
+    """`a` is the fastest on the first and wrong on the second; `on_ranks` compares what both use."""
+    assert chosen([MEASURED["gpu 0"]]) == {PROBLEM[0]: {"8": "a"}}
+    assert steps.on_ranks(tune_on_rank, 2, tmp_path, start="fork") == {"loss": 2}
+
+
 def test_choices_are_kept_and_read_without_measuring_again(monkeypatch, own_cache):
     results = [row("reference", 5.0), row("crash", None, "failed: x", problem=None, error=None)]
     monkeypatch.setattr(tune, "measured", lambda plans, **options: results)
@@ -199,7 +226,7 @@ def test_a_measured_choice_is_taken_at_the_nearest_size_and_for_its_dtype_alone(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 def test_a_real_op_is_measured_in_the_interpreter_and_then_runs_as_chosen(monkeypatch):
     monkeypatch.setattr(dispatch, "MEASURED_ON", ("cpu",))
-    monkeypatch.setitem(dispatch.LIBRARY_IMPLEMENTATIONS, "unit_mean", ())
+    monkeypatch.setitem(dispatch.CANDIDATES, "unit_mean", dict.fromkeys(("reference", "triton"), ""))
     monkeypatch.setitem(tune_candidates.MS, "triton", 1.0)
     plan = planned(partial_case(row_case, "unit_mean"), 9, 3, 5, dtype=torch.float32)
     results = measured([plan], limit=100, seconds=600, device="cpu", clock=tune_candidates.triton_first)
@@ -218,7 +245,12 @@ def test_the_cases_of_a_run_can_be_sent_checked_and_timed():
     method.compute_dtype = torch.float32
     plans = cases_of_run(method, pairs=2, frames=2, context_length=32)
     ops = [plan.case.op for plan in plans]
-    assert {"mlp", "lora_norm", "layer_norm", "short_attention", "alignment_losses"} < set(ops)
+    assert set(ops) == {
+        *("mlp", "lora_norm", "layer_norm", "fusion_norm", "attention", "short_attention"),
+        *("readout_attention", "unit_mean", "alignment_losses", "block"),
+    }
+    costs = [plan.cost for plan in plans if plan.case.op != "block"]
+    assert costs == sorted(costs, reverse=True)
     assert ops[-2:] == ["block", "block"] and "block" not in ops[:-2]
     for plan in plans:
         for impl in ("torch", "ops", "reference") if plan.case.op == "block" else ("reference",):
@@ -232,6 +264,32 @@ def test_the_cases_of_a_run_can_be_sent_checked_and_timed():
             result = tune.measure(pickle.loads(pickle.dumps(candidate)))
             assert not result.failure, (plan.case.name, impl, result)
             assert result.ms == 5.0 and result.problem[0].split()[0] == plan.case.op
+
+
+def test_fp8_layers_are_measured_by_their_own_product_with_each_kind_of_scales():
+    method = steps.make("discovla").float()
+    quantise_frozen(method, torch.device("cpu"), backward=True)
+    plans = [p for p in cases_of_run(method, 2, 2, 32) if p.case.op in ("mlp", "fp8_linear")]
+    assert {plan.case.op for plan in plans} == {"fp8_linear"}
+    checked = plans[0].checked
+    checked = replace(checked, dtype=torch.float32)
+    leaves = checked.leaves("cpu")
+    truth = checked.truth(leaves)
+    for impl in ("reference", "fast", "tensor"):
+        errors = checked.errors(impl, leaves, truth)
+        assert 1e-2 < errors["err_fro"] < checked.limits[0], impl
+        assert 1e-2 < errors["err_gradient"] < checked.limits[1], impl
+
+
+def test_a_method_that_compares_tokens_measures_their_similarity_at_its_numbers_of_rows():
+    method = steps.make("t2vparser")
+    plans = cases_of_run(method, pairs=2, frames=3, context_length=32)
+    (plan,) = (plan for plan in plans if plan.case.op.startswith("token"))
+    config = method.config
+    assert plan.case.op == method.token_op and plan.case.frames == method.token_rows(32, 3)
+    assert method.token_rows(32, 3)[1] == config.concat + 3 * config.concat_local + config.views
+    leaves = plan.checked.leaves("cpu")
+    assert plan.checked.errors("torch", leaves, plan.checked.truth(leaves))["err_gradient"] < 1e-4
 
 
 def test_blocks_are_timed_as_graphs_too_and_the_graph_recommended_if_it_is_faster(monkeypatch):

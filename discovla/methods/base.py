@@ -25,7 +25,7 @@ from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses, fra
 from discovla.ops.column_shard import ColumnShard
 from discovla.ops.dispatch import Impl
 from discovla.ops.info_nce import EXCLUDED, contrastive_loss, info_nce
-from discovla.ops.sigmoid_loss import sigmoid_loss
+from discovla.ops.sigmoid_loss import sigmoid_loss, sigmoid_loss_of_logits
 from discovla.ops.token_similarity import TokenInputs, token_similarity
 from discovla.ops.unit_mean import unit_mean
 from discovla.towers.architecture import Architecture, TowerShape
@@ -229,6 +229,15 @@ class Method(nn.Module):
     def scores_pairs(self) -> bool:
         """True if `similarity` runs a network on every pair, which is too slow for many videos."""
         return False
+
+    @property
+    def token_op(self) -> str | None:
+        """The op by which the losses compare the rows of captions with those of videos; None for none."""
+        return "token_similarity" if self.config.similarity == "tokens" else None
+
+    def token_rows(self, words: int, frames: int) -> tuple[int, int]:
+        """Numbers of rows of a caption and of a video that `token_op` compares."""
+        return words, frames
 
     @property
     def impl(self) -> Impl:
@@ -556,8 +565,12 @@ class Method(nn.Module):
         if self.config.loss == "sigmoid":
             bias = self.logit_scale.bias
             assert bias is not None, "checked for these towers"
+            if not self.needs_frame_captions:
+                scalars = self.logit_scale(), bias
+                loss = sigmoid_loss(text.pooled, video.pooled, *scalars, ignore=ignore, columns=columns)
+                return VideoLosses(total=loss, terms={"video": loss})
             logits = self.logit_scale() * unit(text.pooled) @ unit(video.pooled).T
-            loss = sigmoid_loss(logits, bias, ignore, columns)
+            loss = sigmoid_loss_of_logits(logits, bias, ignore, columns)
             return VideoLosses(total=loss, terms={"video": loss}, logits=excluded(logits, ignore))
         if self.scores_pooled:
             pooled = (text.pooled, video.pooled, self.logit_scale())

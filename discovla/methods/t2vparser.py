@@ -271,6 +271,15 @@ class T2VParser(Method):
         parts = [(self.config.concat, ones[:, :1]), (self.config.concat_local, mask), (True, ones)]
         return cat([part for used, part in parts if used], dim=1)
 
+    @property
+    def token_op(self) -> str:
+        return "token_communication" if self.config.communication else "token_training_similarity"
+
+    def token_rows(self, words: int, frames: int) -> tuple[int, int]:
+        config = self.config
+        views = config.views + config.concat
+        return views + words * config.concat_local, views + frames * config.concat_local
+
     def similarity(self, text: Embedding, video: Embedding) -> Tensor:
         """Logits t v for ranking: matches from both sides, over tau."""
         return token_similarity(_inputs(text, video), kappa=self.config.kappa) / self.config.tau

@@ -37,8 +37,8 @@ def attention(
         causal: query i sees keys j <= i only (besides `mask`).
         dropout: probability with which a softmax weight is dropped; the others are divided by 1 - dropout.
             Any value but 0 uses torch's fused attention, and so does torch.compile.
-        impl: reference (plain torch), torch (its fused kernel), flash, cudnn or efficient (that back end of
-            torch's), or auto.
+        impl: reference (plain torch), torch (its fused kernel), math, flash, cudnn or efficient (that back
+            end of torch's), or auto.
 
     Returns:
         n h i c, in the dtype of q.

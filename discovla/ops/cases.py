@@ -19,6 +19,7 @@ from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
 from discovla.ops.late_interaction import late_interaction
 from discovla.ops.rank_of_positive import rank_of_positive
+from discovla.ops.sigmoid_loss import sigmoid_loss
 from discovla.ops.soft_vlad import soft_vlad
 from discovla.ops.token_similarity import TokenInputs, token_similarity, token_training_similarity
 from discovla.ops.top_k import top_k
@@ -28,6 +29,7 @@ Call = Callable[[list[Tensor], Impl, bool], Any]  # leaves, impl, masked -> a te
 # Half-precision inputs are exact in float32, and a gradient is rounded to its input's dtype.
 BUDGET = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-5, 2e-3), torch.bfloat16: (2e-5, 8e-3)}
 TF32 = (1e-3, 4e-3)  # of float32 inputs where products may be in TF32
+SCALE = 20.0  # logit scale of cases
 STRIP = 32  # texts whose maxima are compared at once
 MARGIN = 1e-4  # maxima closer to each other than this may be exchanged by rounding
 
@@ -90,7 +92,7 @@ class Case:
         """Return inputs of noise, then logit_scale if the op has one."""
         generator = torch.Generator(device).manual_seed(seed)
         noise = [torch.randn(s, generator=generator, device=device).to(self.dtype) for s in self.shapes]
-        scale = torch.tensor(20.0, device=device, dtype=torch.promote_types(self.dtype, torch.float32))
+        scale = torch.tensor(SCALE, device=device, dtype=torch.promote_types(self.dtype, torch.float32))
         return [x.requires_grad_(self.backward) for x in [*noise, *([scale] if self.scaled else [])]]
 
     def run(self, leaves: list[Tensor], impl: Impl) -> list[Tensor]:
@@ -196,6 +198,11 @@ def _info_nce(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
     return info_nce(*leaves, ignore=_ignore(leaves[0]) if masked else None, impl=impl)
 
 
+def _sigmoid(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    bias = torch.full_like(leaves[2], -10.0)
+    return sigmoid_loss(*leaves, bias, ignore=_ignore(leaves[0]) if masked else None, impl=impl)
+
+
 def _alignment(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
     text, video, text_frames, video_frames, scale = leaves
     inputs = AlignmentInputs(
@@ -211,18 +218,25 @@ def _alignment(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
 
 
 def _late_interaction(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
-    text, video = leaves[:2]
-    text_mask, video_mask = (_mask(x) if masked else None for x in leaves[:2])
-    inputs = TokenInputs(text=text, video=video, text_mask=text_mask, video_mask=video_mask)
-    return late_interaction(inputs, impl=impl)
+    return late_interaction(_token_inputs(leaves, masked), impl=impl)
 
 
 def _tokens(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
-    text, video, scale = leaves
+    return leaves[2] * token_similarity(_token_inputs(leaves, masked), kappa=20.0, impl=impl)
+
+
+def _training_tokens(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    return leaves[2] * token_training_similarity(_token_inputs(leaves, masked), kappa=20.0, impl=impl)
+
+
+def _communication(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
+    options = {"kappa": 20.0, "communication": True}
+    return leaves[2] * token_training_similarity(_token_inputs(leaves, masked), **options, impl=impl)
+
+
+def _token_inputs(leaves: list[Tensor], masked: bool) -> TokenInputs:
     text_mask, video_mask = (_mask(x) if masked else None for x in leaves[:2])
-    inputs = TokenInputs(text=text, video=video, text_mask=text_mask, video_mask=video_mask)
-    ranking = token_similarity(inputs, kappa=20.0, impl=impl)
-    return scale * (ranking + token_training_similarity(inputs, kappa=20.0, impl=impl))
+    return TokenInputs(text=leaves[0], video=leaves[1], text_mask=text_mask, video_mask=video_mask)
 
 
 def _soft_vlad(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
@@ -258,8 +272,11 @@ CALLS: dict[str, Call] = {
     "alignment_losses": _alignment,
     "late_interaction": _late_interaction,
     "rank_of_positive": _ranks,
+    "sigmoid_loss": _sigmoid,
     "soft_vlad": _soft_vlad,
+    "token_communication": _communication,
     "token_similarity": _tokens,
+    "token_training_similarity": _training_tokens,
     "top_k": _top_k,
 }
 
@@ -269,6 +286,7 @@ def case(op: str, n: int, *, m: int = 0, frames: tuple[int, int] = (1, 1), dim: 
     m = m or n
     pooled, parts = ((n, dim), (m, dim)), ((n, frames[0], dim), (m, frames[1], dim))
     of_parts = {"frame_similarity": parts, "late_interaction": parts, "alignment_losses": (*pooled, *parts)}
-    of_parts |= {"token_similarity": parts, "soft_vlad": (parts[0], (5, dim), (5, dim))}
+    of_parts |= {f"token_{kind}": parts for kind in ("similarity", "training_similarity", "communication")}
+    of_parts |= {"soft_vlad": (parts[0], (5, dim), (5, dim))}
     shapes = of_parts.get(op, pooled)
     return Case(op=op, call=CALLS[op], n=n, m=m, frames=frames, dim=dim, shapes=shapes, **options)

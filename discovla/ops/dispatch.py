@@ -26,57 +26,189 @@ from discovla.ops.cuda import library
 
 logger = logging.getLogger(__name__)
 
-# "compiled" is the reference (of blocks: plain torch) under torch.compile; "ops" computes blocks by ops that
-# each take their own choice; the names after "cuda" are those of libraries and of torch's back ends
+# names of implementations; CANDIDATES says what each is for an op
 Impl = Literal[
     "auto", "reference", "torch", "compiled", "ops", "triton", "cuda",
-    "flash", "cudnn", "efficient", "varlen", "flash_attn", "quack",
+    "cublas", "chunks", "fast", "tensor",
+    "math", "flash", "cudnn", "efficient", "varlen", "flash_attn", "quack",
 ]  # fmt: skip
 # modes of `nn.memory`: what a transformer block keeps for backward
 Memory = Literal["auto", "keep", "recompute_mlp", "recompute_projections", "recompute_blocks"]
 
+# op -> its candidates, the default plain torch first, and what computes each
+CANDIDATES: dict[str, dict[str, str]] = {
+    "alignment_losses": {
+        "reference": "matrices in memory",
+        "torch": "blocks of pairs, computed again in backward",
+        "triton": "blocks of pairs in one kernel each, or one kernel for a small batch",
+        "chunks": "larger blocks: the vendor's products, all else fused by torch.compile",
+        "compiled": "the reference under torch.compile",
+    },
+    "attention": {
+        "reference": "scores in memory",
+        "torch": "torch's fused attention, by the back end that torch chooses",
+        "math": "torch's back end with scores in memory",
+        "flash": "torch's flash attention",
+        "cudnn": "cuDNN's attention through torch",
+        "efficient": "torch's memory-efficient attention",
+    },
+    "block": {
+        "reference": "ops by their references",
+        "torch": "plain torch, attention padded",
+        "triton": "ops by their kernels",
+        "compiled": "plain torch under torch.compile",
+        "ops": "each op by its own choice",
+    },
+    "fp8_linear": {
+        "reference": "8-bit numbers multiplied in float32",
+        "torch": "torch._scaled_mm with a scale a row",
+        "triton": "the same, rows rounded by a kernel",
+        "fast": "the same with the hardware's fast sums",
+        "tensor": "torch._scaled_mm with fast sums, and one scale for all rows",
+    },
+    "frame_patches": {
+        "reference": "plain torch",
+        "triton": "one kernel",
+    },
+    "frame_similarity": {
+        "reference": "all products in memory",
+        "torch": "blocks of pairs, computed again in backward",
+        "triton": "blocks of pairs in one kernel each",
+        "cuda": "the same in CUDA C++",
+        "chunks": "larger blocks: the vendor's products, all else fused by torch.compile",
+        "compiled": "the reference under torch.compile",
+    },
+    "fusion_norm": {
+        "reference": "plain torch",
+        "triton": "one kernel",
+    },
+    "info_nce": {
+        "reference": "the matrix in memory",
+        "torch": "blocks of pairs, computed again in backward",
+        "triton": "blocks of pairs in one kernel each",
+        "chunks": "larger blocks: the vendor's products, all else fused by torch.compile",
+        "compiled": "the reference under torch.compile",
+    },
+    "late_interaction": {
+        "reference": "all products in memory",
+        "torch": "blocks of pairs, computed again in backward",
+        "triton": "blocks of pairs in one kernel each",
+    },
+    "layer_norm": {
+        "reference": "plain torch",
+        "triton": "one kernel",
+        "compiled": "the reference under torch.compile",
+    },
+    "lora_norm": {
+        "reference": "plain torch",
+        "triton": "one kernel",
+        "compiled": "the reference under torch.compile",
+    },
+    "merge_tokens": {
+        "reference": "products with one-hot rows",
+        "torch": "scatters",
+        "triton": "one kernel",
+    },
+    "mlp": {
+        "reference": "plain torch",
+        "triton": "Triton's products with the activation in their epilogue",
+        "compiled": "the reference under torch.compile",
+        "cublas": "the vendor's products, and one kernel for the activation",
+        "quack": "QuACK's products with the activation in their epilogue",
+    },
+    "preprocess_frames": {
+        "reference": "plain torch",
+        "triton": "one kernel",
+    },
+    "quantise_rows": {
+        "reference": "plain torch",
+        "triton": "one kernel",
+    },
+    "rank_of_positive": {
+        "reference": "scores in memory",
+        "torch": "scores of some queries at a time",
+        "triton": "tiles of scores in one kernel",
+        "cuda": "the same in CUDA C++",
+    },
+    "readout_attention": {
+        "reference": "scores in memory",
+        "torch": "torch's fused attention on padded rows",
+        "triton": "one kernel",
+        "math": "torch's back end with scores in memory, on padded rows",
+        "efficient": "torch's memory-efficient attention on padded rows",
+    },
+    "readout_lora_norm": {
+        "reference": "plain torch",
+        "triton": "one kernel",
+        "compiled": "the reference under torch.compile",
+    },
+    "short_attention": {
+        "reference": "scores in memory, packed rows padded",
+        "torch": "torch's fused attention, packed rows padded",
+        "triton": "one kernel, nothing padded",
+        "math": "torch's back end with scores in memory, packed rows padded",
+        "flash": "torch's flash attention, of rows that are not packed",
+        "cudnn": "cuDNN's attention through torch, of rows that are not packed",
+        "efficient": "torch's memory-efficient attention, packed rows padded",
+        "varlen": "torch.nn.attention.varlen, of packed rows",
+        "flash_attn": "the package flash-attn, nothing padded",
+    },
+    "sigmoid_loss": {
+        "reference": "logits in memory",
+        "torch": "blocks of pairs, their gradients beside the loss",
+        "chunks": "larger blocks: the vendor's products, all else fused by torch.compile",
+    },
+    "soft_vlad": {
+        "reference": "plain torch",
+        "torch": "some samples at a time",
+        "triton": "one kernel",
+    },
+    "temporal_fusion": {  # all but reference and triton attend across frames by torch's fused attention
+        "reference": "scores in memory, packed rows padded",
+        "torch": "torch's fused attention, packed rows padded",
+        "triton": "one kernel for both, nothing padded",
+        "math": "within frames as short_attention's math",
+        "flash": "within frames as short_attention's flash",
+        "cudnn": "within frames as short_attention's cudnn",
+        "efficient": "within frames as short_attention's efficient",
+        "varlen": "within frames as short_attention's varlen",
+        "flash_attn": "within frames as short_attention's flash_attn",
+    },
+    "token_communication": {
+        "reference": "all products in memory",
+        "torch": "blocks of pairs, computed again in backward",
+    },
+    "token_similarity": {
+        "reference": "all products in memory",
+        "torch": "blocks of pairs, computed again in backward",
+        "triton": "blocks of pairs in one kernel each",
+    },
+    "token_training_similarity": {
+        "reference": "all products in memory",
+        "torch": "blocks of pairs, computed again in backward",
+        "triton": "blocks of pairs in one kernel each",
+    },
+    "top_k": {
+        "reference": "scores in memory",
+        "torch": "scores of some queries at a time",
+        "cuda": "CUDA C++",
+    },
+    "unit_mean": {
+        "reference": "plain torch",
+        "triton": "one kernel",
+        "compiled": "the reference under torch.compile",
+    },
+}
+OWN = (
+    "reference",
+    "torch",
+    "triton",
+    "cuda",
+    "cublas",
+)  # the other candidates are those of compilers and libraries
 # op -> its implementations in this repository
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "alignment_losses": ("reference", "torch", "triton"),
-    "attention": ("reference", "torch"),
-    "block": ("reference", "torch", "triton"),
-    "fp8_linear": ("reference", "torch", "triton"),
-    "frame_patches": ("reference", "triton"),
-    "frame_similarity": ("reference", "torch", "triton", "cuda"),
-    "fusion_norm": ("reference", "triton"),
-    "info_nce": ("reference", "torch", "triton"),
-    "late_interaction": ("reference", "torch", "triton"),
-    "layer_norm": ("reference", "triton"),
-    "lora_norm": ("reference", "triton"),
-    "merge_tokens": ("reference", "torch", "triton"),
-    "mlp": ("reference", "triton"),
-    "preprocess_frames": ("reference", "triton"),
-    "quantise_rows": ("reference", "triton"),
-    "rank_of_positive": ("reference", "torch", "triton", "cuda"),
-    "readout_attention": ("reference", "torch", "triton"),
-    "readout_lora_norm": ("reference", "triton"),
-    "short_attention": ("reference", "torch", "triton"),
-    "soft_vlad": ("reference", "torch", "triton"),
-    "temporal_fusion": ("reference", "torch", "triton"),
-    "token_communication": ("reference", "torch"),
-    "token_similarity": ("reference", "torch", "triton"),
-    "token_training_similarity": ("reference", "torch", "triton"),
-    "top_k": ("reference", "torch", "cuda"),
-    "unit_mean": ("reference", "triton"),
-}
-# op -> its implementations by torch.compile and by libraries, which measured choices may take too
-LIBRARY_IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "alignment_losses": ("compiled",),
-    "attention": ("flash", "cudnn", "efficient"),
-    "block": ("compiled", "ops"),
-    "frame_similarity": ("compiled",),
-    "info_nce": ("compiled",),
-    "layer_norm": ("compiled",),
-    "lora_norm": ("compiled",),
-    "mlp": ("compiled", "quack"),
-    "readout_lora_norm": ("compiled",),
-    "short_attention": ("varlen", "flash_attn"),
-    "unit_mean": ("compiled",),
+    op: tuple(name for name in names if name in OWN) for op, names in CANDIDATES.items()
 }
 # op -> the module of discovla_kernels with its kernels
 KERNELS: dict[str, str] = {
@@ -117,6 +249,7 @@ AUTO: dict[str, dict[str, str]] = {
     "rank_of_positive": {"cpu": "torch", "cuda": "torch"},
     "readout_attention": {"cpu": "torch", "cuda": "torch"},
     "short_attention": {"cpu": "torch", "cuda": "torch"},
+    "sigmoid_loss": {"cpu": "torch", "cuda": "torch"},
     "soft_vlad": {"cpu": "torch", "cuda": "torch"},
     "temporal_fusion": {"cpu": "torch", "cuda": "torch"},
     "token_communication": {"cpu": "torch", "cuda": "torch"},
@@ -127,8 +260,15 @@ AUTO: dict[str, dict[str, str]] = {
 
 # an op that shares the weights of another takes its choice
 SHARED = {"readout_lora_norm": "lora_norm"}
-ROWS = {"layer_norm", "fusion_norm", "lora_norm", "mlp"}  # ops of rows, whatever axes these have
+ROWS = {
+    "fp8_linear",
+    "layer_norm",
+    "fusion_norm",
+    "lora_norm",
+    "mlp",
+}  # ops of rows, whatever axes these have
 SDPA = {  # torch's back ends of attention
+    "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -154,7 +294,7 @@ def choose(
     """Name the implementation that serves `op` on a device.
 
     Args:
-        op: name of the op, a key of IMPLEMENTATIONS.
+        op: name of the op, a key of CANDIDATES.
         impl: "auto", or an implementation, which is then never replaced by another.
         device_type: "cpu" or "cuda".
         small: True if the op is one block, so that streaming has no point.
@@ -193,7 +333,7 @@ def describe(impl: str, device_type: str) -> str:
 
 def implementations(op: str) -> tuple[str, ...]:
     """Return the names of all implementations of an op, whether they can run here or not."""
-    return IMPLEMENTATIONS[op] + LIBRARY_IMPLEMENTATIONS.get(op, ())
+    return tuple(CANDIDATES[op])
 
 
 def problem(op: str, operands: Sequence[Tensor | None]) -> Problem:
@@ -294,12 +434,12 @@ def _measured(op: str, operands: Sequence[Tensor | None]) -> str | None:
 
 def unavailable(op: str, impl: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
     """Return why an implementation cannot run, or ""; `operands` as for `choose`."""
-    if impl == "triton":
+    if impl in ("triton", "cublas", "fast"):
         return _triton_unavailable(op, device_type, operands)
     if impl == "cuda":
         return _cuda_unavailable(op, device_type, operands)
     if impl in SDPA or impl in LIBRARIES:
-        return _library_unavailable(impl, device_type, operands)
+        return _library_unavailable(op, impl, device_type, operands)
     return ""
 
 
@@ -321,6 +461,13 @@ def _cuda_unavailable(op: str, device_type: str, operands: Sequence[Tensor | Non
     return kernel(op, "cuda").unsupported(*operands) if operands else ""
 
 
+# op -> the places among its operands of a mask within sequences and of the offsets of packed rows
+MASK_AND_OFFSETS = {
+    "attention": (1, None),
+    "readout_attention": (4, 3),
+    "short_attention": (1, 2),
+    "temporal_fusion": (3, 2),
+}
 # implementation -> the module it needs, and how it is installed
 LIBRARIES = {
     "varlen": ("torch.nn.attention.varlen", "torch >= 2.13 has it"),
@@ -329,17 +476,25 @@ LIBRARIES = {
 }
 
 
-def _library_unavailable(impl: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
+def _library_unavailable(op: str, impl: str, device_type: str, operands: Sequence[Tensor | None]) -> str:
     """Return why a library, or a back end of torch's attention, cannot run, or ""."""
+    if impl == "math":
+        return ""
     if impl in LIBRARIES and not _installed(LIBRARIES[impl][0]):
         return f"{LIBRARIES[impl][0]} is not installed: {LIBRARIES[impl][1]}"
     if device_type != "cuda":
         return f"it needs a CUDA device, found {device_type}"
-    if operands and impl != "efficient" and operands[0] is not None and operands[0].element_size() != 2:
+    if not operands or impl == "efficient":
+        return ""
+    if operands[0] is not None and operands[0].element_size() != 2:
         return f"it takes float16 and bfloat16, found {operands[0].dtype}"
-    if impl in ("flash", "varlen", "flash_attn") and len(operands) > 1 and operands[1] is not None:
+    mask, offsets = MASK_AND_OFFSETS.get(op, (None, None))
+    packed = offsets is not None and operands[offsets] is not None
+    if mask is not None and operands[mask] is not None:
         return "it takes no mask"
-    if impl == "varlen" and operands and operands[-1] is None:
+    if impl in ("flash", "cudnn") and packed:
+        return "it takes no packed sequences"
+    if impl == "varlen" and not packed:
         return "it takes packed sequences"
     return ""
 

@@ -58,10 +58,24 @@ class FP8Method:
     """Functions that compute an FP8 product on a device.
 
     product: multiplies rows by a weight.  rounding: the implementation of `quantise_rows`.
+    one_scale: True if all rows of a tensor have the same scale.
     """
 
     product: Product
     rounding: Impl
+    one_scale: bool = False
+
+    def round(
+        self,
+        x: Tensor,
+        column_scale: Tensor | None = None,
+        *,
+        activation: Activation | None = None,
+        hidden: Tensor | None = None,
+    ) -> Rows:
+        """`quantise_rows` as `product` takes its rows."""
+        options = {"activation": activation, "hidden": hidden, "one_scale": self.one_scale}
+        return quantise_rows(x, column_scale, **options, impl=self.rounding)
 
 
 def quantise_weight(weight: Tensor, *, backward: bool = False) -> FP8Weight:
@@ -91,8 +105,10 @@ def fp8_linear(x: Tensor, weight: FP8Weight, bias: Tensor, *, impl: Impl = "auto
         x: ... i.
         bias: o, frozen, used in the dtype of x.
         impl: torch (a product of FP8 numbers: on Hopper GPUs and later, for sizes that are multiples of 16;
-            x must be bfloat16), triton (the same, with rows rounded by a kernel), reference (the same numbers
-            multiplied in float32, anywhere), or auto: torch on a GPU, else reference.
+            x must be bfloat16), triton (the same, with rows rounded by a kernel), fast (that with the
+            hardware's fast sums), tensor (fast sums and one scale for all rows and one for the weight),
+            reference (the same numbers multiplied in float32, anywhere), or auto: torch on a GPU, else
+            reference.
 
     Returns:
         ... o, in the dtype of x; sums are float32.
@@ -134,8 +150,11 @@ def check_fp8(x: Tensor, weight: FP8Weight, bias: Tensor) -> None:
 def choose_method(impl: Impl, x: Tensor) -> FP8Method:
     """Return the functions that multiply rows like x in FP8."""
     chosen = choose("fp8_linear", impl, x.device.type, operands=(x,))
-    product = _scaled_product if chosen == "torch" or (chosen == "triton" and x.is_cuda) else _reference
-    return FP8Method(product, "triton" if chosen == "triton" else "reference")
+    products = {"torch": _scaled_product, "triton": _scaled_product, "fast": _fast_product}
+    products |= {"tensor": _tensor_product, "reference": _reference}
+    product = products[chosen] if x.is_cuda or chosen == "torch" else _reference
+    rounding: Impl = "triton" if chosen in ("triton", "fast") else "reference"
+    return FP8Method(product, rounding, one_scale=chosen == "tensor")
 
 
 def input_gradient(
@@ -153,7 +172,7 @@ def input_gradient(
     if len(weight) == 1:
         return grad @ weight[0].to(grad.dtype)
     transposed, scale = weight
-    rows = quantise_rows(grad, scale, activation=activation, hidden=hidden, impl=method.rounding)
+    rows = method.round(grad, scale, activation=activation, hidden=hidden)
     return method.product(rows, transposed, scale.new_ones(len(transposed)), None, grad.dtype)
 
 
@@ -162,7 +181,7 @@ class _FP8Linear(Function):
     def forward(ctx: Any, x: Tensor, weight: FP8Weight, bias: Tensor, method: FP8Method) -> Tensor:
         ctx.method = method
         ctx.save_for_backward(*weight.backward_tensors)
-        rows = quantise_rows(x, impl=method.rounding)
+        rows = method.round(x)
         return method.product(rows, weight.bits, weight.scale, bias, x.dtype)
 
     @staticmethod
@@ -179,15 +198,37 @@ def _reference(rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, d
 
 
 def _scaled_product(
+    rows: Rows,
+    bits: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    fast: bool = False,
+) -> Tensor:
+    """`_reference` by the hardware's FP8 product; fast: with its sums of less precision than float32."""
+    scales = {"scale_a": rows[1], "scale_b": columns[None]}
+    options = {"bias": bias, "out_dtype": dtype, "use_fast_accum": fast}
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        rows[0], bits.view(FP8).T, **scales, **options
+    )
+
+
+def _fast_product(
     rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`_reference` by the hardware's FP8 product with float32 sums."""
-    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-        rows[0],
-        bits.view(FP8).T,
-        scale_a=rows[1],
-        scale_b=columns[None],
-        bias=bias,
-        out_dtype=dtype,
-        use_fast_accum=False,
-    )
+    return _scaled_product(rows, bits, columns, bias, dtype, fast=True)
+
+
+def _tensor_product(
+    rows: Rows, bits: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The product with one scale for all rows, and one for the weight, which is rounded to it here.
+
+    The scales of a weight are powers of two, so that this changes only its smallest numbers.
+    """
+    largest = columns.max()
+    weight = (bits.view(FP8).to(columns.dtype) * (columns / largest)[:, None]).to(FP8)
+    scales = {"scale_a": rows[1][0, 0], "scale_b": largest}
+    options = {"bias": bias, "out_dtype": dtype, "use_fast_accum": True}
+    return torch._scaled_mm(rows[0], weight.T, **scales, **options)  # pyright: ignore[reportPrivateImportUsage]

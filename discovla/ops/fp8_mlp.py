@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import FP8Method, FP8Weight, check_fp8, choose_method, input_gradient
 from discovla.ops.mlp import Activation
-from discovla.ops.quantise_rows import activation_gradient, quantise_rows
+from discovla.ops.quantise_rows import activation_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +69,13 @@ class _FP8MLP(Function):
         output_needed: bool,
     ) -> Tensor:
         up, down = weights.up, weights.down
-        rows = quantise_rows(x, impl=method.rounding)
+        rows = method.round(x)
         h = method.product(rows, up.bits, up.scale, weights.up_bias.to(x.dtype), x.dtype)
         ctx.method, ctx.activation, ctx.up_tensors = method, activation, len(up.backward_tensors)
         ctx.save_for_backward(h, *up.backward_tensors, *down.backward_tensors)
         if not output_needed:
             return x.new_empty(len(x), len(down.bits))
-        rows = quantise_rows(h, activation=activation, impl=method.rounding)
+        rows = method.round(h, activation=activation)
         return method.product(rows, down.bits, down.scale, weights.down_bias.to(x.dtype), x.dtype)
 
     @staticmethod

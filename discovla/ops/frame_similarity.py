@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from discovla.ops.blocks import (
     unit_rows_backward,
 )
 from discovla.ops.dispatch import Impl, choose, kernel, run_reference
+from discovla.ops.streamed import chunks
 from discovla.ops.streamed import frame_similarity as streamed
 
 
@@ -95,8 +96,10 @@ def _pool(best: Tensor, scale: Tensor, mask: Tensor | None) -> Tensor:
     return (best.masked_fill(~mask, 0) * weights).sum(-1)
 
 
-def block_functions(impl: str) -> ModuleType:
-    """Return the module that computes one block of pairs: `maxima`, `gradients`, `pairs_per_block`."""
+def block_functions(impl: str) -> Any:
+    """Return what computes one block of pairs: `maxima`, `gradients`, `pairs_per_block`."""
+    if impl == "chunks":
+        return chunks.frame_functions()
     return kernel("frame_similarity", impl) if impl in ("triton", "cuda") else streamed
 
 

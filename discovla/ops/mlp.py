@@ -15,6 +15,7 @@ from discovla.ops.dispatch import Impl, choose, kernel, run_reference
 
 Activation = Literal["quick_gelu", "gelu"]
 QUACK_NAMES = {"quick_gelu": "quick_gelu", "gelu": "gelu_erf"}  # names of the activations in quack
+UNTUNED = {"tuned": False}  # its search over tiles takes minutes, more than a candidate has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,8 @@ def mlp(
         weights: used in the dtype of x.
         activation: quick_gelu, h sigmoid(1.702 h), or gelu, h Phi(h).
         output_needed: False lets the kernel leave the output uninitialised and compute h only.
-        impl: reference (plain torch), compiled (it under torch.compile), triton, quack (that package's
-            products, which apply act too), or auto.
+        impl: reference (plain torch), compiled (it under torch.compile), triton, cublas (torch's products,
+            and a kernel for act), quack (that package's products, which apply act too), or auto.
 
     Returns:
         ... w, in the dtype of x.
@@ -102,9 +103,13 @@ def _mlp(
 ) -> tuple[Tensor, Tensor]:
     """The output, r w (uninitialised unless `output_needed`), and h, r m (empty unless `keep`)."""
     if impl == "quack":
-        options = {"bias": up_bias, "activation": QUACK_NAMES[activation], "store_preact": keep}
+        options = {"bias": up_bias, "activation": QUACK_NAMES[activation], "store_preact": keep, **UNTUNED}
         h, g = _quack().gemm_act(x, up.T, **options)
         h = x.new_empty(0) if h is None else h
+    elif impl == "cublas":
+        h = F.linear(x, up, up_bias)
+        g = _elements().activation(h, activation == "gelu")
+        h = h if keep else x.new_empty(0)
     else:
         h, g = kernel("mlp").hidden(x, up, up_bias.contiguous(), activation == "gelu", keep)
     return F.linear(g, down, down_bias) if output_needed else torch.empty_like(x), h
@@ -119,7 +124,10 @@ def _(x, up, up_bias, down, down_bias, activation, impl, keep, output_needed):
 def _hidden_gradient(grad: Tensor, down: Tensor, h: Tensor, activation: str, impl: str) -> Tensor:
     """(grad down) act'(h), r m."""
     if impl == "quack":
-        return _quack().gemm_dact(grad.contiguous(), down, h, activation=QUACK_NAMES[activation])[0]
+        options = {"activation": QUACK_NAMES[activation], **UNTUNED}
+        return _quack().gemm_dact(grad.contiguous(), down, h, **options)[0]
+    if impl == "cublas":
+        return _elements().activation_gradient(grad @ down, h, activation == "gelu")
     return kernel("mlp").hidden_gradient(grad.contiguous(), down, h, activation == "gelu")
 
 
@@ -147,6 +155,10 @@ def _backward(ctx, grad, _):
         g = F.gelu(z) if ctx.activation == "gelu" else z * torch.sigmoid(1.702 * z)
         ddown = grad.T @ g.to(h.dtype)
     return dx, dup, dup_bias, ddown, _column_sums(grad) if needs[4] else None, *[None] * 4
+
+
+def _elements() -> Any:
+    return importlib.import_module("discovla_kernels.activation")
 
 
 def _quack() -> Any:

@@ -24,6 +24,7 @@ def quantise_rows(
     *,
     activation: Activation | None = None,
     hidden: Tensor | None = None,
+    one_scale: bool = False,
     impl: Impl = "auto",
 ) -> Rows:
     """q and scale with y ≈ scale q, where each row of q fills the range of FP8.
@@ -35,6 +36,7 @@ def quantise_rows(
         column_scale: i, float32, or None for 1.
         activation: act, or None.
         hidden: t i, where the derivative is taken; needs an activation.
+        one_scale: True for the same scale for all rows, that of the largest number; the kernel has none.
         impl: reference (plain torch, ten passes over the rows), triton (one pass), or auto.
 
     Returns:
@@ -46,14 +48,14 @@ def quantise_rows(
     """
     expect_shape("column_scale", column_scale, (x.shape[1],))
     expect_shape("hidden", hidden, tuple(x.shape))
-    if choose("quantise_rows", impl, x.device.type, operands=(x, hidden)) == "triton":
+    if not one_scale and choose("quantise_rows", impl, x.device.type, operands=(x, hidden)) == "triton":
         bits, scale = _quantise_rows(x.contiguous(), column_scale, activation or "", hidden)
         return bits.view(FP8), scale
     y = x.to(sum_dtype(x))
     if activation is not None:
         y = activate(y, activation) if hidden is None else activation_gradient(y, hidden, activation)
     y = y if column_scale is None else y * column_scale
-    largest = y.abs().amax(1, keepdim=True)
+    largest = y.abs().amax().expand(len(y), 1) if one_scale else y.abs().amax(1, keepdim=True)
     # as a tensor: torch rounds a division by a Python number differently
     limit = torch.full_like(largest, LARGEST)
     nonzero = largest > LEAST

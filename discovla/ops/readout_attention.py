@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def readout_attention(
         kv: n l 2w, keys and values of every row; or r 2w with packing.
         readout: which rows belong together.
         position: f' w, f' >= f, added to the keys of the f-th sequence as its group sees them.
-        impl: reference (plain torch), torch (its fused attention), triton, or auto.
+        impl: reference (plain torch), torch (its fused attention), triton, math or efficient (that back end
+            of torch's within sequences, its fused attention across them), or auto.
 
     Returns:
         (n + n') w, in the dtype of q: g_f of grouped sequences and o_f of the others, n; then o_f of the n'
@@ -110,7 +112,7 @@ def readout_attention_reference(
         k,
         v,
         mask=visible[:, None, None] | ~any_visible,
-        impl="torch" if impl == "torch" else "reference",
+        impl=cast(Impl, impl),
     )
     local = (out * any_visible)[:, :, 0].flatten(1)  # n w
     if not readout.group:

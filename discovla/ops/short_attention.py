@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -87,8 +88,8 @@ def short_attention(
         packing: layout of packed rows; None for n l.
         causal: a row sees itself and earlier rows of its sequence only.
         key_mask: n l (or r), bool, true on visible rows.
-        impl: reference (plain torch), torch (its fused kernel), triton, varlen (torch's for packed rows),
-            flash_attn (that package), or auto.
+        impl: reference (plain torch), torch (its fused kernel), triton, math, flash, cudnn or efficient (that
+            back end of torch's), varlen (torch's for packed rows), flash_attn (that package), or auto.
 
     Returns:
         n l w (or r w), in the dtype of qkv.
@@ -103,8 +104,6 @@ def short_attention(
         offsets, length = packing.offsets, packing.max_length
     operands = (qkv.unflatten(-1, (3, heads, -1)), key_mask, offsets)
     chosen = choose("short_attention", impl, qkv.device.type, operands=operands)
-    if chosen in ("varlen", "flash_attn"):
-        return _library_attention(operands[0], packing, causal, chosen).flatten(-2)
     if chosen != "triton":
         return short_attention_reference(qkv, heads, packing, causal, key_mask, chosen)
     mask = None if key_mask is None else key_mask.flatten().contiguous()
@@ -121,8 +120,10 @@ def short_attention_reference(
     key_mask: Tensor | None,
     impl: str = "reference",
 ) -> Tensor:
-    """The formula, with packed sequences padded to the longest; impl: of `attention`."""
-    attention_impl: Impl = "torch" if impl == "torch" else "reference"
+    """The formula; impl: a library, or, with packed sequences padded to the longest, one of `attention`."""
+    if impl in ("varlen", "flash_attn"):
+        return _library_attention(qkv.unflatten(-1, (3, heads, -1)), packing, causal, impl).flatten(-2)
+    attention_impl = cast(Impl, impl)
     visible = key_mask
     if packing is not None:
         qkv = qkv[packing.pad_index]

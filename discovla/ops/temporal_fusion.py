@@ -47,7 +47,8 @@ def temporal_fusion(
         qkv: n l 3w, or r 3w with packing, as in `short_attention`.
         groups: which rows belong together.
         position: f' w, f' >= f, added to the keys of the f-th sequence as its group sees them.
-        impl: reference (plain torch), torch (its fused attention), triton, or auto.
+        impl: reference (plain torch), torch (its fused attention), triton, one that `short_attention` takes
+            within sequences while torch's fused attention reads across them, or auto.
 
     Returns:
         (r + b f) w, in the dtype of qkv: all rows, holding o_f, but g_f in readout rows; then o_f[rho_f] of
@@ -79,7 +80,7 @@ def temporal_fusion(
 def temporal_fusion_reference(
     qkv: Tensor, groups: FrameGroups, position: Tensor | None, impl: str = "reference"
 ) -> Tensor:
-    """The formula, with packed sequences padded to the longest; impl: of `attention`."""
+    """The formula, with packed sequences padded to the longest; impl: of `short_attention`."""
     readout_rows, packing = groups.readout_rows, groups.packing
     local = short_attention_reference(qkv, groups.heads, packing, groups.causal, groups.key_mask, impl)
     rows, queries = local.flatten(0, -2), qkv.flatten(0, -2)[readout_rows]  # b f 3w
@@ -109,7 +110,7 @@ def attend_across_groups(
         any_visible = mask.any(-1, keepdim=True)
         mask = mask | ~any_visible
     q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # b h f c
-    out = attention(q, k, v, mask=mask, impl="torch" if impl == "torch" else "reference") * any_visible
+    out = attention(q, k, v, mask=mask, impl="reference" if impl == "reference" else "torch") * any_visible
     return out.transpose(1, 2).flatten(2)
 
 

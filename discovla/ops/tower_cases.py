@@ -8,9 +8,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from discovla.ops.attention import attention
 from discovla.ops.cases import TF32, Case
 from discovla.ops.dispatch import Impl
-from discovla.ops.fp8_linear import quantise_rows
+from discovla.ops.fp8_linear import FP8Weight, fp8_linear, quantise_rows, quantise_weight
 from discovla.ops.frame_patches import frame_patches
 from discovla.ops.fusion_norm import AdapterWeights, fusion_norm
 from discovla.ops.layer_norm import layer_norm
@@ -25,6 +26,7 @@ from discovla.ops.unit_mean import unit_mean
 FRAMES, TOKENS, RANK, PATCH = 12, 12, 8, 32  # of a clip, of a caption on average, of an adapter, in pixels
 # largest errors of values and gradients: results, and in half precision attention weights, are rounded
 LIMITS = {torch.float32: (2e-5, 2e-4), torch.float16: (2e-3, 4e-3), torch.bfloat16: (4e-3, 8e-3)}
+FP8_LIMITS = (4e-2, 4e-2)  # a number of three bits beside the first is off by 2.6 % on average
 Results = Tensor | tuple[Tensor, ...]
 
 
@@ -59,13 +61,13 @@ class TowerCase(Case):
     def limits(self) -> tuple[float, float]:
         if self.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
             return TF32
-        return LIMITS[self.dtype]
+        return FP8_LIMITS if self.op == "fp8_linear" else LIMITS[self.dtype]
 
     @property
     def reference_bytes(self) -> float:
         """Least memory of the reference: its scores, or ten times its inputs."""
         inputs = 10.0 * sum(2 * torch.Size(shape).numel() for shape in self.shapes)
-        attends = self.op in ("short_attention", "temporal_fusion", "readout_attention")
+        attends = self.op in ("attention", "short_attention", "temporal_fusion", "readout_attention")
         return inputs + (12.0 * self.products / (14 * 64) if attends else 0.0)  # 14 c operations a score
 
     def leaves(self, device: torch.device | str, seed: int = 0) -> list[Tensor]:
@@ -126,19 +128,19 @@ def _groups(n: int, rows: int, heads: int, packed: bool, device: torch.device) -
 
 
 @cache
-def _affine(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def gain_and_shift(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return a frozen gain and shift of a norm."""
     gain, shift = _frozen(((width,), (width,)), device)
     return 1 + gain, shift
 
 
 def _layer_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-    affine = _affine(leaves[0].shape[-1], leaves[0].device)
+    affine = gain_and_shift(leaves[0].shape[-1], leaves[0].device)
     return layer_norm(leaves[0], leaves[1], affine=affine, impl=impl)
 
 
 def _lora_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-    affine = _affine(leaves[0].shape[-1], leaves[0].device)
+    affine = gain_and_shift(leaves[0].shape[-1], leaves[0].device)
     return lora_norm(leaves[0], leaves[2], leaves[1], affine=affine, impl=impl)[:2]
 
 
@@ -148,25 +150,43 @@ def _mlp(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     return mlp(leaves[0], MLPWeights(up=up, up_bias=up_bias, down=down, down_bias=down_bias), impl=impl)
 
 
+def _fp8_linear(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
+    """In float64 the truth: the product by the same weight, of rows that are not rounded."""
+    x, width = leaves[0], leaves[0].shape[-1]
+    weight, bias, rounded = _fp8_weight(width, x.device)
+    if x.dtype == torch.float64:
+        return torch.nn.functional.linear(x, weight.double(), bias.double())
+    return fp8_linear(x, rounded, bias, impl=impl)
+
+
+@cache
+def _fp8_weight(width: int, device: torch.device) -> tuple[Tensor, Tensor, FP8Weight]:
+    """Return a frozen weight 4w w that FP8 holds exactly, its bias, and it in FP8, for backward too."""
+    weight, bias = _frozen(((4 * width, width), (4 * width,)), device)
+    rounded = quantise_weight(weight, backward=True)
+    return rounded.plain, bias, rounded
+
+
 def _fusion_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     x, u, *weights = leaves
     names = ("down", "down_bias", "up", "up_bias")
     _, slots = _read_rows(len(x), x.device)
     adapter_weights = AdapterWeights(**dict(zip(names, weights, strict=True)))
-    return fusion_norm(x, u, adapter_weights, slots, affine=_affine(x.shape[-1], x.device), impl=impl)
+    return fusion_norm(x, u, adapter_weights, slots, affine=gain_and_shift(x.shape[-1], x.device), impl=impl)
 
 
 def _read_lora_norm(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     (x, u, a), device = leaves, leaves[0].device
     read, z, _, z_read = readout_lora_norm(
-        x, a, u, *_read_rows(len(x), device), affine=_affine(x.shape[-1], device), impl=impl
+        x, a, u, *_read_rows(len(x), device), affine=gain_and_shift(x.shape[-1], device), impl=impl
     )
     return read, z, z_read
 
 
 def _unit_mean(leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
-    mask = torch.arange(FRAMES, device=leaves[0].device) <= torch.arange(len(leaves[0]))[:, None] % FRAMES
-    return unit_mean(leaves[0], mask.to(leaves[0].device), impl=impl)
+    n, frames, _ = leaves[0].shape
+    places, device = torch.arange(frames, device=leaves[0].device), leaves[0].device
+    return unit_mean(leaves[0], places <= torch.arange(n, device=device)[:, None] % frames, impl=impl)
 
 
 @cache
@@ -189,6 +209,11 @@ def _rounded(leaves: list[Tensor], impl: Impl, apart: bool) -> Results:
 
 
 # heads, sequences and their rows precede what every call takes: cases are sent to other processes
+def _dense_attention(heads: int, leaves: list[Tensor], impl: Impl, causal: bool) -> Results:
+    q, k, v = leaves[0].unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # 3 n h l c
+    return attention(q, k, v, causal=causal, impl=impl).transpose(1, 2).flatten(2)
+
+
 def _attention(heads: int, n: int, leaves: list[Tensor], impl: Impl, packed: bool) -> Results:
     packing = packed_captions(n, leaves[0].device) if packed else None
     return short_attention(leaves[0], heads, packing=packing, causal=packed, impl=impl)
@@ -212,20 +237,21 @@ def _readout(heads: int, n: int, rows: int, leaves: list[Tensor], impl: Impl, pa
     return readout_attention(leaves[0], leaves[1], readout, impl=impl)
 
 
-def row_case(op: str, n: int, dim: int, **options) -> TowerCase:
-    """An op on n rows of width `dim`: norms, mlp, or unit_mean of twelve rows n times."""
+def row_case(op: str, n: int, dim: int, *, frames: int = FRAMES, **options) -> TowerCase:
+    """An op on n rows of width `dim`: norms, mlp, or unit_mean of `frames` rows n times."""
     weights, read = ((RANK, dim), (RANK,), (dim, RANK), (dim,)), n + -(-n // FRAMES)
     shapes = {
         "fusion_norm": ((n, dim), (read, dim), *weights),
         "readout_lora_norm": ((n, dim), (n, dim), (RANK, dim)),
-        "unit_mean": ((n, FRAMES, dim),),
+        "unit_mean": ((n, frames, dim),),
         "layer_norm": ((n, dim), (n, dim)),
         "lora_norm": ((n, dim), (n, dim), (RANK, dim)),
         "mlp": ((n, dim),),
+        "fp8_linear": ((n, dim),),
     }[op]
-    units = {"lora_norm": RANK, "readout_lora_norm": RANK, "mlp": 4 * dim}.get(op, 0)
+    units = {"lora_norm": RANK, "readout_lora_norm": RANK, "mlp": 4 * dim, "fp8_linear": 4 * dim}.get(op, 0)
     # weights of lora_norm train
-    passes = {"lora_norm": 3, "readout_lora_norm": 3, "mlp": 4}.get(op, 0)
+    passes = {"lora_norm": 3, "readout_lora_norm": 3, "mlp": 4, "fp8_linear": 2}.get(op, 0)
     call = {
         "layer_norm": _layer_norm,
         "lora_norm": _lora_norm,
@@ -233,6 +259,7 @@ def row_case(op: str, n: int, dim: int, **options) -> TowerCase:
         "fusion_norm": _fusion_norm,
         "unit_mean": _unit_mean,
         "mlp": _mlp,
+        "fp8_linear": _fp8_linear,
     }[op]
     products = 2.0 * n * dim * units * passes
     return TowerCase(
@@ -243,20 +270,26 @@ def row_case(op: str, n: int, dim: int, **options) -> TowerCase:
 def sequence_case(
     op: str, n: int, rows: int, dim: int, heads: int, *, packed: bool = False, **options
 ) -> TowerCase:
-    """Make an attention case on n sequences of `rows` rows, or of packed captions of 12 on average."""
+    """Make an attention case on n sequences of `rows` rows, or of packed captions of 12 on average.
+
+    For `attention`, which has no packed sequences, `packed` means causal ones of `rows` rows.
+    """
     lengths = torch.full((n,), rows)
-    if packed:
+    if packed and op != "attention":
         lengths = packed_captions(n, torch.device("cpu")).offsets.diff()
-    shape = (int(lengths.sum()), 3 * dim) if packed else (n, rows, 3 * dim)
+    dense = not packed or op == "attention"
+    shape = (n, rows, 3 * dim) if dense else (int(lengths.sum()), 3 * dim)
     call = partial(_attention, heads, n) if op == "short_attention" else partial(_fusion, heads, n, rows)
     pairs, shapes = float(lengths.double().square().sum()), (shape,)
     if op == "readout_attention":
         call, pairs = partial(_readout, heads, n, rows), float(lengths.sum())
         shapes = ((n, dim), (*shape[:-1], 2 * dim))
-    if op != "short_attention":
+    if op == "attention":
+        call = partial(_dense_attention, heads)
+    elif op != "short_attention":
         pairs += FRAMES * float(lengths.sum())  # the readout rows of a group attend to each of its rows
     products = 2 * pairs * dim * 7  # forward 2, backward 5
-    rows = TOKENS if packed else rows
+    rows = rows if dense else TOKENS
     return TowerCase(
         op=op, call=call, n=n, m=n, dim=dim, rows=rows, products=products, shapes=shapes, masked=packed,
         **options,

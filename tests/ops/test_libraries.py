@@ -6,10 +6,12 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from discovla.ops import dispatch, mlp, short_attention
+from discovla.ops import attention, dispatch, mlp, short_attention
 from discovla.ops.dispatch import KernelUnavailable, choose
 from discovla.ops.short_attention import Packing
+from discovla.ops.tower_cases import sequence_case
 
 
 @pytest.fixture(autouse=True)
@@ -76,17 +78,35 @@ def test_dense_attention_of_flash_attn(monkeypatch):
     assert_same_step(lambda impl: short_attention.short_attention(qkv, 2, impl=impl), "flash_attn", qkv)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("op", ["short_attention", "temporal_fusion", "readout_attention"])
+def test_back_ends_of_torch_serve_the_attention_of_blocks(op, packed, monkeypatch):
+    """Each is asked for by its own name; here the one with scores in memory computes."""
+    asked = []
+    monkeypatch.setattr(
+        attention, "sdpa_kernel", lambda backend: (asked.append(backend), sdpa_kernel(SDPBackend.MATH))[1]
+    )
+    case = sequence_case(op, 4, 3, 16, 2, packed=packed, dtype=torch.float32)
+    leaves = case.leaves("cpu")
+    want = case.run(leaves, "reference")
+    for impl in ("math", "efficient", *(["flash", "cudnn"] if op != "readout_attention" else [])):
+        asked.clear()
+        for got, expected in zip(case.run(leaves, impl), want, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+        assert set(asked) == {dispatch.SDPA[impl]}
+
+
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_the_products_of_quack_apply_the_activation_and_its_derivative(activation, monkeypatch):
     act = F.gelu if activation == "gelu" else lambda h: h * torch.sigmoid(1.702 * h)
     name = {"gelu": "gelu_erf"}.get(activation, activation)
 
-    def gemm_act(a, b, *, bias, activation, store_preact):
+    def gemm_act(a, b, *, bias, activation, store_preact, tuned):
         assert activation == name and b.shape[0] == a.shape[1]
         h = a @ b + bias
         return h if store_preact else None, act(h)
 
-    def gemm_dact(a, b, preact, activation):
+    def gemm_dact(a, b, preact, activation, tuned):
         assert activation == name
         s = torch.sigmoid(1.702 * preact)
         slope = s * (1 + 1.702 * preact * (1 - s))
@@ -110,6 +130,7 @@ def test_the_products_of_quack_apply_the_activation_and_its_derivative(activatio
 def test_a_library_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     monkeypatch.undo()
     half, mask = torch.zeros(2, 4, 3, 2, 8, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bool)
+    offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
     monkeypatch.setattr(dispatch, "_installed", lambda module: module != "quack")
     cases = [
         ("mlp", "quack", "cuda", (half,), "quack is not installed: pip install 'discovla\\[quack\\]'"),
@@ -118,6 +139,8 @@ def test_a_library_that_cannot_run_is_refused_with_the_reason(monkeypatch):
         ("short_attention", "flash_attn", "cuda", (half, mask, None), "it takes no mask"),
         ("short_attention", "varlen", "cuda", (half, None, None), "it takes packed sequences"),
         ("attention", "flash", "cuda", (half, mask), "it takes no mask"),
+        ("short_attention", "cudnn", "cuda", (half, None, offsets), "it takes no packed sequences"),
+        ("temporal_fusion", "flash", "cuda", (half, None, offsets, None, None), "no packed sequences"),
     ]
     for op, impl, device, operands, reason in cases:
         with pytest.raises(KernelUnavailable, match=reason):

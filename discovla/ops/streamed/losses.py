@@ -8,7 +8,6 @@ gradients.  Beside inputs, outputs and one block this keeps those sums only: 2 o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from discovla.ops.blocks import (
 from discovla.ops.column_shard import ColumnShard, Statistics, merge_statistics
 from discovla.ops.dispatch import kernel
 from discovla.ops.frame_similarity import block_functions as frame_functions
+from discovla.ops.streamed import chunks
 from discovla.ops.streamed import contrastive as streamed
 
 
@@ -51,7 +51,7 @@ class Pairs:
             scale,
             keep,
         )
-        self.functions: ModuleType = kernel("info_nce") if impl == "triton" else streamed
+        self.functions = block_functions(impl)
         self.frame_functions = frame_functions(impl)
         self.dtype = product_dtype(text, self.t * self.v)
         self.pooled = [(x, inverse_norms(x)) for x in (text, video)]
@@ -95,6 +95,13 @@ class Pairs:
         ignore = None if self.ignore is None else self.ignore[rows, columns]
         shift = self.first_text + columns.start - rows.start
         return self.pooled_rows(0, rows), self.pooled_rows(1, columns), self.scale, teacher, ignore, shift
+
+
+def block_functions(impl: str) -> Any:
+    """Return what computes one block of pairs: `statistics`, `derivative`, `pairs_per_block`."""
+    if impl == "chunks":
+        return chunks.contrastive_functions()
+    return kernel("info_nce") if impl == "triton" else streamed
 
 
 class Gradients:
