@@ -21,11 +21,12 @@ def timed_cases(suite: str) -> list[Case]:
     """Return the cases to time, the smallest first; those of `small` take less than a second on a GPU."""
     f, half = (12, 12), torch.bfloat16
     cases = [
-        case(op, n, frames=f if op != "info_nce" else (1, 1), dtype=dtype)
+        case(op, n, frames=(1, 1) if op in ("info_nce", "sigmoid_loss") else f, dtype=dtype)
         for n in (16, 128, 512, 1024)
-        for op in ("info_nce", "frame_similarity", "alignment_losses", "late_interaction")
+        for op in ("info_nce", "sigmoid_loss", "frame_similarity", "alignment_losses", "late_interaction")
         for dtype in (torch.float32, half)
     ]
+    cases += [case(op, 128, frames=(38, 18)) for op in ("token_similarity", "token_training_similarity")]
     cases += [case(op, 1000, backward=False) for op in ("rank_of_positive", "top_k")]
     if suite == "small":
         return cases
@@ -39,6 +40,9 @@ def timed_cases(suite: str) -> list[Case]:
         case("info_nce", 4096),
         case("info_nce", 16_384),
         case("info_nce", 65_536, target_ms=40, target_gb=0.2),
+        case("sigmoid_loss", 16_384),
+        case("sigmoid_loss", 65_536, dim=768, target_ms=46.9),
+        case("frame_similarity", 16_384, frames=f),
         case("rank_of_positive", 100_000, backward=False, target_ms=20),
         case("top_k", 1000, m=100_000, backward=False),
         case("alignment_losses", 16_384, frames=f),
@@ -51,7 +55,7 @@ def checked_cases() -> list[Case]:
     cases = []
     for dtype in dtypes:
         for n in (1, 7, 63, 130, 1100):
-            for op in ("info_nce", "rank_of_positive", "top_k"):
+            for op in ("info_nce", "sigmoid_loss", "rank_of_positive", "top_k"):
                 cases += [case(op, n, dim=65, dtype=dtype, masked=masked) for masked in (False, True)]
         for n, frames in (
             (1, (1, 1)),
@@ -66,6 +70,7 @@ def checked_cases() -> list[Case]:
                 "alignment_losses",
                 "late_interaction",
                 "token_similarity",
+                "token_training_similarity",
                 "soft_vlad",
             )
             cases += [case(op, n, frames=frames, dim=65, dtype=dtype) for op in ops]
@@ -84,6 +89,7 @@ def timed_tower_cases(suite: str) -> list[TowerCase]:
         row_case("layer_norm", 50 * frames, 768),
         row_case("lora_norm", 50 * frames, 768),
         row_case("mlp", 50 * frames, 768),
+        sequence_case("attention", frames, 50, 768, 12),
         sequence_case("short_attention", frames, 50, 768, 12),
         sequence_case("short_attention", captions, TOKENS, 512, 8, packed=True),
         sequence_case("temporal_fusion", frames, 50, 768, 12),
@@ -92,6 +98,7 @@ def timed_tower_cases(suite: str) -> list[TowerCase]:
         row_case("unit_mean", frames // FRAMES, 512),
         sequence_case("temporal_fusion", frames, TOKENS, 512, 8, packed=True),
         patch_case(frames, 224, torch.bfloat16),
+        row_case("fp8_linear", 50 * frames, 768),
         rounding_case(50 * frames, 768, masked=True),
         rounding_case(50 * frames, 3072, masked=True),
     ]
@@ -119,6 +126,9 @@ def checked_tower_cases() -> list[TowerCase]:
             # the gradient by a query that sees one key is zero, of which no share is close
             for op in ("short_attention", "temporal_fusion", *(["readout_attention"] if rows > 1 else [])):
                 cases += [sequence_case(op, n, rows, dim, heads, dtype=dtype)]
+        cases += [sequence_case("attention", 12, 50, 128, 2, dtype=dtype)]
+        if dtype == torch.bfloat16:
+            cases += [row_case("fp8_linear", n, 512) for n in (16, 1104)]
         for op in ("short_attention", "temporal_fusion", "readout_attention"):
             cases += [sequence_case(op, 24, 0, 128, 2, packed=True, dtype=dtype)]
             cases += [sequence_case(op, 3, 257, 64, 1, dtype=dtype)]

@@ -1,19 +1,30 @@
-"""Check and time steps and kernels on this machine's GPU, within a lease of a few minutes.
+r"""Check and time steps and kernels on this machine's GPU, within a lease of a few minutes.
 
     python benchmarks/gpu.py                      all, within ten minutes
     python benchmarks/gpu.py --seconds 200        as much as fits
     python benchmarks/gpu.py --only frame         only cases whose name contains the word
     python benchmarks/gpu.py --gate               exit 1 if worse than earlier results of the same GPU
     python benchmarks/gpu.py --table FILE         the table of a results file; needs no GPU
-    python benchmarks/gpu.py --simulate           the flow on a CPU, with cases that crash, hang and lie
+    python benchmarks/gpu.py --simulate           the flow on a CPU: all cases, played, some of which crash,
+                                                  hang and lie, and what is not installed here
 
 Each case runs in a process of its own kind with a time limit, and its rows are written as soon as it ends, to
 benchmarks/results/<gpu>/ and to the folder $OUT if it is set.  So a case that crashes, hangs or runs out of
 memory costs itself alone, and a run that is cut short leaves a true table of what it reached.  The order:
 kernels are compiled on all cores; ceilings; the training step from its products alone to the whole captured
-one; checks against float64 and times of the towers' kernels, then of the losses; data.  A kernel that is
-wrong is marked, and timed all the same.  Cases that are left out have a row with the reason.  The exit status
+one, with copies, clipping and update; checks against float64 and times of the towers' ops, then of the
+losses, by every candidate (`CANDIDATES` in discovla/ops/dispatch.py) and the functions of other libraries
+(`benchmarks/peers.py`); data.  A candidate that is wrong is marked, and timed all the same.  What is left
+out or not installed has a row with the reason.  The exit status
 is 2 without a GPU, and 1 if a kernel is wrong.
+
+Checks and times of ops need torch, triton and numpy alone; training steps also pydantic, safetensors and
+regex.  These and the other libraries are found in build/packages too, which a machine without a package index
+can be sent:
+
+    pip install --target build/packages pydantic safetensors regex
+    pip install --target build/packages --no-deps einops inf_cl late-interaction-kernels liger-kernel memeff \
+        siglip-kernel
 """
 
 from __future__ import annotations
@@ -26,8 +37,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +46,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+sys.path.append(str(Path(__file__).parents[1] / "build/packages"))  # of a machine without a package index
 
 from benchmarks.case_lists import checked_cases, checked_tower_cases, timed_cases, timed_tower_cases
 from benchmarks.gpu_report import earlier_rows, regressions, report
@@ -53,16 +64,18 @@ from benchmarks.measure import (
 )
 from discovla.data.sandbox import Sandbox, WorkerLost, run_sandboxed
 from discovla.ops.cases import Case, gradients_of
-from discovla.ops.dispatch import IMPLEMENTATIONS, KernelUnavailable
+from discovla.ops.dispatch import CANDIDATES, KernelUnavailable, unavailable
 
 LARGE = (4e-3, 8e-3)  # allowed from 4096 pairs on, where bf16 rows are multiplied in bf16
 SECONDS = 0.5  # of timing for each row, or a little more for 50 calls
 ROUNDS = 50  # of a training step
 LIMITS = {"compile": 60.0, "ceilings": 60.0, "steps": 120.0, "towers": 40.0, "losses": 40.0, "data": 120.0}
 SHARES = {"compile": 0.15, "ceilings": 1.0, "steps": 0.55, "towers": 0.8, "losses": 0.95, "data": 1.0}
-KERNELS = ("triton", "cuda")
+PLAIN = ("reference", "torch", "compiled")  # tested on CPUs; the other candidates are checked here
+COMPILING = ("compiled", "chunks")  # candidates that torch.compile makes, too slowly for every ragged size
+COMPILED_FROM = 1000  # rows, or pairs, of the cases in which those are checked
 INTEGERS = ("rank_of_positive", "top_k")  # ops whose results must be equal
-BUILT_IN = ("triton", "cuda", "torch", "reference", "compiled")  # in the order of timing
+FIRST = ("triton", "cuda", "torch", "reference", "compiled")  # in the order of timing; the rest follows
 STEPS = (  # in the order of timing
     "matmul only bf16",
     "ours bf16",
@@ -71,6 +84,10 @@ STEPS = (  # in the order of timing
     "ours bf16 captured",
     "ours bf16 compiled captured",
     "ours bf16 triton captured",
+    "ours bf16 whole",
+    "ours bf16 compiled whole",
+    "ours bf16 triton captured whole",
+    "reference bf16 sdpa compiled whole",
     "reference bf16 sdpa",
     "reference bf16 sdpa compiled",
     "ours fp8",
@@ -111,6 +128,7 @@ def check(case: Case, impl: Any, device: str) -> list[Row]:
     if case.op in INTEGERS:
         return [check_integers(case, impl, device)]
     leaves = case.leaves(device)
+    case.run(leaves, impl)  # fails, if it does, before the truth is computed, which takes long
     truth = case.truth(leaves)
     error, limits = case.errors(impl, leaves, truth), case.limits
     if case.n >= 4096 and case.dtype == torch.bfloat16:
@@ -145,7 +163,7 @@ def runner(case: Case, impl: str, device: str) -> Callable[[int], list[Tensor]]:
 
         compiled = torch.compile(reference)
         return lambda number: gradients_of(case, inputs[number % len(inputs)], lambda x: compiled(*x))
-    if impl in IMPLEMENTATIONS[case.op]:
+    if impl in CANDIDATES[case.op]:
         return lambda number: case.step(inputs[number % len(inputs)], impl)
     from benchmarks.peers import PEERS
 
@@ -164,7 +182,7 @@ def difference(impl: str) -> str:
 
 def does_not_fit(case: Case, impl: str, device: str) -> str:
     """Return why memory is too small for an implementation that stores whole matrices; empty if it fits."""
-    if device == "cpu" or impl in (*KERNELS, "torch"):
+    if device == "cpu" or impl not in ("reference", "math", "compiled"):
         return ""
     free, _ = torch.cuda.mem_get_info()
     if case.reference_bytes < 0.8 * free:
@@ -328,23 +346,44 @@ def show(row: Row) -> None:
 def op_tasks(
     group: str, checked: Sequence[Case], timed: Sequence[Case], ceilings: dict[str, float], device: str
 ) -> list[Task]:
-    """Return the checks of ops, then their times case by case, so that a cut leaves complete ones."""
-    tasks = [
-        Task(group=group, name=case.name, impl=impl, work=check, arguments=(case, impl, device))
-        for case in checked
-        for impl in KERNELS
-        if impl in IMPLEMENTATIONS[case.op]
-    ]
+    """Return one row for each candidate and peer that is missing here; checks; then times case by case."""
+    tasks, missing = [], {}
+    for op in dict.fromkeys(case.op for case in timed):
+        reasons = {impl: unavailable(op, impl, device, ()) for impl in CANDIDATES[op]}
+        reasons |= {peer.name: peer.missing() for peer in peers(op)}
+        missing[op] = {impl: reason for impl, reason in reasons.items() if reason}
+        for impl, reason in missing[op].items():
+            tasks.append(Task(group=group, name=op, impl=impl, work=leave_out, arguments=(reason,)))
+    for case in checked:
+        for impl in candidates(case.op):
+            late = impl in COMPILING and case.n < COMPILED_FROM
+            if impl not in PLAIN and not late and impl not in missing.get(case.op, {}):
+                arguments = (case, impl, device)
+                tasks.append(Task(group=group, name=case.name, impl=impl, work=check, arguments=arguments))
     for case in timed:
-        impls = [impl for impl in BUILT_IN if impl in IMPLEMENTATIONS[case.op] or impl == "compiled"]
-        if not case.masked and group == "losses":
-            from benchmarks.peers import PEERS
-
-            impls += [peer.name for peer in PEERS if peer.op == case.op]
-        for impl in impls:
+        impls = candidates(case.op) + [peer.name for peer in peers(case.op) if not case.masked]
+        for impl in (impl for impl in impls if impl not in missing[case.op]):
             arguments = (case, impl, ceilings, device, SECONDS)
             tasks.append(Task(group=group, name=case.name, impl=impl, work=time_case, arguments=arguments))
     return tasks
+
+
+def candidates(op: str) -> list[str]:
+    """Return the candidates of an op in the order of timing, with its reference under torch.compile."""
+    names = dict.fromkeys([*CANDIDATES[op], "compiled"])
+    return sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+
+
+def peers(op: str) -> list[Any]:
+    """Return the functions of other libraries for an op."""
+    from benchmarks.peers import PEERS
+
+    return [peer for peer in PEERS if peer.op == op]
+
+
+def leave_out(reason: str) -> list[Row]:
+    """Return the row of a candidate that is missing on this machine."""
+    return [{"left_out": reason}]
 
 
 def step_tasks(ceilings: dict[str, float], seconds: float) -> list[Task]:
@@ -384,7 +423,7 @@ def run_all(runner: Runner, options: argparse.Namespace, device: str) -> None:
         )
         for group in cases
         for case in [*cases[group][1], *cases[group][0]]
-        if "triton" in IMPLEMENTATIONS[case.op]
+        if "triton" in CANDIDATES[case.op]
     ]
     runner.compile(kernels, until["compile"], options.workers)
     measured = runner.run(
@@ -416,18 +455,32 @@ def simulated(kind: str) -> list[Row]:
             return [{"err_fro": 0.1, "err_gradient": 0.2, "ok": False}]
         case "right":
             return [{"err_fro": 1e-7, "err_gradient": 1e-6, "ok": True}]
+        case "ceilings":
+            return [{"ceilings": {"gemm_bf16": 1.0, "gemm_fp32": 1.0, "copy": 1.0}}]
     row = {"tflops_needed": 1.0, "frac_gemm": 0.5, "launches": 3, "extra_gb": 0.0}
     return [row | vars(Times(ms_p50=2.0, ms_p20=1.9, ms_p80=2.1, n=50))]
 
 
-def simulate(runner: Runner, seconds: float) -> None:
-    """Run the flow with simulated cases, compiled in parallel, checked, timed, and cut by the deadline."""
-    deadline = time.monotonic() + seconds
-    make = partial(Task, group="towers", impl="triton", work=simulated)
-    runner.compile([make(name="compile", arguments=(kind,)) for kind in ("right", "crashes")], deadline, 2)
-    kinds = ("right", "lies", "crashes", "hangs", "out of memory", "fails", "timed")
-    runner.run([make(name=f"a case that {kind}", arguments=(kind,)) for kind in kinds], deadline)
-    runner.run([make(name="a case after the time", arguments=("right",))], time.monotonic())
+class SimulatedRunner(Runner):
+    """Plays the tasks of a run: each is right or timed, but for the first ones, which fail in every way."""
+
+    bad = ("lies", "crashes", "hangs", "out of memory", "fails")
+
+    def run(self, tasks: Sequence[Task], deadline: float) -> list[Row]:
+        return super().run([self.played(task) for task in tasks], deadline)
+
+    def compile(self, tasks: Sequence[Task], deadline: float, workers: int) -> None:
+        played = [replace(task, work=simulated, arguments=("right",)) for task in tasks[:1]]
+        super().compile([*played, replace(played[0], arguments=("crashes",))], deadline, workers)
+
+    def played(self, task: Task) -> Task:
+        """Return a task with the same name whose work is made up; what is missing here stays missing."""
+        if task.work is leave_out:
+            return task
+        kind = {check: "right", measure_ceilings: "ceilings"}.get(task.work, "timed")
+        if kind == "right" and self.bad:
+            kind, *self.bad = self.bad
+        return replace(task, work=simulated, arguments=(kind,))
 
 
 def finish(runner: Runner, before: dict[tuple[str, str], list[Row]], *, gate: bool) -> int:
@@ -484,12 +537,9 @@ def main(words: Sequence[str] | None = None) -> int:
     files = results_files(where, simulated=options.simulate)
     before = {} if options.simulate else earlier_rows(files[0].parent, where["time"])
     limits = dict.fromkeys(LIMITS, 10.0) if options.simulate else LIMITS
-    runner = Runner(files, where, limits)
+    runner = (SimulatedRunner if options.simulate else Runner)(files, where, limits)
     try:
-        if options.simulate:
-            simulate(runner, options.seconds)
-        else:
-            run_all(runner, options, "cuda")
+        run_all(runner, options, "cuda")
     finally:
         runner.close()
     return finish(runner, before, gate=options.gate)

@@ -15,8 +15,11 @@ kernels (on a CPU: ops that would start one).  An implementation that is unavail
 row with the reason.  Trained parameters stay in float32; `bf16` computes in bfloat16, `fp8` multiplies by
 frozen weights in 8 bits, `fp8 backward` multiplies gradients in 8 bits too.  `triton` uses the Triton
 kernels, other steps use the implementations that `auto` selects.  `captured` replays the step as a CUDA
-graph; with the loader, some of its rounds record a new shape.  `matmul only` is the matmul-only lower bound:
-products with frozen weights, nothing else.
+graph; with the loader, some of its rounds record a new shape.  `whole` adds what a run does besides: the
+copy of the batch from pinned memory, clipping and the update, ours as `discovla train` does them, the
+published step's by torch's functions; on a GPU its time is the mean of calls in a row, so that copies
+overlap as in a run.  `matmul only` is the matmul-only lower bound: products with frozen weights, nothing
+else.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -54,20 +57,25 @@ from benchmarks.step_baselines import MatmulStep, PeftStep, ReferenceStep, compi
 from benchmarks.step_inputs import size_of
 from benchmarks.step_work import needed_flops, reference_flops
 from discovla.batch import Batch
-from discovla.data.config import DataConfig
-from discovla.data.dataset import read_clips
-from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.engine.capture import make_capture
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
+from discovla.engine.optim import OptimConfig
+from discovla.engine.strategy import StepPlan, TorchStrategy
+from discovla.engine.transfers import BatchCopier
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import fp8_unsupported
 from discovla.towers.architecture import Architecture
 from discovla.train_step import TrainStep, set_precision
 
+if TYPE_CHECKING:  # it needs decoders, which a machine that only times steps may lack
+    from discovla.data.config import DataConfig
+
 LENGTH = 32  # tokens of a padded caption
 LEAST = 3  # rounds, whatever the time limit
+IN_A_ROW = 8  # whole steps on a GPU that are timed as one
+LEARNING_RATE = 1e-6  # of whole steps, so small that many of them compute on nearly the same weights
 MODELS = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
 # ms and GB to reach on an H200 at 128 pairs
 TARGETS = {"ViT-B/32": (52.0, 17.0), "ViT-B/16": (192.0, None), "ViT-L/14": (830.0, None)}
@@ -78,6 +86,8 @@ IMPLS = (
     "reference anomaly",
     "reference bf16 sdpa",
     "reference bf16 sdpa compiled",
+    "reference bf16 sdpa whole",
+    "reference bf16 sdpa compiled whole",
     "peft",
     "peft bf16 sdpa",
     "ours",
@@ -88,6 +98,9 @@ IMPLS = (
     "ours bf16 captured",
     "ours bf16 compiled captured",
     "ours bf16 triton captured",
+    "ours bf16 whole",
+    "ours bf16 compiled whole",
+    "ours bf16 triton captured whole",
     "ours fp8 backward",
     "ours fp8 backward triton",
     "ours fp8 backward triton captured",
@@ -149,6 +162,8 @@ def make_step(name: str, architecture: Architecture, device: str) -> Step:
     else:
         reference = ReferenceStep(model, sdpa=sdpa, autocast=autocast, anomaly="anomaly" in name)
     call = compiled(reference) if "compiled" in name else reference
+    if "whole" in name:
+        call = _WholeReference(call, list(reference.trained.values()), torch.device(device))
     return Step(call=call, forward=reference.losses, parameters=list(reference.weights.values()))
 
 
@@ -159,6 +174,9 @@ def _our_step(name: str, model: DiscoVLA, device: torch.device) -> Step:
     set_precision(model, EngineConfig.model_validate({"precision": precision, "impl": impl}), device)
     model.vision.impl = model.text.impl = impl
     parameters: list[torch.Tensor] = list(model.parameters())
+    if "whole" in name:
+        whole = _WholeStep(model, device, captured="captured" in name)
+        return Step(call=whole, forward=whole.step.losses, parameters=parameters, calls=3, reset=whole.reset)
     if "captured" in name:
         captured = _CapturedStep(model, device)
         return Step(
@@ -193,6 +211,56 @@ class _CapturedStep:
             parameter.grad = None
         assert self.capture is not None, "the config enables it"
         self.capture(batch).total.backward()
+
+
+class _WholeStep:
+    """Our step as a run takes it: copies, forward, losses, backward, clipping and update."""
+
+    def __init__(self, model: DiscoVLA, device: torch.device, *, captured: bool) -> None:
+        self.world = World(rank=0, size=1, local_rank=0, device=device)
+        self.engine = EngineConfig(capture="graph" if captured else "none")
+        self.step = TrainStep(model, self.world, "exact")
+        plan = StepPlan(engine=self.engine, optim=OptimConfig(), world=self.world, batch_size=1)
+        self.strategy = TorchStrategy(self.step, plan)
+        self.copy = BatchCopier(device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Discard the recorded graphs."""
+        trained, recordable = self.strategy.trained.values(), self.strategy.recordable
+        self.step.recorded = make_capture(self.step.losses, trained, self.engine, self.world, recordable)
+
+    def __call__(self, batch: Batch) -> None:
+        self.strategy.take(self.copy(_on_host(batch)), LEARNING_RATE)
+
+
+class _WholeReference:
+    """A step with the same additions by torch's functions, as a user would write them."""
+
+    def __init__(
+        self, step: Callable[[Batch], object], trained: list[torch.Tensor], device: torch.device
+    ) -> None:
+        self.step, self.trained, self.device = step, trained, device
+        options = {"lr": LEARNING_RATE, "weight_decay": OptimConfig().weight_decay}
+        self.optimizer = torch.optim.AdamW(trained, **options, fused=device.type == "cuda")
+
+    def __call__(self, batch: Batch) -> None:
+        self.step(_on_host(batch).to(self.device))
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+
+
+_hosts: dict[int, tuple[Batch, Batch]] = {}  # the last batch on the device, and its copy in pinned memory
+
+
+def _on_host(batch: Batch) -> Batch:
+    """Return the batch in pinned memory, where the loader leaves it; copied there at its first use."""
+    if not batch.frames.is_cuda:
+        return batch
+    if id(batch) not in _hosts:
+        _hosts.clear()
+        _hosts[id(batch)] = batch, batch.map(lambda x: x.cpu().pin_memory())
+    return _hosts[id(batch)][1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +366,9 @@ def _batches(
         )
         noise = noise.to(device)
         return lambda: (noise for _ in count())
+    from discovla.data.dataset import read_clips  # here, because they need decoders
+    from discovla.data.loader import BatchSpec, TrainLoader
+
     spec = BatchSpec(
         batch_size=comparison.pairs,
         rank=0,
@@ -328,8 +399,13 @@ def _rounds_in_turns(
         batch = next(source)
         print(f"{comparison.name}: round {number + 1} of {comparison.rounds}", file=sys.stderr, flush=True)
         for name in list(steps) if number % 2 else list(reversed(steps)):
-            rounds[name].append(_time(partial(steps[name].call, batch), device))
+            rounds[name].append(_time(partial(steps[name].call, batch), device, _calls(name, device)))
     return rounds
+
+
+def _calls(name: str, device: str) -> int:
+    """Return how many calls in a row are timed as one: several of a whole step, whose copies overlap."""
+    return IN_A_ROW if "whole" in name and device == "cuda" else 1
 
 
 def _rounds_in_a_row(
@@ -344,17 +420,20 @@ def _rounds_in_a_row(
         for number in range(comparison.rounds):
             if number >= LEAST and time.monotonic() - begin > comparison.seconds / 5:
                 break
-            rounds[name].append(_time(lambda step=step, source=source: step.call(next(source)), device))
+            call = partial(lambda step, source: step.call(next(source)), step, source)
+            rounds[name].append(_time(call, device, _calls(name, device)))
     return rounds
 
 
-def _time(call: Callable[[], object], device: str) -> tuple[float, float]:
-    """Return milliseconds of one call: by the clock, and of this process's CPU time."""
+def _time(call: Callable[[], object], device: str, calls: int = 1) -> tuple[float, float]:
+    """Return milliseconds of one call, the mean of `calls`: by the clock, and of this process's CPU time."""
     wall, cpu = time.perf_counter(), time.process_time()
-    call()
+    for _ in range(calls):
+        call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)
+    ms = 1000 / calls
+    return ms * (time.perf_counter() - wall), ms * (time.process_time() - cpu)
 
 
 def _times(
@@ -503,6 +582,8 @@ def main(words: Sequence[str] | None = None) -> int:
     path = results_file(where, "train-step")
     data = None
     if options.manifest:
+        from discovla.data.config import DataConfig
+
         data = DataConfig(
             manifest=options.manifest,
             frames=options.frames,

@@ -21,6 +21,8 @@ from benchmarks.step import IMPLS
 from discovla.ops import cases
 from discovla.ops.alignment_losses import AlignmentInputs, alignment_losses
 from discovla.ops.cases import case
+from discovla.ops.dispatch import CANDIDATES
+from discovla.ops.tower_cases import row_case
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"dim": 8, "dtype": torch.float32}
@@ -40,7 +42,8 @@ def runner(folder: Path) -> gpu.Runner:
 def test_it_imports_nothing_that_a_bare_gpu_machine_lacks():
     lacking = ("av", "pydantic", "deepspeed", "open_clip", "torchvision", "safetensors", "fsspec")
     code = f"import sys; sys.modules.update(dict.fromkeys({lacking})); from benchmarks import gpu"
-    code += "; gpu.op_tasks('towers', gpu.checked_tower_cases(), [], {}, 'cpu')"
+    code += "; gpu.op_tasks('towers', gpu.checked_tower_cases(), gpu.timed_tower_cases('full'), {}, 'cpu')"
+    code += "; [sys.modules.pop(name) for name in ('pydantic', 'safetensors')]; from benchmarks import step"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
@@ -68,7 +71,15 @@ def test_the_simulation_shows_the_flow_and_leaves_its_table_in_out(tmp_path):
     assert run.returncode == 1, run.stderr
     for line in ("1 of 2 kernels compiled", "took longer than 10 s", "died of SIGSEGV", "illegal memory"):
         assert line in run.stdout
-    assert len(read_rows(tmp_path / "simulated-gpu.jsonl")) == 8
+    rows = read_rows(tmp_path / "simulated-gpu.jsonl")
+    timed = {(row["op"], row["impl"]) for row in rows if "ms_p50" in row}
+    missing = {(row["op"], row["impl"]) for row in rows if "not installed" in row.get("left_out", "")}
+    named = timed | missing | {(row["op"], row["impl"]) for row in rows if "left_out" in row}
+    for op in {op for op, _ in timed} - {"step", "data"}:
+        assert {(op, impl) for impl in CANDIDATES[op]} <= named, op
+    assert {(peer.op, peer.name) for peer in PEERS} <= named
+    assert ("step", "ours bf16 triton captured whole") in timed and ("data", "all") in timed
+    assert ("short_attention", "flash_attn") in missing and ("mlp", "quack") in missing
 
 
 def test_the_limit_of_a_case_fits_into_the_time_that_is_left(tmp_path, monkeypatch):
@@ -190,16 +201,47 @@ def test_a_peer_computes_the_result_of_our_op_or_gives_a_reason(peer):
     if peer.name != "open_clip" and not torch.cuda.is_available():
         pytest.skip(f"{peer.name} has kernels for GPUs only")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ours = case(peer.op, 9, frames=(3, 3), dim=256, dtype=torch.float32)
+    if peer.op == "layer_norm":
+        ours = row_case(peer.op, 9, 256, dtype=torch.float32)
+    else:
+        ours = case(peer.op, 9, frames=(3, 3), dim=256, dtype=torch.float32)
     leaves = ours.leaves(device)
     torch.testing.assert_close(peer.call(leaves), ours.call(leaves, "reference", False), rtol=1e-4, atol=1e-5)
+
+
+def test_peers_get_unit_rows_and_scalars_as_they_document_them(monkeypatch):
+    """Stand-ins compute by the formulas in the documentation of siglip-kernel, memeff and Liger."""
+
+    class ClipLoss:
+        def __init__(self, temperature):
+            self.temperature = temperature
+
+        def __call__(self, x, y):
+            logits = F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T / self.temperature
+            target = torch.arange(len(x))
+            return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def siglip(images, texts, log_temperature, bias):
+        sign = 2 * torch.eye(len(images)) - 1
+        return -F.logsigmoid(sign * (images @ texts.T * log_temperature.exp() + bias)).sum() / len(images)
+
+    functions = {"fused_siglip_loss": siglip, "MemoryEfficientCLIPLoss": ClipLoss}
+    functions["liger_layer_norm"] = lambda x, gain, shift, eps: F.layer_norm(x, gain.shape, gain, shift, eps)
+    module = type("module", (), {name: staticmethod(x) for name, x in functions.items()})
+    monkeypatch.setattr("benchmarks.peers._module", lambda name: module)
+    cases = {op: case(op, 6, dim=8, dtype=torch.float32) for op in ("sigmoid_loss", "info_nce")}
+    cases["layer_norm"] = row_case("layer_norm", 6, 8, dtype=torch.float32)
+    for name, op in (("siglip_kernel", "sigmoid_loss"), ("memeff", "info_nce"), ("liger", "layer_norm")):
+        (peer,) = (peer for peer in PEERS if peer.name == name and peer.op == op)
+        leaves = cases[op].leaves("cpu")
+        torch.testing.assert_close(peer.call(leaves), cases[op].call(leaves, "reference", False))
 
 
 def test_the_liger_baseline_is_the_alignment_losses(monkeypatch):
     kl_div = F.kl_div
     module = type("module", (), {"LigerKLDIVLoss": lambda **options: lambda x, y: kl_div(x, y, **options)})
     monkeypatch.setattr("benchmarks.peers._module", lambda name: module)
-    peer = next(peer for peer in PEERS if peer.name == "liger")
+    peer = next(peer for peer in PEERS if peer.name == "liger" and peer.op == "alignment_losses")
     leaves = case("alignment_losses", 6, frames=(2, 3), **SMALL).leaves("cpu")
     inputs = AlignmentInputs(text=leaves[0], video=leaves[1], text_frames=leaves[2], video_frames=leaves[3])
     want = alignment_losses(inputs, leaves[4], impl="reference")
