@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from discovla_kernels import activation as elements
 from discovla_kernels import (
     alignment_block,
     contrastive,
@@ -101,7 +102,7 @@ def row_cases() -> list[SassCase]:
         cases += _adapter(CLIP_FRAMES, width, dtype)
     for rows, width, dtype in ((b32, 768, BF16), (text, 512, BF16), (l14, 1024, BF16), (text, 512, F32)):
         cases += _mlp(rows, width, dtype)
-    return cases
+    return cases + _activation(b32, 4 * 768, BF16)
 
 
 def _layer_norm(rows: int, width: int, stream: torch.dtype) -> list[SassCase]:
@@ -179,6 +180,18 @@ def _mlp(rows: int, width: int, dtype: torch.dtype) -> list[SassCase]:
             products_cost=cost_of(dtype),
         )
         for way, launch in (("forward", forward), ("backward", backward))
+    ]
+
+
+def _activation(rows: int, hidden: int, dtype: torch.dtype) -> list[SassCase]:
+    h, grad = like(dtype, rows, hidden), like(dtype, rows, hidden)
+    launches = {
+        "forward": partial(elements.activation, h, False),
+        "backward": partial(elements.activation_gradient, grad, h, False),
+    }
+    return [
+        SassCase(name=f"activation {way} {rows}x{hidden} {kind(dtype)}", launch=launch)
+        for way, launch in launches.items()
     ]
 
 
