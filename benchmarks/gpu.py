@@ -1,7 +1,7 @@
 r"""Check and time steps and kernels on this machine's GPU, within a lease of a few minutes.
 
     python benchmarks/gpu.py                      all, within ten minutes
-    python benchmarks/gpu.py --seconds 200        as much as fits
+    python benchmarks/gpu.py --seconds 200        as much as fits; checks in bf16 alone
     python benchmarks/gpu.py --only frame         only cases whose name contains the word
     python benchmarks/gpu.py --gate               exit 1 if worse than earlier results of the same GPU
     python benchmarks/gpu.py --table FILE         the table of a results file; needs no GPU
@@ -38,6 +38,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,25 +347,33 @@ def show(row: Row) -> None:
 def op_tasks(
     group: str, checked: Sequence[Case], timed: Sequence[Case], ceilings: dict[str, float], device: str
 ) -> list[Task]:
-    """Return one row for each candidate and peer that is missing here; checks; then times case by case."""
-    tasks, missing = [], {}
-    for op in dict.fromkeys(case.op for case in timed):
-        reasons = {impl: unavailable(op, impl, device, ()) for impl in CANDIDATES[op]}
-        reasons |= {peer.name: peer.missing() for peer in peers(op)}
-        missing[op] = {impl: reason for impl, reason in reasons.items() if reason}
-        for impl, reason in missing[op].items():
-            tasks.append(Task(group=group, name=op, impl=impl, work=leave_out, arguments=(reason,)))
-    for case in checked:
-        for impl in candidates(case.op):
-            late = impl in COMPILING and case.n < COMPILED_FROM
-            if impl not in PLAIN and not late and impl not in missing.get(case.op, {}):
-                arguments = (case, impl, device)
-                tasks.append(Task(group=group, name=case.name, impl=impl, work=check, arguments=arguments))
-    for case in timed:
-        impls = candidates(case.op) + [peer.name for peer in peers(case.op) if not case.masked]
-        for impl in (impl for impl in impls if impl not in missing[case.op]):
-            arguments = (case, impl, ceilings, device, SECONDS)
-            tasks.append(Task(group=group, name=case.name, impl=impl, work=time_case, arguments=arguments))
+    """Return op by op one row for each candidate and peer that is missing here, checks, and times.
+
+    A run that is cut short so has all figures of the first ops.
+    """
+    tasks = []
+    for op in dict.fromkeys(case.op for case in [*timed, *checked]):
+        missing = {impl: unavailable(op, impl, device, ()) for impl in CANDIDATES[op]}
+        missing |= {peer.name: peer.missing() for peer in peers(op)}
+        missing = {impl: reason for impl, reason in missing.items() if reason}
+        make = partial(Task, group=group)
+        tasks += [
+            make(name=op, impl=impl, work=leave_out, arguments=(reason,)) for impl, reason in missing.items()
+        ]
+        impls = [impl for impl in candidates(op) if impl not in missing]
+        tasks += [
+            make(name=case.name, impl=impl, work=check, arguments=(case, impl, device))
+            for case in checked
+            for impl in impls
+            if case.op == op and impl not in PLAIN and (impl not in COMPILING or case.n >= COMPILED_FROM)
+        ]
+        others = [peer.name for peer in peers(op) if peer.name not in missing]
+        tasks += [
+            make(name=case.name, impl=impl, work=time_case, arguments=(case, impl, ceilings, device, SECONDS))
+            for case in timed
+            if case.op == op
+            for impl in [*impls, *([] if case.masked else others)]
+        ]
     return tasks
 
 
@@ -410,8 +419,11 @@ def run_all(runner: Runner, options: argparse.Namespace, device: str) -> None:
         "losses": (checked_cases(), timed_cases(suite)),
     }
     cases = {
-        group: tuple([case for case in each if options.only in case.name] for each in pair)
-        for group, pair in cases.items()
+        group: (
+            [x for x in checked if options.only in x.name and (not small or x.dtype == torch.bfloat16)],
+            [x for x in timed if options.only in x.name],
+        )
+        for group, (checked, timed) in cases.items()
     }
     kernels = [
         Task(

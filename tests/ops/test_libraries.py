@@ -1,5 +1,7 @@
 """Calls of library kernels, with stand-ins of the documented signatures: values and gradients."""
 
+import importlib
+import inspect
 import sys
 from types import ModuleType
 
@@ -76,6 +78,23 @@ def test_dense_attention_of_flash_attn(monkeypatch):
     stand_in(monkeypatch, "flash_attn", flash_attn_qkvpacked_func=flash)
     qkv = torch.randn(3, 5, 3 * 6, requires_grad=True)
     assert_same_step(lambda impl: short_attention.short_attention(qkv, 2, impl=impl), "flash_attn", qkv)
+
+
+def test_the_calls_fit_the_functions_that_are_installed():
+    x = torch.empty(8, 2, 6)
+    offsets = torch.tensor([0, 8])
+    varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    inspect.signature(varlen).bind(x, x, x, offsets, offsets, 8, 8, window_size=(-1, 0))
+    try:
+        quack = importlib.import_module("quack.gemm_interface")
+    except ImportError as error:
+        pytest.skip(f"quack-kernels: {error}")
+    activations = importlib.import_module("quack.activation")
+    for name in mlp.QUACK_NAMES.values():
+        assert name in activations.act_fn_map and name in activations.dact_fn_map
+    options = {"bias": x, "activation": "quick_gelu", "store_preact": True, **mlp.UNTUNED}
+    inspect.signature(quack.gemm_act).bind(x, x, **options)
+    inspect.signature(quack.gemm_dact).bind(x, x, x, activation="quick_gelu", **mlp.UNTUNED)
 
 
 @pytest.mark.parametrize("packed", [False, True])
