@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.step_work import StepSize
+from discovla import torchvision_cpu
 from discovla.batch import Batch, Losses
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
 from discovla.towers.architecture import Architecture, TowerShape
+from discovla.towers.configs import architecture_from_config
 from discovla.towers.weights import initialise
 
 SOT, EOT = 49406, 49407
@@ -16,12 +18,17 @@ WORDS = (6, 15)  # of a caption; with start and end 12 tokens on average
 
 
 def architecture(name: str) -> Architecture:
-    """Return the architecture of OpenAI's ViT-B/32, B/16 or L/14."""
+    """Return the architecture of OpenAI's ViT-B/32, B/16 or L/14, or of a model by open_clip's name."""
     sizes = {
         "ViT-B/32": (768, 12, 512, 512),
         "ViT-B/16": (768, 12, 512, 512),
         "ViT-L/14": (1024, 24, 768, 768),
     }
+    if name not in sizes:
+        torchvision_cpu.install()
+        import open_clip
+
+        return architecture_from_config(name, open_clip.get_model_config(name))
     width, layers, text, joint = sizes[name]
     return Architecture(
         embed_dim=joint,
@@ -36,9 +43,12 @@ def architecture(name: str) -> Architecture:
 
 
 def method(a: Architecture, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiscoVLA:
-    """Make the published DiscoVLA with random weights, ready to train, computing in `dtype`."""
+    """Make the published DiscoVLA with random weights, ready to train, computing in `dtype`.
+
+    Of towers without a class row only the pool fuses.
+    """
     torch.manual_seed(0)  # before the model draws its adapters
-    made = DiscoVLA(a, DiscoVLAConfig())
+    made = DiscoVLA(a, DiscoVLAConfig() if a.frames.class_row else DiscoVLAConfig(fused_vision_blocks=1))
     initialise(made, a, seed=0)
     made.freeze()
     with torch.no_grad():  # products of two parameters at zero would have no gradients

@@ -2,14 +2,18 @@
 
     python benchmarks/step_traffic.py                      ViT-B/32, 128 pairs, bf16, plain torch and kernels
     python benchmarks/step_traffic.py --model ViT-L/14 --pairs 1024
+    python benchmarks/step_traffic.py --model PE-Core-B-16      any model, by open_clip's name
 
 Each op counts its operands once; attention counts as one fused op. Caches of a GPU save some of these bytes,
-and products need some of their operands twice. Rows go to benchmarks/results/cpu/, one JSON a line.
+and products need some of their operands twice. Operations are those of plain torch's matrix products and
+attention, two for each multiplication and addition. Captions have 12 of 32 tokens on average; towers that
+read padding compute their whole context. Rows go to benchmarks/results/cpu/, one JSON a line.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,13 +24,16 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from benchmarks import step_inputs
 from benchmarks.measure import Launches, Traffic, machine, results_file, write_row
+from discovla.batch import Batch
 from discovla.engine.config import EngineConfig
+from discovla.methods.discovla import DiscoVLA
 from discovla.ops import dispatch
 from discovla.ops.buckets import bucketed_rows
 from discovla.ops.dispatch import Impl
@@ -70,6 +77,25 @@ _attention.register_autograd(
 )
 
 
+def _attention_flops(q: tuple[int, ...], k: tuple[int, ...], *_: object, **options: object) -> int:
+    """Operations of two products of b h l c: forward."""
+    *batch, queries, channels = q
+    return 4 * math.prod(batch) * queries * k[-2] * channels
+
+
+def _attention_backward_flops(
+    grad: object, q: tuple[int, ...], k: tuple[int, ...], *_: object, **o: object
+) -> int:
+    """Operations of five products: the scores again, and the gradients."""
+    return _attention_flops(q, k) * 5 // 2
+
+
+FLOPS = {
+    torch.ops.discovla_benchmarks.attention: _attention_flops,
+    torch.ops.discovla_benchmarks.attention_backward: _attention_backward_flops,
+}
+
+
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
     """Let `auto` choose on meta tensors as on a GPU, and count attention as one op."""
@@ -87,14 +113,7 @@ def step_traffic(
     Args:
         impl: of the towers' blocks.
     """
-    model = step_inputs.method(architecture)
-    set_precision(model, EngineConfig.model_validate({"precision": precision}), torch.device("cpu"))
-    model.to("meta")
-    model.vision.impl = model.text.impl = impl
-    batch = step_inputs.noise(architecture, pairs)
-    assert batch.frame_text_mask is not None
-    model.text.rows = bucketed_rows([batch.text_mask, batch.frame_text_mask.flatten(0, 1)])
-    batch = batch.to("meta")
+    model, batch = _on_meta(architecture, pairs, impl, precision)
     with _as_on_a_gpu(), Traffic("meta") as traffic, Launches("meta") as launches:
         step_inputs.step(model, batch)
     kinds: Counter[str] = Counter()
@@ -103,6 +122,30 @@ def step_traffic(
             count
         )
     return kinds, launches.count
+
+
+def step_flops(architecture: Architecture, pairs: int) -> int:
+    """Return the operations of a DiscoVLA step in plain torch."""
+    model, batch = _on_meta(architecture, pairs, "torch")
+    with _as_on_a_gpu(), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        step_inputs.step(model, batch)
+    return counter.get_total_flops()
+
+
+def _on_meta(
+    architecture: Architecture, pairs: int, impl: Impl, precision: str = "bf16"
+) -> tuple[DiscoVLA, Batch]:
+    """Return the model and a batch without storage."""
+    model = step_inputs.method(architecture)
+    set_precision(model, EngineConfig.model_validate({"precision": precision}), torch.device("cpu"))
+    model.to("meta")
+    model.vision.impl = model.text.impl = impl
+    length = architecture.context_length
+    length = length if architecture.captions.reads_padding else min(32, length)
+    batch = step_inputs.noise(architecture, pairs, length=length)
+    assert batch.frame_text_mask is not None
+    model.text.rows = bucketed_rows([batch.text_mask, batch.frame_text_mask.flatten(0, 1)])
+    return model, batch.to("meta")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -115,11 +158,13 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     where = machine("cpu")
     path = results_file(where, "traffic")
+    architecture = step_inputs.architecture(options.model)
+    flops = step_flops(architecture, options.pairs)
     for impl in ("torch", "triton"):
-        kinds, launches = step_traffic(step_inputs.architecture(options.model), options.pairs, impl=impl)
+        kinds, launches = step_traffic(architecture, options.pairs, impl=impl)
         row = {"name": f"step {options.model} b{options.pairs}", "impl": f"ours bf16 {impl}"}
         row |= {"gb": {kind: count / 1e9 for kind, count in kinds.most_common()}, "launches": launches}
-        row |= {"total_gb": sum(kinds.values()) / 1e9}
+        row |= {"total_gb": sum(kinds.values()) / 1e9, "tflop": flops / 1e12}
         print(row)
         write_row(path, {**where, **row})
     return 0
