@@ -3,6 +3,8 @@
     discovla draw data/drawn_world
     python benchmarks/experiments.py methods       all methods and some combinations
     python benchmarks/experiments.py ablation      the parts of DiscoVLA
+    python benchmarks/experiments.py fusion        fusion by the readout of a tower, on a SigLIP-like and a
+                                                   PE-like tower, which configs/pretrain_drawn.toml trains
     python benchmarks/experiments.py precision     bf16 and FP8: errors against float64, losses of 200 steps
     python benchmarks/experiments.py stages        ZeRO stages on two processes
     python benchmarks/experiments.py rates         learning rates, compared on the validation split
@@ -61,6 +63,7 @@ from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.model import load_run
+from discovla.tensor_files import write_tensors
 from discovla.towers.configs import config_from_architecture
 from discovla.towers.weights import DRAWN_CLIP, read_drawn_clip
 from discovla.train_step import TrainStep, set_precision
@@ -70,6 +73,8 @@ QUICKSTART = "configs/quickstart_discovla.toml"
 BASIS = "configs/quickstart.toml"
 STILLS = "configs/pretrain_drawn.toml"
 SEEDS = (0, 1, 2)
+PRETRAINED = ROOT / "runs"
+TOWERS = {name: ROOT / f"configs/drawn_{name}.json" for name in ("siglip", "pe")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,8 @@ class Run:
     kind: str = "run"
     processes: int = 1
     recipe: str = QUICKSTART
+    tower: str = ""
+    """Tower of TOWERS to start from, instead of the drawn CLIP."""
     logit_scale: float | None = None
     """Replaces the pretrained one.  No training has fitted the model's similarities to it, unlike the scale
     near 100 of OpenAI's CLIP."""
@@ -91,6 +98,7 @@ class Run:
         """Return a text that is equal for equal runs, whatever their names."""
         parts = [
             "" if self.recipe == QUICKSTART else self.recipe,
+            self.tower,
             self.words,
             f"seed={self.seed}",
             "" if self.logit_scale is None else f"logit_scale={self.logit_scale:g}",
@@ -112,6 +120,8 @@ class Setting:
     def overrides(self, run: Run) -> list[str]:
         """Return the overrides of a run, without its directory."""
         words = [f"seed={run.seed}", f"data.manifest={self.manifest}", "engine.device=cpu"]
+        if run.tower:
+            words += [f"model.pretrained={weights_file(run)}", f"model.architecture={TOWERS[run.tower]}"]
         return [*run.words.split(), *words, *self.words]
 
     def identity(self, run: Run) -> str:
@@ -135,20 +145,23 @@ def run_experiment(experiment: Experiment, setting: Setting, runs: Sequence[Run]
 
     Raises:
         ValueError: results in the file started from other pretrained weights.
+        FileNotFoundError: a tower is not pretrained.
         RuntimeError: a run failed.
     """
-    weights = zlib.crc32(DRAWN_CLIP.read_bytes())
     written = []
     for run in runs:
+        path = weights_file(run)
+        weights = zlib.crc32(path.read_bytes())
         known = read_rows(experiment.results)
-        if any(row.get("weights", weights) != weights for row in known):
-            raise ValueError(f"{experiment.results}: expected runs from {DRAWN_CLIP}, found other weights")
+        if any(row.get("weights", weights) != weights for row in known if row.get("tower", "") == run.tower):
+            raise ValueError(f"{experiment.results}: expected runs from {path}, found other weights")
         identity = setting.identity(run)
         if identity in {row.get("identity") for row in known}:
             continue
         common = {"kind": run.kind, "name": run.name, "seed": run.seed, "identity": identity}
         for figures in experiment.measure(run, setting):
-            row = common | {"weights": weights} | machine("cpu") | figures
+            row = common | {"weights": weights} | ({"tower": run.tower} if run.tower else {})
+            row |= machine("cpu") | figures
             write_row(experiment.results, row)
             written.append(row)
             print(summary(row), flush=True)
@@ -191,6 +204,28 @@ def train(run: Run, setting: Setting, directory: Path) -> dict[str, float]:
             raise RuntimeError(f"{' '.join(words)}: {log.read()[-2000:]}")
     cpu_seconds = usage.ru_utime + usage.ru_stime
     return {"cpu_seconds": round(cpu_seconds, 1), "peak_rss_mb": round(usage.ru_maxrss / 1024)}
+
+
+def weights_file(run: Run) -> Path:
+    """Return the file of the weights that a run starts from; those of a tower are written at the first call.
+
+    Raises:
+        FileNotFoundError: the tower is not pretrained; the message has the command.
+    """
+    if not run.tower:
+        return DRAWN_CLIP
+    pretraining = PRETRAINED / f"pretrain_drawn_{run.tower}"
+    path = pretraining / "tower.safetensors"
+    if not (pretraining / "results.json").is_file():
+        raise FileNotFoundError(
+            f"{pretraining}: expected a pretrained tower, found none; make it: python train.py "
+            f"configs/pretrain_drawn.toml epochs=3 optim.warmup=0.05 directory={pretraining} "
+            f"model.architecture={TOWERS[run.tower].relative_to(ROOT)}"
+        )
+    if not path.is_file():
+        weights = load_run(pretraining).method.plain_weights()
+        write_tensors(path, {name: x.contiguous() for name, x in weights.items()})
+    return path
 
 
 def drawn_clip_with_scale(folder: Path, scale: float) -> list[str]:
@@ -520,6 +555,37 @@ def measure_part(run: Run, setting: Setting) -> list[Row]:
     return [usage | {"last steps": last, "figures": measure(method, evaluation), "logit_scale": scale}]
 
 
+def _fusion_runs() -> list[Run]:
+    """Return the runs of fusion by readout: of the pool, and with a class row in the last blocks too."""
+    runs = []
+    for tower, most in (("siglip", 1), ("pe", 2)):
+        fused = {
+            f"fusion, {n} block{'s' * (n > 1)}": f"{_FUSION} method.fused_vision_blocks={n}"
+            for n in range(1, most + 1)
+        }
+        trained = {"LoRA + mean pooling": _discovla(fused=False, alpha=0), **fused}
+        trained["fusion, 1 block, frame positions"] = f"{fused['fusion, 1 block']} method.frame_position=true"
+        runs.append(Run(name="zero-shot, mean pooling", words=_FROZEN, tower=tower))
+        runs += [
+            Run(name=f"zero-shot, {name} untrained", words=f"{words} steps=0", tower=tower)
+            for name, words in fused.items()
+        ]
+        runs += [
+            Run(name=name, words=words, seed=seed, tower=tower)
+            for seed in SEEDS
+            for name, words in trained.items()
+        ]
+    return [replace(run, name=f"{run.tower}: {run.name}") for run in runs]
+
+
+FUSION_RUNS = _fusion_runs()
+
+
+def measure_fusion(run: Run, setting: Setting) -> list[Row]:
+    """As `measure_part`, without the comparison of teacher and student, which these runs do not have."""
+    return measure_part(run, replace(setting, fresh_clips=0))
+
+
 PRECISIONS = {
     "fp32": "engine.precision=fp32",
     "bf16": "engine.precision=bf16",
@@ -636,6 +702,9 @@ EXPERIMENTS = {
     ),
     "ablation": Experiment(
         results=RESULTS / "cpu/ablation-drawn-world.jsonl", runs=ABLATION_RUNS, measure=measure_part
+    ),
+    "fusion": Experiment(
+        results=RESULTS / "cpu/fusion-drawn-world.jsonl", runs=FUSION_RUNS, measure=measure_fusion
     ),
     "precision": Experiment(
         results=RESULTS / "cpu/precision-drawn-world.jsonl", runs=PRECISION_RUNS, measure=measure_precision

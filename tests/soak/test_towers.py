@@ -1,7 +1,7 @@
 """Whole models of open_clip with random weights: features and every gradient are those of open_clip's code.
 
 pytest -m soak tests/soak/test_towers.py                 four models in float64, up to 12 GB of memory
-python tests/soak/test_towers.py NAME ... [--out FILE]   any models; a row each for benchmarks/results
+python tests/soak/test_towers.py NAME ... [--out FILE]   rows for benchmarks/results/cpu/whole-towers.jsonl
 """
 
 from __future__ import annotations
