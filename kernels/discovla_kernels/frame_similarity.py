@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from discovla_kernels.pairs import unsupported
 from discovla_kernels.tiles import (
     LOWEST,
     Traffic,
@@ -17,38 +18,32 @@ from discovla_kernels.tiles import (
     mask_pointer,
     part_rows,
     precision,
-    product_tile,
-    unsupported_tensors,
 )
 
-MAX_PARTS = 256  # of a text; their maxima live in registers
+__all__ = [
+    "Maxima",
+    "gradients",
+    "match_gradient",
+    "maxima",
+    "pairs_per_block",
+    "traffic",
+    "traffic_backward",
+    "unsupported",
+]
+
 BLOCK_BYTES = 3 << 25  # of one block of pairs
 BLOCK_R, BLOCK_C = 16, 64  # products of parts that a tile of backward writes
 
 
-def unsupported(text: Tensor, video: Tensor, *masks: Tensor | None) -> str:
-    """Return why the kernel cannot take t i d texts and v j d videos, or ""."""
-    if text.shape[1] > MAX_PARTS:
-        return f"expected at most {MAX_PARTS} parts of a text, found {text.shape[1]}"
-    return unsupported_tensors(text, video, *masks)
-
-
 @triton.jit
-def _pool_add(top, total, first, second, value, logit):
-    """Add one entry to an online softmax-weighted mean of `value` and of its square."""
-    new_top = tl.maximum(top, logit)
-    keep, add = tl.exp(top - new_top), tl.exp(logit - new_top)
-    return new_top, total * keep + add, first * keep + add * value, second * keep + add * value * value
-
-
-@triton.jit
-def _pool_axis(top, total, first, second, value, logit):
-    """Add all entries along the middle axis of t i v at once."""
-    new_top = tl.maximum(top, tl.max(logit, axis=1))
-    keep, add = tl.exp(top - new_top), tl.exp(logit - new_top[:, None, :])
-    total = total * keep + tl.sum(add, axis=1)
-    first = first * keep + tl.sum(add * value, axis=1)
-    return new_top, total, first, second * keep + tl.sum(add * value * value, axis=1)
+def _pool(top, total, first, second, value, real, scale, AXIS: tl.constexpr):
+    """Add the real entries along an axis to softmax-weighted means of `value` and of its square."""
+    logit = tl.where(real, scale * value, -float("inf"))
+    new_top = tl.maximum(top, tl.max(logit, axis=AXIS))
+    keep, add = tl.exp(top - new_top), tl.exp(logit - tl.expand_dims(new_top, AXIS))
+    total = total * keep + tl.sum(add, axis=AXIS)
+    first = first * keep + tl.sum(add * value, axis=AXIS)
+    return new_top, total, first, second * keep + tl.sum(add * value * value, axis=AXIS)
 
 
 @triton.jit
@@ -61,19 +56,42 @@ def _pool_end(top, total, first, second):
 
 
 @triton.jit
+def _matches(r, real_i, real_j):
+    """Return maxima of r, t i v j, over real j (t i v) and over real i (t v j), with their lowest indices.
+
+    A maximum over nothing is -2, and its index -1.
+    """
+    p, p_index = tl.max(tl.where(real_j, r, -2.0), axis=3, return_indices=True)
+    q, q_index = tl.max(tl.where(real_i, r, -2.0), axis=1, return_indices=True)
+    return p, tl.where(p > -2.0, p_index, -1), q, tl.where(q > -2.0, q_index, -1)
+
+
+@triton.jit
+def _larger(x, x_index, y, y_index, OFFSET: tl.constexpr):
+    """Return the larger of two maxima, x if they are equal, and its index; those of y count from OFFSET."""
+    return tl.maximum(x, y), tl.where(y > x, y_index + OFFSET, x_index)
+
+
+@triton.jit
+def _load_parts(ptr, rows, exists, d, D):
+    """Load some columns of parts, zeros where there is no part."""
+    return tl.load(ptr + rows[:, None] * D + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def _frame_similarity_forward(
     text_ptr, video_ptr, scale_ptr, text_mask_ptr, video_mask_ptr, out_ptr,
     text_best_ptr, text_index_ptr, video_best_ptr, video_index_ptr, pool_ptr, T, V, I_PARTS, J_PARTS, D,
     stride_pool, HAS_TEXT_MASK: tl.constexpr, HAS_VIDEO_MASK: tl.constexpr, KEEP: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    I_FIRST: tl.constexpr, I_SECOND: tl.constexpr, J_FIRST: tl.constexpr, J_SECOND: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """G = (sum_i p_i softmax_i(s p_i) + sum_j q_j softmax_j(s q_j)) / 2, p_i = max_j R_ij, q_j = max_i R_ij.
 
-    Tile: BLOCK_T texts x BLOCK_V videos.  The parts of a text are FIRST + SECOND rows, powers of two, so that
-    12 need no padding: for one j after another, (BLOCK_T FIRST) x BLOCK_V and (BLOCK_T SECOND) x BLOCK_V
-    products.
-    Registers: p of every part and its j; of q only the sums of an online softmax over j.
+    Tile: all products of BLOCK_T texts x BLOCK_V videos, in registers.  The parts of a text are I_FIRST +
+    I_SECOND rows, powers of two, so that 12 need no padding; those of a video likewise: up to four products,
+    for which the parts of both sides are loaded once.
     KEEP also writes what backward needs: p, q, their indices and five sums.
     Traffic: `traffic`.
     Backward: dR_ij = dG / 2 (w_i (1 + s (p_i - mean)) [j = argmax_i] + the same of q).
@@ -81,57 +99,78 @@ def _frame_similarity_forward(
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     v = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
     scale = tl.load(scale_ptr).to(ACC)
-    rows1, exists1, real1 = part_rows(t, FIRST, 0, text_mask_ptr, T, I_PARTS, HAS_TEXT_MASK)
-    best1 = tl.full((BLOCK_T * FIRST, BLOCK_V), -2.0, dtype=ACC)
-    index1 = tl.full((BLOCK_T * FIRST, BLOCK_V), -1, dtype=tl.int32)
-    if SECOND > 0:
-        rows2, exists2, real2 = part_rows(t, SECOND, FIRST, text_mask_ptr, T, I_PARTS, HAS_TEXT_MASK)
-        best2 = tl.full((BLOCK_T * SECOND, BLOCK_V), -2.0, dtype=ACC)
-        index2 = tl.full((BLOCK_T * SECOND, BLOCK_V), -1, dtype=tl.int32)
-    top = tl.full((BLOCK_T, BLOCK_V), LOWEST, dtype=ACC)
-    total = tl.zeros((BLOCK_T, BLOCK_V), dtype=ACC)
-    first, second = total, total
-    pairs = (t < T)[:, None] & (v < V)[None, :]
-    pair = t[:, None] * V + v[None, :]
-    for j in range(J_PARTS):
-        columns = v * J_PARTS + j
-        real_v = v < V
-        if HAS_VIDEO_MASK:
-            real_v = real_v & (tl.load(video_mask_ptr + columns, mask=real_v, other=0) != 0)
-        r = product_tile(text_ptr, video_ptr, rows1, columns, exists1, v < V, D, BLOCK_D, PRECISION, ACC)
-        better = real_v[None, :] & (r > best1)
-        best1, index1 = tl.where(better, r, best1), tl.where(better, j, index1)
-        r = tl.reshape(tl.where(real1[:, None], r, -2.0), (BLOCK_T, FIRST, BLOCK_V))
-        q, q_index = tl.max(r, axis=1, return_indices=True)
-        if SECOND > 0:
-            r = product_tile(text_ptr, video_ptr, rows2, columns, exists2, v < V, D, BLOCK_D, PRECISION, ACC)
-            better = real_v[None, :] & (r > best2)
-            best2, index2 = tl.where(better, r, best2), tl.where(better, j, index2)
-            r = tl.reshape(tl.where(real2[:, None], r, -2.0), (BLOCK_T, SECOND, BLOCK_V))
-            q2, q2_index = tl.max(r, axis=1, return_indices=True)
-            q_index = tl.where(q2 > q, q2_index + FIRST, q_index)
-            q = tl.maximum(q, q2)
-        logit = tl.where(real_v[None, :], scale * q, -float("inf"))
-        top, total, first, second = _pool_add(top, total, first, second, q, logit)
-        if KEEP:
-            tl.store(video_best_ptr + pair * J_PARTS + j, q, mask=pairs)
-            tl.store(video_index_ptr + pair * J_PARTS + j, tl.where(q > -2.0, q_index, -1), mask=pairs)
-    mean_v, variance_v, lse_v = _pool_end(top, total, first, second)
-    top = tl.full((BLOCK_T, BLOCK_V), LOWEST, dtype=ACC)
-    total = tl.zeros((BLOCK_T, BLOCK_V), dtype=ACC)
-    p = tl.reshape(best1, (BLOCK_T, FIRST, BLOCK_V))
-    logit = tl.reshape(tl.where(real1[:, None], scale * best1, -float("inf")), (BLOCK_T, FIRST, BLOCK_V))
-    top, total, first, second = _pool_axis(top, total, total, total, p, logit)
-    if SECOND > 0:
-        p = tl.reshape(best2, (BLOCK_T, SECOND, BLOCK_V))
-        logit = tl.reshape(tl.where(real2[:, None], scale * best2, -float("inf")), (BLOCK_T, SECOND, BLOCK_V))
-        top, total, first, second = _pool_axis(top, total, first, second, p, logit)
+    i1, i1_exists, i1_real = part_rows(t, I_FIRST, 0, text_mask_ptr, T, I_PARTS, HAS_TEXT_MASK)
+    j1, j1_exists, j1_real = part_rows(v, J_FIRST, 0, video_mask_ptr, V, J_PARTS, HAS_VIDEO_MASK)
+    r11 = tl.zeros((BLOCK_T * I_FIRST, BLOCK_V * J_FIRST), dtype=ACC)
+    if I_SECOND > 0:
+        i2, i2_exists, i2_real = part_rows(t, I_SECOND, I_FIRST, text_mask_ptr, T, I_PARTS, HAS_TEXT_MASK)
+        r21 = tl.zeros((BLOCK_T * I_SECOND, BLOCK_V * J_FIRST), dtype=ACC)
+    if J_SECOND > 0:
+        j2, j2_exists, j2_real = part_rows(v, J_SECOND, J_FIRST, video_mask_ptr, V, J_PARTS, HAS_VIDEO_MASK)
+        r12 = tl.zeros((BLOCK_T * I_FIRST, BLOCK_V * J_SECOND), dtype=ACC)
+        if I_SECOND > 0:
+            r22 = tl.zeros((BLOCK_T * I_SECOND, BLOCK_V * J_SECOND), dtype=ACC)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x1, y1 = _load_parts(text_ptr, i1, i1_exists, d, D), _load_parts(video_ptr, j1, j1_exists, d, D)
+        r11 = tl.dot(x1, tl.trans(y1), r11, input_precision=PRECISION, out_dtype=ACC)
+        if I_SECOND > 0:
+            x2 = _load_parts(text_ptr, i2, i2_exists, d, D)
+            r21 = tl.dot(x2, tl.trans(y1), r21, input_precision=PRECISION, out_dtype=ACC)
+        if J_SECOND > 0:
+            y2 = _load_parts(video_ptr, j2, j2_exists, d, D)
+            r12 = tl.dot(x1, tl.trans(y2), r12, input_precision=PRECISION, out_dtype=ACC)
+            if I_SECOND > 0:
+                r22 = tl.dot(x2, tl.trans(y2), r22, input_precision=PRECISION, out_dtype=ACC)
+    i1_real = tl.reshape(i1_real, (BLOCK_T, I_FIRST, 1, 1))
+    j1_real = tl.reshape(j1_real, (1, 1, BLOCK_V, J_FIRST))
+    p1, p1_index, q1, q1_index = _matches(
+        tl.reshape(r11, (BLOCK_T, I_FIRST, BLOCK_V, J_FIRST)), i1_real, j1_real
+    )
+    if I_SECOND > 0:
+        i2_real = tl.reshape(i2_real, (BLOCK_T, I_SECOND, 1, 1))
+        p2, p2_index, q, q_index = _matches(
+            tl.reshape(r21, (BLOCK_T, I_SECOND, BLOCK_V, J_FIRST)), i2_real, j1_real
+        )
+        q1, q1_index = _larger(q1, q1_index, q, q_index, I_FIRST)
+    if J_SECOND > 0:
+        j2_real = tl.reshape(j2_real, (1, 1, BLOCK_V, J_SECOND))
+        p, p_index, q2, q2_index = _matches(
+            tl.reshape(r12, (BLOCK_T, I_FIRST, BLOCK_V, J_SECOND)), i1_real, j2_real
+        )
+        p1, p1_index = _larger(p1, p1_index, p, p_index, J_FIRST)
+        if I_SECOND > 0:
+            p, p_index, q, q_index = _matches(
+                tl.reshape(r22, (BLOCK_T, I_SECOND, BLOCK_V, J_SECOND)), i2_real, j2_real
+            )
+            p2, p2_index = _larger(p2, p2_index, p, p_index, J_FIRST)
+            q2, q2_index = _larger(q2, q2_index, q, q_index, I_FIRST)
+    low, zero = tl.full((BLOCK_T, BLOCK_V), LOWEST, dtype=ACC), tl.zeros((BLOCK_T, BLOCK_V), dtype=ACC)
+    top, total, first, second = _pool(
+        low, zero, zero, zero, p1, tl.reshape(i1_real, (BLOCK_T, I_FIRST, 1)), scale, 1
+    )
+    if I_SECOND > 0:
+        top, total, first, second = _pool(
+            top, total, first, second, p2, tl.reshape(i2_real, (BLOCK_T, I_SECOND, 1)), scale, 1
+        )
     mean_t, variance_t, lse_t = _pool_end(top, total, first, second)
+    top, total, first, second = _pool(
+        low, zero, zero, zero, q1, tl.reshape(j1_real, (1, BLOCK_V, J_FIRST)), scale, 2
+    )
+    if J_SECOND > 0:
+        top, total, first, second = _pool(
+            top, total, first, second, q2, tl.reshape(j2_real, (1, BLOCK_V, J_SECOND)), scale, 2
+        )
+    mean_v, variance_v, lse_v = _pool_end(top, total, first, second)
+    pair, pairs = t[:, None] * V + v[None, :], (t < T)[:, None] & (v < V)[None, :]
     tl.store(out_ptr + pair, (mean_t + mean_v) * 0.5, mask=pairs)
     if KEEP:
-        _keep(text_best_ptr, text_index_ptr, rows1, exists1, v, V, best1, index1)
-        if SECOND > 0:
-            _keep(text_best_ptr, text_index_ptr, rows2, exists2, v, V, best2, index2)
+        _keep_text(text_best_ptr, text_index_ptr, t, v, T, V, I_PARTS, p1, p1_index, 0)
+        _keep_video(video_best_ptr, video_index_ptr, pair, pairs, J_PARTS, q1, q1_index, 0)
+        if I_SECOND > 0:
+            _keep_text(text_best_ptr, text_index_ptr, t, v, T, V, I_PARTS, p2, p2_index, I_FIRST)
+        if J_SECOND > 0:
+            _keep_video(video_best_ptr, video_index_ptr, pair, pairs, J_PARTS, q2, q2_index, J_FIRST)
         tl.store(pool_ptr + pair, mean_t, mask=pairs)
         tl.store(pool_ptr + stride_pool + pair, lse_t, mask=pairs)
         tl.store(pool_ptr + 2 * stride_pool + pair, mean_v, mask=pairs)
@@ -140,11 +179,22 @@ def _frame_similarity_forward(
 
 
 @triton.jit
-def _keep(best_ptr, index_ptr, rows, exists, v, V, best, index):
-    """Write maxima of parts and their indices to (t i) v."""
-    place, here = rows[:, None] * V + v[None, :], exists[:, None] & (v < V)[None, :]
-    tl.store(best_ptr + place, best, mask=here)
-    tl.store(index_ptr + place, index, mask=here)
+def _keep_text(best_ptr, index_ptr, t, v, T, V, I_PARTS, best, index, OFFSET: tl.constexpr):
+    """Write maxima of a text's parts from OFFSET, t i v."""
+    i = (OFFSET + tl.arange(0, best.shape[1]))[None, :, None]
+    t, v = t[:, None, None], v[None, None, :]
+    here = (t < T) & (i < I_PARTS) & (v < V)
+    tl.store(best_ptr + (t * I_PARTS + i) * V + v, best, mask=here)
+    tl.store(index_ptr + (t * I_PARTS + i) * V + v, index, mask=here)
+
+
+@triton.jit
+def _keep_video(best_ptr, index_ptr, pair, pairs, J_PARTS, best, index, OFFSET: tl.constexpr):
+    """Write maxima of a video's parts from OFFSET, t v j."""
+    j = (OFFSET + tl.arange(0, best.shape[2]))[None, None, :]
+    here = pairs[:, :, None] & (j < J_PARTS)
+    tl.store(best_ptr + pair[:, :, None] * J_PARTS + j, best, mask=here)
+    tl.store(index_ptr + pair[:, :, None] * J_PARTS + j, index, mask=here)
 
 
 @triton.jit
@@ -212,8 +262,7 @@ def maxima(
     """Similarities of unit rows, t i d and v j d, and with `keep` what `gradients` needs."""
     text, video = text.contiguous(), video.contiguous()
     (t, i, d), (v, j, _) = text.shape, video.shape
-    first, second = _split(i)
-    block_t, block_v = _tile(t, v, first, small=keep and text.element_size() > 2)
+    tile = _tile(t, v, i, j)
     acc = torch.promote_types(text.dtype, torch.float32)
     kept = (t, v) if keep else (1, 1)
     out = Maxima(
@@ -224,12 +273,12 @@ def maxima(
         video_index=text.new_empty(*kept, j, dtype=torch.int16),
         pools=text.new_empty(5, *kept, dtype=acc),
     )
-    _frame_similarity_forward[(triton.cdiv(t, block_t), triton.cdiv(v, block_v))](
+    _frame_similarity_forward[(triton.cdiv(t, tile["BLOCK_T"]), triton.cdiv(v, tile["BLOCK_V"]))](
         text, video, scale, mask_pointer(text_mask, text), mask_pointer(video_mask, video), out.similarity,
         out.text_best, out.text_index, out.video_best, out.video_index, out.pools, t, v, i, j, d, t * v,
-        HAS_TEXT_MASK=text_mask is not None, HAS_VIDEO_MASK=video_mask is not None, KEEP=keep, FIRST=first,
-        SECOND=second, BLOCK_T=block_t, BLOCK_V=block_v, BLOCK_D=64 if text.element_size() == 2 else 32,
-        PRECISION=precision(text), ACC=accumulator(text), num_warps=8 if block_t * first >= 128 else 4,
+        HAS_TEXT_MASK=text_mask is not None, HAS_VIDEO_MASK=video_mask is not None, KEEP=keep,
+        BLOCK_D=64 if text.element_size() == 2 else 32, PRECISION=precision(text), ACC=accumulator(text),
+        **tile,
     )  # fmt: skip
     return out
 
@@ -279,40 +328,48 @@ def pairs_per_block(text: Tensor, video: Tensor, keep: bool) -> int:
     return max(1, BLOCK_BYTES // per_pair)
 
 
-def _split(parts: int) -> tuple[int, int]:
-    """Return two powers of two, the second possibly 0, that cover `parts` with the least padding.
+def _split(parts: int, rows: int) -> tuple[int, int, int]:
+    """Return how many samples a tile of about `rows` parts has, and two powers of two that cover a sample's.
 
-    The second is at least an eighth of the first, or tensor cores would stand idle in it.
+    The second is 0 unless both together have less padding, and enough rows for tensor cores.
     """
     whole = triton.next_power_of_2(parts)
     half = whole // 2
-    second = max(triton.next_power_of_2(parts - half), half // 8, 1) if half else 0
-    return (half, second) if half and half + second < whole else (whole, 0)
+    second = triton.next_power_of_2(parts - half) if half else 0
+    samples = rows // half if half else 0
+    if half + second < whole and samples and samples * second >= 16:
+        return samples, half, second
+    return max(1, rows // whole), whole, 0
 
 
-def _tile(t: int, v: int, first: int, small: bool) -> tuple[int, int]:
-    """Return texts and videos of a tile; small if large ones would leave processors idle.
-
-    small: also where they would spill, as they do if maxima of float32 products are kept.
-    """
-    large = t * v >= 1 << 16 and not small
-    return max(1, (128 if large else 32) // first), 32
+def _tile(t: int, v: int, i: int, j: int) -> dict[str, int]:
+    """Return tiles of t texts with i parts and v videos with j; small if large ones would idle processors."""
+    large = t * v >= 1 << 16
+    block_t, i_first, i_second = _split(i, 128 if large else 32)
+    block_v, j_first, j_second = _split(j, 32)
+    return {
+        "BLOCK_T": block_t,
+        "BLOCK_V": block_v,
+        "I_FIRST": i_first,
+        "I_SECOND": i_second,
+        "J_FIRST": j_first,
+        "J_SECOND": j_second,
+        "num_warps": 8 if large else 4,
+        "num_stages": 2,
+    }
 
 
 def traffic(shapes: tuple[int, int, int, int, int], *, masked: bool, keep: bool) -> Traffic:
-    """Traffic of `maxima` of t texts with i parts and v videos with j parts, in float32; shapes: t i v j d.
+    """Traffic of `maxima` of t texts with i parts and v videos with j parts; shapes: t i v j d.
 
-    Texts are loaded j times for each of the ceil(v / BLOCK_V) tiles they are in, videos ceil(t / BLOCK_T)
-    times for each run of a text's parts, mostly from L2; masks once a tile. A similarity is stored, with
-    `keep` also 2 i + 2 j maxima and indices of each pair, and five sums.
+    Texts and their masks are loaded once for each of the ceil(v / BLOCK_V) tiles they are in, videos
+    ceil(t / BLOCK_T) times, mostly from L2.  A similarity is stored, with `keep` also 2 i + 2 j maxima and
+    indices of each pair, and five sums.
     """
     t, i, v, j, d = shapes
-    first, second = _split(i)
-    block_t, block_v = _tile(t, v, first, small=keep)
-    tiles = triton.cdiv(t, block_t), triton.cdiv(v, block_v)
-    loads = t * i * j * d * tiles[1] + v * j * d * tiles[0] * (2 if second else 1) + tiles[0] * tiles[1]
-    if masked:
-        loads += t * i * tiles[1] + v * j * tiles[0]
+    tile = _tile(t, v, i, j)
+    tiles = triton.cdiv(t, tile["BLOCK_T"]), triton.cdiv(v, tile["BLOCK_V"])
+    loads = (t * i * tiles[1] + v * j * tiles[0]) * (d + int(masked)) + tiles[0] * tiles[1]
     return Traffic(loads=loads, stores=t * v * (1 + (2 * (i + j) + 5 if keep else 0)))
 
 

@@ -60,10 +60,11 @@ def build(kernel: Any, constants: dict[str, Any], rows: str, target: GPUTarget) 
         constants = constants | {"ACC": tl.float32}
         constants.setdefault("BLOCK_D", 64 if half else 32)
         constants["PRECISION"] = "ieee" if half and "token_ptr" not in kernel.arg_names else "tf32x3"
-    names = kernel.arg_names
+    names, constants = kernel.arg_names, dict(constants)
+    options = {"num_warps": constants.pop("num_warps", 8), "num_stages": constants.pop("num_stages", 3)}
     signature = {name: "constexpr" if name in constants else argument(name, rows) for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
-    built = compile_kernel(ASTSource(kernel, signature, values), target=target, options={"num_warps": 8})
+    built = compile_kernel(ASTSource(kernel, signature, values), target=target, options=options)
     if built.metadata.shared > SHARED[target.arch]:
         sys.exit(f"{kernel.__name__}: {built.metadata.shared} bytes of shared memory are too many")
 
@@ -78,10 +79,10 @@ def main(capability: int) -> None:
     target = GPUTarget("cuda", capability, 32)
     dense = FRAMES | {"BLOCK_R": 32, "BLOCK_C": 128}
     cases: list[tuple[Any, dict[str, Any]]] = [(frame_similarity._frame_similarity_backward, dense)]
-    for first, second, texts in ((8, 4, 16), (1, 0, 128)):
-        parts = FRAMES | {"FIRST": first, "SECOND": second, "BLOCK_T": texts, "BLOCK_V": 64}
+    for parts in (12, 1, 63):
+        tile = frame_similarity._tile(1 << 10, 1 << 10, parts, parts)
         forward = frame_similarity._frame_similarity_forward
-        cases += [(forward, parts | {"KEEP": keep}) for keep in (True, False)]
+        cases += [(forward, FRAMES | tile | {"KEEP": keep}) for keep in (True, False)]
     for teacher in (True, False):
         options = TILE | {"HAS_TEACHER": teacher, "HAS_IGNORE": teacher}
         cases += [(contrastive._contrastive_forward, options)]

@@ -42,7 +42,8 @@ def test_auto_falls_back_to_torch_for_unsupported_tensors_and_warns_once(caplog,
         chosen = {choose("frame_similarity", "auto", "cuda", operands=(too_many, too_many)) for _ in range(2)}
     assert chosen == {"torch"}
     assert [record.getMessage() for record in caplog.records] == [
-        "frame_similarity: plain torch instead of the kernel: expected at most 256 parts of a text, found 300"
+        "frame_similarity: plain torch instead of the kernel: expected at most 16384 products "
+        "of a pair's rows, counts rounded up to powers of two, found 512 x 512"
     ]
 
 
