@@ -237,7 +237,7 @@ def _settings(tokens: Tensor, assignment: Tensor) -> dict[str, object]:
     return {
         "L_BLOCK": length,
         "K_BLOCK": centres,
-        "BLOCK_D": 64 if length * 64 <= MAX_SHARES else 32,
+        "BLOCK_D": 32,  # more would spill
         "PRECISION": precision(assignment),
         "ACC": accumulator(assignment),
         "num_warps": 4 if length <= 64 else 8,

@@ -12,6 +12,10 @@ import discovla_kernels
 from benchmarks.measure import RESULTS, ROOT, read_rows
 
 TABLE = RESULTS / "sass/kernels.jsonl"
+OF_TOWERS = {
+    *("layer_norm", "lora_norm", "adapter", "mlp", "short_attention", "temporal_fusion", "readout_attention"),
+    *("frame_patches", "fold_normalisation", "quantise_rows", "merge_tokens"),
+}
 WHAT_COMPILES_FAST = (
     "lora_norm forward 76800x768 bf16",
     "short_attention backward 1536x50",
@@ -34,6 +38,16 @@ def test_every_launched_kernel_has_a_row():
         x for text in sources for x in re.findall(r"(?:^ +|_launch\()(_\w+)[\[,]", text, re.MULTILINE)
     }
     assert launched == {row["kernel"] for row in rows()}
+
+
+def test_towers_do_not_spill_in_bfloat16_and_losses_hardly():
+    for row in rows():
+        op, single = row["case"].split()[0], row["case"].endswith("fp32") or " fp32 " in row["case"]
+        if op in OF_TOWERS and not single:
+            assert row["spills"] == 0, row
+        elif op not in OF_TOWERS:
+            assert row["spills"] <= 16, row
+        assert row["programs"] > 0, row
 
 
 @pytest.mark.slow
