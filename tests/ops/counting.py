@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 
@@ -21,14 +22,19 @@ class Counts:
 
 
 @contextmanager
-def counted() -> Iterator[Counts]:
-    """Counts of every kernel that runs meanwhile."""
+def counted(rows: Sequence[Tensor] | None = None) -> Iterator[Counts]:
+    """Counts of every kernel that runs meanwhile.
+
+    rows: count loads from these only, and not those of weights, which stay in caches.
+    """
     actual = Counts()
+    ranges = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in rows or ()]
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     add, dot = InterpreterBuilder.create_atomic_rmw, InterpreterBuilder.create_dot
 
     def counting_load(self, pointers, mask, *rest):
-        actual.loads += int(mask.data.sum())
+        within = rows is None or sum((pointers.data >= a) & (pointers.data < b) for a, b in ranges)
+        actual.loads += int((mask.data * within).sum())
         return load(self, pointers, mask, *rest)
 
     def counting_store(self, pointers, value, mask, *rest):

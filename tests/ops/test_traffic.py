@@ -12,7 +12,16 @@ from discovla.ops.frame_similarity import frame_similarity
 from discovla.ops.info_nce import info_nce
 from discovla.ops.late_interaction import late_interaction
 from discovla.ops.token_similarity import TokenInputs, token_similarity, token_training_similarity
-from discovla_kernels import contrastive, rank_of_positive, soft_vlad
+from discovla_kernels import (
+    contrastive,
+    layer_norm,
+    lora_norm,
+    mlp,
+    rank_of_positive,
+    short_attention,
+    soft_vlad,
+    temporal_fusion,
+)
 from discovla_kernels import frame_similarity as frames
 from discovla_kernels import late_interaction as interaction
 from discovla_kernels import token_similarity as tokens
@@ -174,3 +183,65 @@ def test_a_step_multiplies_in_four_passes_without_padding(op, monkeypatch):
 def test_losses_of_one_block_multiply_no_more_than_streamed_ones():
     actual, products, one_pass = step_of("alignment_losses")
     assert one_pass <= actual.flops < 2 * one_pass and products == 2 * one_pass
+
+
+def step_of_rows() -> dict[str, tuple]:
+    """Kernels of a tower: the call, and the rows that it has to read."""
+    x, u, z = torch.randn(32, 64), torch.randn(32, 64), torch.randn(32, 64 + 16)
+    a, gain, shift, stats = torch.randn(8, 64), torch.randn(64), torch.randn(64), torch.randn(2, 32)
+    affine, none = (gain, shift), x.new_empty(0)
+    forward, dsum = (1e-5, torch.float32), torch.randn(32, 64)
+    return {
+        "layer_norm forward": (lambda: layer_norm.forward(x, u, *affine, *forward), (x, u)),
+        "layer_norm backward": (lambda: layer_norm.backward(u, dsum, x, stats, gain, none), (u, dsum, x)),
+        "lora_norm forward": (lambda: lora_norm.forward(x, u, a, *affine, *forward), (x, u)),
+        "lora_norm backward": (lambda: lora_norm.backward(z, u, x, stats, a[None], *affine), (z, u, x)),
+    }
+
+
+@pytest.mark.parametrize("name", step_of_rows())
+def test_norms_read_and_write_every_row_once(name):
+    call, rows = step_of_rows()[name]
+    with counted(rows) as actual:
+        results = call()
+    results = [results] if isinstance(results, Tensor) else results
+    floor = sum(x.numel() for x in rows) + sum(x.numel() for x in results)
+    assert actual.flops == 0
+    assert 0.9 * floor < actual.loads + actual.stores < 1.1 * floor
+
+
+def test_products_of_the_mlp_are_those_of_its_formula():
+    x, w, bias = torch.randn(64, 32), torch.randn(128, 32), torch.randn(128)
+    with counted() as actual:
+        h, _ = mlp.hidden(x, w, bias, False, True)
+        mlp.hidden_gradient(x, w.T.contiguous(), h, False)
+    assert actual.flops == 2 * 2 * 64 * 32 * 128
+
+
+@pytest.mark.parametrize("length", [64, 52], ids=["without padding", "with guests"])
+def test_attention_of_one_tile_has_two_products_and_five_in_backward(length):
+    """Of 52 tokens and 12 readout queries, which have rows of the same tile in backward."""
+    frames, channels, tile = 12, 16, 2 * 64 * 64 * 16
+    qkv = torch.randn(frames * length, 3 * channels)
+    options = None, None, 1, length, False
+    readout = torch.arange(0, frames * length, length)[None]
+    if length == 64:
+        with counted([qkv]) as forward:
+            out = short_attention.forward(qkv, *options)
+        with counted([qkv, out]) as backward:
+            short_attention.backward(out, qkv, *options)
+    else:
+        options = readout, None, None, None, None
+        with counted([qkv]) as forward:
+            out, fused, lse = temporal_fusion.forward(qkv, *options, 1, length, False, 0)
+        with counted([qkv, out]) as backward:
+            temporal_fusion.backward(out, qkv, *options, fused, lse, 1, length, False, 0)
+        forward.flops -= frames * 2 * (2 * 16 * 64 * channels)  # of readout queries over each frame
+    assert (forward.flops, backward.flops) == (2 * frames * tile, 5 * frames * tile)
+    floor = qkv.numel() + out.numel()
+    assert floor <= forward.loads + forward.stores < 1.1 * floor + 2 * frames * channels
+    assert (
+        floor + qkv.numel()
+        <= backward.loads + backward.stores
+        < 1.1 * (floor + qkv.numel()) + (0 if length == 64 else 4 * frames * frames * channels)
+    )
