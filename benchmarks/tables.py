@@ -20,12 +20,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 
 from benchmarks.experiments import ABLATION_RUNS, EXPERIMENTS, LADDER, METHOD_RUNS, PRECISIONS, TIME_RUNS, Run
+from benchmarks.kernel_table import kernel_table
 from benchmarks.measure import RESULTS, ROOT, read_rows
 
 Row = dict[str, Any]
 PAGES = (
     *("docs/results.md", "docs/performance.md", "docs/methods/tempme.md", "docs/search.md"),
-    "docs/time.md",
+    *("docs/time.md", "kernels/README.md"),
 )
 ABSENT = "-"
 LAST = 20  # steps whose mean loss is the end of a loss curve
@@ -399,6 +400,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tokens": lambda: tokens_table(read_rows(RESULTS / "cpu" / "tokens.jsonl")),
     "serve": lambda: serve_table(newest_serve()),
     "train-step": lambda: step_table(newest_steps()),
+    "kernels": lambda: markdown(*kernel_table(read_rows(RESULTS / "sass/kernels.jsonl"))),
     "train-step-runs": lambda: step_conditions(newest_steps()),
 }
 BLOCK = re.compile(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
