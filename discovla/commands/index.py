@@ -28,8 +28,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser = commands.add_parser("index", help=text, description=text)
     run = (
-        "run directory, checkpoint, export, or a CLIP (clip:ARCH@TAG, clip:ARCH@FILE, clip:drawn); with an "
-        "option that only shows or maintains an index, the index"
+        "run directory, checkpoint, export, or a CLIP (clip:ARCH@TAG, clip:ARCH@FILE, clip:drawn); the index "
+        "itself with --status, --prune, --compact, or --rebuild by the same model"
     )
     parser.add_argument("run_path", metavar="RUN", help=run)
     videos = "files, folders, a .csv with a column video[,start,end,any others], or a manifest .jsonl"
@@ -37,9 +37,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     out = "folder of the index; made if it does not exist"
     parser.add_argument("--out", type=Path, metavar="INDEX", help=out)
     moments = (
-        f"where files are cut: at changes of shot, sought {GRID:g} times a second (shots), not there "
-        f"(windows), or nowhere (whole); moments have at most {LONGEST:g} s and share {OVERLAP:g} s; clips "
-        "of a manifest, and rows with a start or end, are one moment; default: shots"
+        f"how files are cut: shots, at changes of shot, sought {GRID:g} times a second, and into moments of "
+        f"at most {LONGEST:g} s that share {OVERLAP:g} s; windows, into such moments alone; whole, not at "
+        "all; clips of a manifest, and rows with a start or end, are one moment; default: shots"
     )
     parser.add_argument("--moments", choices=get_args(MomentMode), help=moments)
     transnet = "find changes of shot by TransNetV2 (extra `transnet`), which decodes each file once more"
@@ -57,9 +57,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", default="auto", choices=devices, help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     actions = parser.add_mutually_exclusive_group()
-    actions.add_argument("--status", action="store_true", help="show what is in the index, and what is not")
+    actions.add_argument(
+        "--status", action="store_true", help="show what is in the index, and which videos were refused"
+    )
     actions.add_argument("--prune", action="store_true", help="remove the videos whose files are gone")
-    actions.add_argument("--compact", action="store_true", help="free the disk of what was replaced")
+    actions.add_argument(
+        "--compact", action="store_true", help="delete replaced moments and old versions from the disk"
+    )
     rebuild = "index all videos anew beside the index, then replace it; --moments and RUN may be others"
     actions.add_argument("--rebuild", action="store_true", help=rebuild)
     parser.set_defaults(run=_index)

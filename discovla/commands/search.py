@@ -84,9 +84,10 @@ def _query(arguments: argparse.Namespace) -> Query:
 
 
 def _table(result: SearchResult) -> str:
-    """Return the hits as lines, and the note about them."""
+    """Return the hits as lines under a head, and the note about them."""
+    head = ["  #    score  prob.  time             video"] if result.hits else []
     lines = [_line(rank, hit) for rank, hit in enumerate(result.hits, start=1)]
-    return "\n".join([*lines, *([result.note] if result.note else [])])
+    return "\n".join([*head, *lines, *([result.note] if result.note else [])])
 
 
 def _line(rank: int, hit: Hit) -> str:

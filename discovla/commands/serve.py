@@ -22,7 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     port = "default: %(default)s; 0 chooses a free one"
     parser.add_argument("--port", type=int, default=8000, help=port)
     token = (
-        f"secret that requests must name and the page asks for; default: ${TOKEN}, else none; "
+        f"secret that requests must carry and the page asks for; default: ${TOKEN}, else none; "
         "without a value one is made and printed"
     )
     parser.add_argument("--token", nargs="?", const="", metavar="TOKEN", help=token)

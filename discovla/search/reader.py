@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from discovla.batch import Embedding
+from discovla.data.manifest import check_span
 from discovla.data.sandbox import Sandbox, WorkerLost
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import resize_and_crop
@@ -294,6 +295,7 @@ class IndexReader:
 
     def _video(self, query: VideoQuery) -> MomentFrames:
         """Read the video of a query as one moment."""
+        check_span(query.start, query.end, str(query.path))
         source = SourceVideo(video=os.path.abspath(query.path), start=query.start, end=query.end, clip=True)
         request, limit = request_of(source, "whole", self.model), self.model.data.decode_seconds
         with self._decoding:

@@ -52,6 +52,7 @@ def test_index_and_search_from_the_command_line(folder, tmp_path, capsys):
         (("search", "INDEX", "a", "--like", 1), "found TEXT, --like"),
         (("search", "INDEX", "a", "--where", "1; drop table"), "where: expected a column"),
         (("search", "INDEX", "a", "--start", 1), "expected --video"),
+        (("search", "INDEX", "--video", "a.mp4", "--start", 3, "--end", 1), "a.mp4: expected a start before"),
         (("search", "INDEX", "--like", 12345), "expected one of the index, found 12345"),
         (("search", "INDEX", "--image", "none.png"), "none.png: No such file"),
         (("index", "clip:drawn", "a.mp4"), "expected --out INDEX"),
