@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from discovla.data.config import DataConfig
 from discovla.engine.config import EngineConfig
 from discovla.engine.optim import OptimConfig
+from discovla.foreign import parse_json
 from discovla.methods import METHODS
 from discovla.methods.base import MethodConfig
 from discovla.towers.weights import ModelConfig
@@ -143,7 +144,7 @@ def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
     path = find_config(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = translate_stored(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
+        values = translate_stored(parse_json(text)) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: expected a readable config file, or the name of a packaged config "
@@ -153,7 +154,7 @@ def read_values(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
         raise ConfigError(f"{path}: expected a readable config file, found {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected text in UTF-8, found another byte at {error.start}") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: expected valid TOML, found: {error}") from None
     for word in overrides:
         apply_override(values, word)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from discovla.data.loader import DataConfig, text_batches, video_batches
 from discovla.data.manifest import Clip
 from discovla.data.quarantine import QUARANTINE_HINT, without_quarantined
 from discovla.data.video.errors import DecodeError
+from discovla.foreign import parse_json
 from discovla.inputs import check_inputs
 from discovla.methods.base import Method
 from discovla.ops.top_k import top_k
@@ -179,8 +179,9 @@ def evaluate_matrix(path: str | Path, groups: str | Path | None = None) -> Metri
         OSError: unreadable file.
     """
     matrix = read_matrix(path)
+    videos = None if groups is None else _read_groups(groups)
     try:
-        return retrieval_metrics(matrix, None if groups is None else _read_groups(groups))
+        return retrieval_metrics(matrix, videos)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -243,7 +244,7 @@ def sampling_error(metrics: Metrics, clips: int) -> float:
 
 def _read_groups(path: str | Path) -> list[int]:
     try:
-        groups = json.loads(Path(path).read_text())
+        groups = parse_json(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path}: expected a JSON list of integers: {error}") from None
     if not isinstance(groups, list) or not all(type(group) is int for group in groups):

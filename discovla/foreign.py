@@ -6,8 +6,11 @@ import json
 import pickle
 import re
 import zipfile
+import zlib
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path, PosixPath
 from typing import Any, Literal
 
@@ -20,6 +23,8 @@ _OTHER_FORMATS = (
     (b"\x1f\x8b", "a gzip archive; unpack it"),
     (b"\xfd7zXZ", "an xz archive; unpack it"),
     (b"BZh", "a bzip2 archive; unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+    (b"Rar!", "a RAR archive; unpack it"),
     (b"\x28\xb5\x2f\xfd", "a zstandard archive; unpack it"),
     (b"\x89HDF", "an HDF5 file, as Keras and MATLAB write it; convert it"),
     (b"MATLAB 5.0", "a MATLAB file; convert it with scipy.io.loadmat and numpy.save"),
@@ -31,6 +36,10 @@ _OTHER_FORMATS = (
 _LOADING_ERRORS = (
     *(pickle.UnpicklingError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError),
     *(OverflowError, MemoryError),
+)
+_ARRAY_ERRORS = (
+    *(ValueError, EOFError, OSError, KeyError, NotImplementedError, OverflowError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
 )
 _NUMPY_CORES = ("numpy.core", "numpy._core")  # of NumPy 1 and 2
 _PLAIN_ARRAYS = {
@@ -54,6 +63,8 @@ def recognise(path: Path, expected: str) -> Kind:
     if path.is_dir():
         raise ValueError(f"{path}: expected {expected}, found a folder; name the file in it")
     if not path.is_file():
+        if path.exists():
+            raise ValueError(f"{path}: expected {expected}, found a pipe or device; save it as a file")
         raise FileNotFoundError(f"{path}: expected {expected}, found none")
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -99,10 +110,26 @@ def read_arrays(path: Path, kind: Kind, expected: str) -> Any:
     """
     try:
         content = np.load(path, allow_pickle=False)
-        return dict(content) if kind == "npz" else content
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
+        return _plain_arrays(content) if kind == "npz" else content
+    except _ARRAY_ERRORS as error:
         pickled = "pickled objects" if "pickle" in str(error) else f"a damaged .{kind} file: {error}"
         raise ValueError(f"{path}: expected {expected}, found {pickled}") from error
+
+
+def _plain_arrays(archive: Any) -> dict[str, Any]:
+    """Return the arrays of an .npz file by name, None for arrays of pickled objects beside others."""
+    arrays: dict[str, Any] = {}
+    refused: ValueError | None = None
+    for name in archive.files:
+        try:
+            arrays[name] = archive[name]
+        except ValueError as error:
+            if "pickle" not in str(error):
+                raise
+            arrays[name], refused = None, error
+    if refused is not None and all(array is None for array in arrays.values()):
+        raise refused
+    return arrays
 
 
 def read_tensors(path: Path, expected: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -163,12 +190,39 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
     if recognise(path, expected) != "text":
         raise ValueError(f"{path}: expected {expected}, found no text")
     try:
-        value = json.loads(read_utf8(path, expected))
+        value = parse_json(read_utf8(path, expected))
     except ValueError as error:
         raise ValueError(f"{path}: expected {expected}, found text that is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected {expected}, found {describe(value)}")
     return value
+
+
+def parse_json(text: str, *, unique: bool = False) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        unique: refuse an object that has a key twice; else the last one counts.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON, or nested too deeply for Python.
+    """
+
+    def pairs_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            (key, times), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise json.JSONDecodeError(f"expected the key {key!r} once, found it {times} times", text, 0)
+        return values
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs_of if unique else None)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # of a number with thousands of digits
+        raise json.JSONDecodeError(str(error).split(";")[0], text, 0) from None
+    except RecursionError:
+        raise json.JSONDecodeError("lists or objects nested too deeply", text, 0) from None
 
 
 def read_utf8(path: Path, expected: str) -> str:
@@ -234,9 +288,7 @@ def describe(value: Any) -> str:
     """Return what a loaded value is, in a few words."""
     shape = getattr(value, "shape", None)
     if shape is not None:
-        dtype: Any = getattr(value, "dtype", None)
-        other = isinstance(dtype, np.dtype) and dtype.kind not in "fiu"
-        of = f" of {dtype.name}, which are no real numbers" if other else ""
+        of = _unusual_values(value)
         return f"an array of shape {tuple(shape)}{of}" if len(shape) else f"one number{of}"
     if isinstance(value, Mapping):
         names = [str(name) for name in value]
@@ -244,8 +296,25 @@ def describe(value: Any) -> str:
             return "an empty dict"
         return f"a dict of {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     if isinstance(value, list | tuple):
-        return f"a list of {len(value)} values"
+        if not value or not all(isinstance(row, list | tuple) for row in value):
+            return f"a list of {len(value)} values"
+        lengths = sorted({len(row) for row in value})
+        if len(lengths) > 1:
+            return f"a list of {len(value)} rows of {lengths[0]} to {lengths[-1]} values"
+        first = f", the first {str(value[0][0])[:40]!r}" if lengths[0] else ""
+        return f"a list of {len(value)} rows of {lengths[0]} values{first}"
     return f"a {type(value).__name__}"
+
+
+def _unusual_values(value: Any) -> str:
+    """Return words about the values of an array or tensor that are no real numbers; "" if they are."""
+    dtype: Any = getattr(value, "dtype", None)
+    if isinstance(dtype, np.dtype):
+        return "" if dtype.kind in "fiu" else f" of {dtype.name}, which are no real numbers"
+    if getattr(value, "is_meta", False):
+        return " without values"
+    name = str(dtype).removeprefix("torch.")
+    return f" of {name}, which are no real numbers" if re.match("complex|bool|qu?int", name) else ""
 
 
 def nested(value: Any, *, depth: int = 3, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -263,11 +332,15 @@ def _not_contents(head: bytes) -> str | None:
         return "an empty file (0 bytes); download it again"
     if not head.strip(b"\0"):
         return "only zero bytes, as an interrupted download leaves them; download it again"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "text in UTF-16 or UTF-32; save it as UTF-8"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer; fetch the file with `git lfs pull`"
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "a web page, as a failed download leaves it; download the file again"
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it"
     return next((words for magic, words in _OTHER_FORMATS if head.startswith(magic)), None)
 
 
@@ -333,7 +406,8 @@ def _unreadable(error: Exception) -> str:
             f"an object of class {name[1] or name[2]}, which cannot be loaded without running its code; save "
             "the model's state_dict() alone"
         )
-    lines = text.strip().splitlines()
+    inner = re.search(r"WeightsUnpickler error: (.+)", text)
+    lines = [inner[1]] if inner else text.strip().splitlines()
     return f"a file that torch cannot read: {lines[0] if lines else type(error).__name__}"
 
 
@@ -344,4 +418,5 @@ def _plain_classes() -> list[Any]:
     scalar, reconstruct = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
     dtypes = [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")]
     renamed = [(f, f"{core}.multiarray.{f.__name__}") for f in (scalar, reconstruct) for core in _NUMPY_CORES]
-    return [np.dtype, np.ndarray, *dtypes, *renamed, Namespace, PosixPath]
+    times = [datetime, date, timedelta, timezone]
+    return [np.dtype, np.ndarray, *dtypes, *renamed, *times, Namespace, PosixPath]

@@ -5,22 +5,26 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import math
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from discovla.foreign import printable
+from discovla.foreign import parse_json, printable
 
 logger = logging.getLogger(__name__)
 
 _REQUIRED = ("id", "video", "captions", "split")
 _OPTIONAL = ("start", "end", "frame_captions", "caption_order", "reversed_captions")
-_MISSING = {"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "N/A", "n/a", "#N/A"}  # written for no value
+_MISSING = {  # written for no value, most of them by pandas and spreadsheets
+    *("nan", "NaN", "NAN", "-nan", "-NaN", "None", "none", "NONE", "null", "Null", "NULL", "NA", "<NA>"),
+    *("N/A", "n/a", "#N/A", "#NA", "NaT", "undefined", "#NAME?", "#REF!", "#VALUE!", "#DIV/0!", "#NULL!"),
+    "#NUM!",
+}
 _NAMED = 5  # faults named in one message; a wrong folder makes a fault of every clip
 
 FrameCaptions = tuple[tuple[str, ...] | None, ...]
@@ -238,6 +242,19 @@ def check_text(text: str, where: str) -> None:
         raise ValueError(f"{where}: expected a text, found a null character in {text[:20]!r}")
 
 
+def check_seconds(value: Any, where: str) -> float | None:
+    """Return a time in seconds; None is no time.
+
+    Raises:
+        ValueError: it is no number, not finite or below 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{where}: expected seconds not below 0, found {_short(value)}")
+    return float(value)
+
+
 def check_span(start: float | None, end: float | None, where: str) -> None:
     """Refuse a span that does not end after it starts.
 
@@ -260,9 +277,11 @@ def json_object(line: str, where: str) -> dict[str, Any]:
         ValueError: the line is not a JSON object.
     """
     try:
-        row = json.loads(line)
+        row = parse_json(line, unique=True)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        raise ValueError(
+            f"{where}: not JSON: {error.msg} at column {error.colno}; each line has an object of its own"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
@@ -289,8 +308,8 @@ def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
         check_text(row[key], f"{where}: {key}")
     captions = _texts(row["captions"], f"{where}: captions")
     backwards = row.get("reversed_captions")
-    start = _seconds(row.get("start"), f"{where}: start")
-    end = _seconds(row.get("end"), f"{where}: end")
+    start = check_seconds(row.get("start"), f"{where}: start")
+    end = check_seconds(row.get("end"), f"{where}: end")
     check_span(start, end, where)
     return Clip(
         id=row["id"],
@@ -314,15 +333,6 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
             raise ValueError(f"{where}[{i}]: expected a text that is not empty, found {_short(text)}")
         check_text(text, f"{where}[{i}]")
     return tuple(value)
-
-
-def _seconds(value: Any, where: str) -> float | None:
-    """Return a time in seconds, or None."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{where}: expected seconds not below 0, found {_short(value)}")
-    return float(value)
 
 
 def _frame_captions(value: Any, captions: int, where: str) -> FrameCaptions | None:

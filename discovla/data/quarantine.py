@@ -11,6 +11,7 @@ from pathlib import Path
 
 from discovla.batch import BadClip
 from discovla.data.manifest import Clip
+from discovla.foreign import parse_json
 
 QUARANTINE_HINT = (
     "`discovla doctor MANIFEST` lists all such clips; data.quarantine=LIST leaves them out of training, "
@@ -79,7 +80,7 @@ def without_quarantined(clips: Sequence[Clip], path: str | Path) -> list[Clip]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                bad = BadClip(**json.loads(line))
+                bad = BadClip(**parse_json(line))
             except (json.JSONDecodeError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: expected id, video and reason of a clip") from error
             listed[bad.id] = bad

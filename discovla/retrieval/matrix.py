@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import re
@@ -13,6 +14,8 @@ import numpy as np
 
 from discovla.foreign import (
     describe,
+    nested,
+    parse_json,
     read_arrays,
     read_plain_pickle,
     read_safetensors,
@@ -57,7 +60,12 @@ def read_matrix(path: str | Path) -> Array:
 def _only_matrix(path: Path, content: Any) -> Array:
     """Return the one matrix of numbers in the content of a file."""
     if isinstance(content, Mapping):
-        arrays = {str(name): _array(value) for name, value in content.items()}
+        arrays = {
+            f"{parent}.{name}" if parent else str(name): _array(value)
+            for parent, values in nested(content)
+            for name, value in values.items()
+            if not isinstance(value, Mapping)
+        }
         matrices = {name: array for name, array in arrays.items() if array is not None and array.ndim == 2}
         if len(matrices) == 1:
             name, matrix = next(iter(matrices.items()))
@@ -80,7 +88,9 @@ def _only_matrix(path: Path, content: Any) -> Array:
 def _array(value: Any) -> Array | None:
     """Return numbers as an array, None for anything else."""
     if hasattr(value, "detach"):  # a tensor
-        value = value.detach().to("cpu")
+        if value.is_meta or value.is_quantized or value.is_complex():
+            return None
+        value = value.detach().to_dense().to("cpu")
         if value.dtype.is_floating_point and value.dtype.itemsize < 4:
             value = value.float()  # NumPy has no bfloat16
         value = value.numpy()
@@ -98,17 +108,13 @@ def _text_matrix(path: Path) -> Array:
     text = read_utf8(path, EXPECTED)
     if text.lstrip().startswith(("[", "{")):
         try:
-            return _only_matrix(path, json.loads(text))
+            content = parse_json(text)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}:{error.lineno}: expected {EXPECTED}, found damaged JSON: {error.msg}"
             ) from None
-    rows = [(number, line) for number, line in enumerate(text.splitlines(), start=1)]
-    rows = [(number, line) for number, line in rows if line.strip() and not line.startswith("#")]
-    if not rows:
-        raise ValueError(f"{path}: expected {EXPECTED}, found no line of numbers")
-    separator = next((mark for mark in "\t;," if mark in rows[0][1]), None)
-    cells = [(number, [cell.strip().strip('"') for cell in line.split(separator)]) for number, line in rows]
+        return _only_matrix(path, content)
+    cells = _text_rows(path, text)
     first = cells[0][1]
     header = first if first[0] == "" or not any(map(_is_number, first)) else None
     body = cells if header is None else cells[1:]
@@ -132,6 +138,26 @@ def _text_matrix(path: Path) -> Array:
     if not body or width == labels:
         raise ValueError(f"{path}: expected {EXPECTED}, found labels without numbers")
     return np.array([[float(cell) for cell in row[labels:]] for _, row in body])
+
+
+def _text_rows(path: Path, text: str) -> list[tuple[int, list[str]]]:
+    """Return the cells of each row of a table with the number of its last line, without comments."""
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(n, line) for n, line in lines if not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"{path}: expected {EXPECTED}, found no line of numbers")
+    contents = [f"{line}\n" for _, line in lines]
+    separator = next((mark for mark in "\t;," if len(next(csv.reader(contents, delimiter=mark))) > 1), None)
+    if separator is None and '"' not in contents[0]:
+        return [(n, line.split()) for n, line in lines]
+    reader = csv.reader(contents, delimiter=separator or ",", strict=True)
+    try:
+        return [(lines[reader.line_num - 1][0], [cell.strip() for cell in cells]) for cells in reader]
+    except csv.Error:
+        raise ValueError(
+            f"{path}:{lines[reader.line_num - 1][0]}: expected {EXPECTED}, found a quoted cell that does not "
+            "end at a separator"
+        ) from None
 
 
 def _is_number(cell: str) -> bool:

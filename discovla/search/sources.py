@@ -14,7 +14,7 @@ from typing import Any
 from discovla.data.datasets.files import VIDEO_SUFFIXES, read_text
 from discovla.data.datasets.generic import FileTree
 from discovla.data.datasets.tables import read_table
-from discovla.data.manifest import check_span, json_object, read_manifest
+from discovla.data.manifest import check_seconds, check_span, json_object, read_manifest
 from discovla.foreign import printable
 from discovla.search.records import Value
 
@@ -146,7 +146,7 @@ def _row(row: Mapping[str, Any], folder: Path, where: str) -> SourceVideo:
     path = row.get("video")
     if not isinstance(path, str | Path) or not str(path).strip():
         raise ValueError(f"{where}: video: expected a path, found {path!r}")
-    start, end = (_seconds(row.get(key), f"{where}: {key}") for key in ("start", "end"))
+    start, end = (check_seconds(row.get(key), f"{where}: {key}") for key in ("start", "end"))
     check_span(start, end, where)
     columns = {}
     for key, value in row.items():
@@ -157,14 +157,6 @@ def _row(row: Mapping[str, Any], folder: Path, where: str) -> SourceVideo:
         columns[str(key)] = value
     clip = start is not None or end is not None
     return SourceVideo(video=_absolute(folder / path), start=start, end=end, clip=clip, columns=columns)
-
-
-def _seconds(value: Any, where: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{where}: expected seconds not below 0, found {value!r}")
-    return float(value)
 
 
 def _absolute(path: Path) -> str:

@@ -228,10 +228,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
         state = {name.removeprefix("text."): tensor for name, tensor in state.items()}
     state = {name: t for name, t in state.items() if name not in NOT_WEIGHTS and name != "attn_mask"}
     for name, tensor in state.items():
-        if tensor.is_meta or tensor.is_quantized or tensor.dtype in (torch.int8, torch.uint8):
-            values = "no values" if tensor.is_meta else f"quantised values, {tensor.dtype}"
+        values = _unusable_values(tensor)
+        if values:
             raise ValueError(f"{path}: {name}: expected floating point numbers, found {values}")
-    weights = {name: tensor.float() for name, tensor in state.items()}
+    weights = {
+        name: tensor.to_dense().float() if tensor.is_floating_point() or not tensor.dim() else tensor
+        for name, tensor in state.items()
+    }
     for name, tensor in weights.items():
         if name.endswith("attn_mask"):
             continue  # -inf above the diagonal
@@ -241,6 +244,21 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
                 f"{path}: {name}: expected finite numbers, found {bad} of {tensor.numel()} that are not"
             )
     return weights, "quick_gelu" if kind == "jit" else None
+
+
+def _unusable_values(tensor: Tensor) -> str:
+    """Return why a tensor of a file cannot be a weight; "" if it can.
+
+    Tables of indices that other models store are integers and of no use to a tower.
+    """
+    name = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_meta:
+        return "no values"
+    if tensor.is_complex():
+        return f"complex numbers, {name}"
+    if tensor.is_quantized or name in ("int8", "uint8") or name.startswith(("float8", "float4")):
+        return f"quantised values, {name}"
+    return ""
 
 
 def _content(path: Path, kind: Kind) -> Any:
@@ -263,7 +281,10 @@ def _content(path: Path, kind: Kind) -> Any:
         case "text":
             with path.open("rb") as file:
                 index = b'"weight_map"' in file.read(2**20)
-            found = "an index of several files of weights; join them in one" if index else "a text file"
+                file.seek(0)
+                start = file.read(40).decode(errors="replace").strip()
+            found = "an index of several files of weights; join them in one"
+            found = found if index else f"a text file that begins with {start!r}"
             raise ValueError(f"{path}: expected {EXPECTED}, found {found}")
 
 
@@ -391,7 +412,10 @@ def load_weights(model: nn.Module, architecture: Architecture, weights: Mapping[
             tensor = form.read(weights)
         except RuntimeError:
             tensor = torch.empty(0)  # parts that do not fit each other
-        if _fits(tensor, own[ours]):
+        if not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            shapes.append(f"{form.names[0]}: expected floating point numbers, found {dtype}")
+        elif _fits(tensor, own[ours]):
             read[ours] = tensor
         else:
             found = ", ".join(str(tuple(weights[part].shape)) for part in form.names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 
 import numpy as np
@@ -15,6 +16,8 @@ from discovla.cli import main
 from discovla.retrieval.matrix import read_matrix
 
 MATRIX = np.array([[0.5, 0.25, -1.0], [2.0, 3e-2, 0.0]])
+_HEADER = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 1000000000), }\n"
+HUGE = b"\x93NUMPY\x01\x00" + len(_HEADER).to_bytes(2, "little") + _HEADER
 ROWS = [",".join(map(str, row)) for row in MATRIX]
 
 
@@ -66,6 +69,9 @@ TAKEN = {
     ".pt in bfloat16": saved(torch.tensor(MATRIX).bfloat16()),
     ".pt of a dict": saved({"sim": torch.tensor(MATRIX), "epoch": 3}),
     ".pt of an array": saved(MATRIX),
+    ".pt of a nested dict": saved({"test": {"sim": torch.tensor(MATRIX)}, "epoch": 3}),
+    ".pt of a sparse tensor": saved(torch.tensor(MATRIX).to_sparse()),
+    ".npz with objects": npz(similarity=MATRIX, ids=np.array(["a", None], dtype=object)),
     ".safetensors": lambda path: save_file({"sim": torch.tensor(MATRIX)}, path),
     ".pkl of an array": pickled(MATRIX),
     ".pkl of Python's numbers": pickled(MATRIX.astype(object)),
@@ -76,6 +82,7 @@ TAKEN = {
     ".csv with a header": text("\n".join(["v1,v2,v3", *ROWS])),
     ".csv of pandas": text("\n".join([",0,1,2", f"0,{ROWS[0]}", f"1,{ROWS[1]}"])),
     ".csv with labels": text("\n".join([f"t0,{ROWS[0]}", f"t1,{ROWS[1]}"])),
+    ".csv with captions": text(f'caption,a,b,c\n"one, two",{ROWS[0]}\n"say ""hi""; you",{ROWS[1]}\n'),
     ".csv of Excel": text("\ufeff" + "\r\n".join(row.replace(",", ";") for row in ROWS)),
     ".tsv": text("\n".join(row.replace(",", "\t") for row in ROWS)),
     ".txt of NumPy": lambda path: np.savetxt(path, MATRIX, header="similarity"),
@@ -100,6 +107,15 @@ REFUSED = {
     "MATLAB": (lambda path: path.write_bytes(b"MATLAB 5.0 MAT-file" + bytes(200)), "found a MATLAB file"),
     "Parquet": (lambda path: path.write_bytes(b"PAR1" + bytes(200)), "found a Parquet file"),
     "rows of JSON": (text("[1, 2]\n[3, 4]\n"), "s:2: .*damaged JSON"),
+    "complex": (saved(torch.tensor(MATRIX) + 0j), "of complex128, which are no real numbers"),
+    "no values": (saved(torch.ones(2, 2, device="meta")), "without values"),
+    "numbers with commas": (text('"1,000",2\n3,4\n'), "s:1: column 1: expected a number, found '1,000'"),
+    "an open quote": (text('"a,1,2\nb,3,4\n'), "s:2: .*found a quoted cell that does not end"),
+    "rows of two lengths": (text("[[1, 2], [3]]"), "found a list of 2 rows of 1 to 2 values"),
+    "a bottomless list": (text("[" * 100_000), "s:1: .*damaged JSON: lists or objects nested too deeply"),
+    "UTF-16": (lambda path: path.write_bytes("1,2\n".encode("utf-16")), "found text in UTF-16"),
+    "objects alone": (npz(a=np.array([[None]], dtype=object)), "found pickled objects"),
+    "huge": (lambda path: path.write_bytes(HUGE), "found a damaged .npy file: Unable to allocate"),
     "objects": (npy(np.array([[None, 1]], dtype=object)), "found pickled objects"),
     "half": (lambda path: path.write_bytes(npy_bytes()[:90]), "found a damaged .npy file"),
     "half a zip": (lambda path: path.write_bytes(zip_bytes()[:90]), "of an archive without its end"),
@@ -137,3 +153,9 @@ def test_the_command_refuses_a_similarity_that_is_not_finite(tmp_path, capsys):
     (tmp_path / "s.csv").write_text("3,nan\n1,3\n")
     assert main(["evaluate", "--matrix", str(tmp_path / "s.csv")]) == 2
     assert f"{tmp_path}/s.csv: " in capsys.readouterr().err
+
+
+def test_a_pipe_is_named(tmp_path):
+    os.mkfifo(tmp_path / "s")
+    with pytest.raises(ValueError, match="found a pipe or device; save it as a file"):
+        read_matrix(tmp_path / "s")

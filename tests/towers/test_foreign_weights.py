@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import io
 import json
 import pickle
@@ -72,6 +73,8 @@ TAKEN = {
     "with a counter": {**STATE, "epoch": 3},
     "arrays": arrays(),
     "scale of one": {**STATE, "logit_scale": STATE["logit_scale"].reshape(1)},
+    "sparse": {**STATE, "visual.proj": STATE["visual.proj"].to_sparse()},
+    "a date": {"state_dict": STATE, "saved": datetime.datetime(2024, 1, 1), "took": datetime.timedelta(1)},
     "parameters": {name: torch.nn.Parameter(tensor) for name, tensor in STATE.items()},
 }
 
@@ -128,7 +131,7 @@ REFUSED = {
     "half a header": (save(STATE)[:300], "found 300 of .* bytes of a safetensors file"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n", "git lfs pull"),
     "web page": (b"\n<!DOCTYPE html><html>404</html>", "found a web page"),
-    "text": (b"Not Found", "found a text file"),
+    "text": (b"Not Found", "found a text file that begins with 'Not Found'"),
     "archive": (b"\x1f\x8b\x08\x00abc", "found a gzip archive"),
     "noise": (bytes(range(128, 256)) * 9, "found "),
     "cut pickle": (b"\x80\x04\x95", "found "),
@@ -141,8 +144,21 @@ REFUSED = {
     "model and model_ema": (of_torch({"model": STATE, "model_ema": STATE}), "found 2: model, model_ema"),
     "int8": (
         of_torch({**STATE, "visual.proj": STATE["visual.proj"].to(torch.int8)}),
-        "visual.proj: expected floating point numbers, found quantised values, torch.int8",
+        "visual.proj: expected floating point numbers, found quantised values, int8",
     ),
+    "complex": (
+        of_torch({**STATE, "visual.proj": STATE["visual.proj"] + 0j}),
+        "visual.proj: expected floating point numbers, found complex numbers, complex64",
+    ),
+    "float8": (
+        of_torch({**STATE, "visual.proj": STATE["visual.proj"].to(torch.float8_e4m3fn)}),
+        "visual.proj: expected floating point numbers, found quantised values, float8_e4m3fn",
+    ),
+    "bool": (
+        of_torch({**STATE, "visual.proj": STATE["visual.proj"] > 0}),
+        "visual.proj: expected floating point numbers, found bool",
+    ),
+    "tar": (b"weights.pt" + bytes(247) + b"ustar" + bytes(250), "found a tar archive; unpack it"),
     "meta": (
         of_torch({**STATE, "visual.proj": STATE["visual.proj"].to("meta")}),
         "visual.proj: expected floating point numbers, found no values",

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from discovla.foreign import read_plain_pickle, read_utf8
+from discovla.foreign import parse_json, read_plain_pickle, read_utf8
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".3g2"),
@@ -84,7 +84,7 @@ def read_json(path: str | Path) -> Any:
         ValueError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(read_text(path, "JSON file"))
+        return parse_json(read_text(path, "JSON file"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
 

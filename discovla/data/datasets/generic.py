@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from typing import Any
 from discovla.data.datasets.annotations import Annotations, video_key
 from discovla.data.datasets.files import VIDEO_SUFFIXES, read_text
 from discovla.data.datasets.tables import read_table
-from discovla.data.manifest import Clip, check_span, check_text, is_missing_value, json_object
+from discovla.data.manifest import Clip, check_seconds, check_span, check_text, is_missing_value, json_object
 from discovla.foreign import printable
 
 _COLUMNS = ("video", "caption", "start", "end", "split")
 _KEYS = (*_COLUMNS, "captions")
 _SPLITS = ("train", "val", "test")
-_LIKE_SPLITS = {"val", "test", "valid", "validation", "dev", "eval", "testing"}  # of other programs
+_LIKE_SPLITS = {  # of other programs
+    *("train", "training", "val", "test", "valid", "validation", "dev", "eval", "testing"),
+}
 
 
 class _Clips:
@@ -51,6 +54,11 @@ class _Clips:
         """
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", video):
             raise ValueError(f"{path}:{line}: video: expected a file, found the address {video}; download it")
+        for key, text in (("video", video), ("split", split or "")):
+            check_text(text, f"{path}:{line}: {key}")
+        if is_missing_value(split or ""):
+            where = f"{path}:{line}: split"
+            raise ValueError(f"{where}: expected a name, found {split!r}, which stands for no value")
         check_span(start, end, f"{path}:{line}")
         span = "" if start is end is None else f"@{start or 0:g}-{'' if end is None else format(end, 'g')}"
         clip = Clip(
@@ -80,6 +88,8 @@ class _Clips:
             videos.setdefault(video_key(clip.video), []).append(clip)
         shared = [clips[0].video.name for clips in videos.values() if len({clip.split for clip in clips}) > 1]
         notes = [*notes, *([_note("videos have parts in several splits", shared)] if shared else [])]
+        almost = _almost(dict.fromkeys(clip.split for clip in self.clips.values()))
+        notes += [_note("splits are named almost like 'train', 'val' or 'test'", almost)] if almost else []
         return Annotations(clips=list(self.clips.values()), notes=notes)
 
 
@@ -119,7 +129,7 @@ def jsonl_clips(path: str | Path) -> Annotations:
         if line.strip():
             where = f"{path}:{number}"
             row = _row(line, where)
-            start, end = (_seconds(row.get(key), f"{where}: {key}") for key in ("start", "end"))
+            start, end = (check_seconds(row.get(key), f"{where}: {key}") for key in ("start", "end"))
             clips.add(row["video"], _captions(row, where), row.get("split"), start, end, path, number)
     if not clips.clips:
         raise ValueError(f"{path}: expected one clip a line, found none")
@@ -141,14 +151,14 @@ def folder_clips(root: str | Path) -> Annotations:
         raise ValueError(f"{root}: expected a folder of videos, found none")
     tree = FileTree(root)
     files = sorted(root / name for name in tree.files())
-    texts = {path.relative_to(root).as_posix().lower(): path for path in files if _is_text(path)}
+    texts = {_key(path.relative_to(root).as_posix()): path for path in files if _is_text(path)}
     clips, without_text, used, others, shared = [], [], set(), [], []
     for video in files:
         name = video.relative_to(root).as_posix()
         if video.suffix.lower() not in VIDEO_SUFFIXES:
             others += [] if _is_text(video) else [name]
             continue
-        text = texts.get(f"{name}.txt".lower()) or texts.get(f"{name.removesuffix(video.suffix)}.txt".lower())
+        text = texts.get(_key(f"{name}.txt")) or texts.get(_key(f"{name.removesuffix(video.suffix)}.txt"))
         if text is None:
             without_text.append(name)
             continue
@@ -182,12 +192,20 @@ def folder_clips(root: str | Path) -> Annotations:
     return Annotations(clips=clips, notes=notes)
 
 
+def _key(name: str) -> str:
+    """Return a name by which a text is found, whatever its case and the way that accents are stored."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
 def _is_text(path: Path) -> bool:
     return path.suffix.lower() == ".txt"
 
 
 class FileTree:
-    """The files of a folder, with those that are left out and why."""
+    """The files of a folder, with those that are left out and why.
+
+    Folders come before links to folders, so that what lies in one is read by the folder's own name.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -210,9 +228,9 @@ class FileTree:
         """
         hidden, not_text, broken, again, special = self.left_out.values()
         seen = set()  # device and number of each folder
-        folders = [self.root]
-        while folders:
-            folder = folders.pop()
+        folders, links = [self.root], []
+        while folders or links:
+            folder = folders.pop() if folders else links.pop(0)
             status = folder.stat()
             name = folder.relative_to(self.root).as_posix()
             if (status.st_dev, status.st_ino) in seen:
@@ -220,10 +238,10 @@ class FileTree:
                 continue
             seen.add((status.st_dev, status.st_ino))
             try:
-                entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
             except OSError as error:
                 raise ValueError(f"{folder}: expected a folder that can be read: {error.strerror}") from error
-            below = []
+            below: list[Path] = []
             for entry in entries:
                 path = Path(entry.path)
                 name = path.relative_to(self.root).as_posix()
@@ -231,9 +249,9 @@ class FileTree:
                     hidden.append(printable(name))
                 elif name != printable(name):
                     not_text.append(printable(name))
-                elif entry.is_dir():
-                    below.append(path)
-                elif entry.is_file():
+                elif path.is_dir():
+                    (links if entry.is_symlink() else below).append(path)
+                elif path.is_file():
                     yield name
                 else:
                     (special if path.exists() else broken).append(name)
@@ -251,7 +269,12 @@ def _almost_splits(clips: Sequence[Clip]) -> list[str]:
     folders = dict.fromkeys(
         clip.id.split("/")[0] for clip in clips if "/" in clip.id and clip.split == "train"
     )
-    return [name for name in folders if name not in _SPLITS and name.lower() in _LIKE_SPLITS]
+    return [name for name in _almost(folders) if name.lower() not in ("train", "training")]
+
+
+def _almost(names: Iterable[str]) -> list[str]:
+    """Return the names that other programs give to splits, or that differ from ours in case only."""
+    return [name for name in names if name not in _SPLITS and name.lower() in _LIKE_SPLITS]
 
 
 def _check_caption(text: str, where: str) -> None:
@@ -272,19 +295,12 @@ def _note(text: str, names: list[str]) -> str:
     return f"{len(names)} {text}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
-def _seconds(value: Any, where: str) -> float | None:
-    """Check a time; None is no time."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError(f"{where}: expected seconds not below 0, found {value!r}")
-    return float(value)
-
-
 def _cell_seconds(text: str, where: str) -> float | None:
     """Parse a time in a cell of a table; an empty cell is no time."""
     try:
-        return _seconds(float(text) if text else None, where)
+        if text and not re.fullmatch(r"[-+.\deE]+", text, re.ASCII):  # float() takes "1_0" and other digits
+            raise ValueError
+        return check_seconds(float(text) if text else None, where)
     except ValueError:
         raise ValueError(f"{where}: expected seconds not below 0, found {text!r}") from None
 

@@ -74,6 +74,8 @@ def read_table(
             if cells:
                 empty.append(line)
             continue
+        if [cell.strip().lower() for cell in cells] == header:
+            raise ValueError(f"{path}:{line}: expected a row, found the header again")
         rows.append((line, _row(f"{path}:{line}", header, cells, required)))
         if len(lines.row) > 1:
             long_cells.append((line, lines.row[1:]))

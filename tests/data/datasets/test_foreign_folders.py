@@ -61,9 +61,21 @@ def test_a_folder_and_a_link_to_it_are_read_once_by_the_folders_name(root):
     assert "a_link" in annotations.notes[0]
 
 
-def test_a_broken_link_is_noted(root):
-    (root / "train/y.mp4").symlink_to(root / "gone.mp4")
+def test_a_link_to_a_split_deep_in_another_does_not_take_its_clips(root):
+    add(root, "val/y")
+    (root / "train/link").symlink_to(root / "val")
+    assert splits(root) == {"train/x.mp4": "train", "val/y.mp4": "val"}
+
+
+@pytest.mark.parametrize("target", ["gone.mp4", "y.mp4"], ids=["missing", "itself"])
+def test_a_broken_link_is_noted(target, root):
+    (root / "train/y.mp4").symlink_to(root / "train" / target)
     assert folder_clips(root).notes == ["1 links lead nowhere and are left out: train/y.mp4"]
+
+
+def test_a_text_whose_accents_are_stored_in_another_way_is_that_of_the_video(tmp_path):
+    add(tmp_path / "root", "cafe\u0301.mp4", "caf\u00e9.txt")
+    assert len(folder_clips(tmp_path / "root").clips) == 1
 
 
 def test_a_linked_video_is_a_clip(root, tmp_path):

@@ -35,7 +35,7 @@ REFUSED = {
     "space before a quote and a comma": (f'{HEAD}a.mp4, "two, more"\n', ":2: expected 2 columns, found 3"),
     "not UTF-8": (f"{HEAD}a.mp4,one\nb.mp4,caf\xe9\n".encode("latin-1"), ":3: .*UTF-8, found byte 0xe9"),
     **{
-        coding: (f"{HEAD}a.mp4,one\n".encode(coding), ": expected .* found null characters, as in UTF-16")
+        coding: (f"{HEAD}a.mp4,one\n".encode(coding), ": expected .* UTF-16 or UTF-32; save it")
         for coding in ("utf-16", "utf-16-be", "utf-32")
     },
     "web page": ("<!DOCTYPE html><html>404</html>", ": expected .* found a web page"),
@@ -59,6 +59,11 @@ REFUSED = {
     "comma in a caption": (f"{HEAD}a.mp4,a cat, a dog\n", ":2: expected 2 columns, found 3"),
     "long cell": (f"{HEAD}a.mp4,{'x ' * 70_000}\n", ":2: not a table: a cell is longer than the limit"),
     "null character": (f"{HEAD}a.mp4,o\0ne\n", ":2: caption: .*null character"),
+    "digits of another script": ("video,caption,start\na.mp4,one,\uff11\n", ":2: start: expected seconds"),
+    "header again": (f"{HEAD}a.mp4,one\n{HEAD}", ":3: expected a row, found the header again"),
+    "null character in a name": (f"{HEAD}a\0.mp4,one\n", ":2: video: .*null character"),
+    "no split": ("video,caption,split\na.mp4,one,nan\n", ":2: split: expected a name, found 'nan'"),
+    "spreadsheet's error": (f"{HEAD}a.mp4,#REF!\n", ":2: caption: expected a text, found '#REF!'"),
     "nan": (f"{HEAD}a.mp4,nan\n", ":2: caption: expected a text, found 'nan'"),
     "None": (f"{HEAD}a.mp4,one\nb.mp4,None\n", ":3: caption: expected a text, found 'None'"),
     "empty": (f"{HEAD}a.mp4,\n", ":2: caption is empty"),
@@ -116,9 +121,25 @@ def test_whatever_a_csv_writer_writes_is_read_back(tmp_path, seed):
         ('{"video": "a.mp4", "captions": ["one", null]}', "expected a text that is not empty, found None"),
         ('{"video": "a.mp4", "caption": "x", "start": 3, "end": 3}', ":1: expected a start before the end"),
         ('{"video": "a.mp4", "caption": "\\ud83d"}', ":1: caption: expected UTF-8"),
+        ('{"video": "a\\udce9.mp4", "caption": "x"}', r":1: video: expected UTF-8, found a\\xe9\.mp4"),
+        (
+            '{"video": "a.mp4", "video": "b.mp4", "caption": "x"}',
+            ":1: not JSON: expected the key 'video' once",
+        ),
+        ('{"video": "a.mp4", "caption": "x", "start": 1' + "0" * 400 + "}", ":1: start: expected seconds"),
+        ('{"video": "a.mp4", "caption": "x", "start": 1' + "0" * 5000 + "}", ":1: not JSON: .*5001 digits"),
+        ('{"video": ' + "[" * 100_000, ":1: not JSON: lists or objects nested too deeply"),
     ],
 )
 def test_a_json_line_without_a_caption_or_span_is_refused(line, reason, tmp_path):
     (tmp_path / "t.jsonl").write_text(line)
     with pytest.raises(ValueError, match=reason):
         jsonl_clips(tmp_path / "t.jsonl")
+
+
+def test_splits_named_as_other_programs_do_are_noted(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("video,caption,split\na.mp4,one,Train\nb.mp4,two,validation\nc.mp4,three,test\n")
+    assert csv_clips(path).notes == [
+        "2 splits are named almost like 'train', 'val' or 'test': Train, validation"
+    ]
