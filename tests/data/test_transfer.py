@@ -18,6 +18,8 @@ from discovla.data.loader import _init_worker
 from discovla.data.transfer import ReadAhead, check_shared_memory, wait_for_batches
 from discovla.errors import one_line
 
+pytestmark = pytest.mark.timeout(60)  # a wait without an end fails soon
+
 
 class Numbers(torch.utils.data.Dataset):
     """Tensors; item `fails_at` cannot be handed over, and item `sleeps_at` never comes."""

@@ -129,10 +129,11 @@ CASES = {
     "frames-of-63": Case([[63, 63]]),
     "frames-of-70": Case([[70, 70]], masked=True, position=True),
     "captions": Case([[3, 1, 12], [5, 2, 7]], packed=True, causal=True, position=True),
-    "long-captions": Case([[5, 70]], packed=True, causal=True),
+    "long-captions": Case([[5, 65]], packed=True, causal=True),  # a readout row is the first of its tile
     "masked-captions": Case([[3, 9, 4]], packed=True, causal=True, masked=True),
     "captions-alone": Case([[3, 1], [2, 7]], (5, 8, 1), packed=True, causal=True, masked=True, position=True),
     "frames-alone": Case([[66, 66]], (66,)),
+    "17-frames": Case([[1] * 17], position=True),  # more than a tile of readout rows
 }
 RUNS = [
     (name, torch.float64 if name in ("frames-of-70", "captions", "captions-alone") else torch.float32)

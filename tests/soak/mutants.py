@@ -1,11 +1,13 @@
 """Put faults into a copy of the code, one at a time, and report which of them the fast tests catch.
 
     python -m tests.soak.mutants [--only WORD] [--seconds N] [--total N] [--processes N] [--rows FILE]
+                                [--control]
 
 Prints a line for every fault and a table at the end.  Ends with status 1 if less than 95 % are caught.
 A fault whose tests take longer than their limit, or that is not in the code, counts as not caught.
 With --rows a run goes on where the last one stopped: each result is appended to the file at once, and faults
-that it has are not tried again; the table is of the whole file.
+that it has are not tried again; the table is of the whole file.  With --control the tests that caught a
+fault are run without any at the end: one that does not pass then has caught nothing.
 """
 
 from __future__ import annotations
@@ -22,17 +24,21 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("discovla", "kernels", "csrc", "tests", "benchmarks", "configs", "pyproject.toml")
+COPIED = (
+    *("discovla", "kernels", "csrc", "tests", "benchmarks", "configs", "docs"),
+    *("pyproject.toml", "train.py", "README.md", "CONTRIBUTING.md"),
+)
 LEAST = 0.95  # share of faults that are caught
 LIMIT = 120.0  # seconds of CPU time for the tests of one fault
+FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)  # lines of pytest's summary
 LIBRARIES = ("triton", "numpy", "av", "PIL.Image", "pydantic", "safetensors.torch")
 
 
@@ -178,12 +184,15 @@ MUTANTS = (
     ),
     Mutant(
         "kernels/discovla_kernels/temporal_fusion.py",
-        "(readout < first + BLOCK)",
-        "(readout <= first + BLOCK)",
+        "here = (readout >= first) &",
+        "here = ((readout > first) | (first == 0)) &",
         FUSION,
     ),
     Mutant(
-        "kernels/discovla_kernels/temporal_fusion.py", "(i < length) & (i != readout)", "i < length", FUSION
+        "kernels/discovla_kernels/temporal_fusion.py",
+        "max(16, triton.next_power_of_2(readout_rows.shape[1]))",
+        "16",
+        FUSION,
     ),
     Mutant(
         "kernels/discovla_kernels/tiles.py",
@@ -329,21 +338,25 @@ MUTANTS = (
 )
 
 
-def start(mutant: Mutant, seconds: float, folder: Path) -> int | None:
-    """Run the tests of a fault in a copy of the code, in a forked process; return its id.
+def start(mutant: Mutant | None, tests: Sequence[str], seconds: float, folder: Path) -> int | None:
+    """Run tests in a copy of the code with a fault, in a forked process; return its id.
 
     None if the fault is not in the code.  Libraries are imported before, which saves most of the time.
+
+    Args:
+        mutant: the fault; None for none.
     """
     folder.mkdir()
     for name in COPIED:
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, folder / name)
-    path = folder / mutant.file
-    text = path.read_text()
-    if mutant.old not in text:
-        return None
-    path.write_text(text.replace(mutant.old, mutant.new, 1))
+    if mutant is not None:
+        path = folder / mutant.file
+        text = path.read_text()
+        if mutant.old not in text:
+            return None
+        path.write_text(text.replace(mutant.old, mutant.new, 1))
     child = os.fork()
     if child:
         return child
@@ -361,15 +374,16 @@ def start(mutant: Mutant, seconds: float, folder: Path) -> int | None:
             del sys.modules[name]
         sys.path[:] = [str(folder), str(folder / "kernels"), *(x for x in sys.path if str(ROOT) not in x)]
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
-        words = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", f"--rootdir={folder}"]
-        status = int(pytest.main([*words, f"--basetemp={folder}/temporary", *shlex.split(mutant.tests)]))
+        words = ["-q", "-m", "not slow", "--timeout=150", "-p", "no:cacheprovider", f"--rootdir={folder}"]
+        words += [] if mutant is None else ["-x"]
+        status = int(pytest.main([*words, f"--basetemp={folder}/temporary", *tests]))
     finally:
         os._exit(status)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a fault: "caught", "survived" or what went wrong, and the test that failed."""
+    """Result of a fault: "caught", "survived" or what went wrong, and the test that failed."""
 
     title: str
     tests: str
@@ -382,9 +396,9 @@ def row_of(mutant: Mutant, status: int, output: Path) -> Row:
     if os.WIFSIGNALED(status):
         return Row(mutant.title, mutant.tests, f"ended by signal {os.WTERMSIG(status)}")
     code = os.WEXITSTATUS(status)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output.read_text(errors="replace"), re.MULTILINE)
+    failed = FAILED.findall(output.read_text(errors="replace"))
     result = {0: "survived", 1: "caught"}.get(code, f"pytest {code}")
-    return Row(mutant.title, mutant.tests, result, failed[1] if failed else "")
+    return Row(mutant.title, mutant.tests, result, failed[0] if failed else "")
 
 
 def attempt(mutants: list[Mutant], options: argparse.Namespace, record: Callable[[Row], None]) -> None:
@@ -398,7 +412,7 @@ def attempt(mutants: list[Mutant], options: argparse.Namespace, record: Callable
             elif waiting and len(running) < options.processes:
                 number, mutant = waiting.pop(0)
                 folder = Path(temporary) / str(number)
-                child = start(mutant, options.seconds, folder)
+                child = start(mutant, shlex.split(mutant.tests), options.seconds, folder)
                 if child is None:
                     record(Row(mutant.title, mutant.tests, "not in the code"))
                 else:
@@ -410,6 +424,23 @@ def attempt(mutants: list[Mutant], options: argparse.Namespace, record: Callable
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def failing_without_a_fault(tests: Sequence[str], seconds: float) -> list[str]:
+    """Run the tests that caught a fault in a copy without one; return those that do not pass.
+
+    Raises:
+        RuntimeError: the tests could not be run to their end.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "control"
+        child = start(None, tests, seconds, folder)
+        assert child is not None, "there is no fault to miss"
+        _, status = os.waitpid(child, 0)
+        output = (folder / "output").read_text(errors="replace")
+    if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) > 1:
+        raise RuntimeError(f"tests without a fault: expected them to end, found status {status}:\n{output}")
+    return FAILED.findall(output)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", help="try faults whose title or tests have this word")
@@ -417,6 +448,7 @@ def main() -> int:
     parser.add_argument("--total", type=float, default=3600.0, help="start no fault after this many seconds")
     parser.add_argument("--processes", type=int, default=1, help="faults tried at a time")
     parser.add_argument("--rows", type=Path, help="JSONL file of results to go on with")
+    parser.add_argument("--control", action="store_true", help="run the tests that failed without a fault")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -435,6 +467,11 @@ def main() -> int:
                 file.write(json.dumps(asdict(row)) + "\n")
 
     attempt([mutant for mutant in chosen if mutant.title not in rows], options, record)
+    if options.control:
+        tests = sorted({row.by for row in rows.values() if row.result == "caught"})
+        failing = failing_without_a_fault(tests, options.seconds * max(1, len(tests)))
+        for row in [row for row in rows.values() if row.by in failing]:
+            record(replace(row, result="fails without it"))
     tried = [rows[mutant.title] for mutant in MUTANTS if mutant.title in rows]
     print("\n| fault | tests | result | by |\n|---|---|---|---|")
     for row in tried:
