@@ -279,7 +279,7 @@ def _audit_named(name: str, arch: int) -> tuple[list[Row], str]:
     """Audit a case; a kernel that does not compile is returned as one line of text."""
     try:
         return audit(next(case for case in sass_cases() if case.name == name), arch), ""
-    except TritonError as error:
+    except (TritonError, RuntimeError) as error:  # RuntimeError: of a pass of the compiler
         return [], f"{name} sm_{arch}: does not compile: {str(error).splitlines()[-1]}"
 
 

@@ -154,7 +154,7 @@ def _contrastive_backward(
         slope = dt * y
     slope = tl.where(here, slope + ds * x, 0.0)
     tl.store(dx_ptr + r[:, None] * C + c[None, :], scale * ds * inverse, mask=here)
-    tl.store(dscale_ptr + i.to(tl.int64) * tl.num_programs(1) + j, tl.sum(tl.sum(slope, axis=1), axis=0))
+    tl.store(dscale_ptr + i.to(tl.int64) * tl.num_programs(1) + j, tl.sum(slope))
 
 
 def statistics(
