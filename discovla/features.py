@@ -334,6 +334,8 @@ def _key(config: RunConfig, method: Method, clips: Sequence[Clip], share: int, v
     }
     if depth is not None:
         facts["blocks"] = depth
+    if method.config.merge != "none":
+        facts["merge"] = method.config.model_dump(mode="json", include={"merge", "merging"})
     if data.augment != "none":
         facts["view"] = [data.augment, config.seed, view]
     digest.update(json.dumps(facts, default=str).encode())

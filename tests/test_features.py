@@ -123,6 +123,13 @@ def test_tokens_that_do_not_fit_the_disk_are_not_stored(tmp_path, drawn, monkeyp
     assert reason.startswith(f"tokens of {len(loader.dataset.clips)} clips take 0.0 GB")
 
 
+def test_merged_tokens_make_other_features(tmp_path, drawn):
+    for words in ((), ("method.merge=tome",), ("method.merge=tome", "method.merging.per_block=1")):
+        config, method, loader = prepared(tmp_path, drawn, *words)
+        next(frozen_loader(config, method, loader, ALONE).epoch(0))
+    assert len(list((tmp_path / "run/features").iterdir())) == 3
+
+
 def test_a_clip_that_cannot_be_read_stays_bad(tmp_path, drawn):
     clips = read_manifest(drawn)
     broken = tmp_path / "broken.mp4"
