@@ -242,13 +242,18 @@ class Attention(nn.Module):
         impl = layout.attention_impl
         if impl == "torch":
             return padded_attention.self_attention(qkv, self.heads, layout)
-        key_mask = layout.mask_rows(layout.key_mask)
         return short_attention(
-            qkv, self.heads, packing=layout.packing, causal=layout.causal, key_mask=key_mask, impl=impl
+            qkv,
+            self.heads,
+            packing=layout.packing,
+            causal=layout.causal,
+            key_mask=layout.mask_rows(layout.key_mask),
+            key_sizes=layout.mask_rows(layout.key_sizes),
+            impl=impl,
         )
 
     def _attend_readout(self, q: Tensor, kv: Tensor, layout: SequenceLayout) -> Tensor:
-        if layout.attention_impl == "torch":
+        if layout.readout_impl == "torch":
             return padded_attention.readout_attention(q, kv, self.heads, layout)
         return readout_attention(q, kv, self.readout(kv, layout), impl=layout.impl)
 

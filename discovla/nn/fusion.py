@@ -69,7 +69,7 @@ class FusionAttention(Attention):
         """The update of all rows; kernels leave the adapter to `LayerNorm.add`, see `readout_adapter`."""
         if not layout.group:
             return super().attend(qkv, layout)
-        if layout.attention_impl == "torch":
+        if layout.readout_impl == "torch":
             return self._attend_padded(qkv, layout)
         if isinstance(qkv, tuple):
             q, kv = qkv
@@ -81,7 +81,7 @@ class FusionAttention(Attention):
         return self.output(fused)
 
     def readout_adapter(self, x: Tensor, layout: SequenceLayout) -> ReadoutAdapter | None:
-        if not layout.group or layout.attention_impl == "torch":
+        if not layout.group or layout.readout_impl == "torch":
             return None
         return ReadoutAdapter(
             weights=self.adapter.weights, readout_index=layout.readout_index(x), ungrouped=layout.ungrouped

@@ -125,9 +125,15 @@ class SequenceLayout:
 
     @property
     def attention_impl(self) -> Impl:
-        """`impl` for attention, whose kernels have no masks of single heads, sizes or merges."""
+        """`impl` for attention within sequences, whose kernel has no masks of single heads."""
         masked_heads = self.key_mask is not None and self.key_mask.dim() == 3
-        return "torch" if masked_heads or self.key_sizes is not None or self.merge is not None else self.impl
+        return "torch" if masked_heads else self.impl
+
+    @property
+    def readout_impl(self) -> Impl:
+        """`impl` for attention of readout rows and of groups, whose kernels also have no sizes or merges."""
+        sized = self.key_sizes is not None or self.merge is not None
+        return "torch" if sized else self.attention_impl
 
     def pad(self, x: Tensor) -> Tensor:
         """Rows as n l w."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from discovla.nn.layout import SequenceLayout
 from discovla.nn.recompute import recompute_in_backward
-from discovla.ops.attention import attention
+from discovla.ops.attention import attention, size_bias
 
 
 def self_attention(qkv: Tensor, heads: int, layout: SequenceLayout) -> Tensor:
@@ -133,13 +133,6 @@ def _key_mask(layout: SequenceLayout) -> Tensor | None:
     """key_mask in the shape of scores, n 1|h 1 l."""
     mask = layout.key_mask
     return None if mask is None else (mask[:, None] if mask.dim() == 2 else mask)[:, :, None]
-
-
-def size_bias(sizes: Tensor | None, q: Tensor) -> Tensor | None:
-    """log sizes, n l, in the shape of scores, n 1 1 l, and in the dtype of q."""
-    if sizes is None:
-        return None
-    return sizes.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None, None].to(q.dtype)
 
 
 def _split(x: Tensor, heads: int, parts: int) -> list[Tensor]:

@@ -120,5 +120,12 @@ def _half_gradients(
     return ds @ k, ds.mT @ q, dv
 
 
+def size_bias(sizes: Tensor | None, q: Tensor) -> Tensor | None:
+    """log sizes, n l, in the shape of scores, n 1 1 l, and in the dtype of q."""
+    if sizes is None:
+        return None
+    return sizes.to(torch.promote_types(q.dtype, torch.float32)).log()[:, None, None].to(q.dtype)
+
+
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()

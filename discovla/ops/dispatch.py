@@ -492,6 +492,8 @@ def _library_unavailable(op: str, impl: str, device_type: str, operands: Sequenc
     packed = offsets is not None and operands[offsets] is not None
     if mask is not None and operands[mask] is not None:
         return "it takes no mask"
+    if op == "short_attention" and len(operands) > 3 and operands[3] is not None:
+        return "it takes no sizes of keys"
     if impl in ("flash", "cudnn") and packed:
         return "it takes no packed sequences"
     if impl == "varlen" and not packed:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from discovla.ops.attention import attention
-from discovla.ops.blocks import expect_mask
+from discovla.ops.attention import attention, size_bias
+from discovla.ops.blocks import expect_mask, expect_shape, sum_dtype
 from discovla.ops.dispatch import Impl, choose, kernel
 
 
@@ -75,9 +75,10 @@ def short_attention(
     packing: Packing | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,
+    key_sizes: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """softmax(q kᵀ / sqrt(c) + log mask) v within each sequence; 0 for a query that sees no key.
+    """softmax(q kᵀ / sqrt(c) + log mask + log sizes) v within each sequence; 0 for a query that sees no key.
 
     The kernel keeps nothing but its inputs for backward: neither the result nor log-sum-exps.
 
@@ -88,6 +89,8 @@ def short_attention(
         packing: layout of packed rows; None for n l.
         causal: a row sees itself and earlier rows of its sequence only.
         key_mask: n l (or r), bool, true on visible rows.
+        key_sizes: n l (or r), above 0: how many equal keys each stands for, as tokens that were merged do
+            (proportional attention of ToMe, arXiv 2210.09461); without gradient.  None: 1 each.
         impl: reference (plain torch), torch (its fused kernel), triton, math, flash, cudnn or efficient (that
             back end of torch's), varlen (torch's for packed rows), flash_attn (that package), or auto.
 
@@ -99,16 +102,19 @@ def short_attention(
         KernelUnavailable: the implementation asked for by name cannot run here.
     """
     _check(qkv, heads, packing, key_mask)
+    if key_sizes is not None:
+        expect_shape("key_sizes", key_sizes, tuple(qkv.shape[:-1]))
     offsets, length = None, qkv.shape[-2]
     if packing is not None:
         offsets, length = packing.offsets, packing.max_length
-    operands = (qkv.unflatten(-1, (3, heads, -1)), key_mask, offsets)
+    operands = (qkv.unflatten(-1, (3, heads, -1)), key_mask, offsets, key_sizes)
     chosen = choose("short_attention", impl, qkv.device.type, operands=operands)
     if chosen != "triton":
-        return short_attention_reference(qkv, heads, packing, causal, key_mask, chosen)
+        return short_attention_reference(qkv, heads, packing, causal, key_mask, chosen, key_sizes)
     mask = None if key_mask is None else key_mask.flatten().contiguous()
+    sizes = None if key_sizes is None else key_sizes.detach().to(sum_dtype(qkv)).flatten().contiguous()
     rows = qkv.reshape(-1, qkv.shape[-1]).contiguous()
-    out = _short_attention(rows, offsets, mask, heads, length, causal)
+    out = _short_attention(rows, offsets, mask, sizes, heads, length, causal)
     return out.view(*qkv.shape[:-1], out.shape[1])
 
 
@@ -119,6 +125,7 @@ def short_attention_reference(
     causal: bool,
     key_mask: Tensor | None,
     impl: str = "reference",
+    key_sizes: Tensor | None = None,
 ) -> Tensor:
     """The formula; impl: a library, or, with packed sequences padded to the longest, one of `attention`."""
     if impl in ("varlen", "flash_attn"):
@@ -128,14 +135,18 @@ def short_attention_reference(
     if packing is not None:
         qkv = qkv[packing.pad_index]
         visible = packing.mask if key_mask is None else key_mask[packing.pad_index] & packing.mask
+        key_sizes = None if key_sizes is None else key_sizes[packing.pad_index]
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # 3 n h l c
+    bias = size_bias(key_sizes, q)
+    if visible is None and causal and bias is not None:
+        visible = torch.ones(qkv.shape[:2], dtype=torch.bool, device=qkv.device)
     if visible is None:
-        out = attention(q, k, v, causal=causal, impl=attention_impl)
+        out = attention(q, k, v, bias=bias, causal=causal, impl=attention_impl)
     else:
         pairs = visible[:, None, None, :].expand(-1, 1, visible.shape[1], -1)  # n 1 i j
         pairs = pairs.tril() if causal else pairs
         any_visible = pairs.any(-1, keepdim=True)
-        out = attention(q, k, v, mask=pairs | ~any_visible, impl=attention_impl) * any_visible
+        out = attention(q, k, v, mask=pairs | ~any_visible, bias=bias, impl=attention_impl) * any_visible
     out = out.transpose(1, 2).flatten(2)  # n l w
     return out if packing is None else out.flatten(0, 1)[packing.pack_index]
 
@@ -170,14 +181,20 @@ def _check(qkv: Tensor, heads: int, packing: Packing | None, key_mask: Tensor | 
 
 @torch.library.custom_op("discovla::short_attention", mutates_args=())
 def _short_attention(
-    qkv: Tensor, offsets: Tensor | None, mask: Tensor | None, heads: int, length: int, causal: bool
+    qkv: Tensor,
+    offsets: Tensor | None,
+    mask: Tensor | None,
+    sizes: Tensor | None,
+    heads: int,
+    length: int,
+    causal: bool,
 ) -> Tensor:
     """r 3w to r w."""
-    return kernel("short_attention").forward(qkv, offsets, mask, heads, length, causal)
+    return kernel("short_attention").forward(qkv, offsets, mask, sizes, heads, length, causal)
 
 
 @_short_attention.register_fake
-def _(qkv, offsets, mask, heads, length, causal):
+def _(qkv, offsets, mask, sizes, heads, length, causal):
     return qkv.new_empty(len(qkv), qkv.shape[1] // 3)
 
 
@@ -187,16 +204,18 @@ def _short_attention_backward(
     qkv: Tensor,
     offsets: Tensor | None,
     mask: Tensor | None,
+    sizes: Tensor | None,
     heads: int,
     length: int,
     causal: bool,
 ) -> Tensor:
     """Gradient by the packed rows, r 3w."""
-    return kernel("short_attention").backward(grad.contiguous(), qkv, offsets, mask, heads, length, causal)
+    module = kernel("short_attention")
+    return module.backward(grad.contiguous(), qkv, offsets, mask, sizes, heads, length, causal)
 
 
 @_short_attention_backward.register_fake
-def _(grad, qkv, offsets, mask, heads, length, causal):
+def _(grad, qkv, offsets, mask, sizes, heads, length, causal):
     return torch.empty_like(qkv)
 
 
@@ -207,7 +226,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     dqkv = _short_attention_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.length, ctx.causal)
-    return dqkv, None, None, None, None, None
+    return dqkv, None, None, None, None, None, None
 
 
 _short_attention.register_autograd(_backward, setup_context=_setup_context)

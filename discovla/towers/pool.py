@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from discovla.nn.block import MLP, BlockShape
 from discovla.nn.fusion import Adapter
 from discovla.nn.layers import LayerNorm, Linear
-from discovla.nn.padded_attention import size_bias
-from discovla.ops.attention import attention
+from discovla.ops.attention import attention, size_bias
 from discovla.towers.architecture import Architecture
 
 MAX_FRAMES = 128  # rows of the table of frame positions

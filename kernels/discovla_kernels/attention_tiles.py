@@ -60,16 +60,24 @@ def visible_pairs(mask_ptr, start, i, j, length, HAS_MASK: tl.constexpr, CAUSAL:
 
 
 @triton.jit
-def scores(q, k, seen, scale, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """Return scale q kᵀ, and LOWEST for keys that are not visible."""
-    product = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-    return tl.where(seen, scale * product, LOWEST)
+def log_sizes(sizes_ptr, start, j, length, ACC: tl.constexpr):
+    """Return the logarithms of the sizes of keys j of a sequence."""
+    return tl.log(tl.load(sizes_ptr + start + j, mask=j < length, other=1.0).to(ACC))
 
 
 @triton.jit
-def attend_tile(q, k, v, seen, scale, top, total, out, PRECISION: tl.constexpr, ACC: tl.constexpr):
+def scores(q, k, seen, scale, PRECISION: tl.constexpr, ACC: tl.constexpr, bias=None):
+    """Return scale q kᵀ + bias of each key, and LOWEST for keys that are not visible."""
+    product = scale * tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+    if bias is not None:
+        product += bias[None, :]
+    return tl.where(seen, product, LOWEST)
+
+
+@triton.jit
+def attend_tile(q, k, v, seen, scale, top, total, out, PRECISION: tl.constexpr, ACC: tl.constexpr, bias=None):
     """Add keys to an online softmax: its running maximum, sum, and weighted sum of values."""
-    s = scores(q, k, seen, scale, PRECISION, ACC)
+    s = scores(q, k, seen, scale, PRECISION, ACC, bias)
     new_top = tl.maximum(top, tl.max(s, axis=1))
     keep, p = tl.exp(top - new_top), tl.where(seen, tl.exp(s - new_top[:, None]), 0.0)
     out = tl.dot(p.to(v.dtype), v, out * keep[:, None], input_precision=PRECISION, out_dtype=ACC)
@@ -77,9 +85,11 @@ def attend_tile(q, k, v, seen, scale, top, total, out, PRECISION: tl.constexpr, 
 
 
 @triton.jit
-def measure_tile(q, k, v, do, seen, scale, top, total, mean, PRECISION: tl.constexpr, ACC: tl.constexpr):
+def measure_tile(
+    q, k, v, do, seen, scale, top, total, mean, PRECISION: tl.constexpr, ACC: tl.constexpr, bias=None
+):
     """Add keys to the statistics that backward needs: maximum, sum, and sum of weights times do vᵀ."""
-    s = scores(q, k, seen, scale, PRECISION, ACC)
+    s = scores(q, k, seen, scale, PRECISION, ACC, bias)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
     new_top = tl.maximum(top, tl.max(s, axis=1))
     keep, p = tl.exp(top - new_top), tl.where(seen, tl.exp(s - new_top[:, None]), 0.0)
@@ -87,18 +97,20 @@ def measure_tile(q, k, v, do, seen, scale, top, total, mean, PRECISION: tl.const
 
 
 @triton.jit
-def score_gradients(q, k, v, do, seen, scale, lse, mean, PRECISION: tl.constexpr, ACC: tl.constexpr):
+def score_gradients(
+    q, k, v, do, seen, scale, lse, mean, PRECISION: tl.constexpr, ACC: tl.constexpr, bias=None
+):
     """Return the weights p of a tile and the derivative by q kᵀ, p (do vᵀ - mean) scale."""
-    s = scores(q, k, seen, scale, PRECISION, ACC)
+    s = scores(q, k, seen, scale, PRECISION, ACC, bias)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
     p = tl.where(seen, tl.exp(s - lse[:, None]), 0.0)
     return p, p * (dp - mean[:, None]) * scale
 
 
 @triton.jit
-def one_tile_gradients(q, k, v, do, seen, scale, PRECISION: tl.constexpr, ACC: tl.constexpr):
+def one_tile_gradients(q, k, v, do, seen, scale, PRECISION: tl.constexpr, ACC: tl.constexpr, bias=None):
     """`score_gradients` of a tile that holds every key: lse and mean are computed in registers."""
-    s = scores(q, k, seen, scale, PRECISION, ACC)
+    s = scores(q, k, seen, scale, PRECISION, ACC, bias)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
     p = tl.where(seen, tl.exp(s - tl.max(s, axis=1)[:, None]), 0.0)
     total = tl.sum(p, axis=1)
@@ -129,11 +141,11 @@ def load_gradients(
 def query_gradients(
     q_ptr, mask_ptr, grad_ptr, local_ptr, dq_ptr, lse_ptr, mean_ptr, start, length, readout, H, C, scale,
     FUSED: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, sizes_ptr=None,
 ):  # fmt: skip
     """Store dq of a sequence of several tiles, and lse and D of every row for `key_gradients`.
 
-    FUSED: dq of the readout row is returned instead.
+    FUSED: dq of the readout row is returned instead.  sizes_ptr: sizes of the keys, if they have any.
     """
     width, place = H * C, tl.arange(0, BLOCK)
     local = tl.zeros((BLOCK_C,), dtype=ACC)
@@ -148,8 +160,10 @@ def query_gradients(
             j = other + place
             k = load_rows(q_ptr + width, start + j, j < length, 3 * width, C, BLOCK_C)
             v = load_rows(q_ptr + 2 * width, start + j, j < length, 3 * width, C, BLOCK_C)
-            seen = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL)
-            top, total, mean = measure_tile(q, k, v, do, seen, scale, top, total, mean, PRECISION, ACC)
+            seen, bias = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL), None
+            if sizes_ptr is not None:
+                bias = log_sizes(sizes_ptr, start, j, length, ACC)
+            top, total, mean = measure_tile(q, k, v, do, seen, scale, top, total, mean, PRECISION, ACC, bias)
         lse, mean = log_sum_exp(top, total), mean / tl.where(total == 0, 1.0, total)
         tl.store(lse_ptr + (start + i) * H, lse, mask=i < length)
         tl.store(mean_ptr + (start + i) * H, mean, mask=i < length)
@@ -157,8 +171,10 @@ def query_gradients(
             j = other + place
             k = load_rows(q_ptr + width, start + j, j < length, 3 * width, C, BLOCK_C)
             v = load_rows(q_ptr + 2 * width, start + j, j < length, 3 * width, C, BLOCK_C)
-            seen = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL)
-            _, ds = score_gradients(q, k, v, do, seen, scale, lse, mean, PRECISION, ACC)
+            seen, bias = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL), None
+            if sizes_ptr is not None:
+                bias = log_sizes(sizes_ptr, start, j, length, ACC)
+            _, ds = score_gradients(q, k, v, do, seen, scale, lse, mean, PRECISION, ACC, bias)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
         stored = i < length
         if FUSED:
@@ -172,10 +188,13 @@ def query_gradients(
 def key_gradients(
     q_ptr, mask_ptr, grad_ptr, local_ptr, lse_ptr, mean_ptr, k, v, other, start, length, readout, H, C, scale,
     FUSED: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, sizes_ptr=None,
 ):  # fmt: skip
     """Return dk and dv of the tile of keys that begins at `other`, from all queries of its sequence."""
     width, place = H * C, tl.arange(0, BLOCK)
+    bias = None
+    if sizes_ptr is not None:
+        bias = log_sizes(sizes_ptr, start, other + place, length, ACC)
     dk, dv = tl.zeros((BLOCK, BLOCK_C), dtype=ACC), tl.zeros((BLOCK, BLOCK_C), dtype=ACC)
     for first in range(other if CAUSAL else 0, length, BLOCK):
         i = first + place
@@ -184,7 +203,7 @@ def key_gradients(
         lse = tl.load(lse_ptr + (start + i) * H, mask=i < length, other=0.0)
         mean = tl.load(mean_ptr + (start + i) * H, mask=i < length, other=0.0)
         seen = visible_pairs(mask_ptr, start, i, other + place, length, HAS_MASK, CAUSAL)
-        p, ds = score_gradients(q, k, v, do, seen, scale, lse, mean, PRECISION, ACC)
+        p, ds = score_gradients(q, k, v, do, seen, scale, lse, mean, PRECISION, ACC, bias)
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION, out_dtype=ACC)
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION, out_dtype=ACC)
     return dk, dv

@@ -11,6 +11,7 @@ from discovla_kernels.attention_tiles import (
     attend_tile,
     key_gradients,
     load_rows,
+    log_sizes,
     one_tile_gradients,
     program_head,
     query_gradients,
@@ -24,8 +25,13 @@ from discovla_kernels.tiles import LOWEST, mask_pointer, unsupported_tensors
 MAX_CHANNELS = 128  # of a head; a tile of rows lives in registers
 
 
-def unsupported(qkv: Tensor, mask: Tensor | None, offsets: Tensor | None) -> str:
-    """Return why the kernels cannot take rows ... 3 h c, or ""."""
+def unsupported(qkv: Tensor, mask: Tensor | None, offsets: Tensor | None, sizes: Tensor | None = None) -> str:
+    """Return why the kernels cannot take rows ... 3 h c, or "".
+
+    sizes: of keys, in any dtype.
+    """
+    if sizes is not None and sizes.device != qkv.device:
+        return f"expected all tensors on {qkv.device}, found one on {sizes.device}"
     if qkv.shape[-1] > MAX_CHANNELS:
         return f"expected heads of at most {MAX_CHANNELS} channels, found {qkv.shape[-1]}"
     return unsupported_tensors(qkv, mask, offsets)
@@ -33,11 +39,13 @@ def unsupported(qkv: Tensor, mask: Tensor | None, offsets: Tensor | None) -> str
 
 @triton.jit
 def _short_attention_forward(
-    qkv_ptr, offsets_ptr, mask_ptr, out_ptr, LENGTH, H, C, scale, HAS_OFFSETS: tl.constexpr,
-    HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    qkv_ptr, offsets_ptr, mask_ptr, sizes_ptr, out_ptr, LENGTH, H, C, scale, HAS_OFFSETS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SIZES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q kᵀ / sqrt(c) + log mask) v of one sequence and head; 0 for a query that sees no key.
+    """out = softmax(q kᵀ / sqrt(c) + log mask + log sizes) v of one sequence and head.
+
+    0 for a query that sees no key.
 
     Tile: BLOCK queries x BLOCK keys, one after another, with an online softmax along keys.
     Registers: q, out, the running maximum and sum; k and v come from L1 after the first tile of queries.
@@ -59,17 +67,19 @@ def _short_attention_forward(
             j = other + place
             k = load_rows(q_ptr + width, start + j, j < length, 3 * width, C, BLOCK_C)
             v = load_rows(q_ptr + 2 * width, start + j, j < length, 3 * width, C, BLOCK_C)
-            seen = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL)
-            top, total, out = attend_tile(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
+            seen, bias = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL), None
+            if HAS_SIZES:
+                bias = log_sizes(sizes_ptr, start, j, length, ACC)
+            top, total, out = attend_tile(q, k, v, seen, scale, top, total, out, PRECISION, ACC, bias)
         out /= tl.where(total == 0, 1.0, total)[:, None]
         store_rows(out_ptr, start + i, i < length, width, C, out, BLOCK_C)
 
 
 @triton.jit
 def _short_attention_backward(
-    qkv_ptr, offsets_ptr, mask_ptr, grad_ptr, dqkv_ptr, lse_ptr, mean_ptr, LENGTH, H, C, scale,
-    HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    qkv_ptr, offsets_ptr, mask_ptr, sizes_ptr, grad_ptr, dqkv_ptr, lse_ptr, mean_ptr, LENGTH, H, C, scale,
+    HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SIZES: tl.constexpr, CAUSAL: tl.constexpr,
+    ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """P computed again; dS = P (dO vᵀ - D) / sqrt(c), D = sum_j P (dO vᵀ); dq = dS k, dk = dSᵀ q, dv = Pᵀ dO.
 
@@ -91,7 +101,10 @@ def _short_attention_backward(
         v = load_rows(q_ptr + 2 * width, rows, real, 3 * width, C, BLOCK_C)
         do = load_rows(grad_ptr, rows, real, width, C, BLOCK_C)
         seen = visible_pairs(mask_ptr, start, place, place, length, HAS_MASK, CAUSAL)
-        p, ds = one_tile_gradients(q, k, v, do, seen, scale, PRECISION, ACC)
+        bias = None
+        if HAS_SIZES:
+            bias = log_sizes(sizes_ptr, start, place, length, ACC)
+        p, ds = one_tile_gradients(q, k, v, do, seen, scale, PRECISION, ACC, bias)
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
         dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
@@ -102,7 +115,7 @@ def _short_attention_backward(
         lse_ptr, mean_ptr = lse_ptr + h, mean_ptr + h
         query_gradients(
             q_ptr, mask_ptr, grad_ptr, grad_ptr, dq_ptr, lse_ptr, mean_ptr, start, length, 0, H, C, scale,
-            False, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+            False, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC, sizes_ptr if HAS_SIZES else None,
         )  # fmt: skip
         tl.debug_barrier()  # lse and D that other threads of the program wrote are read from here on
         for other in range(0, length, BLOCK):
@@ -112,25 +125,34 @@ def _short_attention_backward(
             dk, dv = key_gradients(
                 q_ptr, mask_ptr, grad_ptr, grad_ptr, lse_ptr, mean_ptr, k, v, other, start, length, 0, H, C,
                 scale, False, HAS_MASK, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+                sizes_ptr if HAS_SIZES else None,
             )  # fmt: skip
             store_rows(dq_ptr + width, rows, real, 3 * width, C, dk, BLOCK_C)
             store_rows(dq_ptr + 2 * width, rows, real, 3 * width, C, dv, BLOCK_C)
 
 
 def forward(
-    qkv: Tensor, offsets: Tensor | None, mask: Tensor | None, heads: int, length: int, causal: bool
+    qkv: Tensor,
+    offsets: Tensor | None,
+    mask: Tensor | None,
+    sizes: Tensor | None,
+    heads: int,
+    length: int,
+    causal: bool,
 ) -> Tensor:
     """Return outputs r w of packed rows r 3w, contiguous.
 
     offsets: n + 1, int32, of sequences of at most `length` rows; None if all have `length`.  mask: r, bool.
+    sizes: r, of keys, contiguous.
     """
     rows, width = len(qkv), qkv.shape[1] // 3
     out, tile = qkv.new_empty(rows, width), settings(qkv, width // heads, length)
     del tile["ONE"]
     _short_attention_forward[_grid(rows, length, heads, offsets)](
-        qkv, qkv if offsets is None else offsets, mask_pointer(mask, qkv), out, length, heads, width // heads,
-        (width // heads) ** -0.5, HAS_OFFSETS=offsets is not None, HAS_MASK=mask is not None, CAUSAL=causal,
-        **tile,
+        qkv, qkv if offsets is None else offsets, mask_pointer(mask, qkv),
+        qkv if sizes is None else sizes, out, length, heads, width // heads, (width // heads) ** -0.5,
+        HAS_OFFSETS=offsets is not None, HAS_MASK=mask is not None, HAS_SIZES=sizes is not None,
+        CAUSAL=causal, **tile,
     )  # fmt: skip
     return out
 
@@ -140,6 +162,7 @@ def backward(
     qkv: Tensor,
     offsets: Tensor | None,
     mask: Tensor | None,
+    sizes: Tensor | None,
     heads: int,
     length: int,
     causal: bool,
@@ -151,9 +174,10 @@ def backward(
     acc = torch.promote_types(qkv.dtype, torch.float32)
     lse, mean = (qkv.new_empty(0 if tile["ONE"] else rows, heads, dtype=acc) for _ in range(2))
     _short_attention_backward[_grid(rows, length, heads, offsets)](
-        qkv, qkv if offsets is None else offsets, mask_pointer(mask, qkv), grad, dqkv, lse, mean, length,
-        heads, width // heads, (width // heads) ** -0.5, HAS_OFFSETS=offsets is not None,
-        HAS_MASK=mask is not None, CAUSAL=causal, **tile,
+        qkv, qkv if offsets is None else offsets, mask_pointer(mask, qkv), qkv if sizes is None else sizes,
+        grad, dqkv, lse, mean, length, heads, width // heads, (width // heads) ** -0.5,
+        HAS_OFFSETS=offsets is not None, HAS_MASK=mask is not None, HAS_SIZES=sizes is not None,
+        CAUSAL=causal, **tile,
     )  # fmt: skip
     return dqkv
 

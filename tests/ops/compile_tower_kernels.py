@@ -48,6 +48,7 @@ OTHERS = {  # of arguments that are not rows, by how their names end
     "da_ptr": "*fp32",
     "lse_ptr": "*fp32",
     "mean_ptr": "*fp32",
+    "sizes_ptr": "*fp32",
     "fused_ptr": "*fp32",
     "readout_x_ptr": "*fp32",
     "position_ptr": "*fp32",
@@ -150,8 +151,9 @@ def attention_cases() -> list[Case]:
         tile = attention_tiles.settings(torch.empty(1, dtype=dtype), 64, length)
         tile |= {"HAS_OFFSETS": causal, "HAS_MASK": causal, "CAUSAL": causal}
         forward = {name: value for name, value in tile.items() if name != "ONE"}
-        cases += [(attention._short_attention_forward, dtype, forward)]
-        cases += [(attention._short_attention_backward, dtype, tile)]
+        sizes = {"HAS_SIZES": not causal}
+        cases += [(attention._short_attention_forward, dtype, forward | sizes)]
+        cases += [(attention._short_attention_backward, dtype, tile | sizes)]
         if dtype == HALF and length < 257:
             groups = {"HAS_GROUP_MASK": True, "HAS_POSITION": causal, "BLOCK_F": 16}
             cases += [(fusion._temporal_fusion_forward, dtype, forward | groups)]

@@ -16,7 +16,9 @@ CASES = [(size, causal, masked) for size in SIZES for causal in (False, True) fo
 CASES = [case for case in CASES if case[0] < 16 or case[1] == case[2]]
 
 
-def plain(qkv: Tensor, lengths: list[int], causal: bool, mask: Tensor | None) -> Tensor:
+def plain(
+    qkv: Tensor, lengths: list[int], causal: bool, mask: Tensor | None, sizes: Tensor | None = None
+) -> Tensor:
     """Rows r 3w to r w, one sequence, one head and one query at a time, as a reader would do it by hand."""
     out, first = [], 0
     q, k, v = qkv.unflatten(-1, (3, HEADS, CHANNELS)).unbind(1)  # r h c
@@ -28,7 +30,8 @@ def plain(qkv: Tensor, lengths: list[int], causal: bool, mask: Tensor | None) ->
             if not seen:
                 out.append(0 * q[i].flatten())
                 continue
-            weights = (torch.einsum("hc,jhc->hj", q[i], k[seen]) / CHANNELS**0.5).softmax(-1)
+            scores = torch.einsum("hc,jhc->hj", q[i], k[seen]) / CHANNELS**0.5
+            weights = (scores if sizes is None else scores + sizes[seen].log()).softmax(-1)
             out.append(torch.einsum("hj,jhc->hc", weights, v[seen]).flatten())
         first += length
     return torch.stack(out)
@@ -54,18 +57,29 @@ def assert_close(got: Tensor, want: Tensor, budget: float, name: str) -> None:
     assert (got.double() - want).abs().max() <= budget * max(1, want.abs().max()), name
 
 
-def check(lengths: list[int], dtype: torch.dtype, impl: str, *, causal=False, masked=False, packed=False):
+def check(
+    lengths: list[int],
+    dtype: torch.dtype,
+    impl: str,
+    *,
+    causal=False,
+    masked=False,
+    packed=False,
+    sizes: Tensor | None = None,
+):
     skip_what_no_gpu_kernel_takes(impl, dtype)
     x = rows(lengths, dtype)
     truth = x.detach().double().requires_grad_()
     mask = some_keys(lengths) if masked else None
-    want = plain(truth, lengths, causal, mask)
+    want = plain(truth, lengths, causal, mask, None if sizes is None else sizes.double())
+    options = {"causal": causal, "impl": impl}
     if packed:
-        got = short_attention(x, HEADS, packing=ragged(lengths), causal=causal, key_mask=mask, impl=impl)
+        packing = ragged(lengths)
+        got = short_attention(x, HEADS, packing=packing, key_mask=mask, key_sizes=sizes, **options)
     else:
         shape = (len(lengths), lengths[0])
-        seen = None if mask is None else mask.view(shape)
-        got = short_attention(x.view(*shape, -1), HEADS, causal=causal, key_mask=seen, impl=impl)
+        seen, counts = (None if rows is None else rows.view(shape) for rows in (mask, sizes))
+        got = short_attention(x.view(*shape, -1), HEADS, key_mask=seen, key_sizes=counts, **options)
     assert got.dtype == dtype
     assert_close(got.reshape(want.shape), want, BUDGET[dtype], "value")
     direction = torch.randn(want.shape, dtype=torch.float64, device=DEVICE)
@@ -92,6 +106,16 @@ def test_values_and_gradients_in_every_dtype(dtype, impl):
 @pytest.mark.parametrize("lengths", [[3, 1, 12, 7], [5, 70]], ids=["one-tile", "tiles"])
 def test_sequences_of_different_lengths_lie_end_to_end(lengths, causal, impl):
     check(lengths, torch.float32, impl, causal=causal, packed=True, masked=causal)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("lengths", [[7, 7], [70], [3, 12, 7]], ids=["one-tile", "tiles", "packed"])
+def test_a_key_of_size_n_counts_like_n_equal_keys(lengths, causal, impl):
+    sizes = 1.0 + torch.arange(sum(lengths), device=DEVICE) % 4
+    packed = len(set(lengths)) > 1
+    for dtype in (torch.float32, torch.float64):
+        check(lengths, dtype, impl, causal=causal, masked=causal, packed=packed, sizes=sizes)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -141,7 +165,8 @@ def test_the_reference_passes_gradcheck():
 def test_the_op_is_registered_soundly():
     skip_what_no_gpu_kernel_takes("triton", torch.float64)
     x = rows([3, 2], torch.float64)
-    arguments = (x, ragged([3, 2]).offsets, some_keys([3, 2]), HEADS, 3, True)
+    sizes = torch.arange(1.0, 6.0, dtype=torch.float64, device=DEVICE)
+    arguments = (x, ragged([3, 2]).offsets, some_keys([3, 2]), sizes, HEADS, 3, True)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(_short_attention, arguments, test_utils=tests)
 
@@ -155,6 +180,10 @@ def test_shapes_that_do_not_fit_are_refused_by_name(impl):
         ("qkv: expected n l 3w, w a multiple of 2 heads, found", lambda: short_attention(x, 2, impl=impl)),
         ("qkv: expected n l 3w, w a multiple of 3", lambda: short_attention(x[None], 3, impl=impl)),
         ("key_mask", lambda: short_attention(x[None], 2, key_mask=torch.ones(4) > 0, impl=impl)),
+        (
+            r"key_sizes: expected shape \(1, 4\)",
+            lambda: short_attention(x[None], 2, key_sizes=x[:, 0], impl=impl),
+        ),
         ("key_mask: expected bool", lambda: short_attention(x[None], 2, key_mask=x[None, :, 0], impl=impl)),
         ("packing.offsets: .* int32, found", lambda: short_attention(x, 2, packing=wide, impl=impl)),
         (
