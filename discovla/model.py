@@ -32,6 +32,7 @@ from discovla.inputs import check_inputs, tower_inputs
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
+from discovla.nn.token_merging import MergeConfig
 from discovla.peft_format import apply_peft, read_peft
 from discovla.retrieval.embed import embed_texts, embed_videos
 from discovla.retrieval.embeddings import Embeddings
@@ -82,6 +83,7 @@ class Model:
         precision: as in `load`.
         run: run that the method is from; None for a plain CLIP.
         source: path or name that `load` opens; "" for a method made otherwise.
+        merge: as `load` was given it.
     """
 
     def __init__(
@@ -94,12 +96,13 @@ class Model:
         precision: Precision = "fp32",
         run: LoadedRun | None = None,
         source: str = "",
+        merge: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
         check_inputs(method.architecture, data)
         self.method, self.data, self.batch_size, self.run = method.eval(), data, batch_size, run
-        self.source = source
+        self.source, self.merge = source, merge
         self.device, self.precision = choose_device(device), precision
         self.fingerprint = method.fingerprint()  # of the weights before a narrower precision
         prepare_method(method, EngineConfig(precision=precision), self.device)
@@ -213,6 +216,7 @@ def load(
     batch_size: int | None = None,
     data: Mapping[str, Any] | None = None,
     peft: str | Path | None = None,
+    merge: int | None = None,
 ) -> Model:
     """Open a trained or a plain model to embed videos and texts.
 
@@ -225,9 +229,12 @@ def load(
         batch_size: videos or texts embedded at once; default: `eval_batch_size` of the run.
         data: keys of the run's `data` table to change, such as {"frames": 8}.
         peft: folder with LoRA in PEFT's format, for open_clip or transformers, to add to a plain CLIP.
+        merge: number of similar tokens that every block of the vision tower merges in each frame, without
+            training (ToMe, arXiv 2210.09461): faster, with other features.  None: as the model was trained.
 
     Raises:
-        ConfigError: nothing of these at the path, or a wrong key in `data`.
+        ConfigError: nothing of these at the path, a wrong key in `data`, or `merge` for a model that merges
+            already or whose towers do not allow it.
         CheckpointError: a broken checkpoint, or one of other pretrained weights than its config names.
         ValueError: an unknown model, device or precision.
     """
@@ -238,8 +245,10 @@ def load(
         method = _plain_method(_plain_config(name), peft)
         config = DataConfig.model_validate({"manifest": Path(), **tower_inputs(method.architecture)})
         run, size = None, 64
+        if merge is not None:
+            merge_tokens(method, merge, name)
     else:
-        run = load_run(path)
+        run = load_run(path, merge=merge)
         method, config, size = run.method, run.config.data, run.config.eval_batch_size
     return Model(
         method,
@@ -249,20 +258,30 @@ def load(
         precision=precision,
         run=run,
         source=_source(name),
+        merge=merge,
     )
 
 
-def load_run(path: Path | str) -> LoadedRun:
+def load_run(path: Path | str, *, merge: int | None = None) -> LoadedRun:
     """Load a run, on the CPU.
 
     Args:
         path: run directory: its best checkpoint, or the newest if none was selected; checkpoint; export; or
             "hf:USER/NAME", an export on Hugging Face's hub.
+        merge: as in `load`.
 
     Raises:
-        ConfigError: no run there.
+        ConfigError: no run there, or one that `merge` does not go with.
         CheckpointError: a broken checkpoint, or one of other pretrained weights than its config names.
     """
+    run = _load_trained(path)
+    if merge is not None:
+        merge_tokens(run.method, merge, str(path))
+    return run
+
+
+def _load_trained(path: Path | str) -> LoadedRun:
+    """Load a run as it was trained."""
     if str(path).startswith(HUB):
         return _load_export(download_export(str(path).removeprefix(HUB)))
     path = Path(path)
@@ -295,6 +314,29 @@ def _load_export(path: Path) -> LoadedRun:
         checkpoint.check_fingerprint(json.loads(metadata["fingerprint"]), method.fingerprint(), str(path))
     method.load_trained_state(trained)
     return LoadedRun(config=config, method=method, step=int(metadata["step"]))
+
+
+def merge_tokens(method: Method, per_block: int, source: str) -> None:
+    """Merge similar tokens in every block of a method's vision tower, without training; see `load`.
+
+    Raises:
+        ConfigError: the method merges already, or it or its towers do not allow it; the message has `source`.
+    """
+    config = method.config
+    if per_block < 1:
+        raise ConfigError(f"{source}: merge: expected at least 1 token a block, found {per_block}")
+    if config.merge != "none":
+        raise ConfigError(
+            f"{source}: merge: expected a model that was trained with all tokens, found method.merge = "
+            f"{config.merge!r}"
+        )
+    values = {**config.model_dump(), "merge": "tome", "merging": MergeConfig(per_block=per_block)}
+    try:
+        method.merge_untrained(type(config).model_validate(values))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _plain_method(model: ModelConfig, peft: str | Path | None) -> Method:

@@ -28,7 +28,7 @@ from discovla.data.video.frames import read_frames, resize_and_crop
 from discovla.export import export, export_programs, measure_loss, parts_beyond_clip
 from discovla.methods import build
 from discovla.methods.clip import CLIP, CLIPConfig
-from discovla.model import LoadedRun, load_run
+from discovla.model import LoadedRun, load_run, merge_tokens
 from discovla.retrieval.record import EvaluationRecord
 from discovla.retrieval.similarity import similarity_matrix
 from discovla.tensor_files import write_tensors
@@ -370,6 +370,38 @@ def test_the_drawn_clip_is_a_model_and_wrong_names_are_named(clips):
         discovla.load("clip:NoSuch@openai")
     with pytest.raises(ConfigError, match=r"data\.frames: .* found 0"):
         discovla.load("clip:drawn", data={"frames": 0})
+
+
+@pytest.mark.parametrize(
+    ("words", "per_block", "message"),
+    [
+        ("method=clip", 0, "x: merge: expected at least 1 token a block, found 0"),
+        (
+            "method=clip method.merge=tome",
+            2,
+            "x: merge: expected a model that was trained with all tokens, found method.merge = 'tome'",
+        ),
+        (
+            "method=t2vparser method.stan_layers=2 method.decomposition_layers=2",
+            2,
+            "x: merge: expected method.stan_layers = 0 with 'tome', since STAN reads every patch, found 2",
+        ),
+    ],
+)
+def test_models_whose_tokens_cannot_merge_are_refused_by_name(words, per_block, message, tmp_path, drawn):
+    config = read_config(write_config(tmp_path, drawn), words.split())
+    with pytest.raises(ConfigError) as error:
+        merge_tokens(build(config.model, config.method), per_block, "x")
+    assert str(error.value) == message
+
+
+def test_evaluate_merges_the_tokens_of_a_run(run, clips, capsys):
+    assert main(["evaluate", str(run), "--merge", "2", "--no-rerank", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    merged = discovla.load(run, device="cpu", merge=2)
+    options = evaluation.EvalOptions(data=merged.data, batch_size=merged.batch_size)
+    assert found["raw"] == evaluation.evaluate(merged.method, clips, options)["raw"]
+    assert found["evaluation"]["merge"] == 2 and merged.method.config.merge == "tome"
 
 
 def test_bf16_is_near_fp32(run, model, clips):

@@ -29,6 +29,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--precision", default="fp32", choices=precisions, help="default: %(default)s")
     size = "videos or captions at once; default: eval_batch_size of the run"
     parser.add_argument("--batch-size", type=int, metavar="N", help=size)
+    merge = (
+        "tokens of every frame that each block of the vision tower merges, without training; default: none"
+    )
+    parser.add_argument("--merge", type=int, metavar="R", help=merge)
     parser.set_defaults(run=_embed)
 
 
@@ -38,6 +42,7 @@ def _embed(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         precision=arguments.precision,
         batch_size=arguments.batch_size,
+        merge=arguments.merge,
     )
     corpus = embed_manifest(model, arguments.manifest, arguments.out, split=arguments.split)
     print(f"wrote {arguments.out}/videos.safetensors: {corpus.videos} videos")

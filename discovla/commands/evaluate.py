@@ -67,10 +67,18 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--index", type=Path, metavar="INDEX", help=index)
     order = "measure instead whether captions that tell order fit a clip better than its reverse"
     parser.add_argument("--order", action="store_true", help=order)
+    merge = (
+        "tokens of every frame that each block of the vision tower merges, without training; default: none"
+    )
+    parser.add_argument("--merge", type=int, metavar="R", help=merge)
     parser.set_defaults(run=_evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.merge is not None and (arguments.run_path is None or arguments.report):
+        raise ValueError(
+            "evaluate: --merge: expected a RUN without --report, whose figures are the run's own"
+        )
     if arguments.report and arguments.run_path is None:
         raise ValueError("evaluate: --report: expected a RUN, found none")
     if (arguments.run_path is None) == (arguments.matrix is None):
@@ -93,7 +101,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _evaluate_run(arguments: argparse.Namespace) -> None:
     """Print the metrics of a run, raw and, unless left out, re-ranked; with --report keep every query's."""
-    run = load_run(arguments.run_path)
+    run = load_run(arguments.run_path, merge=arguments.merge)
     split = _split(arguments, run)
     use = _recorded_use(arguments, split, run.config.data) if arguments.report else None
     clips, options = _clips_and_options(arguments, run)
@@ -114,6 +122,7 @@ def _evaluate_run(arguments: argparse.Namespace) -> None:
         "split": split,
         "clips": len(clips),
         "captions": sum(len(clip.captions) for clip in clips),
+        **({} if arguments.merge is None else {"merge": arguments.merge}),
     }
     if arguments.json:
         bins = {} if reliability is None else {"reliability": [asdict(one) for one in reliability]}
@@ -144,7 +153,7 @@ def _stored(arguments: argparse.Namespace, clips: Sequence[Clip]) -> tuple[Embed
     from discovla.search.reliability import measure_reliability
     from discovla.search.sources import SourceVideo
 
-    model = load(arguments.run_path, device=arguments.device)
+    model = load(arguments.run_path, device=arguments.device, merge=arguments.merge)
     with Index.open(arguments.index, model=model, read_only=True) as index:
         ids = {entry.columns.get("id"): entry.video for entry in index.videos()}
         sources = [
@@ -168,7 +177,7 @@ def _stored_path(clip: Clip, ids: Mapping[Value, str]) -> str:
 
 def _evaluate_order(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the choices of a run that the order of frames decides."""
-    run = load_run(arguments.run_path)
+    run = load_run(arguments.run_path, merge=arguments.merge)
     clips, options = _clips_and_options(arguments, run)
     return measure_order(run.method.to(options.device), clips, options)
 

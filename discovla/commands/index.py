@@ -49,6 +49,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         "the size; default: float32"
     )
     parser.add_argument("--vectors", choices=("float32", "float16"), help=vectors)
+    merge = (
+        "merge R similar tokens of every frame in each block of the vision tower, without training: faster, "
+        "with other features; default: as the run was trained"
+    )
+    parser.add_argument("--merge", type=int, metavar="R", help=merge)
     captions = "text file with a caption a line, of other videos, that calibrate probabilities"
     parser.add_argument("--captions", type=Path, metavar="TXT", help=captions)
     ray = "read and embed on a Ray cluster (extra `ray`): its address, or auto"
@@ -64,7 +69,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     actions.add_argument(
         "--compact", action="store_true", help="delete replaced moments and old versions from the disk"
     )
-    rebuild = "index all videos anew beside the index, then replace it; --moments and RUN may be others"
+    rebuild = (
+        "index all videos anew beside the index, then replace it; --moments, --merge and RUN may be others"
+    )
     actions.add_argument("--rebuild", action="store_true", help=rebuild)
     parser.set_defaults(run=_index)
 
@@ -78,7 +85,9 @@ def _index(arguments: argparse.Namespace) -> None:
         with Index.open(path, device=arguments.device) as index:
             model = None if arguments.out is None else arguments.run_path
             with _progress() as show:
-                report = index.rebuild(model=model, moments=arguments.moments, progress=show)
+                report = index.rebuild(
+                    model=model, moments=arguments.moments, merge=arguments.merge, progress=show
+                )
         _print_report(report, path, arguments)
         return
     if arguments.out is None:
@@ -111,18 +120,22 @@ def _opened(arguments: argparse.Namespace) -> Index:
             transnet=arguments.transnet,
             vectors=arguments.vectors or "float32",
             device=device,
+            merge=arguments.merge,
         )
     index = Index.open(out, model=arguments.run_path, device=device)
     chosen = {
         "moments": arguments.moments,
         "dtype": arguments.vectors,
         "transnet": arguments.transnet or None,
+        "merge": arguments.merge,
     }
     for name, value in chosen.items():
-        if value is not None and value != index.settings[name]:
+        if value is not None and value != (stored := index.settings.get(name)):
+            option = f"--{'vectors' if name == 'dtype' else name}"
+            expected = f"no {option}" if stored is None else f"{option} {stored}"
             raise ValueError(
-                f"{out}: expected --{'vectors' if name == 'dtype' else name} {index.settings[name]}, with "
-                f"which the index was made, found {value}; --rebuild makes it anew"
+                f"{out}: expected {expected}, with which the index was made, found {value}; --rebuild makes "
+                "it anew"
             )
     return index
 

@@ -82,17 +82,7 @@ class Method(nn.Module):
         self.architecture, self.config = architecture, config
         self._check_towers()
         self.vision = VisionTower(architecture, vision_block or self._blocks("vision"))
-        if config.merge != "none":
-            form = architecture.frames
-            self.vision.merging = TokenMerging(
-                config.merge,
-                config.merging,
-                tokens=form.class_row + architecture.patches,
-                width=architecture.vision.width,
-                blocks=architecture.vision.layers,
-                class_rows=int(form.class_row),
-                pools=form.pool != "class",
-            )
+        self.vision.merging = self._token_merging()
         if config.fused_vision_blocks and isinstance(self.vision.pool, AttentionPool):
             self.vision.pool.fuse(config.lora_rank, positions=config.frame_position)
         self.text = TextTower(architecture, text_block or self._blocks("text"))
@@ -135,6 +125,33 @@ class Method(nn.Module):
             raise ValueError(
                 "method.loss: expected 'softmax' for towers without a logit bias, found 'sigmoid'"
             )
+
+    def _token_merging(self) -> TokenMerging | None:
+        """Return what merges the tokens of the vision tower, if any does."""
+        form, shape = self.architecture.frames, self.architecture.vision
+        if self.config.merge == "none":
+            return None
+        return TokenMerging(
+            self.config.merge,
+            self.config.merging,
+            tokens=form.class_row + self.architecture.patches,
+            width=shape.width,
+            blocks=shape.layers,
+            class_rows=int(form.class_row),
+            pools=form.pool != "class",
+        )
+
+    def merge_untrained(self, config: MethodConfig) -> None:
+        """Merge tokens from now on, by a config that differs from the own one in how tokens merge alone.
+
+        Raises:
+            ValueError: the merging has parameters, which would be untrained, or the towers do not allow it.
+        """
+        if config.merge == "tempme":
+            raise ValueError("method.merge: expected 'tome', which needs no training, found 'tempme'")
+        self.config = config
+        self._check_towers()
+        self.vision.merging = self._token_merging()
 
     def check_loss(self) -> None:
         """Refuse the sigmoid loss for scores that are not the cosine of pooled features.

@@ -50,6 +50,7 @@ class Index(IndexReader):
         transnet: bool = False,
         vectors: str = "float32",
         device: str = "auto",
+        merge: int | None = None,
     ) -> Self:
         """Make an empty index.
 
@@ -62,6 +63,7 @@ class Index(IndexReader):
             vectors: "float32", with which the index has the scores of the model to the last digit, or
                 "float16", of half the size.
             device: as in `discovla.load`.
+            merge: as in `discovla.load`, for a model that is named.
 
         Raises:
             ValueError: the folder is not empty, the model cannot be loaded, or LanceDB is not installed.
@@ -72,7 +74,11 @@ class Index(IndexReader):
             raise ValueError(f"{path}: expected an empty folder or none, to make an index in")
         if vectors not in ("float32", "float16"):
             raise ValueError(f"vectors: expected 'float32' or 'float16', found {vectors!r}")
-        opened = model if isinstance(model, Model) else load(model, device=device)
+        if isinstance(model, Model) and merge is not None:
+            raise ValueError(
+                "merge: expected a model that is named, found an opened one; load(merge=) merges"
+            )
+        opened = model if isinstance(model, Model) else load(model, device=device, merge=merge)
         settings = {
             "version": 1,
             "model": opened.source,
@@ -81,6 +87,7 @@ class Index(IndexReader):
             "dtype": vectors,
             "moments": moments,
             "transnet": transnet,
+            "merge": opened.merge,
             "calibration": None,
             "captions": [],
         }
@@ -171,7 +178,10 @@ class Index(IndexReader):
             if ray is not None:
                 from discovla.search.ray import embed_on_cluster
 
-                for place, moments, end in embed_on_cluster(ray, self._given_path(), self._device, requests):
+                cluster = embed_on_cluster(
+                    ray, self._given_path(), self._device, requests, merge=self.settings.get("merge")
+                )
+                for place, moments, end in cluster:
                     rows.append(indexer.add_embedded(ids[place], moments, end))
                     state.step(todo[place].size, indexer.written)
             else:
@@ -229,6 +239,7 @@ class Index(IndexReader):
         *,
         model: str | Path | Model | None = None,
         moments: MomentMode | None = None,
+        merge: int | None = None,
         progress: Callable[[IndexProgress], None] | None = None,
     ) -> AddReport:
         """Index all videos again in a folder beside this one, then take its place; close this object.
@@ -236,19 +247,23 @@ class Index(IndexReader):
         Args:
             model: another model; default: the same.
             moments: another way to cut files; default: the same.
+            merge: another number of merged tokens, as in `create`; default: the same.
         """
         beside, before = self.path.with_name(f".{self.path.name}.rebuild"), aside(self.path)
-        settings = self.settings
+        settings, chosen = self.settings, self._given if model is None else model
+        if merge is None and not isinstance(chosen, Model):
+            merge = settings.get("merge")
         with self._writing() as lock:
             rows = [row for row in self._refreshed().contents.videos.values() if row.state != "gone"]
             shutil.rmtree(beside, ignore_errors=True)
             fresh = Index.create(
                 beside,
-                self._given if model is None else model,
+                chosen,
                 moments=moments or settings["moments"],
                 transnet=settings["transnet"] and moments in (None, "shots"),
                 vectors=settings["dtype"],
                 device=self._device,
+                merge=merge,
             )
             try:
                 report = fresh._add([_source(row) for row in rows], [], progress)

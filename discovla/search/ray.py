@@ -27,7 +27,7 @@ Finished = tuple[int, list[MomentRow], ReadVideo]  # place among the requests, m
 
 
 def embed_on_cluster(
-    address: str, model: str, device: str, requests: Sequence[ReadRequest]
+    address: str, model: str, device: str, requests: Sequence[ReadRequest], *, merge: int | None = None
 ) -> Iterator[Finished]:
     """Yield videos as they are finished, in any order.
 
@@ -35,6 +35,7 @@ def embed_on_cluster(
         address: of the cluster, or "auto": that of the environment or, without one, this machine.
         model: path or name that `discovla.load` opens on every machine.
         device: of the model.
+        merge: of the model, as in `discovla.load`.
 
     Raises:
         ValueError: Ray is not installed.
@@ -52,7 +53,7 @@ def embed_on_cluster(
     )
     rows = moments.map_batches(
         _Embedder,
-        fn_constructor_args=(model, device),
+        fn_constructor_args=(model, device, merge),
         compute=data.ActorPoolStrategy(size=embedders),
         batch_size=load(model, device="cpu").batch_size,
         batch_format="numpy",
@@ -117,8 +118,8 @@ class _Reader:
 class _Embedder:
     """Actor with the model: frames of moments in, their rows out; ends of videos pass through."""
 
-    def __init__(self, model: str, device: str) -> None:
-        self._model = load(model, device=device)
+    def __init__(self, model: str, device: str, merge: int | None) -> None:
+        self._model = load(model, device=device, merge=merge)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         items = [pickle.loads(content) for content in batch["content"]]

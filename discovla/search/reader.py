@@ -123,10 +123,13 @@ class IndexReader:
                     raise ValueError(
                         f"{self.path}: expected model=, as the index was made by an opened model, found none"
                     )
-                model = given if isinstance(given, Model) else load(given, device=self._device)
+                model = given if isinstance(given, Model) else self._load(given)
                 self._check_identity(model)
                 self._model = model
             return self._model
+
+    def _load(self, given: str | Path) -> Model:
+        return load(given, device=self._device, merge=self.settings.get("merge"))
 
     def _check_identity(self, model: Model) -> None:
         """Refuse a model whose embeddings are not those of the index."""

@@ -12,7 +12,7 @@ from discovla.config import read_config
 from discovla.data.manifest import read_manifest, write_manifest
 from discovla.evaluate import EvalOptions, evaluate
 from discovla.methods import build
-from discovla.model import Model
+from discovla.model import Model, load
 from discovla.search.index import Index
 from discovla.search.sources import SourceVideo
 from tests.runs import METHODS, write_config
@@ -60,12 +60,25 @@ def test_index_and_search_from_the_command_line(folder, tmp_path, capsys):
             ("index", "clip:drawn", "a.mp4", "--out", "INDEX", "--moments", "whole"),
             "expected --moments shots",
         ),
+        (("index", "clip:drawn", "a.mp4", "--out", "INDEX", "--merge", 2), "expected no --merge"),
     ],
 )
 def test_wrong_use_is_one_line(words, line, read_only, capsys):
     assert call(*(read_only.path if word == "INDEX" else word for word in words)) == 2
     error = capsys.readouterr().err
     assert line in error and Counter(error)["\n"] == 1
+
+
+def test_an_index_of_merged_tokens_is_that_of_the_merged_model(folder, model, tmp_path):
+    out, video = tmp_path / "my.index", folder / "one.mp4"
+    assert call("index", "clip:drawn", video, "--out", out, "--moments", "whole", "--merge", 3) == 0
+    merged = load("clip:drawn", merge=3)
+    with Index.open(out) as index:
+        stored = index.stored_embedding([SourceVideo(video=str(video))]).pooled
+        torch.testing.assert_close(stored, merged.embed_videos([video]).pooled)
+    assert not torch.allclose(stored, model.embed_videos([video]).pooled, atol=1e-3)
+    with pytest.raises(ValueError, match="another model; --rebuild"):
+        Index.open(out, model=model)
 
 
 def test_without_the_extra_one_line_says_what_to_install(read_only, monkeypatch, capsys):
