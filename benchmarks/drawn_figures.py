@@ -95,11 +95,8 @@ def measure(method: Method, evaluation: DrawnEvaluation) -> dict[str, Any]:
     """
     figures: dict[str, Any] = {}
     for name, gallery in evaluation.galleries.items():
-        text, video = _texts(method, gallery.texts), embed_videos(method, gallery.videos, "cpu")
-        metrics = retrieval_metrics(_scores(method, text, video).numpy())
-        figures[name] = {
-            way: {k: v for k, v in metrics[way].items() if k != "optimistic"} for way in ("t2v", "v2t")
-        }
+        video = embed_videos(method, gallery.videos, "cpu")
+        figures[name] = retrieval(method, gallery, video)
         if name == "test":
             reversed_video = embed_videos(method, gallery.backwards(), "cpu")
             change = (video.pooled - reversed_video.pooled).norm(dim=-1) / video.pooled.norm(dim=-1)
@@ -108,6 +105,13 @@ def measure(method: Method, evaluation: DrawnEvaluation) -> dict[str, Any]:
     if isinstance(method, DiscoVLA) and evaluation.fresh_clips:
         figures["judges"] = _teacher_and_student(method, *evaluation.fresh)
     return figures
+
+
+def retrieval(method: Method, gallery: Gallery, video: Embedding | None = None) -> dict[str, Any]:
+    """Return the retrieval metrics of a gallery in both directions; video: its embedding, if it is known."""
+    video = embed_videos(method, gallery.videos, "cpu") if video is None else video
+    metrics = retrieval_metrics(_scores(method, _texts(method, gallery.texts), video).numpy())
+    return {way: {k: v for k, v in metrics[way].items() if k != "optimistic"} for way in ("t2v", "v2t")}
 
 
 def choices(

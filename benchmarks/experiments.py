@@ -11,6 +11,7 @@
     python benchmarks/experiments.py costs         time and memory of a step of each method
     python benchmarks/experiments.py time          the quickstart, its parts left out, and other methods in
                                                    the same CPU time
+    python benchmarks/experiments.py tokens        merging of tokens, under several methods
 
 Runs whose results are in the results file are not repeated.  `--share 0/2` takes every second run, so that
 two processes can share an experiment.  `time --trained runs/quickstart` measures a run that is already
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,19 +51,31 @@ from benchmarks.drawn_figures import (
     DrawnEvaluation,
     caption_changes,
     measure,
+    retrieval,
     reversal_by_event,
     still_centres,
 )
-from benchmarks.measure import RESULTS, ROOT, bytes_kept, machine, read_rows, relative_frobenius, write_row
+from benchmarks.measure import (
+    RESULTS,
+    ROOT,
+    bytes_kept,
+    flops,
+    machine,
+    read_rows,
+    relative_frobenius,
+    write_row,
+)
 from discovla.batch import Batch
 from discovla.config import RunConfig, read_config
 from discovla.data.dataset import read_clips
 from discovla.data.loader import BatchSpec, TrainLoader
 from discovla.engine.distributed import join_world
+from discovla.features import why_not_frozen
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
-from discovla.model import load_run
+from discovla.model import LoadedRun, load_run
+from discovla.retrieval.embed import embed_videos
 from discovla.tensor_files import write_tensors
 from discovla.towers.configs import config_from_architecture
 from discovla.towers.weights import DRAWN_CLIP, read_drawn_clip
@@ -291,16 +304,21 @@ def measure_method(run: Run, setting: Setting) -> list[Row]:
     """
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "run"
-        return [train(run, setting, directory) | measured(run, setting, directory)]
+        usage = train(run, setting, directory)
+        return [usage | measured(run, directory, *opened(setting, directory))]
 
 
-def measured(run: Run, setting: Setting, directory: Path) -> Row:
+def opened(setting: Setting, directory: Path) -> tuple[LoadedRun, DrawnEvaluation]:
+    """Open a trained run, and the clips that it is measured on."""
+    loaded = load_run(directory)
+    return loaded, DrawnEvaluation(manifest=setting.manifest, data=loaded.config.data, fresh_clips=0)
+
+
+def measured(run: Run, directory: Path, loaded: LoadedRun, evaluation: DrawnEvaluation) -> Row:
     """Measure the selected checkpoint of a trained run; see `measure_method`."""
     results = json.loads((directory / "results.json").read_text())
-    loaded = load_run(directory)
     before = next(metrics for name, metrics in results.items() if name.endswith("untrained"))
     selected, after = next((n, m) for n, m in results.items() if ", step " in n and "+" not in n)
-    evaluation = DrawnEvaluation(manifest=setting.manifest, data=loaded.config.data, fresh_clips=0)
     figures = measure(loaded.method, evaluation)
     for way in ("t2v", "v2t"):
         if abs(figures["test"][way]["R@1"] - after[way]["R@1"]) > 1e-9:
@@ -372,7 +390,8 @@ def measure_time(run: Run, setting: Setting) -> list[Row]:
         directory.mkdir()
         FEATURES.mkdir(parents=True, exist_ok=True)
         (directory / "features").symlink_to(FEATURES)
-        return [train(run, setting, directory) | measured_time(run, setting, directory)]
+        usage = train(run, setting, directory)
+        return [usage | measured_time(run, directory, *opened(setting, directory))]
 
 
 def measured_captions(run: Run, setting: Setting) -> Row:
@@ -388,14 +407,145 @@ def measured_captions(run: Run, setting: Setting) -> Row:
     return {"cosines": caption_changes(method, texts), **usage}
 
 
-def measured_time(run: Run, setting: Setting, directory: Path) -> Row:
+def measured_time(run: Run, directory: Path, loaded: LoadedRun, evaluation: DrawnEvaluation) -> Row:
     """Measure a trained run of the quickstart; see `measure_time`."""
-    loaded = load_run(directory)
-    evaluation = DrawnEvaluation(manifest=setting.manifest, data=loaded.config.data, fresh_clips=0)
     seconds = records(directory, "train")[-1]["seconds"]  # since the first step, with validation
     row = {"reversal": reversal_by_event(loaded.method, evaluation), "train_seconds": round(seconds, 1)}
     row["steps"] = len(records(directory, "train"))
-    return measured(run, setting, directory) | row
+    return measured(run, directory, loaded, evaluation) | row
+
+
+MERGES = {  # of the drawn CLIP: 4 blocks, 16 patches and a class row, 8 frames
+    "all tokens": "method.merge=none",
+    **{f"ToMe, {r} a block": f"method.merge=tome method.merging.per_block={r}" for r in (1, 2, 3, 5)},
+    "TempMe": (
+        "method.merge=tempme method.merging.frames=8 method.merging.layers=[1,2,3] "
+        "method.merging.factors=[2,2,2]"
+    ),
+}
+MERGES["TempMe, large shares"] = (
+    f"{MERGES['TempMe']} method.merging.per_block=4 method.merging.join_share=0.5 "
+    "method.merging.inner_share=0.2"
+)
+ALL_TOKENS, _TOME, _TEMPME, _LARGE = "all tokens", "ToMe, 2 a block", "TempMe", "TempMe, large shares"
+_TIME = f"method.exclude_same_video=true {_ORDER}"
+# method -> recipe, options, and the merges that it trains with, each for as many steps as take about 60 CPU
+# seconds: measured in turns, a step of 48 clips took 0.22 s (LoRA, large shares) to 0.71 s (DiscoVLA)
+FRONT: dict[str, tuple[str, str, dict[str, int]]] = {
+    "temporal basis, frozen tower": (BASIS, "", dict.fromkeys(list(MERGES)[:4], 400)),
+    "LoRA": (QUICKSTART, "method=tempme", {ALL_TOKENS: 160, _TOME: 180, _TEMPME: 215, _LARGE: 280}),
+    "LoRA, temporal basis": (QUICKSTART, f"method=tempme {_TIME}", {ALL_TOKENS: 145, _TEMPME: 105}),
+    "DiscoVLA": (QUICKSTART, METHODS["DiscoVLA"], {ALL_TOKENS: 85, _TOME: 100}),
+    "CLIP4Clip seqTransf": (QUICKSTART, METHODS["CLIP4Clip seqTransf"], {ALL_TOKENS: 120, _TEMPME: 155}),
+}
+TOKEN_RUNS = [
+    Run(name="CLIP, untrained", words="", kind="untrained"),
+    Run(name="costs", words="", kind="cost"),
+    *(
+        Run(
+            name=f"{method}: {merge}",
+            words=f"{words} {MERGES[merge]} steps={steps} evaluate_every={math.ceil(steps / 4)}",
+            seed=seed,
+            recipe=recipe,
+        )
+        for seed in SEEDS
+        for method, (recipe, words, merges) in FRONT.items()
+        for merge, steps in merges.items()
+    ),
+]
+LATER = [name for name in MERGES if name.startswith("ToMe")]  # merges that need no training
+
+
+def measure_merging(run: Run, setting: Setting) -> list[Row]:
+    """As `measure_time`, with the work and the vectors of a clip.
+
+    A run with all tokens is measured again with tokens merged after training, in rows of the kind "merged
+    later".  A run of the kind "untrained" trains nothing and merges tokens of the drawn CLIP; one of the kind
+    "cost" times a step of every run, and the encoding of clips with each merge.
+    """
+    if run.kind == "untrained":
+        return measure_untrained(setting)
+    if run.kind == "cost":
+        return measure_merge_costs(setting)
+    method, merge = run.name.split(": ")
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "run"
+        directory.mkdir()
+        FEATURES.mkdir(parents=True, exist_ok=True)
+        (directory / "features").symlink_to(FEATURES)
+        usage = train(run, setting, directory)
+        loaded, evaluation = opened(setting, directory)
+        row = usage | measured_time(run, directory, loaded, evaluation)
+    rows = [row | {"method": method, "merge": merge} | work_of_a_clip(loaded.method, evaluation)]
+    for name in LATER if merge == ALL_TOKENS else ():
+        config = setting.config(replace(run, words=f"{run.words} {MERGES[name]}"))
+        merged = build(config.model, config.method)
+        merged.load_trained_state(loaded.method.trained_state())
+        row = {"kind": "merged later", "method": method, "merge": name, "name": f"{method}: {name}, later"}
+        row |= {"test": retrieval(merged, evaluation.galleries["test"])}
+        row |= {"reversal": reversal_by_event(merged, evaluation)}
+        rows.append(row | work_of_a_clip(merged, evaluation))
+    return rows
+
+
+def measure_merge_costs(setting: Setting, rounds: int = 7) -> list[Row]:
+    """Time steps, relative to LoRA with all tokens, and the encoding of 48 clips, relative to all tokens."""
+    runs = [run for run in TOKEN_RUNS if run.kind == "run" and run.seed == SEEDS[0]]
+    steps = cpu_rounds({run.name: first_step(setting.config(run)).run for run in runs}, rounds)
+    clips = cpu_rounds({merge: encoding(setting, words) for merge, words in MERGES.items()}, rounds)
+    rows = []
+    for part, times, base in (("step", steps, f"LoRA: {ALL_TOKENS}"), ("clips", clips, ALL_TOKENS)):
+        for name, seconds in times.items():
+            row = {"name": name, "part": part, "cpu_seconds": statistics.median(seconds)}
+            rows.append(row | ratios_to(seconds, times[base], "ratio"))
+    return rows
+
+
+def encoding(setting: Setting, words: str) -> Callable[[], None]:
+    """Return the encoding of the clips of one batch by the drawn CLIP, with options of merging."""
+    step = first_step(setting.config(Run(name="", words=f"method=clip method.tune=frozen {words}")))
+
+    @torch.no_grad()
+    def encode() -> None:
+        step.method.encode_video(step.batch.frames, step.batch.frame_mask)
+
+    return encode
+
+
+def measure_untrained(setting: Setting) -> list[Row]:
+    """Measure the drawn CLIP, by the mean of its frames, with tokens merged."""
+    rows, data = [], setting.config(Run(name=ALL_TOKENS, words="")).data
+    evaluation = DrawnEvaluation(manifest=setting.manifest, data=data)
+    for merge, words in MERGES.items():
+        config = setting.config(Run(name=merge, words=f"method=clip method.tune=frozen {words}"))
+        method = build(config.model, config.method)
+        row = {"method": "CLIP, untrained", "merge": merge, "name": f"CLIP, untrained: {merge}"}
+        row |= {"test": retrieval(method, evaluation.galleries["test"])}
+        rows.append(row | work_of_a_clip(method, evaluation))
+    return rows
+
+
+def work_of_a_clip(method: Method, evaluation: DrawnEvaluation) -> Row:
+    """Return tokens of a clip after the last block, operations of its encoding, and bytes of its vectors.
+
+    The bytes are those of an index in float32: the vectors that scores compare, and features of the frames in
+    float16 unless they are among these.
+    """
+    (frames, mask), *_ = evaluation.galleries["test"].videos
+    frames, mask = frames[:1], mask[:1]
+    merging, tokens = method.vision.merging, 1 + method.architecture.patches
+    left = frames.shape[1] * tokens
+    if merging is not None:
+        last = merging.plan(frames.shape[1])[-1]
+        left = last.sequences * last.attended  # the last block merges nothing that is read
+    with torch.no_grad():
+        operations = flops(lambda: method.encode_video(frames, mask))
+    video = embed_videos(method, [(frames, mask)], "cpu", frames=True)
+    compared = [x for x in (video.pooled, video.tokens) if x is not None]
+    size = sum(4 * x.numel() for x in compared)
+    if video.frames is not None and not any(torch.equal(x, video.frames) for x in compared):
+        size += 2 * video.frames.numel()
+    return {"tokens": left, "gflop": operations / 1e9, "vector_bytes": size}
 
 
 def measure_trained(directory: Path) -> Callable[[Run, Setting], list[Row]]:
@@ -413,7 +563,7 @@ def measure_trained(directory: Path) -> Callable[[Run, Setting], list[Row]]:
                 raise ValueError(
                     f"{directory}: {part}: expected {getattr(expected, part)}, found {getattr(config, part)}"
                 )
-        return [measured_time(run, setting, directory)]
+        return [measured_time(run, directory, *opened(setting, directory))]
 
     return measure_run
 
@@ -429,34 +579,64 @@ def measure_rate(run: Run, setting: Setting) -> list[Row]:
 
 
 def measure_costs(_: Run, setting: Setting, rounds: int = 7) -> list[Row]:
-    """Time a step of each method, relative to CLIP4Clip meanP in the same round, and count what it saves.
+    """Time a step of each method, relative to CLIP4Clip meanP in the same round, and count what it saves."""
+    configs = {name: setting.config(Run(name=name, words=words)) for name, words in METHODS.items()}
+    steps = {name: first_step(config) for name, config in configs.items()}
+    times = cpu_rounds({name: step.run for name, step in steps.items()}, rounds)
+    rows = []
+    for name, step in steps.items():
+        row = {"name": name} | ratios_to(times[name], times[MEAN_POOLING], "step_over_meanP")
+        rows.append(row | {"saved_mb": bytes_kept(step.loss, list(step.method.parameters())) / 1e6})
+    return rows
 
-    All methods take one step a round, one after another on one core: a noisy machine affects all alike.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStep:
+    """Method, module and batch of the first step of a run."""
+
+    method: Method
+    module: TrainStep
+    batch: Batch
+
+    def loss(self) -> Tensor:
+        """Compute the loss."""
+        return self.module(self.batch).total
+
+    def run(self) -> None:
+        """Compute the loss and its gradients, and drop these."""
+        self.loss().backward()
+        self.method.zero_grad()
+
+
+def first_step(config: RunConfig) -> FirstStep:
+    """Return the first step of a run; its batch holds features of the frames if the run reads those."""
+    method, loader = method_and_loader(config)
+    batch = replace(next(iter(loader.epoch(0))), valid=None)
+    if method.frozen_frames and not why_not_frozen(config, method, loader):
+        with torch.no_grad():
+            batch = replace(batch, frames=method.encode_frames(batch.frames, batch.frame_mask))
+    module = TrainStep(method, join_world("cpu"), "exact")
+    return FirstStep(method=method, module=module, batch=batch)
+
+
+def cpu_rounds(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Return CPU seconds of calls that take turns on one core: a noisy machine affects all alike."""
     torch.set_num_threads(1)
-    world = join_world("cpu")
-    steps: dict[str, tuple[Method, Callable[[], Tensor]]] = {}
-    for name, words in METHODS.items():
-        method, loader = method_and_loader(setting.config(Run(name=name, words=words)))
-        batch = replace(next(iter(loader.epoch(0))), valid=None)
-        module = TrainStep(method, world, "exact")
-        steps[name] = method, lambda module=module, batch=batch: module(batch).total
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
-        for name, (method, loss) in steps.items():
+        for name, call in calls.items():
             gc.collect()
             begin = time.process_time()
-            loss().backward()
+            call()
             if number:  # the first round warms up
                 times[name].append(time.process_time() - begin)
-            method.zero_grad()
-    rows = []
-    for name, (method, loss) in steps.items():
-        ratios = sorted(a / b for a, b in zip(times[name], times[MEAN_POOLING], strict=True))
-        row = {"name": name, "step_over_meanP": statistics.median(ratios), "rounds": rounds}
-        row |= {"least": ratios[0], "most": ratios[-1]}
-        rows.append(row | {"saved_mb": bytes_kept(loss, list(method.parameters())) / 1e6})
-    return rows
+    return times
+
+
+def ratios_to(times: Sequence[float], base: Sequence[float], name: str) -> Row:
+    """Return the median, the least and the largest ratio of times of the same round."""
+    ratios = sorted(a / b for a, b in zip(times, base, strict=True))
+    return {name: statistics.median(ratios), "rounds": len(ratios), "least": ratios[0], "most": ratios[-1]}
 
 
 def method_and_loader(config: RunConfig) -> tuple[Method, TrainLoader]:
@@ -711,6 +891,9 @@ EXPERIMENTS = {
     ),
     "stages": Experiment(results=STAGES, runs=STAGE_RUNS, measure=measure_stage),
     "time": Experiment(results=RESULTS / "cpu/time-drawn-world.jsonl", runs=TIME_RUNS, measure=measure_time),
+    "tokens": Experiment(
+        results=RESULTS / "cpu/tokens-drawn-world.jsonl", runs=TOKEN_RUNS, measure=measure_merging
+    ),
 }
 
 
@@ -724,6 +907,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--manifest", type=Path, default=ROOT / "data/drawn_world/manifest.jsonl")
     parser.add_argument("--results", type=Path, help="default: the experiment's file of benchmarks/results")
     parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name matches")
+    parser.add_argument("--seed", type=int, help="runs with this seed alone; default: all")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th run, from the I-th on")
     parser.add_argument("--trained", type=Path, metavar="RUN", help="`time`: measure a trained quickstart")
     options = parser.parse_args(words)
@@ -734,7 +918,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.results is not None:
         experiment = replace(experiment, results=options.results)
     setting = Setting(manifest=options.manifest.resolve(), words=tuple(options.words))
-    runs = [run for run in experiment.runs if re.search(options.only, run.name)][first::shares]
+    seeds = SEEDS if options.seed is None else (options.seed,)
+    named = [run for run in experiment.runs if re.search(options.only, run.name) and run.seed in seeds]
+    runs = named[first::shares]
     if options.trained is not None:
         seed = load_run(options.trained).config.seed
         runs = [run for run in TIME_RUNS if run.name == "all parts" and run.seed == seed]

@@ -19,7 +19,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a script starts with its own folder there
 
-from benchmarks.experiments import ABLATION_RUNS, EXPERIMENTS, LADDER, METHOD_RUNS, PRECISIONS, TIME_RUNS, Run
+from benchmarks.experiments import (
+    ABLATION_RUNS,
+    ALL_TOKENS,
+    EXPERIMENTS,
+    LADDER,
+    METHOD_RUNS,
+    PRECISIONS,
+    TIME_RUNS,
+    TOKEN_RUNS,
+    Run,
+)
 from benchmarks.kernel_table import kernel_table
 from benchmarks.measure import RESULTS, ROOT, read_rows
 
@@ -52,6 +62,7 @@ TIME_COLUMNS = {
     "or its reverse": "reversal/all/clip",
     "moves alone": "reversal/moves/clip",
 }
+MERGE_COLUMNS = {name: path for name, path in TIME_COLUMNS.items() if name != "moves alone"}
 ABLATION_COLUMNS = {
     "retrieval": {
         "test t2v": "figures/test/t2v/R@1",
@@ -167,6 +178,54 @@ def tokens_table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return markdown(heads, body)
+
+
+def merged_later_table(results: Sequence[Row]) -> str:
+    """Return what merging without training keeps of each method, and the CPU time of encoding a clip."""
+    times = {row["name"]: row["ratio"] for row in results if row.get("part") == "clips"}
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in results:
+        trained = row["kind"] == "run" and row["merge"] == ALL_TOKENS
+        if row["kind"] in ("untrained", "merged later") or trained:
+            groups.setdefault((row["method"], row["merge"]), []).append(row)
+    body = []
+    for (method, merge), rows in groups.items():
+        time = f"{times[merge]:.2f}" if merge in times else ABSENT
+        cells = [method, merge, *_tokens_and_work(rows[0]), time]
+        body.append([*cells, *(mean_and_range(rows, path) for path in MERGE_COLUMNS.values())])
+    heads = ["method", "merge", "tokens", "GFLOP", "CPU time", *MERGE_COLUMNS]
+    return markdown(heads, body) if body else "Not measured yet."
+
+
+def front_table(results: Sequence[Row]) -> str:
+    """Return methods that trained with merged tokens in one CPU time: means over seeds."""
+    groups = rows_by_name(TOKEN_RUNS, [row for row in results if row["kind"] == "run"])
+    steps = {row["name"]: row["ratio"] for row in results if row.get("part") == "step"}
+    body = []
+    for name, rows in groups.items():
+        cells = [rows[0]["method"], rows[0]["merge"], str(len(rows))]
+        cells += [f"{rows[0]['trained_parameters'] / 1e3:,.0f} k", f"{rows[0]['steps']:,}"]
+        cells += [mean_and_range(rows, "cpu_seconds", ".0f")]
+        cells += [f"{steps[name]:.2f}" if name in steps else ABSENT, *_tokens_and_work(rows[0])]
+        cells += [f"{rows[0]['vector_bytes']:,}"]
+        body.append([*cells, *(mean_and_range(rows, path) for path in MERGE_COLUMNS.values())])
+    heads = ["method", "merge", "seeds", "trained", "steps", "CPU s", "a step", "tokens", "GFLOP", "bytes"]
+    return markdown([*heads, *MERGE_COLUMNS], body) if body else "Not measured yet."
+
+
+def _tokens_and_work(row: Row) -> list[str]:
+    return [str(row["tokens"]), f"{row['gflop']:.3f}"]
+
+
+def token_times_table(rows: Sequence[Row]) -> str:
+    """Return CPU times of a step and of a clip with merged tokens, of those with all tokens."""
+    parts = {"step": "a step", "clip": "a clip"}
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        ratio = f"{row['ratio']:.2f} ({row['least']:.2f}-{row['most']:.2f})"
+        cells.setdefault((row["backbone"], row["setting"]), {})[row["part"]] = ratio
+    body = [[*names, *(of.get(part, ABSENT) for part in parts)] for names, of in cells.items()]
+    return markdown(["backbone", "setting", *parts.values()], body) if body else "Not measured yet."
 
 
 def time_table(results: Sequence[Row]) -> str:
@@ -398,6 +457,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "frozen": lambda: frozen_table(read_rows(RESULTS / "cpu/frozen-features.jsonl")),
     "precision": lambda: precision_table(_results("precision")),
     "tokens": lambda: tokens_table(read_rows(RESULTS / "cpu" / "tokens.jsonl")),
+    "merged-later": lambda: merged_later_table(_results("tokens")),
+    "token-front": lambda: front_table(_results("tokens")),
+    "token-times": lambda: token_times_table(read_rows(RESULTS / "cpu" / "token-times.jsonl")),
     "serve": lambda: serve_table(newest_serve()),
     "train-step": lambda: step_table(newest_steps()),
     "kernels": lambda: markdown(*kernel_table(read_rows(RESULTS / "sass/kernels.jsonl"))),

@@ -1,8 +1,11 @@
-"""Tokens, operations and bytes of a vision tower that merges tokens, counted from the sizes alone.
+"""Tokens, operations and times of a vision tower that merges tokens.
 
-    python benchmarks/tokens.py [--out FILE]
+    python benchmarks/tokens.py           counted from the sizes alone
+    python benchmarks/tokens.py times     CPU times of a training step, and of embedding a clip for an index
 
-One row for each backbone and setting, of one clip of 12 frames.
+One row for each backbone and setting, of one clip of 12 frames.  Times are of one thread and in process CPU
+time; the settings take turns, and a ratio is the median of those to all tokens in the same round.  Weights
+are random.  An index also decodes a clip, which is left out.
 
 tokens: all rows of the clip after the last block.
 gflop: of the vision tower with LoRA of rank 8, forward; a product of two numbers and its sum are two
@@ -15,17 +18,26 @@ rows: rows that attention and MLP read, summed over the blocks; most bytes of a 
 from __future__ import annotations
 
 import argparse
+import gc
+import statistics
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it starts with its own folder there
 
-from benchmarks.measure import RESULTS, write_row
+from benchmarks import step_inputs
+from benchmarks.measure import RESULTS, machine, write_row
+from discovla.methods.base import Method
+from discovla.methods.tempme import TempMe, TempMeConfig
 from discovla.nn.token_merging import Merge, MergeConfig, plan_merges
 from discovla.ops.merge_tokens import source_count
+from discovla.towers.weights import initialise
 
 FRAMES, RANK = 12, 8
 
@@ -154,16 +166,100 @@ def rows() -> Iterator[dict[str, Any]]:
             }
 
 
+TIMED = {  # backbone -> what is timed, and settings of SETTINGS
+    "ViT-B/32": (("step", "clip"), ("all tokens", "ToMe, 2 a block", "ToMe, 4 a block", "TempMe, released")),
+    "ViT-B/16": (("clip",), ("all tokens", "ToMe, 8 a block", "ToMe, 16 a block", "TempMe, released")),
+}
+CAPTION = 12  # tokens
+
+
+def times(rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield the times of every backbone, of what is timed, and of every setting."""
+    torch.set_num_threads(1)
+    for backbone, (parts, settings) in TIMED.items():
+        methods = {name: _method(backbone, *SETTINGS[backbone][name]) for name in settings}
+        for part in parts:
+            measured = _in_turns({name: _call(part, method) for name, method in methods.items()}, rounds)
+            for name, seconds in measured.items():
+                base = measured["all tokens"]
+                ratios = sorted(x / y for x, y in zip(seconds, base, strict=True))
+                yield {
+                    "subject": "times",
+                    "backbone": backbone,
+                    "setting": name,
+                    "part": part,
+                    "frames": FRAMES,
+                    "threads": 1,
+                    "rounds": rounds,
+                    "cpu_seconds": statistics.median(seconds),
+                    "ratio": statistics.median(ratios),
+                    "least": ratios[0],
+                    "most": ratios[-1],
+                }
+
+
+def _method(backbone: str, kind: Merge, options: dict[str, Any]) -> Method:
+    """Return a TempMe with random weights, and LoRA in both towers."""
+    architecture = step_inputs.architecture(backbone)
+    merging = MergeConfig(frames=FRAMES, **options)
+    made = TempMe(architecture, TempMeConfig(merge=kind, merging=merging, lora_rank=RANK))
+    initialise(made, architecture, seed=0)
+    made.freeze()
+    return made
+
+
+def _call(part: str, method: Method) -> Callable[[], object]:
+    """Return a step on one pair, or the embedding of one clip."""
+    generator, side = torch.Generator().manual_seed(0), method.architecture.image_size
+    frames = torch.randint(0, 256, (1, FRAMES, side, side, 3), dtype=torch.uint8, generator=generator)
+    mask = torch.ones(1, FRAMES, dtype=torch.bool)
+    ids = torch.randint(1, 400, (1, CAPTION), generator=generator)
+    ids[:, -1] = method.architecture.vocab_size - 1  # the end token
+
+    @torch.no_grad()
+    def clip() -> None:
+        method.encode_video(frames, mask)
+
+    def step() -> None:
+        text = method.encode_text(ids, torch.ones_like(ids, dtype=torch.bool))
+        method.losses(text, method.encode_video(frames, mask)).total.backward()
+        method.zero_grad()
+
+    return {"clip": clip, "step": step}[part]
+
+
+def _in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return CPU seconds of calls that take turns; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            gc.collect()
+            begin = time.process_time()
+            call()
+            if number:
+                seconds[name].append(time.process_time() - begin)
+    return seconds
+
+
 def main() -> None:
     """Write the rows and print them."""
-    parser = argparse.ArgumentParser(description="Count tokens and operations.")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "tokens.jsonl")
-    out = parser.parse_args().out
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=("counts", "times"), default="counts")
+    parser.add_argument("--out", type=Path, help="default: tokens.jsonl or token-times.jsonl of the results")
+    parser.add_argument("--rounds", type=int, default=7, help="of `times`; default: %(default)s")
+    options = parser.parse_args()
+    timed = options.what == "times"
+    out = options.out or RESULTS / "cpu" / ("token-times.jsonl" if timed else "tokens.jsonl")
     out.unlink(missing_ok=True)
-    for row in rows():
-        write_row(out, row)
-        numbers = f"{row['tokens']:6} {row['gflop']:8.1f} {row['gflop_ratio']:6.3f}"
-        print(f"{row['backbone']:18} {row['setting']:44} {numbers}")
+    for row in times(options.rounds) if timed else rows():
+        write_row(out, row | machine("cpu") if timed else row)
+        if timed:
+            numbers = f"{row['part']:5} {row['cpu_seconds']:8.2f} s {row['ratio']:6.3f}"
+        else:
+            numbers = f"{row['tokens']:6} {row['gflop']:8.1f} {row['gflop_ratio']:6.3f}"
+        print(f"{row['backbone']:18} {row['setting']:44} {numbers}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from benchmarks.experiments import (
     RATE_RUNS,
     STAGE_RUNS,
     TIME_RUNS,
+    TOKEN_RUNS,
     TOWERS,
     Experiment,
     Run,
@@ -46,6 +47,7 @@ ALL_RUNS = {
     "precision": PRECISION_RUNS,
     "stages": STAGE_RUNS,
     "time": TIME_RUNS,
+    "tokens": TOKEN_RUNS,
 }
 SMALL = ("batch_size=4", "steps=2", "evaluate_every=1", "data.workers=0")
 

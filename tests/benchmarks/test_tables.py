@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import tables
-from benchmarks.experiments import ABLATION_RUNS, MEAN_POOLING, METHOD_RUNS, TIME_RUNS
+from benchmarks import tables, tokens_picture
+from benchmarks.experiments import ABLATION_RUNS, MEAN_POOLING, METHOD_RUNS, TIME_RUNS, TOKEN_RUNS
 
 
 @pytest.mark.parametrize("page", tables.PAGES)
@@ -161,3 +161,39 @@ def test_the_conditions_of_a_comparison_are_one_line():
     assert tables.step_conditions(STEPS) == (
         "- step ViT-B/32 b2: H200, 1 thread, torch 2.13, median of 3 rounds, commit abc"
     )
+
+
+def token_rows() -> list[dict]:
+    """A run of the experiment `tokens`, the same with tokens merged later, and the costs of both."""
+    run = next(run for run in TOKEN_RUNS if run.name == "LoRA: all tokens")
+    score = {way: {"R@1": 20.0, "R@5": 40.0} for way in ("t2v", "v2t")}
+    row = {"test": score, "reversal": {"all": {"clip": 50.0}}, "gflop": 0.2, "method": "LoRA"}
+    trained = {
+        "kind": "run",
+        "merge": "all tokens",
+        "tokens": 136,
+        "trained_parameters": 35_000,
+        "steps": 160,
+    }
+    trained |= {"identity": run.identity, "cpu_seconds": 99.6, "vector_bytes": 2560}
+    later = {"kind": "merged later", "merge": "ToMe, 3 a block", "tokens": 64, "identity": run.identity}
+    costs = [{"kind": "cost", "part": part, "name": name, "ratio": ratio} for part, name, ratio in (
+        ("step", "LoRA: all tokens", 1.0), ("clips", "all tokens", 1.0), ("clips", "ToMe, 3 a block", 0.8)
+    )]  # fmt: skip
+    return [row | trained, row | later, *costs]
+
+
+def test_the_tables_of_merged_tokens_show_what_was_trained_and_what_was_merged_later():
+    (line,) = tables.front_table(token_rows()).splitlines()[2:]
+    assert line.startswith("| LoRA | all tokens | 1 | 35 k | 160 | 100 | 1.00 | 136 | 0.200 | 2,560 | 20.0 |")
+    lines = tables.merged_later_table(token_rows()).splitlines()[2:]
+    assert [line[: line.index(" | 20.0")] for line in lines] == [
+        "| LoRA | all tokens | 136 | 0.200 | 1.00",
+        "| LoRA | ToMe, 3 a block | 64 | 0.200 | 0.80",
+    ]
+
+
+def test_the_picture_of_merged_tokens_has_a_line_for_each_method_with_two_points():
+    made = tokens_picture.curves(token_rows())
+    assert made == {"LoRA, merged later": [(64 / 136, 20.0), (1.0, 20.0)]}
+    assert tokens_picture.svg(made).count("<circle") == 2
