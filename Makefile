@@ -1,8 +1,9 @@
-# `make train`, `make test` and `make docs` need git, make, g++ and python3 >= 3.11 with venv and headers. They set up the rest.
+# `make train`, `make test` and `make docs` need git, make, g++ and python3 >= 3.11 with venv and headers. They set up the rest:
+# `make train` what training needs, the others what they need besides.
 #
 #   TORCH   what pip installs where the environment holds no torch:
 #           make train TORCH='torch==2.11.0 --index-url https://download.pytorch.org/whl/cu130'
-#   TRITON  likewise, where torch brought no triton
+#   TRITON  likewise, for tests, where torch brought no triton
 #   VENV    the environment: made if absent. One that holds a working torch keeps it: make test VENV=/path/to/env
 #   PYTHON  the interpreter that makes it
 #   DISCOVLA_CUDA  the CUDA kernels of csrc/: auto (built where nvcc is), 1 (or fail), 0 (never)
@@ -20,6 +21,8 @@ PROCESSES ?= 1
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
+PIP = python -m pip install -q -c constraints.txt -c $(VENV)/torch.txt
+
 .PHONY: train test docs install
 
 train: install
@@ -27,11 +30,11 @@ train: install
 	@echo
 	@echo 'Before the next commands (discovla, deepspeed):   source $(VENV)/bin/activate'
 
-test: install
+test: $(VENV)/dev
 	python -m pytest -q -m "not slow" -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 docs: install
-	@python -c 'import mkdocs' 2>/dev/null || python -m pip install -q -c constraints.txt -c $(VENV)/torch.txt -e '.[docs]'
+	@python -c 'import mkdocs' 2>/dev/null || $(PIP) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --site-dir build/docs
 
 install: $(VENV)/installed
@@ -51,7 +54,12 @@ export PINS
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/python
 	@python -c 'import torch' 2>/dev/null || python -m pip install $(TORCH) torchvision
+	@python -c "$$PINS" > $(VENV)/torch.txt
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/installed
 	@python -c 'import triton' 2>/dev/null || python -m pip install $(TRITON)
 	@python -c "$$PINS" > $(VENV)/torch.txt
-	python -m pip install -q -c constraints.txt -c $(VENV)/torch.txt -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	@touch $@
