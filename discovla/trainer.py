@@ -9,9 +9,8 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +31,26 @@ from discovla.drawn_world.stills import Stills
 from discovla.engine.capture import check_capture, make_capture
 from discovla.engine.checkpoint import CheckpointWriter
 from discovla.engine.config import resolve_precision, set_tf32
-from discovla.engine.distributed import World, all_reduce_sum, gather_objects, join_world, leave_world
+from discovla.engine.distributed import World, all_reduce_sum, gather_objects
 from discovla.engine.ema import make_ema
-from discovla.engine.lifecycle.heartbeat import GRACE, Heartbeat
 from discovla.engine.lifecycle.pace import RankTimer, describe_slow_ranks
-from discovla.engine.lifecycle.peers import Peers
 from discovla.engine.lifecycle.signals import STOP_REASONS, StopSignals
 from discovla.engine.log import METRICS, RunLog, has_record, log_test
 from discovla.engine.optim import ParameterGroup, learning_rate
 from discovla.engine.strategies import make_strategy
 from discovla.engine.strategy import StepPlan
 from discovla.engine.transfers import BatchCopier, LateNumbers
-from discovla.errors import PeerLost, RunStopped, exit_process, is_connection_lost
+from discovla.errors import RunStopped
 from discovla.evaluate import EvalOptions, evaluate
 from discovla.features import encode_alike, frozen_loader
 from discovla.inputs import check_inputs
-from discovla.lock import LockHeld, WriterLock
+from discovla.lock import WriterLock
 from discovla.methods import build
 from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.nn.logit_scale import LIMIT
 from discovla.ops import dispatch
+from discovla.processes import joined_processes, sole_writer
 from discovla.report.data import RunFacts, SplitFacts, device_name, machine
 from discovla.report.writer import FINAL_SECONDS, save_record, try_report
 from discovla.retrieval.record import EvaluationRecord
@@ -68,7 +66,6 @@ VAL_IS_TEST = (
     "`discovla prepare --test N` holds out clips to test on"
 )
 KEPT_BYTES = 2**30  # of features of frames, in a process, for the next evaluation of a split
-WRITE_SECONDS = 60.0  # for a checkpoint in writing to be completed before a lost peer ends this process
 
 
 def run(config: RunConfig) -> Results | None:
@@ -99,79 +96,6 @@ def run(config: RunConfig) -> Results | None:
             "resume=true continues from there"
         )
     return results
-
-
-@contextmanager
-def joined_processes(
-    config: RunConfig, signals: StopSignals, writer: CheckpointWriter
-) -> Iterator[tuple[World, str]]:
-    """Join the processes of a run, watch them, and leave; yields the world and the name of this process.
-
-    A lost peer ends this process, or is raised as PeerLost if the main thread notices it first. After an
-    error the process group and the heartbeat's connections stay open: a rank that waits in a collective is
-    then ended by the launcher, not by a lost connection before this rank has printed its message.
-    """
-    heartbeat: Heartbeat | None = None
-
-    def start_heartbeat(world: World, peers: Peers) -> None:
-        nonlocal heartbeat
-        on_lost = partial(exit_process, before_exit=partial(writer.finish_within, WRITE_SECONDS))
-        heartbeat = Heartbeat(world, peers, timeout=config.engine.heartbeat_timeout, on_lost=on_lost)
-
-    try:
-        world = join_world(
-            config.engine.device,
-            rendezvous_timeout=config.engine.rendezvous_timeout,
-            on_peers=start_heartbeat,
-        )
-        with signals, naming(config.directory):
-            yield world, "the only rank" if heartbeat is None else str(heartbeat.members[world.rank])
-            if heartbeat is not None:
-                heartbeat.close()
-            leave_world()
-    except RuntimeError as error:
-        if heartbeat is not None and (heartbeat.lost is not None or is_connection_lost(error)):
-            lost = heartbeat.wait_for_loss(GRACE)
-            if lost is not None:
-                raise PeerLost(f"{lost}; resume=true continues from the newest checkpoint") from error
-        raise
-    finally:
-        if heartbeat is not None:
-            heartbeat.disarm()
-
-
-@contextmanager
-def sole_writer(directory: Path, world: World, signals: StopSignals) -> Iterator[WriterLock | None]:
-    """Lock the run directory; yields the lock on the first rank, which alone writes there.
-
-    Raises:
-        LockHeld: on every rank, if another run writes there.
-    """
-    lock, failure = None, None
-
-    def obey_signals() -> None:
-        if any(signals.counts()):
-            raise RunStopped(f"stopped while another writer of {directory} was watched")
-
-    if world.first:
-        lock = WriterLock(
-            directory,
-            "run",
-            on_lost=partial(exit_process, before_exit=lambda: None),
-            on_wait=obey_signals,
-        )
-        try:
-            lock.acquire()
-        except (LockHeld, RunStopped, OSError) as error:
-            failure = error
-    failure = gather_objects(failure, world)[0]
-    if failure is not None:
-        raise failure
-    try:
-        yield lock
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 @dataclass(kw_only=True)
@@ -722,17 +646,6 @@ def parameter_groups(method: Method) -> list[ParameterGroup]:
 def first_reason(counts: list[int]) -> str | None:
     """Return the first of `STOP_REASONS` that occurred, by the number of times that each did."""
     return next((reason for reason, n in zip(STOP_REASONS, counts, strict=True) if n), None)
-
-
-@contextmanager
-def naming(directory: Path) -> Iterator[None]:
-    """Name the run directory in an OSError that names no file, as a full disk raises."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(directory)) from error
 
 
 def write_json(path: Path, value: Any) -> None:

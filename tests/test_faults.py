@@ -26,7 +26,7 @@ from tests import runs
 STEP = "discovla.trainer:learning_rate"  # called once a step
 PIXELS = "discovla.towers.vision:preprocess_frames"  # twice before training, then once a step
 WRITE = "discovla.engine.checkpoint:_write_tensors"  # twice a checkpoint
-LEAVING = "SIGTERM:discovla.trainer:leave_world:1"  # launchers repeat it to ranks that end later
+LEAVING = "SIGTERM:discovla.processes:leave_world:1"  # launchers repeat it to ranks that end later
 NOTICE = 30.0  # seconds for all other ranks to end; 10 are enough on an idle machine
 SHORT = ("data.val_split=", "checkpoint_every=2")
 ZERO2 = ("engine.strategy=deepspeed", "engine.zero_stage=2")
@@ -119,9 +119,9 @@ MISSING = "expected {} processes to join within 4 s, found "
 @pytest.mark.parametrize(
     ("size", "rank", "where", "message"),
     [
-        (3, 1, "discovla.trainer:join_world", MISSING.format(3) + "2: rank 1 missing"),
+        (3, 1, "discovla.processes:join_world", MISSING.format(3) + "2: rank 1 missing"),
         pytest.param(
-            *(2, 0, "discovla.trainer:join_world", MISSING.format(2) + "no listener at 127.0.0.1:"),
+            *(2, 0, "discovla.processes:join_world", MISSING.format(2) + "no listener at 127.0.0.1:"),
             marks=pytest.mark.slow,
         ),
         (3, 2, "discovla.engine.distributed:_backend", ""),

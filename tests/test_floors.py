@@ -38,6 +38,7 @@ HIGH = {
     "evaluate": 7,
     "features": 7,
     "model": 7,
+    "processes": 7,
     "report": 7,
     "tune": 7,
     "corpus": 8,
