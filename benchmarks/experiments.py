@@ -15,8 +15,8 @@
 
 Runs whose results are in the results file are not repeated.  `--share 0/2` takes every second run, so that
 two processes can share an experiment.  `time --trained runs/quickstart` measures a run that is already
-trained, if its options are those of the quickstart.  Further words (`steps=2`) are overrides of every run,
-for a trial.
+trained, if its options are those of the quickstart; `tokens --trained` measures it with tokens merged.
+Further words (`steps=2`) are overrides of every run, for a trial.
 benchmarks/tables.py makes the tables.
 """
 
@@ -415,9 +415,10 @@ def measured_time(run: Run, directory: Path, loaded: LoadedRun, evaluation: Draw
     return measured(run, directory, loaded, evaluation) | row
 
 
+LATER = {f"ToMe, {r} a block": r for r in (1, 2, 3, 5)}  # merges that need no training
 MERGES = {  # of the drawn CLIP: 4 blocks, 16 patches and a class row, 8 frames
     "all tokens": "method.merge=none",
-    **{f"ToMe, {r} a block": f"method.merge=tome method.merging.per_block={r}" for r in (1, 2, 3, 5)},
+    **{name: f"method.merge=tome method.merging.per_block={r}" for name, r in LATER.items()},
     "TempMe": (
         "method.merge=tempme method.merging.frames=8 method.merging.layers=[1,2,3] "
         "method.merging.factors=[2,2,2]"
@@ -453,7 +454,6 @@ TOKEN_RUNS = [
         for merge, steps in merges.items()
     ),
 ]
-LATER = [name for name in MERGES if name.startswith("ToMe")]  # merges that need no training
 
 
 def measure_merging(run: Run, setting: Setting) -> list[Row]:
@@ -476,11 +476,17 @@ def measure_merging(run: Run, setting: Setting) -> list[Row]:
         usage = train(run, setting, directory)
         loaded, evaluation = opened(setting, directory)
         row = usage | measured_time(run, directory, loaded, evaluation)
-    rows = [row | {"method": method, "merge": merge} | work_of_a_clip(loaded.method, evaluation)]
-    for name in LATER if merge == ALL_TOKENS else ():
-        config = setting.config(replace(run, words=f"{run.words} {MERGES[name]}"))
-        merged = build(config.model, config.method)
-        merged.load_trained_state(loaded.method.trained_state())
+        rows = [row | {"method": method, "merge": merge} | work_of_a_clip(loaded.method, evaluation)]
+        return rows + (merged_later(directory, method, evaluation, LATER) if merge == ALL_TOKENS else [])
+
+
+def merged_later(
+    directory: Path, method: str, evaluation: DrawnEvaluation, merges: Mapping[str, int | None]
+) -> list[Row]:
+    """Measure a run that was trained with all tokens, as `load_run` merges them."""
+    rows = []
+    for name, merge in merges.items():
+        merged = load_run(directory, merge=merge).method
         row = {"kind": "merged later", "method": method, "merge": name, "name": f"{method}: {name}, later"}
         row |= {"test": retrieval(merged, evaluation.galleries["test"])}
         row |= {"reversal": reversal_by_event(merged, evaluation)}
@@ -549,23 +555,42 @@ def work_of_a_clip(method: Method, evaluation: DrawnEvaluation) -> Row:
 
 
 def measure_trained(directory: Path) -> Callable[[Run, Setting], list[Row]]:
-    """Return a measurement of the run that is trained in a directory, for the run with its options.
-
-    Raises:
-        ValueError: the directory has other options than the run that is measured.
-    """
-    config = load_run(directory).config
+    """Return a measurement of the run that is trained in a directory, for the run with its options."""
 
     def measure_run(run: Run, setting: Setting) -> list[Row]:
-        expected = setting.config(run)
-        for part in ("method", "optim", "model", "batch_size", "steps", "seed"):
-            if getattr(expected, part) != getattr(config, part):
-                raise ValueError(
-                    f"{directory}: {part}: expected {getattr(expected, part)}, found {getattr(config, part)}"
-                )
-        return [measured_time(run, directory, *opened(setting, directory))]
+        expect_options(directory, setting.config(run))
+        loaded, evaluation = opened(setting, directory)
+        if run.kind == "merged later":
+            return merged_later(directory, run.name, evaluation, {ALL_TOKENS: None, **LATER})
+        return [measured_time(run, directory, loaded, evaluation)]
 
     return measure_run
+
+
+def expect_options(directory: Path, expected: RunConfig) -> None:
+    """Refuse a trained run with other options than a run that is measured.
+
+    Raises:
+        ValueError: the directory has other options.
+    """
+    config = load_run(directory).config
+    for part in ("method", "optim", "model", "batch_size", "steps", "seed"):
+        if getattr(expected, part) != getattr(config, part):
+            raise ValueError(
+                f"{directory}: {part}: expected {getattr(expected, part)}, found {getattr(config, part)}"
+            )
+
+
+def merged_quickstart(directory: Path) -> Run:
+    """Return the run of `tokens` that merges tokens of a trained quickstart, of any number of steps."""
+    config = load_run(directory).config
+    return Run(
+        name=f"temporal basis, {config.steps:,} steps",
+        words=f"steps={config.steps}",
+        seed=config.seed,
+        kind="merged later",
+        recipe=BASIS,
+    )
 
 
 def measure_rate(run: Run, setting: Setting) -> list[Row]:
@@ -909,7 +934,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name matches")
     parser.add_argument("--seed", type=int, help="runs with this seed alone; default: all")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th run, from the I-th on")
-    parser.add_argument("--trained", type=Path, metavar="RUN", help="`time`: measure a trained quickstart")
+    parser.add_argument(
+        "--trained", type=Path, metavar="RUN", help="`time`, `tokens`: measure a trained quickstart"
+    )
     options = parser.parse_args(words)
     if not re.fullmatch(r"\d+/[1-9]\d*", options.share):
         parser.error(f"--share: expected I/N, found {options.share!r}")
@@ -924,7 +951,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.trained is not None:
         seed = load_run(options.trained).config.seed
         runs = [run for run in TIME_RUNS if run.name == "all parts" and run.seed == seed]
-        if options.experiment != "time" or not runs:
+        if options.experiment == "tokens":
+            runs = [merged_quickstart(options.trained)]
+        elif options.experiment != "time" or not runs:
             parser.error(f"--trained: expected a quickstart of the seeds {SEEDS}, found seed {seed}")
         experiment = replace(experiment, measure=measure_trained(options.trained))
     run_experiment(experiment, setting, runs)
