@@ -23,6 +23,7 @@ from benchmarks.experiments import (
     ABLATION_RUNS,
     ALL_TOKENS,
     EXPERIMENTS,
+    FUSION_RUNS,
     LADDER,
     METHOD_RUNS,
     PRECISIONS,
@@ -36,7 +37,7 @@ from benchmarks.measure import RESULTS, ROOT, read_rows
 Row = dict[str, Any]
 PAGES = (
     *("docs/results.md", "docs/performance.md", "docs/methods/tempme.md", "docs/search.md"),
-    *("docs/time.md", "kernels/README.md"),
+    *("docs/time.md", "docs/backbones.md", "kernels/README.md"),
 )
 ABSENT = "-"
 LAST = 20  # steps whose mean loss is the end of a loss curve
@@ -147,12 +148,18 @@ def methods_table(results: Sequence[Row], columns: Sequence[str] = tuple(METHOD_
     return markdown(["", "seeds", "trained", "step", "kept", "peak", *columns], body)
 
 
-def ablation_table(results: Sequence[Row], title: str, names: Sequence[str] | None = None) -> str:
+def ablation_table(
+    results: Sequence[Row],
+    title: str,
+    names: Sequence[str] | None = None,
+    *,
+    runs: Sequence[Run] = ABLATION_RUNS,
+) -> str:
     """Return one of ABLATION_COLUMNS as a table, of all runs or of some."""
     columns = ABLATION_COLUMNS[title]
     body = []
-    order = dict.fromkeys([*LADDER, *(run.name for run in ABLATION_RUNS)])
-    groups = rows_by_name(ABLATION_RUNS, results)
+    order = dict.fromkeys([*LADDER, *(run.name for run in runs)])
+    groups = rows_by_name(runs, results)
     for name in (name for name in names or order if name in groups):
         cells = []
         for path in columns.values():
@@ -418,6 +425,39 @@ def search_rows(measure: str, folder: Path = RESULTS) -> list[Row]:
     return []
 
 
+def traffic_rows(folder: Path = RESULTS) -> list[Row]:
+    """Return the rows of `benchmarks/step_traffic.py` that have operations, in the order of the models."""
+    return [
+        row
+        for path in sorted((folder / "cpu").glob("*-traffic.jsonl"))
+        for row in read_rows(path)
+        if "tflop" in row
+    ]
+
+
+def towers_step_table(rows: Sequence[Row]) -> str:
+    """Return operations and bytes of a step for every model, in plain torch and with the kernels."""
+    models: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        models.setdefault(row["name"], {})[row["impl"].split()[-1]] = row
+    body = []
+    for name, impls in models.items():
+        cells = [f"{impls[impl]['total_gb']:,.0f}" for impl in ("torch", "triton")]
+        body.append([name.split()[1], f"{impls['torch']['tflop']:,.0f}", *cells])
+    return markdown(["", "TFLOP", "GB, plain torch", "GB, Triton kernels"], body)
+
+
+def whole_towers_table(rows: Sequence[Row]) -> str:
+    """Return the errors of whole models against open_clip's own."""
+    body = []
+    for row in rows:
+        (worst, largest) = next(iter(row["worst_gradient"].items()))
+        features = [f"{row['features'][side]:.0e}" for side in ("image", "text")]
+        parameters, gradients = f"{row['parameters'] / 1e6:.0f}", str(row["gradients"])
+        body.append([row["name"], parameters, *features, gradients, f"{largest:.0e} (`{worst}`)"])
+    return markdown(["", "parameters, M", "image", "text", "gradients", "worst gradient"], body)
+
+
 def search_table() -> str:
     """Return the times of selection and search beside those of other libraries."""
     names = {"top 10": "20,000 queries, 1,000 items, top 10", "ranks": "20,000 queries, 1,000 items, ranks"}
@@ -447,6 +487,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "corrections": correction_table,
     "ladder": lambda: ablation_table(_results("ablation"), "retrieval", LADDER),
     "retrieval": lambda: ablation_table(_results("ablation"), "retrieval"),
+    "fusion": lambda: ablation_table(_results("fusion"), "retrieval", runs=FUSION_RUNS),
     "choices": lambda: ablation_table(_results("ablation"), "choices"),
     "losses": lambda: ablation_table(_results("ablation"), "losses"),
     "methods": lambda: methods_table(_results("methods")),
@@ -460,6 +501,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "merged-later": lambda: merged_later_table(_results("tokens")),
     "token-front": lambda: front_table(_results("tokens")),
     "token-times": lambda: token_times_table(read_rows(RESULTS / "cpu" / "token-times.jsonl")),
+    "towers-step": lambda: towers_step_table(traffic_rows()),
+    "whole-towers": lambda: whole_towers_table(read_rows(RESULTS / "cpu" / "whole-towers.jsonl")),
     "serve": lambda: serve_table(newest_serve()),
     "train-step": lambda: step_table(newest_steps()),
     "kernels": lambda: markdown(*kernel_table(read_rows(RESULTS / "sass/kernels.jsonl"))),
