@@ -139,7 +139,7 @@ def large(count: int) -> list[dict[str, Any]]:
         first = index.search(query, 10)
         loaded = time.perf_counter() - began
         loaded_ = index._current()
-        matrix, unit = loaded_.matrix.numpy(), (pooled[0] / pooled[0].norm()).numpy()
+        matrix, unit = loaded_.matrix.T.contiguous().numpy(), (pooled[0] / pooled[0].norm()).numpy()
         table = index._store._tables["moments"]
         flat = faiss.IndexFlatIP(WIDTH)
         for part in np.array_split(matrix, max(1, count // 50_000)):

@@ -272,7 +272,7 @@ class IndexReader:
         """Embed a query."""
         if isinstance(query, LikeQuery):
             place = loaded.contents.place(query.moment_id)
-            return EmbeddedQuery(pooled=loaded.matrix[place].cpu(), excluded=place)
+            return EmbeddedQuery(pooled=loaded.matrix[:, place].cpu(), excluded=place)
         if isinstance(query, ImageQuery | VideoQuery):
             moment = self._image(query) if isinstance(query, ImageQuery) else self._video(query)
             with self._mutex:

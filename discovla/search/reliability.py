@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from discovla.search.calibrate import LEAST
 from discovla.search.index import Index
 from discovla.search.records import TextQuery
 from discovla.search.sources import SourceVideo
@@ -78,7 +79,9 @@ def reliability_bins(probability: np.ndarray, right: np.ndarray) -> list[Reliabi
 def reliability_table(bins: Sequence[ReliabilityBin]) -> str:
     """Return the bins as lines, under a sentence that says what they are."""
     if not bins:
-        return "the index has no probabilities: it has too few moments"
+        return (
+            f"the index has no probabilities: it has fewer than {LEAST} moments, or captions to calibrate it"
+        )
     lines = [
         "best hits of captions, each with its own clip in the index and without:",
         "probability   queries   mean   right",
