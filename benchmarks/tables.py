@@ -410,7 +410,8 @@ def serve_table(rows: Sequence[Row]) -> str:
 
 def newest_serve(folder: Path = RESULTS) -> list[Row]:
     """Return the rows of the newest run of benchmarks/serve.py."""
-    return read_rows(sorted(folder.glob("cpu/*-serve.jsonl"))[-1])
+    files = [read_rows(path) for path in folder.glob("cpu/*-serve.jsonl")]
+    return max(files, key=lambda rows: rows[0]["time"])
 
 
 def _results(experiment: str) -> list[Row]:
@@ -418,11 +419,11 @@ def _results(experiment: str) -> list[Row]:
 
 
 def search_rows(measure: str, folder: Path = RESULTS) -> list[Row]:
-    """Return the rows of one measure of `benchmarks/search.py`, of the newest file that has any."""
-    for path in sorted((folder / "cpu").glob("*-search.jsonl"), reverse=True):
-        if rows := [row for row in read_rows(path) if row["measure"] == measure]:
-            return rows
-    return []
+    """Return the newest rows of one measure of `benchmarks/search.py`: of each size, correction and bin."""
+    rows = [row for path in folder.glob("cpu/*-search.jsonl") for row in read_rows(path)]
+    rows = sorted((row for row in rows if row["measure"] == measure), key=lambda row: row["time"])
+    newest = {tuple(row.get(key) for key in ("moments", "correction", "from")): row for row in rows}
+    return list(newest.values())
 
 
 def traffic_rows(folder: Path = RESULTS) -> list[Row]:
@@ -468,11 +469,40 @@ def search_table() -> str:
             others = {
                 key.removeprefix("ratio_to_"): x for key, x in row.items() if key.startswith("ratio_to_")
             }
-            cells = [
-                f"{others[key]:.2f}" if key in others else ABSENT for key in ("numpy", "faiss", "lancedb")
-            ]
+            keys = ("numpy", "faiss", "lancedb", "product")
+            cells = [f"{others[key]:.2f}" if key in others else ABSENT for key in keys]
             body.append([name, f"{row['cpu_ms_ours']:,.1f}", *cells])
-    return markdown(["CPU time", "ms", "to NumPy", "to faiss-cpu flat", "to LanceDB, no index"], body)
+    others = ("NumPy", "faiss-cpu flat", "LanceDB, no index", "torch's product alone")
+    return markdown(["CPU time", "ms", *(f"to {other}" for other in others)], body)
+
+
+def large_table() -> str:
+    """Return size and waiting times of large indexes."""
+    body = [
+        [
+            f"{row['moments']:,}",
+            f"{row['bytes_per_vectors_and_thumbnails']:.2f}",
+            f"{row['open_seconds']:.2f}",
+            f"{row['first_search_seconds']:.1f}",
+            "yes" if row["same_as_faiss"] else "no",
+        ]
+        for row in search_rows("search of an index")
+    ]
+    heads = ("moments", "bytes / bytes of vectors and JPEGs", "s to open", "s of the first search")
+    return markdown([*heads, "hits of faiss"], body)
+
+
+def reliability_table() -> str:
+    """Return how often hits are right, by their probability."""
+    body = [
+        [
+            f"{row['from']:.1f} to {row['to']:.1f}",
+            str(row["queries"]),
+            *(ABSENT if row[key] is None else f"{row[key]:.2f}" for key in ("mean_probability", "right")),
+        ]
+        for row in search_rows("reliability")
+    ]
+    return markdown(["probability", "queries", "mean", "right"], body)
 
 
 def correction_table() -> str:
@@ -485,6 +515,8 @@ def correction_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "search": search_table,
     "corrections": correction_table,
+    "large": large_table,
+    "reliability": reliability_table,
     "ladder": lambda: ablation_table(_results("ablation"), "retrieval", LADDER),
     "retrieval": lambda: ablation_table(_results("ablation"), "retrieval"),
     "fusion": lambda: ablation_table(_results("fusion"), "retrieval", runs=FUSION_RUNS),
