@@ -88,6 +88,7 @@ STEPS = (  # in the order of timing
     "ours bf16 whole",
     "ours bf16 compiled whole",
     "ours bf16 triton captured whole",
+    "ours bf16 tuned whole",
     "reference bf16 sdpa compiled whole",
     "reference bf16 sdpa",
     "reference bf16 sdpa compiled",

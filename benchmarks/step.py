@@ -13,13 +13,13 @@ memory.
 A row has milliseconds by the clock and of CPU time, bytes kept for backward, work by `step_work.py`, and
 kernels (on a CPU: ops that would start one).  An implementation that is unavailable or does not fit has a
 row with the reason.  Trained parameters stay in float32; `bf16` computes in bfloat16, `fp8` multiplies by
-frozen weights in 8 bits, `fp8 backward` multiplies gradients in 8 bits too.  `triton` uses the Triton
-kernels, other steps use the implementations that `auto` selects.  `captured` replays the step as a CUDA
-graph; with the loader, some of its rounds record a new shape.  `whole` adds what a run does besides: the
-copy of the batch from pinned memory, clipping and the update, ours as `discovla train` does them, the
-published step's by torch's functions; on a GPU its time is the mean of calls in a row, so that copies
-overlap as in a run.  `matmul only` is the matmul-only lower bound: products with frozen weights, nothing
-else.
+frozen weights in 8 bits, `fp8 backward` multiplies gradients in 8 bits too.  `compiled` runs under
+torch.compile, `triton` by the Triton kernels, `tuned` by what `discovla tune` measures and chooses on this
+GPU, other steps in plain torch.  `captured` replays the step as a CUDA graph; with the loader, some of its
+rounds record a new shape.  `whole` adds what a run does besides: the copy of the batch from pinned memory,
+clipping and the update, ours as `discovla train` does them, the published step's by torch's functions; on a
+GPU its time is the mean of calls in a row, so that copies overlap as in a run.  `matmul only` is the
+matmul-only lower bound: products with frozen weights, nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count, product
 from pathlib import Path
@@ -57,6 +57,7 @@ from benchmarks.step_baselines import MatmulStep, PeftStep, ReferenceStep, compi
 from benchmarks.step_inputs import size_of
 from benchmarks.step_work import needed_flops, reference_flops
 from discovla.batch import Batch
+from discovla.candidates import cases_of_run
 from discovla.engine.capture import make_capture
 from discovla.engine.config import EngineConfig
 from discovla.engine.distributed import World
@@ -64,10 +65,11 @@ from discovla.engine.optim import OptimConfig
 from discovla.engine.strategy import StepPlan, TorchStrategy
 from discovla.engine.transfers import BatchCopier
 from discovla.methods.discovla import DiscoVLA, DiscoVLAConfig
-from discovla.ops.dispatch import Impl
+from discovla.ops.dispatch import Impl, use_choices
 from discovla.ops.fp8_linear import fp8_unsupported
 from discovla.towers.architecture import Architecture
 from discovla.train_step import TrainStep, set_precision
+from discovla.tune import Measurement, chosen, measured
 
 if TYPE_CHECKING:  # it needs decoders, which a machine that only times steps may lack
     from discovla.data.config import DataConfig
@@ -101,6 +103,7 @@ IMPLS = (
     "ours bf16 whole",
     "ours bf16 compiled whole",
     "ours bf16 triton captured whole",
+    "ours bf16 tuned whole",
     "ours fp8 backward",
     "ours fp8 backward triton",
     "ours fp8 backward triton captured",
@@ -124,6 +127,8 @@ class Step:
     """Number of calls until the step runs as in the long run."""
     reset: Callable[[], None] = lambda: None
     """Discards what those calls recorded."""
+    measurements: Sequence[Measurement] = ()
+    """Of the candidates among which it chose its implementations."""
 
 
 def unavailable(name: str, device: str) -> str:
@@ -135,14 +140,15 @@ def unavailable(name: str, device: str) -> str:
         "fp8": "a CPU emulates products in FP8",
         "triton": "its kernels run on GPUs",
         "captured": "CUDA graphs are recorded on GPUs",
+        "tuned": "candidates are measured on GPUs",
     }
     if device == "cpu":
         return next((reason for word, reason in needs_gpu.items() if word in name), "")
     return fp8_unsupported(torch.device(device)) if "fp8" in name else ""
 
 
-def make_step(name: str, architecture: Architecture, device: str) -> Step:
-    """Make an implementation; all start from equal weights.
+def make_step(name: str, architecture: Architecture, device: str, comparison: Comparison) -> Step:
+    """Make an implementation for the sizes of a comparison; all start from equal weights.
 
     Raises:
         ValueError: an unknown name.
@@ -155,7 +161,7 @@ def make_step(name: str, architecture: Architecture, device: str) -> Step:
         return Step(call=matmuls, forward=matmuls, parameters=[])
     model = step_inputs.method(architecture, device=device)
     if name.startswith("ours"):
-        return _our_step(name, model, torch.device(device))
+        return _our_step(name, model, torch.device(device), comparison)
     sdpa, autocast = "sdpa" in name, torch.bfloat16 if "bf16" in name else None
     if name.startswith("peft"):
         reference = PeftStep(model, sdpa=sdpa, autocast=autocast)
@@ -167,16 +173,29 @@ def make_step(name: str, architecture: Architecture, device: str) -> Step:
     return Step(call=call, forward=reference.losses, parameters=list(reference.weights.values()))
 
 
-def _our_step(name: str, model: DiscoVLA, device: torch.device) -> Step:
+def _our_step(name: str, model: DiscoVLA, device: torch.device, comparison: Comparison) -> Step:
     precisions = {"fp8 backward": "fp8_backward", "fp8": "fp8", "bf16": "bf16", "": "fp32"}
     precision = next(value for word, value in precisions.items() if word in name)
-    impl: Impl = "compiled" if "compiled" in name else "triton" if "triton" in name else "torch"
+    impls: dict[str, Impl] = {"compiled": "compiled", "triton": "triton", "tuned": "auto", "": "torch"}
+    impl = next(value for word, value in impls.items() if word in name)
     set_precision(model, EngineConfig.model_validate({"precision": precision, "impl": impl}), device)
     model.vision.impl = model.text.impl = impl
     parameters: list[torch.Tensor] = list(model.parameters())
     if "whole" in name:
+        measurements = []
+        if "tuned" in name:
+            plans = cases_of_run(model, comparison.pairs, comparison.frames, LENGTH)
+            measurements = measured(plans, tf32=True)
+            use_choices(chosen([measurements]))
         whole = _WholeStep(model, device, captured="captured" in name)
-        return Step(call=whole, forward=whole.step.losses, parameters=parameters, calls=3, reset=whole.reset)
+        return Step(
+            call=whole,
+            forward=whole.step.losses,
+            parameters=parameters,
+            calls=3,
+            reset=whole.reset,
+            measurements=measurements,
+        )
     if "captured" in name:
         captured = _CapturedStep(model, device)
         return Step(
@@ -322,7 +341,7 @@ def _timed(
             rows[name]["left_out"] = reason
             continue
         try:
-            step = make_step(name, architecture, device)
+            step = make_step(name, architecture, device, comparison)
             for _ in range(step.calls):
                 step.call(first)
         except torch.OutOfMemoryError as error:
@@ -346,6 +365,8 @@ def _timed(
         rows[name] |= common | _times(rounds[name], rounds.get(BASE), comparison)
         rows[name] |= _counts(step, first, device)
         rows[name] |= _rates(rows[name], device)
+        if step.measurements:
+            rows[name]["candidates"] = [asdict(x) for x in step.measurements]
         if comparison.profile:
             rows[name]["profile_ms"] = by_component(partial(step.call, first), cuda=device == "cuda")
     return rows

@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from discovla.candidates import Planned, cases_of_run
-from discovla.config import RunConfig
 from discovla.data.manifest import write_atomic
 from discovla.data.sandbox import Sandbox, WorkerLost
 from discovla.engine.distributed import World, gather_objects
@@ -33,6 +32,9 @@ from discovla.methods.base import Method
 from discovla.ops import dispatch
 from discovla.ops.cases import Case
 from discovla.ops.dispatch import Choices, KernelUnavailable, Problem
+
+if TYPE_CHECKING:  # it needs decoders, which a machine that only measures may lack
+    from discovla.config import RunConfig
 
 logger = logging.getLogger(__name__)
 

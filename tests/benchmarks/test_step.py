@@ -16,6 +16,7 @@ from discovla.engine.capture import Capture
 from discovla.methods.discovla import DiscoVLAConfig
 from discovla.testing import relative_error
 from discovla.towers.architecture import Architecture, TowerShape
+from discovla.tune import Measurement
 from tests.engine.recorder import Unwatched
 
 
@@ -35,7 +36,7 @@ def test_every_implementation_has_figures_or_a_reason(architecture):
     assert {"reference", "reference anomaly", "reference bf16 sdpa", "ours", "ours bf16"} <= timed.keys()
     assert {row["impl"] for row in rows if "GPU" in row.get("left_out", "")} == {
         *("reference bf16 sdpa compiled", "reference bf16 sdpa compiled whole", "ours bf16 triton"),
-        *("ours bf16 compiled whole", "ours bf16 triton captured whole"),
+        *("ours bf16 compiled whole", "ours bf16 triton captured whole", "ours bf16 tuned whole"),
         *("ours bf16 compiled", "ours bf16 compiled captured"),
         *("ours bf16 captured", "ours bf16 triton captured"),
     }
@@ -48,6 +49,19 @@ def test_every_implementation_has_figures_or_a_reason(architecture):
     assert timed["reference"]["ratios"] == [1.0] * 3
     assert timed["ours"]["needed_tflop"] < timed["ours"]["reference_tflop"]
     assert timed["ours bf16"]["kept_mb"] < timed["ours"]["kept_mb"] < timed["reference"]["kept_mb"]
+
+
+def test_a_tuned_step_takes_what_is_measured_and_keeps_the_candidates(architecture, monkeypatch):
+    taken, problem = [], ("block bfloat16 5x32", 6)
+    slow = Measurement(name="block", impl="torch", problem=problem, error=(0.0, 0.0), ms=2.0)
+    fast = dataclasses.replace(slow, impl="triton", ms=1.0)
+    monkeypatch.setattr(step, "unavailable", lambda *given: "")
+    monkeypatch.setattr(step, "measured", lambda plans, **options: [slow, fast] if len(plans) > 9 else [])
+    monkeypatch.setattr(step, "use_choices", taken.append)
+    comparison = Comparison(rounds=1, frames=2, impls=["ours bf16 tuned whole"])
+    (row,) = compare(comparison, "cpu", architecture)
+    assert taken == [{problem[0]: {"6": "triton"}}] and row["n"] == 1
+    assert [(x["impl"], x["ms"]) for x in row["candidates"]] == [("torch", 2.0), ("triton", 1.0)]
 
 
 def test_every_implementation_starts_from_equal_weights(architecture):
