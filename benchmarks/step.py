@@ -177,7 +177,7 @@ def _our_step(name: str, model: DiscoVLA, device: torch.device, comparison: Comp
     precisions = {"fp8 backward": "fp8_backward", "fp8": "fp8", "bf16": "bf16", "": "fp32"}
     precision = next(value for word, value in precisions.items() if word in name)
     impls: dict[str, Impl] = {"compiled": "compiled", "triton": "triton", "tuned": "auto", "": "torch"}
-    impl = next(value for word, value in impls.items() if word in name)
+    impl: Impl = next(value for word, value in impls.items() if word in name)
     set_precision(model, EngineConfig.model_validate({"precision": precision, "impl": impl}), device)
     model.vision.impl = model.text.impl = impl
     parameters: list[torch.Tensor] = list(model.parameters())
@@ -260,8 +260,12 @@ class _WholeReference:
         self, step: Callable[[Batch], object], trained: list[torch.Tensor], device: torch.device
     ) -> None:
         self.step, self.trained, self.device = step, trained, device
-        options = {"lr": LEARNING_RATE, "weight_decay": OptimConfig().weight_decay}
-        self.optimizer = torch.optim.AdamW(trained, **options, fused=device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(
+            trained,
+            lr=LEARNING_RATE,
+            weight_decay=OptimConfig().weight_decay,
+            fused=device.type == "cuda",
+        )
 
     def __call__(self, batch: Batch) -> None:
         self.step(_on_host(batch).to(self.device))

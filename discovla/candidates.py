@@ -64,7 +64,7 @@ def cases_of_run(method: Method, pairs: int, frames: int, context_length: int) -
     captions = pairs * (1 + frames) if method.needs_frame_captions else pairs
     lora = any(isinstance(module, LoRA) for module in method.modules())
     fp8 = any(isinstance(module, Linear) and module.fp8_bits is not None for module in method.modules())
-    half = {"dtype": dtype}
+    half: dict[str, Any] = {"dtype": dtype}
     ops: list[Planned] = []
     blocks: list[Planned] = []
     class_row = a.frames.class_row

@@ -199,8 +199,8 @@ def _info_nce(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
 
 
 def _sigmoid(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
-    bias = torch.full_like(leaves[2], -10.0)
-    return sigmoid_loss(*leaves, bias, ignore=_ignore(leaves[0]) if masked else None, impl=impl)
+    (text, video, scale), bias = leaves, torch.full_like(leaves[2], -10.0)
+    return sigmoid_loss(text, video, scale, bias, ignore=_ignore(text) if masked else None, impl=impl)
 
 
 def _alignment(leaves: list[Tensor], impl: Impl, masked: bool) -> Tensor:
