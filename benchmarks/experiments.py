@@ -59,12 +59,12 @@ from benchmarks.measure import (
     RESULTS,
     ROOT,
     bytes_kept,
-    flops,
     machine,
     read_rows,
     relative_frobenius,
     write_row,
 )
+from benchmarks.tokens import Backbone, count
 from discovla.batch import Batch
 from discovla.config import RunConfig, read_config
 from discovla.data.dataset import read_clips
@@ -534,8 +534,9 @@ def measure_untrained(setting: Setting) -> list[Row]:
 def work_of_a_clip(method: Method, evaluation: DrawnEvaluation) -> Row:
     """Return tokens of a clip after the last block, operations of its encoding, and bytes of its vectors.
 
-    The bytes are those of an index in float32: the vectors that scores compare, and features of the frames in
-    float16 unless they are among these.
+    Operations are those of the vision tower without heads, all rows of its last block included
+    (benchmarks/tokens.py).  The bytes are those of an index in float32: the vectors that scores compare, and
+    features of the frames in float16 unless they are among these.
     """
     (frames, mask), *_ = evaluation.galleries["test"].videos
     frames, mask = frames[:1], mask[:1]
@@ -544,14 +545,27 @@ def work_of_a_clip(method: Method, evaluation: DrawnEvaluation) -> Row:
     if merging is not None:
         last = merging.plan(frames.shape[1])[-1]
         left = last.sequences * last.attended  # the last block merges nothing that is read
-    with torch.no_grad():
-        operations = flops(lambda: method.encode_video(frames, mask))
+    architecture, config = method.architecture, method.config
+    counted = count(
+        Backbone(
+            grid=architecture.side,
+            patch=architecture.patch_size,
+            width=architecture.vision.width,
+            heads=architecture.vision.heads,
+            blocks=architecture.vision.layers,
+            embed_dim=architecture.embed_dim,
+        ),
+        config.merge,
+        config.merging.model_dump(),
+        frames=frames.shape[1],
+        rank=config.lora_rank if config.tune == "lora" else 0,
+    )
     video = embed_videos(method, [(frames, mask)], "cpu", frames=True)
     compared = [x for x in (video.pooled, video.tokens) if x is not None]
     size = sum(4 * x.numel() for x in compared)
     if video.frames is not None and not any(torch.equal(x, video.frames) for x in compared):
         size += 2 * video.frames.numel()
-    return {"tokens": left, "gflop": operations / 1e9, "vector_bytes": size}
+    return {"tokens": left, "gflop": counted["gflop"], "vector_bytes": size}
 
 
 def measure_trained(directory: Path) -> Callable[[Run, Setting], list[Row]]:

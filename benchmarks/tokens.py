@@ -90,28 +90,34 @@ SETTINGS: dict[str, dict[str, tuple[Merge, dict[str, Any]]]] = {
 }
 
 
-def count(backbone: Backbone, kind: Merge, options: dict[str, Any]) -> dict[str, float]:
-    """Return tokens after the last block, operations in 1e9, and rows of one clip."""
-    config = MergeConfig(frames=FRAMES, **options)
+def count(
+    backbone: Backbone, kind: Merge, options: dict[str, Any], *, frames: int = FRAMES, rank: int = RANK
+) -> dict[str, float]:
+    """Return tokens after the last block, operations in 1e9, and rows of one clip.
+
+    Args:
+        frames: of the clip.  rank: of LoRA, 0 for none.
+    """
+    config = MergeConfig(**{"frames": frames, **options})
     tokens, width = backbone.grid**2 + 1, backbone.width
     plan = (
-        plan_merges(kind, config, tokens=tokens, frames=FRAMES, blocks=backbone.blocks)
+        plan_merges(kind, config, tokens=tokens, frames=frames, blocks=backbone.blocks)
         if kind != "none"
         else ()
     )
-    operations = FRAMES * (6 * backbone.patch**2 * width * backbone.grid**2 + 2 * width * backbone.embed_dim)
+    operations = frames * (6 * backbone.patch**2 * width * backbone.grid**2 + 2 * width * backbone.embed_dim)
     rows = 0
     for block in range(backbone.blocks):
         if kind == "none":
-            f, a, b, fixed, at_join = FRAMES, tokens, tokens, 1, 0
+            f, a, b, fixed, at_join = frames, tokens, tokens, 1, 0
         else:
             p = plan[block]
             f, a, b, fixed, at_join = p.sequences, p.attended, p.left, p.fixed, p.at_join
-        operations += f * (8 * a * width**2 + 8 * a * RANK * width + 4 * a**2 * width + 16 * b * width**2)
+        operations += f * (8 * a * width**2 + 8 * a * rank * width + 4 * a**2 * width + 16 * b * width**2)
         operations += f * _matching(a, fixed, width // backbone.heads) * (a > b)
         operations += f * _matching(a + at_join, fixed, width) * (at_join > 0)
         rows += f * (a + b)
-    last = plan[-1].sequences * plan[-1].left if plan else FRAMES * tokens
+    last = plan[-1].sequences * plan[-1].left if plan else frames * tokens
     return {"tokens": last, "gflop": operations / 1e9, "rows": rows}
 
 
