@@ -13,6 +13,7 @@ from typing import Any
 from discovla.batch import BadClip
 from discovla.data.dataset import check_captions
 from discovla.data.manifest import Clip, read_manifest, write_atomic
+from discovla.foreign import to_json
 from discovla.lock import WriterLock
 from discovla.model import Model, NoneReadable
 from discovla.retrieval.embeddings import Embeddings
@@ -142,7 +143,7 @@ def _embed_parts(
             except NoneReadable as error:
                 bad = error.refused
             rows = [asdict(replace(clip, id=str(int(clip.id) + first))) for clip in bad]
-            write_atomic(record, json.dumps(rows, ensure_ascii=False))
+            write_atomic(record, to_json(rows))
         refused += [BadClip(**row) for row in json.loads(record.read_text())]
         if tensors.is_file():
             parts.append(Embeddings.load(tensors))
@@ -164,7 +165,7 @@ def _write(stem: Path, embeddings: Embeddings, lines: Sequence[dict[str, Any]]) 
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, "".join(to_json(row) + "\n" for row in rows))
 
 
 def _video_line(clip: Clip) -> dict[str, Any]:

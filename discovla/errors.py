@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from discovla import terminal
 from discovla.data.video.errors import DecodeError
@@ -44,6 +45,9 @@ def run_program(run: Callable[[], None], program: str) -> int:
         Exit status: 0, `EXIT_FAILED` after an expected error, `EXIT_STOPPED` after a stop signal, `EXIT_BUG`
         after any other error, whose traceback is printed.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - it stays open
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has not all letters
@@ -60,8 +64,14 @@ def run_program(run: Callable[[], None], program: str) -> int:
     except PeerLost as error:
         print_error(str(error), program)
         return EXIT_FAILED
-    except UnicodeError:  # a ValueError that names no file
-        return _report_bug(program)
+    except UnicodeError as error:  # a ValueError that names no file
+        encoding = sys.getfilesystemencoding()
+        if encoding == "utf-8" or getattr(error, "encoding", None) != encoding:
+            return _report_bug(program)
+        line = (
+            f"expected file names in UTF-8, found that this terminal's are in {encoding}, which has no "
+            f"{str(error.object)[error.start : error.end]!a}; set LC_ALL=C.UTF-8"
+        )
     except EXPECTED as error:
         line = one_line(error)
     except RuntimeError as error:

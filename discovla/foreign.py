@@ -225,6 +225,15 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
         raise json.JSONDecodeError("lists or objects nested too deeply", text, 0) from None
 
 
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return a value as JSON that can be written as UTF-8: the name of a file may hold other bytes.
+
+    Letters beyond ASCII stay readable, unless the text holds such a name.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text if printable(text) == text else json.dumps(value, indent=indent)
+
+
 def read_utf8(path: Path, expected: str) -> str:
     """Read a text file, without a byte order mark.
 

@@ -125,3 +125,17 @@ def test_an_ascii_terminal_does_not_end_a_command(tmp_path):
     assert job.returncode == 0, job.stderr
     assert r"1 videos missing" in job.stdout
     assert r"\xe9t\xe9.mp4" in job.stdout
+
+
+def test_letters_that_the_system_s_file_names_have_not_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert ended(UnicodeEncodeError("ascii", "caf\u00e9.mp4", 3, 4, "ordinal not in range"), monkeypatch) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert r"file names in UTF-8, found that this terminal's are in ascii, which has no '\xe9'" in line
+
+
+def test_closed_streams_do_not_end_a_command(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["config", "own"]) == 0

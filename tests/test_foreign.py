@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from safetensors.torch import save, save_file
 
 from discovla.cli import main
 from discovla.config import ConfigError, read_config, read_values
-from discovla.foreign import printable
+from discovla.data.manifest import read_manifest
+from discovla.foreign import printable, to_json
 from discovla.model import ADAPTER
 from discovla.retrieval.embeddings import Embeddings
 from discovla.towers.weights import ModelConfig, load_pretrained
@@ -81,3 +83,16 @@ def test_weights_without_a_named_architecture_name_their_file(tmp_path):
 def test_any_text_can_be_printed(text, shown):
     assert printable(text) == shown
     printable(text).encode()
+
+
+def test_json_of_a_file_name_that_is_not_utf8_can_be_written_and_read_back():
+    value = {"video": "caf\u00e9/bad\udce9.mp4", "frames": [1]}
+    assert json.loads(to_json(value).encode()) == value
+    assert to_json({"video": "caf\u00e9.mp4"}) == '{"video": "caf\u00e9.mp4"}'
+
+
+def test_clips_are_prepared_into_a_file_whose_name_is_not_utf8(tmp_path):
+    (tmp_path / "t.csv").write_text("video,caption\na.mp4,one\n")
+    out = tmp_path / "bad\udce9.jsonl"
+    assert main(["prepare", "csv", str(tmp_path / "t.csv"), "--out", str(out)]) == 0
+    assert [clip.id for clip in read_manifest(out)] == ["a.mp4"]

@@ -25,6 +25,7 @@ from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import Damaged, FileDecoder, Hdr, read_frames
 from discovla.data.video.index import VERSION, FrameIndex, FrameIndexStore, default_index_dir
 from discovla.data.video.pyav import Transform, chosen_stream, open_video
+from discovla.foreign import to_json
 
 _VARIABLE = 1.5  # the rate is variable if the longest gap between frames exceeds the shortest by this factor
 _END_SECONDS = 0.5  # by which annotations may end late, being rounded
@@ -202,6 +203,7 @@ def examine(request: ExamineRequest) -> dict[str, Any]:
     kind = "refused" if index.count == 0 else "ok" if index.problem is None else "damaged"
     facts = {"kind": kind, "reason": index.fault(), "clips": reasons}
     facts |= _header_facts(request.path) | _frame_facts(index)
+    facts["alpha"] |= facts.pop("alpha_beside")
     return facts | {"unusual": _unusual(facts) if index.count else []}
 
 
@@ -245,6 +247,8 @@ def _header_facts(path: Path) -> dict[str, Any]:
             "stream": chosen_stream(path),
             "declared_rate": _rounded(stream.average_rate),
             "rotation": 0,
+            # WebM stores the alpha of VP8 and VP9 beside the pictures, which decode without it
+            "alpha_beside": stream.metadata.get("alpha_mode") == "1",
         }
         with suppress(FFmpegError, StopIteration):  # the index says that there is no frame
             facts["rotation"] = next(frame.rotation for frame in video.container.decode(stream))
@@ -383,7 +387,7 @@ def _earlier_rows(record: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return to_json(row) + "\n"
 
 
 def _counted(values: Iterable[str]) -> str:

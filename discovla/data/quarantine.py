@@ -11,7 +11,7 @@ from pathlib import Path
 
 from discovla.batch import BadClip
 from discovla.data.manifest import Clip
-from discovla.foreign import parse_json
+from discovla.foreign import parse_json, to_json
 
 QUARANTINE_HINT = (
     "`discovla doctor MANIFEST` lists all such clips; data.quarantine=LIST leaves them out of training, "
@@ -50,7 +50,7 @@ class Quarantine:
         if write and new:
             with self.path.open("a", encoding="utf-8") as file:
                 for clip in new.values():
-                    file.write(json.dumps(asdict(clip), ensure_ascii=False) + "\n")
+                    file.write(to_json(asdict(clip)) + "\n")
         for clip in new.values():
             logger.warning("skipping clip %r (%s): %s", clip.id, clip.video, clip.reason)
         if len(self.known) > self.share * self.clips:

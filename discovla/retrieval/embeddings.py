@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from discovla.batch import BadClip, Embedding
-from discovla.foreign import read_tensors
+from discovla.foreign import read_tensors, to_json
 from discovla.retrieval.embed import concatenate
 from discovla.retrieval.ranks import Array
 from discovla.tensor_files import write_tensors
@@ -86,7 +86,7 @@ class Embeddings:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the tensors under their names here."""
         tensors = {**self.embedding().tensors(), "index": self.index}
-        refused = json.dumps([asdict(clip) for clip in self.refused], ensure_ascii=False)
+        refused = to_json([asdict(clip) for clip in self.refused])
         write_tensors(Path(path), tensors, {_REFUSED: refused})
 
     @staticmethod

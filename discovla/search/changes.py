@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from discovla.foreign import to_json
 from discovla.search.indexing import FileStamp
 from discovla.search.sources import SourceVideo
 from discovla.search.store import Contents, VideoRow
@@ -47,7 +47,7 @@ def plan(sources: Sequence[SourceVideo], contents: Contents) -> Plan:
         if row is not None and stamp is None:
             _note_gone(row, result)
         elif row is not None and stamp is not None and (same := _unchanged(row, stamp)) is not None:
-            columns = json.dumps(dict(source.columns), ensure_ascii=False)
+            columns = to_json(dict(source.columns))
             same = replace(same, columns=columns if source.columns else same.columns)
             if same != row:
                 result.rows.append(same)

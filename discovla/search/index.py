@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from discovla.foreign import to_json
 from discovla.lock import WriterLock
 from discovla.model import Model, load
 from discovla.nn.features import unit
@@ -353,7 +354,7 @@ def _row(source: SourceVideo, video_id: int) -> VideoRow:
         reason="",
         duration=0.0,
         moments=0,
-        columns=json.dumps(dict(source.columns), ensure_ascii=False),
+        columns=to_json(dict(source.columns)),
     )
 
 

@@ -18,6 +18,7 @@ from discovla.data.sampling import Sampling
 from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import Damaged, Hdr, read_frames
+from discovla.foreign import to_json
 
 INSTRUCTION = "Describe this picture in one short sentence."
 _SHOWN = 5  # clips named in a report
@@ -157,7 +158,7 @@ class CaptionStore:
 
     def _append(self, rows: Sequence[dict[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.write("".join(to_json(row) + "\n" for row in rows))
 
 
 def caption_clips(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from discovla.data.datasets import PROTOCOLS
 from discovla.data.datasets.annotations import Annotations, hold_out
 from discovla.data.datasets.protocol import differences
 from discovla.data.manifest import Clip, write_atomic, write_manifest
+from discovla.foreign import to_json
 
 _SHOWN = 3  # names in one line
 
@@ -104,7 +104,7 @@ def prepare(
     write_manifest(out, clips)
     fields = asdict(result) | {"manifest": out.name}
     report = out.with_name(f"{out.stem}.report.json")
-    write_atomic(report, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(report, to_json(fields, indent=1) + "\n")
     return result
 
 

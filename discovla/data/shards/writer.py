@@ -43,6 +43,7 @@ from discovla.data.shards.layout import (
 )
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import read_frames, resize_and_crop
+from discovla.foreign import to_json
 from discovla.lock import NAME as LOCK
 from discovla.lock import WriterLock
 
@@ -382,7 +383,7 @@ def _write_index(
             line |= {"shard": shard, "first": first, "rows": len(own), **record}
             first += len(own)
         lines.append(json.dumps(line) + "\n")
-    quarantine = "".join(f"{json.dumps(asdict(clip), ensure_ascii=False)}\n" for clip in bad)
+    quarantine = "".join(f"{to_json(asdict(clip))}\n" for clip in bad)
     _write_atomically(out / QUARANTINE, quarantine.encode(errors="surrogateescape"))
     if len(bad) == len(clips):
         raise ValueError(f"{out}: none of {len(bad)} clips has frames, the first: {bad[0].reason}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import threading
@@ -21,6 +20,7 @@ from discovla.data.video import pyav, torchcodec
 from discovla.data.video.errors import DecodeError, WrongFrames, check_file
 from discovla.data.video.index import FrameIndex, FrameIndexStore, default_index_dir
 from discovla.data.video.pyav import Images, Transform, chosen_stream, decode_through
+from discovla.foreign import to_json
 
 logger = logging.getLogger(__name__)
 _THREAD = threading.local()
@@ -300,7 +300,7 @@ def write_frames(
         "problem": decoded.problem,
         "frames": rows,
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    text = to_json(record, indent=1) + "\n"
     (out / "frames.json").write_text(text, encoding="utf-8")
     return [out / row["file"] for row in rows]
 

@@ -87,6 +87,7 @@ def examined(path: Path, folder: Path) -> dict:
         (Variant(pixels="gray16le"), ["16 bits a colour"]),
         (Variant(pixels="yuva420p"), ["alpha, which is dropped"]),
         (Variant(pixels="argb", codec="qtrle", suffix=".mov"), ["alpha, which is dropped"]),
+        (Variant(pixels="yuva420p", codec="libvpx-vp9", suffix=".webm"), ["alpha, which is dropped"]),
         (Variant(pixels="yuv420p"), []),
     ],
     ids=str,
