@@ -527,6 +527,7 @@ def measure_untrained(setting: Setting) -> list[Row]:
         method = build(config.model, config.method)
         row = {"method": "CLIP, untrained", "merge": merge, "name": f"CLIP, untrained: {merge}"}
         row |= {"test": retrieval(method, evaluation.galleries["test"])}
+        row |= {"reversal": reversal_by_event(method, evaluation)}
         rows.append(row | work_of_a_clip(method, evaluation))
     return rows
 

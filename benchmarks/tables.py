@@ -188,7 +188,7 @@ def tokens_table(rows: Sequence[Row]) -> str:
 
 
 def merged_later_table(results: Sequence[Row]) -> str:
-    """Return what merging without training keeps of each method, and the CPU time of encoding a clip."""
+    """Return what merging without training keeps of each method, and, if measured, the CPU time of a clip."""
     times = {row["name"]: row["ratio"] for row in results if row.get("part") == "clips"}
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in results:
@@ -197,10 +197,10 @@ def merged_later_table(results: Sequence[Row]) -> str:
             groups.setdefault((row["method"], row["merge"]), []).append(row)
     body = []
     for (method, merge), rows in groups.items():
-        time = f"{times[merge]:.2f}" if merge in times else ABSENT
-        cells = [method, merge, *_tokens_and_work(rows[0]), time]
+        time = [f"{times[merge]:.2f}"] if times else []
+        cells = [method, merge, *_tokens_and_work(rows[0]), *time]
         body.append([*cells, *(mean_and_range(rows, path) for path in MERGE_COLUMNS.values())])
-    heads = ["method", "merge", "tokens", "GFLOP", "CPU time", *MERGE_COLUMNS]
+    heads = ["method", "merge", "tokens", "GFLOP", *(["CPU time"] if times else []), *MERGE_COLUMNS]
     return markdown(heads, body) if body else "Not measured yet."
 
 
