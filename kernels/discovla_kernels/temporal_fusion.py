@@ -41,62 +41,115 @@ def unsupported(qkv: Tensor, readout: Tensor, *others: Tensor | None) -> str:
 
 
 @triton.jit
+def _tile_with_guests(
+    q_ptr, mask_ptr, group_mask_ptr, position_ptr, start, length, guest_rows, guests, H, C, scale,
+    HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Return q k v of a frame, the keys that queries see, their scores, and the frame's own rows of the tile.
+
+    Readout queries of the group are guests in rows that the frame leaves free.  Keys with the frame's
+    position r give guests q (k + r) = q k + q r, a number for each.
+    """
+    width, i, c = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
+    own = i < length
+    rows = tl.where(own, start + i, guest_rows)
+    q = load_rows(q_ptr, rows, own | guests, 3 * width, C, BLOCK_C)
+    k = load_rows(q_ptr + width, start + i, own, 3 * width, C, BLOCK_C)
+    v = load_rows(q_ptr + 2 * width, start + i, own, 3 * width, C, BLOCK_C)
+    seen = visible_pairs(mask_ptr, start, i, i, length, HAS_MASK, CAUSAL)
+    seen = seen | (guests[:, None] & visible(group_mask_ptr, start, i, length, HAS_GROUP_MASK)[None, :])
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+    if HAS_POSITION:
+        position = tl.load(position_ptr + c, mask=c < C, other=0.0).to(ACC)
+        s += tl.where(guests, tl.sum(q.to(ACC) * position[None, :], axis=1), 0.0)[:, None]
+    return q, k, v, seen, tl.where(seen, scale * s, LOWEST), own, rows
+
+
+@triton.jit
 def _temporal_fusion_forward(
     qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, out_ptr, local_ptr, fused_ptr,
     lse_ptr, LENGTH, UNGROUPED, F, H, C, scale, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """o_f = softmax(q_f k_fᵀ / sqrt(c)) v_f of every frame f; g_f = softmax(q_f[rho_f] Kᵀ / sqrt(c)) V.
 
     K, V: keys (with the frames' positions) and values of all frames of a group; rho_f: the readout row.
     out holds o_f, and g_f in readout rows; local holds o_f[rho_f].  The first UNGROUPED sequences have no g.
-    Tile: a group and head, frame after frame, BLOCK queries x BLOCK keys as in short attention.  Beside the
-    last tile of queries, which passes over all keys of a frame, the BLOCK_F readout rows see the same keys.
+    Tile: a group and head, frame after frame, BLOCK queries x BLOCK keys as in short attention.  ONE: the
+    readout queries are the last rows of the tile (`_tile_with_guests`), whose online softmax goes on over
+    frames.  Otherwise, beside the last tile of queries, the BLOCK_F readout rows see all keys of a frame.
     Registers: those of short attention, the readout queries and their online softmax.
     Traffic: 3 c read and c written a row, as short attention; a readout row writes c + 1 more in ACC for
     backward: `_temporal_fusion_backward`.
     """
     program, h = program_head(H)
     first_s, count, g, grouped = program_sequences(program, UNGROUPED, F)
-    width, place, slot = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_F)
-    q_ptr, out_ptr, local_ptr, c = qkv_ptr + h * C, out_ptr + h * C, local_ptr + h * C, tl.arange(0, BLOCK_C)
-    readout_rows = tl.load(readout_ptr + g + slot, mask=slot < grouped, other=0)
-    readout_q = load_rows(q_ptr, readout_rows, slot < grouped, 3 * width, C, BLOCK_C)
-    top_g, total_g = tl.full((BLOCK_F,), LOWEST, dtype=ACC), tl.zeros((BLOCK_F,), dtype=ACC)
-    out_g = tl.zeros((BLOCK_F, BLOCK_C), dtype=ACC)
+    width, place, c = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
+    q_ptr, out_ptr, local_ptr, position_ptr = (
+        qkv_ptr + h * C,
+        out_ptr + h * C,
+        local_ptr + h * C,
+        position_ptr + h * C,
+    )
+    slot = place - (BLOCK - F) if ONE else tl.arange(0, BLOCK_F)  # guests are the last rows of the tile
+    guests = (slot >= 0) & (slot < grouped)
+    readout_rows = tl.load(readout_ptr + g + slot, mask=guests, other=0)
+    top_g, total_g = tl.full((slot.shape[0],), LOWEST, dtype=ACC), tl.zeros((slot.shape[0],), dtype=ACC)
+    out_g = tl.zeros((slot.shape[0], BLOCK_C), dtype=ACC)
     for f in range(0, count):
         start, length = sequence(offsets_ptr, first_s + f, LENGTH, HAS_OFFSETS)
         readout = tl.load(readout_ptr + g + f, mask=f < grouped, other=-1)
         readout = tl.where(f < grouped, readout - start, -1)
-        for first in range(0, length, BLOCK):
-            i = first + place
-            q = load_rows(q_ptr, start + i, i < length, 3 * width, C, BLOCK_C)
-            top, total = tl.full((BLOCK,), LOWEST, dtype=ACC), tl.zeros((BLOCK,), dtype=ACC)
-            out = tl.zeros((BLOCK, BLOCK_C), dtype=ACC)
-            last = min(length, first + BLOCK) if CAUSAL else length
-            for other in range(0, last, BLOCK):
-                j = other + place
-                k = load_rows(q_ptr + width, start + j, j < length, 3 * width, C, BLOCK_C)
-                v = load_rows(q_ptr + 2 * width, start + j, j < length, 3 * width, C, BLOCK_C)
-                seen = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL)
-                top, total, out = attend_tile(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
-                if first + BLOCK >= length:
-                    k_g = keys_with_position(k, position_ptr + h * C, f, width, C, HAS_POSITION, BLOCK_C, ACC)
-                    seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
-                    seen_g = seen_g & (slot < grouped)[:, None]
-                    top_g, total_g, out_g = attend_tile(
-                        readout_q, k_g, v, seen_g, scale, top_g, total_g, out_g, PRECISION, ACC
-                    )
+        local_place = local_ptr + (g + f) * width + c
+        if ONE:
+            _, _, v, seen, s, own, _ = _tile_with_guests(
+                q_ptr, mask_ptr, group_mask_ptr, position_ptr + f * width, start, length, readout_rows,
+                guests, H, C, scale, HAS_MASK, HAS_GROUP_MASK, HAS_POSITION, CAUSAL, BLOCK, BLOCK_C,
+                PRECISION, ACC,
+            )  # fmt: skip
+            top = tl.maximum(top_g, tl.max(s, axis=1))
+            keep, p = tl.exp(top_g - top), tl.where(seen, tl.exp(s - top[:, None]), 0.0)
+            total = total_g * keep + tl.sum(p, axis=1)
+            out = tl.dot(p.to(v.dtype), v, out_g * keep[:, None], input_precision=PRECISION, out_dtype=ACC)
+            top_g, total_g = tl.where(guests, top, LOWEST), tl.where(guests, total, 0.0)
+            out_g = tl.where(guests[:, None], out, 0.0)
             out /= tl.where(total == 0, 1.0, total)[:, None]
-            store_rows(out_ptr, start + i, (i < length) & (i != readout), width, C, out, BLOCK_C)
-            here = (readout >= first) & (readout < first + BLOCK)
-            local = tl.sum(tl.where((i == readout)[:, None], out, 0.0), axis=0)
-            tl.store(local_ptr + (g + f) * width + c, local, mask=(c < C) & here)
+            store_rows(out_ptr, start + place, own & (place != readout), width, C, out, BLOCK_C)
+            local = tl.sum(tl.where((place == readout)[:, None], out, 0.0), axis=0)
+            tl.store(local_place, local, mask=(c < C) & (readout >= 0))
+        else:
+            readout_q = load_rows(q_ptr, readout_rows, guests, 3 * width, C, BLOCK_C)
+            for first in range(0, length, BLOCK):
+                i = first + place
+                q = load_rows(q_ptr, start + i, i < length, 3 * width, C, BLOCK_C)
+                top, total = tl.full((BLOCK,), LOWEST, dtype=ACC), tl.zeros((BLOCK,), dtype=ACC)
+                out = tl.zeros((BLOCK, BLOCK_C), dtype=ACC)
+                last = min(length, first + BLOCK) if CAUSAL else length
+                for other in range(0, last, BLOCK):
+                    j = other + place
+                    k = load_rows(q_ptr + width, start + j, j < length, 3 * width, C, BLOCK_C)
+                    v = load_rows(q_ptr + 2 * width, start + j, j < length, 3 * width, C, BLOCK_C)
+                    seen = visible_pairs(mask_ptr, start, i, j, length, HAS_MASK, CAUSAL)
+                    top, total, out = attend_tile(q, k, v, seen, scale, top, total, out, PRECISION, ACC)
+                    if first + BLOCK >= length:
+                        k_g = keys_with_position(k, position_ptr, f, width, C, HAS_POSITION, BLOCK_C, ACC)
+                        seen_g = visible(group_mask_ptr, start, j, length, HAS_GROUP_MASK)[None, :]
+                        seen_g = seen_g & guests[:, None]
+                        top_g, total_g, out_g = attend_tile(
+                            readout_q, k_g, v, seen_g, scale, top_g, total_g, out_g, PRECISION, ACC
+                        )
+                out /= tl.where(total == 0, 1.0, total)[:, None]
+                store_rows(out_ptr, start + i, (i < length) & (i != readout), width, C, out, BLOCK_C)
+                here = (readout >= first) & (readout < first + BLOCK)
+                local = tl.sum(tl.where((i == readout)[:, None], out, 0.0), axis=0)
+                tl.store(local_place, local, mask=(c < C) & here)
     out_g /= tl.where(total_g == 0, 1.0, total_g)[:, None]
-    store_rows(out_ptr, readout_rows, slot < grouped, width, C, out_g, BLOCK_C)
-    store_rows(fused_ptr + h * C, g + slot, slot < grouped, width, C, out_g, BLOCK_C)
-    tl.store(lse_ptr + (g + slot) * H + h, log_sum_exp(top_g, total_g), mask=slot < grouped)
+    store_rows(out_ptr, readout_rows, guests, width, C, out_g, BLOCK_C)
+    store_rows(fused_ptr + h * C, g + slot, guests, width, C, out_g, BLOCK_C)
+    tl.store(lse_ptr + (g + slot) * H + h, log_sum_exp(top_g, total_g), mask=guests)
 
 
 @triton.jit
@@ -108,26 +161,17 @@ def _one_tile_backward(
 ):  # fmt: skip
     """Gradients of one frame whose queries, and the group's readout queries as guests, fill one tile.
 
-    Guests take rows of the tile beyond the frame's own, so both have the same five products.  Keys with the
-    frame's position r give guests q (k + r) = q k + q r: a number for each, and dr = sum of q sum_j dS.
+    Both have the same five products.  By the frame's position, dr = sum of q sum_j dS over guests.
     Stores dq but of the readout row, dk, dv and dr; returns dq of guests, and of the readout row as `member`.
     """
     width, i, c = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
-    own = i < length
-    rows = tl.where(own, start + i, guest_rows)
-    q = load_rows(q_ptr, rows, own | guests, 3 * width, C, BLOCK_C)
+    q, k, v, seen, s, own, rows = _tile_with_guests(
+        q_ptr, mask_ptr, group_mask_ptr, position_ptr, start, length, guest_rows, guests, H, C, scale,
+        HAS_MASK, HAS_GROUP_MASK, HAS_POSITION, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+    )  # fmt: skip
     do = load_rows(grad_ptr, rows, own | guests, width, C, BLOCK_C)
     local = tl.load(local_ptr + c, mask=c < C, other=0.0)
     do = tl.where((i == readout)[:, None], local[None, :], do)
-    k = load_rows(q_ptr + width, start + i, own, 3 * width, C, BLOCK_C)
-    v = load_rows(q_ptr + 2 * width, start + i, own, 3 * width, C, BLOCK_C)
-    seen = visible_pairs(mask_ptr, start, i, i, length, HAS_MASK, CAUSAL)
-    seen = seen | (guests[:, None] & visible(group_mask_ptr, start, i, length, HAS_GROUP_MASK)[None, :])
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
-    if HAS_POSITION:
-        position = tl.load(position_ptr + c, mask=c < C, other=0.0).to(ACC)
-        s += tl.where(guests, tl.sum(q.to(ACC) * position[None, :], axis=1), 0.0)[:, None]
-    s = tl.where(seen, scale * s, LOWEST)
     top = tl.where(guests, guest_lse, tl.max(s, axis=1))
     p = tl.where(seen, tl.exp(s - top[:, None]), 0.0)
     total = tl.sum(p, axis=1)
@@ -142,6 +186,7 @@ def _one_tile_backward(
     dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
     store_rows(dq_ptr, start + i, own & (i != readout), 3 * width, C, dq, BLOCK_C)
     if HAS_POSITION:
+        position = tl.load(position_ptr + c, mask=c < C, other=0.0).to(ACC)
         share = tl.where(guests, tl.sum(ds, axis=1), 0.0)
         dq += share[:, None] * position[None, :]
         dposition = tl.sum(share[:, None] * q.to(ACC), axis=0)
@@ -252,8 +297,8 @@ def forward(
     acc = torch.promote_types(qkv.dtype, torch.float32)
     out = qkv.new_empty(rows + n, width)
     fused, lse = qkv.new_empty(n, width, dtype=acc), qkv.new_empty(n, heads, dtype=acc)
-    constants = _constants(qkv, readout_rows, offsets, key_mask, group_mask, position, heads, length, causal)
-    del constants["ONE"]
+    tile = length + readout_rows.shape[1]  # rows of a frame and readout rows of its group
+    constants = _constants(qkv, readout_rows, offsets, key_mask, group_mask, position, heads, tile, causal)
     _temporal_fusion_forward[(heads * (ungrouped + len(readout_rows)),)](
         qkv, qkv if offsets is None else offsets, mask_pointer(key_mask, qkv), mask_pointer(group_mask, qkv),
         readout_rows, qkv if position is None else position, out, out[rows:], fused, lse, length, ungrouped,

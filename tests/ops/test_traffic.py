@@ -220,7 +220,7 @@ def test_products_of_the_mlp_are_those_of_its_formula():
 
 @pytest.mark.parametrize("length", [64, 52], ids=["without padding", "with guests"])
 def test_attention_of_one_tile_has_two_products_and_five_in_backward(length):
-    """Of 52 tokens and 12 readout queries, which have rows of the same tile in backward."""
+    """Of 52 tokens and 12 readout queries, which have rows of the same tile."""
     frames, channels, tile = 12, 16, 2 * 64 * 64 * 16
     qkv = torch.randn(frames * length, 3 * channels)
     options = None, None, 1, length, False
@@ -236,7 +236,6 @@ def test_attention_of_one_tile_has_two_products_and_five_in_backward(length):
             out, fused, lse = temporal_fusion.forward(qkv, *options, 1, length, False, 0)
         with counted([qkv, out]) as backward:
             temporal_fusion.backward(out, qkv, *options, fused, lse, 1, length, False, 0)
-        forward.flops -= frames * 2 * (2 * 16 * 64 * channels)  # of readout queries over each frame
     assert (forward.flops, backward.flops) == (2 * frames * tile, 5 * frames * tile)
     floor = qkv.numel() + out.numel()
     assert floor <= forward.loads + forward.stores < 1.1 * floor + 2 * frames * channels
