@@ -40,12 +40,12 @@ def test_every_launched_kernel_has_a_row():
     assert launched == {row["kernel"] for row in rows()}
 
 
-def test_towers_do_not_spill_in_bfloat16_and_losses_hardly():
+def test_towers_do_not_spill_in_bfloat16_on_hopper_and_losses_hardly():
     for row in rows():
         op, single = row["case"].split()[0], row["case"].endswith("fp32") or " fp32 " in row["case"]
         if op in OF_TOWERS and not single:
-            assert row["spills"] == 0, row
-        elif op not in OF_TOWERS:
+            assert row["spills"] <= (0 if row["arch"] == 90 else 16), row
+        elif op not in OF_TOWERS and row["arch"] == 90:
             assert row["spills"] <= 16, row
         assert row["programs"] > 0, row
 
