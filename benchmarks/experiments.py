@@ -78,7 +78,7 @@ from discovla.model import LoadedRun, load_run
 from discovla.retrieval.embed import embed_videos
 from discovla.tensor_files import write_tensors
 from discovla.towers.configs import config_from_architecture
-from discovla.towers.weights import DRAWN_CLIP, read_drawn_clip
+from discovla.towers.weights import DRAWN, DRAWN_CLIP, read_drawn_clip
 from discovla.train_step import TrainStep, set_precision
 
 Row = dict[str, Any]
@@ -133,7 +133,9 @@ class Setting:
     def overrides(self, run: Run) -> list[str]:
         """Return the overrides of a run, without its directory."""
         words = [f"seed={run.seed}", f"data.manifest={self.manifest}", "engine.device=cpu"]
-        if run.tower:
+        if f"drawn_{run.tower}" in DRAWN:
+            words.append(f"model.pretrained=drawn_{run.tower}")
+        elif run.tower:
             words += [f"model.pretrained={weights_file(run)}", f"model.architecture={TOWERS[run.tower]}"]
         return [*run.words.split(), *words, *self.words]
 
@@ -220,13 +222,15 @@ def train(run: Run, setting: Setting, directory: Path) -> dict[str, float]:
 
 
 def weights_file(run: Run) -> Path:
-    """Return the file of the weights that a run starts from; those of a tower are written at the first call.
+    """Return the file of the weights that a run starts from.
+
+    Those of a tower that does not ship with discovla are written at the first call.
 
     Raises:
         FileNotFoundError: the tower is not pretrained; the message has the command.
     """
-    if not run.tower:
-        return DRAWN_CLIP
+    if not run.tower or f"drawn_{run.tower}" in DRAWN:
+        return DRAWN[f"drawn_{run.tower}" if run.tower else "drawn"]
     pretraining = PRETRAINED / f"pretrain_drawn_{run.tower}"
     path = pretraining / "tower.safetensors"
     if not (pretraining / "results.json").is_file():

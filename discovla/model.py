@@ -37,7 +37,7 @@ from discovla.peft_format import apply_peft, read_peft
 from discovla.retrieval.embed import embed_texts, embed_videos
 from discovla.retrieval.embeddings import Embeddings
 from discovla.retrieval.similarity import similarity_matrix, similarity_tile
-from discovla.towers.weights import ModelConfig, reachable
+from discovla.towers.weights import DRAWN, ModelConfig, reachable
 from discovla.train_step import prepare_method
 
 ADAPTER = "adapter.safetensors"  # trained parameters in an export
@@ -374,8 +374,8 @@ def download_export(repository: str) -> Path:
 def _plain_config(name: str) -> ModelConfig:
     """Return the model that "clip:ARCH@TAG", "clip:ARCH@FILE" or "clip:drawn" names."""
     architecture, at, weights = name.removeprefix(PLAIN).partition("@")
-    if name == f"{PLAIN}drawn":
-        return ModelConfig(pretrained="drawn")
+    if name.removeprefix(PLAIN) in DRAWN:
+        return ModelConfig(pretrained=name.removeprefix(PLAIN))
     if not (at and architecture and weights):
         raise ConfigError(f"{name}: expected clip:ARCH@TAG, clip:ARCH@FILE or clip:drawn")
     return ModelConfig(architecture=architecture, pretrained=weights)

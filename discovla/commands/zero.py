@@ -15,7 +15,7 @@ from discovla.engine.strategy import trained_size
 from discovla.methods import METHODS
 from discovla.methods.base import Method
 from discovla.nn.memory import WIDTHS
-from discovla.towers.weights import load_pretrained
+from discovla.towers.weights import DRAWN, load_pretrained
 
 FULL_TUNING_FACTOR = 2  # trained weights of the blocks keep the inputs of their matrix products too
 
@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def sketch(config: RunConfig) -> Method:
     """Build the method of a run on the meta device; with sizes in the config no weights are read."""
     model = config.model
-    if model.architecture is not None and model.pretrained != "drawn":
+    if model.architecture is not None and model.pretrained not in DRAWN:
         model = model.model_copy(update={"pretrained": "random", "activation": "auto"})
     architecture = load_pretrained(model).architecture
     with torch.device("meta"):

@@ -46,6 +46,8 @@ from discovla.towers.vision import VisionTower
 log = logging.getLogger(__name__)
 
 DRAWN_CLIP = Path(__file__).parent.parent / "assets" / "drawn_clip.safetensors"
+# values of `ModelConfig.pretrained` -> files that ship with discovla
+DRAWN = {"drawn": DRAWN_CLIP, "drawn_siglip": DRAWN_CLIP.with_name("drawn_siglip.safetensors")}
 VISION_POSITIONS = ("vision.class_embedding", "vision.position_embedding")
 LAYER_SCALE_START = 1e-4  # as open_clip's only config with layer scales
 CONNECT_SECONDS = 5.0  # for a server to answer
@@ -83,7 +85,8 @@ class ModelConfig(BaseModel):
     drawn CLIP and for a file of weights with heads of width 64."""
     pretrained: str = "openai"
     """Weights: an open_clip tag ("openai"), a file with OpenAI's or open_clip's names (.pt, .safetensors),
-    "drawn" for the small CLIP that ships with discovla, or "random"."""
+    "drawn" or "drawn_siglip" for the small towers that ship with discovla, like CLIP's and like SigLIP's, or
+    "random"."""
     activation: Literal["auto", "quick_gelu", "gelu"] = "auto"
     """Activation of the MLPs; "auto" takes it from the tag, the archive or the architecture.  Naming another
     one than that of the weights is an error."""
@@ -121,7 +124,7 @@ def weights_origin(config: ModelConfig) -> WeightsOrigin:
     name = f"{Path(architecture).name} {Path(pretrained).name}".strip()
     if pretrained == "random":
         return WeightsOrigin(name=name, source="", licence="none: they start at random")
-    if pretrained == "drawn":
+    if pretrained in DRAWN:
         return WeightsOrigin(name=name, source="the package discovla", licence="Apache-2.0")
     if _is_file(pretrained):
         return WeightsOrigin(name=name, source=pretrained, licence="not known of a file")
@@ -181,8 +184,8 @@ def _load(config: ModelConfig) -> Pretrained:
         if named is None:
             raise ValueError("model.architecture: expected a name for a random start, found none")
         return Pretrained(architecture=_check_activation(config, named, None), weights=None)
-    if config.pretrained == "drawn":
-        return read_drawn_clip(DRAWN_CLIP)
+    if config.pretrained in DRAWN:
+        return read_drawn_clip(DRAWN[config.pretrained])
     if _is_file(config.pretrained):
         path = Path(config.pretrained)
         weights, activation = read_weights(path)
