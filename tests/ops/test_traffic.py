@@ -220,7 +220,7 @@ def test_products_of_the_mlp_are_those_of_its_formula():
 
 @pytest.mark.parametrize("length", [64, 52], ids=["without padding", "with guests"])
 def test_attention_of_one_tile_has_two_products_and_five_in_backward(length):
-    """Of 52 tokens and 12 readout queries, which have rows of the same tile."""
+    """52 tokens, and 12 readout queries in rows of the same tile."""
     frames, channels, tile = 12, 16, 2 * 64 * 64 * 16
     qkv = torch.randn(frames * length, 3 * channels)
     options = None, None, 1, length, False
