@@ -12,14 +12,21 @@ import numpy as np
 import pytest
 import torch
 
+from discovla import corpus
+from discovla.data import quarantine
 from discovla.data.manifest import write_atomic
 from discovla.data.shards import writer as shard_writer
+from discovla.data.video.index import FrameIndexStore
+from discovla.data.video.pyav import index_video
 from discovla.drawn_world import synthetic
 from discovla.engine import checkpoint
 from discovla.engine.log import drop_records
+from discovla.features import FeatureStore
+from discovla.retrieval.embeddings import Embeddings
 from discovla.retrieval.ranks import Ranks
 from discovla.retrieval.record import EvaluationRecord
 from discovla.trainer import write_json
+from tests.data.odd_clips import odd_clip
 from tests.data.shards.world import contents, make_manifest, make_shards
 from tests.durability import assert_durable, intercepted, killed_before
 
@@ -146,6 +153,8 @@ def record(value: int) -> EvaluationRecord:
     )
 
 
+BAD_CLIP = '{"id": "a", "video": "a.mp4", "reason": "x"}\n'
+
 CASES = [
     Case("results.json", lambda p, v: write_json(p, {"v": v}), lambda p: json.loads(p.read_text())["v"]),
     Case("manifest", lambda p, v: write_atomic(p, f"{v}\n" * 999), lambda p: int(p.read_text()[:1])),
@@ -155,6 +164,11 @@ CASES = [
         "metrics.jsonl",
         lambda p, v: p.write_text('{"kind": "train", "step": 1}\n') if v == 1 else drop_records(p, 1),
         lambda p: 1 if p.read_text() else 2,
+    ),
+    Case(
+        "quarantine",
+        lambda p, v: p.write_text(BAD_CLIP + BAD_CLIP[:9]) if v == 1 else quarantine._read(p),
+        lambda p: 2 if p.read_text() == BAD_CLIP else 1,
     ),
     Case("per_query", lambda p, v: record(v).save(p), lambda p: EvaluationRecord.load(p).step),
 ]
@@ -178,3 +192,38 @@ def test_a_file_has_its_old_or_its_new_content_after_a_kill_before_any_call(case
     ):
         case.write(path, 2)
     assert named == [str(path)], "written in place, where a kill leaves half of it"
+
+
+def renamed(patch: pytest.MonkeyPatch, write: Callable[[], object]) -> list[str]:
+    """Return the names that files were renamed to by `write`."""
+    names: list[str] = []
+    with intercepted(
+        patch, lambda call, paths: names.extend(paths[1:2] if call in ("rename", "replace") else [])
+    ):
+        write()
+    return [Path(name).name for name in names]
+
+
+def test_the_features_of_a_part_are_complete_once_it_has_its_record(tmp_path, monkeypatch):
+    features, facts = np.ones((2, 3)), {"frames": [2]}
+    for call in range(10):
+        store = FeatureStore(folder=tmp_path / str(call), clips=[], size=1)
+        store.folder.mkdir()
+        killed = killed_before(monkeypatch, lambda store=store: store.write(0, features, facts), call)
+        array, record = store.paths(0)
+        if record.exists():
+            assert json.loads(record.read_text()) == facts and np.array_equal(np.load(array), features)
+        if not killed:
+            break
+    assert record.exists()
+    assert renamed(monkeypatch, lambda: store.write(0, features, facts)) == [array.name, record.name]
+
+
+def test_embeddings_and_frame_indices_are_renamed_into_place(tmp_path, monkeypatch):
+    embeddings = Embeddings(pooled=torch.ones(1, 2), index=torch.zeros(1, dtype=torch.int64))
+    names = renamed(monkeypatch, lambda: corpus._write(tmp_path / "video", embeddings, [{"id": "a"}]))
+    assert names == ["video.safetensors", "video.jsonl"]
+    video = odd_clip(tmp_path, "one-frame")
+    index = index_video(video)
+    names = renamed(monkeypatch, lambda: FrameIndexStore(tmp_path / "kept").put(video, index))
+    assert [path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()] == names

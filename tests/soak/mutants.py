@@ -266,6 +266,36 @@ MUTANTS = (
         "    path.write_bytes(writing.read_bytes())",
         "tests/test_durability.py",
     ),
+    Mutant(
+        "discovla/features.py",
+        "            hidden.replace(path)",
+        "            path.write_bytes(hidden.read_bytes())",
+        "tests/test_durability.py",
+    ),
+    Mutant(
+        "discovla/features.py",
+        "((array, lambda file: np.save(file, features)), (described, None))",
+        "((described, None), (array, lambda file: np.save(file, features)))",
+        "tests/test_durability.py",
+    ),
+    Mutant(
+        "discovla/data/quarantine.py",
+        "        part.replace(path)",
+        "        path.write_bytes(part.read_bytes())",
+        "tests/test_durability.py",
+    ),
+    Mutant(
+        "discovla/data/video/index.py",
+        "            part.replace(path)",
+        "            path.write_bytes(part.read_bytes())",
+        "tests/test_durability.py",
+    ),
+    Mutant(
+        "discovla/corpus.py",
+        "    writing.replace(final)",
+        "    final.write_bytes(writing.read_bytes())",
+        "tests/test_durability.py",
+    ),
     # randomness of a step, and the optimiser
     Mutant(
         "discovla/trainer.py",
