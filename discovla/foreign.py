@@ -18,7 +18,7 @@ import numpy as np
 
 Kind = Literal["safetensors", "torch", "jit", "npy", "npz", "pickle", "text"]
 
-_HEAD = 1024  # bytes that tell what a file holds
+HEAD = 1024  # bytes that tell what a file holds
 _OTHER_FORMATS = (
     (b"\x1f\x8b", "a gzip archive; unpack it"),
     (b"\xfd7zXZ", "an xz archive; unpack it"),
@@ -68,8 +68,8 @@ def recognise(path: Path, expected: str) -> Kind:
         raise FileNotFoundError(f"{path}: expected {expected}, found none")
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(_HEAD)
-    contents = _not_contents(head)
+        head = file.read(HEAD)
+    contents = other_contents(head)
     if contents is not None:
         raise ValueError(f"{path}: expected {expected}, found {contents}")
     if head[:4] == b"PK\x03\x04":
@@ -241,10 +241,10 @@ def read_utf8(path: Path, expected: str) -> str:
         ValueError: it is not UTF-8, and the message names the line; or it is a web page, an archive, ...
     """
     content = path.read_bytes()
-    other = _not_contents(content[:_HEAD]) if content else None  # empty texts have errors of their own
+    other = other_contents(content[:HEAD]) if content else None  # empty texts have errors of their own
     if other is None and content[:4] == b"PK\x03\x04":
         other = "a zip archive, as spreadsheets are saved; save it as text"
-    if other is None and content[:_HEAD].count(b"\0") > len(content[:_HEAD]) // 4:
+    if other is None and content[:HEAD].count(b"\0") > len(content[:HEAD]) // 4:
         other = "null characters, as in UTF-16 or UTF-32; save it as UTF-8"
     if other is not None:
         raise ValueError(f"{path}: expected {expected} in UTF-8, found {other}")
@@ -335,7 +335,7 @@ def nested(value: Any, *, depth: int = 3, name: str = "") -> Iterator[tuple[str,
                 yield from nested(inner, depth=depth - 1, name=f"{name}.{key}" if name else key)
 
 
-def _not_contents(head: bytes) -> str | None:
+def other_contents(head: bytes) -> str | None:
     """Return what a file holds that is never what is expected, None if its first bytes do not tell."""
     if not head:
         return "an empty file (0 bytes); download it again"
@@ -401,7 +401,7 @@ def _is_text(head: bytes) -> bool:
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 3 or len(head) < _HEAD:
+        if error.start < len(head) - 3 or len(head) < HEAD:
             return False
     return b"\0" not in head
 

@@ -21,6 +21,7 @@ from discovla.data.sampling import Sampling
 from discovla.data.video.errors import DecodeError, WrongFrames, check_file, error_text
 from discovla.data.video.hdr import hdr_name, tone_map
 from discovla.data.video.index import FrameIndex, FrameIndexBuilder, quarter_turns
+from discovla.foreign import HEAD, other_contents
 
 Transform = Callable[[Image.Image], np.ndarray] | None  # RGB as displayed to uint8 y x 3; None keeps it
 Images = dict[int, np.ndarray]  # transformed frames by their number
@@ -291,7 +292,10 @@ def _open_failure(path: Path, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return f"cannot be read: {error_text(error)}"
     with path.open("rb") as file:
-        head = file.read(12)
+        head = file.read(HEAD)
+    other = other_contents(head)
+    if other is not None:
+        return f"not a video file: {other}"
     if head[4:8] == b"ftyp":
         return f"truncated: an MP4 file without its index ({error_text(error)})"
     return f"not a video file ({error_text(error)})"

@@ -221,6 +221,16 @@ def garbled(folder: Path) -> Path:
     return folder / "garbled.mp4"
 
 
+def pointer(folder: Path) -> Path:
+    (folder / "lfs.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n")
+    return folder / "lfs.mp4"
+
+
+def page(folder: Path) -> Path:
+    (folder / "page.mp4").write_text("<!DOCTYPE html><html>404</html>")
+    return folder / "page.mp4"
+
+
 def playlist(folder: Path) -> Path:
     (folder / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://localhost:9/a.ts\n#EXT-X-ENDLIST\n")
     return folder / "list.m3u8"
@@ -239,8 +249,23 @@ def playlist(folder: Path) -> Path:
         (covered, "no video stream: audio only"),
         (garbled, "no frame decodes: Invalid data"),
         (playlist, "not a video file"),
+        (pointer, "not a video file: a Git LFS pointer; fetch the file with `git lfs pull`"),
+        (page, "not a video file: a web page, as a failed download leaves it; download the file again"),
     ],
-    ids=["missing", "folder", "pipe", "empty", "text", "beheaded", "sound", "cover", "garbled", "playlist"],
+    ids=[
+        "missing",
+        "folder",
+        "pipe",
+        "empty",
+        "text",
+        "beheaded",
+        "sound",
+        "cover",
+        "garbled",
+        "playlist",
+        "pointer",
+        "page",
+    ],
 )
 @pytest.mark.timeout(20)
 def test_a_file_without_frames_is_refused_with_its_reason(tmp_path, make, reason):
