@@ -1,6 +1,7 @@
 """Measure the search: selection, searches of large indexes, kills, and probabilities.
 
     python benchmarks/search.py select       top 10 beside faiss-cpu flat, ranks beside counting in NumPy
+    python benchmarks/search.py query [N]    one query among N vectors (default 200,000) in memory
     python benchmarks/search.py large [N]    an index of N random moments x 512 (default 200,000): bytes, time
                                              to open, a search beside the product, LanceDB's own and faiss
     python benchmarks/search.py kills [N]    indexing killed N times (default 20) while it writes
@@ -36,7 +37,7 @@ from discovla.data.manifest import Clip, read_manifest, write_manifest
 from discovla.drawn_world.synthetic import WorldSizes, draw_world
 from discovla.model import load
 from discovla.ops.rank_of_positive import rank_of_positive
-from discovla.ops.top_k import top_k
+from discovla.ops.top_k import top_k, top_of_scores
 from discovla.retrieval.embeddings import Embeddings
 from discovla.search import indexing
 from discovla.search.index import Index
@@ -109,6 +110,31 @@ def select() -> list[dict[str, Any]]:
         row_of("top 10", best, "ours", **shape, same_as_faiss=float(same)),
         row_of("ranks", ranks, "ours", **shape, same_as_numpy=equal),
     ]
+
+
+def query(count: int) -> list[dict[str, Any]]:
+    """Compare the top 10 of one query among vectors that an index holds in memory, as columns."""
+    faiss = import_module("faiss")
+    faiss.omp_set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, WIDTH, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    one = torch.randn(WIDTH, generator=generator)
+    columns, flat = rows.T.contiguous(), faiss.IndexFlatIP(WIDTH)
+    flat.add(rows.numpy())
+
+    def search() -> np.ndarray:
+        return top_of_scores((one @ columns)[None], 10)[1][0].numpy()
+
+    times = rounds(
+        {
+            "ours": search,
+            "numpy": lambda: rows.numpy() @ one.numpy(),
+            "faiss": lambda: flat.search(one.numpy()[None], 10),
+        }
+    )
+    same = bool((search() == flat.search(one.numpy()[None], 10)[1][0]).all())
+    return [row_of("one query", times, "ours", vectors=count, width=WIDTH, same_as_faiss=same)]
 
 
 def _unit(rows: torch.Tensor) -> np.ndarray:
@@ -389,13 +415,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("select", "large", "kills", "calibrate"))
+    parser.add_argument("what", choices=("select", "query", "large", "kills", "calibrate"))
     parser.add_argument("count", type=int, nargs="?")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     match arguments.what:
         case "select":
             rows = select()
+        case "query":
+            rows = query(arguments.count or 200_000)
         case "large":
             rows = large(arguments.count or 200_000)
         case "kills":

@@ -463,9 +463,16 @@ def search_table() -> str:
     """Return the times of selection and search beside those of other libraries."""
     names = {"top 10": "20,000 queries, 1,000 items, top 10", "ranks": "20,000 queries, 1,000 items, ranks"}
     body = []
-    for measure in ("top 10", "ranks", "search of an index"):
+    for measure in ("top 10", "ranks", "one query", "search of an index"):
         for row in search_rows(measure):
-            name = names.get(measure) or f"{row['moments']:,} moments, one query"
+            name = names.get(measure)
+            if name is None:
+                size = (
+                    f"{row['vectors']:,} vectors"
+                    if "vectors" in row
+                    else f"an index of {row['moments']:,} moments"
+                )
+                name = f"one query, {size}"
             others = {
                 key.removeprefix("ratio_to_"): x for key, x in row.items() if key.startswith("ratio_to_")
             }
