@@ -21,7 +21,7 @@ from benchmarks.measure import ROOT, read_rows
 
 Row = dict[str, Any]
 Curve = list[tuple[float, float]]  # share of the tokens, R@1
-LEFT, TOP, WIDTH, HEIGHT = 44, 16, 400, 240  # pixels, of the axes
+LEFT, TOP, WIDTH, HEIGHT = 60, 16, 400, 240  # pixels, of the axes
 COLOURS = ("#3949ab", "#e65100", "#2e7d32", "#6a1b9a", "#c62828", "#00838f", "#616161")
 FONT = 'font-family="system-ui, sans-serif" font-size="12"'
 
@@ -29,29 +29,37 @@ FONT = 'font-family="system-ui, sans-serif" font-size="12"'
 def curves(rows: Sequence[Row]) -> dict[str, Curve]:
     """Return R@1, text to video, of each method against the tokens of the last block, of all tokens.
 
-    A method that merges tokens in training and one that merges them afterwards are different curves.
+    ToMe and TempMe, and merging in training and afterwards, are different curves, which begin at all tokens.
     """
-    scores: dict[str, dict[int, list[float]]] = {}
-    for row in (row for row in rows if "tokens" in row):
-        method = row["method"]
-        score = row["test"]["t2v"]["R@1"]
-        names = {"untrained": [method], "run": [f"{method}, trained so"]}.get(row["kind"], [])
-        if row["kind"] == "merged later" or (row["kind"] == "run" and row["merge"] == ALL_TOKENS):
-            names = [*names, f"{method}, merged later"]
+    counted = [row for row in rows if "tokens" in row]
+    largest = max((row["tokens"] for row in counted), default=1)
+    scores: dict[str, dict[float, list[float]]] = {}
+    for row in (row for row in counted if row["merge"] != ALL_TOKENS):
+        name = _name(row, row["kind"], row["merge"])
+        scores.setdefault(name, {}).setdefault(row["tokens"] / largest, []).append(_score(row))
+    for row in (row for row in counted if row["merge"] == ALL_TOKENS):
+        # a run that trained with all tokens is where both curves of its method begin
+        kinds = ("run", "merged later") if row["kind"] == "run" else (row["kind"],)
+        names = [_name(row, kind, merge) for kind in kinds for merge in ("ToMe", "TempMe")]
         for name in names:
-            scores.setdefault(name, {}).setdefault(row["tokens"], []).append(score)
-    largest = max((tokens for by in scores.values() for tokens in by), default=1)
-    made = {
-        name: [(tokens / largest, statistics.fmean(by[tokens])) for tokens in sorted(by)]
-        for name, by in scores.items()
-    }
-    return {name: curve for name, curve in made.items() if len(curve) > 1}
+            if name in scores:
+                scores[name].setdefault(1.0, []).append(_score(row))
+    return {name: [(x, statistics.fmean(by[x])) for x in sorted(by)] for name, by in scores.items()}
+
+
+def _name(row: Row, kind: str, merge: str) -> str:
+    ends = {"run": ", trained so", "merged later": ", merged later", "untrained": ""}
+    return f"{row['method']}: {merge.split(',')[0]}{ends[kind]}"
+
+
+def _score(row: Row) -> float:
+    return row["test"]["t2v"]["R@1"]
 
 
 def svg(made: dict[str, Curve]) -> str:
     """Return the picture: a line for each curve, and its name."""
     top = 10 * (1 + int(max(score for curve in made.values() for _, score in curve) / 10))
-    size = f'viewBox="0 0 {LEFT + WIDTH + 280} {TOP + HEIGHT + 44}"'
+    size = f'viewBox="0 0 {LEFT + WIDTH + 340} {TOP + HEIGHT + 44}"'
     body = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT}>', *_axes(top)]
     for number, (name, curve) in enumerate(made.items()):
         colour = COLOURS[number % len(COLOURS)]
@@ -77,7 +85,7 @@ def _axes(top: int) -> Iterator[str]:
         yield f'<text x="{x:.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{share} %</text>'
     middle = f'x="{LEFT + WIDTH / 2}" y="{TOP + HEIGHT + 38}" text-anchor="middle"'
     yield f"<text {middle}>tokens in the last block</text>"
-    yield f'<text x="4" y="{TOP - 4}">R@1</text>'
+    yield f'<text x="4" y="{TOP + HEIGHT / 2}">R@1</text>'
 
 
 def main(words: Sequence[str] | None = None) -> int:
