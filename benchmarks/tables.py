@@ -103,6 +103,12 @@ def markdown(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def known_columns(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table without the columns that have no cell."""
+    known = [column for column in range(len(heads)) if any(cells[column] != ABSENT for cells in body)]
+    return markdown([heads[i] for i in known], [[cells[i] for i in known] for cells in body])
+
+
 def mean_and_range(rows: Sequence[Row], path: str, form: str = ".1f") -> str:
     """Return the mean of a number over rows, with the least and the largest if they differ."""
     values = []
@@ -197,11 +203,11 @@ def merged_later_table(results: Sequence[Row]) -> str:
             groups.setdefault((row["method"], row["merge"]), []).append(row)
     body = []
     for (method, merge), rows in groups.items():
-        time = [f"{times[merge]:.2f}"] if times else []
-        cells = [method, merge, *_tokens_and_work(rows[0]), *time]
+        time = f"{times[merge]:.2f}" if merge in times else ABSENT
+        cells = [method, merge, *_tokens_and_work(rows[0]), time]
         body.append([*cells, *(mean_and_range(rows, path) for path in MERGE_COLUMNS.values())])
-    heads = ["method", "merge", "tokens", "GFLOP", *(["CPU time"] if times else []), *MERGE_COLUMNS]
-    return markdown(heads, body) if body else "Not measured yet."
+    heads = ["method", "merge", "tokens", "GFLOP", "CPU time", *MERGE_COLUMNS]
+    return known_columns(heads, body) if body else "Not measured yet."
 
 
 def front_table(results: Sequence[Row]) -> str:
@@ -221,7 +227,7 @@ def front_table(results: Sequence[Row]) -> str:
 
 
 def _tokens_and_work(row: Row) -> list[str]:
-    return [str(row["tokens"]), f"{row['gflop']:.3f}"]
+    return [str(row["tokens"]), f"{row['gflop']:.3f}" if "gflop" in row else ABSENT]
 
 
 def token_times_table(rows: Sequence[Row]) -> str:
@@ -340,8 +346,7 @@ def step_table(rows: Sequence[Row]) -> str:
         others = {other["impl"]: other for other in timed if (other["device"], other["name"]) == same}
         ratios = [_ratio(row, others.get(name)) for name in bases]
         body.append([*_step_times(row), *ratios, *_step_counts(row)])
-    known = [column for column in range(len(heads)) if any(cells[column] != ABSENT for cells in body)]
-    table = markdown([heads[i] for i in known], [[cells[i] for i in known] for cells in body])
+    table = known_columns(heads, body)
     left_out: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if "left_out" in row:
