@@ -230,7 +230,8 @@ def load(
         data: keys of the run's `data` table to change, such as {"frames": 8}.
         peft: folder with LoRA in PEFT's format, for open_clip or transformers, to add to a plain CLIP.
         merge: number of similar tokens that every block of the vision tower merges in each frame, without
-            training (ToMe, arXiv 2210.09461): faster, with other features.  None: as the model was trained.
+            training (ToMe, arXiv 2210.09461): later blocks read fewer tokens, and
+            features differ.  None: as the model was trained.
 
     Raises:
         ConfigError: nothing of these at the path, a wrong key in `data`, or `merge` for a model that merges

@@ -50,8 +50,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--vectors", choices=("float32", "float16"), help=vectors)
     merge = (
-        "merge R similar tokens of every frame in each block of the vision tower, without training: faster, "
-        "with other features; default: as the run was trained"
+        "merge R similar tokens of every frame in each block of the vision tower, without training: later "
+        "blocks read fewer tokens, and features differ; default: as the run was trained"
     )
     parser.add_argument("--merge", type=int, metavar="R", help=merge)
     captions = "text file with a caption a line, of other videos, that calibrate probabilities"
