@@ -75,6 +75,9 @@ def test_of_equal_cosines_the_lower_place_merges(impl):
     # sources are the places 2, 4, 6, 8, 10; all choose place 1, and 2, 4 and 6 merge
     assert merged.target[0].tolist() == [0, 3, 3, 4, 3, 5, 3, 6, 1, 7, 2]
     assert merged.sizes[0].tolist() == [1, 1, 1, 4, 1, 1, 1, 1]
+    many = torch.ones(1, 70, 3, device=DEVICE)  # more destinations than a tile has
+    merged = merge_tokens(many, many[..., 0], many, 3, impl=impl)
+    assert merged.sizes[0, merged.target[0, 1]] == 4
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -108,6 +108,7 @@ CASES = {
     "frames": Case((7,) * 6, group=3),
     "frames-alone": Case((7,) * 4),
     "padded-frames": Case((7,) * 6, group=3, masked=True, position=True),
+    "17-frames": Case((1,) * 17, group=17, position=True),  # more than a tile of readout rows
     "frames-of-63": Case((63, 63), group=2),
     "frames-of-130": Case((130, 130), group=2, masked=True, position=True),
     "captions": Case((3, 1, 12, 5), packed=True, causal=True),

@@ -195,6 +195,18 @@ MUTANTS = (
         FUSION,
     ),
     Mutant(
+        "kernels/discovla_kernels/merge_tokens.py",
+        "tl.where(highest > best, lowest",
+        "tl.where(highest >= best, lowest",
+        "tests/ops/test_merge_tokens.py -k equal_cosines",
+    ),
+    Mutant(
+        "kernels/discovla_kernels/readout_attention.py",
+        "max(16, triton.next_power_of_2(max(1, group)))",
+        "16",
+        "tests/ops/test_readout_attention.py -k 'formula and triton'",
+    ),
+    Mutant(
         "kernels/discovla_kernels/tiles.py",
         "else tl.float32",
         "else tl.float16",
