@@ -340,12 +340,12 @@ def measured(run: Run, directory: Path, loaded: LoadedRun, evaluation: DrawnEval
 
 FEATURES = ROOT / "runs/features"  # of frozen vision towers, which the runs of `time` share
 _PARTS = {
+    "quickstart": "method.reversed_negatives=0 steps=800",
     "all parts": "method.reversed_negatives=1 steps=1200",
     "without the basis": "method.reversed_negatives=1 steps=1200 method.temporal=none",
     "without reversed negatives": "method.reversed_negatives=0 steps=1200",
     "without swapped captions": "method.reversed_negatives=1 steps=1200 method.swapped_captions=0",
     "without reversed pairs": "method.reversed_negatives=1 steps=1200 data.reversed_pairs=false",
-    "without reversed negatives, 800 steps": "method.reversed_negatives=0 steps=800",
 }
 _ORDER = (
     "method.temporal=basis method.reversed_negatives=1 method.swapped_captions=1 "
@@ -969,7 +969,7 @@ def main(words: Sequence[str] | None = None) -> int:
     runs = named[first::shares]
     if options.trained is not None:
         seed = load_run(options.trained).config.seed
-        runs = [run for run in TIME_RUNS if run.name == "all parts" and run.seed == seed]
+        runs = [run for run in TIME_RUNS if run.name == "quickstart" and run.seed == seed]
         if options.experiment == "tokens":
             runs = [merged_quickstart(options.trained)]
         elif options.experiment != "time" or not runs:
