@@ -350,8 +350,10 @@ class Trainer:
                 previous, taken = taken, self.take_step(state, batch, began)
                 self.report(state, log, previous)  # which is complete when this step runs
                 taken.seconds = time.perf_counter() - began
-                if unreported is not None:  # only now, so that the first step does not wait for the report
-                    self.write_report(unreported, log)
+                if unreported is not None and previous is not None:
+                    self.write_report(
+                        unreported, log
+                    )  # only now, so that the first step does not wait for it
                     unreported = None
 
                 validates = self.must_validate(state.step)
@@ -370,6 +372,8 @@ class Trainer:
                     log.event("slow", state.step, {"rank": line})
                 began = time.perf_counter()
             self.report(state, log, taken)
+            if unreported is not None:
+                self.write_report(unreported, log)
             if self.stop_reason is not None and self.checkpoints.newest_step != state.step:
                 self.save(state, log)
             self.checkpoints.finish()

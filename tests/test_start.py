@@ -20,7 +20,7 @@ def after_step(*_):
     print("loaded:", *(name for name in {UNUSED} if name in sys.modules), file=sys.stderr)
     os._exit(0)
 
-Trainer.write_report = after_step  # follows the first step
+Trainer.write_report = after_step  # follows the first steps
 main(["train", *sys.argv[1:]])
 """
 
