@@ -120,8 +120,8 @@ def perform(task: Task) -> list[Row]:
     try:
         return task.work(*task.arguments)
     finally:
-        gc.collect()
         if torch.cuda.is_initialized():
+            gc.collect()
             torch.cuda.empty_cache()
 
 

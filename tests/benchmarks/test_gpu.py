@@ -65,7 +65,7 @@ def test_each_case_has_its_row_at_once_whatever_becomes_of_it(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_simulation_shows_the_flow_and_leaves_its_table_in_out(tmp_path):
-    words = [sys.executable, ROOT / "benchmarks/gpu.py", "--simulate"]
+    words = [sys.executable, ROOT / "benchmarks/gpu.py", "--simulate", "--seconds", "300"]
     environment = {**os.environ, "OUT": str(tmp_path)}
     run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 1, run.stderr
