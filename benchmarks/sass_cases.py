@@ -402,7 +402,8 @@ def _contrastive(n: int, dtype: torch.dtype, with_teacher: bool) -> list[SassCas
 
 def _alignment_block(n: int) -> list[SassCase]:
     """The kernels of a batch that is one block; those that it shares with others have cases of their own."""
-    pooled, parts = [like(F32, n, DIM) for _ in "tv"], [like(F32, n, FRAMES, DIM) for _ in "tv"]
+    pooled = like(F32, n, DIM), like(F32, n, DIM)
+    parts = like(F32, n, FRAMES, DIM), like(F32, n, FRAMES, DIM)
     options = None, None, like(F32), None
 
     def forward() -> Any:

@@ -28,7 +28,10 @@ def architecture(name: str) -> Architecture:
         torchvision_cpu.install()
         import open_clip
 
-        return architecture_from_config(name, open_clip.get_model_config(name))
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise ValueError(f"model: expected a name of open_clip, found {name!r}")
+        return architecture_from_config(name, config)
     width, layers, text, joint = sizes[name]
     return Architecture(
         embed_dim=joint,

@@ -66,7 +66,8 @@ def run_program(run: Callable[[], None], program: str) -> int:
         return EXIT_FAILED
     except UnicodeError as error:  # a ValueError that names no file
         encoding = sys.getfilesystemencoding()
-        if encoding == "utf-8" or getattr(error, "encoding", None) != encoding:
+        of_text = isinstance(error, UnicodeEncodeError | UnicodeDecodeError)
+        if not of_text or encoding == "utf-8" or error.encoding != encoding:
             return _report_bug(program)
         line = (
             f"expected file names in UTF-8, found that this terminal's are in {encoding}, which has no "

@@ -118,7 +118,7 @@ def takes_onednn(x: Tensor) -> bool:
     """Return True if `product` of rows like x is computed by oneDNN."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
         return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
