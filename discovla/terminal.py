@@ -39,6 +39,7 @@ class Bar:
     def __init__(self, task: TaskID | None) -> None:
         self._task = task  # None shows nothing
         self._next_line = time.monotonic() + DELAY
+        self._lines = threading.Lock()  # or the line of the timer of `progress` may follow a newer one
 
     def advance(self, count: int = 1, text: str = "") -> None:
         """Count `count` more as done; `text` replaces what stands behind the estimate."""
@@ -56,16 +57,17 @@ class Bar:
 
     def print_line(self) -> None:
         """Print the state of the pass as one line, or as JSON."""
-        self._next_line = time.monotonic() + EVERY
-        for task in _screen.bars.tasks:
-            if task.id != self._task:
-                continue
-            parts = [f"{task.description}: {_count(task)}", _time_left(task), task.fields["text"]]
-            if _screen.mode == "lines":
-                _screen.console.print(Text(", ".join(part for part in parts if part)))
-            done = {"pass": task.description, "done": int(task.completed), "total": task.total}
-            left = {"unit": task.fields["unit"], "seconds_left": task.time_remaining}
-            event({"kind": "progress", **done, **left})
+        with self._lines:
+            self._next_line = time.monotonic() + EVERY
+            for task in _screen.bars.tasks:
+                if task.id != self._task:
+                    continue
+                parts = [f"{task.description}: {_count(task)}", _time_left(task), task.fields["text"]]
+                if _screen.mode == "lines":
+                    _screen.console.print(Text(", ".join(part for part in parts if part)))
+                done = {"pass": task.description, "done": int(task.completed), "total": task.total}
+                left = {"unit": task.fields["unit"], "seconds_left": task.time_remaining}
+                event({"kind": "progress", **done, **left})
 
 
 class _Console(Console):

@@ -16,9 +16,9 @@ from discovla.search.index import Index
 from tests.search.videos import write_video
 
 
-def one_after_another(address, model, device, requests):
+def one_after_another(address, model, device, requests, *, merge=None):
     """Run the actors of `embed_on_cluster` in this process, on batches of three."""
-    read, embed = ray._Reader(), ray._Embedder(model, device)
+    read, embed = ray._Reader(), ray._Embedder(model, device, merge)
     items = [{"place": place, "content": pickle.dumps(one)} for place, one in enumerate(requests)]
     rows = [row for item in items for row in read(item)]
     done = []

@@ -6,8 +6,8 @@ import open_clip
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import flops
 from discovla import cli
 from discovla.methods.clip import CLIP, CLIPConfig
 from discovla.testing import tiny_towers
@@ -31,9 +31,8 @@ def test_operations_are_those_that_torch_counts(tower):
     rows = architecture.patches + architecture.frames.class_row
     # the fused attention of CPUs is not counted
     method.requires_grad_(False)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        method.vision(pixels)
-    counted, last = counter.get_total_flops(), 0
+    with sdpa_kernel(SDPBackend.MATH):
+        counted, last = flops(lambda: method.vision(pixels)), 0
     if architecture.frames.pool == "class":  # whose last block computes one row of queries, output and MLP
         width, mlp = architecture.vision.width, architecture.vision.mlp_width
         products = 3 if architecture.vision.activation == "swiglu" else 2
