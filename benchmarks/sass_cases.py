@@ -224,7 +224,7 @@ def _short_attention(
 ) -> list[SassCase]:
     rows, longest = n * length, LONGEST if length == TOKENS else length
     qkv, offsets = like(dtype, rows, 3 * width), like(I32, n + 1) if packed else None
-    options = offsets, None, heads, longest, packed
+    options = offsets, None, None, heads, longest, packed
     forward = partial(short_attention.forward, qkv, *options)
     backward = partial(short_attention.backward, like(dtype, rows, width), qkv, *options)
     one = 2.0 * n * length**2 * width

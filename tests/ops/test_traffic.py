@@ -223,7 +223,7 @@ def test_attention_of_one_tile_has_two_products_and_five_in_backward(length):
     """52 tokens, and 12 readout queries in rows of the same tile."""
     frames, channels, tile = 12, 16, 2 * 64 * 64 * 16
     qkv = torch.randn(frames * length, 3 * channels)
-    options = None, None, 1, length, False
+    options = None, None, None, 1, length, False
     readout = torch.arange(0, frames * length, length)[None]
     if length == 64:
         with counted([qkv]) as forward:
