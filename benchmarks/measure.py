@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -192,21 +191,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def flops(call: Callable[[], object]) -> int:
     """Count the floating-point operations of the matrix products of a call, for example on meta tensors."""
-    missing = {  # in torch's counter: in-place products, and those by oneDNN
-        torch.ops.aten.addmm_: _addmm_flops,
-        torch.ops.mkldnn._linear_pointwise: _linear_flops,
-    }
-    with FlopCounterMode(display=False, custom_mapping=missing) as counted:
+    in_place = {torch.ops.aten.addmm_: _addmm_flops}  # missing in torch's counter
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
         call()
     return counted.get_total_flops()
 
 
 def _addmm_flops(c: torch.Size, a: torch.Size, b: torch.Size, **options: object) -> int:
     return 2 * a[0] * a[1] * b[1]
-
-
-def _linear_flops(x: torch.Size, weight: torch.Size, *_: object, **options: object) -> int:
-    return 2 * math.prod(x) * weight[0]
 
 
 def bytes_kept(call: Callable[[], object], parameters: list[Tensor]) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from discovla.nn.layout import Residual, resolve_impl
-from discovla.nn.recompute import QUICK_GELU_SLOPE, frozen_linear, recompute_in_backward, takes_onednn
+from discovla.nn.recompute import QUICK_GELU_SLOPE, recompute_in_backward
 from discovla.ops.blocks import norm_dtype
 from discovla.ops.dispatch import Impl
 from discovla.ops.fp8_linear import FP8Weight, fp8_linear
@@ -42,10 +42,7 @@ class Linear(nn.Linear):
             fp8 = fp8 if outputs is None else fp8[outputs]
             return fp8_linear(input, fp8, bias, impl=self.fp8_impl)
         weight = self.weight if outputs is None else self.weight[outputs]
-        weight, bias = weight.to(input.dtype), bias.to(input.dtype)
-        if takes_onednn(input) and frozen(self):
-            return frozen_linear(input, weight, bias)
-        return F.linear(input, weight, bias)
+        return F.linear(input, weight.to(input.dtype), bias.to(input.dtype))
 
     @property
     def fp8(self) -> FP8Weight | None:

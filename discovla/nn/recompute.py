@@ -104,41 +104,6 @@ class _PadRows(Function):
         return grad.flatten(0, 1).index_select(0, pack_index), None, None
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias without gradient, of rows x, t i, with W o i; in float32 on a CPU by oneDNN.
-
-    `F.linear` takes MKL there, which is slower on the CPUs that were measured (docs/performance.md).
-    """
-    if takes_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-def takes_onednn(x: Tensor) -> bool:
-    """Return True if `product` of rows like x is computed by oneDNN."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
-        return False
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-
-
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x Wᵀ + bias with frozen W, o i, and bias: only x, ... i, gets a gradient."""
-    return _FrozenLinear.apply(x, weight, bias)
-
-
-class _FrozenLinear(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        return product(grad, weight.T), None, None
-
-
 def quick_gelu_mlp(
     x: Tensor, up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], *, output_needed: bool = True
 ) -> Tensor:
@@ -153,7 +118,7 @@ def quick_gelu_mlp(
     """
     if torch.compiler.is_compiling():
         u = _scaled_hidden(x, *up)
-        return _scaled_output(F.silu(u), *down).view(x.shape)
+        return torch.addmm(down[1], F.silu(u), down[0].T, alpha=1 / QUICK_GELU_SLOPE).view(x.shape)
     return _QuickGELUMLP.apply(x, *up, *down, output_needed)
 
 
@@ -166,31 +131,21 @@ class _QuickGELUMLP(Function):
         ctx.save_for_backward(u, w1, w2)
         if not output_needed:
             return torch.empty_like(x)
-        return _scaled_output(F.silu(u), w2, b2).view(x.shape)
+        return torch.addmm(b2, F.silu(u), w2.T, alpha=1 / QUICK_GELU_SLOPE).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         u, w1, w2 = ctx.saved_tensors
-        hidden = product(grad.flatten(0, -2), w2.T)
+        hidden = grad.flatten(0, -2) @ w2
         torch.ops.aten.silu_backward.grad_input(hidden, u, grad_input=hidden)
-        return product(hidden, w1.T).view(grad.shape), *[None] * 5
+        return (hidden @ w1).view(grad.shape), *[None] * 5
 
 
 def _scaled_hidden(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """1.702 (weight x + bias): t m."""
-    slope, rows = QUICK_GELU_SLOPE, x.flatten(0, -2)
-    if takes_onednn(rows):  # which has no such factor
-        return product(slope * rows, weight, slope * bias)
-    return torch.addmm(bias, rows, weight.T, alpha=slope, beta=slope)
-
-
-def _scaled_output(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """weight hidden / 1.702 + bias: t w."""
     slope = QUICK_GELU_SLOPE
-    if takes_onednn(hidden):
-        return product(hidden, weight, slope * bias).div_(slope)
-    return torch.addmm(bias, hidden, weight.T, alpha=1 / slope)
+    return torch.addmm(bias, x.flatten(0, -2), weight.T, alpha=slope, beta=slope)
 
 
 def normed_lora_projection(
@@ -228,7 +183,7 @@ class _NormedLoRAProjection(Function):
         low = y @ a.T  # t r
         ctx.eps = eps
         ctx.save_for_backward(x, mean, rstd, low, gamma, beta, w, a, b)
-        out = product(y, w, bias).addmm_(low, _transposed(b))
+        out = torch.addmm(bias, y, w.T).addmm_(low, _transposed(b))
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -241,7 +196,7 @@ class _NormedLoRAProjection(Function):
         grad_a, grad_b = grad_low.T @ y, (low.T @ grad).T
         if not ctx.needs_input_grad[0]:
             return *[None] * 6, grad_a, grad_b
-        grad_y = product(grad, w.T).addmm_(grad_low, a)
+        grad_y = (grad @ w).addmm_(grad_low, a)
         dtype, shape = norm_dtype(x), [x.shape[-1]]
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad_y.to(dtype).view(x.shape), x.to(dtype), shape, mean, rstd, gamma.to(dtype), beta.to(dtype),

@@ -6,13 +6,11 @@ from torch import Tensor
 from discovla.nn.block import LayerNorm, Linear
 from discovla.nn.lora import LoRA
 from discovla.nn.recompute import (
-    frozen_linear,
     normed_lora_projection,
     pad_rows,
     quick_gelu_mlp,
     recompute_in_backward,
     take_rows,
-    takes_onednn,
 )
 from discovla.ops.short_attention import Packing
 
@@ -128,10 +126,3 @@ def test_padding_and_packing_rows_are_inverse():
     assert torch.autograd.gradcheck(lambda x: take_rows(x, torch.tensor([4, 0, 2])), x)
     real = packing.mask[..., None].double()
     assert torch.autograd.gradcheck(lambda x: pad_rows(x, packing.pad_index, packing.pack_index) * real, x)
-
-
-def test_a_frozen_linear_map_on_a_cpu_has_the_result_and_gradient_of_torchs_own():
-    x, weight, bias = torch.randn(3, 5, 24, requires_grad=True), torch.randn(16, 24), torch.randn(16)
-    compare(lambda: frozen_linear(x, weight, bias), lambda: F.linear(x, weight, bias), [x], 1e-6)
-    assert takes_onednn(x) == torch.backends.mkldnn.is_available()
-    assert not takes_onednn(x.double()), "oneDNN has no float64"
