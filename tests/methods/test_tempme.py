@@ -178,7 +178,7 @@ def test_steps_of_training_equal_the_golden_ones(model_file, dtype):
 CASES = [
     *((name, "torch") for name in VARIANTS),
     *((name, "reference") for name in ("first_layer", "no_propattn")),
-    *(pytest.param(name, "triton", marks=pytest.mark.slow) for name in ("first_layer",)),
+    pytest.param("first_layer", "triton", marks=pytest.mark.slow),
 ]
 
 
