@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -104,35 +105,44 @@ class WriterLock:
         if self._thread is not None:
             self._thread.join(timeout=BEAT_SECONDS)
         with self._mutex, suppress(OSError):
+            for claim in self.path.parent.glob(f".{NAME}.*"):  # of processes that were killed
+                claim.unlink(missing_ok=True)
             _unlink_if(self.path, self._record["token"])
 
     def _create(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                self._write_new(path)
             except FileExistsError:
-                self._remove_stale(path)
-                continue
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(self._content())
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError:
-                path.unlink(missing_ok=True)  # of a full disk
-                raise
+                if not self._replace_stale(path):
+                    continue
             return
 
-    def _remove_stale(self, path: Path) -> None:
-        """Remove the lock file of a holder that has ended.
+    def _write_new(self, path: Path) -> None:
+        """Write the record of this process to a file that must not exist."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(self._content())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)  # of a full disk
+            raise
+
+    def _replace_stale(self, path: Path) -> bool:
+        """Replace the lock file of a holder that has ended; return False if another process was faster.
+
+        The new record is written to a claim, a file named by the content of the stale lock, so that one
+        process alone can create it.  If the lock still has that content, the claim is renamed to it.
 
         Raises:
-            LockHeld: it has not.
+            LockHeld: the holder has not ended.
         """
         content = _content(path)
         if content is None:
-            return
+            return False
         holder = _parse(content)
         lives = _holder_lives(holder)
         if lives is None:
@@ -145,17 +155,23 @@ class WriterLock:
                 f"{path.parent}: expected no other writer, found {_named(holder)}, which is writing here; "
                 "wait for it to end or choose another folder"
             )
-        aside = path.with_name(f".{NAME}.{uuid.uuid4().hex}")
-        with suppress(FileNotFoundError):  # another process was faster
-            path.rename(aside)
-            if _content(aside) != content:  # it has the lock by now
-                with suppress(FileExistsError):
-                    os.link(aside, path)
-            else:
-                logger.warning(
-                    "%s: %s has ended without releasing the lock; taking it over", path, _named(holder)
-                )
-            aside.unlink()
+        claim = path.with_name(f".{NAME}.{hashlib.sha256(content).hexdigest()[:16]}")
+        try:
+            self._write_new(claim)
+        except FileExistsError:
+            if not self._changes(path, content):
+                claim.unlink(missing_ok=True)  # its process has ended before it replaced the lock
+            return False
+        if _content(path) != content:
+            claim.unlink(missing_ok=True)
+            return False
+        logger.warning("%s: %s has ended without releasing the lock; taking it over", path, _named(holder))
+        with suppress(
+            FileNotFoundError
+        ):  # removed by a holder that was slow, not dead, and has released since
+            claim.replace(path)
+            return True
+        return False
 
     def _changes(self, path: Path, content: bytes) -> bool:
         """Return True once a lock file changes, False if it does not within `STALE_SECONDS`."""
