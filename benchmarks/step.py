@@ -128,7 +128,7 @@ class Step:
     reset: Callable[[], None] = lambda: None
     """Discards what those calls recorded."""
     measurements: Sequence[Measurement] = ()
-    """Of the candidates among which it chose its implementations."""
+    """Measurements of the candidates from which the implementations were chosen."""
 
 
 def unavailable(name: str, device: str) -> str:

@@ -135,7 +135,7 @@ class WriterLock:
         """Replace the lock file of a holder that has ended; return False if another process was faster.
 
         The new record is written to a claim, a file named by the content of the stale lock, so that one
-        process alone can create it.  If the lock still has that content, the claim is renamed to it.
+        process alone can create it.  The claim replaces the lock file if that still has the same content.
 
         Raises:
             LockHeld: the holder has not ended.
