@@ -12,7 +12,8 @@ from typing import Any
 
 from discovla.batch import BadClip
 from discovla.data.dataset import check_captions
-from discovla.data.manifest import Clip, read_manifest, write_atomic
+from discovla.data.manifest import Clip, read_manifest
+from discovla.files import write_file
 from discovla.foreign import to_json
 from discovla.lock import WriterLock
 from discovla.model import Model, NoneReadable
@@ -121,7 +122,7 @@ def _claim(out: Path, model: Model, clips: Sequence[Clip], part: int) -> None:
                 "folder or remove this one"
             )
     else:
-        write_atomic(path, json.dumps(identity, indent=2) + "\n")
+        write_file(path, json.dumps(identity, indent=2) + "\n")
 
 
 def _embed_parts(
@@ -143,7 +144,7 @@ def _embed_parts(
             except NoneReadable as error:
                 bad = error.refused
             rows = [asdict(replace(clip, id=str(int(clip.id) + first))) for clip in bad]
-            write_atomic(record, to_json(rows))
+            write_file(record, to_json(rows))
         refused += [BadClip(**row) for row in json.loads(record.read_text())]
         if tensors.is_file():
             parts.append(Embeddings.load(tensors))
@@ -165,7 +166,7 @@ def _write(stem: Path, embeddings: Embeddings, lines: Sequence[dict[str, Any]]) 
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_atomic(path, "".join(to_json(row) + "\n" for row in rows))
+    write_file(path, "".join(to_json(row) + "\n" for row in rows))
 
 
 def _video_line(clip: Clip) -> dict[str, Any]:

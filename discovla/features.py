@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 import zlib
@@ -35,6 +34,7 @@ from discovla.data.video.errors import DecodeError
 from discovla.engine.config import choose_strategy
 from discovla.engine.distributed import World, barrier, gather_objects
 from discovla.engine.strategy import trained_size
+from discovla.files import remove_unfinished, replacing
 from discovla.methods.base import Method
 from discovla.retrieval.embed import evaluating
 
@@ -174,10 +174,8 @@ class FeatureStore:
         """Write a part atomically."""
         array, described = self.paths(part)
         for path, save in ((array, lambda file: np.save(file, features)), (described, None)):
-            hidden = path.with_name(f".{path.name}.{os.getpid()}.part")
-            with hidden.open("wb") as file:
+            with replacing(path) as file:
                 file.write(json.dumps(facts).encode()) if save is None else save(file)
-            hidden.replace(path)
 
     def encode_when_read(self, config: RunConfig, method: Method, reader: ClipReader | None) -> None:
         """Compute missing parts, in order, when `part` is called for one of them."""
@@ -266,6 +264,7 @@ def encode_parts(
 ) -> Iterator[int]:
     """Compute parts of a store in order, and yield the number of each once it is written."""
     store.folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(store.folder)
     # a last part of fewer clips is filled up, because the bits of a product depend on its size
     rows = [i % len(store.clips) for part in parts for i in range(part * store.size, (part + 1) * store.size)]
     clips, side = [store.clips[i] for i in rows], method.architecture.image_size

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from discovla.files import pid_namespace
+
 logger = logging.getLogger(__name__)
 
 NAME = "writer.lock"
@@ -57,7 +59,7 @@ class WriterLock:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process": _process(os.getpid()),
-            "pids": _pid_namespace(),
+            "pids": pid_namespace(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "token": uuid.uuid4().hex,
             "beat": 0,
@@ -270,18 +272,9 @@ def _named(holder: dict[str, Any]) -> str:
 
 def _holder_lives(holder: dict[str, Any]) -> bool | None:
     """Return True if the process of a lock lives, None if it cannot be seen from this one."""
-    if not holder or holder.get("pids") != _pid_namespace():
+    if not holder or holder.get("pids") != pid_namespace():
         return None
     return holder.get("process") == _process(int(holder["pid"]))
-
-
-def _pid_namespace() -> str:
-    """Return the machine, since its start, and container in which process ids are unique."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return f"unknown {uuid.uuid4().hex}"
 
 
 def _process(pid: int) -> str | None:

@@ -43,6 +43,7 @@ from discovla.engine.transfers import BatchCopier, LateNumbers
 from discovla.errors import RunStopped
 from discovla.evaluate import EvalOptions, evaluate
 from discovla.features import encode_alike, frozen_loader
+from discovla.files import write_file
 from discovla.inputs import check_inputs
 from discovla.lock import WriterLock
 from discovla.methods import build
@@ -654,6 +655,4 @@ def first_reason(counts: list[int]) -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file completely or not at all."""
-    part = path.with_name(f".writing-{path.name}")
-    part.write_text(json.dumps(value, indent=2))
-    part.replace(path)
+    write_file(path, json.dumps(value, indent=2))

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from discovla.candidates import Planned, cases_of_run
-from discovla.data.manifest import write_atomic
 from discovla.data.sandbox import Sandbox, WorkerLost
 from discovla.engine.distributed import World, gather_objects
+from discovla.files import write_file
 from discovla.foreign import read_json
 from discovla.lock import LockHeld, WriterLock
 from discovla.methods.base import Method
@@ -304,7 +304,7 @@ def write_table(path: Path, key: dict[str, str], measurements: Sequence[Measurem
     table = {"key": key, "choices": chosen([measurements]), "measurements": [asdict(x) for x in measurements]}
     try:
         with WriterLock(path.parent, "discovla tune"):
-            write_atomic(path, json.dumps(table, indent=1) + "\n")
+            write_file(path, json.dumps(table, indent=1) + "\n")
     except (OSError, LockHeld) as error:
         logger.warning("tuning: the choices are not kept: %s", error)
 

@@ -19,11 +19,12 @@ LOW = {  # package -> the packages it may import besides itself
     "nn": {"ops"},
     "towers": {"nn", "ops", "tensor_files"},
     "methods": {"towers", "nn", "ops", "batch"},
-    "retrieval": {"methods", "ops", "batch", "tensor_files"},
-    "lock": set(),
-    "data": {"batch", "lock"},
-    "drawn_world": {"data"},
-    "engine": {"batch", "ops", "tensor_files"},
+    "retrieval": {"methods", "ops", "batch", "files", "tensor_files"},
+    "files": set(),
+    "lock": {"files"},
+    "data": {"batch", "files", "lock"},
+    "drawn_world": {"data", "files"},
+    "engine": {"batch", "files", "ops", "tensor_files"},
 }
 HIGH = {
     "candidates": 6,

@@ -18,13 +18,14 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.format import VideoFormat
 
-from discovla.data.manifest import Clip, write_atomic
+from discovla.data.manifest import Clip
 from discovla.data.sampling import Sampling
 from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import Damaged, FileDecoder, Hdr, read_frames
 from discovla.data.video.index import VERSION, FrameIndex, FrameIndexStore, default_index_dir
 from discovla.data.video.pyav import Transform, chosen_stream, open_video
+from discovla.files import write_file
 from discovla.foreign import to_json
 
 _VARIABLE = 1.5  # the rate is variable if the longest gap between frames exceeds the shortest by this factor
@@ -163,7 +164,7 @@ def diagnose(
             done += 1
             report(done, len(requests))
     ordered = [rows[keys[path]] for path in requests]
-    write_atomic(record, "".join(map(_line, ordered)))
+    write_file(record, "".join(map(_line, ordered)))
     return _diagnosis(clips, ordered, out / "quarantine.jsonl")
 
 
@@ -342,7 +343,7 @@ def _diagnosis(clips: Sequence[Clip], rows: Sequence[dict[str, Any]], quarantine
 def _quarantined(diagnosis: Diagnosis) -> Diagnosis:
     """Write the list of broken clips of a diagnosis, and return it."""
     rows = [{"id": name, "video": video, "reason": reason} for name, video, reason in diagnosis.broken]
-    write_atomic(diagnosis.quarantine, "".join(map(_line, rows)))
+    write_file(diagnosis.quarantine, "".join(map(_line, rows)))
     return diagnosis
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
-import socket
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from discovla.files import write_file
 from discovla.foreign import parse_json, printable
 
 logger = logging.getLogger(__name__)
@@ -123,27 +122,7 @@ def write_manifest(path: str | Path, clips: Sequence[Clip]) -> None:
         where = f"{path}:{number}"
         _clip(_object(line, where), where, folder)  # refuses clips that could not be read back
         lines.append(line + "\n")
-    write_atomic(path, "".join(lines))
-
-
-def write_atomic(path: Path, content: str) -> None:
-    """Write a text file atomically and create its folder; remove parts that killed processes left behind.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    own = f".{path.name}.{socket.gethostname()}"  # another machine may have a process of the same id
-    for abandoned in path.parent.glob(f"{glob.escape(own)}.*.part"):
-        process = abandoned.name.split(".")[-2]
-        if process.isdigit() and not Path(f"/proc/{process}").exists():
-            abandoned.unlink(missing_ok=True)
-    part = path.with_name(f"{own}.{os.getpid()}.part")
-    try:
-        part.write_text(content, encoding="utf-8", newline="")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_file(path, "".join(lines))
 
 
 def check_clips(clips: Sequence[Clip], *, frames: int | None = None, files: bool = True) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from discovla.batch import BadClip
 from discovla.data.manifest import Clip
+from discovla.files import write_file
 from discovla.foreign import parse_json, to_json
 
 QUARANTINE_HINT = (
@@ -110,7 +110,5 @@ def _read(path: Path) -> dict[str, BadClip]:
         clip = BadClip(**json.loads(line))
         known[clip.id] = clip
     if lines[-1]:
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")  # other ranks read the file at this time
-        part.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
-        part.replace(path)
+        write_file(path, "".join(f"{line}\n" for line in lines[:-1]))  # other ranks read it at this time
     return known

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +26,7 @@ from discovla.data.sampling import frame_indices
 from discovla.data.sandbox import WorkerLost, run_sandboxed
 from discovla.drawn_world.scenes import FRAMES, RATE, Scene, backwards, clip_rng, film, make_scene
 from discovla.drawn_world.wording import Statement, frame_caption, phrase, tell
+from discovla.files import remove_unfinished, replacing, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ def draw_world(out: Path, *, seed: int = 0, sizes: WorldSizes | None = None, wor
         return manifest
     logger.info("%s: drawing %d of %d clips", out, missing, len(videos))
     (out / "videos").mkdir(exist_ok=True)
+    remove_unfinished(out / "videos")
     clips: dict[_Chunk, list[Clip]] = {}
     with terminal.progress("drawing", len(videos), "clips") as bar:
         for chunk, drawn in _drawn_chunks(chunks, workers):
@@ -164,7 +165,7 @@ def _check_parameters(out: Path, parameters: dict[str, Any]) -> bool:
 
 def _write_parameters(out: Path, parameters: dict[str, Any]) -> None:
     """Write world.json."""
-    _write(out / _PARAMETERS, (json.dumps(parameters, indent=2) + "\n").encode())
+    write_file(out / _PARAMETERS, json.dumps(parameters, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ def _draw(out: Path, seed: int, split: str, index: int) -> Clip:
     video = out / _video(split, index)
     scene = make_scene(seed, split, index)
     if not video.is_file():
-        _write(video, encode(film(scene, seed, split, index)))
+        with replacing(video) as file:
+            file.write(encode(film(scene, seed, split, index)))
     rng = clip_rng(seed, split, index, "captions")
     count = CAPTIONS if split == "train" else 1
     captions = tuple(phrase(tell(scene, rng), rng) for _ in range(count))
@@ -229,13 +231,3 @@ def _draw(out: Path, seed: int, split: str, index: int) -> Clip:
 def _video(split: str, index: int) -> Path:
     """Return the path of a clip's file in the folder of its world."""
     return Path("videos") / f"{split}_{index:05d}.mp4"
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

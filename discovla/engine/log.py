@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import time
@@ -20,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from discovla import terminal
 from discovla.engine.distributed import World
+from discovla.files import write_file
 
 METRICS = "metrics.jsonl"
 PACKAGES = (
@@ -181,9 +181,7 @@ def drop_records(path: Path, start: int) -> None:
             continue  # cut off by a kill
         if record["step"] < start or (record["kind"] != "train" and 0 < record["step"] == start):
             kept.append(line + "\n")
-    writing = path.with_name(f".writing-{path.name}")
-    writing.write_text("".join(kept))
-    os.replace(writing, path)
+    write_file(path, "".join(kept))
 
 
 def versions(world: World) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import torch
 
 from discovla.batch import BadClip
 from discovla.config import ConfigError, RunConfig, parse_config, translate_stored
-from discovla.data.manifest import write_atomic
 from discovla.engine import checkpoint
 from discovla.engine.log import METRICS
+from discovla.files import write_file
 from discovla.retrieval.record import EvaluationRecord
 
 FACTS = "facts.json"
@@ -58,7 +58,7 @@ class RunFacts:
 
     def save(self, directory: Path) -> None:
         """Write `facts.json` of a run directory."""
-        write_atomic(directory / FACTS, json.dumps(asdict(self), indent=2))
+        write_file(directory / FACTS, json.dumps(asdict(self), indent=2))
 
     @classmethod
     def load(cls, directory: Path) -> RunFacts | None:

@@ -16,6 +16,7 @@ from discovla.data.dataset import ClipReader, FileClipReader, ShardClipReader
 from discovla.data.manifest import Clip
 from discovla.data.shards.reader import open_shards
 from discovla.data.video.errors import DecodeError
+from discovla.files import write_file
 from discovla.retrieval.record import EvaluatedClip
 
 FOLDER = "report_frames"
@@ -78,10 +79,7 @@ class FrameStrips:
             return None
         assert isinstance(frames, np.ndarray), "a reader of files or shards returns pixels"
         content = encode_strip(frames)
-        self.folder.mkdir(exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(content)
-        part.replace(path)
+        write_file(path, content)
         return content
 
 

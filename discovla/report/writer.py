@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from discovla.data.manifest import write_atomic
 from discovla.errors import one_line
+from discovla.files import write_file
 from discovla.report.data import JSON, RELIABILITY, read_run
 from discovla.report.frames import FrameStrips
 from discovla.retrieval.record import EvaluationRecord
@@ -34,7 +34,7 @@ def save_record(directory: Path, name: str, record: EvaluationRecord, *, title: 
 
 def save_reliability(directory: Path, bins: Sequence[JSON]) -> None:
     """Keep how often hits of an index are right, by their probability, for the report of a run."""
-    write_atomic(directory / RELIABILITY, json.dumps({"bins": list(bins)}, indent=1) + "\n")
+    write_file(directory / RELIABILITY, json.dumps({"bins": list(bins)}, indent=1) + "\n")
 
 
 def write_report(directory: Path, out: Path | None = None, *, seconds: float = 120.0) -> tuple[Path, Report]:
@@ -55,7 +55,7 @@ def write_report(directory: Path, out: Path | None = None, *, seconds: float = 1
     strips = None if run.parsed is None else FrameStrips(directory, run.parsed.data, seconds=seconds)
     report = render_run(run, strips)
     out = out or directory / REPORT
-    write_atomic(out, report.page)
+    write_file(out, report.page)
     return out, report
 
 
@@ -79,5 +79,5 @@ def write_comparison(directories: Sequence[Path], out: Path) -> Path:
     runs = [read_run(directory) for directory in directories]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, label=str(directory)) for run, directory in zip(runs, directories, strict=True)]
-    write_atomic(out, render_comparison(runs))
+    write_file(out, render_comparison(runs))
     return out

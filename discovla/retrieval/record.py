@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from discovla.files import remove_unfinished, replacing
 from discovla.retrieval.ranks import Array, Ranks
 
 TOP = 5  # best videos kept for every text
@@ -72,13 +72,9 @@ class EvaluationRecord:
             "clips": [asdict(clip) for clip in self.clips],
         }
         arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        remove_unfinished(path.parent, path.name)
+        with replacing(path) as file:
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> EvaluationRecord:

@@ -22,6 +22,7 @@ from discovla.data.loader import pad_frames
 from discovla.data.sampling import clip_sampling
 from discovla.data.sandbox import Sandbox, WorkerLost
 from discovla.data.video.errors import DecodeError, error_text
+from discovla.files import write_file
 from discovla.model import Model
 from discovla.retrieval.embed import embed_videos
 from discovla.search.reading import Cut, MomentFrames, ReadPart, ReadRequest, read_part
@@ -356,10 +357,8 @@ class ProgressFile:
             self._report(state)
         if now - self._written >= 1:
             self._written = now
-            part = self.file.with_name(f".{self.NAME}.part")
             with suppress(OSError):  # a full disk is reported by the write of the moments
-                part.write_text(json.dumps(vars(state)))
-                part.replace(self.file)
+                write_file(self.file, json.dumps(vars(state)))
 
     def close(self) -> None:
         """Remove the file."""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from discovla.data.manifest import write_atomic
+from discovla.files import write_file
 from discovla.foreign import to_json
 from discovla.search.records import Value
 
@@ -289,7 +289,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
     """Write the settings of an index, completely or not at all."""
-    write_atomic(path / SETTINGS, to_json(settings, indent=1) + "\n")
+    write_file(path / SETTINGS, to_json(settings, indent=1) + "\n")
 
 
 def size_on_disk(path: Path) -> int:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from discovla.data.datasets.files import VideoFolder, read_json
-from discovla.data.manifest import Clip, write_atomic
+from discovla.data.manifest import Clip
+from discovla.files import write_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +185,7 @@ def write_frame_captions(path: str | Path, clips: Iterable[Clip]) -> None:
     }
     if not lists:
         raise ValueError(f"{path}: expected a clip with frame captions, found none")
-    write_atomic(Path(path), json.dumps(lists, ensure_ascii=False, indent=0) + "\n")
+    write_file(Path(path), json.dumps(lists, ensure_ascii=False, indent=0) + "\n")
 
 
 def with_frame_captions(

@@ -10,7 +10,8 @@ from pathlib import Path
 from discovla.data.datasets import PROTOCOLS
 from discovla.data.datasets.annotations import Annotations, hold_out
 from discovla.data.datasets.protocol import differences
-from discovla.data.manifest import Clip, write_atomic, write_manifest
+from discovla.data.manifest import Clip, write_manifest
+from discovla.files import write_file
 from discovla.foreign import to_json
 
 _SHOWN = 3  # names in one line
@@ -104,7 +105,7 @@ def prepare(
     write_manifest(out, clips)
     fields = asdict(result) | {"manifest": out.name}
     report = out.with_name(f"{out.stem}.report.json")
-    write_atomic(report, to_json(fields, indent=1) + "\n")
+    write_file(report, to_json(fields, indent=1) + "\n")
     return result
 
 

@@ -43,6 +43,7 @@ from discovla.data.shards.layout import (
 )
 from discovla.data.video.errors import DecodeError
 from discovla.data.video.frames import read_frames, resize_and_crop
+from discovla.files import remove_unfinished, replacing, write_file
 from discovla.foreign import to_json
 from discovla.lock import NAME as LOCK
 from discovla.lock import WriterLock
@@ -125,6 +126,8 @@ def write_shards(
 def _state_folder(out: Path) -> Path:
     """Return the state folder of a folder of shards, which is made if the folder is empty.
 
+    What a killed run left unfinished is removed.
+
     Raises:
         ValueError: the folder holds other files.
     """
@@ -132,6 +135,8 @@ def _state_folder(out: Path) -> Path:
     if not state.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"{out}: expected an empty folder or one of shards, found other files")
     (state / "parts").mkdir(parents=True, exist_ok=True)
+    for folder in (out, state):
+        remove_unfinished(folder, only_writer=True)
     return state
 
 
@@ -152,7 +157,7 @@ def _check_plan(path: Path, clips: Sequence[Clip], videos: Sequence[str], settin
     checksum = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     plan = {"version": VERSION, "settings": asdict(settings), "clips_sha256": checksum}
     if not path.exists():
-        _write_atomically(path, json.dumps(plan, indent=1).encode())
+        _write_changed(path, json.dumps(plan, indent=1).encode())
     out, earlier = path.parents[1], json.loads(path.read_text())
     if earlier.get("version") != VERSION:
         raise ValueError(f"{out}: expected shards of version {VERSION}, found {earlier.get('version')}")
@@ -286,13 +291,8 @@ def _write_part(path: Path, content: bytes, record: dict[str, Any]) -> None:
     """Write content and record with a checksum, so that `_read_part` recognises a damaged file."""
     text = json.dumps(record).encode()
     trailer = _PART_TRAILER.pack(len(text), zlib.crc32(text, zlib.crc32(content)), _PART_MAGIC)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with unfinished.open("wb") as file:
-            file.writelines((content, text, trailer))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.writelines((content, text, trailer))
 
 
 def _read_part(path: Path) -> tuple[memoryview, dict[str, Any]] | None:
@@ -320,8 +320,7 @@ def _write_tar(tar: _Tar) -> str:
         ValueError: a part changed since it was written.
     """
     samples, records, size, checksum = [], [], 0, hashlib.sha256()
-    unfinished = tar.path.with_name(f".{tar.path.name}.part")
-    with unfinished.open("wb") as file:
+    with replacing(tar.path, durable=True) as file:
 
         def append(content: bytes | memoryview) -> None:
             nonlocal size
@@ -340,13 +339,10 @@ def _write_tar(tar: _Tar) -> str:
             records.append({"number": number, **record})
             append(content)
         append(tar_end(size))
-        file.flush()
-        os.fsync(file.fileno())
-    _write_atomically(tar.path.with_suffix(".idx"), dali_index(samples).encode())
-    unfinished.replace(tar.path)
+        _write_changed(tar.path.with_suffix(".idx"), dali_index(samples).encode())
     summary = {"name": tar.path.name, "split": tar.split, "clips": len(samples), "bytes": size}
     summary["sha256"] = checksum.hexdigest()
-    _write_atomically(tar.record, json.dumps({"shard": summary, "clips": records}).encode())
+    _write_changed(tar.record, json.dumps({"shard": summary, "clips": records}).encode())
     for path in tar.parts():
         path.unlink()
     return f"{tar.path}: {len(samples)} clips, {size / 1e6:.1f} MB"
@@ -384,32 +380,23 @@ def _write_index(
             first += len(own)
         lines.append(json.dumps(line) + "\n")
     quarantine = "".join(f"{to_json(asdict(clip))}\n" for clip in bad)
-    _write_atomically(out / QUARANTINE, quarantine.encode(errors="surrogateescape"))
+    _write_changed(out / QUARANTINE, quarantine.encode(errors="surrogateescape"))
     if len(bad) == len(clips):
         raise ValueError(f"{out}: none of {len(bad)} clips has frames, the first: {bad[0].reason}")
     files = {CLIPS: "".join(lines).encode(), FRAMES: npy_bytes(np.concatenate(rows))}
     for name, content in files.items():
-        _write_atomically(out / name, content)
+        _write_changed(out / name, content)
     summary = {
         "version": VERSION,
         "settings": asdict(settings),
         "shards": [tar_record["shard"] for tar_record in tar_records],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
-    _write_atomically(out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    _write_changed(out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
     return tuple(bad), sum(shard["bytes"] for shard in summary["shards"])
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all; a file with this content keeps its time."""
-    if path.exists() and path.stat().st_size == len(content) and path.read_bytes() == content:
-        return
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _write_changed(path: Path, content: bytes) -> None:
+    """Write a file, flushed to the disk, unless it has this content: it then keeps its time."""
+    if not (path.exists() and path.stat().st_size == len(content) and path.read_bytes() == content):
+        write_file(path, content, durable=True)

@@ -7,11 +7,9 @@ import json
 import logging
 import os
 import struct
-import uuid
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -24,6 +22,7 @@ from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 
 from discovla.data.video.hdr import hdr_name
+from discovla.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -237,15 +236,9 @@ class FrameIndexStore:
         if self.folder is None:
             return
         path = self._path(key)
-        # processes of several machines may share the folder: a process id would not tell them apart
-        part = path.with_name(f".{key}.{uuid.uuid4().hex}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-            part.replace(path)
+            write_file(path, content)
         except OSError as error:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
             _warn_unwritable(str(self.folder), error.strerror or str(error))
 
     def _keep(self, key: str, content: bytes) -> None:

@@ -145,7 +145,7 @@ def test_a_run_interrupted_after_any_clip_continues_with_the_next(raw, world, tm
     assert contents(tmp_path / "out") == contents(raw)
 
 
-@pytest.mark.parametrize("step", ["_write_atomically", "dali_index", "_write_tar", "_write_index"])
+@pytest.mark.parametrize("step", ["_write_changed", "dali_index", "_write_tar", "_write_index"])
 def test_a_run_interrupted_while_it_writes_loses_nothing(step, raw, world, tmp_path, monkeypatch):
     original, calls = getattr(writer, step), []
 
