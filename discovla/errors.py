@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import select
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from discovla.foreign import printable
 
 EXIT_BUG = 1
 EXIT_FAILED = 2
+EXIT_READER_LEFT = 141  # 128 + SIGPIPE, as of other programs whose output goes to `head`
 EXIT_STOPPED = 75  # a signal stopped the run and it can resume: EX_TEMPFAIL of sysexits.h
 EXPECTED = (ValueError, DecodeError, OSError, FloatingPointError)
 RANK_ZERO_SECONDS = 10.0  # other ranks wait so long before they print: rank 0 may report the same error
@@ -42,8 +44,9 @@ def run_program(run: Callable[[], None], program: str) -> int:
     the rank that it loads for.
 
     Returns:
-        Exit status: 0, `EXIT_FAILED` after an expected error, `EXIT_STOPPED` after a stop signal, `EXIT_BUG`
-        after any other error, whose traceback is printed.
+        Exit status: 0, `EXIT_FAILED` after an expected error, `EXIT_STOPPED` after a stop signal,
+        `EXIT_READER_LEFT` if the program that reads the output has ended, `EXIT_BUG` after any other error,
+        whose traceback is printed.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed
@@ -54,6 +57,7 @@ def run_program(run: Callable[[], None], program: str) -> int:
     try:
         try:
             run()
+            sys.stdout.flush()
         finally:
             terminal.close()
         return 0
@@ -74,6 +78,9 @@ def run_program(run: Callable[[], None], program: str) -> int:
             f"{str(error.object)[error.start : error.end]!a}; set LC_ALL=C.UTF-8"
         )
     except EXPECTED as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - Python flushes it when it ends
+            return EXIT_READER_LEFT
         line = one_line(error)
     except RuntimeError as error:
         if _WORKER_LOST.search(str(error)):
@@ -92,6 +99,16 @@ def run_program(run: Callable[[], None], program: str) -> int:
         time.sleep(RANK_ZERO_SECONDS)
     print_error(line, program)
     return EXIT_FAILED
+
+
+def _reader_left() -> bool:
+    """Return True if standard output is a pipe that no program reads any more."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except OSError:  # it is no file, or is closed
+        return False
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _report_bug(program: str) -> int:

@@ -1,4 +1,4 @@
-"""Every command ends with 0 (done), 1 (a bug), 2 (wrong input or environment) or 75 (stopped)."""
+"""Exit statuses: 0 done, 1 a bug, 2 wrong input, 75 stopped by a signal, 141 the output is not read."""
 
 from __future__ import annotations
 
@@ -139,3 +139,16 @@ def test_closed_streams_do_not_end_a_command(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     assert cli.main(["config", "own"]) == 0
+
+
+def test_a_command_whose_output_is_no_longer_read_ends_without_a_word(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writing, "w"))
+    assert cli.main(["config"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_connection_that_breaks_is_an_error(monkeypatch, capsys):
+    assert ended(BrokenPipeError(32, "Broken pipe"), monkeypatch) == 2
+    assert "Broken pipe" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -209,6 +210,16 @@ def is_missing_value(caption: str) -> bool:
     return caption.strip() in _MISSING
 
 
+def check_local(video: str, where: str) -> None:
+    """Refuse the address of a video.
+
+    Raises:
+        ValueError: what was found, after `where`.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", video):
+        raise ValueError(f"{where}: expected a file, found the address {video}; download it")
+
+
 def check_text(text: str, where: str) -> None:
     """Refuse a text that cannot be written as UTF-8 or holds a null character.
 
@@ -285,6 +296,7 @@ def _clip(row: dict[str, Any], where: str, folder: Path) -> Clip:
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"{where}: {key}: expected a text that is not empty, found {row[key]!r}")
         check_text(row[key], f"{where}: {key}")
+    check_local(row["video"], f"{where}: video")
     captions = _texts(row["captions"], f"{where}: captions")
     backwards = row.get("reversed_captions")
     start = check_seconds(row.get("start"), f"{where}: start")

@@ -95,6 +95,7 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
         ("[1]", r":2: expected a JSON object, found list"),
         ({"id": "b", "video": "b.mp4"}, r":2: missing captions, split; found id, video"),
         (LINE | {"caption": "x"}, r":2: unknown caption; expected only id, video, captions"),
+        (LINE | {"video": "s3://a/b.mp4"}, r":2: video: expected a file, found the address s3://a/b.mp4"),
         (LINE | {"id": ""}, r":2: id: expected a text that is not empty, found ''"),
         (LINE | {"captions": "x"}, r":2: captions: expected a list of texts, found 'x'"),
         (LINE | {"captions": []}, r":2: captions: expected a list of texts, found \[\]"),

@@ -13,7 +13,15 @@ from typing import Any
 from discovla.data.datasets.annotations import Annotations, video_key
 from discovla.data.datasets.files import VIDEO_SUFFIXES, read_text
 from discovla.data.datasets.tables import read_table
-from discovla.data.manifest import Clip, check_seconds, check_span, check_text, is_missing_value, json_object
+from discovla.data.manifest import (
+    Clip,
+    check_local,
+    check_seconds,
+    check_span,
+    check_text,
+    is_missing_value,
+    json_object,
+)
 from discovla.foreign import printable
 
 _COLUMNS = ("video", "caption", "start", "end", "split")
@@ -52,8 +60,7 @@ class _Clips:
             ValueError: an earlier row has the clip in another split, the span ends before it starts, or the
                 video is an address.
         """
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", video):
-            raise ValueError(f"{path}:{line}: video: expected a file, found the address {video}; download it")
+        check_local(video, f"{path}:{line}: video")
         for key, text in (("video", video), ("split", split or "")):
             check_text(text, f"{path}:{line}: {key}")
         if is_missing_value(split or ""):
