@@ -4,7 +4,7 @@
     python benchmarks/experiments.py methods       all methods and some combinations
     python benchmarks/experiments.py ablation      the parts of DiscoVLA
     python benchmarks/experiments.py fusion        fusion by the readout of a tower, on a SigLIP-like and a
-                                                   PE-like tower, which configs/pretrain_drawn.toml trains
+                                                   PE-like tower
     python benchmarks/experiments.py precision     bf16 and FP8: errors against float64, losses of 200 steps
     python benchmarks/experiments.py stages        ZeRO stages on two processes
     python benchmarks/experiments.py rates         learning rates, compared on the validation split
@@ -76,7 +76,6 @@ from discovla.methods.base import Method
 from discovla.methods.clip import CLIPConfig
 from discovla.model import LoadedRun, load_run
 from discovla.retrieval.embed import embed_videos
-from discovla.tensor_files import write_tensors
 from discovla.towers.configs import config_from_architecture
 from discovla.towers.weights import DRAWN, DRAWN_CLIP, read_drawn_clip
 from discovla.train_step import TrainStep, set_precision
@@ -86,8 +85,6 @@ QUICKSTART = "configs/quickstart_discovla.toml"
 BASIS = "configs/quickstart.toml"
 STILLS = "configs/pretrain_drawn.toml"
 SEEDS = (0, 1, 2)
-PRETRAINED = ROOT / "runs"
-TOWERS = {name: ROOT / f"configs/drawn_{name}.json" for name in ("siglip", "pe")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +98,7 @@ class Run:
     processes: int = 1
     recipe: str = QUICKSTART
     tower: str = ""
-    """Tower of TOWERS to start from, instead of the drawn CLIP."""
+    """"siglip" or "pe": start from that tower of the drawn world instead of the drawn CLIP."""
     logit_scale: float | None = None
     """Replaces the pretrained one.  No training has fitted the model's similarities to it, unlike the scale
     near 100 of OpenAI's CLIP."""
@@ -133,10 +130,8 @@ class Setting:
     def overrides(self, run: Run) -> list[str]:
         """Return the overrides of a run, without its directory."""
         words = [f"seed={run.seed}", f"data.manifest={self.manifest}", "engine.device=cpu"]
-        if f"drawn_{run.tower}" in DRAWN:
+        if run.tower:
             words.append(f"model.pretrained=drawn_{run.tower}")
-        elif run.tower:
-            words += [f"model.pretrained={weights_file(run)}", f"model.architecture={TOWERS[run.tower]}"]
         return [*run.words.split(), *words, *self.words]
 
     def identity(self, run: Run) -> str:
@@ -160,7 +155,6 @@ def run_experiment(experiment: Experiment, setting: Setting, runs: Sequence[Run]
 
     Raises:
         ValueError: results in the file started from other pretrained weights.
-        FileNotFoundError: a tower is not pretrained.
         RuntimeError: a run failed.
     """
     written = []
@@ -222,27 +216,8 @@ def train(run: Run, setting: Setting, directory: Path) -> dict[str, float]:
 
 
 def weights_file(run: Run) -> Path:
-    """Return the file of the weights that a run starts from.
-
-    Those of a tower that does not ship with discovla are written at the first call.
-
-    Raises:
-        FileNotFoundError: the tower is not pretrained; the message has the command.
-    """
-    if not run.tower or f"drawn_{run.tower}" in DRAWN:
-        return DRAWN[f"drawn_{run.tower}" if run.tower else "drawn"]
-    pretraining = PRETRAINED / f"pretrain_drawn_{run.tower}"
-    path = pretraining / "tower.safetensors"
-    if not (pretraining / "results.json").is_file():
-        raise FileNotFoundError(
-            f"{pretraining}: expected a pretrained tower, found none; make it: python train.py "
-            f"configs/pretrain_drawn.toml epochs=3 optim.warmup=0.05 directory={pretraining} "
-            f"model.architecture={TOWERS[run.tower].relative_to(ROOT)}"
-        )
-    if not path.is_file():
-        weights = load_run(pretraining).method.plain_weights()
-        write_tensors(path, {name: x.contiguous() for name, x in weights.items()})
-    return path
+    """Return the file of the weights that a run starts from."""
+    return DRAWN[f"drawn_{run.tower}" if run.tower else "drawn"]
 
 
 def drawn_clip_with_scale(folder: Path, scale: float) -> list[str]:

@@ -47,7 +47,9 @@ log = logging.getLogger(__name__)
 
 DRAWN_CLIP = Path(__file__).parent.parent / "assets" / "drawn_clip.safetensors"
 # values of `ModelConfig.pretrained` -> files that ship with discovla
-DRAWN = {"drawn": DRAWN_CLIP, "drawn_siglip": DRAWN_CLIP.with_name("drawn_siglip.safetensors")}
+DRAWN = {"drawn": DRAWN_CLIP} | {
+    name: DRAWN_CLIP.with_name(f"{name}.safetensors") for name in ("drawn_siglip", "drawn_pe")
+}
 VISION_POSITIONS = ("vision.class_embedding", "vision.position_embedding")
 LAYER_SCALE_START = 1e-4  # as open_clip's only config with layer scales
 CONNECT_SECONDS = 5.0  # for a server to answer
@@ -85,8 +87,8 @@ class ModelConfig(BaseModel):
     drawn CLIP and for a file of weights with heads of width 64."""
     pretrained: str = "openai"
     """Weights: an open_clip tag ("openai"), a file with OpenAI's or open_clip's names (.pt, .safetensors),
-    "drawn" or "drawn_siglip" for the small towers that ship with discovla, like CLIP's and like SigLIP's, or
-    "random"."""
+    "drawn", "drawn_siglip" or "drawn_pe" for the small towers that ship with discovla, like CLIP's, SigLIP's
+    and PE-Core's, or "random"."""
     activation: Literal["auto", "quick_gelu", "gelu"] = "auto"
     """Activation of the MLPs; "auto" takes it from the tag, the archive or the architecture.  Naming another
     one than that of the weights is an error."""

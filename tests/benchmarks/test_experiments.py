@@ -22,7 +22,6 @@ from benchmarks.experiments import (
     STAGE_RUNS,
     TIME_RUNS,
     TOKEN_RUNS,
-    TOWERS,
     Experiment,
     Run,
     Setting,
@@ -36,9 +35,8 @@ from discovla.drawn_world.probes import Probe
 from discovla.drawn_world.synthetic import WorldSizes, draw_world
 from discovla.methods import build
 from discovla.methods.clip import CLIP, CLIPConfig
-from discovla.tensor_files import write_tensors
 from discovla.testing import tiny_architecture
-from discovla.towers.weights import DRAWN, DRAWN_CLIP, ModelConfig, initialise
+from discovla.towers.weights import DRAWN, DRAWN_CLIP, initialise
 
 ALL_RUNS = {
     "methods": METHOD_RUNS,
@@ -92,42 +90,20 @@ def test_every_committed_result_is_of_a_run(name):
     }
 
 
-@pytest.fixture
-def towers(tmp_path, monkeypatch):
-    """Random weights in place of the pretrained towers that do not ship with discovla."""
-    monkeypatch.setattr(experiments, "PRETRAINED", tmp_path)
-    for name, architecture in TOWERS.items():
-        if f"drawn_{name}" in DRAWN:
-            continue
-        method = build(ModelConfig(architecture=str(architecture), pretrained="random"), CLIPConfig())
-        folder = tmp_path / f"pretrain_drawn_{name}"
-        folder.mkdir()
-        (folder / "results.json").write_text("{}")
-        write_tensors(folder / "tower.safetensors", method.plain_weights())
-
-
-def test_runs_of_fusion_start_from_their_tower(setting, towers):
+def test_runs_of_fusion_start_from_their_tower(setting):
     assert len({run.identity for run in FUSION_RUNS}) == len(FUSION_RUNS) == 26
     for run in FUSION_RUNS:
         config = setting.config(replace(run, words=run.words.replace("steps=0", "")))
-        shipped = config.model.pretrained == f"drawn_{run.tower}"
-        assert shipped == (run.tower == "siglip")
-        assert shipped or config.model.architecture == str(TOWERS[run.tower])
+        assert config.model.pretrained == f"drawn_{run.tower}"
         if run.seed == 0 and run.name.endswith(("LoRA + mean pooling", "fusion, 1 block")):
             method = build(config.model, config.method)
             assert (method.vision.pool.adapter is None) == ("mean pooling" in run.name)
 
 
-def test_a_tower_that_is_not_pretrained_is_named_with_the_command(setting, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "PRETRAINED", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"pretrain_drawn_pe: .* model.architecture=configs/drawn_pe"):
-        run_experiment(small("fusion", tmp_path), setting, FUSION_RUNS[-1:])
-
-
 @pytest.mark.slow
-def test_fusion_of_a_tower_is_measured_after_training(setting, towers, tmp_path):
+def test_fusion_of_a_tower_is_measured_after_training(setting, tmp_path):
     (row,) = run_experiment(small("fusion", tmp_path), setting, [named(FUSION_RUNS, "pe: fusion, 2 blocks")])
-    assert row["tower"] == "pe" and row["weights"] != zlib.crc32(DRAWN_CLIP.read_bytes())
+    assert row["tower"] == "pe" and row["weights"] == zlib.crc32(DRAWN["drawn_pe"].read_bytes())
     assert row["last steps"]["video"] > 0 and "judges" not in row["figures"]
 
 

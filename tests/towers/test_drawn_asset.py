@@ -1,4 +1,4 @@
-"""The small CLIP that ships with the package."""
+"""The small towers that ship with the package."""
 
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from discovla.towers.weights import DRAWN, ModelConfig, load_pretrained
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.mark.parametrize(("name", "config"), [("drawn", "drawn_clip"), ("drawn_siglip", "drawn_siglip")])
-def test_the_asset_has_the_architecture_that_is_pretrained(name, config):
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_asset_has_the_architecture_that_is_pretrained(name):
     method = build(ModelConfig(pretrained=name), CLIPConfig())
-    trained = ModelConfig(architecture=str(CONFIGS / f"{config}.json"), pretrained="random")
+    config = CONFIGS / DRAWN[name].with_suffix(".json").name
+    trained = ModelConfig(architecture=str(config), pretrained="random")
     assert method.architecture == load_pretrained(trained).architecture
     assert all(parameter.isfinite().all() for parameter in method.parameters())
 
