@@ -7,8 +7,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
+from PIL import Image, ImageDraw
 from timm.layers import resample_abs_pos_embed
 
 from discovla.config import read_config
@@ -88,16 +89,29 @@ def test_preprocessing_is_that_of_open_clips_weights(name, resize, interpolation
     assert (found.resize, found.interpolation, found.mean[0]) == (resize, interpolation, mean)
 
 
-@pytest.mark.parametrize("resize", ["squash", "shortest"])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_pixels_are_those_of_open_clips_transform(resize, interpolation):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8))
-    options = {"mean": (0.5, 0.4, 0.3), "std": (0.5, 0.6, 0.7)}
-    settings = PreprocessCfg(size=32, resize_mode=resize, interpolation=interpolation, **options)
-    want = image_transform_v2(settings, is_train=False)(image)
-    frame = torch.from_numpy(resize_and_crop(image, 32, resize, interpolation).copy())
-    got = preprocess_frames(frame[None, None], **options)[0, 0]
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+def kinds_of_preprocessing() -> dict[Preprocessing, tuple[str, str]]:
+    """One model and tag of open_clip for each kind of preprocessing that its weights name."""
+    pairs = [(name, tag) for name in open_clip.list_models() for tag in list_pretrained_tags_by_model(name)]
+    return {preprocessing(*pair): pair for pair in reversed(pairs)}
+
+
+@pytest.mark.parametrize("kind", kinds_of_preprocessing().items(), ids=lambda kind: "@".join(kind[1]))
+def test_pixels_are_those_of_open_clips_transform(kind):
+    ours, pair = kind
+    settings = {k: get_pretrained_cfg(*pair)[k] for k in ("mean", "std", "resize_mode", "interpolation")}
+    transform = image_transform_v2(PreprocessCfg(size=32, **settings), is_train=False)
+    rng = np.random.default_rng(0)
+    for size in [(80, 50), (37, 91), (33, 32), (32, 57), (19, 23), (320, 181), (32, 32)]:
+        image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        ImageDraw.Draw(image).ellipse((3, 5, size[0] - 4, size[1] - 3), fill="orange", outline="blue")
+        want = transform(image)
+        frame = torch.from_numpy(resize_and_crop(image, 32, ours.resize, ours.interpolation).copy())
+        mean, std = (torch.tensor(x)[:, None, None] for x in (ours.mean, ours.std))
+        pixels = ((want * std + mean) * 255).round().permute(1, 2, 0)
+        assert torch.equal(frame.float(), pixels), size  # the bytes are equal
+        # one multiplication and addition for a division, a subtraction and a division, in float32
+        got = preprocess_frames(frame[None, None], mean=ours.mean, std=ours.std)[0, 0]
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 def test_a_tower_normalises_with_its_own_statistics():
