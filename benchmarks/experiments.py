@@ -763,7 +763,11 @@ def _fusion_runs() -> list[Run]:
             for n in range(1, most + 1)
         }
         trained = {"LoRA + mean pooling": _discovla(fused=False, alpha=0), **fused}
-        trained["fusion, 1 block, frame positions"] = f"{fused['fusion, 1 block']} method.frame_position=true"
+        alternatives = {"frame positions": "frame_position=true", "shared query": "fused_pool=shared_query"}
+        if tower == "pe":
+            alternatives["class row alone"] = "fused_pool=none"
+        for name, word in alternatives.items():
+            trained[f"fusion, 1 block, {name}"] = f"{fused['fusion, 1 block']} method.{word}"
         runs.append(Run(name="zero-shot, mean pooling", words=_FROZEN, tower=tower))
         runs += [
             Run(name=f"zero-shot, {name} untrained", words=f"{words} steps=0", tower=tower)

@@ -83,8 +83,10 @@ class Method(nn.Module):
         self._check_towers()
         self.vision = VisionTower(architecture, vision_block or self._blocks("vision"))
         self.vision.merging = self._token_merging()
-        if config.fused_vision_blocks and isinstance(self.vision.pool, AttentionPool):
-            self.vision.pool.fuse(config.lora_rank, positions=config.frame_position)
+        fuses = config.fused_vision_blocks and config.fused_pool != "none"
+        if fuses and isinstance(self.vision.pool, AttentionPool):
+            own_query = config.fused_pool == "own_query"
+            self.vision.pool.fuse(config.lora_rank, own_query=own_query, positions=config.frame_position)
         self.text = TextTower(architecture, text_block or self._blocks("text"))
         self.logit_scale = LogitScale(bias=architecture.logit_bias)
         basis = config.temporal == "basis"
@@ -103,6 +105,17 @@ class Method(nn.Module):
             raise ValueError(
                 "method.fused_vision_blocks: expected 0, or 1 for the pool of a tower without a class row, "
                 f"found {fused}"
+            )
+        pool = self.config.fused_pool
+        if pool != "own_query" and not (fused and frames.pool == "attention"):
+            raise ValueError(
+                "method.fused_pool: expected 'own_query', the default, where no attention pool fuses, found "
+                f"{pool!r}"
+            )
+        if pool == "none" and not frames.class_row:
+            raise ValueError(
+                "method.fused_pool: expected 'own_query' or 'shared_query' for a tower without a class row, "
+                "which only its pool fuses, found 'none'"
             )
         free = self.architecture.vision.layers - (fused if frames.class_row else 0)
         if self.config.frozen_vision_blocks > max(free, 0):

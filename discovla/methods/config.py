@@ -57,6 +57,10 @@ class MethodConfig(BaseModel):
     frame_position: bool = False
     """Add a learned position of the frame, zero at the start, to the keys of vision fusion, which without it
     does not depend on the order of the frames."""
+    fused_pool: Literal["own_query", "shared_query", "none"] = "own_query"
+    """Fusion in the attention pool of a tower that has one, with fused_vision_blocks > 0.  "own_query": the
+    query of each frame also depends on what the pool reads in that frame; "shared_query": all frames of all
+    videos have the learned query; "none": the pool reads each frame by itself, and class rows alone fuse."""
     temporal: Literal["none", "basis"] = "none"
     """"basis": add to every frame's feature linear maps of it, weighted by cosines of the frame's place in
     the clip, before frames are pooled or a head reads them.  The maps start at zero.  Without them, or a head

@@ -23,6 +23,7 @@ class AttentionPool(nn.Module):
         q_f = q + B(P(q; T_f)),   y_f = A(P(q_f; T_f)) + P(q_f; T_1 ... T_F)
 
     with adapters A and B that start at zero: an untrained pool reads the whole video, alike for each frame.
+    Without `own_query` there is no B: q_f = q.
     With `positions` the keys of frame f, as the video sees them, get frame_position[f], zero at the start.
 
     Source: the pool is SigLIP's (arXiv 2303.15343), as timm computes it; the fusion is this project's form of
@@ -42,10 +43,11 @@ class AttentionPool(nn.Module):
         self.query_adapter: Adapter | None = None
         self.frame_position: nn.Parameter | None = None
 
-    def fuse(self, rank: int, *, positions: bool) -> None:
-        """Add the adapters, and positions of frames if wanted."""
+    def fuse(self, rank: int, *, own_query: bool = True, positions: bool) -> None:
+        """Add the adapters, that of the query with `own_query` alone, and positions of frames if wanted."""
         width = len(self.latent)
-        self.adapter, self.query_adapter = Adapter(width, rank), Adapter(width, rank)
+        self.adapter = Adapter(width, rank)
+        self.query_adapter = Adapter(width, rank) if own_query else None
         if positions:
             self.frame_position = nn.Parameter(torch.zeros(MAX_FRAMES, width))
 
@@ -63,13 +65,14 @@ class AttentionPool(nn.Module):
         key, value = self.key_value(rows).chunk(2, -1)  # n l w
         bias = size_bias(sizes, key)
         own = self._attend(latent, key, value, bias)
-        if self.adapter is None or self.query_adapter is None:
+        if self.adapter is None:
             own = own + self.mlp(self.ln(own))
             return own, own
-        query = latent + self.query_adapter(own)
-        fused = self.adapter(self._attend(query, key, value, bias)) + self._attend_video(
-            query, key, value, bias, group, mask
-        )
+        query, frame = latent, own
+        if self.query_adapter is not None:
+            query = latent + self.query_adapter(own)
+            frame = self._attend(query, key, value, bias)
+        fused = self.adapter(frame) + self._attend_video(query, key, value, bias, group, mask)
         return tuple(y + self.mlp(self.ln(y)) for y in (fused, own))
 
     def _attend(self, latent: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

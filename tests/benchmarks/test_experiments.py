@@ -91,7 +91,7 @@ def test_every_committed_result_is_of_a_run(name):
 
 
 def test_runs_of_fusion_start_from_their_tower(setting):
-    assert len({run.identity for run in FUSION_RUNS}) == len(FUSION_RUNS) == 26
+    assert len({run.identity for run in FUSION_RUNS}) == len(FUSION_RUNS) == 35
     for run in FUSION_RUNS:
         config = setting.config(replace(run, words=run.words.replace("steps=0", "")))
         assert config.model.pretrained == f"drawn_{run.tower}"

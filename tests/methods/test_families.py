@@ -171,6 +171,28 @@ def test_an_untrained_pool_that_fuses_reads_the_whole_video(tower):
     torch.testing.assert_close(*one)
 
 
+def test_alternatives_of_fusion_in_the_pool_leave_out_its_adapters():
+    given = batch(TOWERS["pe"])
+    outputs = {}
+    for fused_pool, adapters in {
+        "own_query": {"adapter", "query_adapter"},
+        "shared_query": {"adapter"},
+    }.items():
+        method = make("discovla", TOWERS["pe"], fused_pool=fused_pool).eval()
+        names = {name.split(".")[2] for name in method.trained_state() if name.startswith("vision.pool.")}
+        assert names == adapters
+        outputs[fused_pool] = method.vision.with_unfused(method.pixels(given.frames))
+    for found, want in zip(outputs["shared_query"], outputs["own_query"], strict=True):
+        assert relative_error(found, want) <= 1e-6  # the adapters start at zero
+    method = make("discovla", TOWERS["pe"], fused_pool="none").eval()
+    assert not any(name.startswith("vision.pool.") for name in method.trained_state())
+    fused, own = method.vision.with_unfused(method.pixels(given.frames))
+    assert torch.equal(fused, own) and relative_error(fused, outputs["own_query"][1]) <= 1e-6
+    for tower, message in {"clip": "where no attention pool fuses", "siglip": "without a class row"}.items():
+        with pytest.raises(ValueError, match=f"method.fused_pool: expected 'own_query'.*{message}"):
+            make("discovla", TOWERS[tower], fused_pool="none")
+
+
 def test_a_pool_does_not_read_hidden_frames():
     method = make("clip", TOWERS["siglip"], tune="frozen", fused_vision_blocks=1)
     given = batch(TOWERS["siglip"])
