@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from discovla.ops.blocks import expect_shape
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.streamed.scores import dual_softmax, finite_unit_rows, score_blocks
 
@@ -49,11 +50,15 @@ def rank_of_positive(
     if groups is not None and groups.shape != (len(items),):
         raise ValueError(f"groups: expected the group of each of {len(items)} items, found {groups.shape}")
     chosen = choose("rank_of_positive", impl, query.device.type, operands=(query, items, groups))
-    query, items = finite_unit_rows(query, items)
+    expect_shape("items", items, (len(items), query.shape[1]))
+    pairs = len(query) * len(items)
+    items = finite_unit_rows("items", items, pairs)
     if chosen == "reference":
+        query = finite_unit_rows("query", query, pairs)
         return rank_of_positive_reference(query, items, positive, groups, dual_softmax_scale)
     dual = None if dual_softmax_scale is None else dual_softmax(query, items, dual_softmax_scale)
     if chosen != "torch":
+        query = finite_unit_rows("query", query, pairs)
         count_better = kernel("rank_of_positive", chosen).count_better
         at_least, higher = count_better(query, items, positive, groups, dual)
         return 1 + at_least, 1 + higher

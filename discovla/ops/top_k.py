@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from discovla.ops.blocks import expect_shape
 from discovla.ops.dispatch import Impl, choose, kernel
 from discovla.ops.streamed.scores import finite_unit_rows, score_blocks
 
@@ -35,11 +36,13 @@ def top_k(
     if not 1 <= k <= count:
         raise ValueError(f"k: expected 1..{count}, found {k}")
     chosen = choose("top_k", impl, query.device.type, operands=(query, items, groups))
-    query, items = finite_unit_rows(query, items)
-    if chosen == "reference":
-        return top_k_reference(query, items, k, groups)
-    if chosen == "cuda":
-        return kernel("top_k", "cuda").best(query, items, k, groups)
+    expect_shape("items", items, (len(items), query.shape[1]))
+    pairs = len(query) * len(items)
+    items = finite_unit_rows("items", items, pairs)
+    if chosen != "torch":
+        query = finite_unit_rows("query", query, pairs)
+        best = top_k_reference if chosen == "reference" else kernel("top_k", "cuda").best
+        return best(query, items, k, groups)
     values = query.new_empty(len(query), k, dtype=torch.float32)
     indices = query.new_empty(len(query), k, dtype=torch.int64)
     for rows, scores in score_blocks(query, items, groups, None):
@@ -62,11 +65,24 @@ def top_of_scores(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Scores n k, float32, and indices n k, int64.
     """
     scores = scores.float()
-    best = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    values, indices = best.values[:, :k], best.indices[:, :k]
-    if len(rows := (best.values[:, 1:] == best.values[:, :-1]).any(1).nonzero()[:, 0]):
+    best, places = _largest(scores, min(k + 1, scores.shape[1]))
+    values, indices = best[:, :k], places[:, :k]
+    if len(rows := (best[:, 1:] == best[:, :-1]).any(1).nonzero()[:, 0]):
         values, indices = values.clone(), indices.clone()
         values[rows], indices[rows] = _decode(_encode(scores[rows]).topk(k, dim=1).values)
+    return values, indices
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return `scores.topk(k)`, of few among many positive scores on a CPU in 0.7 of its time.
+
+    Floats above 0 order like the whole numbers of their bits, which torch compares without looking for NaN.
+    """
+    if scores.device.type == "cpu" and 16 * k <= scores.shape[1]:
+        best = scores.view(torch.int32).topk(k, dim=1)
+        if (best.values > 0).all():  # bits of negative scores are negative
+            return best.values.view(torch.float32), best.indices
+    values, indices = scores.topk(k, dim=1)
     return values, indices
 
 

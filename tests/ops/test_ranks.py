@@ -151,10 +151,14 @@ def test_more_items_than_there_are_is_refused():
         top_k(signs(2, 0), signs(3, 1), 4)
 
 
-@pytest.mark.parametrize("k", [1, 3, 7, 12])
-def test_equal_scores_are_selected_in_order_of_their_index(k):
+@pytest.mark.parametrize(
+    ("k", "count", "lowest"),
+    [(1, 12, -2), (3, 12, -2), (7, 12, -2), (12, 12, -2), (7, 300, -2), (7, 300, -4)],
+)
+def test_equal_scores_are_selected_in_order_of_their_index(k, count, lowest):
     generator = torch.Generator().manual_seed(k)
-    scores = torch.randint(-2, 3, (50, 12), generator=generator).float()  # many ties, also at the border
+    # many ties, also at the border; of 300 the best are all positive, or all 0
+    scores = torch.randint(lowest, lowest + 5, (50, count), generator=generator).float()
     scores[:, 5] = -torch.inf
     values, indices = top_of_scores(scores, k)
     expected = scores.sort(dim=1, descending=True, stable=True)

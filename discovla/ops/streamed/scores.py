@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discovla.ops.blocks import ELEMENTS, expect_shape, matmul, sum_dtype, unit_rows
+from discovla.ops.blocks import ELEMENTS, matmul, sum_dtype, unit_rows
 
+ROWS = 1 << 11  # of one block: more make no product faster, and new memory takes time
 GPU_FACTOR = 16  # blocks are this much larger on a GPU, which small ones would leave idle
 
 
@@ -34,11 +35,11 @@ class DualSoftmax:
 
 
 def dual_softmax(query: Tensor, items: Tensor, scale: float) -> DualSoftmax:
-    """Compute the statistics over all queries in a first pass; unit rows n d and m d."""
+    """Compute the statistics over all queries, n d, in a first pass; items: m d, unit rows."""
     dtype = sum_dtype(query)
     lowest, lse = query.new_zeros((), dtype=dtype), query.new_full((len(items),), -torch.inf, dtype=dtype)
-    for rows in query_chunks(query, items):
-        logits = scale * matmul(query[rows], items.T, dtype)
+    for _, unit in _unit_queries(query, items):
+        logits = scale * matmul(unit, items.T, dtype)
         lowest, lse = torch.minimum(lowest, logits.min()), torch.logaddexp(lse, logits.logsumexp(0))
     return DualSoftmax(scale=scale, lowest=lowest, lse=lse)
 
@@ -46,9 +47,17 @@ def dual_softmax(query: Tensor, items: Tensor, scale: float) -> DualSoftmax:
 def score_blocks(
     query: Tensor, items: Tensor, groups: Tensor | None, dual: DualSoftmax | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of queries and their scores n m; with groups n g, each group by its best item."""
-    for rows in query_chunks(query, items):
-        scores = matmul(query[rows], items.T, sum_dtype(query))  # n m
+    """Yield slices of queries and their scores n m; with groups n g, each group by its best item.
+
+    Args:
+        query: n d, un-normalised.  items: m d, unit rows.
+        groups: m, int64.  dual: over all queries.
+
+    Raises:
+        ValueError: a query is zero or not finite.
+    """
+    for rows, unit in _unit_queries(query, items):
+        scores = matmul(unit, items.T, sum_dtype(query))  # n m
         scores = scores if dual is None else dual(scores)
         if groups is not None:
             best = scores.new_full((len(scores), int(groups.max()) + 1), -torch.inf)
@@ -56,25 +65,21 @@ def score_blocks(
         yield rows, scores
 
 
-def finite_unit_rows(query: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise the rows of both.
+def finite_unit_rows(name: str, x: Tensor, pairs: int, first: int = 0) -> Tensor:
+    """Normalise rows that will be multiplied to `pairs` scores; `first` is the number of the first row.
 
     Raises:
-        ValueError: dimensions that differ, or a row that is zero or not finite: a NaN would rank first.
+        ValueError: a row is zero or not finite: a NaN would rank first.
     """
-    expect_shape("items", items, (len(items), query.shape[1]))
-    pairs = len(query) * len(items)
-    units = []
-    for name, rows in (("query", query), ("items", items)):
-        unit, inverse = unit_rows(rows, pairs)
-        if len(bad := (~(inverse.isfinite() & (inverse > 0))).nonzero()):  # 1 / NaN, 1 / 0, 1 / inf
-            raise ValueError(f"{name}: expected finite rows that are not 0, found row {bad[0, 0].item()}")
-        units.append(unit)
-    return units[0], units[1]
+    unit, inverse = unit_rows(x, pairs)
+    if len(bad := (~(inverse.isfinite() & (inverse > 0))).nonzero()):  # 1 / NaN, 1 / 0, 1 / inf
+        raise ValueError(f"{name}: expected finite rows that are not 0, found row {first + bad[0, 0].item()}")
+    return unit
 
 
-def query_chunks(query: Tensor, items: Tensor) -> Iterator[slice]:
-    """Yield slices of queries whose scores with all items make one block."""
-    size = max(1, ELEMENTS * (GPU_FACTOR if query.is_cuda else 1) // len(items))
+def _unit_queries(query: Tensor, items: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of queries whose scores with all items make one block, and their unit rows."""
+    size = min(ROWS, max(1, ELEMENTS // len(items))) * (GPU_FACTOR if query.is_cuda else 1)
     for first in range(0, len(query), size):
-        yield slice(first, min(first + size, len(query)))
+        rows = slice(first, min(first + size, len(query)))
+        yield rows, finite_unit_rows("query", query[rows], len(query) * len(items), first)
