@@ -123,13 +123,16 @@ class Setting:
     """Paths and further overrides of all runs."""
 
     manifest: Path
+    shards: Path | None = None
+    """Raw shards of its clips, from which runs train in place of its videos, on the same batches."""
     words: tuple[str, ...] = ()
     fresh_clips: int = 300
     """Clips of another world on which the teacher and the student of DiscoVLA are compared."""
 
     def overrides(self, run: Run) -> list[str]:
         """Return the overrides of a run, without its directory."""
-        words = [f"seed={run.seed}", f"data.manifest={self.manifest}", "engine.device=cpu"]
+        source = f"data.manifest={self.manifest}" if self.shards is None else f"data.shards={self.shards}"
+        words = [f"seed={run.seed}", source, "engine.device=cpu"]
         if run.tower:
             words.append(f"model.pretrained=drawn_{run.tower}")
         return [*run.words.split(), *words, *self.words]
@@ -170,7 +173,7 @@ def run_experiment(experiment: Experiment, setting: Setting, runs: Sequence[Run]
         common = {"kind": run.kind, "name": run.name, "seed": run.seed, "identity": identity}
         for figures in experiment.measure(run, setting):
             row = common | {"weights": weights} | ({"tower": run.tower} if run.tower else {})
-            row |= machine("cpu") | figures
+            row |= machine("cpu") | figures | {"reads": "videos" if setting.shards is None else "shards"}
             write_row(experiment.results, row)
             written.append(row)
             print(summary(row), flush=True)
@@ -290,7 +293,8 @@ def measure_method(run: Run, setting: Setting) -> list[Row]:
 def opened(setting: Setting, directory: Path) -> tuple[LoadedRun, DrawnEvaluation]:
     """Open a trained run, and the clips that it is measured on."""
     loaded = load_run(directory)
-    return loaded, DrawnEvaluation(manifest=setting.manifest, data=loaded.config.data, fresh_clips=0)
+    data = loaded.config.data.model_copy(update={"manifest": setting.manifest, "shards": None})
+    return loaded, DrawnEvaluation(manifest=setting.manifest, data=data, fresh_clips=0)
 
 
 def measured(run: Run, directory: Path, loaded: LoadedRun, evaluation: DrawnEvaluation) -> Row:
@@ -928,6 +932,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("words", nargs="*", metavar="a.b=c", help="overrides of every run")
     parser.add_argument("--manifest", type=Path, default=ROOT / "data/drawn_world/manifest.jsonl")
+    parser.add_argument("--shards", type=Path, help="train from raw shards of the manifest's clips")
     parser.add_argument("--results", type=Path, help="default: the experiment's file of benchmarks/results")
     parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name matches")
     parser.add_argument("--seed", type=int, help="runs with this seed alone; default: all")
@@ -942,7 +947,8 @@ def main(words: Sequence[str] | None = None) -> int:
     experiment = EXPERIMENTS[options.experiment]
     if options.results is not None:
         experiment = replace(experiment, results=options.results)
-    setting = Setting(manifest=options.manifest.resolve(), words=tuple(options.words))
+    shards = None if options.shards is None else options.shards.resolve()
+    setting = Setting(manifest=options.manifest.resolve(), shards=shards, words=tuple(options.words))
     seeds = SEEDS if options.seed is None else (options.seed,)
     named = [run for run in experiment.runs if re.search(options.only, run.name) and run.seed in seeds]
     runs = named[first::shares]
