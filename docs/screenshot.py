@@ -26,7 +26,7 @@ from discovla.search.serve import Server, listen
 WIDTH, HEIGHT, RATE, SECONDS = 480, 270, 8, 4
 SHAPES = {"circle": (64, 0.0), "square": (4, 0.5), "diamond": (4, 0.0), "triangle": (3, 0.5)}  # corners, turn
 GROUNDS = ((38, 52, 74), (74, 52, 66), (44, 66, 58), (70, 62, 46))
-QUERY = "a red circle"
+QUERY = "a white triangle moves right"
 
 
 def frame(colour: str, shape: str, ground: int, moment: float) -> np.ndarray:
