@@ -69,8 +69,8 @@ class SequenceLayout:
     readout: n, int64, the place of the readout token (CLS or EOT) in each sequence.
     fusion_key_mask: n l, bool, the tokens visible across a group.  None: all are.
     packing: how packed rows lie; None for padded rows.  Masks are padded (n l) in both cases.
-    rotation: l 2c, sine and cosine by which blocks turn queries and keys (`nn.rotation`); None for none.  The
-        readout token then comes first and is not turned.
+    rotation: l c/2 2, cosine and sine by which blocks turn queries and keys (`nn.rotation`); None for none.
+        The readout token then comes first and is not turned.
     readout_only: True for the last block of a tower, which returns the readout rows alone, n w.
     impl, memory: how blocks are computed and what they keep for backward; see `ops.dispatch`.
     defer_update: a block returns its last update beside its rows, so that the next norm adds it in one pass.
