@@ -136,14 +136,16 @@ def test_the_best_items_come_in_order_and_of_equal_ones_the_lowest_index_first(n
     )
 
 
+@pytest.mark.parametrize("name", ["query", "items"])
 @pytest.mark.parametrize(
     "call", [lambda q, i: top_k(q, i, 1), lambda q, i: rank_of_positive(q, i, torch.arange(3))]
 )
-def test_a_zero_row_is_refused_by_its_number(call):
-    items = signs(3, 0)
-    items[2] = 0
-    with pytest.raises(ValueError, match="items: expected finite rows that are not 0, found row 2"):
-        call(signs(3, 1), items)
+def test_a_zero_row_is_refused_by_its_number(call, name, monkeypatch):
+    monkeypatch.setattr("discovla.ops.streamed.scores.ROWS", 2)
+    rows = {"query": signs(3, 1), "items": signs(3, 0)}
+    rows[name][2] = 0
+    with pytest.raises(ValueError, match=f"{name}: expected finite rows that are not 0, found row 2"):
+        call(rows["query"], rows["items"])
 
 
 def test_more_items_than_there_are_is_refused():
