@@ -12,7 +12,6 @@ Row = dict[str, Any]
 OURS = ("triton", "cuda", "torch", "ours")  # first words of our implementations
 RUNS = 5  # earlier runs that a new one is compared with
 MS, MEMORY, ERROR = 1.05, 1.02, 2.0  # factors over the best of them that are a regression
-WORTH = 1.15  # speed over Triton, at two sizes, that makes a CUDA kernel worth choosing
 
 
 def _ours(row: Row) -> bool:
@@ -99,21 +98,6 @@ def beside_baselines(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def worth_choosing(rows: Iterable[Row]) -> list[str]:
-    """Return for each op whether its CUDA kernel is fast enough beside Triton's for `auto` to choose it."""
-    ratios: dict[str, list[float]] = {}
-    for group in _cases(rows).values():
-        by_impl = {row["impl"]: row for row in group}
-        if {"cuda", "triton"} <= by_impl.keys():
-            ratio = by_impl["triton"]["ms_p50"] / by_impl["cuda"]["ms_p50"]
-            ratios.setdefault(by_impl["cuda"]["op"], []).append(ratio)
-    return [
-        f"{op}: cuda is at least {WORTH} x as fast as triton at {sum(r >= WORTH for r in each)} of "
-        f"{len(each)} sizes: {'worth' if sum(r >= WORTH for r in each) >= 2 else 'not worth'} choosing"
-        for op, each in ratios.items()
-    ]
-
-
 def table(rows: Sequence[Row]) -> str:
     """Return all timed rows as Markdown, then the rows left out with their reasons."""
     columns = ("case", "impl", "ms", "p20-p80", "target", "TFLOP/s", "of GEMM", "extra GB", "launches")
@@ -145,7 +129,6 @@ def report(rows: Sequence[Row]) -> str:
     parts = {
         "Targets (of an H200)": targets(rows),
         "Beside the best baseline": beside_baselines(rows),
-        "CUDA C++ beside Triton": worth_choosing(rows),
     }
     chapters = [f"{title}:\n" + "\n".join(lines) for title, lines in parts.items() if lines]
     return "\n\n".join([table(rows), *chapters])

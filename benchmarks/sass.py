@@ -4,6 +4,7 @@
     python benchmarks/sass.py --arch 90 --only lora_norm   some of them
     python benchmarks/sass.py --arch 90 --check            exit 1 if a kernel is worse than its committed row
     python benchmarks/sass.py --print                      show the committed rows
+    python benchmarks/sass.py --csrc                       the CUDA C++ kernels, by nvcc, for A100 and Hopper
 
 Launchers run on tensors without storage (`benchmarks/sass_cases.py`), and each launch is compiled instead of
 started: tiles, warps, strides and alignment are those that a GPU would get.  Compiler and disassembler are
@@ -14,6 +15,8 @@ Rows of benchmarks/results/sass/kernels.jsonl, one a kernel, size and architectu
   bytes of shared memory, programs that fit on a multiprocessor at once, instructions of tensor cores;
   gb: every operand read or written once; gflop: needed matrix products; floor: the longer of both at the
   rates of `GPUS`, microseconds.
+Rows of benchmarks/results/sass/csrc.jsonl, one a kernel of csrc/, dtype and architecture; those of kernels
+that were deleted stay, with the commit that had them.
 """
 
 from __future__ import annotations
@@ -44,11 +47,13 @@ from triton.errors import TritonError
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.measure import RESULTS, read_rows
+from benchmarks.measure import RESULTS, ROOT, machine, read_rows
 from benchmarks.sass_cases import SassCase, sass_cases
+from discovla.ops.cuda.build import find_nvcc
 
 Row = dict[str, Any]
 TABLE = RESULTS / "sass/kernels.jsonl"
+CSRC_TABLE = RESULTS / "sass/csrc.jsonl"
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 TENSOR_CORES = re.compile(r"^(HMMA|HGMMA|UTC\w*MMA|OMMA|QMMA|QGMMA|IMMA|DMMA)$")
@@ -177,6 +182,54 @@ def machine_code(cubin: bytes) -> Row:
     }
 
 
+def audit_csrc(source: Path, arch: str) -> list[Row]:
+    """Compile a file of csrc/ by nvcc and return a row for each kernel of it.
+
+    arch: "80", or "90a" for Hopper.  Dynamic shared memory and threads are the launcher's, not in the code.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        sys.exit("nvcc is not on PATH, nor in CUDA_HOME: install the CUDA toolkit, 12.8 or later")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = f"{folder}/{source.stem}.cubin"
+        subprocess.run([nvcc, "-cubin", "-std=c++17", f"-arch=sm_{arch}", "-o", cubin, source], check=True)
+        usage = re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", cubin)
+        )
+        _, *sections = re.split(
+            r"^\s*\.section\s+\.text\.(\S+?),", _tool("nvdisasm", "-c", cubin), flags=re.M
+        )
+    code = dict(zip(sections[::2], sections[1::2], strict=True))
+    rows = []
+    for symbol, registers, stack in usage:
+        opcodes = INSTRUCTION.findall(code[symbol])
+        name = re.search(r"discovla\d+(\w+?)I(13__nv_bfloat16|f)(?:NS_4TileIS?\w*?Li(\d+)ELi(\d+))?", symbol)
+        assert name is not None, symbol
+        tile = f" {name[3]}x{name[4]}" if name[3] else ""
+        rows.append({
+            "source": source.name,
+            "kernel": f"{name[1]}{tile} {'fp32' if name[2] == 'f' else 'bf16'}",
+            "arch": arch,
+            "registers": int(registers),
+            "stack": int(stack),
+            "spills": sum(x.split(".")[0] in SPILLS for x in opcodes),
+            "tensor_cores": sorted({x for x in opcodes if TENSOR_CORES.match(x.split(".")[0])}),
+            "generic_loads": sum(x.startswith("LD.") for x in opcodes),
+            "matrix_loads": sum(x.startswith("LDSM") for x in opcodes),
+            "commit": machine("cpu")["commit"],
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: row["kernel"])
+
+
+def write_csrc() -> None:
+    """Audit csrc/ and write its rows, beside those of files that are gone."""
+    sources = sorted((ROOT / "csrc").glob("*.cu"))
+    rows = [row for source in sources for arch in ("80", "90a") for row in audit_csrc(source, arch)]
+    names = {source.name for source in sources}
+    gone = [x for x in (read_rows(CSRC_TABLE) if CSRC_TABLE.exists() else []) if x["source"] not in names]
+    CSRC_TABLE.write_text("".join(json.dumps(row) + "\n" for row in [*gone, *rows]))
+
+
 def _tool(name: str, *words: str) -> str:
     return subprocess.run([TOOLS / name, *words], capture_output=True, text=True, check=True).stdout
 
@@ -238,9 +291,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=list(MULTIPROCESSORS))
     parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of cases")
     parser.add_argument("--check", action="store_true", help="compare with the committed rows")
+    parser.add_argument("--csrc", action="store_true", help="audit the kernels of csrc/ instead")
     parser.add_argument("--print", action="store_true", help="show the committed rows, compile nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args(words)
+    if options.csrc:
+        write_csrc()
+        return 0
     committed = read_rows(TABLE) if TABLE.exists() else []
     if options.print:
         print(*(line(row) for row in committed), sep="\n")

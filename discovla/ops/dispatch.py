@@ -74,7 +74,6 @@ CANDIDATES: dict[str, dict[str, str]] = {
         "reference": "all products in memory",
         "torch": "blocks of pairs, computed again in backward",
         "triton": "blocks of pairs in one kernel each",
-        "cuda": "the same in CUDA C++",
         "chunks": "larger blocks: the vendor's products, all else fused by torch.compile",
         "compiled": "the reference under torch.compile",
     },
@@ -128,7 +127,6 @@ CANDIDATES: dict[str, dict[str, str]] = {
         "reference": "scores in memory",
         "torch": "scores of some queries at a time",
         "triton": "tiles of scores in one kernel",
-        "cuda": "the same in CUDA C++",
     },
     "readout_attention": {
         "reference": "scores in memory",
@@ -191,7 +189,7 @@ CANDIDATES: dict[str, dict[str, str]] = {
     "top_k": {
         "reference": "scores in memory",
         "torch": "scores of some queries at a time",
-        "cuda": "CUDA C++",
+        "cuda": "tiles of scores in one kernel, in CUDA C++",
     },
     "unit_mean": {
         "reference": "plain torch",

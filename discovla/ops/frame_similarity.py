@@ -42,8 +42,8 @@ def frame_similarity(
         logit_scale: scalar, s (not its logarithm).
         text_mask: t i, bool; video_mask: v j, bool; true on real parts.  A side without one contributes 0.
         impl: reference (R in memory), torch (streamed over blocks of pairs, computed again in backward:
-            beyond inputs and outputs its memory does not grow with t v), triton, cuda, or auto: the
-            reference if R has at most 4 million entries, else torch.
+            beyond inputs and outputs its memory does not grow with t v), triton, or auto: the reference if R
+            has at most 4 million entries, else torch.
 
     Returns:
         G: t v, before any logit scale, float32 at least.
@@ -100,7 +100,7 @@ def block_functions(impl: str) -> Any:
     """Return what computes one block of pairs: `maxima`, `gradients`, `pairs_per_block`."""
     if impl == "chunks":
         return chunks.frame_functions()
-    return kernel("frame_similarity", impl) if impl in ("triton", "cuda") else streamed
+    return kernel("frame_similarity") if impl == "triton" else streamed
 
 
 @torch.library.custom_op("discovla::frame_similarity_streamed", mutates_args=())

@@ -33,7 +33,7 @@ def rank_of_positive(
         dual_softmax_scale: s; scores are then s c exp(s c) / sum over queries exp(s c), with s c shifted to
             be positive, which takes a second pass.  None: cosines.
         impl: reference (the matrix in memory), torch (some queries at a time), triton (groups of at most
-            128 items), cuda, or auto, which is torch.
+            128 items), or auto, which is torch.
 
     Returns:
         ties_against and optimistic, n each, int64.
@@ -59,7 +59,7 @@ def rank_of_positive(
     dual = None if dual_softmax_scale is None else dual_softmax(query, items, dual_softmax_scale)
     if chosen != "torch":
         query = finite_unit_rows("query", query, pairs)
-        count_better = kernel("rank_of_positive", chosen).count_better
+        count_better = kernel("rank_of_positive").count_better
         at_least, higher = count_better(query, items, positive, groups, dual)
         return 1 + at_least, 1 + higher
     against, optimistic = torch.empty_like(positive), torch.empty_like(positive)

@@ -11,7 +11,6 @@ from benchmarks.gpu_report import (
     report,
     table,
     targets,
-    worth_choosing,
 )
 from benchmarks.measure import read_rows
 
@@ -90,19 +89,6 @@ def test_targets_are_compared_with_the_fastest_of_our_implementations():
 def test_the_best_baseline_is_the_fastest_of_the_others():
     rows = [row(ms=4.0), row(impl="compiled", ms=2.0), row(impl="inf_cl", ms=8.0), row(name="alone", ms=1.0)]
     assert beside_baselines(rows) == ["a: triton is 0.50 x as fast as compiled, the best baseline"]
-
-
-def test_cuda_is_worth_choosing_if_it_is_faster_by_15_percent_at_two_sizes():
-    def sizes(*ratios):
-        for n, ratio in enumerate(ratios):
-            yield from (row(name=f"{n}", ms=ratio), row(name=f"{n}", impl="cuda", ms=1.0))
-
-    assert worth_choosing(sizes(1.2, 1.1)) == [
-        "info_nce: cuda is at least 1.15 x as fast as triton at 1 of 2 sizes: not worth choosing"
-    ]
-    assert worth_choosing(sizes(1.2, 0.5, 1.15)) == [
-        "info_nce: cuda is at least 1.15 x as fast as triton at 2 of 3 sizes: worth choosing"
-    ]
 
 
 def test_the_table_shows_targets_and_rows_left_out():

@@ -17,17 +17,9 @@ def main(path: Path) -> None:
     library.LIBRARY = path
     assert library.missing() == "", library.missing()
     ops = library.ops()
-    rows, parts = torch.empty(5, 16, device="meta"), torch.empty(3, 2, 16, device="meta")
-    positive = torch.empty(5, dtype=torch.int64, device="meta")
-    ranks = ops.rank_of_positive(rows, rows, positive, None, None, None, None, 1.0)
-    assert (ranks.shape, ranks.dtype) == ((2, 5), torch.int32)
+    rows = torch.empty(5, 16, device="meta")
     values, indices = ops.top_k(rows, rows, 3, None)
     assert (values.shape, indices.shape, indices.dtype) == ((5, 3), (5, 3), torch.int64)
-    scale = torch.empty((), device="meta")
-    kept = ops.frame_similarity(parts, parts, scale, None, None, True)
-    assert [tuple(x.shape) for x in kept] == [(3, 3), (3, 2, 3), (3, 2, 3), (3, 3, 2), (3, 3, 2), (5, 3, 3)]
-    derivative = ops.frame_similarity_backward(kept[0], parts, parts, scale, None, None, *kept[1:])
-    assert derivative.shape == (6, 6)
     try:
         ops.top_k(torch.eye(4), torch.eye(4), 1, None)
     except NotImplementedError:  # there is no kernel for a CPU, and none steps in

@@ -61,36 +61,9 @@ def _load() -> None:
         torch.library.register_fake(f"discovla::{name}", fake)
 
 
-def _rank_of_positive(query, items, positive, group, starts, lse, lowest, scale):
-    return query.new_empty(2, query.shape[0], dtype=torch.int32)
-
-
 def _top_k(query, items, k, groups):
     values = query.new_empty(query.shape[0], k, dtype=torch.float32)
     return values, torch.empty_like(values, dtype=torch.int64)
 
 
-def _frame_similarity(text, video, scale, text_mask, video_mask, keep):
-    (t, i, _), (v, j, _) = text.shape, video.shape
-    kept = (t, v) if keep else (0, 0)
-    shapes = (
-        ((t, v), torch.float32),
-        ((kept[0], i, kept[1]), torch.float32),
-        ((kept[0], i, kept[1]), torch.int16),
-        ((*kept, j), torch.float32),
-        ((*kept, j), torch.int16),
-        ((5, *kept), torch.float32),
-    )
-    return tuple(text.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
-
-
-def _frame_similarity_backward(grad, text, video, *saved):
-    return text.new_empty(text.shape[0] * text.shape[1], video.shape[0] * video.shape[1])
-
-
-FAKES = {
-    "rank_of_positive": _rank_of_positive,
-    "top_k": _top_k,
-    "frame_similarity": _frame_similarity,
-    "frame_similarity_backward": _frame_similarity_backward,
-}
+FAKES = {"top_k": _top_k}

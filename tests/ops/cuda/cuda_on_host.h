@@ -207,11 +207,6 @@ inline int __clz(unsigned bits) {
 inline int __ffs(unsigned bits) {
   return __builtin_ffs(int(bits));
 }
-inline int32_t atomicAdd(int32_t* to, int32_t more) {
-  const int32_t before = *to;
-  *to += more;
-  return before;
-}
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros) {
   if (uintptr_t(to) % bytes || uintptr_t(from) % bytes) throw std::runtime_error("a copy is not aligned");

@@ -2,8 +2,6 @@
 // `error`.
 #include <string>
 
-#include "frame_similarity.cu"
-#include "rank_of_positive.cu"
 #include "top_k.cu"
 
 namespace {
@@ -58,31 +56,6 @@ const char* error() {
   return message.c_str();
 }
 
-int rank_of_positive(bool half, int backwards, const void* query, const void* items, const int64_t* positive,
-                     const int64_t* group, const int64_t* starts, const float* lse, const float* lowest,
-                     float scale, float* target, int32_t* counts, int n, int m, int groups, int width,
-                     int chunks) {
-  return guarded(half, backwards, [&](auto element) {
-    using T = decltype(element);
-    discovla::RankArguments<T> a{static_cast<const T*>(query),
-                                 static_cast<const T*>(items),
-                                 positive,
-                                 group,
-                                 starts,
-                                 lse,
-                                 lowest,
-                                 scale,
-                                 target,
-                                 counts,
-                                 n,
-                                 m,
-                                 groups,
-                                 width,
-                                 chunks};
-    discovla::rank_of_positive(a, nullptr);
-  });
-}
-
 int top_k(bool half, int backwards, const void* query, const void* items, const int64_t* group,
           uint64_t* lists, float* values, int64_t* indices, int n, int m, int width, int k, int chunks) {
   return guarded(half, backwards, [&](auto element) {
@@ -99,38 +72,6 @@ int top_k(bool half, int backwards, const void* query, const void* items, const 
                                  k,
                                  chunks};
     discovla::top_k(a, nullptr);
-  });
-}
-
-// derivative: null for forward.
-int frame_similarity(bool half, int backwards, const void* text, const void* video, const float* scale,
-                     const bool* text_mask, const bool* video_mask, float* similarity, float* text_best,
-                     float* video_best, float* pools, int16_t* text_index, int16_t* video_index, int texts,
-                     int videos, int i_parts, int j_parts, int width, const float* grad, void* derivative) {
-  return guarded(half, backwards, [&](auto element) {
-    using T = decltype(element);
-    discovla::FrameArguments<T> a{static_cast<const T*>(text),
-                                  static_cast<const T*>(video),
-                                  scale,
-                                  text_mask,
-                                  video_mask,
-                                  similarity,
-                                  text_best,
-                                  video_best,
-                                  pools,
-                                  text_index,
-                                  video_index,
-                                  texts,
-                                  videos,
-                                  i_parts,
-                                  j_parts,
-                                  width};
-    if (derivative) {
-      discovla::frame_similarity_backward(discovla::FrameGradients<T>{a, grad, static_cast<T*>(derivative)},
-                                          nullptr);
-    } else {
-      discovla::frame_similarity(a, nullptr);
-    }
   });
 }
 
