@@ -12,6 +12,7 @@ from discovla_kernels.tiles import (
     Traffic,
     accumulator,
     mask_pointer,
+    operands_in_registers,
     precision,
     product_tile,
     unsupported_tensors,
@@ -230,6 +231,8 @@ def derivative_parts(
     (text, text_inverse), (video, video_inverse) = text, video
     (rows, d), columns = text.shape, len(video)
     block = _block(rows, columns)
+    if teacher is not None and text.element_size() == 4 and operands_in_registers(text):
+        block = 32  # larger tiles of both matrices would spill
     grid = (triton.cdiv(rows, block), triton.cdiv(columns, block))
     dx = text.new_empty(rows, columns)
     dteacher = None if teacher is None else torch.empty_like(teacher)

@@ -14,6 +14,7 @@ from discovla_kernels.tiles import (
     LOWEST,
     Traffic,
     accumulator,
+    capability,
     dense_matmul,
     mask_pointer,
     part_rows,
@@ -263,6 +264,9 @@ def maxima(
     text, video = text.contiguous(), video.contiguous()
     (t, i, d), (v, j, _) = text.shape, video.shape
     tile = _tile(t, v, i, j)
+    small = tile["num_warps"] == 4
+    if text.element_size() == 4 and capability(text) >= (100 if small else 120):  # larger tiles would spill
+        tile["BLOCK_V"] = max(1, tile["BLOCK_V"] // 2)
     acc = torch.promote_types(text.dtype, torch.float32)
     kept = (t, v) if keep else (1, 1)
     out = Maxima(

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from discovla_kernels.layer_norm import unsupported as norm_unsupported
-from discovla_kernels.tiles import accumulator
+from discovla_kernels.tiles import accumulator, capability
 
 MAX_RANK = 16  # of an update: backward holds a sum for each of its rows and columns in registers
 MAX_WIDTH = 1024
@@ -258,6 +258,8 @@ def backward(
     """
     (rows, width), (programs, rank) = total.shape, a.shape[:2]
     tile = _tile(width, rank, BACKWARD)
+    if grad_z.element_size() == 2 and 0 < capability(total) < 90:
+        tile["maxnreg"] = 255  # the compiler's own limit, for three programs a multiprocessor, would spill
     dx, parts = torch.empty_like(total), stats.new_empty(programs, rank, width)
     du = total.new_empty(0) if grad_z.dtype == total.dtype else torch.empty_like(total, dtype=grad_z.dtype)
     _lora_norm_backward[(programs,)](

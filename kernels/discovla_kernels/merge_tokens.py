@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import accumulator, unsupported_tensors
+from discovla_kernels.tiles import accumulator, capability, unsupported_tensors
 
 MAX_SOURCES = 1024  # of a sequence, whose best scores live in registers
 FLOOR = tl.constexpr(1e-12)
@@ -145,11 +145,14 @@ def forward(
     out, merged = x.new_empty(n, length - count, width), sizes.new_empty(n, length - count)
     target = torch.empty(n, length, dtype=torch.int64, device=x.device)
     block_s = max(16, triton.next_power_of_2(sources))
+    # on sm_100 the compiler's own limit, for four programs a multiprocessor, would spill
+    limit = {"maxnreg": 160} if block_s == 64 and capability(x) == 100 else {}
     _merge_forward[(n,)](
         x, sizes, metric, out, merged, target,
         length, width, channels, count, fixed, sources, length - fixed - sources,
         BLOCK_S=block_s, BLOCK_D=16 if block_s > 64 else 32, BLOCK_C=32, BLOCK_W=32,
         ACC=accumulator(metric), num_warps=8 if block_s > 64 else 4,
+        **limit,
     )  # fmt: skip
     return out, merged, target
 

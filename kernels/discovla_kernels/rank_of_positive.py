@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from discovla_kernels.tiles import Traffic, accumulator, precision, product_tile, unsupported_tensors
+from discovla_kernels.tiles import (
+    Traffic,
+    accumulator,
+    operands_in_registers,
+    precision,
+    product_tile,
+    unsupported_tensors,
+)
 
 MAX_GROUP = 128  # items of a group; a tile holds whole groups
 
@@ -108,6 +115,8 @@ def count_better(
     table = positive if groups is None else _table(groups)
     slots, group_count = (1, m) if groups is None else (table.shape[1], len(table))
     block = _block(n, group_count, slots)
+    if query.element_size() == 4 and slots <= 32 and operands_in_registers(query):
+        block = min(block, 64)  # larger tiles of three TF32 products would spill
     # first the positives' own scores, then every tile of groups
     for only_target, across in ((True, 1), (False, triton.cdiv(group_count, block // slots))):
         _rank_of_positive_forward[(triton.cdiv(n, block), across)](

@@ -22,7 +22,7 @@ from discovla_kernels.attention_tiles import (
     visible,
 )
 from discovla_kernels.short_attention import unsupported as attention_unsupported
-from discovla_kernels.tiles import LOWEST, mask_pointer
+from discovla_kernels.tiles import LOWEST, capability, mask_pointer
 
 MAX_FRAMES = 64  # of a group; a query of each lives in registers
 
@@ -189,11 +189,13 @@ def forward(
     n, channels = len(q), q.shape[1] // heads
     out = q.new_empty(2 * n - ungrouped if group else n, q.shape[1])
     alone, frames = (ungrouped, group) if group else (n, 1)
+    constants = _constants(q, offsets, key_mask, group_mask, position, heads, length, causal, group)
+    if length <= 32 and capability(q) == 100:
+        constants["maxnreg"] = 255  # the compiler's own limit, for one program more, would spill
     _readout_attention_forward[(heads * (alone + (n - alone) // frames),)](
         q, kv, q if offsets is None else offsets, mask_pointer(key_mask, q), mask_pointer(group_mask, q),
         readout_rows, q if position is None else position, out, out[n:], length, alone, frames, heads,
-        channels, channels**-0.5,
-        **_constants(q, offsets, key_mask, group_mask, position, heads, length, causal, group),
+        channels, channels**-0.5, **constants,
     )  # fmt: skip
     return out
 

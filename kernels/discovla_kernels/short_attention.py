@@ -20,7 +20,7 @@ from discovla_kernels.attention_tiles import (
     store_rows,
     visible_pairs,
 )
-from discovla_kernels.tiles import LOWEST, mask_pointer, unsupported_tensors
+from discovla_kernels.tiles import LOWEST, capability, mask_pointer, unsupported_tensors
 
 MAX_CHANNELS = 128  # of a head; a tile of rows lives in registers
 
@@ -148,6 +148,8 @@ def forward(
     rows, width = len(qkv), qkv.shape[1] // 3
     out, tile = qkv.new_empty(rows, width), settings(qkv, width // heads, length)
     del tile["ONE"]
+    if length <= 32 and capability(qkv) >= 120:
+        tile["maxnreg"] = 255  # the compiler's own limit, for one program more, would spill
     _short_attention_forward[_grid(rows, length, heads, offsets)](
         qkv, qkv if offsets is None else offsets, mask_pointer(mask, qkv),
         qkv if sizes is None else sizes, out, length, heads, width // heads, (width // heads) ** -0.5,

@@ -24,7 +24,7 @@ from discovla_kernels.attention_tiles import (
     visible_pairs,
 )
 from discovla_kernels.short_attention import unsupported as attention_unsupported
-from discovla_kernels.tiles import LOWEST, mask_pointer
+from discovla_kernels.tiles import LOWEST, capability, mask_pointer, operands_in_registers
 
 MAX_FRAMES = 64  # of a group; a query of each lives in registers
 PROGRAMS = 1024  # of backward at least, or groups are split: about four for each place on an H200
@@ -156,13 +156,14 @@ def _temporal_fusion_forward(
 def _one_tile_backward(
     q_ptr, mask_ptr, group_mask_ptr, grad_ptr, local_ptr, dq_ptr, position_ptr, dposition_ptr, start, length,
     readout, member, guest_rows, guests, guest_lse, guest_mean, H, C, scale, HAS_MASK: tl.constexpr,
-    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, RELOAD: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one frame whose queries, and the group's readout queries as guests, fill one tile.
 
     Both have the same five products.  By the frame's position, dr = sum of q sum_j dS over guests.
     Stores dq but of the readout row, dk, dv and dr; returns dq of guests, and of the readout row as `member`.
+    RELOAD: rows are loaded again, from L1, where they are used again, or they would spill.
     """
     width, i, c = H * C, tl.arange(0, BLOCK), tl.arange(0, BLOCK_C)
     q, k, v, seen, s, own, rows = _tile_with_guests(
@@ -178,11 +179,17 @@ def _one_tile_backward(
     p /= tl.where(guests | (total == 0), 1.0, total)[:, None]
     dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)
     store_rows(dq_ptr + 2 * width, start + i, own, 3 * width, C, dv, BLOCK_C)
+    if RELOAD:  # not merged with the first loads, since a store lies between
+        v = load_rows(q_ptr + 2 * width, start + i, own, 3 * width, C, BLOCK_C)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
     mean = tl.where(guests, guest_mean, tl.sum(p * dp, axis=1))
     ds = p * (dp - mean[:, None]) * scale
+    if RELOAD:
+        q = load_rows(q_ptr, rows, own | guests, 3 * width, C, BLOCK_C)
     dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION, out_dtype=ACC)
     store_rows(dq_ptr + width, start + i, own, 3 * width, C, dk, BLOCK_C)
+    if RELOAD:
+        k = load_rows(q_ptr + width, start + i, own, 3 * width, C, BLOCK_C)
     dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
     store_rows(dq_ptr, start + i, own & (i != readout), 3 * width, C, dq, BLOCK_C)
     if HAS_POSITION:
@@ -199,10 +206,10 @@ def _one_tile_backward(
 def _temporal_fusion_backward(
     qkv_ptr, offsets_ptr, mask_ptr, group_mask_ptr, readout_ptr, position_ptr, grad_ptr, local_grad_ptr,
     fused_ptr, group_lse_ptr, dqkv_ptr, dposition_ptr, part_ptr, lse_ptr, mean_ptr, LENGTH, UNGROUPED, F,
-    PARTS, EACH, H, C, scale, SPLIT: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    PARTS, EACH, H, C, scale, SPLIT: tl.constexpr, RELOAD: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_GROUP_MASK: tl.constexpr, HAS_POSITION: tl.constexpr, CAUSAL: tl.constexpr,
+    ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`_short_attention_backward` frame after frame, where each tile of keys also sees the readout rows.
 
@@ -239,7 +246,7 @@ def _temporal_fusion_backward(
                 q_ptr, mask_ptr, group_mask_ptr, grad_ptr, local_ptr, dq_ptr,
                 position_ptr + f * width + h * C, dposition_place, start, length, readout,
                 guests & (slot == f), readout_rows, guests, readout_lse, readout_mean, H, C, scale, HAS_MASK,
-                HAS_GROUP_MASK, HAS_POSITION, CAUSAL, BLOCK, BLOCK_C, PRECISION, ACC,
+                HAS_GROUP_MASK, HAS_POSITION, CAUSAL, RELOAD, BLOCK, BLOCK_C, PRECISION, ACC,
             )  # fmt: skip
         else:
             readout_q = load_rows(q_ptr, readout_rows, guests, 3 * width, C, BLOCK_C)
@@ -299,6 +306,8 @@ def forward(
     fused, lse = qkv.new_empty(n, width, dtype=acc), qkv.new_empty(n, heads, dtype=acc)
     tile = length + readout_rows.shape[1]  # rows of a frame and readout rows of its group
     constants = _constants(qkv, readout_rows, offsets, key_mask, group_mask, position, heads, tile, causal)
+    if not constants["ONE"] and (gpu := capability(qkv)) and gpu != 90:  # or tiles would spill there
+        constants |= {"BLOCK": 32} if gpu < 90 else {"num_stages": 1}
     _temporal_fusion_forward[(heads * (ungrouped + len(readout_rows)),)](
         qkv, qkv if offsets is None else offsets, mask_pointer(key_mask, qkv), mask_pointer(group_mask, qkv),
         readout_rows, qkv if position is None else position, out, out[rows:], fused, lse, length, ungrouped,
@@ -333,8 +342,11 @@ def backward(
     dposition = qkv.new_empty(*((0, 0) if position is None else readout_rows.shape), width, dtype=acc)
     row_lse, mean = (qkv.new_empty(0 if constants["ONE"] else rows, heads, dtype=acc) for _ in range(2))
     dqkv = torch.empty_like(qkv)
+    reload = reloads(qkv, constants)
     if not constants["ONE"]:
         constants |= {"BLOCK": 32, "num_stages": 1}  # larger tiles would spill
+    elif reload:
+        constants["num_warps"] = 8
     groups, frames = readout_rows.shape
     each = frames_of_a_part(groups * heads, frames)
     parts = triton.cdiv(frames, each)
@@ -343,11 +355,16 @@ def backward(
         qkv, qkv if offsets is None else offsets, mask_pointer(key_mask, qkv), mask_pointer(group_mask, qkv),
         readout_rows, qkv if position is None else position, grad, grad[rows:], fused, lse, dqkv, dposition,
         partial, row_lse, mean, length, ungrouped, frames, parts, each, heads, width // heads,
-        (width // heads) ** -0.5, SPLIT=parts > 1, **constants,
+        (width // heads) ** -0.5, SPLIT=parts > 1, RELOAD=reload, **constants,
     )  # fmt: skip
     if parts > 1:
         dqkv[readout_rows.flatten(), :width] = partial.sum(1).flatten(0, 1).to(dqkv.dtype)
     return dqkv, dposition
+
+
+def reloads(qkv: Tensor, constants: dict[str, object]) -> bool:
+    """Tell if backward of frames of one tile loads rows again, because they would spill."""
+    return bool(constants["ONE"]) and constants["BLOCK"] == 64 and operands_in_registers(qkv)
 
 
 def frames_of_a_part(programs: int, frames: int) -> int:

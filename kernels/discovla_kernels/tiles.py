@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 # below any logit: exp(LOWEST - m) is 0 for every finite m, and LOWEST - LOWEST is no NaN
 LOWEST = tl.constexpr(-1e30)
@@ -53,6 +54,16 @@ class Traffic:
 
     loads: int
     stores: int
+
+
+def capability(x: Tensor) -> int:
+    """Return the compute capability of the GPU of a launch, as 90; 0 for the interpreter on a CPU."""
+    return 0 if x.device.type == "cpu" else int(driver.active.get_current_target().arch)
+
+
+def operands_in_registers(x: Tensor) -> bool:
+    """Tell if tensor cores take operands from registers, which are then few: all GPUs but 9.0 and 10.0."""
+    return 0 < (number := capability(x)) < 90 or number >= 120
 
 
 def accumulator(x: Tensor) -> tl.dtype:

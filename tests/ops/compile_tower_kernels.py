@@ -156,8 +156,9 @@ def attention_cases() -> list[Case]:
         cases += [(attention._short_attention_backward, dtype, tile | sizes)]
         if dtype == HALF and length < 257:
             groups = {"HAS_GROUP_MASK": True, "HAS_POSITION": causal, "BLOCK_F": 16}
+            split = {"SPLIT": not causal, "RELOAD": not causal}
             cases += [(fusion._temporal_fusion_forward, dtype, tile | groups)]
-            cases += [(fusion._temporal_fusion_backward, dtype, tile | groups | {"SPLIT": not causal})]
+            cases += [(fusion._temporal_fusion_backward, dtype, tile | groups | split)]
             read = forward | groups | {"GROUPED": True}
             cases += [(readout._readout_attention_forward, dtype, read)]
             cases += [(readout._readout_attention_backward, dtype, read)]

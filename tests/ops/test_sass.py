@@ -14,8 +14,10 @@ from benchmarks.measure import RESULTS, ROOT, read_rows
 TABLE = RESULTS / "sass/kernels.jsonl"
 OF_TOWERS = {
     *("layer_norm", "lora_norm", "adapter", "mlp", "short_attention", "temporal_fusion", "readout_attention"),
-    *("frame_patches", "fold_normalisation", "quantise_rows", "merge_tokens"),
+    *("frame_patches", "fold_normalisation", "quantise_rows", "merge_tokens", "activation"),
 }
+# five products of a tile of 64 queries and keys need more than the 255 registers of a thread
+SPILLS = {("temporal_fusion backward 1536x50 w=768 bf16", 120): 29}
 WHAT_COMPILES_FAST = (
     "lora_norm forward 76800x768 bf16",
     "short_attention backward 1536x50",
@@ -40,13 +42,14 @@ def test_every_launched_kernel_has_a_row():
     assert launched == {row["kernel"] for row in rows()}
 
 
-def test_towers_do_not_spill_in_bfloat16_on_hopper_and_losses_hardly():
+def test_towers_do_not_spill_in_bfloat16_and_losses_hardly():
     for row in rows():
-        op, single = row["case"].split()[0], row["case"].endswith("fp32") or " fp32 " in row["case"]
-        if op in OF_TOWERS and not single:
-            assert row["spills"] <= (0 if row["arch"] == 90 else 16), row
-        elif op not in OF_TOWERS and row["arch"] == 90:
+        op, size = row["case"].split(maxsplit=1)
+        single = "fp32" in size.split() and "beside" not in size
+        if op not in OF_TOWERS:
             assert row["spills"] <= 16, row
+        elif not single:
+            assert row["spills"] <= SPILLS.get((row["case"], row["arch"]), 0), row
         assert row["programs"] > 0, row
 
 

@@ -154,10 +154,12 @@ def assert_close(got: Tensor, want: Tensor, budget: float, name: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("name", "dtype"), RUNS, ids=str)
 def test_values_and_gradients_are_those_of_the_formula(name, dtype, impl, monkeypatch):
-    """Backward takes whole groups, two frames of a group, or frame by frame."""
+    """Backward takes whole groups, two frames of a group, or frame by frame; some of them load rows again."""
     skip_what_no_gpu_kernel_takes(impl, dtype)
     least = {"captions": 1, "captions-alone": 1, "exactly-32": 1, "padded-frames": 8}.get(name, 1024)
     monkeypatch.setattr("discovla_kernels.temporal_fusion.PROGRAMS", least)
+    if name in ("captions", "exactly-32", "padded-frames"):
+        monkeypatch.setattr("discovla_kernels.temporal_fusion.reloads", lambda x, tile: tile["ONE"])
     case = CASES[name]
     x = case.leaves(dtype)
     truth = [leaf.detach().double().requires_grad_() for leaf in x]
