@@ -432,13 +432,9 @@ def search_rows(measure: str, folder: Path = RESULTS) -> list[Row]:
 
 
 def traffic_rows(folder: Path = RESULTS) -> list[Row]:
-    """Return the rows of `benchmarks/step_traffic.py` that have operations, in the order of the models."""
-    return [
-        row
-        for path in sorted((folder / "cpu").glob("*-traffic.jsonl"))
-        for row in read_rows(path)
-        if "tflop" in row
-    ]
+    """Return the rows of `benchmarks/step_traffic.py` that have operations, by time."""
+    rows = [row for path in (folder / "cpu").glob("*-traffic.jsonl") for row in read_rows(path)]
+    return sorted((row for row in rows if "tflop" in row), key=lambda row: row["time"])
 
 
 def towers_step_table(rows: Sequence[Row]) -> str:
