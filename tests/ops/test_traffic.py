@@ -218,7 +218,7 @@ def steps_of_norms() -> dict[str, Step]:
 
 
 def steps_of_the_adapter() -> dict[str, Step]:
-    """Of rank 16; one of 8 is padded to that."""
+    """Return the steps of an adapter of rank 16, to which one of rank 8 is padded."""
     x, dz, copy = torch.randn(32, 128), torch.randn(32, 128), torch.empty(32, 128)
     down, up, bias, shift = torch.randn(16, 128), torch.randn(128, 16), torch.randn(16), torch.randn(128)
     product = 2 * 32 * 128 * 16
