@@ -180,9 +180,8 @@ def test_a_full_disk_of_the_writing_rank_ends_the_others(tmp_path, drawn):
 
 
 def test_a_full_disk_names_the_run_directory_if_the_system_names_no_file(tmp_path, drawn):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/.writing-before.json").symlink_to("/dev/full")
-    line = error_line(runs.start([runs.write_config(tmp_path, drawn)]))
+    job = runs.start([runs.write_config(tmp_path, drawn)], fault="full:discovla.trainer:write_json:1")
+    line = error_line(job)
     assert line == f"train.py: error: {tmp_path}/run: No space left on device"
 
 
