@@ -218,7 +218,7 @@ def front_table(results: Sequence[Row]) -> str:
     for name, rows in groups.items():
         cells = [rows[0]["method"], rows[0]["merge"], str(len(rows))]
         cells += [f"{rows[0]['trained_parameters'] / 1e3:,.0f} k", f"{rows[0]['steps']:,}"]
-        cells += [_cpu_seconds(rows)]
+        cells += [_cpu_seconds(rows, "shards")]
         cells += [f"{steps[name]:.2f}" if name in steps else ABSENT, *_tokens_and_work(rows[0])]
         cells += [f"{rows[0]['vector_bytes']:,}"]
         body.append([*cells, *(mean_and_range(rows, path) for path in MERGE_COLUMNS.values())])
@@ -226,10 +226,9 @@ def front_table(results: Sequence[Row]) -> str:
     return markdown([*heads, *MERGE_COLUMNS], body) if body else "Not measured yet."
 
 
-def _cpu_seconds(rows: Sequence[Row]) -> str:
-    """Return the CPU seconds of runs that decoded videos; runs from shards take less."""
-    decoded = [row for row in rows if row.get("reads") != "shards"]
-    return mean_and_range(decoded, "cpu_seconds", ".0f")
+def _cpu_seconds(rows: Sequence[Row], reads: str) -> str:
+    """Return the CPU seconds of the runs that read "videos", which they decode, or "shards"."""
+    return mean_and_range([row for row in rows if row.get("reads", "videos") == reads], "cpu_seconds", ".0f")
 
 
 def _tokens_and_work(row: Row) -> list[str]:
@@ -259,7 +258,7 @@ def time_table(results: Sequence[Row]) -> str:
         cells = [
             f"{rows[0]['trained_parameters'] / 1e3:,.0f} k",
             f"{rows[0]['steps']:,}",
-            _cpu_seconds(rows),
+            _cpu_seconds(rows, "videos"),
         ]
         cells += [mean_and_range(rows, path) for path in TIME_COLUMNS.values()]
         body.append([name, str(len(rows)), *cells])

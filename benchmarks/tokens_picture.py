@@ -21,7 +21,7 @@ from benchmarks.measure import ROOT, read_rows
 
 Row = dict[str, Any]
 Curve = list[tuple[float, float]]  # share of the tokens, R@1
-LEFT, TOP, WIDTH, HEIGHT = 60, 16, 400, 240  # pixels, of the axes
+LEFT, TOP, WIDTH, HEIGHT = 60, 16, 400, 270  # pixels, of the axes
 COLOURS = ("#3949ab", "#e65100", "#2e7d32", "#6a1b9a", "#c62828", "#00838f", "#616161")
 FONT = 'font-family="system-ui, sans-serif" font-size="12"'
 
@@ -57,27 +57,45 @@ def _score(row: Row) -> float:
 
 
 def svg(made: dict[str, Curve]) -> str:
-    """Return the picture: a line for each curve, and its name."""
-    top = 10 * (1 + int(max(score for curve in made.values() for _, score in curve) / 10))
-    size = f'viewBox="0 0 {LEFT + WIDTH + 340} {TOP + HEIGHT + 44}"'
-    body = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT}>', *_axes(top)]
+    """Return the picture: a colour for each method, dashes where tokens were merged after training."""
+    scores = [score for curve in made.values() for _, score in curve]
+    low, high = 10 * int(min(scores) / 10), 10 * (1 + int(max(scores) / 10))
+    methods = list(dict.fromkeys(name.split(":")[0] for name in made))
+    size = f'viewBox="0 0 {LEFT + WIDTH + 380} {TOP + HEIGHT + 44}"'
+    body = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {FONT}>', *_axes(low, high)]
     for number, (name, curve) in enumerate(made.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        places = [(LEFT + WIDTH * x, TOP + HEIGHT * (1 - y / top)) for x, y in curve]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        dashed = ' stroke-dasharray="5 3"' if name.endswith("later") else ""
-        body.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dashed}/>')
-        body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
-        y = TOP + 14 + 18 * number
-        body.append(f'<text x="{LEFT + WIDTH + 16}" y="{y}" fill="{colour}">{html.escape(name)}</text>')
+        style = _style(name, COLOURS[methods.index(name.split(":")[0]) % len(COLOURS)])
+        x, y = LEFT + WIDTH + 16, TOP + 10 + 20 * number
+        body += _line(
+            [(LEFT + WIDTH * x, TOP + HEIGHT * (high - y) / (high - low)) for x, y in curve], *style
+        )
+        body += _line([(x, y), (x + 36, y)], *style)
+        body.append(f'<text x="{x + 46}" y="{y + 4}">{html.escape(name)}</text>')
     return "\n".join([*body, "</svg>\n"])
 
 
-def _axes(top: int) -> Iterator[str]:
+def _style(name: str, colour: str) -> tuple[str, bool, bool]:
+    """Return colour, True for dashes, and True for square marks, which TempMe has."""
+    return colour, name.endswith("later"), "TempMe" in name
+
+
+def _line(places: Curve, colour: str, dashed: bool, square: bool) -> Iterator[str]:
+    """Yield a line through places in pixels, and its marks."""
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    dashes = ' stroke-dasharray="5 3"' if dashed else ""
+    yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>'
+    for x, y in places:
+        if square:
+            yield f'<rect x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7" fill="{colour}"/>'
+        else:
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
+
+
+def _axes(low: int, high: int) -> Iterator[str]:
     """Yield the background, the lines of the scales and their numbers."""
     yield '<rect width="100%" height="100%" fill="#fff"/>'
-    for score in range(0, top + 1, 10):
-        y = TOP + HEIGHT * (1 - score / top)
+    for score in range(low, high + 1, 10):
+        y = TOP + HEIGHT * (high - score) / (high - low)
         yield f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
         yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{score}</text>'
     for share in (0, 25, 50, 75, 100):

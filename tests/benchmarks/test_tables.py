@@ -196,4 +196,4 @@ def test_the_tables_of_merged_tokens_show_what_was_trained_and_what_was_merged_l
 def test_the_picture_of_merged_tokens_has_a_line_for_each_method_and_kind_of_merging():
     made = tokens_picture.curves(token_rows())
     assert made == {"LoRA: ToMe, merged later": [(64 / 136, 20.0), (1.0, 20.0)]}
-    assert tokens_picture.svg(made).count("<circle") == 2
+    assert tokens_picture.svg(made).count("<circle") == 2 + 2, "a point each, and two in the legend"
