@@ -164,7 +164,7 @@ def test_the_conditions_of_a_comparison_are_one_line():
 
 
 def token_rows() -> list[dict]:
-    """A run of the experiment `tokens`, the same with tokens merged later, and the costs of both."""
+    """Return a run of the experiment `tokens`, the same with tokens merged later, and the costs of both."""
     run = next(run for run in TOKEN_RUNS if run.name == "LoRA: all tokens")
     score = {way: {"R@1": 20.0, "R@5": 40.0} for way in ("t2v", "v2t")}
     row = {"test": score, "reversal": {"all": {"clip": 50.0}}, "gflop": 0.2, "method": "LoRA"}
@@ -175,7 +175,7 @@ def token_rows() -> list[dict]:
         "trained_parameters": 35_000,
         "steps": 160,
     }
-    trained |= {"identity": run.identity, "cpu_seconds": 99.6, "vector_bytes": 2560}
+    trained |= {"identity": run.identity, "cpu_seconds": 99.6, "reads": "shards", "vector_bytes": 2560}
     later = {"kind": "merged later", "merge": "ToMe, 3 a block", "tokens": 64, "identity": run.identity}
     costs = [{"kind": "cost", "part": part, "name": name, "ratio": ratio} for part, name, ratio in (
         ("step", "LoRA: all tokens", 1.0), ("clips", "all tokens", 1.0), ("clips", "ToMe, 3 a block", 0.8)
