@@ -65,7 +65,7 @@ def tab(chromium, **options):
     width, height = options.pop("width"), options.pop("height")
     context = chromium.new_context(viewport={"width": width, "height": height}, **options)
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(90_000)  # a busy machine
     faults, foreign = [], []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on(
@@ -100,15 +100,23 @@ def wait_for_names(page, expected):
 
 
 def open_hit(page, place):
-    """Open a hit and wait until its first frame is shown."""
-    page.evaluate(
-        "() => document.querySelector('#video').addEventListener('seeked', "
-        "(e) => { window.firstTime = e.target.currentTime; }, {once: true})"
-    )
+    """Open a hit and wait until its first frame is shown.
+
+    It plays slowly until its first time is read, which a busy machine does late.
+    """
+    page.evaluate("""() => {
+        const video = document.querySelector('#video');
+        video.defaultPlaybackRate = 0.0625;
+        video.addEventListener('seeked', () => { window.firstTime = video.currentTime; }, {once: true});
+    }""")
     page.click(f".hit >> nth={place}")
     page.wait_for_function(
         "() => window.firstTime !== undefined && !document.querySelector('#video').seeking"
     )
+    page.evaluate("""() => {
+        const video = document.querySelector('#video');
+        video.defaultPlaybackRate = video.playbackRate = 1;
+    }""")
 
 
 def test_typing_shows_hits_with_score_probability_time_and_file(page, address):
