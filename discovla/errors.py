@@ -106,7 +106,7 @@ def _reader_left() -> bool:
     poll = select.poll()
     try:
         poll.register(sys.stdout.fileno(), 0)
-    except OSError:  # it is no file, or is closed
+    except (OSError, ValueError):  # it is no file, or is closed
         return False
     return any(events & select.POLLERR for _, events in poll.poll(0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _UNFINISHED = ".part"
+_WRITER = re.compile(rf"\.(?P<host>[0-9a-f]{{8}})\.(?P<process>\d+)\.[0-9a-f]{{8}}{re.escape(_UNFINISHED)}$")
 _DAY = 86_400.0  # seconds
 
 
@@ -55,23 +57,29 @@ def write_file(path: Path, content: str | bytes, *, durable: bool = False) -> No
 
 
 def remove_unfinished(folder: Path, name: str | None = None, *, only_writer: bool = False) -> None:
-    """Remove what processes that were killed left of files in a folder.
+    """Remove files of a folder that `replacing` left unfinished in processes that were killed.
 
-    A process of another machine or container is taken to have been killed if its file is a day old.
+    A process of another machine or container is taken to have been killed if its file is a day old.  A file
+    that cannot be removed stays.
 
     Args:
         name: of the one file whose remains are removed; None: those of every file.
         only_writer: no other process writes to the folder: all remains are removed.
     """
     for path in folder.glob(f".{'*' if name is None else glob.escape(name)}.*{_UNFINISHED}"):
-        *_, host, process, _, _ = path.name.rsplit(".", 4)
-        with suppress(FileNotFoundError):  # its process lives and has renamed it
-            seen = host == _host()
-            killed = (
-                not Path(f"/proc/{process}").exists() if seen else time.time() - path.stat().st_mtime > _DAY
-            )
-            if only_writer or killed:
+        writer = _WRITER.search(path.name)
+        if writer is None:  # a file of another program
+            continue
+        with suppress(OSError):
+            if only_writer or _is_killed(writer["host"], writer["process"], path):
                 path.unlink()
+
+
+def _is_killed(host: str, process: str, path: Path) -> bool:
+    """Return True if the process that writes an unfinished file has ended."""
+    if host == _host():
+        return not Path(f"/proc/{process}").exists()
+    return time.time() - path.stat().st_mtime > _DAY
 
 
 def pid_namespace() -> str:
@@ -80,8 +88,9 @@ def pid_namespace() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return f"unknown {uuid.uuid4().hex}"
+        return f"unknown {uuid.uuid4().hex}"  # equal to no other, not even of this process
 
 
 def _host() -> str:
+    """Return the machine and container in the name of an unfinished file: 8 hexadecimal digits."""
     return hashlib.sha256(pid_namespace().encode()).hexdigest()[:8]

@@ -168,12 +168,11 @@ class WriterLock:
             claim.unlink(missing_ok=True)
             return False
         logger.warning("%s: %s has ended without releasing the lock; taking it over", path, _named(holder))
-        with suppress(
-            FileNotFoundError
-        ):  # removed by a holder that was slow, not dead, and has released since
+        try:
             claim.replace(path)
-            return True
-        return False
+        except FileNotFoundError:  # another process removed the claim, as that of a process that had ended
+            return False
+        return True
 
     def _changes(self, path: Path, content: bytes) -> bool:
         """Return True once a lock file changes, False if it does not within `STALE_SECONDS`."""

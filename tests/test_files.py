@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,31 @@ def test_remains_of_a_killed_process_are_removed_and_those_of_a_living_one_kept(
         remove_unfinished(tmp_path)
         file.write(b"whole")
     assert sorted(os.listdir(tmp_path)) == ["a.json", "c.json"]
+
+
+def test_hidden_files_of_other_programs_stay(tmp_path):
+    names = [".a.part", ".movie.mp4.part", ".a.json.part"]
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1, 1))
+    remove_unfinished(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+def test_remains_that_may_not_be_removed_do_not_prevent_a_write(tmp_path, monkeypatch):
+    old = tmp_path / ".a.json.12345678.1.abcdef01.part"
+    old.touch()
+    os.utime(old, (1, 1))
+    unlink = Path.unlink
+
+    def refused(path, missing_ok=False):
+        if path == old:
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    write_file(tmp_path / "a.json", "whole")
+    assert (tmp_path / "a.json").read_text() == "whole"
 
 
 def test_remains_of_other_machines_are_removed_after_a_day_or_by_the_only_writer(tmp_path):
